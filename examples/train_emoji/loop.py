@@ -1,0 +1,79 @@
+"""What both trainings share: cosine learning rate, averaged weights, checkpoints that a run resumes from."""
+
+import copy
+import math
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+def cosine_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Run:
+    """Model, AdamW, exponential moving average of the weights, and their checkpoint.
+
+    Batches are drawn from ``generator(step)``, so a resumed run sees what an uninterrupted one would have seen.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, steps: int, peak: float, decay: float, seed: int):
+        self.model, self.folder, self.steps, self.peak, self.decay, self.seed = model, folder, steps, peak, decay, seed
+        self.ema = copy.deepcopy(model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.step = 0
+        self.seconds = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        self.resume()
+
+    def generator(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+    def update(self, loss: torch.Tensor) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = cosine_rate(self.step, self.steps, self.peak)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            ours, theirs = list(self.ema.parameters()), list(self.model.parameters())
+            torch._foreach_lerp_(ours, theirs, 1 - decay)
+        return float(norm)
+
+    def save(self) -> None:
+        """Written beside the old checkpoint, then moved over it, so that a kill leaves one of the two whole."""
+        tensors = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v.contiguous() for k, v in self.ema.state_dict().items()}
+        for i, p in enumerate(self.model.parameters()):
+            for key, value in self.optimizer.state[p].items():
+                tensors[f"adam.{i}.{key}"] = value.detach().contiguous()
+        fresh = self.folder / "checkpoint.new"
+        save_file(tensors, fresh, metadata={"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
+        os.replace(fresh, self.folder / "checkpoint.safetensors")
+
+    def resume(self) -> None:
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        tensors = load_file(path)
+        pick = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        self.model.load_state_dict(pick("model."))
+        self.ema.load_state_dict(pick("ema."))
+        for i, p in enumerate(self.model.parameters()):
+            state = pick(f"adam.{i}.")
+            if state:
+                self.optimizer.state[p] = state
+        self.step, self.seconds = int(about["step"]), float(about["seconds"])
+        print(f"resumed at step {self.step}", flush=True)

@@ -1,0 +1,43 @@
+"""Kernel-spectral diversity, novelty and distribution-matching guidance for diffusers, and the scores that judge it."""
+
+from kspec_guidance import functional
+from kspec_guidance.memory import MemoryBank, MemoryFileError, RandomFeatureMemory
+
+__version__ = "0.1.0"
+_LAZY = {  # what needs diffusers, imported on first use: the mathematics alone stays light
+    "SPARKE": "presets",
+    "MMDGuidance": "presets",
+    "NoveltyGuidance": "presets",
+    "KernelGuidance": "guidance",
+    "guided": "pipelines",
+    "load_demo_pipeline": "demo",
+    "load_demo_reference": "demo",
+    "encode_reference": "demo",
+}
+
+__all__ = [
+    "SPARKE",
+    "MMDGuidance",
+    "NoveltyGuidance",
+    "KernelGuidance",
+    "MemoryBank",
+    "RandomFeatureMemory",
+    "MemoryFileError",
+    "functional",
+    "guided",
+    "load_demo_pipeline",
+    "load_demo_reference",
+    "encode_reference",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"kspec_guidance.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'kspec_guidance' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,81 @@
+"""The embedded emoji pipeline, trained by this project on Noto Emoji and Twemoji, and its reference sets."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+__all__ = ["encode_reference", "load_demo_pipeline", "load_demo_reference"]
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
+    """A Stable Diffusion pipeline for 64 x 64 emoji, from files inside the package: no network.
+
+    Prompts are lower-case emoji names (``runner``, ``cat face``, ``heart``), optionally with ``, woman``, ``, dark skin tone``,
+    ``, noto style`` or ``, twemoji style``. What is left out varies from image to image.
+
+    Args:
+        dtype: of the weights; they are stored in float16.
+    """
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    try:  # loading takes a second: progress bars for it would be noise
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        return StableDiffusionPipeline.from_pretrained(
+            ASSETS / "emoji", torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    finally:
+        if bars[0]:
+            diffusers_logging.enable_progress_bar()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()
+
+
+def load_demo_reference(name: str) -> Tensor:
+    """A small set of the true art as images ``[m, 3, 64, 64]`` in -1..1, for MMD guidance.
+
+    Args:
+        name: ``twemoji``, ``noto``, ``dark-skin-tone`` or ``light-skin-tone``.
+
+    Raises:
+        ValueError: for another name; the message lists those there are.
+    """
+    import numpy as np
+    from PIL import Image
+
+    sets = json.loads((ASSETS / "references" / "references.json").read_text())
+    if name not in sets:
+        raise ValueError(f"no reference set named {name!r}; there are {', '.join(sets)}")
+    with Image.open(ASSETS / "references" / f"{name}.png") as file:  # a name out of the list above, never the user's
+        sheet = torch.from_numpy(np.asarray(file.convert("RGB")).copy())
+    size, columns = 64, sheet.shape[1] // 64
+    tiles = sheet.view(-1, size, columns, size, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
+    return tiles[: sets[name]["count"]].float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_reference(pipe: Any, images: Tensor, batch_size: int = 32) -> Tensor:
+    """Images ``[m, 3, h, w]`` in -1..1 as latents ``[m, c, h', w']`` of the pipeline's autoencoder, scaled as in its loop.
+
+    Raises:
+        ValueError: for another shape or range.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have shape [m, 3, h, w], got {list(images.shape)}")
+    if not torch.isfinite(images).all() or float(images.min()) < -1.001 or float(images.max()) > 1.001:
+        raise ValueError("images must lie in -1..1; divide 8-bit values by 127.5 and subtract 1")
+    vae = pipe.vae
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    latents = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in images.split(batch_size)]
+    return (torch.cat(latents).float() - shift) * vae.config.scaling_factor

@@ -1,0 +1,138 @@
+"""Random Fourier features and other explicit maps ``phi`` with ``phi(x) @ phi(y).T`` close to ``k(x, y)``."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kspec_guidance.kernels import GaussianKernel, LaplacianKernel, as_float
+
+__all__ = ["RandomFourierFeatures", "RandomProjection", "tensor_product"]
+
+
+class RandomFourierFeatures(nn.Module):
+    """``phi(x) = [cos(W x), sin(W x)] / sqrt(r)`` with ``r = num_features / 2`` random frequencies (Rahimi, Recht 2007).
+
+    For the Gaussian kernel the rows of ``W`` are ``N(0, I / bandwidth^2)``, made orthogonal in blocks of ``d`` by default
+    (Yu et al. 2016, arXiv 1610.09072: less variance at the same cost). For the Laplacian kernel each coordinate is a Cauchy
+    variable, drawn independently: its distribution has no rotations to make orthogonal. Rows of the result have
+    norm 1, so ``k(x, x) = 1`` exactly, and the error of ``k`` falls as ``num_features ** -0.5``.
+
+    Values are good at any bandwidth; *gradients* need a wide kernel and low dimension: see :meth:`reliable`.
+
+    Args:
+        kernel: a Gaussian or Laplacian kernel with its bandwidth given.
+        input_dim: features per row of ``x``.
+        num_features: length of ``phi(x)``, cosines and sines together; even.
+        orthogonal: orthogonal blocks of frequencies (Gaussian only).
+        seed: of the map's own generator; the global random state is neither read nor written.
+
+    Raises:
+        ValueError: for an odd or non-positive ``num_features``, another kernel, or a bandwidth of ``None``.
+
+    >>> phi = RandomFourierFeatures(GaussianKernel(1.0), input_dim=2, num_features=4096)
+    >>> x = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    >>> bool((phi(x) @ phi(x).T - GaussianKernel(1.0)(x)).abs().max() < 0.05)
+    True
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        kernel: GaussianKernel | LaplacianKernel,
+        input_dim: int,
+        num_features: int,
+        orthogonal: bool = True,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if not isinstance(kernel, GaussianKernel | LaplacianKernel):
+            raise ValueError(f"random features are known here for GaussianKernel and LaplacianKernel, not {kernel!r}")
+        if kernel.bandwidth is None:
+            raise ValueError("the kernel of random features needs a bandwidth; pass kernel.fit(x), for instance")
+        if num_features < 2 or num_features % 2:
+            raise ValueError(f"num_features counts cosines and sines, so it must be even and positive; got {num_features}")
+        if input_dim < 1:
+            raise ValueError(f"input_dim must be at least 1, got {input_dim}")
+        self.kernel, self.input_dim, self.num_features = kernel, input_dim, num_features
+        self.orthogonal, self.seed = orthogonal, seed
+        generator = torch.Generator().manual_seed(seed)
+        # Drawn at bandwidth 1 in float64 and divided afterwards: one seed means one map at every bandwidth.
+        self.register_buffer("frequencies", self._draw(num_features // 2, generator) / kernel.bandwidth)
+
+    def _draw(self, r: int, generator: torch.Generator) -> Tensor:
+        d = self.input_dim
+        if isinstance(self.kernel, LaplacianKernel):
+            uniform = torch.rand(r, d, generator=generator, dtype=torch.float64)
+            return torch.tan(math.pi * (uniform - 0.5))
+        gaussian = torch.randn(r, d, generator=generator, dtype=torch.float64)
+        if not self.orthogonal:
+            return gaussian
+        blocks = []
+        for _ in range(math.ceil(r / d)):
+            q, upper = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+            blocks.append((q * upper.diagonal().sign()).T)  # the signs make q uniform over rotations
+        return torch.cat(blocks)[:r] * gaussian.norm(dim=1, keepdim=True)
+
+    def power(self, p: int) -> "RandomFourierFeatures":
+        """Features of ``k ** p``: the same map with a narrower kernel."""
+        b = self.kernel.bandwidth
+        assert b is not None
+        kernel = type(self.kernel)(b / (math.sqrt(p) if isinstance(self.kernel, GaussianKernel) else p))
+        return RandomFourierFeatures(kernel, self.input_dim, self.num_features, self.orthogonal, self.seed)
+
+    def _phase(self, x: Tensor) -> Tensor:
+        x = as_float(x)
+        if x.shape[-1] != self.input_dim:
+            raise ValueError(f"these features are for rows of {self.input_dim} numbers, got {x.shape[-1]}")
+        return x @ self.frequencies.to(x).mT
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``[..., n, num_features]`` of ``x`` ``[..., n, input_dim]``."""
+        phase = self._phase(x)
+        return torch.cat([phase.cos(), phase.sin()], dim=-1) * (self.num_features / 2) ** -0.5
+
+    def vjp(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        """``d (cotangent . phi(x)) / d x`` ``[..., n, input_dim]``, in closed form."""
+        phase = self._phase(x)
+        c, s = cotangent.to(phase.dtype).chunk(2, dim=-1)
+        return ((s * phase.cos() - c * phase.sin()) * (self.num_features / 2) ** -0.5) @ self.frequencies.to(phase)
+
+    def reliable(self, typical_distance: float) -> bool:
+        """Whether gradients of kernel sums by these features point the right way (cosine above 0.9).
+
+        Measured rule: at least 8 features per input dimension, and a bandwidth of at least 0.9 typical distances.
+        At 2,048 features in 256 dimensions the cosine is 0.93 at one median distance and 0.28 at 0.4.
+        """
+        b = self.kernel.bandwidth or 0.0
+        return self.num_features >= 8 * self.input_dim and b >= 0.9 * typical_distance
+
+    def extra_repr(self) -> str:
+        return f"{self.kernel}, input_dim={self.input_dim}, num_features={self.num_features}, seed={self.seed}"
+
+
+class RandomProjection(nn.Module):
+    """``x @ P`` to ``output_dim`` numbers with a seeded Gaussian ``P``; keeps distances to about ``output_dim ** -0.5``."""
+
+    matrix: Tensor
+
+    def __init__(self, input_dim: int, output_dim: int, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        matrix = torch.randn(input_dim, output_dim, generator=generator) * output_dim**-0.5
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., input_dim]`` to ``[..., output_dim]``."""
+        x = as_float(x)
+        return x @ self.matrix.to(x)
+
+
+def tensor_product(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise outer products ``[..., n, p q]``: the features of the product of two kernels.
+
+    >>> tensor_product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]]))
+    tensor([[ 3.,  5.,  6., 10.]])
+    """
+    return (a[..., :, None] * b[..., None, :]).flatten(-2)

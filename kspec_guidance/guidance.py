@@ -1,0 +1,394 @@
+"""KernelGuidance: when, where and how strongly an objective's gradient moves the samples of a running pipeline."""
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.callbacks import PipelineCallback
+from torch import Tensor
+
+from kspec_guidance.injection import PromptWatch, SchedulerHook, ThreadOwner, masked_mean
+from kspec_guidance.memory import Memory, MemoryBank
+from kspec_guidance.moves import PARTS, MoveState
+from kspec_guidance.objectives import Objective, natural_rows, pull_back
+from kspec_guidance.prediction import Prediction, predict
+from kspec_guidance.report import GuidanceReport, StepRecord
+
+__all__ = ["KernelGuidance", "Term"]
+
+SPACES = ("x0", "latents")
+DEFAULT_CHAIN = ("tangent", "off_score", "bound")
+
+
+@dataclass(eq=False)
+class Term:
+    """One objective with its strength, its interval and the parts that turn its gradient into a move.
+
+    Args:
+        objective: what is to grow.
+        scale: size of a move relative to the norm of what is moved, at least 0.
+        space: ``x0`` moves the clean prediction, through the model output; ``latents`` moves the noisy sample after the
+            step, as the papers do.
+        start, stop: the guided interval as fractions of the run, ``0 <= start <= stop <= 1``.
+        every: guide every so many steps of the interval.
+        sigma_interval: guide only while noise-to-signal lies in ``(low, high)``, as well.
+        chain: names of :mod:`kspec_guidance.moves` parts, in order.
+        memory: what was generated before.
+    """
+
+    objective: Objective
+    scale: float
+    space: str = "x0"
+    start: float = 0.0
+    stop: float = 1.0
+    every: int = 1
+    sigma_interval: tuple[float, float] | None = None
+    chain: tuple[str, ...] = DEFAULT_CHAIN
+    memory: Memory | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale) and self.scale >= 0):
+            raise ValueError(
+                f"scale must be a finite number of at least 0, got {self.scale!r}; to draw images toward something use "
+                "MMDGuidance, since a negative scale would have no limit"
+            )
+        if self.space not in SPACES:
+            raise ValueError(f"unknown space {self.space!r}; choose one of {', '.join(SPACES)}")
+        if not 0 <= self.start <= self.stop <= 1:
+            raise ValueError(f"need 0 <= start <= stop <= 1 as fractions of the run, got {self.start} and {self.stop}")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every must be a whole number of steps, at least 1, got {self.every!r}")
+        if self.sigma_interval is not None and not 0 <= self.sigma_interval[0] <= self.sigma_interval[1]:
+            raise ValueError(f"sigma_interval must be (low, high) with 0 <= low <= high, got {self.sigma_interval}")
+        unknown = [name for name in self.chain if name not in PARTS]
+        if unknown:
+            raise ValueError(f"unknown parts {unknown} in chain; known are {', '.join(PARTS)}")
+        if self.memory is None:
+            self.memory = self.objective.make_memory()
+
+    def due(self, step: int, total: int, noise_to_signal: float) -> bool:
+        """Whether this step of the run is guided."""
+        if self.scale == 0 or not self.start <= step / total < self.stop:
+            return False
+        if self.sigma_interval is not None and not self.sigma_interval[0] <= noise_to_signal <= self.sigma_interval[1]:
+            return False
+        return (step - math.ceil(self.start * total - 1e-9)) % self.every == 0
+
+    def gradient(self, x: Tensor, t: Tensor | None, jitter: Tensor | None = None) -> Tensor:
+        """Ascent direction in samples ``x`` ``[n, ...]``, before any scaling."""
+        rows = natural_rows(x, self.objective.unit)
+        if jitter is not None:
+            jitter = jitter.to(rows) * rows.norm(dim=1, keepdim=True)
+        g = self.objective.gradient(rows, t, self.memory, jitter)
+        return pull_back(x, g, self.objective.unit)
+
+    def move(self, x: Tensor, t: Tensor | None, score: Tensor, fraction: float, jitter: Tensor) -> Tensor:
+        state = MoveState(x, score, fraction, (self.start, self.stop), float(self.scale))
+        move = self.gradient(x, t, jitter)
+        for name in self.chain:
+            move = PARTS[name](move, state)
+        return move
+
+
+class _Run:
+    """One pass through a scheduler's timesteps."""
+
+    def __init__(self, scheduler: Any, timestep: Any, place: tuple[int, int] | None):
+        self.scheduler, self.timesteps = scheduler, scheduler.timesteps
+        self.owner = ThreadOwner()
+        if place is None:  # image-to-image starts inside the list
+            first = getattr(scheduler, "begin_index", None)
+            if first is None:
+                where = (self.timesteps == torch.as_tensor(timestep).to(self.timesteps)).nonzero()
+                first = int(where[0]) if len(where) else 0
+            place = 0, len(self.timesteps) - int(first)
+        self.step, self.total = place
+        self.seconds = 0.0
+
+    def continues(self, scheduler: Any) -> bool:
+        return scheduler is self.scheduler and scheduler.timesteps is self.timesteps and self.step < self.total
+
+
+class KernelGuidance(PipelineCallback):
+    """Guide a diffusers pipeline by kernel objectives. Use it in any of these ways::
+
+        with guide.attach(pipe):                       # any pipeline that calls scheduler.step
+            images = pipe("runner", num_images_per_prompt=8).images
+        pipe("runner", callback_on_step_end=guide)     # any pipeline with callbacks; guided from the second step on
+
+    The important arguments are ``objective`` and ``scale``; those to tinker with are the rest, see :class:`Term`.
+    ``guide + other`` guides by both in one pass. Finished samples go into ``guide.memory``, once for each image.
+
+    Images of one batch repel or attract each other, so an image depends on the whole batch and on the memory, not on its
+    own seed alone; the same seeds in the same order with the same memory give the same images.
+
+    Args:
+        objective: an :class:`~kspec_guidance.objectives.Objective`.
+        scale, space, start, stop, every, sigma_interval, chain, memory: see :class:`Term`.
+        seed: of the noise that separates exact duplicates; the global random state is never used.
+        terms: several terms instead of one objective.
+
+    Raises:
+        ValueError: for settings outside their ranges.
+    """
+
+    tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012, diffusers' own protocol
+
+    def __init__(
+        self,
+        objective: Objective | None = None,
+        scale: float = 0.3,
+        space: str = "x0",
+        start: float = 0.0,
+        stop: float = 1.0,
+        every: int = 1,
+        sigma_interval: tuple[float, float] | None = None,
+        chain: Sequence[str] = DEFAULT_CHAIN,
+        memory: Memory | None = None,
+        seed: int = 0,
+        *,
+        terms: Sequence[Term] | None = None,
+    ):
+        super().__init__()
+        if (objective is None) == (terms is None):
+            raise ValueError("give either an objective or terms")
+        if terms is None:
+            assert objective is not None
+            terms = [Term(objective, scale, space, start, stop, every, sigma_interval, tuple(chain), memory)]
+        self.terms, self.seed = list(terms), seed
+        self._run: _Run | None = None
+        self._prompts: Tensor | None = None
+        self._encoder: str | None = None
+        self._hooks: list[SchedulerHook | PromptWatch] = []
+        self._pipe: Any = None
+        self._report = GuidanceReport()
+
+    # -- the pieces a user touches ---------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> Any:
+        """The (first) memory: what later images are kept away from, or counted with."""
+        return self.terms[0].memory
+
+    @property
+    def memories(self) -> list[Memory]:
+        """All distinct memories."""
+        return list({id(t.memory): t.memory for t in self.terms if t.memory is not None}.values())
+
+    def __add__(self, other: "KernelGuidance") -> "KernelGuidance":
+        """Both guides' objectives in one pass; exact memories are shared, the first one's entries counting."""
+        if not isinstance(other, KernelGuidance):
+            return NotImplemented
+        terms = [copy.copy(t) for t in (*self.terms, *other.terms)]
+        shared = next((t.memory for t in terms if isinstance(t.memory, MemoryBank)), None)
+        for term in terms:
+            if isinstance(term.memory, MemoryBank) and not len(term.memory):
+                term.memory = shared
+        return KernelGuidance(terms=terms, seed=self.seed)
+
+    def gradient(self, x: Tensor, prompt_features: Tensor | None = None) -> Tensor:
+        """The ascent direction on the objective at ``x``, given the memory, before any scaling or projection.
+
+        Args:
+            x: samples ``[n, ...]``.
+            prompt_features: ``[n, p]``; normalised here to norm 1.
+
+        Raises:
+            ValueError: for NaN, too few dimensions, or prompt features that do not match.
+        """
+        if not isinstance(x, Tensor) or x.ndim < 2 or not len(x):
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be a tensor [n, ...] of at least one sample, got {got}")
+        if not torch.isfinite(x).all():
+            raise ValueError("x holds NaN or infinite values")
+        with torch.no_grad():
+            t = None if prompt_features is None else self._match(masked_mean(prompt_features, None).to(x.device), len(x))
+            for memory in self.memories:
+                if len(memory) and memory.shape is not None and math.prod(memory.shape) != x[0].numel():
+                    raise ValueError(
+                        f"memory holds features of shape {memory.shape}, got {tuple(x.shape[1:])}; "
+                        "use a separate memory per resolution, or clear() it"
+                    )
+            jitter = self._jitter(x, 0)
+            return torch.stack([term.gradient(x, t, jitter) for term in self.terms]).sum(0).to(x.dtype)
+
+    def report(self) -> GuidanceReport:
+        """What the last run did: see :class:`~kspec_guidance.report.GuidanceReport`."""
+        return self._report
+
+    def attach(self, pipe: Any) -> AbstractContextManager["KernelGuidance"]:
+        """Hook ``pipe`` (or a bare scheduler) until the ``with`` block ends, or until :meth:`detach`.
+
+        Attaching the same guide twice is harmless. After the block, or an exception in it, the pipeline is untouched.
+
+        Raises:
+            UnsupportedSchedulerError: naming the scheduler and those that are supported.
+            ValueError: if another guide is attached to this pipeline.
+        """
+        if self._pipe is not pipe:
+            self.detach()
+            self._prompts = self._encoder = None
+            scheduler = getattr(pipe, "scheduler", pipe)
+            self._hooks = [SchedulerHook(scheduler, self._on_step, self)]
+            try:
+                self._hooks.append(PromptWatch(pipe, self._on_prompt, self))
+            except BaseException:
+                self.detach()
+                raise
+            self._pipe = pipe
+        return self._attached()
+
+    @contextmanager
+    def _attached(self) -> Iterator["KernelGuidance"]:
+        try:
+            yield self
+        finally:
+            self.detach()
+
+    def detach(self) -> None:
+        """Take every hook away; harmless when nothing is attached. Memory and report stay."""
+        for hook in reversed(self._hooks):
+            hook.remove()
+        self._hooks, self._pipe, self._run = [], None, None
+
+    # -- the callback way in ---------------------------------------------------------------------------------------
+
+    def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """diffusers' ``callback_on_step_end``: hooks the *next* step only, so that no hook outlives a run.
+
+        The model output is not among a callback's tensors and the step is already over, so guidance begins at the
+        second step. An attached guide ignores the callback: the step is not taken twice.
+        """
+        if self._pipe is pipeline:
+            return callback_kwargs
+        scheduler = pipeline.scheduler
+        if step_index == 0:
+            self._run = None
+            self._read_prompts(pipeline, callback_kwargs)
+        total = getattr(pipeline, "num_timesteps", len(scheduler.timesteps))
+        if step_index + 1 >= total:
+            return callback_kwargs
+        for hook in self._hooks:
+            hook.remove()
+        expected = scheduler.timesteps
+        hooks: list[SchedulerHook | PromptWatch] = []
+
+        def once(owner: Any, proceed: Any, model_output: Tensor, t: Any, sample: Tensor) -> Any:
+            hooks[0].remove()
+            if owner.timesteps is not expected:  # left over from a run that was aborted: stay out of this one
+                return proceed(model_output, sample)
+            return self._on_step(owner, proceed, model_output, t, sample, (step_index + 1, total))
+
+        hooks.append(SchedulerHook(scheduler, once, self))
+        self._hooks = hooks
+        return callback_kwargs
+
+    def _read_prompts(self, pipeline: Any, tensors: dict[str, Any]) -> None:
+        self._prompts = self._encoder = None
+        embeds = tensors.get("prompt_embeds")
+        if not isinstance(embeds, Tensor):
+            return
+        n = len(tensors["latents"]) if isinstance(tensors.get("latents"), Tensor) else len(embeds)
+        if len(embeds) == 2 * n and getattr(pipeline, "do_classifier_free_guidance", True):
+            embeds = embeds[n:]  # with classifier-free guidance the negative prompts come first
+        self._prompts = masked_mean(embeds, None)
+        encoder = getattr(pipeline, "text_encoder", None)
+        self._encoder = f"{type(encoder).__name__} by callback"
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def _on_prompt(self, features: Tensor, encoder: str) -> None:
+        self._prompts, self._encoder, self._run = features, encoder, None
+        pipe, hook = self._pipe, self._hooks[0]
+        if isinstance(hook, SchedulerHook) and pipe.scheduler is not hook.scheduler:  # swapped inside the block
+            hook.remove()
+            self._hooks[0] = SchedulerHook(pipe.scheduler, self._on_step, self)
+
+    def _match(self, t: Tensor, n: int) -> Tensor:
+        """One prompt row for each of ``n`` samples: prompts are repeated for their images."""
+        if len(t) == n:
+            return t
+        if n % len(t):
+            raise ValueError(f"{n} samples cannot be shared out over {len(t)} prompts; give one prompt row for each sample")
+        return t.repeat_interleave(n // len(t), dim=0)
+
+    def _jitter(self, x: Tensor, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        noise = torch.randn(len(x), x[0].numel(), generator=generator)
+        return (noise / noise.norm(dim=1, keepdim=True) * 1e-2).to(x.device)
+
+    def _begin(self, scheduler: Any, timestep: Any, sample: Tensor, place: tuple[int, int] | None) -> _Run:
+        run = _Run(scheduler, timestep, place)
+        for term in self.terms:
+            assert term.memory is not None
+            term.memory.bind(tuple(sample.shape[1:]), term.space, self._encoder)
+        self._report = GuidanceReport(total_steps=run.total)
+        return run
+
+    def _on_step(
+        self, scheduler: Any, proceed: Any, model_output: Tensor, timestep: Any, sample: Tensor, place: tuple[int, int] | None = None
+    ) -> Any:
+        run = self._run
+        if run is None or not run.continues(scheduler):
+            run = self._begin(scheduler, timestep, sample, place)
+        else:
+            run.owner.check()
+        self._run = None  # until this step has succeeded: an aborted run is forgotten
+        began = time.perf_counter()
+        with torch.no_grad():
+            t = None if self._prompts is None else self._match(self._prompts.to(sample.device), len(sample))
+            seen = predict(scheduler, model_output, timestep, sample)
+            if not torch.isfinite(seen.x0).all():
+                raise ValueError(
+                    f"NaN or infinite values in the prediction at step {run.step + 1} of {run.total}; the memory was not "
+                    "changed. Lower guidance_scale or scale, or use float32 if the model overflows in half precision"
+                )
+            due = [k for k in self.terms if k.due(run.step, run.total, seen.noise_to_signal)]
+            guided = self._move(run, [k for k in due if k.space == "x0"], seen.x0, seen, t)
+            if guided is not None and abs(seen.slope) > 1e-6:
+                model_output = seen.moved(model_output, guided)
+        run.seconds += time.perf_counter() - began
+        result = proceed(model_output, sample)
+        began = time.perf_counter()
+        with torch.no_grad():
+            result = self._move_latents(run, [k for k in due if k.space == "latents"], result, seen, t)
+            run.step += 1
+            if run.step >= run.total:
+                self._finish(run, result[0], t)
+        run.seconds += time.perf_counter() - began
+        self._report.seconds = run.seconds
+        self._run = run
+        return result
+
+    def _move(self, run: _Run, terms: list[Term], target: Tensor, seen: Prediction, t: Tensor | None) -> Tensor | None:
+        if not terms:
+            return None
+        fraction, jitter = run.step / run.total, self._jitter(target, run.step)
+        move = torch.stack([term.move(target, t, seen.score, fraction, jitter) for term in terms]).sum(0)
+        relative = move.flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1).clamp_min(1e-12)
+        self._report.steps.append(StepRecord(run.step, float(relative.mean()), seen.noise_to_signal))
+        self._report.note(target, move, t, terms[0].memory)
+        return move
+
+    def _move_latents(self, run: _Run, terms: list[Term], result: Any, seen: Prediction, t: Tensor | None) -> Any:
+        if not terms:
+            return result
+        latents = result[0]
+        move = self._move(run, terms, latents.float(), seen, t)
+        assert move is not None
+        moved = latents + move.to(latents.dtype)
+        if isinstance(result, tuple):
+            return (moved, *result[1:])
+        result.prev_sample = moved
+        return result
+
+    def _finish(self, run: _Run, final: Tensor, t: Tensor | None) -> None:
+        self._report.finish(final)
+        for memory in self.memories:
+            memory.add(final, t)
+

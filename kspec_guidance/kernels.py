@@ -1,0 +1,353 @@
+"""Kernels on vectors, each with its value and its vector-Jacobian product in closed form.
+
+A kernel takes ``x`` ``[..., n, d]`` and ``y`` ``[..., m, d]`` and returns ``[..., n, m]``. Every quantity of this package
+is a function of such matrices, so the one derivative needed is that of ``sum_ij w_ij k(x_i, y_j)`` in ``x``: that is
+:meth:`Kernel.vjp`. Half precision is computed in float32; float64 stays float64.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CosineKernel",
+    "GaussianKernel",
+    "Kernel",
+    "LaplacianKernel",
+    "PolynomialKernel",
+    "ProductKernel",
+    "RationalQuadraticKernel",
+    "gradient_bandwidth",
+    "median_bandwidth",
+    "pairwise_distances",
+]
+
+CHUNK = 1 << 24  # elements of the [n, m, d] differences that the Laplacian kernel holds at once
+
+
+Weight = Tensor | Callable[[Tensor], Tensor]
+
+
+def _evaluate(weight: Weight, k: Tensor) -> Tensor:
+    return weight(k) if callable(weight) else weight
+
+
+def as_float(x: Tensor) -> Tensor:
+    """float32 for half precision and integers; float32 and float64 as they are."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def check_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float matrices of one width.
+
+    Raises:
+        TypeError: if either is no tensor.
+        ValueError: if either has fewer than two dimensions, or their last dimensions differ.
+    """
+    for name, z in (("x", x), ("y", y)):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor of shape [n, d], got {type(z).__name__}")
+        if z.ndim < 2:
+            raise ValueError(f"{name} must have shape [n, d], got {list(z.shape)}; flatten each sample to one row")
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"x has {x.shape[-1]} features per row and y has {y.shape[-1]}; they must be equal")
+    x, y = as_float(x), as_float(y)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
+def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """``||x_i - y_j||^2`` ``[..., n, m]``; of ``x`` with itself the diagonal is exactly 0."""
+    same = y is None
+    x, y = check_pair(x, x if y is None else y)
+    centre = (y if y.shape[-2] else x).detach().mean(dim=-2, keepdim=True)  # the expansion below loses digits far from the origin
+    x, y = x - centre, y - centre
+    xx, yy = x.square().sum(-1, keepdim=True), y.square().sum(-1, keepdim=True)
+    d2 = (xx + yy.mT - 2 * (x @ y.mT)).clamp_min(0)
+    if same:
+        d2 = d2.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0)
+    return d2
+
+
+def pairwise_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Euclidean distances of distinct pairs: all of ``x`` with ``y``, or the pairs ``i < j`` of ``x``; flat."""
+    d = squared_distances(x, y).sqrt()
+    if y is None:
+        i, j = torch.triu_indices(d.shape[-2], d.shape[-1], offset=1, device=d.device)
+        d = d[..., i, j]
+    return d.flatten()
+
+
+@torch.no_grad()
+def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
+    """The median rule: the median Euclidean distance of distinct pairs; pairs at distance 0 do not count.
+
+    With nothing to measure (one point, or all points equal) it is 1.
+
+    >>> median_bandwidth(torch.tensor([[0.0], [1.0], [4.0]]))
+    3.0
+    """
+    d = pairwise_distances(x, y)
+    scale = max(float(z.abs().max()) for z in (x, x if y is None else y)) if d.numel() else 1.0
+    d = d[d > 1e-6 * scale]
+    return float(d.median()) if d.numel() else 1.0
+
+
+@torch.no_grad()
+def gradient_bandwidth(x: Tensor, y: Tensor | None = None, power: float = 2.0) -> float:
+    """The Gaussian bandwidth at which ``k(x, y)^power`` has its largest gradient at the median distance.
+
+    ``|grad exp(-p r^2 / 2 b^2)|`` is proportional to ``r exp(-p r^2 / 2 b^2) / b^2``; in units of the bandwidth it
+    peaks at ``r = b / sqrt(p)``. A bandwidth much below ``sqrt(p)`` medians leaves typical pairs without any gradient:
+    at the published 0.6 to 0.8 on unit vectors (median distance 1.4) the squared kernel is below 0.05.
+    """
+    return math.sqrt(power) * median_bandwidth(x, y)
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+class Kernel:
+    """Base class: a positive-definite function of two vectors.
+
+    A subclass gives ``__call__`` and, if there is a closed form, ``vjp``. ``fit`` fills in what is to be chosen from
+    data (a bandwidth of ``None`` means the median rule). ``k1 * k2`` is the product kernel.
+    """
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Kernel matrix ``[..., n, m]``; with ``y`` left out, of ``x`` with itself.
+
+        Raises:
+            ValueError: for shapes that do not fit each other.
+        """
+        raise NotImplementedError
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        """``sum_j weight_ij d k(x_i, y_j) / d x_i`` as ``[..., n, d]``, in closed form, ``y`` held fixed.
+
+        ``weight`` ``[..., n, m]`` may be a function of the kernel matrix, so that for a sum of ``f(k)`` one passes ``f'``
+        and the matrix is computed once.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no closed-form gradient; give it a vjp(x, y, weight) method, "
+            "or choose GaussianKernel, CosineKernel, PolynomialKernel, RationalQuadraticKernel or LaplacianKernel"
+        )
+
+    def fit(self, x: Tensor, y: Tensor | None = None) -> "Kernel":
+        """This kernel with its open parameters chosen from the rows of ``x`` (against ``y`` when given)."""
+        return self
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        """``k(x_i, x_i)`` ``[..., n]``."""
+        return torch.ones(x.shape[:-1], dtype=as_float(x).dtype, device=x.device)
+
+    def normalised(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """``k(x, y) / sqrt(k(x, x) k(y, y))``: unit diagonal, as entropies need; the kernel itself if it has one."""
+        k = self(x, y)
+        if type(self).diagonal is Kernel.diagonal:
+            return k
+        scale_x = self.diagonal(x).rsqrt()
+        scale_y = scale_x if y is None else self.diagonal(y).rsqrt()
+        return k * scale_x[..., :, None] * scale_y[..., None, :]
+
+    def __mul__(self, other: "Kernel") -> "ProductKernel":
+        return ProductKernel(self, other)
+
+
+class _Stationary(Kernel):
+    """Kernels with a ``bandwidth``; ``None`` is filled in by ``fit`` with the median rule."""
+
+    bandwidth: float | None
+
+    def fit(self, x: Tensor, y: Tensor | None = None) -> "_Stationary":
+        return self if self.bandwidth is not None else replace(self, bandwidth=self._rule(x, y))  # type: ignore[type-var]
+
+    def _rule(self, x: Tensor, y: Tensor | None) -> float:
+        return median_bandwidth(x, y)
+
+    def _fitted(self, x: Tensor, y: Tensor | None) -> "_Stationary":
+        return self if self.bandwidth is not None else self.fit(*check_pair(x, x)[:1], y)
+
+
+def _radial_vjp(x: Tensor, y: Tensor, coefficient: Tensor) -> Tensor:
+    """``sum_j c_ij (x_i - y_j)`` without forming the differences."""
+    if not y.shape[-2]:
+        return torch.zeros_like(x)
+    centre = y.mean(dim=-2, keepdim=True)
+    return coefficient.sum(-1, keepdim=True) * (x - centre) - coefficient @ (y - centre)
+
+
+@dataclass(frozen=True)
+class GaussianKernel(_Stationary):
+    """``exp(-||x - y||^2 / (2 bandwidth^2))``; bandwidth in the units of the features, ``None`` for the median rule.
+
+    >>> GaussianKernel(1.0)(torch.zeros(1, 2), torch.tensor([[1.0, 1.0]])).item()  # exp(-1)
+    0.3678794503211975
+    """
+
+    bandwidth: float | None = None
+
+    def __post_init__(self):
+        _positive("bandwidth", self.bandwidth)
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        b = self._fitted(x, y).bandwidth
+        return torch.exp(squared_distances(x, y) / (-2 * b * b))
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        x, y = check_pair(x, y)
+        b = self._fitted(x, y).bandwidth
+        k = torch.exp(squared_distances(x, y) / (-2 * b * b))
+        return _radial_vjp(x, y, _evaluate(weight, k) * k / (-b * b))
+
+
+@dataclass(frozen=True)
+class RationalQuadraticKernel(_Stationary):
+    """``(1 + ||x - y||^2 / (2 alpha bandwidth^2))^-alpha``: a mixture of Gaussians, with heavier tails."""
+
+    bandwidth: float | None = None
+    alpha: float = 1.0
+
+    def __post_init__(self):
+        _positive("bandwidth", self.bandwidth)
+        _positive("alpha", self.alpha)
+
+    def _base(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, float]:
+        b = self._fitted(x, y).bandwidth
+        return 1 + squared_distances(x, y) / (2 * self.alpha * b * b), b
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self._base(x, y)[0].pow(-self.alpha)
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        x, y = check_pair(x, y)
+        base, b = self._base(x, y)
+        k = base.pow(-self.alpha)
+        return _radial_vjp(x, y, _evaluate(weight, k) * k / base / (-b * b))
+
+
+@dataclass(frozen=True)
+class LaplacianKernel(_Stationary):
+    """``exp(-||x - y||_1 / bandwidth)`` with the sum of absolute differences, as in Rahimi and Recht (2007).
+
+    The median rule takes the median L1 distance. Where a coordinate of ``x`` and ``y`` agrees, its derivative is 0.
+    """
+
+    bandwidth: float | None = None
+
+    def __post_init__(self):
+        _positive("bandwidth", self.bandwidth)
+
+    def _rule(self, x: Tensor, y: Tensor | None) -> float:
+        d = torch.cdist(x.detach(), (x if y is None else y).detach(), p=1).flatten()
+        d = d[d > 0]
+        return float(d.median()) if d.numel() else 1.0
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        b = self._fitted(x, y).bandwidth
+        x, y = check_pair(x, x if y is None else y)
+        return torch.exp(-torch.cdist(x, y, p=1) / b)
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        x, y = check_pair(x, y)
+        b = self._fitted(x, y).bandwidth
+        k = torch.exp(-torch.cdist(x, y, p=1) / b)
+        coefficient = _evaluate(weight, k) * k / -b
+        rows = max(1, CHUNK // max(1, x.shape[-2] * x.shape[-1]))
+        total = torch.zeros_like(x)
+        for part, c in zip(y.split(rows, dim=-2), coefficient.split(rows, dim=-1), strict=True):
+            # [..., n, 1, d] - [..., 1, m, d]
+            total += (c[..., None] * torch.sign(x[..., :, None, :] - part[..., None, :, :])).sum(-2)
+        return total
+
+
+@dataclass(frozen=True)
+class CosineKernel(Kernel):
+    """``x.y / (||x|| ||y||)``; a row of zeros is similar to nothing (0), itself included."""
+
+    @staticmethod
+    def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows scaled to norm 1, and the norms ``[..., n, 1]`` (0 is kept as 1)."""
+        norm = x.norm(dim=-1, keepdim=True)
+        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+        return x / norm, norm
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        x, y = check_pair(x, x if y is None else y)
+        return self.unit(x)[0] @ self.unit(y)[0].mT
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        x, y = check_pair(x, y)
+        u, norm = self.unit(x)
+        v = self.unit(y)[0]
+        g = _evaluate(weight, u @ v.mT) @ v
+        return (g - (g * u).sum(-1, keepdim=True) * u) / norm
+
+
+@dataclass(frozen=True)
+class PolynomialKernel(Kernel):
+    """``(gamma x.y + coef)^degree``; ``gamma`` of ``None`` is ``1 / d``. Degree 3 with coef 1 is the kernel of KID.
+
+    Its diagonal is not 1; scores of entropy divide it out, MMD takes it as it is.
+    """
+
+    degree: int = 3
+    gamma: float | None = None
+    coef: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.degree, int) or self.degree < 1:
+            raise ValueError(f"degree must be a whole number of at least 1, got {self.degree!r}")
+        _positive("gamma", self.gamma)
+        if not (math.isfinite(self.coef) and self.coef >= 0):
+            raise ValueError(f"coef must be at least 0, or the kernel is not positive definite; got {self.coef!r}")
+
+    def _base(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, float]:
+        x, y = check_pair(x, x if y is None else y)
+        gamma = 1 / x.shape[-1] if self.gamma is None else self.gamma
+        return gamma * (x @ y.mT) + self.coef, gamma
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self._base(x, y)[0].pow(self.degree)
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        x = as_float(x)
+        gamma = 1 / x.shape[-1] if self.gamma is None else self.gamma
+        return (gamma * x.square().sum(-1) + self.coef).pow(self.degree)
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        x, y = check_pair(x, y)
+        base, gamma = self._base(x, y)
+        w = _evaluate(weight, base.pow(self.degree))
+        return (w * base.pow(self.degree - 1) * (self.degree * gamma)) @ y
+
+
+@dataclass(frozen=True)
+class ProductKernel(Kernel):
+    """``first(x, y) * second(x, y)`` on the same vectors."""
+
+    first: Kernel
+    second: Kernel
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.first(x, y) * self.second(x, y)
+
+    def fit(self, x: Tensor, y: Tensor | None = None) -> "ProductKernel":
+        return ProductKernel(self.first.fit(x, y), self.second.fit(x, y))
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        return self.first.diagonal(x) * self.second.diagonal(x)
+
+    def normalised(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.first.normalised(x, y) * self.second.normalised(x, y)
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        first, second = self.first.fit(x, y), self.second.fit(x, y)
+        a, b = first(x, y), second(x, y)
+        w = _evaluate(weight, a * b)
+        return first.vjp(x, y, w * b) + second.vjp(x, y, w * a)

@@ -1,0 +1,137 @@
+"""The guides by name: SPARKE, MMDGuidance and NoveltyGuidance, and the settings their papers used."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.guidance import DEFAULT_CHAIN, KernelGuidance
+from kspec_guidance.kernels import GaussianKernel, Kernel, PolynomialKernel
+from kspec_guidance.memory import Memory
+from kspec_guidance.objectives import MMD, PROMPT_BANDWIDTH, ConditionalRKE, Novelty
+
+__all__ = ["MMDGuidance", "NoveltyGuidance", "SPARKE"]
+
+
+class SPARKE(KernelGuidance):
+    """More variety: every image away from the others, and from earlier ones, *of similar prompts*.
+
+    Ascends conditional RKE (Jalali, Lei, Gohari, Farnia 2025, arXiv 2506.10173).
+
+    Args:
+        scale: largest move per step, relative to the norm of the prediction. See the README's figures for what it buys.
+        kernel: of samples scaled to norm 1; Gaussian at the median distance of the pairs at hand by default.
+        prompt_kernel: of prompt features of norm 1; Gaussian with bandwidth 0.35 by default.
+        space, start, stop, every, chain, memory, seed: see :class:`~kspec_guidance.guidance.KernelGuidance`.
+        features, prompt_features: random Fourier features of the two kernels, for a memory of constant size.
+    """
+
+    def __init__(
+        self,
+        scale: float = 0.3,
+        kernel: Kernel | None = None,
+        prompt_kernel: Kernel | None = None,
+        space: str = "x0",
+        start: float = 0.0,
+        stop: float = 0.6,
+        every: int = 1,
+        memory: Memory | None = None,
+        *,
+        chain: Sequence[str] = DEFAULT_CHAIN,
+        features: RandomFourierFeatures | None = None,
+        prompt_features: RandomFourierFeatures | None = None,
+        **more: Any,
+    ):
+        objective = ConditionalRKE(
+            kernel=kernel or GaussianKernel(),
+            features=features,
+            prompt_kernel=prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH),
+            prompt_features=prompt_features,
+        )
+        super().__init__(objective, scale, space, start, stop, every, chain=chain, memory=memory, **more)
+
+    @classmethod
+    def published(cls, scale: float = 0.1, **more: Any) -> "SPARKE":
+        """The paper's chain: noisy latents, fixed bandwidths, the gradient rescaled to the norm at every 10th step."""
+        settings: dict[str, Any] = {"space": "latents", "stop": 1.0, "every": 10, "chain": ("rescale",)}
+        return cls(scale, GaussianKernel(0.7), GaussianKernel(0.35), **(settings | more))
+
+
+class MMDGuidance(KernelGuidance):
+    """Toward a reference set: what is generated, memory included, comes to be distributed as the references are.
+
+    Descends the squared maximum mean discrepancy (Sani, Jamali, Jalali, Farnia 2026).
+
+    Args:
+        reference: ``[m, ...]`` samples in the pipeline's own latent space (:func:`encode_reference` makes them).
+        scale: largest move per step, relative to the norm of the prediction.
+        kernel: cubic polynomial (KID's) by default.
+        reference_prompts: prompt features of the references; each prompt is then drawn to those of similar prompts.
+        prompt_kernel: for these; Gaussian with bandwidth 0.35 by default.
+        features: random Fourier features of a Gaussian or Laplacian kernel, for a memory of constant size.
+        space, start, stop, every, chain, memory, seed: see :class:`~kspec_guidance.guidance.KernelGuidance`.
+    """
+
+    def __init__(
+        self,
+        reference: Tensor,
+        scale: float = 0.3,
+        kernel: Kernel | None = None,
+        space: str = "x0",
+        start: float = 0.0,
+        stop: float = 0.6,
+        every: int = 1,
+        memory: Memory | None = None,
+        *,
+        reference_prompts: Tensor | None = None,
+        prompt_kernel: Kernel | None = None,
+        features: RandomFourierFeatures | None = None,
+        chain: Sequence[str] = ("off_score", "rescale"),
+        **more: Any,
+    ):
+        objective = MMD(
+            reference,
+            kernel=kernel or PolynomialKernel(),
+            reference_prompts=reference_prompts,
+            prompt_kernel=prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH),
+            features=features,
+        )
+        super().__init__(objective, scale, space, start, stop, every, chain=chain, memory=memory, **more)
+
+    @classmethod
+    def published(cls, reference: Tensor, scale: float = 1e-3, **more: Any) -> "MMDGuidance":
+        """The paper's chain: cubic kernel, noisy latents, the gradient rescaled to the norm at every step."""
+        settings: dict[str, Any] = {"space": "latents", "stop": 1.0, "chain": ("rescale",)}
+        return cls(reference, scale, **(settings | more))
+
+
+class NoveltyGuidance(KernelGuidance):
+    """Away from a fixed reference set: what must not be repeated.
+
+    Args:
+        reference: ``[m, ...]`` samples in the pipeline's own latent space.
+        reference_prompts: prompt features of the references; only those of similar prompts then repel.
+        scale, kernel, space, start, stop, every, chain, memory, seed: as for :class:`SPARKE`.
+    """
+
+    def __init__(
+        self,
+        reference: Tensor,
+        scale: float = 0.3,
+        kernel: Kernel | None = None,
+        space: str = "x0",
+        start: float = 0.0,
+        stop: float = 0.6,
+        every: int = 1,
+        memory: Memory | None = None,
+        *,
+        reference_prompts: Tensor | None = None,
+        features: RandomFourierFeatures | None = None,
+        chain: Sequence[str] = DEFAULT_CHAIN,
+        **more: Any,
+    ):
+        objective = Novelty(
+            kernel=kernel or GaussianKernel(), features=features, reference=reference, reference_prompts=reference_prompts
+        )
+        super().__init__(objective, scale, space, start, stop, every, chain=chain, memory=memory, **more)

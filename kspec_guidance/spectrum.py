@@ -1,0 +1,104 @@
+"""Eigenvalues of kernel and covariance matrices, and the entropies of them. Always in float64."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["CovarianceOperator", "check_order", "eigenvalues", "renyi_entropy", "truncate"]
+
+
+def check_order(order: float) -> float:
+    """
+    Raises:
+        ValueError: unless ``0 < order <= inf``.
+    """
+    order = float(order)
+    if math.isnan(order) or order <= 0:
+        raise ValueError(f"the order of an entropy must lie in (0, inf], got {order}")
+    return order
+
+
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Eigenvalues ``[..., n]`` of symmetric positive semi-definite ``[..., n, n]``, ascending, negatives cut to 0."""
+    matrix = matrix.double()
+    return torch.linalg.eigvalsh((matrix + matrix.mT) / 2).clamp_min(0)
+
+
+def renyi_entropy(spectrum: Tensor, order: float = 1.0) -> Tensor:
+    """Renyi entropy ``[...]`` in nats of a spectrum ``[..., n]`` that sums to 1.
+
+    ``log(sum l^q) / (1 - q)``; Shannon's ``-sum l log l`` at ``q = 1``; ``-log max l`` at infinity. Eigenvalues below
+    ``n`` times the rounding unit are noise and do not count: their share would grow without bound as q goes to 0.
+
+    >>> renyi_entropy(torch.tensor([0.5, 0.5]), order=2).exp().item()
+    2.0
+    """
+    order = check_order(order)
+    l = spectrum.double()  # noqa: E741, the papers' lambda
+    if math.isinf(order):
+        return -l.amax(-1).log()
+    alive = l > l.shape[-1] * torch.finfo(l.dtype).eps * l.amax(-1, keepdim=True)
+    safe = torch.where(alive, l, torch.ones_like(l))
+    if order == 1:
+        return -torch.where(alive, safe * safe.log(), 0).sum(-1)
+    return torch.where(alive, safe.pow(order), 0).sum(-1).log() / (1 - order)
+
+
+def truncate(spectrum: Tensor, t: int | None) -> Tensor:
+    """The t largest eigenvalues ``[..., t]``, each raised by ``(1 - their sum) / t`` (Ospanov, Farnia 2024).
+
+    Raises:
+        ValueError: for ``t`` below 1.
+    """
+    if t is None or t >= spectrum.shape[-1]:
+        return spectrum
+    if t < 1:
+        raise ValueError(f"truncation must keep at least 1 eigenvalue, got {t}")
+    top = spectrum.topk(t, dim=-1).values
+    return top + (spectrum.sum(-1, keepdim=True) - top.sum(-1, keepdim=True)) / t
+
+
+class CovarianceOperator:
+    """Streaming second moment ``1/n sum_i phi_i phi_i'`` of feature rows ``[n, D]``; state independent of ``n``.
+
+    ``add``, ``merge`` and ``subtract`` are sums, so any batching and order give the same result up to rounding in float64.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, features: Tensor) -> "CovarianceOperator":
+        features = features.detach().double()
+        gram = features.mT @ features
+        self.total = gram if self.total is None else self.total + gram
+        self.count += features.shape[0]
+        return self
+
+    def _combine(self, other: "CovarianceOperator", sign: int) -> "CovarianceOperator":
+        if other.total is not None:
+            if self.total is not None and self.total.shape != other.total.shape:
+                raise ValueError(f"cannot combine moments of {self.total.shape[0]} and {other.total.shape[0]} features")
+            self.total = sign * other.total if self.total is None else self.total + sign * other.total
+            self.count += sign * other.count
+        return self
+
+    def merge(self, other: "CovarianceOperator") -> "CovarianceOperator":
+        return self._combine(other, 1)
+
+    def subtract(self, other: "CovarianceOperator") -> "CovarianceOperator":
+        """Take out samples that were added before."""
+        return self._combine(other, -1)
+
+    def matrix(self) -> Tensor:
+        """
+        Raises:
+            ValueError: if nothing was added.
+        """
+        if self.total is None or self.count <= 0:
+            raise ValueError("no samples: add at least one row of features first")
+        return self.total / self.count
+
+    def eigenvalues(self) -> Tensor:
+        return eigenvalues(self.matrix())
