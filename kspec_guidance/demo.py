@@ -32,9 +32,8 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPi
     try:  # loading takes a second: progress bars for it would be noise
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-        return StableDiffusionPipeline.from_pretrained(
-            ASSETS / "emoji", torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji", local_files_only=True, use_safetensors=True)
+        return pipe.to(dtype)
     finally:
         if bars[0]:
             diffusers_logging.enable_progress_bar()

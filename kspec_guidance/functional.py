@@ -47,7 +47,7 @@ def _pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gram(x: Tensor, kernel: Kernel | None) -> Tensor:
     """Kernel matrix ``[..., n, n]`` in float64 with unit diagonal."""
-    return (kernel or CosineKernel()).normalised(x).double()
+    return (kernel or CosineKernel()).normalised(x.double())  # float32 rounding would look like further modes
 
 
 def _matrix(x: Tensor, kernel: Kernel | None, feature_map: FeatureMap | None) -> Tensor:
@@ -56,7 +56,7 @@ def _matrix(x: Tensor, kernel: Kernel | None, feature_map: FeatureMap | None) ->
     if feature_map is not None:
         phi = feature_map(x)
     elif (kernel is None or isinstance(kernel, CosineKernel)) and x.shape[-1] < n:
-        phi = CosineKernel.unit(x)[0]
+        phi = CosineKernel.unit(x.double())[0]
     if phi is None:
         return _gram(x, kernel) / n
     phi = phi.double()
@@ -209,12 +209,12 @@ def mmd(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = True) -> Tensor:
     Raises:
         ValueError: if the unbiased estimate is asked for with fewer than two samples on a side.
     """
-    x, y = _check(x), _check(y, "y")
+    x, y = _check(x).double(), _check(y, "y").double()
     n, m = x.shape[-2], y.shape[-2]
     if unbiased and min(n, m) < 2:
         raise ValueError(f"the unbiased MMD needs two samples on each side, got {n} and {m}; pass unbiased=False")
     kernel = kernel.fit(torch.cat([x, y], dim=-2))
-    kxx, kyy, kxy = kernel(x).double(), kernel(y).double(), kernel(x, y).double()
+    kxx, kyy, kxy = kernel(x), kernel(y), kernel(x, y)
 
     def mean(k: Tensor, count: int) -> Tensor:
         if not unbiased:

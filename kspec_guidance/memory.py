@@ -315,14 +315,15 @@ class RandomFeatureMemory(_Described):
         rows, t, shape = self._check(x, t)
         if self.prompt_features is not None and t is None:
             raise ValueError("this memory weighs samples by their prompts, but no prompt features came with them")
-        phi = (self.features(CosineKernel.unit(rows)[0] if self.unit else rows).double() * SCALE).round()
         width = None if t is None else t.shape[1]
-        if self.prompt_features is None or t is None:
-            return phi.to(torch.int64).sum(0).cpu(), len(rows), width, shape
-        psi = self.prompt_features(CosineKernel.unit(t)[0]).double()
-        # rounded sample by sample, so that the sum does not depend on how samples were batched
-        parts = [(a[:, None] * b[None, :]).round().to(torch.int64) for a, b in zip(phi, psi, strict=True)]
-        return torch.stack(parts).sum(0).cpu(), len(rows), width, shape
+        total = torch.zeros_like(self.total)
+        for i in range(len(rows)):  # one by one: a product's rounding depends on how many rows it has
+            row = rows[i : i + 1].double()
+            part = self.features(CosineKernel.unit(row)[0] if self.unit else row)[0]
+            if self.prompt_features is not None and t is not None:
+                part = part[:, None] * self.prompt_features(CosineKernel.unit(t[i : i + 1].double())[0])
+            total += (part * SCALE).round().to(torch.int64).cpu()
+        return total, len(rows), width, shape
 
     def _update(self, x: Tensor, t: Tensor | None, sign: int) -> None:
         total, count, width, shape = self._sum(x, t)

@@ -6,12 +6,14 @@ pipeline's ``scaling_factor`` is 1 and nothing downstream has to know.
 
 import argparse
 import json
+import random
 from pathlib import Path
 
 import data
 import text
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from train_unet import Denoiser, build_scheduler, build_unet, posteriors
 
@@ -55,6 +57,23 @@ def assemble(data_folder: Path, vae_folder: Path, run_folder: Path) -> tuple[Sta
     return pipe, {"images": images, "entries": entries}
 
 
+REFERENCES = {"twemoji": "twemoji style", "noto": "noto style", "dark-skin-tone": "dark skin tone", "light-skin-tone": "light skin tone"}
+TILES, COLUMNS = 96, 12
+
+
+def save_references(folder: Path, images: torch.Tensor, entries: list) -> None:
+    """Sheets of 96 pictures each, drawn with a fixed seed, and what they show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {}
+    for name, attribute in REFERENCES.items():
+        having = [i for i, e in enumerate(entries) if attribute in e.attributes()]
+        chosen = sorted(random.Random(name).sample(having, TILES))
+        tiles = images[chosen].view(TILES // COLUMNS, COLUMNS, 3, 64, 64).permute(0, 3, 1, 4, 2)
+        Image.fromarray(tiles.reshape(TILES // COLUMNS * 64, COLUMNS * 64, 3).numpy()).save(folder / f"{name}.png", optimize=True)
+        about[name] = {"count": TILES, "attribute": attribute, "captions": [entries[i].full_caption() for i in chosen]}
+    (folder / "references.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(".cache_data"))
@@ -62,8 +81,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/unet"))
     parser.add_argument("--out", type=Path, default=Path("kspec_guidance/assets/emoji"))
     args = parser.parse_args()
-    pipe, _ = assemble(args.data, args.vae, args.run)
+    pipe, art = assemble(args.data, args.vae, args.run)
     pipe.to(torch.float16).save_pretrained(args.out, safe_serialization=True)
+    save_references(args.out.parent / "references", **art)
     size = sum(f.stat().st_size for f in args.out.rglob("*.safetensors"))
     print(json.dumps({"bytes": size, "parameters": {n: sum(p.numel() for p in getattr(pipe, n).parameters())
                                                     for n in ("unet", "vae", "text_encoder")}}))  # fmt: skip

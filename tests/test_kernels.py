@@ -1,0 +1,133 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kspec_guidance.kernels import (
+    CosineKernel,
+    GaussianKernel,
+    Kernel,
+    LaplacianKernel,
+    PolynomialKernel,
+    RationalQuadraticKernel,
+    gradient_bandwidth,
+    median_bandwidth,
+)
+
+KERNELS = [
+    GaussianKernel(1.3),
+    CosineKernel(),
+    PolynomialKernel(),
+    PolynomialKernel(2, gamma=0.3, coef=0.5),
+    RationalQuadraticKernel(0.9, alpha=0.7),
+    LaplacianKernel(2.0),
+    GaussianKernel(2.0) * PolynomialKernel(2),
+]
+X = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+O = torch.zeros(1, 2, dtype=torch.float64)
+ONE = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "y", "value"),
+    [
+        (GaussianKernel(5.0), O, math.exp(-0.5)),
+        (LaplacianKernel(7.0), O, math.exp(-1)),
+        (RationalQuadraticKernel(5.0, alpha=2.0), O, (1 + 1 / 4) ** -2),
+        (CosineKernel(), ONE, 0.6),
+        (PolynomialKernel(), ONE, (1.5 + 1) ** 3),
+        (PolynomialKernel(2, gamma=1.0, coef=0.0), ONE, 9.0),
+    ],
+)
+def test_kernel_value_is_its_formula(kernel, y, value):
+    assert kernel(X, y).item() == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_vjp_is_the_derivative_by_autograd(kernel, g):
+    x = torch.randn(5, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(7, 4, generator=g, dtype=torch.float64)
+    w = torch.randn(5, 7, generator=g, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((w * kernel(x, y)).sum(), x)
+    torch.testing.assert_close(kernel.vjp(x.detach(), y, w), expected, rtol=1e-8, atol=1e-12)
+    (expected,) = torch.autograd.grad(kernel(x, y).pow(3).sum(), x)
+    torch.testing.assert_close(kernel.vjp(x.detach(), y, lambda k: 3 * k**2), expected, rtol=1e-8, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 6), st.sampled_from(KERNELS))
+def test_kernel_matrices_are_symmetric_and_positive(seed, n, d, kernel):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    k = kernel(x)
+    torch.testing.assert_close(k, k.mT)
+    assert torch.linalg.eigvalsh(k).min() > -1e-9 * k.abs().max()
+    torch.testing.assert_close(kernel.diagonal(x), k.diagonal(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_batched_equals_one_by_one(kernel, g):
+    x, y = torch.randn(2, 3, 5, 4, generator=g), torch.randn(2, 3, 6, 4, generator=g)
+    torch.testing.assert_close(kernel(x, y)[1, 2], kernel(x[1, 2], y[1, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype, g):
+    x = torch.randn(4, 8, generator=g).to(dtype)
+    k = GaussianKernel(1.0)(x)
+    assert k.dtype == torch.float32
+    torch.testing.assert_close(k, GaussianKernel(1.0)(x.float()))
+
+
+def test_identical_points_far_from_the_origin_have_kernel_one(g):
+    x = (torch.randn(1, 64, generator=g) + 1000).expand(6, 64)
+    torch.testing.assert_close(GaussianKernel(0.1)(x), torch.ones(6, 6), atol=1e-4, rtol=0)
+
+
+def test_median_bandwidth_counts_distinct_pairs_only():
+    assert median_bandwidth(torch.tensor([[0.0], [0.0], [2.0]])) == 2.0
+    assert median_bandwidth(torch.zeros(3, 2)) == 1.0
+    assert median_bandwidth(torch.zeros(1, 2)) == 1.0
+
+
+def test_gradient_bandwidth_puts_the_median_pair_where_the_squared_kernel_is_steepest():
+    x, y = torch.tensor([[0.0]], dtype=torch.float64), torch.tensor([[3.0]], dtype=torch.float64)
+    best = gradient_bandwidth(torch.cat([x, y]))
+    r = torch.linspace(0.1, 9, 2000, dtype=torch.float64)[:, None]
+    slope = GaussianKernel(best).vjp(r, x, lambda k: 2 * k).abs()
+    assert r[slope.argmax()].item() == pytest.approx(3.0, abs=0.01)
+
+
+@pytest.mark.parametrize("kernel", [GaussianKernel(), RationalQuadraticKernel(), LaplacianKernel()], ids=str)
+def test_open_bandwidth_is_fitted_by_the_median_rule(kernel, g):
+    x = torch.randn(20, 3, generator=g)
+    k = kernel.fit(x)
+    assert k.bandwidth is not None
+    torch.testing.assert_close(kernel(x), k(x))
+
+
+class NoGradient(Kernel):
+    pass
+
+
+def test_a_kernel_without_closed_form_says_what_to_do():
+    with pytest.raises(TypeError, match=r"NoGradient has no closed-form gradient; give it a vjp"):
+        NoGradient().vjp(X, X, torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: GaussianKernel(0.0), ValueError, "bandwidth must be a positive"),
+        (lambda: GaussianKernel(float("nan")), ValueError, "bandwidth must be a positive"),
+        (lambda: PolynomialKernel(0), ValueError, "degree must be"),
+        (lambda: PolynomialKernel(2, coef=-1.0), ValueError, "coef must be at least 0"),
+        (lambda: CosineKernel()(torch.ones(3)), ValueError, r"shape \[n, d\], got \[3\]"),
+        (lambda: CosineKernel()(torch.ones(3, 2), torch.ones(3, 4)), ValueError, "2 features per row and y has 4"),
+        (lambda: CosineKernel()([[1.0]]), TypeError, "must be a torch.Tensor"),
+    ],
+)
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
