@@ -100,6 +100,7 @@ def levels(scheduler: Any, timestep: Tensor | float, kind: str) -> tuple[float, 
     sigmas = scheduler.sigmas
     if getattr(scheduler, "sigmas_interpol", None) is not None and not scheduler.state_in_first_order:
         sigmas = scheduler.sigmas_interpol  # KDPM2 evaluates its second stage between two noise levels
+        index -= any(cls.__name__ == "KDPM2AncestralDiscreteScheduler" for cls in type(scheduler).__mro__)
     sigma = float(sigmas[index].double())
     if kind == "vp":
         alpha, sigma = (float(v) for v in scheduler._sigma_to_alpha_sigma_t(torch.tensor(sigma, dtype=torch.float64)))

@@ -1,0 +1,119 @@
+"""What guidance buys on the embedded pipeline: variety, modes and fidelity, plain against guided, with intervals.
+
+    python benchmarks/effect.py --out benchmarks/results/effect.json
+
+Needs the emoji art (fetched with npm on the first run). A generated image belongs to the training image nearest to it in
+32 x 32 pixels; it *agrees* if that image may have the prompt as its caption, and the modes of a prompt are the distinct
+training images that agreeing images belong to. Intervals are 95%, by bootstrap over prompts.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as nnf
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "train_emoji"))
+import data
+
+from kspec_guidance import SPARKE, load_demo_pipeline
+from kspec_guidance import functional as F
+from kspec_guidance.kernels import GaussianKernel
+from kspec_guidance.objectives import PROMPT_BANDWIDTH
+
+PROMPTS = [
+    "runner", "cat face", "man", "heart", "person", "health worker", "woman", "firefighter", "clock face", "swimmer",
+    "police officer", "teacher", "farmer", "cook", "student", "person frowning", "surfer", "waving hand sign", "book", "building",
+]  # fmt: skip
+KERNEL = GaussianKernel(1.0)  # of unit-norm latents: one yardstick for all runs, whatever guidance itself used
+
+
+def small(images: torch.Tensor) -> torch.Tensor:
+    """Images ``[n, 3, 64, 64]`` in 0..1 as rows of 32 x 32 pixels."""
+    return nnf.avg_pool2d(images, 2).flatten(1)
+
+
+class Art:
+    """The training images, to say which one a generated image shows."""
+
+    def __init__(self, folder: Path):
+        data.download(folder)
+        images, self.entries = data.load(folder)
+        self.rows = small(images.float() / 255)
+
+    def judge(self, images: torch.Tensor, prompt: str) -> dict[str, float]:
+        distance = torch.cdist(small(images), self.rows) / self.rows.shape[1] ** 0.5  # root mean squared difference
+        near, which = distance.min(dim=1)
+        agree = [self.entries[i].answers(prompt) for i in which.tolist()]
+        modes = {self.entries[i].path for i, ok in zip(which.tolist(), agree, strict=True) if ok}
+        return {"modes": len(modes), "agreement": sum(agree) / len(agree), "distance": float(near.mean())}
+
+
+def run(pipe, prompt: str, scale: float | None, args, guide_options: dict) -> dict[str, float]:
+    guide = SPARKE(scale or 0.0, **guide_options)
+    settings = {
+        "num_images_per_prompt": args.images,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "output_type": "latent",
+        "generator": [torch.Generator().manual_seed(args.seed + k) for k in range(args.images)],
+    }
+    began = time.perf_counter()
+    if scale is None:
+        latents = pipe(prompt, **settings).images
+    else:
+        with guide.attach(pipe):
+            latents = pipe(prompt, **settings).images
+    with torch.no_grad():
+        images = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    seconds = time.perf_counter() - began
+    rows = latents.flatten(1) / latents.flatten(1).norm(dim=1, keepdim=True)
+    same = torch.ones(len(rows), 1)
+    return {
+        "vendi": float(F.vendi_score(rows, KERNEL)),
+        "conditional_rke": float(F.conditional_rke_score(rows, same, KERNEL, GaussianKernel(PROMPT_BANDWIDTH))),
+        **args.art.judge(images, prompt),
+        "seconds": seconds,
+    }
+
+
+def interval(values: torch.Tensor, seed: int = 0) -> list[float]:
+    """Mean and 95% bootstrap interval over prompts."""
+    g = torch.Generator().manual_seed(seed)
+    draws = values[torch.randint(len(values), (2000, len(values)), generator=g)].mean(1)
+    return [float(values.mean()), float(draws.quantile(0.025)), float(draws.quantile(0.975))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path(".cache_data"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/effect.json"))
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.1, 0.3, 1.0])
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--options", type=json.loads, default={}, help="further SPARKE settings as JSON")
+    args = parser.parse_args()
+    args.art = Art(args.data)
+    pipe = load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    results, names = {}, ["vendi", "conditional_rke", "modes", "agreement", "distance", "seconds"]
+    print("setting        " + "".join(f"{n:>26}" for n in names), flush=True)
+    for scale in [None, *args.scales]:
+        rows = [run(pipe, p, scale, args, args.options) for p in args.prompts]
+        label = "plain" if scale is None else f"SPARKE {scale:g}"
+        results[label] = {n: interval(torch.tensor([r[n] for r in rows], dtype=torch.float64)) for n in names}
+        results[label]["prompts"] = dict(zip(args.prompts, rows, strict=True))
+        print(f"{label:<15}" + "".join("{:>12.3f} [{:.3f}, {:.3f}]".format(*results[label][n]) for n in names), flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {k: v for k, v in vars(args).items() if k in ("images", "steps", "guidance_scale", "seed", "options")}
+    args.out.write_text(json.dumps({"settings": about, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
