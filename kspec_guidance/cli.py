@@ -26,7 +26,9 @@ def _fail(message: str) -> typer.Exit:
 
 
 def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
 
 
 def _generators(seed: int, n: int) -> list:
@@ -124,7 +126,9 @@ def generate(
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of images, with metadata.jsonl if prompts are known.")],
-    clip: Annotated[str | None, typer.Option(help="open_clip model and weights as NAME:FILE, for semantic features.")] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="open_clip model and weights as NAME:FILE, for semantic features.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """How varied is a folder of images? Vendi and RKE, and for each prompt apart when metadata.jsonl is there."""
@@ -152,7 +156,9 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(scores, indent=1))
         return
-    table = Table(title=f"{folder}: effective number of different images", caption="features: " + (clip or "demo autoencoder"))
+    table = Table(
+        title=f"{folder}: effective number of different images", caption="features: " + (clip or "demo autoencoder")
+    )
     for column in ("set", "images", "Vendi", "RKE", "Conditional-Vendi"):
         table.add_column(column, justify="left" if column == "set" else "right")
     for name, s in scores.items():

@@ -222,4 +222,3 @@ def mmd(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = True) -> Tensor:
         return (k.sum((-2, -1)) - k.diagonal(dim1=-2, dim2=-1).sum(-1)) / (count * (count - 1))
 
     return mean(kxx, n) + mean(kyy, m) - 2 * kxy.mean((-2, -1))
-

@@ -137,7 +137,7 @@ class KernelGuidance(PipelineCallback):
         ValueError: for settings outside their ranges.
     """
 
-    tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012, diffusers' own protocol
+    tensor_inputs = ["latents", "prompt_embeds"]
 
     def __init__(
         self,
@@ -331,7 +331,13 @@ class KernelGuidance(PipelineCallback):
         return run
 
     def _on_step(
-        self, scheduler: Any, proceed: Any, model_output: Tensor, timestep: Any, sample: Tensor, place: tuple[int, int] | None = None
+        self,
+        scheduler: Any,
+        proceed: Any,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        place: tuple[int, int] | None = None,
     ) -> Any:
         run = self._run
         if run is None or not run.continues(scheduler):
@@ -391,4 +397,3 @@ class KernelGuidance(PipelineCallback):
         self._report.finish(final)
         for memory in self.memories:
             memory.add(final, t)
-

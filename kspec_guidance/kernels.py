@@ -63,7 +63,9 @@ def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
     """``||x_i - y_j||^2`` ``[..., n, m]``; of ``x`` with itself the diagonal is exactly 0."""
     same = y is None
     x, y = check_pair(x, x if y is None else y)
-    centre = (y if y.shape[-2] else x).detach().mean(dim=-2, keepdim=True)  # the expansion below loses digits far from the origin
+    centre = (
+        (y if y.shape[-2] else x).detach().mean(dim=-2, keepdim=True)
+    )  # the expansion below loses digits far from the origin
     x, y = x - centre, y - centre
     xx, yy = x.square().sum(-1, keepdim=True), y.square().sum(-1, keepdim=True)
     d2 = (xx + yy.mT - 2 * (x @ y.mT)).clamp_min(0)

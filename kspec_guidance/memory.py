@@ -57,7 +57,9 @@ def _read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[s
     except (SafetensorError, OSError, ValueError) as error:
         raise MemoryFileError(f"{path} is no whole safetensors file ({error}); restore it from a copy") from error
     if header.get("format") != FORMAT:
-        raise MemoryFileError(f"{path} holds {header.get('format', 'no format name')!r}, not {FORMAT!r}; was it saved by memory.save?")
+        raise MemoryFileError(
+            f"{path} holds {header.get('format', 'no format name')!r}, not {FORMAT!r}; was it saved by memory.save?"
+        )
     if header.get("kind") != kind:
         raise MemoryFileError(f"{path} holds a {header.get('kind')!r}, expected a {kind!r}; load it with that class")
     if header.get("sha256") != _digest(tensors):
@@ -143,7 +145,12 @@ class _Described:
             raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
         for name in ("shape", "space", "prompt_encoder", "prompt_dim"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if len(self) and len(other) and mine != theirs and (name in ("shape", "prompt_dim") or None not in (mine, theirs)):
+            if (
+                len(self)
+                and len(other)
+                and mine != theirs
+                and (name in ("shape", "prompt_dim") or None not in (mine, theirs))
+            ):
                 raise ValueError(f"memories differ in {name}: {mine} here, {theirs} there; they cannot be merged")
 
     def _adopt(self, other: "_Described") -> None:

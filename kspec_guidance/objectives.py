@@ -335,7 +335,9 @@ class MMD(Objective):
         if not self.conditional:
             return self.fitted, rows, reference, 1.0, 1.0, 1.0
         if t is None:
-            raise ValueError("a prompt-aware MMD needs prompt features, and this call has none; leave reference_prompts out")
+            raise ValueError(
+                "a prompt-aware MMD needs prompt features, and this call has none; leave reference_prompts out"
+            )
         s, r = memory.prompts if isinstance(memory, MemoryBank) else None, self._reference.prompts
         assert r is not None
         k_batch, k_ref = self.prompt_kernel(t, t), self.prompt_kernel(t, r.to(t))
@@ -431,7 +433,7 @@ class Vendi(Objective):
     def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         z, kernel, weight = self._gram(as_float(x), t, memory)
         matrix = (kernel(z) * weight).double() / len(z)
-        l = torch.linalg.eigvalsh((matrix + matrix.mT) / 2).clamp_min(0)  # noqa: E741
+        l = torch.linalg.eigvalsh((matrix + matrix.mT) / 2).clamp_min(0)
         return renyi_entropy(l / l.sum(), self.order)
 
     def gradient(
@@ -443,13 +445,13 @@ class Vendi(Objective):
             x = x + jitter * same[:, None]
         z, kernel, weight = self._gram(x, t, memory)
         matrix = (kernel(z) * weight).double() / len(z)
-        l, v = torch.linalg.eigh((matrix + matrix.mT) / 2)  # noqa: E741
+        l, v = torch.linalg.eigh((matrix + matrix.mT) / 2)
         slope = self._slope(l.clamp_min(0))
         outer = ((v * slope) @ v.mT / len(z)).to(x) * weight
         outer.fill_diagonal_(0)  # k(z, z) is constant
         return kernel.vjp(z[: len(x)], z, 2 * outer[: len(x)])
 
-    def _slope(self, l: Tensor) -> Tensor:  # noqa: E741
+    def _slope(self, l: Tensor) -> Tensor:
         """``dH / dl`` on the simplex, 0 for eigenvalues that are rounding noise."""
         alive = l > len(l) * torch.finfo(l.dtype).eps * l.max()
         safe = torch.where(alive, l, 1.0)

@@ -35,7 +35,7 @@ def renyi_entropy(spectrum: Tensor, order: float = 1.0) -> Tensor:
     2.0
     """
     order = check_order(order)
-    l = spectrum.double()  # noqa: E741, the papers' lambda
+    l = spectrum.double()
     if math.isinf(order):
         return -l.amax(-1).log()
     alive = l > l.shape[-1] * torch.finfo(l.dtype).eps * l.amax(-1, keepdim=True)

@@ -33,7 +33,7 @@ CLOCKS = re.compile(r"^clock face ")
 GENDER_SIGN = {"2640": "woman", "2642": "man"}
 ADULTS = {"1F468": "man", "1F469": "woman", "1F9D1": "person"}
 
-KEEP_ATTRIBUTE = 0.3  # each of tone, style, gender and so on is said with this probability
+KEEP_ATTRIBUTE = 0.35  # each of tone, style, gender and so on is said with this probability
 USE_FAMILY = 0.2  # "bird" instead of "parrot"
 
 

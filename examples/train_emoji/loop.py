@@ -1,4 +1,4 @@
-"""What both trainings share: cosine learning rate, averaged weights, checkpoints that a run resumes from."""
+"""What both trainings share: learning rate, averaged weights, checkpoints that a run resumes from."""
 
 import copy
 import math
@@ -10,10 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 
-def cosine_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
+def rate(step: int, steps: int, peak: float, falling: float, warmup: int = 200) -> float:
+    """Linear warm-up, then ``peak``, then a half cosine down to 0 over the last ``falling`` share of the steps.
+
+    While it is flat, ``steps`` may still be changed: a run can be stretched or cut short to the time there is.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    flat = max(warmup, steps * (1 - falling))
+    return peak if step < flat else peak * 0.5 * (1 + math.cos(math.pi * (step - flat) / max(1, steps - flat)))
 
 
 class Run:
@@ -22,8 +27,11 @@ class Run:
     Batches are drawn from ``generator(step)``, so a resumed run sees what an uninterrupted one would have seen.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, steps: int, peak: float, decay: float, seed: int):
+    def __init__(
+        self, model: nn.Module, folder: Path, steps: int, peak: float, decay: float, seed: int, falling: float = 1.0
+    ):
         self.model, self.folder, self.steps, self.peak, self.decay, self.seed = model, folder, steps, peak, decay, seed
+        self.falling = falling
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.step = 0
@@ -36,7 +44,7 @@ class Run:
 
     def update(self, loss: torch.Tensor) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = cosine_rate(self.step, self.steps, self.peak)
+            group["lr"] = rate(self.step, self.steps, self.peak, self.falling)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

@@ -1,5 +1,7 @@
 """The prompt side: a CLIP tokenizer whose words are the captions' own, and a small CLIP text model."""
 
+from pathlib import Path
+
 from captions import Entry
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -14,6 +16,17 @@ def build_tokenizer(entries: list[Entry], vocab_size: int = 5000) -> CLIPTokeniz
     trained = blank.train_new_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
     trained.model_max_length = LENGTH
     return trained
+
+
+def kept_tokenizer(folder: Path, entries: list[Entry], pipeline: Path | None = None) -> CLIPTokenizer:
+    """The tokenizer of a run, built once or taken from ``pipeline``, and kept in ``folder``.
+
+    Ties between merges fall differently in every process, and so do the numbers: it must not be built again.
+    """
+    if not folder.exists():
+        found = build_tokenizer(entries) if pipeline is None else CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+        found.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def build_text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -8,13 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import data
+import latents
 import text
 import torch
 from captions import Entry
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from loop import Run
+from safetensors.torch import load_file
 from torch import nn
-from train_vae import to_model
 
 DROP_CAPTION = 0.1  # the share trained without a caption, for classifier-free guidance
 MAX_SNR = 5.0  # beyond it the weight falls, as in min-SNR (Hang et al. 2023, arXiv 2303.09556)
@@ -54,22 +55,13 @@ class Denoiser(nn.Module):
         return self.unet(noisy, t, self.text_encoder(tokens).last_hidden_state).sample
 
 
-@torch.no_grad()
-def posteriors(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Latent means and deviations ``[n, c, 8, 8]``, and the per-channel mean and deviation that normalise them."""
-    found = [vae.encode(to_model(chunk)).latent_dist for chunk in images.split(64)]
-    mean, std = torch.cat([p.mean for p in found]), torch.cat([p.std for p in found])
-    shift = mean.mean(dim=(0, 2, 3), keepdim=True)
-    scale = mean.std(dim=(0, 2, 3), keepdim=True)
-    return (mean - shift) / scale, std / scale, shift, scale
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(".cache_data"))
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/ema"))
     parser.add_argument("--run", type=Path, default=Path("runs/unet"))
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--init", type=Path, help="start from the weights of this pipeline, its autoencoder included")
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -77,13 +69,16 @@ def main() -> None:
 
     data.download(args.data)
     images, entries = data.load(args.data)
-    vae = AutoencoderKL.from_pretrained(args.vae).to(memory_format=torch.channels_last)
-    mean, std, _, _ = posteriors(vae, images)
-    tokenizer = text.build_tokenizer(entries)
+    vae = latents.kept_vae(args.run / "vae", args.vae if args.init is None else args.init / "vae", images)
+    clean, _ = latents.posteriors(vae, images)
+    tokenizer = text.kept_tokenizer(args.run / "tokenizer", entries, args.init)
     torch.manual_seed(args.seed)
-    unet = build_unet(mean.shape[1]).to(memory_format=torch.channels_last)
-    model = Denoiser(unet, text.build_text_model(tokenizer))
-    run = Run(model, args.run, args.steps, args.rate, decay=0.999, seed=args.seed)
+    model = Denoiser(build_unet(clean.shape[1]), text.build_text_model(tokenizer)).to(memory_format=torch.channels_last)
+    if args.init is not None:
+        for part in ("unet", "text_encoder"):
+            [weights] = (args.init / part).glob("*.safetensors")
+            getattr(model, part).load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+    run = Run(model, args.run, args.steps, args.rate, decay=0.999, seed=args.seed, falling=0.4)
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod
     snr = alphas / (1 - alphas)
@@ -98,7 +93,7 @@ def main() -> None:
         began = time.perf_counter()
         g, rng = run.generator(run.step), random.Random(args.seed * 1_000_003 + run.step)
         order = torch.multinomial(chance, args.batch, generator=g)
-        z = mean[order] + std[order] * torch.randn(mean[order].shape, generator=g)
+        z = clean[order]
         captions = ["" if rng.random() < DROP_CAPTION else entries[i].caption(rng) for i in order.tolist()]
         # one noise level from each of `batch` equal parts of the range: less variance than independent draws
         t = ((torch.randperm(args.batch, generator=g) + torch.rand(args.batch, generator=g)) / args.batch * 1000).long()
@@ -114,7 +109,7 @@ def main() -> None:
             print(f"step {run.step} loss {total / 100:.4f} norm {norm:.2f} "
                   f"{args.batch * run.step / run.seconds:.0f}/s", flush=True)  # fmt: skip
             total = 0.0
-        if run.step % 250 == 0 or run.step == args.steps:
+        if run.step % 500 == 0 or run.step == args.steps:
             run.save()
         if not math.isfinite(norm):
             raise SystemExit(f"gradient not finite at step {run.step}; resume with a lower --rate")
