@@ -26,7 +26,8 @@ from kspec_guidance.objectives import PROMPT_BANDWIDTH
 
 PROMPTS = [
     "runner", "cat face", "man", "heart", "person", "health worker", "woman", "firefighter", "clock face", "swimmer",
-    "police officer", "teacher", "farmer", "cook", "student", "person frowning", "surfer", "waving hand sign", "book", "building",
+    "police officer", "teacher", "farmer", "cook", "student", "person frowning", "surfer", "waving hand sign", "book",
+    "building",
 ]  # fmt: skip
 KERNEL = GaussianKernel(1.0)  # of unit-norm latents: one yardstick for all runs, whatever guidance itself used
 

@@ -1,5 +1,7 @@
 """Kernel-spectral diversity, novelty and distribution-matching guidance for diffusers, and the scores that judge it."""
 
+from typing import Any
+
 from kspec_guidance import functional
 from kspec_guidance.memory import MemoryBank, MemoryFileError, RandomFeatureMemory
 
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from importlib import import_module
 

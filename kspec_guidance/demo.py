@@ -18,8 +18,8 @@ ASSETS = Path(__file__).parent / "assets"
 def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
     """A Stable Diffusion pipeline for 64 x 64 emoji, from files inside the package: no network.
 
-    Prompts are lower-case emoji names (``runner``, ``cat face``, ``heart``), optionally with ``, woman``, ``, dark skin tone``,
-    ``, noto style`` or ``, twemoji style``. What is left out varies from image to image.
+    Prompts are lower-case emoji names (``runner``, ``cat face``, ``heart``), optionally with ``, woman``,
+    ``, dark skin tone``, ``, noto style`` or ``, twemoji style``. What is left out varies from image to image.
 
     Args:
         dtype: of the weights; they are stored in float16.
@@ -32,8 +32,9 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPi
     try:  # loading takes a second: progress bars for it would be noise
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-        pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji", local_files_only=True, use_safetensors=True)
-        return pipe.to(dtype)
+        return StableDiffusionPipeline.from_pretrained(
+            ASSETS / "emoji", torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
     finally:
         if bars[0]:
             diffusers_logging.enable_progress_bar()

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kspec_guidance.kernels import GaussianKernel, LaplacianKernel, as_float
+from kspec_guidance.kernels import GaussianKernel, Kernel, LaplacianKernel, as_float
 
-__all__ = ["RandomFourierFeatures", "RandomProjection", "tensor_product"]
+__all__ = ["NystromFeatures", "RandomFourierFeatures", "RandomProjection", "tensor_product"]
 
 
 class RandomFourierFeatures(nn.Module):
@@ -136,3 +136,32 @@ def tensor_product(a: Tensor, b: Tensor) -> Tensor:
     tensor([[ 3.,  5.,  6., 10.]])
     """
     return (a[..., :, None] * b[..., None, :]).flatten(-2)
+
+
+class NystromFeatures:
+    """``phi(x) = k(x, Z) K_ZZ^(-1/2)`` of landmarks ``Z``: exact on their span, close where the kernel matrix has low rank.
+
+    Williams, Seeger (2001). With t landmarks it is the other route to the t-truncated Vendi score (Ospanov, Farnia 2024,
+    arXiv 2410.21719).
+
+    Args:
+        kernel: any; an open bandwidth is fitted to the landmarks. A diagonal other than 1 is divided out.
+        landmarks: ``[m, d]``, for instance a random part of the samples.
+
+    Raises:
+        ValueError: without landmarks.
+    """
+
+    def __init__(self, kernel: Kernel, landmarks: Tensor):
+        if landmarks.ndim != 2 or not len(landmarks):
+            raise ValueError(f"landmarks must have shape [m, d] with m of at least 1, got {list(landmarks.shape)}")
+        self.landmarks = landmarks.detach().double()
+        self.kernel = kernel.fit(self.landmarks)
+        l, v = torch.linalg.eigh(self.kernel.normalised(self.landmarks))
+        keep = l > len(l) * 1e-14 * l.max()
+        self.whiten = v[:, keep] * l[keep].rsqrt()
+        self.num_features = int(keep.sum())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[n, d]`` to ``[n, num_features]``, float64."""
+        return self.kernel.normalised(x.double(), self.landmarks) @ self.whiten

@@ -181,14 +181,15 @@ class KernelGuidance(PipelineCallback):
         return list({id(t.memory): t.memory for t in self.terms if t.memory is not None}.values())
 
     def __add__(self, other: "KernelGuidance") -> "KernelGuidance":
-        """Both guides' objectives in one pass; exact memories are shared, the first one's entries counting."""
+        """Both guides' objectives in one pass; exact memories of one space are shared, the first one's entries counting."""
         if not isinstance(other, KernelGuidance):
             return NotImplemented
         terms = [copy.copy(t) for t in (*self.terms, *other.terms)]
-        shared = next((t.memory for t in terms if isinstance(t.memory, MemoryBank)), None)
+        shared: dict[str, Memory] = {}
         for term in terms:
-            if isinstance(term.memory, MemoryBank) and not len(term.memory):
-                term.memory = shared
+            if isinstance(term.memory, MemoryBank):
+                first = shared.setdefault(term.space, term.memory)
+                term.memory = term.memory if len(term.memory) else first
         return KernelGuidance(terms=terms, seed=self.seed)
 
     def gradient(self, x: Tensor, prompt_features: Tensor | None = None) -> Tensor:

@@ -123,8 +123,8 @@ def fingerprint(module: Any) -> str:
 class PromptWatch:
     """Reads prompt features off the pipeline's own ``encode_prompt``: nothing is tokenised or encoded twice.
 
-    ``on_prompt(features, encoder)`` is called with unit-norm rows ``[n, c]``, the wanted prompts' half only, one row for each
-    image, and the fingerprint of what made them.
+    ``on_prompt(features, encoder)`` is called with unit-norm rows ``[n, c]``, the wanted prompts' half only, one row for
+    each image, and the fingerprint of what made them.
     """
 
     def __init__(self, pipe: Any, on_prompt: Callable[[Tensor, str], None], tag: Any):

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 CHUNK = 1 << 24  # elements of the [n, m, d] differences that the Laplacian kernel holds at once
+ROWS = 2048  # that the median rule looks at
 
 
 Weight = Tensor | Callable[[Tensor], Tensor]
@@ -63,9 +64,8 @@ def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
     """``||x_i - y_j||^2`` ``[..., n, m]``; of ``x`` with itself the diagonal is exactly 0."""
     same = y is None
     x, y = check_pair(x, x if y is None else y)
-    centre = (
-        (y if y.shape[-2] else x).detach().mean(dim=-2, keepdim=True)
-    )  # the expansion below loses digits far from the origin
+    # the expansion below loses digits far from the origin
+    centre = (y if y.shape[-2] else x).detach().mean(dim=-2, keepdim=True)
     x, y = x - centre, y - centre
     xx, yy = x.square().sum(-1, keepdim=True), y.square().sum(-1, keepdim=True)
     d2 = (xx + yy.mT - 2 * (x @ y.mT)).clamp_min(0)
@@ -83,15 +83,23 @@ def pairwise_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
     return d.flatten()
 
 
+def _some_rows(x: Tensor) -> Tensor:
+    """At most ``ROWS`` rows, evenly spaced."""
+    n = x.shape[-2]
+    return x if n <= ROWS else x[..., torch.linspace(0, n - 1, ROWS, device=x.device).round().long(), :]
+
+
 @torch.no_grad()
 def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
     """The median rule: the median Euclidean distance of distinct pairs; pairs at distance 0 do not count.
 
-    With nothing to measure (one point, or all points equal) it is 1.
+    With nothing to measure (one point, or all points equal) it is 1. Of more than 2,048 rows, as many evenly spaced ones
+    are measured: two million pairs settle a median.
 
     >>> median_bandwidth(torch.tensor([[0.0], [1.0], [4.0]]))
     3.0
     """
+    x, y = _some_rows(x), None if y is None else _some_rows(y)
     d = pairwise_distances(x, y)
     scale = max(float(z.abs().max()) for z in (x, x if y is None else y)) if d.numel() else 1.0
     d = d[d > 1e-6 * scale]
@@ -172,8 +180,8 @@ class _Stationary(Kernel):
     def _rule(self, x: Tensor, y: Tensor | None) -> float:
         return median_bandwidth(x, y)
 
-    def _fitted(self, x: Tensor, y: Tensor | None) -> "_Stationary":
-        return self if self.bandwidth is not None else self.fit(*check_pair(x, x)[:1], y)
+    def _width(self, x: Tensor, y: Tensor | None) -> float:
+        return self.bandwidth if self.bandwidth is not None else self._rule(check_pair(x, x)[0], y)
 
 
 def _radial_vjp(x: Tensor, y: Tensor, coefficient: Tensor) -> Tensor:
@@ -198,12 +206,12 @@ class GaussianKernel(_Stationary):
         _positive("bandwidth", self.bandwidth)
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        b = self._fitted(x, y).bandwidth
+        b = self._width(x, y)
         return torch.exp(squared_distances(x, y) / (-2 * b * b))
 
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         x, y = check_pair(x, y)
-        b = self._fitted(x, y).bandwidth
+        b = self._width(x, y)
         k = torch.exp(squared_distances(x, y) / (-2 * b * b))
         return _radial_vjp(x, y, _evaluate(weight, k) * k / (-b * b))
 
@@ -220,7 +228,7 @@ class RationalQuadraticKernel(_Stationary):
         _positive("alpha", self.alpha)
 
     def _base(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, float]:
-        b = self._fitted(x, y).bandwidth
+        b = self._width(x, y)
         return 1 + squared_distances(x, y) / (2 * self.alpha * b * b), b
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -246,18 +254,19 @@ class LaplacianKernel(_Stationary):
         _positive("bandwidth", self.bandwidth)
 
     def _rule(self, x: Tensor, y: Tensor | None) -> float:
-        d = torch.cdist(x.detach(), (x if y is None else y).detach(), p=1).flatten()
+        x, y = check_pair(_some_rows(x.detach()), _some_rows((x if y is None else y).detach()))
+        d = torch.cdist(x, y, p=1).flatten()
         d = d[d > 0]
         return float(d.median()) if d.numel() else 1.0
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        b = self._fitted(x, y).bandwidth
+        b = self._width(x, y)
         x, y = check_pair(x, x if y is None else y)
         return torch.exp(-torch.cdist(x, y, p=1) / b)
 
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         x, y = check_pair(x, y)
-        b = self._fitted(x, y).bandwidth
+        b = self._width(x, y)
         k = torch.exp(-torch.cdist(x, y, p=1) / b)
         coefficient = _evaluate(weight, k) * k / -b
         rows = max(1, CHUNK // max(1, x.shape[-2] * x.shape[-1]))
@@ -270,7 +279,7 @@ class LaplacianKernel(_Stationary):
 
 @dataclass(frozen=True)
 class CosineKernel(Kernel):
-    """``x.y / (||x|| ||y||)``; a row of zeros is similar to nothing (0), itself included."""
+    """``x.y / (||x|| ||y||)``; rows of zeros are equal to each other (1) and like nothing else (0)."""
 
     @staticmethod
     def unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,9 +288,18 @@ class CosineKernel(Kernel):
         norm = torch.where(norm > 0, norm, torch.ones_like(norm))
         return x / norm, norm
 
+    @classmethod
+    def features(cls, x: Tensor) -> Tensor:
+        """Rows whose inner products are the kernel: unit rows, and a further coordinate for zeros if there are any."""
+        zero = (x == 0).all(dim=-1, keepdim=True)
+        u = cls.unit(x)[0]
+        return torch.cat([u, zero.to(u)], dim=-1) if bool(zero.any()) else u
+
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         x, y = check_pair(x, x if y is None else y)
-        return self.unit(x)[0] @ self.unit(y)[0].mT
+        k = self.unit(x)[0] @ self.unit(y)[0].mT
+        zero_x, zero_y = (x == 0).all(dim=-1), (y == 0).all(dim=-1)
+        return k + (zero_x[..., :, None] & zero_y[..., None, :]).to(k) if bool(zero_x.any()) else k
 
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         x, y = check_pair(x, y)

@@ -24,8 +24,8 @@ class MemoryFileError(ValueError):
     """A memory file that is cut off, altered, of another format, or made for something else."""
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    digest = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
@@ -37,7 +37,8 @@ def _write(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], about
     """Beside the target first, then moved over it: a crash leaves the old file or the new one, never half of one."""
     path = Path(path)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = {"format": FORMAT, "kind": kind, "about": json.dumps(about), "sha256": _digest(tensors)}
+    said = json.dumps(about)
+    header = {"format": FORMAT, "kind": kind, "about": said, "sha256": _digest(tensors, said)}
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, fresh, metadata=header)
@@ -62,12 +63,9 @@ def _read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[s
         )
     if header.get("kind") != kind:
         raise MemoryFileError(f"{path} holds a {header.get('kind')!r}, expected a {kind!r}; load it with that class")
-    if header.get("sha256") != _digest(tensors):
+    if header.get("sha256") != _digest(tensors, header.get("about", "")):
         raise MemoryFileError(f"{path} was altered after it was written (checksum differs); restore it from a copy")
-    try:
-        return tensors, json.loads(header["about"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise MemoryFileError(f"{path} has no readable description ({error})") from error
+    return tensors, json.loads(header["about"])
 
 
 def _rows(x: Tensor, what: str) -> Tensor:
@@ -119,17 +117,15 @@ class _Described:
         if self.shape is not None and self.shape != shape:
             raise ValueError(f"memory holds features of shape {self.shape}, got {shape}; use a memory of its own for them")
         if t is not None:
-            t = _rows(t, "prompt features")
+            t = CosineKernel.unit(_rows(t, "prompt features"))[0]
             if len(t) != len(rows):
                 raise ValueError(f"{len(rows)} samples but {len(t)} prompt features; one row for each sample")
         if len(self):
             width = None if t is None else t.shape[1]
             if self.prompt_dim != width:
-                say = {None: "no prompts"}
-                raise ValueError(
-                    f"memory holds {say.get(self.prompt_dim, f'prompt features of width {self.prompt_dim}')}, "
-                    f"got {say.get(width, f'width {width}')}; use a separate memory, or clear() this one"
-                )
+                holds = "no prompts" if self.prompt_dim is None else f"prompt features of width {self.prompt_dim}"
+                got = "no prompts" if width is None else f"width {width}"
+                raise ValueError(f"memory holds {holds}, got {got}; use a separate memory, or clear() this one")
         return rows, t, shape
 
     def _about(self) -> dict[str, Any]:
@@ -199,7 +195,7 @@ class MemoryBank(_Described):
 
     @property
     def prompts(self) -> Tensor | None:
-        """Prompt features ``[n, p]``, or None; a view."""
+        """Prompt features ``[n, p]`` of norm 1, or None; a view."""
         return None if self._t is None else self._t[: self._count]
 
     def unit(self) -> Tensor:
@@ -217,13 +213,15 @@ class MemoryBank(_Described):
         return self._unit[: self._count]
 
     def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:
-        """Append samples ``[n, ...]`` and their prompt features ``[n, p]``.
+        """Append samples ``[n, ...]`` and their prompt features ``[n, p]``, kept at norm 1, as guides compare them.
 
         Raises:
             ValueError: for shapes or widths other than what the bank holds, or values that are not finite; the bank is
                 then unchanged.
         """
-        rows, t, shape = self._check(x, prompt_features)
+        self._append(*self._check(x, prompt_features))
+
+    def _append(self, rows: Tensor, t: Tensor | None, shape: tuple[int, ...]) -> None:
         self.shape, self.prompt_dim = shape, None if t is None else t.shape[1]
         self._x = self._grown(self._x, rows)
         if t is not None:
@@ -252,7 +250,7 @@ class MemoryBank(_Described):
             shape = other.shape
             assert shape is not None
             prompts = None if other.prompts is None else other.prompts.clone()
-            self.add(other.x.clone().unflatten(1, shape), prompts)
+            self._append(other.x.clone(), prompts, shape)
             self._adopt(other)
         return self
 
@@ -273,7 +271,7 @@ class MemoryBank(_Described):
         tensors, about = _read(path, "rows")
         bank = cls(about["space"], about["prompt_encoder"])
         if about["shape"] is not None and len(tensors["x"]):
-            bank.add(tensors["x"].unflatten(1, about["shape"]), tensors.get("prompts"))
+            bank._append(tensors["x"], tensors.get("prompts"), tuple(about["shape"]))
         return bank
 
 
@@ -281,7 +279,7 @@ class RandomFeatureMemory(_Described):
     """``sum_i phi(m_i) psi(s_i)'``: all that a sum of kernels needs to know of its samples, in constant size.
 
     ``D x D_t`` numbers (``D`` without prompts), whatever the number of entries. The sums are kept in fixed point, as whole
-    numbers, so merging and subtracting are exact and independent of order; 8 million entries fit before they could overflow.
+    numbers, so merging and subtracting are exact and independent of order; 8 million entries fit before they overflow.
 
     Args:
         features: the map ``phi`` of the samples (flattened, scaled to norm 1 if ``unit``).
@@ -328,7 +326,7 @@ class RandomFeatureMemory(_Described):
             row = rows[i : i + 1].double()
             part = self.features(CosineKernel.unit(row)[0] if self.unit else row)[0]
             if self.prompt_features is not None and t is not None:
-                part = part[:, None] * self.prompt_features(CosineKernel.unit(t[i : i + 1].double())[0])
+                part = part[:, None] * self.prompt_features(t[i : i + 1].double())
             total += (part * SCALE).round().to(torch.int64).cpu()
         return total, len(rows), width, shape
 
@@ -351,7 +349,8 @@ class RandomFeatureMemory(_Described):
         total = (self.total.double() / SCALE).to(like.device)
         if self.prompt_features is None:
             return total[None].to(like)
-        assert t is not None
+        if t is None:
+            raise ValueError("this memory weighs samples by their prompts, but no prompt features came with this call")
         psi = self.prompt_features(CosineKernel.unit(as_float(t))[0]).double()
         return (psi @ total.mT).to(like)
 

@@ -1,11 +1,13 @@
 """Guidance objectives: what is to grow, and the direction in which it grows.
 
-An objective sees the feature rows of the batch being made, ``x`` ``[n, d]``, their prompts' features ``t`` ``[n, p]`` or None,
-and the memory. ``value`` is differentiable by autograd; ``gradient`` is the same derivative in closed form, and what
-guidance uses. Both are to be ascended. Pairs inside the batch count as much as pairs with the memory.
+An objective sees the feature rows of the batch being made, ``x`` ``[n, d]``, their prompts' features ``t`` ``[n, p]`` (rows
+of norm 1) or None, and the memory. ``value`` is differentiable by autograd; ``gradient`` is the same derivative in closed
+form, and what guidance uses. Both are to be ascended. Pairs inside the batch count as much as pairs with the memory.
 """
 
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +52,14 @@ def weighted_median(values: Tensor, weights: Tensor) -> float | None:
 def _need_closed_form(kernel: Kernel) -> None:
     if type(kernel).vjp is Kernel.vjp:
         kernel.vjp(torch.empty(0, 1), torch.empty(0, 1), torch.empty(0, 0))  # raises with the cure
+
+
+def _need_prompt_features(name: str, features: RandomFourierFeatures | None) -> RandomFourierFeatures:
+    if features is None:
+        raise ValueError(
+            f"{name} with features= also needs prompt_features=RandomFourierFeatures(prompt_kernel, width, ...)"
+        )
+    return features
 
 
 class Objective:
@@ -120,12 +130,12 @@ class RKE(Objective):
 
     def _check_prompts(self, t: Tensor | None, memory: Memory | None) -> Tensor | None:
         t = self._prompts(t)
-        if memory is not None and len(memory) and self.conditional and memory.prompt_dim is not None and t is not None:
-            if t.shape[-1] != memory.prompt_dim:
-                raise ValueError(
-                    f"prompt features have width {t.shape[-1]}, those in memory {memory.prompt_dim}; "
-                    "use one text encoder with one memory, or clear() the memory"
-                )
+        known = memory.prompt_dim if memory is not None and len(memory) else None
+        if t is not None and known is not None and t.shape[-1] != known:
+            raise ValueError(
+                f"prompt features have width {t.shape[-1]}, those in memory {known}; "
+                "use one text encoder with one memory, or clear() the memory"
+            )
         return t
 
     def _terms(self, x: Tensor, t: Tensor | None, memory: Memory | None):
@@ -166,7 +176,7 @@ class RKE(Objective):
         kernel = self._fit(x, rows, outside, inside)
         stuck = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-        def slope(weight):
+        def slope(weight: Tensor | float) -> Callable[[Tensor], Tensor]:
             def derivative(k: Tensor) -> Tensor:
                 stuck.logical_or_(((k > 1 - 1e-4) & (weight * torch.ones_like(k) > 0.5)).any(-1))
                 return -2 * weight * k
@@ -235,12 +245,8 @@ class ConditionalRKE(RKE):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.features is not None and self.prompt_features is None:
-            raise ValueError(
-                "ConditionalRKE with features= also needs prompt_features=RandomFourierFeatures(prompt_kernel, width, ...)"
-            )
-        if self.prompt_features is not None:
-            self._squared_prompts = self.prompt_features.power(2)
+        if self.features is not None:
+            self._squared_prompts = _need_prompt_features("ConditionalRKE", self.prompt_features).power(2)
 
 
 @dataclass
@@ -250,20 +256,23 @@ class Novelty(RKE):
     Args:
         reference: rows ``[m, d]`` (or any shape ``[m, ...]``), of the same space as what is generated.
         reference_prompts: prompt features ``[m, p]``; with them only references of similar prompts repel.
+        prompt_kernel, prompt_features: as for :class:`ConditionalRKE`, used with ``reference_prompts``.
     """
 
+    prompt_kernel: Kernel | None = field(default_factory=lambda: GaussianKernel(PROMPT_BANDWIDTH))
+    prompt_features: RandomFourierFeatures | None = None
     reference: Tensor | None = None
     reference_prompts: Tensor | None = None
 
     def __post_init__(self):
         super().__post_init__()
         self.conditional = self.reference_prompts is not None
-        if self.conditional:
-            self.prompt_kernel = GaussianKernel(PROMPT_BANDWIDTH)
         if self.reference is None:
             raise ValueError("Novelty needs reference=, a tensor [m, ...] of samples to stay away from")
-        if self._squared is not None and self.conditional:
-            raise ValueError("prompt-aware novelty by random features is not supported; leave features=None")
+        if not self.conditional:
+            self.prompt_kernel = None
+        elif self.features is not None:
+            self._squared_prompts = _need_prompt_features("Novelty", self.prompt_features).power(2)
         self._reference = self.make_memory()
         self._reference.add(self.reference, self.reference_prompts)
 
@@ -297,6 +306,7 @@ class MMD(Objective):
         reference_prompts: prompt features ``[m, p]``: the kernel becomes the product with ``prompt_kernel``, and each
             prompt is drawn to the references of similar prompts.
         features: random features of the kernel (Gaussian or Laplacian): memory and reference become one sum each.
+        prompt_features: random features of the prompt kernel; needed with ``features`` and ``reference_prompts``.
         unit: whether samples are scaled to norm 1 first.
     """
 
@@ -305,39 +315,42 @@ class MMD(Objective):
     reference_prompts: Tensor | None = None
     prompt_kernel: Kernel = field(default_factory=lambda: GaussianKernel(PROMPT_BANDWIDTH))
     features: RandomFourierFeatures | None = None
+    prompt_features: RandomFourierFeatures | None = None
     unit: bool = False
 
     def __post_init__(self):
         _need_closed_form(self.kernel)
         self.conditional = self.reference_prompts is not None
         if self.features is not None and self.conditional:
-            raise ValueError("prompt-aware MMD by random features is not supported; leave features=None")
-        self._reference = MemoryBank()
+            _need_prompt_features("a prompt-aware MMD", self.prompt_features)
+        self._reference = self.make_memory()
         self._reference.add(self.reference, self.reference_prompts)
-        self._target = None
-        if self.features is not None:
-            rows = self._reference.unit() if self.unit else self._reference.x
-            self._target = self.features(rows).mean(0)
         self.fitted: Kernel | None = None
 
     def make_memory(self) -> Memory:
-        return MemoryBank() if self.features is None else RandomFeatureMemory(self.features, None, self.unit)
+        if self.features is None:
+            return MemoryBank()
+        return RandomFeatureMemory(self.features, self.prompt_features if self.conditional else None, self.unit)
+
+    def _check_batch(self, x: Tensor, t: Tensor | None) -> None:
+        width = math.prod(self._reference.shape or ())
+        if x.shape[-1] != width:
+            raise ValueError(
+                f"the reference set holds rows of {width} numbers, samples have {x.shape[-1]}; encode the references with "
+                "this pipeline's autoencoder at the resolution that is generated"
+            )
+        if self.conditional and t is None:
+            raise ValueError("a prompt-aware MMD needs prompt features, which this call lacks; leave reference_prompts out")
 
     def _parts(self, x: Tensor, t: Tensor | None, memory: Memory | None):
-        if x.shape[-1] != self._reference.x.shape[-1]:
-            raise ValueError(
-                f"the reference set holds rows of {self._reference.x.shape[-1]} numbers, samples have {x.shape[-1]}; encode "
-                "the references with this pipeline's autoencoder at the resolution that is generated"
-            )
+        self._check_batch(x, t)
+        assert isinstance(self._reference, MemoryBank)
         rows, reference = self._memory_rows(x, memory), self._memory_rows(x, self._reference)
         if self.fitted is None:  # chosen once, from the reference set: a fixed target needs a fixed yardstick
             self.fitted = self.kernel.fit(reference)
         if not self.conditional:
             return self.fitted, rows, reference, 1.0, 1.0, 1.0
-        if t is None:
-            raise ValueError(
-                "a prompt-aware MMD needs prompt features, and this call has none; leave reference_prompts out"
-            )
+        assert t is not None
         s, r = memory.prompts if isinstance(memory, MemoryBank) else None, self._reference.prompts
         assert r is not None
         k_batch, k_ref = self.prompt_kernel(t, t), self.prompt_kernel(t, r.to(t))
@@ -347,8 +360,8 @@ class MMD(Objective):
     def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         x = as_float(x)
         if self.features is not None:
-            mean, target, _ = self._means(x, memory)
-            return 2 * (mean @ target) - mean @ mean
+            phi, inside, old, target, n = self._feature_parts(x, t, memory)
+            return 2 * (phi * target).sum() / n - ((inside * (phi @ phi.mT)).sum() + 2 * (phi * old).sum()) / n**2
         kernel, rows, reference, w_batch, w_mem, w_ref = self._parts(x, t, memory)
         n, m = len(x) + len(rows), len(reference)
         own = (kernel(x, x) * w_batch).sum() + 2 * (kernel(x, rows) * w_mem).sum()
@@ -359,8 +372,8 @@ class MMD(Objective):
     ) -> Tensor:
         x = as_float(x)
         if self.features is not None:
-            mean, target, n = self._means(x, memory)
-            return self.features.vjp(x, (target - mean)[None] * (2 / n))
+            phi, inside, old, target, n = self._feature_parts(x, t, memory)
+            return self.features.vjp(x, 2 * (target / n - (inside @ phi + old) / n**2))
         kernel, rows, reference, w_batch, w_mem, w_ref = self._parts(x, t, memory)
         n, m = len(x) + len(rows), len(reference)
 
@@ -373,14 +386,23 @@ class MMD(Objective):
             + kernel.vjp(x, reference, flat(w_ref, 2 / (n * m)))
         )
 
-    def _means(self, x: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor, int]:
-        """Mean features of all generated and of the reference set, and the number generated."""
-        assert self.features is not None and self._target is not None
-        total, n = self.features(x).sum(0), len(x)
+    def _feature_parts(
+        self, x: Tensor, t: Tensor | None, memory: Memory | None
+    ) -> tuple[Tensor, Tensor, Tensor | float, Tensor, int]:
+        """Features of the batch, its own pair weights, coefficients of memory and references, and the number made."""
+        self._check_batch(x, t)
+        assert self.features is not None
+        assert isinstance(self._reference, RandomFeatureMemory)
+        inside, n = torch.ones(len(x), len(x), dtype=x.dtype, device=x.device), len(x)
+        old: Tensor | float = 0.0
+        if self.conditional and self.prompt_features is not None and t is not None:
+            psi = self.prompt_features(t)
+            inside = (psi @ psi.mT).to(x)
         if memory is not None and len(memory):
-            assert isinstance(memory, RandomFeatureMemory)
-            total, n = total + memory.coefficients(None, x)[0], n + len(memory)
-        return total / n, self._target.to(x), n
+            if not isinstance(memory, RandomFeatureMemory):
+                raise TypeError(f"features= needs a RandomFeatureMemory, got {type(memory).__name__}")
+            old, n = memory.coefficients(t, x), n + len(memory)
+        return self.features(x), inside, old, self._reference.coefficients(t, x) / len(self._reference), n
 
 
 @dataclass
@@ -440,9 +462,10 @@ class Vendi(Objective):
         self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None, jitter: Tensor | None = None
     ) -> Tensor:
         x = as_float(x)
-        if jitter is not None and len(x) > 1:
-            same = squared_distances(x).fill_diagonal_(1.0).amin(1) < 1e-10
-            x = x + jitter * same[:, None]
+        if jitter is not None:
+            old = squared_distances(x, self._memory_rows(x, memory))
+            d2 = torch.cat([squared_distances(x).fill_diagonal_(1.0), old], 1)
+            x = x + jitter * (d2.amin(1) < 1e-10)[:, None]
         z, kernel, weight = self._gram(x, t, memory)
         matrix = (kernel(z) * weight).double() / len(z)
         l, v = torch.linalg.eigh((matrix + matrix.mT) / 2)

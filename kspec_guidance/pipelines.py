@@ -14,8 +14,8 @@ P = TypeVar("P", bound=type)
 def guided(pipeline_class: P) -> P:
     """A subclass of ``pipeline_class`` whose ``__call__`` takes ``kspec_guidance=guide``; all else is the parent's.
 
-    ``guided(StableDiffusionXLPipeline).from_pretrained(...)("a dog", kspec_guidance=SPARKE())``. Without the argument, or with
-    None, the call is the parent's own. Saved pipelines name the parent class, so they load without this package.
+    ``guided(StableDiffusionXLPipeline).from_pretrained(...)("a dog", kspec_guidance=SPARKE())``. Without the argument, or
+    with None, the call is the parent's own. Saved pipelines name the parent class, so they load without this package.
 
     Raises:
         TypeError: if ``pipeline_class`` is no class with a ``__call__``, or the guide is no KernelGuidance.

@@ -1,6 +1,6 @@
 """Pictures of results: image grids side by side, and score plots. matplotlib is imported where it is used."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -32,10 +32,10 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], tile: int = 64, gap: int =
 
 
 def side_by_side(
-    panels: dict[str, Sequence[Sequence[Image.Image]]],
+    panels: Mapping[str, Sequence[Sequence[Image.Image]]],
     labels: Sequence[str],
     title: str,
-    notes: dict[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
     tile: int = 64,
 ) -> Image.Image:
     """Grids of the same prompts beside each other, with a heading each, prompts at the left and a note below."""
@@ -60,7 +60,7 @@ def side_by_side(
     return sheet
 
 
-def plot_scores(scores: dict[str, dict[str, float]], path: str | Path, title: str, ylabel: str) -> None:
+def plot_scores(scores: Mapping[str, Mapping[str, float]], path: str | Path, title: str, ylabel: str) -> None:
     """Bars: ``scores[group][series]``, e.g. prompt by prompt, plain beside guided."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no pyplot state
     from matplotlib.figure import Figure

@@ -28,9 +28,9 @@ class StepRecord:
 class GuidanceReport:
     """The last run of a guide.
 
-    ``before`` and ``after`` hold ``vendi`` and ``conditional_rke`` of the batch with the memory it met (the newest 512 rows), on
-    the clean predictions of the last guided step without and with its move; ``final`` those of the finished samples. All
-    three use one Gaussian kernel, at the median distance of the unmoved predictions, on rows of norm 1.
+    ``before`` and ``after`` hold ``vendi`` and ``conditional_rke`` of the batch with the memory it met (the newest 512
+    rows), on the clean predictions of the last guided step without and with its move; ``final`` those of the finished
+    samples. All three use one Gaussian kernel, at the median distance of the unmoved predictions, on rows of norm 1.
     """
 
     steps: list[StepRecord] = field(default_factory=list)

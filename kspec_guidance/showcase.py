@@ -53,7 +53,7 @@ class DemoResult:
 def run_demo(
     out: Path, images: int, scale: float, style_scale: float, steps: int, seed: int, tick: Callable[[int, int], None]
 ) -> DemoResult:
-    """Generate all rows, score them, write ``sparke.png``, ``style.png``, ``scores.png`` and ``scores.json`` into ``out``."""
+    """Generate all rows, score them, write ``sparke.png``, ``style.png``, ``scores.png``, ``scores.json`` into ``out``."""
     pipe = load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     embed = pipeline_embedder(pipe)

@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["CovarianceOperator", "check_order", "eigenvalues", "renyi_entropy", "truncate"]
+__all__ = ["CovarianceOperator", "accumulate_gram", "check_order", "eigenvalues", "renyi_entropy", "truncate"]
+
+BLOCK = 512  # columns of the product that are formed at once when only half of a symmetric matrix is needed
 
 
 def check_order(order: float) -> float:
@@ -59,6 +61,24 @@ def truncate(spectrum: Tensor, t: int | None) -> Tensor:
     return top + (spectrum.sum(-1, keepdim=True) - top.sum(-1, keepdim=True)) / t
 
 
+def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None) -> None:
+    """Add ``a' b`` in float64 to ``total`` ``[D, E]``, in place; ``a' a`` when ``b`` is left out.
+
+    Of the symmetric product only the blocks on and above the diagonal are computed, which saves up to half of the work:
+    products are in float64, because in float32 their rounding would look like thousands of small modes.
+    """
+    a = a.double()
+    if b is not None:
+        total.addmm_(a.mT, b.double())
+        return
+    for i in range(0, a.shape[1], BLOCK):
+        left = a[:, i : i + BLOCK].mT
+        block = left @ a[:, i:]
+        total[i : i + BLOCK, i:] += block
+        if i + BLOCK < a.shape[1]:
+            total[i + BLOCK :, i : i + BLOCK] += block[:, BLOCK:].mT
+
+
 class CovarianceOperator:
     """Streaming second moment ``1/n sum_i phi_i phi_i'`` of feature rows ``[n, D]``; state independent of ``n``.
 
@@ -70,9 +90,10 @@ class CovarianceOperator:
         self.count = 0
 
     def add(self, features: Tensor) -> "CovarianceOperator":
-        features = features.detach().double()
-        gram = features.mT @ features
-        self.total = gram if self.total is None else self.total + gram
+        d = features.shape[1]
+        if self.total is None:
+            self.total = torch.zeros(d, d, dtype=torch.float64, device=features.device)
+        accumulate_gram(self.total, features.detach())
         self.count += features.shape[0]
         return self
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class ExactMixture:
-    """Modes ``[k, d]`` with deviations ``std``; ``sharpen`` raises the posterior's weights as classifier-free guidance does."""
+    """Modes ``[k, d]`` with deviations ``std``; ``sharpen`` raises the posterior's weights, as classifier-free guidance."""
 
     def __init__(self, dim: int = 32, modes: int = 16, std: float = 0.1, sharpen: float = 1.6, seed: int = 0):
         g = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ import torch
 
 
 def clusters(groups: int, each: int, dtype=torch.float64) -> torch.Tensor:
-    """``groups`` orthogonal points, each ``each`` times: every order's Vendi score under the cosine kernel is ``groups``."""
+    """``groups`` orthogonal points, each ``each`` times: every order's Vendi score by the cosine kernel is ``groups``."""
     return torch.eye(groups, dtype=dtype).repeat_interleave(each, dim=0)
 
 

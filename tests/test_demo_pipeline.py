@@ -92,7 +92,7 @@ def test_references_are_art_and_latents_decode_to_it(pipe):
         again = pipe.vae.decode(latents).sample.clamp(-1, 1)
     psnr = -10 * ((again - images) / 2).square().mean(dim=(1, 2, 3)).log10()
     assert psnr.mean() > 23
-    with pytest.raises(ValueError, match="no reference set named '../x'; there are twemoji, noto"):
+    with pytest.raises(ValueError, match=r"no reference set named '../x'; there are twemoji, noto"):
         load_demo_reference("../x")
     with pytest.raises(ValueError, match=r"must lie in -1..1"):
         encode_reference(pipe, images * 127)

@@ -55,10 +55,9 @@ def test_every_cut_and_every_flipped_bit_is_refused(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(MemoryFileError):
             MemoryBank.load(path)
-    start = int.from_bytes(whole[:8], "little") + 8
-    for place in range(start, len(whole), 5):
+    for place in range(0, len(whole), 3):  # header and data alike
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(MemoryFileError, match="altered"):
+        with pytest.raises(MemoryFileError):
             MemoryBank.load(path)
 
 

@@ -72,7 +72,7 @@ class Entry:
 
 
 def clean(name: str) -> str:
-    name = name.lower().replace("’", "'").replace("&", "and").replace(":", "")
+    name = name.lower().replace("\u2019", "'").replace("&", "and").replace(":", "")
     return re.sub(r"\s+", " ", re.sub(r"[^\w\s'-]", " ", name)).strip()
 
 

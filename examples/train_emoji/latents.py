@@ -19,9 +19,9 @@ def posteriors(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 def standardise(vae: AutoencoderKL, images: Tensor) -> AutoencoderKL:
     """The same autoencoder with latents ``(z - shift) / scale`` and without the channels that the KL term switched off.
 
-    A channel whose posterior is wider than the spread of its means says nothing about the picture: the decoder has learnt to
-    ignore it, and a denoiser would spend its effort on predicting noise. Shift and scale are folded into the two 1 x 1
-    convolutions, so the pipeline's ``scaling_factor`` is 1 and nothing downstream has to know.
+    A channel whose posterior is wider than the spread of its means says nothing about the picture: the decoder has learnt
+    to ignore it, and a denoiser would spend its effort on predicting noise. Shift and scale are folded into the
+    neighbouring convolutions, so the pipeline's ``scaling_factor`` is 1 and nothing downstream has to know.
     """
     mean, std = posteriors(vae, images)
     variance = mean.var(dim=(0, 2, 3))
@@ -43,7 +43,8 @@ def standardise(vae: AutoencoderKL, images: Tensor) -> AutoencoderKL:
     weights["quant_conv.bias"] = torch.zeros(len(out))
 
     # Likewise the way back, dead channels at their mean. What that adds goes, as far as their span reaches, into the living
-    # channels' bias, which like them is padded with zeros; the rest into the next layer's bias, which at the border is not exact.
+    # channels' bias, which like them is padded with zeros; the rest into the next layer's bias, where at the border it is
+    # not exact: 28.01 dB becomes 28.00.
     post = vae.post_quant_conv.weight[:, :, 0, 0]
     living = post[:, alive] * scale[alive]
     constant = post @ shift + vae.post_quant_conv.bias

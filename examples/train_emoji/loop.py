@@ -22,18 +22,28 @@ def rate(step: int, steps: int, peak: float, falling: float, warmup: int = 200) 
 
 
 class Run:
-    """Model, AdamW, exponential moving average of the weights, and their checkpoint.
+    """Model, optimizer (AdamW by default), exponential moving average of the weights, and their checkpoint.
 
     Batches are drawn from ``generator(step)``, so a resumed run sees what an uninterrupted one would have seen.
     """
 
     def __init__(
-        self, model: nn.Module, folder: Path, steps: int, peak: float, decay: float, seed: int, falling: float = 1.0
+        self,
+        model: nn.Module,
+        folder: Path,
+        steps: int,
+        peak: float,
+        decay: float,
+        seed: int,
+        falling: float = 1.0,
+        optimizer: torch.optim.Optimizer | None = None,
     ):
         self.model, self.folder, self.steps, self.peak, self.decay, self.seed = model, folder, steps, peak, decay, seed
         self.falling = falling
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimizer = optimizer or torch.optim.AdamW(
+            model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         self.step = 0
         self.seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import torch
 from captions import Entry
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from loop import Run
+from muon import MuonAdamW
 from safetensors.torch import load_file
 from torch import nn
 
@@ -62,8 +63,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/unet"))
     parser.add_argument("--init", type=Path, help="start from the weights of this pipeline, its autoencoder included")
     parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--bfloat16", action="store_true", help="faster where the processor has such products")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -78,7 +80,8 @@ def main() -> None:
         for part in ("unet", "text_encoder"):
             [weights] = (args.init / part).glob("*.safetensors")
             getattr(model, part).load_state_dict({k: v.float() for k, v in load_file(weights).items()})
-    run = Run(model, args.run, args.steps, args.rate, decay=0.999, seed=args.seed, falling=0.4)
+    optimizer = MuonAdamW(model, lr=args.rate)
+    run = Run(model, args.run, args.steps, args.rate, decay=0.999, seed=args.seed, falling=0.4, optimizer=optimizer)
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod
     snr = alphas / (1 - alphas)
@@ -100,7 +103,9 @@ def main() -> None:
         noise = torch.randn(z.shape, generator=g)
         noisy = scheduler.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
         target = scheduler.get_velocity(z, noise, t)
-        error = (model(noisy, t, text.encode(tokenizer, captions)) - target).square().mean(dim=(1, 2, 3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+            predicted = model(noisy, t, text.encode(tokenizer, captions)).float()
+        error = (predicted - target).square().mean(dim=(1, 2, 3))
         loss = (weight[t] * error).mean()
         norm = run.update(loss)
         total += loss.detach().item()
@@ -109,7 +114,7 @@ def main() -> None:
             print(f"step {run.step} loss {total / 100:.4f} norm {norm:.2f} "
                   f"{args.batch * run.step / run.seconds:.0f}/s", flush=True)  # fmt: skip
             total = 0.0
-        if run.step % 500 == 0 or run.step == args.steps:
+        if run.step % 250 == 0 or run.step == args.steps:
             run.save()
         if not math.isfinite(norm):
             raise SystemExit(f"gradient not finite at step {run.step}; resume with a lower --rate")

@@ -1,0 +1,42 @@
+"""Every score as a pure function of tensors, differentiable in the samples.
+
+Samples are rows: ``x`` ``[..., n, d]``, prompts ``t`` ``[..., n, p]``; leading dimensions are batches. Results are float64
+``[...]`` and are scores (effective numbers of modes) unless the name says entropy. Half precision is computed in float32,
+spectra in float64.
+"""
+
+from kspec_guidance.functional.conditional import (
+    conditional_entropy,
+    conditional_rke_score,
+    conditional_vendi_score,
+    information_vendi_score,
+)
+from kspec_guidance.functional.discrepancy import kid, mmd
+from kspec_guidance.functional.fidelity import FidelityScores, fidelity, frechet_distance
+from kspec_guidance.functional.modes import Mode, novel_modes, top_modes
+from kspec_guidance.functional.novelty import ken_score
+from kspec_guidance.functional.scendi import prompt_vendi_score, remove_prompt, scendi_matrices, scendi_score
+from kspec_guidance.functional.vendi import kernel_entropy, rke_score, vendi_score
+
+__all__ = [
+    "vendi_score",
+    "rke_score",
+    "kernel_entropy",
+    "conditional_vendi_score",
+    "information_vendi_score",
+    "conditional_rke_score",
+    "conditional_entropy",
+    "scendi_score",
+    "prompt_vendi_score",
+    "scendi_matrices",
+    "remove_prompt",
+    "ken_score",
+    "mmd",
+    "kid",
+    "Mode",
+    "top_modes",
+    "novel_modes",
+    "FidelityScores",
+    "fidelity",
+    "frechet_distance",
+]

@@ -1,0 +1,86 @@
+"""Fidelity beside diversity: Frechet distance, precision, recall, density, coverage. Libraries do the work."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kspec_guidance.functional.inputs import check_pair_of_sets
+
+__all__ = ["FidelityScores", "fidelity", "frechet_distance"]
+
+
+class _Rows(nn.Module):
+    """Features as they are, where torchmetrics expects a network."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def frechet_distance(x: Tensor, reference: Tensor) -> float:
+    """Frechet distance of the Gaussians fitted to ``x`` ``[n, d]`` and ``reference`` ``[m, d]``, by torchmetrics' FID.
+
+    Raises:
+        ValueError: for fewer than two samples a side, different widths, or NaN.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    x, y = check_pair_of_sets(x, reference)
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"a Frechet distance needs two samples on each side, got {len(x)} and {len(y)}")
+    shape = (1, 1, x.shape[1])
+    metric = FrechetInceptionDistance(feature=_Rows(x.shape[1]), normalize=True, input_img_size=shape)
+    metric.set_dtype(torch.float64)
+    metric.update(y, real=True)
+    metric.update(x, real=False)
+    return float(metric.compute())
+
+
+@dataclass(frozen=True)
+class FidelityScores:
+    """How ``x`` lies to a reference; all but the distance in [0, 1], density can exceed 1."""
+
+    frechet_distance: float
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def fidelity(x: Tensor, reference: Tensor, nearest: int = 5) -> FidelityScores:
+    """Frechet distance, precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+    The neighbourhoods are scikit-learn's. A ball around each sample reaches to its ``nearest``-th neighbour in its own set.
+
+    Args:
+        x: ``[n, d]``.
+        reference: ``[m, d]``.
+        nearest: neighbours, below both numbers of samples.
+
+    Raises:
+        ValueError: for too few samples, different widths, or NaN.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    distance = frechet_distance(x, reference)
+    a, b = (z.detach().cpu().numpy() for z in check_pair_of_sets(x, reference))
+    if not 1 <= nearest < min(len(a), len(b)):
+        raise ValueError(f"nearest must be at least 1 and below {min(len(a), len(b))}, the smaller set, got {nearest}")
+
+    def radii(z: np.ndarray) -> Tensor:
+        return torch.from_numpy(NearestNeighbors(n_neighbors=nearest).fit(z).kneighbors()[0][:, -1])
+
+    cross = torch.cdist(torch.from_numpy(a), torch.from_numpy(b))  # [n, m]
+    in_reference, in_own = cross <= radii(b), cross <= radii(a)[:, None]
+    return FidelityScores(
+        frechet_distance=distance,
+        precision=float(in_reference.any(1).double().mean()),
+        recall=float(in_own.any(0).double().mean()),
+        density=float(in_reference.double().sum(1).mean() / nearest),
+        coverage=float((cross.amin(0) <= radii(b)).double().mean()),
+    )

@@ -1,0 +1,80 @@
+"""The modes behind a score, each with the samples that show it best."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.functional.inputs import FeatureMap, check_samples, gram, map_rows
+from kspec_guidance.functional.novelty import differential_spectrum
+from kspec_guidance.kernels import Kernel
+
+__all__ = ["Mode", "novel_modes", "top_modes"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One eigenvalue (the share of the set), and the samples in which its eigenfunction is largest, best first."""
+
+    share: float
+    samples: list[int]
+    values: list[float]
+
+
+def _largest(values: Tensor, shares: Tensor, per_mode: int) -> list[Mode]:
+    """Modes from columns of values at the samples; the sign of an eigenvector is free, so the heavier side is up."""
+    modes = []
+    for share, v in zip(shares.tolist(), values.unbind(-1), strict=True):
+        v = v if v.clamp_min(0).square().sum() >= v.clamp_max(0).square().sum() else -v
+        top = v.topk(min(per_mode, len(v)))
+        keep = top.values > 1e-6 * top.values[0]
+        modes.append(Mode(share, top.indices[keep].tolist(), top.values[keep].tolist()))
+    return modes
+
+
+@torch.no_grad()
+def top_modes(
+    x: Tensor,
+    kernel: Kernel | None = None,
+    modes: int = 10,
+    per_mode: int = 8,
+    feature_map: FeatureMap | None = None,
+) -> list[Mode]:
+    """The largest modes of ``x`` ``[n, d]``: eigenvectors of ``K / n``, or of the features' second moment (FKEA).
+
+    Args:
+        modes, per_mode: how many, and how many samples of each.
+        kernel, feature_map: as for :func:`~kspec_guidance.functional.vendi_score`.
+    """
+    x = check_samples(x)
+    n = len(x)
+    if feature_map is not None and (phi := map_rows(feature_map, x)).shape[-1] < n:
+        l, u = torch.linalg.eigh(phi.mT @ phi / n)
+        values = phi @ u
+    else:
+        k = gram(x, kernel) if feature_map is None else map_rows(feature_map, x) @ map_rows(feature_map, x).mT
+        l, u = torch.linalg.eigh(k / n)
+        values = u * (l.clamp_min(0) * n).sqrt()
+    best = l.argsort(descending=True)[:modes]
+    return _largest(values[:, best], l[best] / l.clamp_min(0).sum(), per_mode)
+
+
+@torch.no_grad()
+def novel_modes(
+    x: Tensor,
+    reference: Tensor,
+    kernel: Kernel | None = None,
+    eta: float = 1.0,
+    modes: int = 10,
+    per_mode: int = 8,
+    feature_map: FeatureMap | None = None,
+) -> list[Mode]:
+    """The modes of ``x`` ``[n, d]`` that are more than ``eta`` times as frequent as in ``reference`` ``[m, d]``.
+
+    The positive eigenvalues behind :func:`~kspec_guidance.functional.ken_score`, largest first; fewer than ``modes`` if
+    there are no more. Exchange the sets to see what is missing.
+    """
+    l, vectors = differential_spectrum(x, reference, kernel, eta, feature_map)
+    best = l.argsort(descending=True)[:modes]
+    best = best[l[best] > 1e-9]
+    return _largest(vectors[: len(x), best] * len(x) ** 0.5, l[best], per_mode)

@@ -1,0 +1,89 @@
+"""Vendi scores of every order, and RKE."""
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.functional.inputs import FeatureMap, check_samples, smaller_matrix
+from kspec_guidance.kernels import CosineKernel, Kernel
+from kspec_guidance.spectrum import check_order, eigenvalues, renyi_entropy, truncate
+
+__all__ = ["entropy_of", "kernel_entropy", "rke_score", "vendi_score"]
+
+ROWS = 1024  # of the kernel matrix that RKE holds at once
+
+
+def entropy_of(matrix: Tensor, order: float = 1.0, truncation: int | None = None) -> Tensor:
+    """Renyi entropy of a semi-definite matrix ``[..., n, n]``, its trace taken as 1; order 2 needs no eigenvalues."""
+    if check_order(order) == 2 and truncation is None:
+        return -(matrix.square().sum((-2, -1)) / matrix.diagonal(dim1=-2, dim2=-1).sum(-1).square()).log()
+    spectrum = eigenvalues(matrix)
+    spectrum = spectrum / spectrum.sum(-1, keepdim=True)
+    return renyi_entropy(truncate(spectrum, truncation), order)
+
+
+def kernel_entropy(
+    x: Tensor,
+    kernel: Kernel | None = None,
+    order: float = 1.0,
+    truncation: int | None = None,
+    feature_map: FeatureMap | None = None,
+) -> Tensor:
+    """Renyi entropy ``H_q(K / n)`` in nats ``[...]``: the logarithm of :func:`vendi_score`, same arguments."""
+    x = check_samples(x)
+    wide = feature_map is None and not (isinstance(kernel, CosineKernel | None) and x.shape[-1] < x.shape[-2])
+    if check_order(order) == 2 and truncation is None and wide and x.shape[-2] > 4 * ROWS:
+        return _collision_entropy(x, kernel or CosineKernel())
+    return entropy_of(smaller_matrix(x, kernel, feature_map), order, truncation)
+
+
+def _collision_entropy(x: Tensor, kernel: Kernel) -> Tensor:
+    """``-log(||K||_F^2 / n^2)`` by blocks of rows on and above the diagonal: never n x n numbers at once."""
+    x, n = x.double(), x.shape[-2]
+    kernel, total = kernel.fit(x.detach()), torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
+    parts = x.split(ROWS, dim=-2)
+    for i, a in enumerate(parts):
+        for b in parts[i:]:
+            squares = kernel.normalised(a, b).square().sum((-2, -1))
+            total = total + (squares if b is a else 2 * squares)
+    return -(total / n**2).log()
+
+
+def vendi_score(
+    x: Tensor,
+    kernel: Kernel | None = None,
+    order: float = 1.0,
+    truncation: int | None = None,
+    feature_map: FeatureMap | None = None,
+) -> Tensor:
+    """Vendi score of order q: the effective number of distinct samples, in [1, n].
+
+    ``exp(H_q)`` of the eigenvalues of ``K / n`` (Friedman, Dieng 2022, arXiv 2210.02410; orders: Pasarkar, Dieng 2023,
+    arXiv 2310.12952). Identical samples give 1, n orthogonal ones give n. With random Fourier features as ``feature_map``
+    it is FKEA (Ospanov et al. 2024, arXiv 2407.02961); :class:`~kspec_guidance.metrics.VendiScore` streams.
+
+    Args:
+        x: samples ``[..., n, d]``.
+        kernel: cosine by default, by the smaller of ``n x n`` and ``d x d``; a kernel with open bandwidth takes the median
+            rule. A diagonal other than 1 is divided out.
+        order: q in (0, inf].
+        truncation: keep this many eigenvalues (Ospanov, Farnia 2024, arXiv 2410.21719).
+        feature_map: maps ``x`` to rows ``[..., n, D]`` whose products are the kernel, or those rows; O(n) time.
+
+    Raises:
+        ValueError: for no samples, NaN, or an order outside (0, inf].
+
+    >>> round(vendi_score(torch.eye(5)).item(), 6)
+    5.0
+    """
+    return kernel_entropy(x, kernel, order, truncation, feature_map).exp()
+
+
+def rke_score(x: Tensor, kernel: Kernel | None = None, feature_map: FeatureMap | None = None) -> Tensor:
+    """Renyi kernel entropy score ``n^2 / ||K||_F^2`` (Jalali, Li, Farnia 2023, arXiv 2310.11714): Vendi of order 2.
+
+    Needs no eigenvalues, and no more than a block of the kernel matrix at a time.
+
+    >>> round(rke_score(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])).item(), 6)  # 9 / 5
+    1.8
+    """
+    return vendi_score(x, kernel, order=2.0, feature_map=feature_map)

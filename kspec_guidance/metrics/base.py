@@ -1,0 +1,172 @@
+"""What the metric classes share: sums whose size is known from the first batch on, and intervals from groups of samples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.functional.inputs import check_samples
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel
+from kspec_guidance.spectrum import accumulate_gram
+from kspec_guidance.statistics import Interval, jackknife_interval
+
+__all__ = ["StreamMap", "StreamingMetric", "flat_rows"]
+
+
+def flat_rows(x: Tensor, name: str = "x") -> Tensor:
+    """Rows ``[n, d]``; a batch of none is allowed, for ragged last batches."""
+    if isinstance(x, Tensor) and x.ndim == 2 and len(x) == 0:
+        return x.detach().float()
+    x = check_samples(x, name)
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape [n, d], got {list(x.shape)}; flatten each sample to one row")
+    return x.detach()
+
+
+class StreamMap:
+    """Samples to rows whose inner products are the kernel: unit rows for cosine, random Fourier features otherwise.
+
+    Raises:
+        ValueError: for a kernel without a map of fixed size, or without a bandwidth.
+    """
+
+    def __init__(self, kernel: Kernel | None, num_features: int, seed: int):
+        self.kernel, self.num_features, self.seed = kernel or CosineKernel(), num_features, seed
+        if isinstance(self.kernel, GaussianKernel | LaplacianKernel):
+            RandomFourierFeatures(
+                self.kernel, 1, num_features, seed=seed
+            )  # checks its settings now, not at the first batch
+        elif not isinstance(self.kernel, CosineKernel):
+            raise ValueError(
+                f"{kernel!r} has no feature map of fixed size, so it cannot stream; use CosineKernel, GaussianKernel or "
+                "LaplacianKernel, or kspec_guidance.functional on all samples at once"
+            )
+        self._maps: dict[int, RandomFourierFeatures] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[n, D]`` in float32, or float64 for float64 samples."""
+        if isinstance(self.kernel, CosineKernel):
+            u = CosineKernel.unit(x.double())[0]
+            return torch.cat([u, (x == 0).all(dim=1, keepdim=True).to(u)], dim=1)  # rows of zeros are alike
+        width = x.shape[1]
+        if width not in self._maps:
+            assert isinstance(self.kernel, GaussianKernel | LaplacianKernel)
+            self._maps[width] = RandomFourierFeatures(self.kernel, width, self.num_features, seed=self.seed)
+        return self._maps[width].to(x.device)(x)
+
+    def record(self) -> dict[str, Any]:
+        exact = isinstance(self.kernel, CosineKernel)
+        features = "exact" if exact else f"random Fourier, {self.num_features}"
+        return {"kernel": repr(self.kernel), "features": features, "seed": None if exact else self.seed}
+
+
+class StreamingMetric(Metric):
+    """Base class: named sums ``[groups, a, b]`` in float64 and numbers of samples ``[groups]``.
+
+    Args:
+        groups: samples are dealt to this many groups in turn, and :meth:`interval` leaves out one group at a time; memory
+            grows with it. With 1 there are no intervals.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    counts: tuple[str, ...] = ("count",)
+    sums: tuple[str, ...] = ()  # states that are sums of products
+
+    def __init__(self, groups: int = 1, **kwargs: Any):
+        super().__init__(**kwargs)
+        if groups < 1:
+            raise ValueError(f"groups must be at least 1, got {groups}")
+        self.groups = groups
+        for name in self.counts:
+            self.add_state(name, torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
+        for name in self.sums:  # a plain 0 until the first batch tells the size: adding to it broadcasts
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+
+    def _deal(self, n: int, count: str) -> list[slice]:
+        """Rows of each group: the k-th sample that this process has seen belongs to group k modulo ``groups``."""
+        seen = int(getattr(self, count).sum())
+        return [slice((g - seen) % self.groups, n, self.groups) for g in range(self.groups)]
+
+    def _accumulate(self, name: str, count: str, a: Tensor, b: Tensor | None = None) -> None:
+        """Add ``a' b`` (``a' a``) of each group's rows to the sum ``name``."""
+        total = getattr(self, name)
+        size = (self.groups, a.shape[1], a.shape[1] if b is None else b.shape[1])
+        if total.ndim == 0:
+            total = torch.zeros(size, dtype=torch.float64, device=a.device)
+        elif total.shape != size:
+            raise ValueError(
+                f"{type(self).__name__} has seen rows that give sums of {list(total.shape[1:])}, these give "
+                f"{list(size[1:])}; use one embedder for all batches, or reset()"
+            )
+        for g, rows in enumerate(self._deal(len(a), count)):
+            accumulate_gram(total[g], a[rows], None if b is None else b[rows])
+        setattr(self, name, total)
+
+    def _counted(self, n: int, count: str) -> None:
+        dealt = [len(range(n)[rows]) for rows in self._deal(n, count)]
+        setattr(self, count, getattr(self, count) + torch.tensor(dealt, device=getattr(self, count).device))
+
+    def _sync_dist(self, dist_sync_fn: Callable | None = None, process_group: Any = None) -> None:
+        """A process that has seen no sample learns the sums' sizes from the others, then all add up."""
+        from torchmetrics.utilities.distributed import gather_all_tensors
+
+        gather = gather_all_tensors if dist_sync_fn is None else dist_sync_fn
+        group = process_group or self.process_group
+        for name in self.sums:
+            total = getattr(self, name)
+            shape = torch.tensor([*total.shape] if total.ndim else [0, 0, 0], device=self.device)
+            widest = torch.stack(gather(shape, group=group)).amax(0).tolist()
+            if total.ndim == 0 and any(widest):
+                setattr(self, name, torch.zeros(widest, dtype=torch.float64, device=self.device))
+        super()._sync_dist(gather, process_group)
+
+    def _moment(self, name: str, count: str, keep: Tensor) -> Tensor:
+        """The sum over the groups in ``keep`` (a mask), by their number of samples."""
+        total, n = getattr(self, name), getattr(self, count)[keep].sum()
+        if total.ndim == 0 or n == 0:
+            raise ValueError(f"{type(self).__name__} has seen no samples{self._of(count)}; call update first")
+        return total[keep].sum(0) / n
+
+    def _of(self, count: str) -> str:
+        return ""
+
+    def _score(self, keep: Tensor) -> Tensor:
+        """The score of the samples of some groups."""
+        raise NotImplementedError
+
+    def compute(self) -> Tensor:
+        """The score of all samples seen, float64.
+
+        Raises:
+            ValueError: if there were none.
+        """
+        return self._score(torch.ones(self.groups, dtype=torch.bool, device=self.device))
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Confidence interval by the delete-a-group jackknife, from the streaming state alone.
+
+        Raises:
+            ValueError: with fewer than 4 groups, or fewer samples than groups.
+        """
+        if self.groups < 4:
+            raise ValueError(f"an interval needs groups=4 or more (10 are usual), this metric has groups={self.groups}")
+        if any(int(getattr(self, c).amin()) == 0 for c in self.counts):
+            raise ValueError("an interval needs at least one sample in each group")
+        every = torch.eye(self.groups, dtype=torch.bool, device=self.device)
+        left_out = torch.stack([self._score(~g) for g in every])
+        return jackknife_interval(self.compute(), left_out, level)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """The value, or a list of values over time, as torchmetrics plots them: ``(figure, axes)``."""
+        return self._plot(val, ax)
+
+    def record(self) -> dict[str, Any]:
+        """All that is needed to repeat the score."""
+        return {"score": type(self).__name__, **{c: int(getattr(self, c).sum()) for c in self.counts}}

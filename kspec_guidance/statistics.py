@@ -1,0 +1,285 @@
+"""How sure a score is: intervals, comparisons of two sets, and how scores depend on sample size and bandwidth.
+
+Drawing samples with replacement, as the usual bootstrap does, puts exact duplicates into the set and so lowers every
+score of diversity by itself. Intervals here come from the jackknife, which only leaves samples out, and tests from
+permutations.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kspec_guidance import functional as F
+from kspec_guidance.functional.inputs import check_pair_of_sets, check_samples
+from kspec_guidance.kernels import GaussianKernel, Kernel, median_bandwidth
+
+__all__ = [
+    "Comparison",
+    "Curve",
+    "Interval",
+    "ScoreRecord",
+    "bandwidth_curve",
+    "compare",
+    "compare_paired",
+    "convergence_curve",
+    "jackknife",
+    "jackknife_interval",
+]
+
+Score = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with its standard error and confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    standard_error: float
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, e.g. 0.95, got {level}")
+
+
+def jackknife_interval(value: Tensor, left_out: Tensor, level: float = 0.95) -> Interval:
+    """Interval from the scores ``left_out`` ``[g]`` of the set without each of its g groups (Efron, Tibshirani 1993,
+    ch. 11).
+
+    ``se^2 = (g - 1) / g sum (s_i - mean s)^2``; the interval is the value with a Student quantile of ``g - 1`` degrees.
+    """
+    from scipy.stats import t
+
+    _check_level(level)
+    g = len(left_out)
+    se = math.sqrt((g - 1) / g * float((left_out - left_out.mean()).square().sum()))
+    half = float(t.ppf((1 + level) / 2, g - 1)) * se
+    return Interval(float(value), float(value) - half, float(value) + half, se, level)
+
+
+def jackknife(score: Score, *sets: Tensor, groups: int = 20, level: float = 0.95, seed: int = 0) -> Interval:
+    """Confidence interval of ``score(*sets)`` by leaving out one random group of rows at a time.
+
+    Args:
+        score: a function of one or more tensors with the same number of rows, e.g. ``F.vendi_score`` or
+            ``lambda x, t: F.scendi_score(x, t)``.
+        sets: ``[n, ...]`` each.
+        groups: at most n; each left out once.
+        seed: of the grouping.
+
+    Raises:
+        ValueError: for fewer than 4 rows or groups, or sets of different lengths.
+
+    >>> x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    >>> found = jackknife(F.vendi_score, x)
+    >>> found.low < found.value < found.high
+    True
+    """
+    n = len(sets[0])
+    if any(len(s) != n for s in sets):
+        raise ValueError(f"all sets must have the same number of rows, got {[len(s) for s in sets]}")
+    groups = min(groups, n)
+    if groups < 4:
+        raise ValueError(f"an interval needs at least 4 rows and 4 groups, got {n} rows and {groups} groups")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    rests = [order[torch.arange(n) % groups != g] for g in range(groups)]
+    left_out = torch.stack([score(*(s[rest] for s in sets)).detach().double() for rest in rests])
+    return jackknife_interval(score(*sets).detach(), left_out, level)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores of two sets, and the chance of so large a difference if both came from one source."""
+
+    a: float
+    b: float
+    p_value: float
+    n: tuple[int, int]
+    test: str
+
+    @property
+    def difference(self) -> float:
+        """``b - a``."""
+        return self.b - self.a
+
+    def __str__(self) -> str:
+        return f"{self.a:.3f} and {self.b:.3f}, difference {self.difference:+.3f}, p = {self.p_value:.3f} ({self.test})"
+
+
+def compare(
+    a: Tensor,
+    b: Tensor,
+    score: Score | None = None,
+    matched: bool = False,
+    permutations: int = 200,
+    seed: int = 0,
+) -> Comparison:
+    """Do two sets differ in a score? A permutation test: rows are dealt out anew to two sets of the same sizes.
+
+    Args:
+        a, b: ``[n, d]`` and ``[m, d]``.
+        score: of one set; the Vendi score with the cosine kernel by default. A kernel with open bandwidth is fitted to each
+            set by itself: give one with a bandwidth.
+        matched: first draw as many rows from the larger set as the smaller one has.
+        permutations: the smallest p-value is 1 over one more than these.
+        seed: of all draws.
+
+    Raises:
+        ValueError: for empty sets, different widths, or fewer than one permutation.
+
+    Warns:
+        UserWarning: for sets of different sizes without ``matched``, since diversity scores grow with the number of
+        samples.
+    """
+    check_pair_of_sets(a, b, "b")
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1, got {permutations}")
+    score, g = score or F.vendi_score, torch.Generator().manual_seed(seed)
+    n = min(len(a), len(b))
+    if matched:
+        a, b = (z[torch.randperm(len(z), generator=g)[:n]] for z in (a, b))
+    elif len(a) != len(b):
+        warnings.warn(
+            f"the sets hold {len(a)} and {len(b)} samples, and diversity scores grow with their number; pass matched=True",
+            stacklevel=2,
+        )
+    both = torch.cat([a, b.to(a)])
+    first, second = float(score(a)), float(score(b))
+    extreme = 0
+    for _ in range(permutations):
+        order = torch.randperm(len(both), generator=g)
+        difference = float(score(both[order[: len(a)]])) - float(score(both[order[len(a) :]]))
+        extreme += abs(difference) >= abs(first - second) - 1e-12
+    p = (1 + extreme) / (1 + permutations)
+    return Comparison(first, second, p, (len(a), len(b)), f"{permutations} permutations of rows")
+
+
+def compare_paired(a: Sequence[float], b: Sequence[float], permutations: int = 10_000, seed: int = 0) -> Comparison:
+    """Do two lists of scores of the same things, prompt by prompt say, differ in the mean? A sign-flip permutation test.
+
+    Exact, by all sign patterns, when there are no more of them than ``permutations``.
+
+    Raises:
+        ValueError: for lists of different lengths, or empty ones.
+    """
+    x, y = torch.tensor(list(a), dtype=torch.float64), torch.tensor(list(b), dtype=torch.float64)
+    if len(x) != len(y) or not len(x):
+        raise ValueError(f"paired scores must be two lists of one length, got {len(x)} and {len(y)}")
+    d = y - x
+    if 2 ** len(d) <= permutations:
+        bits = torch.arange(2 ** len(d))[:, None] >> torch.arange(len(d)) & 1
+        draws, spare, test = (1 - 2 * bits).double() @ d, 0, "all sign patterns"
+    else:
+        g = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (permutations, len(d)), generator=g).double() * 2 - 1
+        draws, spare, test = signs @ d, 1, f"{permutations} sign patterns"
+    extreme = int((draws.abs() >= d.sum().abs() - 1e-12).sum())
+    p = (spare + extreme) / (spare + len(draws))
+    return Comparison(float(x.mean()), float(y.mean()), p, (len(x), len(y)), test)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Scores against something: ``x`` values under the name ``axis``, and one mean and spread per score and value."""
+
+    axis: str
+    x: list[float]
+    mean: dict[str, list[float]]
+    spread: dict[str, list[float]]
+
+
+def _curve(axis: str, xs: Sequence[float], draws: list[list[dict[str, float]]]) -> Curve:
+    names = list(draws[0][0])
+    values = {n: [torch.tensor([d[n] for d in at]) for at in draws] for n in names}
+    mean = {n: [float(v.mean()) for v in at] for n, at in values.items()}
+    spread = {n: [float(v.std(correction=0)) for v in at] for n, at in values.items()}
+    return Curve(axis, [float(v) for v in xs], mean, spread)
+
+
+def convergence_curve(
+    x: Tensor,
+    kernel: Kernel | None = None,
+    sizes: Sequence[int] | None = None,
+    repeats: int = 5,
+    truncation: int | None = None,
+    seed: int = 0,
+) -> Curve:
+    """Vendi, truncated Vendi and RKE of random subsets against their size: has the score settled?
+
+    The Vendi score may go on growing for as long as there are samples; RKE and the truncated score settle.
+
+    Args:
+        x: ``[n, d]``.
+        kernel: cosine by default; an open bandwidth is fitted once, to all samples.
+        sizes: from 8 to n by doubling, n included, by default.
+        repeats: subsets of each size.
+        truncation: eigenvalues of the truncated score, ``max(4, n // 16)`` by default.
+
+    Raises:
+        ValueError: for sizes outside 1..n.
+    """
+    x = check_samples(x)
+    n = len(x)
+    if sizes is None:
+        sizes = sorted({*(2**k for k in range(3, 40) if 2**k < n), n})
+    if not sizes or min(sizes) < 1 or max(sizes) > n:
+        raise ValueError(f"sizes must lie in 1..{n}, the number of samples, got {list(sizes)}")
+    kernel = None if kernel is None else kernel.fit(x)
+    t, g = truncation or max(4, n // 16), torch.Generator().manual_seed(seed)
+    draws = []
+    for size in sizes:
+        at = []
+        for _ in range(1 if size == n else repeats):
+            part = x[torch.randperm(n, generator=g)[:size]]
+            at.append(
+                {
+                    "Vendi": float(F.vendi_score(part, kernel)),
+                    f"truncated Vendi, t = {t}": float(F.vendi_score(part, kernel, truncation=t)),
+                    "RKE": float(F.rke_score(part, kernel)),
+                }
+            )
+        draws.append(at)
+    return _curve("samples", sizes, draws)
+
+
+def bandwidth_curve(x: Tensor, factors: Sequence[float] = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)) -> Curve:
+    """Vendi and RKE with Gaussian kernels of several bandwidths, as multiples of the median rule's.
+
+    A score near 1 or near n at the chosen bandwidth says more about the bandwidth than about the set.
+    """
+    x = check_samples(x)
+    base = median_bandwidth(x)
+    kernels = [GaussianKernel(base * f) for f in factors]
+    draws = [[{"Vendi": float(F.vendi_score(x, k)), "RKE": float(F.rke_score(x, k))}] for k in kernels]
+    return _curve("bandwidth", [base * f for f in factors], draws)
+
+
+@dataclass(frozen=True)
+class ScoreRecord:
+    """A score with all that is needed to repeat it."""
+
+    score: str
+    value: float
+    n: int
+    kernel: str
+    order: float | None = None
+    features: str = "exact"
+    seed: int | None = None
+    embedder: str | None = None
+    fingerprint: str | None = None
+    interval: tuple[float, float] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
