@@ -1,14 +1,16 @@
-"""``kspec-guidance demo | generate | evaluate``"""
+"""``kspec-guidance demo | generate | evaluate | compare``"""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from kspec_guidance.embedders.names import IMAGE_NAMES, TEXT_NAMES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,17 +19,20 @@ app = typer.Typer(
     help="Varied images from any diffusers pipeline without retraining, and scores of how varied a set is.",
 )
 console = Console()
-IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def _fail(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
 
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
     )
 
 
@@ -123,91 +128,101 @@ def generate(
     console.print(f"wrote {images * len(prompt)} images to {out}", highlight=False, soft_wrap=True)
 
 
+EMBEDDER_HELP = f"Image features: {IMAGE_NAMES}."
+TEXT_HELP = f"Prompt features: {TEXT_NAMES}; with none, prompts are the same or not."
+
+
+def _load(folder: Path, embedder: Any, prompts: Path | None, cache: Path | None) -> Any:
+    """An image set, with a progress bar; unreadable files are named on the error stream."""
+    from kspec_guidance.sources import load_images
+
+    with _progress() as progress:
+        task = progress.add_task(f"reading {folder.name or folder}", total=None)
+        found = load_images(folder, embedder, prompts, cache, lambda n: progress.advance(task, n))
+        progress.update(task, total=len(found))
+    if found.skipped:
+        names = ", ".join(found.skipped[:5]) + (" ..." if len(found.skipped) > 5 else "")
+        Console(stderr=True).print(
+            f"[yellow]skipped {len(found.skipped)} unreadable: {escape(names)}[/]", highlight=False, soft_wrap=True
+        )
+    return found
+
+
+def _scores(records: list, title: str, embedder: str) -> Table:
+    table = Table(title=escape(title), caption=f"features: {escape(embedder)}; intervals 95%, jackknife")
+    for column in ("score", "value", "interval", "kernel"):
+        table.add_column(column, justify="right" if column in ("value", "interval") else "left")
+    for r in records:
+        bounds = f"{r.interval[0]:.3g} to {r.interval[1]:.3g}" if r.interval else ""
+        kernels = [k.partition("Kernel")[0] for k in r.kernel.split(" x ")]
+        table.add_row(r.score, f"{r.value:.3f}", bounds, " x ".join(dict.fromkeys(kernels)))
+    return table
+
+
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of images, with metadata.jsonl if prompts are known.")],
-    clip: Annotated[
-        str | None, typer.Option(help="open_clip model and weights as NAME:FILE, for semantic features.")
+    folder: Annotated[Path, typer.Argument(help="Folder of images, .tar shards (WebDataset) or .parquet files.")],
+    reference: Annotated[Path | None, typer.Option(help="A second set, for fidelity and novelty.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="metadata.jsonl or captions.csv; the folder's own is found by itself.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    embedder: Annotated[str, typer.Option(help=EMBEDDER_HELP)] = "demo",
+    text_embedder: Annotated[str, typer.Option(help=TEXT_HELP)] = "none",
+    out: Annotated[Path, typer.Option(help="The page to write; the numbers go beside it as JSON.")] = Path("report.html"),
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps features between runs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, and write no page.")] = False,
 ) -> None:
-    """How varied is a folder of images? Vendi and RKE, and for each prompt apart when metadata.jsonl is there."""
-    import torch
+    """How varied is a set of images, and given its prompts? A table, and a page with pictures."""
+    from kspec_guidance.embedders import image_embedder
+    from kspec_guidance.embedders import text_embedder as named_text_embedder
+    from kspec_guidance.evaluation import evaluate_set
+    from kspec_guidance.report_page import write_page
 
-    from kspec_guidance import functional as F
+    try:
+        embed, embed_text = image_embedder(embedder), named_text_embedder(text_embedder)
+        images = _load(folder, embed, prompts, cache)
+        other = None if reference is None else _load(reference, embed, None, cache)
+        result = evaluate_set(images, embed, embed_text, other)
+        if as_json:
+            typer.echo(json.dumps(result.as_dict(), indent=1, default=list))
+            return
+        write_page(result, out)
+    except (ValueError, OSError, ImportError) as error:
+        raise _fail(str(error)) from error
+    console.print(_scores(result.scores, f"{folder}: {len(images)} images", embed.name))
+    console.print(f"wrote {out} and {out.with_suffix('.json')}", highlight=False, soft_wrap=True, markup=False)
 
-    if not folder.is_dir():
-        raise _fail(f"{folder} is no folder")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_TYPES)
-    pictures, names = _read_images(paths)
-    if not pictures:
-        raise _fail(f"{folder} holds no readable image ({', '.join(sorted(IMAGE_TYPES))})")
-    embed = _embedder(clip)
-    x = embed(pictures)
-    prompts = _prompts(folder, names)
-    groups = {p: torch.tensor([i for i, q in enumerate(prompts) if q == p]) for p in dict.fromkeys(prompts)}
-    rows = {"all images": x} | ({p: x[i] for p, i in groups.items()} if len(groups) > 1 else {})
-    scores = {
-        name: {"images": len(z), "vendi": float(F.vendi_score(z)), "rke": float(F.rke_score(z))} for name, z in rows.items()
-    }
-    if len(groups) > 1:
-        t = torch.eye(len(groups))[[list(groups).index(p) for p in prompts]]
-        scores["all images"]["conditional_vendi"] = float(F.conditional_vendi_score(x, t))
-    if as_json:
-        typer.echo(json.dumps(scores, indent=1))
-        return
-    table = Table(
-        title=f"{folder}: effective number of different images", caption="features: " + (clip or "demo autoencoder")
-    )
-    for column in ("set", "images", "Vendi", "RKE", "Conditional-Vendi"):
-        table.add_column(column, justify="left" if column == "set" else "right")
-    for name, s in scores.items():
-        conditional = f"{s['conditional_vendi']:.2f}" if "conditional_vendi" in s else ""
-        table.add_row(name, str(s["images"]), f"{s['vendi']:.2f}", f"{s['rke']:.2f}", conditional)
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of images, .tar shards or .parquet files.")],
+    second: Annotated[Path, typer.Argument(help="The other one.")],
+    embedder: Annotated[str, typer.Option(help=EMBEDDER_HELP)] = "demo",
+    text_embedder: Annotated[str, typer.Option(help=TEXT_HELP)] = "none",
+    out: Annotated[Path, typer.Option(help="The page to write; the numbers go beside it as JSON.")] = Path("compare.html"),
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps features between runs.")] = None,
+) -> None:
+    """Do two sets differ in variety, and what does each have that the other lacks?"""
+    from kspec_guidance.embedders import image_embedder
+    from kspec_guidance.embedders import text_embedder as named_text_embedder
+    from kspec_guidance.evaluation import compare_sets
+    from kspec_guidance.report_page import write_page
+
+    try:
+        embed, embed_text = image_embedder(embedder), named_text_embedder(text_embedder)
+        a, b = _load(first, embed, None, cache), _load(second, embed, None, cache)
+        result = compare_sets(a, b, embed, embed_text)
+        write_page(result, out)
+    except (ValueError, OSError, ImportError) as error:
+        raise _fail(str(error)) from error
+    table = Table(title="permutation tests on equally many images", caption=f"features: {escape(embed.name)}")
+    for column in ("score", "first", "second", "difference", "p"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name, test in result.tests.items():
+        table.add_row(name, f"{test.a:.3f}", f"{test.b:.3f}", f"{test.difference:+.3f}", f"{test.p_value:.3f}")
     console.print(table)
-
-
-def _read_images(paths: list[Path]) -> tuple[list, list[str]]:
-    from PIL import Image
-
-    pictures, names, bad = [], [], []
-    for path in paths:
-        try:
-            with Image.open(path) as file:
-                pictures.append(file.convert("RGBA"))
-            names.append(path.name)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            bad.append(path.name)
-    if bad:
-        Console(stderr=True).print(f"[yellow]skipped {len(bad)} unreadable: {', '.join(bad[:5])}[/]", highlight=False)
-    return pictures, names
-
-
-def _prompts(folder: Path, names: list[str]) -> list[str]:
-    path = folder / "metadata.jsonl"
-    if not path.is_file():
-        return [""] * len(names)
-    said = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            said[row["file_name"]] = str(row.get("prompt", ""))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise _fail(f"{path} line {number} is no JSON object with file_name and prompt ({error})") from error
-    return [said.get(name, "") for name in names]
-
-
-def _embedder(clip: str | None) -> Callable:
-    from kspec_guidance.embedders import open_clip_embedder, pipeline_embedder
-
-    if clip is None:
-        from kspec_guidance import load_demo_pipeline
-
-        return pipeline_embedder(load_demo_pipeline())
-    name, _, weights = clip.partition(":")
-    if not Path(weights).is_file():
-        raise _fail(f"--clip wants NAME:FILE with an existing weights file, got {clip!r}")
-    return open_clip_embedder(name, weights)
+    console.print(_scores(result.scores, f"{first} with {second} as reference", embed.name))
+    console.print(f"wrote {out} and {out.with_suffix('.json')}", highlight=False, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

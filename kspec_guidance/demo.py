@@ -25,21 +25,13 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPi
         dtype: of the weights; they are stored in float16.
     """
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
-    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
-    try:  # loading takes a second: progress bars for it would be noise
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
+    from kspec_guidance.embedders.base import quiet_loading
+
+    with quiet_loading():
         return StableDiffusionPipeline.from_pretrained(
             ASSETS / "emoji", torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
-    finally:
-        if bars[0]:
-            diffusers_logging.enable_progress_bar()
-        if bars[1]:
-            transformers_logging.enable_progress_bar()
 
 
 def load_demo_reference(name: str) -> Tensor:

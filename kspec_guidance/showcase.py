@@ -88,7 +88,8 @@ def run_demo(
     target = target / target.norm(dim=1, keepdim=True) * target.shape[1] ** 0.5
 
     def distance(panel: Rows) -> float:
-        x = torch.cat([embed(row) for row in panel]) * target.shape[1] ** 0.5
+        x = torch.cat([embed(row) for row in panel])
+        x = x / x.norm(dim=1, keepdim=True) * x.shape[1] ** 0.5
         return float(F.mmd(x, target, kernel))
 
     style = {"plain": distance(style_plain), "MMD guidance": distance(style_guided)}

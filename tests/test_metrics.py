@@ -81,7 +81,7 @@ def test_batching_order_and_merging_change_nothing(name):
     fresh.merge_state(a)
     assert fresh.compute().item() == pytest.approx(whole, rel=1e-6)
     fresh.reset()
-    with pytest.raises(ValueError, match="no samples|too few"):
+    with pytest.raises(ValueError, match=r"no samples|too few"):
         fresh.compute()
 
 

@@ -1,0 +1,34 @@
+"""Images and prompts as feature rows, with all that is needed to make them again. Nothing is downloaded unasked."""
+
+from kspec_guidance.embedders.base import ImageEmbedder, TextEmbedder, to_pixels, weights_fingerprint
+from kspec_guidance.embedders.cache import embed_files
+from kspec_guidance.embedders.images import (
+    efficientnet_lite,
+    module_embedder,
+    open_clip_embedder,
+    pipeline_embedder,
+    torchvision_embedder,
+    transformers_embedder,
+)
+from kspec_guidance.embedders.names import image_embedder, text_embedder
+from kspec_guidance.embedders.texts import minilm, one_hot_embedder, open_clip_text_embedder, sentence_embedder
+
+__all__ = [
+    "ImageEmbedder",
+    "TextEmbedder",
+    "image_embedder",
+    "text_embedder",
+    "pipeline_embedder",
+    "open_clip_embedder",
+    "transformers_embedder",
+    "torchvision_embedder",
+    "efficientnet_lite",
+    "module_embedder",
+    "open_clip_text_embedder",
+    "sentence_embedder",
+    "minilm",
+    "one_hot_embedder",
+    "embed_files",
+    "to_pixels",
+    "weights_fingerprint",
+]
