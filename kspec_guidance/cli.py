@@ -27,13 +27,10 @@ def _fail(message: str) -> typer.Exit:
 
 
 def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
+    """Bars on the error stream, so that what is printed can be piped; none when nobody is there to see them."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    errors = Console(stderr=True)
+    return Progress(*columns, console=errors, disable=not errors.is_terminal)
 
 
 def _generators(seed: int, n: int) -> list:
