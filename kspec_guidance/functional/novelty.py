@@ -11,36 +11,63 @@ from kspec_guidance.kernels import CosineKernel, Kernel
 __all__ = ["differential_spectrum", "entropy_of_mass", "ken_score"]
 
 
+WELL_CONDITIONED = 1e-9  # smallest squared pivot, to the largest, at which Cholesky's factor is as good as the root
+
+
+def _factor(g: Tensor) -> Tensor:
+    """``R`` with ``R R' = G``: Cholesky's where that is accurate, else the symmetric root with rounding noise cut off."""
+    r, failed = torch.linalg.cholesky_ex(g)
+    pivots = r.diagonal(dim1=-2, dim2=-1).square()
+    if not bool(failed.any()) and bool((pivots.amin(-1) > WELL_CONDITIONED * pivots.amax(-1)).all()):
+        return r
+    e, u = torch.linalg.eigh(g)
+    noise = e.shape[-1] * torch.finfo(e.dtype).eps * e.amax(-1, keepdim=True)  # its root would be 1e-8
+    return (u * torch.where(e > noise, e, 0.0).sqrt()[..., None, :]) @ u.mT
+
+
 class _SignedSpectrum(torch.autograd.Function):
     """Eigenvalues of ``G S`` for a positive semi-definite ``G`` and a diagonal ``S`` of signs, with its eigenvectors.
 
-    They are those of the symmetric ``R S R`` with ``R = G^1/2``. With ``R S R w = l w`` of unit ``w``,
-    ``d l / d G = S R w w' R S / l``: no differences of eigenvalues, so equal ones do no harm.
+    They are those of the symmetric ``R' S R`` with ``R R' = G``. With ``R' S R w = l w`` of unit ``w``,
+    ``d l / d G = S R w w' R' S / l``: no differences of eigenvalues, so equal ones do no harm. The eigenvectors are empty
+    unless asked for, or needed for the gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
-        e, u = torch.linalg.eigh(g)
-        noise = e.shape[-1] * torch.finfo(e.dtype).eps * e.amax(-1, keepdim=True)  # its root would be 1e-8
-        root = (u * torch.where(e > noise, e, 0.0).sqrt()[..., None, :]) @ u.mT
-        inner = (root * sign[..., None, :]) @ root
-        l, w = torch.linalg.eigh((inner + inner.mT) / 2)
-        vectors = root @ w  # of G S, on the right
-        ctx.save_for_backward(l, vectors, sign)
-        ctx.mark_non_differentiable(vectors)
-        return l, vectors
+    def forward(ctx: Any, g: Tensor, sign: Tensor, vectors: bool) -> tuple[Tensor, Tensor]:
+        r = _factor(g)
+        inner = r.mT @ (sign[..., :, None] * r)
+        inner = (inner + inner.mT) / 2
+        if vectors or ctx.needs_input_grad[0]:
+            l, w = torch.linalg.eigh(inner)
+            found = r @ w
+        else:
+            l, found = torch.linalg.eigvalsh(inner), g.new_empty(0)
+        ctx.save_for_backward(l, found, sign)
+        ctx.mark_non_differentiable(found)
+        return l, found
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         l, vectors, sign = ctx.saved_tensors
         noise = l.shape[-1] * torch.finfo(l.dtype).eps * l.abs().amax(-1, keepdim=True)
         weight = torch.where(l.abs() > noise, grads[0] / torch.where(l == 0, 1.0, l), 0.0)
         sv = sign[..., :, None] * vectors
-        return (sv * weight[..., None, :]) @ sv.mT, None
+        return (sv * weight[..., None, :]) @ sv.mT, None, None
+
+
+def _check_eta(eta: float) -> None:
+    if not eta >= 0:
+        raise ValueError(f"eta weighs the reference set and must be at least 0, got {eta}")
 
 
 def differential_spectrum(
-    x: Tensor, reference: Tensor, kernel: Kernel | None, eta: float, feature_map: FeatureMap | None = None
+    x: Tensor,
+    reference: Tensor,
+    kernel: Kernel | None,
+    eta: float,
+    feature_map: FeatureMap | None = None,
+    vectors: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues of ``C_X - eta C_ref``, ascending, and each one's values at the samples of both sets, as columns.
 
@@ -54,8 +81,7 @@ def differential_spectrum(
     Raises:
         ValueError: for a negative ``eta``, no samples, different widths, or NaN.
     """
-    if not eta >= 0:
-        raise ValueError(f"eta weighs the reference set and must be at least 0, got {eta}")
+    _check_eta(eta)
     x, y = check_pair_of_sets(x, reference)
     n, m = x.shape[-2], y.shape[-2]
     both = torch.cat([x, y], dim=-2)
@@ -66,7 +92,7 @@ def differential_spectrum(
         k = (kernel or CosineKernel()).fit(both.detach()).normalised(both)
     weight = torch.cat([k.new_full((n,), n**-0.5), k.new_full((m,), (eta / m) ** 0.5)])
     sign = torch.cat([torch.ones(n), -torch.ones(m)]).to(k)
-    return _SignedSpectrum.apply(weight[:, None] * k * weight, sign)
+    return _SignedSpectrum.apply(weight[:, None] * k * weight, sign, vectors)
 
 
 def entropy_of_mass(l: Tensor) -> Tensor:
@@ -100,4 +126,16 @@ def ken_score(
     >>> round(ken_score(torch.eye(4), torch.ones(3, 4)[:, :1] * torch.eye(4)[:1]).item(), 4)  # 3 of 4 modes are new
     0.824
     """
-    return entropy_of_mass(differential_spectrum(x, reference, kernel, eta, feature_map)[0])
+    _check_eta(eta)
+    x, y = check_pair_of_sets(x, reference)
+    both = torch.cat([x, y], dim=-2)
+    phi = None
+    if feature_map is not None:
+        phi = map_rows(feature_map, both)
+    elif isinstance(kernel, CosineKernel | None) and x.shape[-1] < both.shape[-2]:
+        phi = CosineKernel.features(both)
+    if phi is None or phi.shape[-1] >= both.shape[-2]:
+        return entropy_of_mass(differential_spectrum(x, y, kernel, eta, feature_map, vectors=False)[0])
+    n, m = x.shape[-2], y.shape[-2]
+    a, b = phi[..., :n, :], phi[..., n:, :]
+    return entropy_of_mass(torch.linalg.eigvalsh(a.mT @ a / n - eta * (b.mT @ b) / m))

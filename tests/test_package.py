@@ -1,0 +1,53 @@
+"""What a built wheel holds, and that it works where the repository is not."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_pipeline_and_works_alone(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr[-2000:]
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {i.filename: i.file_size for i in archive.infolist()}
+        archive.extractall(tmp_path / "site")
+    weights = [n for n in sizes if n.endswith(".safetensors")]
+    assert len(weights) == 3
+    assert sum(sizes[n] for n in weights) < 40e6
+    for name in ("py.typed", "templates/report.html", "assets/MODEL_CARD.md", "assets/references/twemoji.png"):
+        assert f"kspec_guidance/{name}" in sizes
+    assert not [n for n in sizes if n.startswith(("tests", "benchmarks", "runs", "."))]
+    assert any(n.endswith("licenses/NOTICE") for n in sizes)
+    code = (
+        "import kspec_guidance, sys; assert sys.argv[1] in kspec_guidance.__file__; "
+        "pipe = kspec_guidance.load_demo_pipeline(); pipe.set_progress_bar_config(disable=True); "
+        "print(pipe('heart', num_inference_steps=2).images[0].size)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site")],
+        cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "(64, 64)" in ran.stdout
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, kspec_guidance; print([m for m in ('diffusers', 'open_clip',
+    'matplotlib', 'sklearn') if m in sys.modules])" ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_no_pickles_and_no_large_files_among_the_assets():
+    assets = list((ROOT / "kspec_guidance" / "assets").rglob("*"))
+    assert not [f for f in assets if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    assert sum(f.stat().st_size for f in assets if f.is_file()) < 45e6
