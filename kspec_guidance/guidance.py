@@ -162,6 +162,7 @@ class KernelGuidance(PipelineCallback):
             terms = [Term(objective, scale, space, start, stop, every, sigma_interval, tuple(chain), memory)]
         self.terms, self.seed = list(terms), seed
         self._run: _Run | None = None
+        self._inside: ThreadOwner | None = None  # of the run in progress, during its steps too
         self._prompts: Tensor | None = None
         self._encoder: str | None = None
         self._hooks: list[SchedulerHook | PromptWatch] = []
@@ -255,7 +256,7 @@ class KernelGuidance(PipelineCallback):
         """Take every hook away; harmless when nothing is attached. Memory and report stay."""
         for hook in reversed(self._hooks):
             hook.remove()
-        self._hooks, self._pipe, self._run = [], None, None
+        self._hooks, self._pipe, self._run, self._inside = [], None, None, None
 
     # -- the callback way in ---------------------------------------------------------------------------------------
 
@@ -269,6 +270,8 @@ class KernelGuidance(PipelineCallback):
             return callback_kwargs
         scheduler = pipeline.scheduler
         if step_index == 0:
+            if self._inside is not None:
+                self._inside.check()
             self._run = None
             self._read_prompts(pipeline, callback_kwargs)
         total = getattr(pipeline, "num_timesteps", len(scheduler.timesteps))
@@ -304,6 +307,8 @@ class KernelGuidance(PipelineCallback):
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def _on_prompt(self, features: Tensor, encoder: str) -> None:
+        if self._inside is not None:
+            self._inside.check()
         self._prompts, self._encoder, self._run = features, encoder, None
         pipe, hook = self._pipe, self._hooks[0]
         if isinstance(hook, SchedulerHook) and pipe.scheduler is not hook.scheduler:  # swapped inside the block
@@ -345,7 +350,7 @@ class KernelGuidance(PipelineCallback):
             run = self._begin(scheduler, timestep, sample, place)
         else:
             run.owner.check()
-        self._run = None  # until this step has succeeded: an aborted run is forgotten
+        self._run, self._inside = None, run.owner  # no run until this step has succeeded: an aborted one is forgotten
         began = time.perf_counter()
         with torch.no_grad():
             t = None if self._prompts is None else self._match(self._prompts.to(sample.device), len(sample))
@@ -367,6 +372,7 @@ class KernelGuidance(PipelineCallback):
             run.step += 1
             if run.step >= run.total:
                 self._finish(run, result[0], t)
+                self._inside = None
         run.seconds += time.perf_counter() - began
         self._report.seconds = run.seconds
         self._run = run

@@ -182,10 +182,14 @@ class ThreadOwner:
     """Remembers which thread is inside a run."""
 
     def __init__(self) -> None:
-        self.ident = threading.get_ident()
+        self.thread = threading.current_thread()
 
     def check(self) -> None:
-        if threading.get_ident() != self.ident:
+        """
+        Raises:
+            RuntimeError: from another thread, while the owner is still alive.
+        """
+        if threading.current_thread() is not self.thread and self.thread.is_alive():
             raise RuntimeError(
                 "one guide is being used by two threads at once; give each thread its own pipeline and its own guide, and "
                 "join their memories afterwards with memory.merge(other)"

@@ -1,6 +1,7 @@
 """The embedded pipeline is a real Stable Diffusion pipeline, and guidance works on it in every way in."""
 
 import json
+import threading
 from pathlib import Path
 
 import diffusers
@@ -220,6 +221,32 @@ def test_a_run_that_breaks_adds_nothing_and_leaves_nothing(pipe):
     assert len(guide.memory) == 0
     assert torch.equal(draw(pipe), plain)  # a hook left by the broken run steps aside
     assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_second_thread_is_refused_and_the_first_one_finishes(pipe):
+    guide, errors = SPARKE(0.3), []
+
+    def intrude():
+        try:
+            draw(pipe, steps=2)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def in_the_middle(p, i, t, kw):
+        if i == 2:
+            thread = threading.Thread(target=intrude)
+            thread.start()
+            thread.join()
+        return kw
+
+    with guide.attach(pipe):
+        alone = draw(pipe)
+    guide.memory.clear()
+    with guide.attach(pipe):
+        disturbed = draw(pipe, callback_on_step_end=in_the_middle)
+    assert "give each thread its own pipeline" in errors[0]
+    assert torch.equal(disturbed, alone)
+    assert len(guide.memory) == 3
 
 
 def test_a_subclass_takes_the_guide_as_an_argument(pipe, tmp_path):
