@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch.nn import functional as nnf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "train_emoji"))
@@ -53,8 +54,7 @@ class Art:
         return {"modes": len(modes), "agreement": sum(agree) / len(agree), "distance": float(near.mean())}
 
 
-def run(pipe, prompt: str, scale: float | None, args, guide_options: dict) -> dict[str, float]:
-    guide = SPARKE(scale or 0.0, **guide_options)
+def run(pipe, prompt: str, guide_settings: dict | None, args) -> dict[str, float]:
     settings = {
         "num_images_per_prompt": args.images,
         "num_inference_steps": args.steps,
@@ -63,10 +63,10 @@ def run(pipe, prompt: str, scale: float | None, args, guide_options: dict) -> di
         "generator": [torch.Generator().manual_seed(args.seed + k) for k in range(args.images)],
     }
     began = time.perf_counter()
-    if scale is None:
+    if guide_settings is None:
         latents = pipe(prompt, **settings).images
     else:
-        with guide.attach(pipe):
+        with SPARKE(**guide_settings).attach(pipe):
             latents = pipe(prompt, **settings).images
     with torch.no_grad():
         images = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
@@ -99,15 +99,20 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[0.1, 0.3, 1.0])
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--options", type=json.loads, default={}, help="further SPARKE settings as JSON")
+    parser.add_argument("--variants", type=json.loads, default={}, help="named SPARKE settings, as JSON")
+    parser.add_argument("--pipeline", type=Path, help="folder of another pipeline trained on the same art")
     args = parser.parse_args()
     args.art = Art(args.data)
-    pipe = load_demo_pipeline()
+    if args.pipeline is None:
+        pipe = load_demo_pipeline()
+    else:
+        pipe = StableDiffusionPipeline.from_pretrained(args.pipeline, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     results, names = {}, ["vendi", "conditional_rke", "modes", "agreement", "distance", "seconds"]
     print("setting        " + "".join(f"{n:>26}" for n in names), flush=True)
-    for scale in [None, *args.scales]:
-        rows = [run(pipe, p, scale, args, args.options) for p in args.prompts]
-        label = "plain" if scale is None else f"SPARKE {scale:g}"
+    variants = args.variants or {f"SPARKE {scale:g}": {"scale": scale, **args.options} for scale in args.scales}
+    for label, settings in {"plain": None, **variants}.items():
+        rows = [run(pipe, p, settings, args) for p in args.prompts]
         results[label] = {n: interval(torch.tensor([r[n] for r in rows], dtype=torch.float64)) for n in names}
         results[label]["prompts"] = dict(zip(args.prompts, rows, strict=True))
         print(f"{label:<15}" + "".join("{:>12.3f} [{:.3f}, {:.3f}]".format(*results[label][n]) for n in names), flush=True)

@@ -43,8 +43,8 @@ def _generators(seed: int, n: int) -> list:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and numbers.")] = Path("outputs/demo"),
     images: Annotated[int, typer.Option(min=2, max=64, help="Images for each prompt.")] = 8,
-    scale: Annotated[float, typer.Option(min=0, help="Strength of SPARKE.")] = 0.3,
-    style_scale: Annotated[float, typer.Option(min=0, help="Strength of MMD guidance toward the Twemoji style.")] = 0.3,
+    scale: Annotated[float, typer.Option(min=0, help="Strength of SPARKE.")] = 0.6,
+    mmd_scale: Annotated[float, typer.Option(min=0, help="Strength of MMD guidance toward skin tones.")] = 0.7,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     seed: Annotated[int, typer.Option(help="First seed; image k of every prompt uses seed + k.")] = 0,
 ) -> None:
@@ -59,7 +59,7 @@ def demo(
             task = progress.add_task("generating", total=total) if task is None else task
             progress.update(task, completed=done)
 
-        result = run_demo(out, images, scale, style_scale, steps, seed, tick)
+        result = run_demo(out, images, scale, mmd_scale, steps, seed, tick)
     for table in result.tables():
         console.print(table)
     for path in result.files:
@@ -73,7 +73,7 @@ def generate(
     model: Annotated[str, typer.Option(help="'demo' for the embedded pipeline, or a diffusers folder or hub id.")] = "demo",
     images: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Images made at once; they repel each other directly.")] = 8,
-    scale: Annotated[float, typer.Option(min=0, help="Strength of SPARKE; 0 is plain sampling.")] = 0.3,
+    scale: Annotated[float, typer.Option(min=0, help="Strength of SPARKE; 0 is plain sampling.")] = 0.6,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 5.0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,

@@ -30,7 +30,7 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPi
 
     with quiet_loading():
         return StableDiffusionPipeline.from_pretrained(
-            ASSETS / "emoji", torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            ASSETS / "emoji", dtype=dtype, local_files_only=True, use_safetensors=True
         )
 
 

@@ -29,7 +29,7 @@ class SPARKE(KernelGuidance):
 
     def __init__(
         self,
-        scale: float = 0.3,
+        scale: float = 0.6,
         kernel: Kernel | None = None,
         prompt_kernel: Kernel | None = None,
         space: str = "x0",
@@ -61,22 +61,26 @@ class SPARKE(KernelGuidance):
 class MMDGuidance(KernelGuidance):
     """Toward a reference set: what is generated, memory included, comes to be distributed as the references are.
 
-    Descends the squared maximum mean discrepancy (Sani, Jamali, Jalali, Farnia 2026).
+    Descends the squared maximum mean discrepancy (Sani, Jamali, Jalali, Farnia 2026). That compares whole distributions: a
+    batch of one prompt against references of many subjects is told to be as varied as they are first of all. To move a
+    style or a domain, generate several prompts in one batch, or share one memory over many calls.
 
     Args:
         reference: ``[m, ...]`` samples in the pipeline's own latent space (:func:`encode_reference` makes them).
-        scale: largest move per step, relative to the norm of the prediction.
-        kernel: cubic polynomial (KID's) by default.
+        scale: move per step, relative to the norm of the prediction.
+        kernel: Gaussian at the median distance of the references by default; the papers' cubic kernel spends most of its
+            gradient on the norm of the latents, and moved skin tones on the embedded pipeline hardly at all.
         reference_prompts: prompt features of the references; each prompt is then drawn to those of similar prompts.
         prompt_kernel: for these; Gaussian with bandwidth 0.35 by default.
-        features: random Fourier features of a Gaussian or Laplacian kernel, for a memory of constant size.
+        features, prompt_features: random Fourier features of the two kernels (Gaussian or Laplacian), for a memory of
+            constant size.
         space, start, stop, every, chain, memory, seed: see :class:`~kspec_guidance.guidance.KernelGuidance`.
     """
 
     def __init__(
         self,
         reference: Tensor,
-        scale: float = 0.3,
+        scale: float = 0.7,
         kernel: Kernel | None = None,
         space: str = "x0",
         start: float = 0.0,
@@ -87,22 +91,24 @@ class MMDGuidance(KernelGuidance):
         reference_prompts: Tensor | None = None,
         prompt_kernel: Kernel | None = None,
         features: RandomFourierFeatures | None = None,
+        prompt_features: RandomFourierFeatures | None = None,
         chain: Sequence[str] = ("off_score", "rescale"),
         **more: Any,
     ):
         objective = MMD(
             reference,
-            kernel=kernel or PolynomialKernel(),
+            kernel=kernel or GaussianKernel(),
             reference_prompts=reference_prompts,
             prompt_kernel=prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH),
             features=features,
+            prompt_features=prompt_features,
         )
         super().__init__(objective, scale, space, start, stop, every, chain=chain, memory=memory, **more)
 
     @classmethod
     def published(cls, reference: Tensor, scale: float = 1e-3, **more: Any) -> "MMDGuidance":
         """The paper's chain: cubic kernel, noisy latents, the gradient rescaled to the norm at every step."""
-        settings: dict[str, Any] = {"space": "latents", "stop": 1.0, "chain": ("rescale",)}
+        settings: dict[str, Any] = {"space": "latents", "stop": 1.0, "chain": ("rescale",), "kernel": PolynomialKernel()}
         return cls(reference, scale, **(settings | more))
 
 
@@ -118,7 +124,7 @@ class NoveltyGuidance(KernelGuidance):
     def __init__(
         self,
         reference: Tensor,
-        scale: float = 0.3,
+        scale: float = 0.6,
         kernel: Kernel | None = None,
         space: str = "x0",
         start: float = 0.0,
@@ -127,11 +133,18 @@ class NoveltyGuidance(KernelGuidance):
         memory: Memory | None = None,
         *,
         reference_prompts: Tensor | None = None,
+        prompt_kernel: Kernel | None = None,
         features: RandomFourierFeatures | None = None,
+        prompt_features: RandomFourierFeatures | None = None,
         chain: Sequence[str] = DEFAULT_CHAIN,
         **more: Any,
     ):
         objective = Novelty(
-            kernel=kernel or GaussianKernel(), features=features, reference=reference, reference_prompts=reference_prompts
+            kernel=kernel or GaussianKernel(),
+            features=features,
+            prompt_kernel=prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH),
+            prompt_features=prompt_features,
+            reference=reference,
+            reference_prompts=reference_prompts,
         )
         super().__init__(objective, scale, space, start, stop, every, chain=chain, memory=memory, **more)

@@ -1,4 +1,4 @@
-"""The demo: one pipeline, the same prompts and seeds, plain, with SPARKE, and drawn to a style with MMD."""
+"""The demo: one pipeline, the same prompts and seeds, plain, with SPARKE, and drawn to two reference sets with MMD."""
 
 import json
 from collections.abc import Callable
@@ -9,33 +9,35 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.table import Table
+from torch import Tensor
 
 from kspec_guidance import functional as F
 from kspec_guidance.demo import encode_reference, load_demo_pipeline, load_demo_reference
 from kspec_guidance.embedders import pipeline_embedder
-from kspec_guidance.kernels import PolynomialKernel
+from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.plotting import plot_scores, side_by_side
 from kspec_guidance.presets import SPARKE, MMDGuidance
 
 __all__ = ["DemoResult", "run_demo"]
 
-PROMPTS = ["heart", "runner", "health worker", "cat face", "person"]
-STYLE_PROMPTS = ["health worker", "man", "runner"]
+PROMPTS = ["heart", "runner", "health worker", "cat face", "man", "flag"]
+PEOPLE = ["health worker", "man", "farmer", "student", "cook", "runner"]
+TONES = {"dark skin tones": "dark-skin-tone", "light skin tones": "light-skin-tone"}
 GUIDANCE_SCALE = 5.0
 Rows = list[list[Image.Image]]
 
 
 @dataclass
 class DemoResult:
-    """Scores ``[prompt][plain or guided]``, MMD to the style, seconds, and the files written."""
+    """Scores ``[prompt][plain or SPARKE]``, squared MMD ``[panel][reference set]``, and the files written."""
 
     vendi: dict[str, dict[str, float]]
     rke: dict[str, dict[str, float]]
-    style: dict[str, float]
-    seconds: dict[str, float] = field(default_factory=dict)
+    tones: dict[str, dict[str, float]]
     files: list[Path] = field(default_factory=list)
 
     def tables(self) -> list[Table]:
+        """For the terminal."""
         table = Table(title="Different images among those of one prompt (effective number)")
         table.add_column("prompt")
         for name in ("Vendi plain", "Vendi SPARKE", "RKE plain", "RKE SPARKE"):
@@ -43,67 +45,77 @@ class DemoResult:
         for prompt in self.vendi:
             v, r = self.vendi[prompt], self.rke[prompt]
             table.add_row(prompt, *(f"{s:.2f}" for s in (v["plain"], v["SPARKE"], r["plain"], r["SPARKE"])))
-        style = Table(title="Distance of the latents to the Twemoji style (squared MMD, cubic kernel)")
-        for name in self.style:
-            style.add_column(name, justify="right")
-        style.add_row(*(f"{s:.4f}" for s in self.style.values()))
-        return [table, style]
+        distances = Table(title="Squared MMD of people's latents to true art (Gaussian kernel)")
+        distances.add_column("images")
+        for name in TONES:
+            distances.add_column(f"to {name}", justify="right")
+        for panel, row in self.tones.items():
+            distances.add_row(panel, *(f"{row[name]:.4f}" for name in TONES))
+        return [table, distances]
 
 
 def run_demo(
-    out: Path, images: int, scale: float, style_scale: float, steps: int, seed: int, tick: Callable[[int, int], None]
+    out: Path, images: int, scale: float, mmd_scale: float, steps: int, seed: int, tick: Callable[[int, int], None]
 ) -> DemoResult:
-    """Generate all rows, score them, write ``sparke.png``, ``style.png``, ``scores.png``, ``scores.json`` into ``out``."""
+    """Generate all rows, score them, write ``sparke.png``, ``mmd.png``, ``scores.png``, ``scores.json`` into ``out``."""
     pipe = load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     embed = pipeline_embedder(pipe)
-    reference = encode_reference(pipe, load_demo_reference("twemoji"))
-    total, done = 2 * len(PROMPTS) + 2 * len(STYLE_PROMPTS), 0
+    references = {name: encode_reference(pipe, load_demo_reference(key)) for name, key in TONES.items()}
+    total, done = 2 * len(PROMPTS) + 1 + len(TONES), 0
     tick(0, total)
 
-    def rows(prompts: list[str], guide: Any = None) -> Rows:
+    def generate(prompt: str | list[str], each: int, guide: Any) -> list[Image.Image]:
         nonlocal done
-        result = []
-        for prompt in prompts:
-            generators = [torch.Generator().manual_seed(seed + k) for k in range(images)]
-            settings = {"num_images_per_prompt": images, "num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}
-            if guide is None:
-                made = pipe(prompt, generator=generators, **settings).images
-            else:
-                with guide.attach(pipe):
-                    made = pipe(prompt, generator=generators, **settings).images
-            result.append(made)
-            done += 1
-            tick(done, total)
-        return result
+        n = each if isinstance(prompt, str) else each * len(prompt)
+        settings = {
+            "num_images_per_prompt": each,
+            "num_inference_steps": steps,
+            "guidance_scale": GUIDANCE_SCALE,
+            "generator": [torch.Generator().manual_seed(seed + k % each) for k in range(n)],
+        }
+        if guide is None:
+            made = pipe(prompt, **settings).images
+        else:
+            with guide.attach(pipe):
+                made = pipe(prompt, **settings).images
+        done += 1
+        tick(done, total)
+        return made
 
-    plain, varied = rows(PROMPTS), rows(PROMPTS, SPARKE(scale))
-    style_plain, style_guided = rows(STYLE_PROMPTS), rows(STYLE_PROMPTS, MMDGuidance(reference, style_scale))
+    guide = SPARKE(scale)  # one memory for all prompts: only images of similar prompts repel
+    varied = {
+        "plain": [generate(p, images, None) for p in PROMPTS],
+        "SPARKE": [generate(p, images, guide) for p in PROMPTS],
+    }
+    each = max(2, images // 2)
+    guides = {"plain": None} | {f"toward {name}": MMDGuidance(r, mmd_scale) for name, r in references.items()}
+    people = {name: generate(PEOPLE, each, g) for name, g in guides.items()}
 
-    both = {"plain": plain, "SPARKE": varied}
-    features = {name: [embed(row) for row in panel] for name, panel in both.items()}
+    features = {name: [embed(row) for row in panel] for name, panel in varied.items()}
     vendi = {p: {n: float(F.vendi_score(f[i])) for n, f in features.items()} for i, p in enumerate(PROMPTS)}
     rke = {p: {n: float(F.rke_score(f[i])) for n, f in features.items()} for i, p in enumerate(PROMPTS)}
-    kernel, target = PolynomialKernel(), reference.flatten(1)
-    target = target / target.norm(dim=1, keepdim=True) * target.shape[1] ** 0.5
-
-    def distance(panel: Rows) -> float:
-        x = torch.cat([embed(row) for row in panel])
-        x = x / x.norm(dim=1, keepdim=True) * x.shape[1] ** 0.5
-        return float(F.mmd(x, target, kernel))
-
-    style = {"plain": distance(style_plain), "MMD guidance": distance(style_guided)}
-    result = DemoResult(vendi, rke, style)
+    tones = {panel: distances(embed(row), references) for panel, row in people.items()}
 
     out.mkdir(parents=True, exist_ok=True)
-    mean = {n: sum(v[n] for v in vendi.values()) / len(vendi) for n in both}
-    notes = {n: f"mean Vendi score {mean[n]:.2f} of {images}" for n in both}
-    grid = side_by_side(both, PROMPTS, "Same prompts, same seeds: plain sampling and SPARKE guidance", notes)
-    styles = {"plain": style_plain, "MMD guidance toward Twemoji": style_guided}
-    style_notes = dict(zip(styles, (f"squared MMD to the style {d:.4f}" for d in style.values()), strict=True))
-    result.files = [out / name for name in ("sparke.png", "style.png", "scores.png", "scores.json")]
-    grid.save(result.files[0])
-    side_by_side(styles, STYLE_PROMPTS, "Same prompts, same seeds: toward a style", style_notes).save(result.files[1])
+    result = DemoResult(vendi, rke, tones, [out / f for f in ("sparke.png", "mmd.png", "scores.png", "scores.json")])
+    mean = {n: sum(v[n] for v in vendi.values()) / len(vendi) for n in varied}
+    notes = {n: f"mean Vendi score {mean[n]:.2f} of {images}" for n in varied}
+    title = "Same prompts, same seeds: plain sampling and SPARKE guidance"
+    side_by_side(varied, PROMPTS, title, notes).save(result.files[0])
+    panels: dict[str, Rows] = {
+        name: [row[i * each : (i + 1) * each] for i in range(len(PEOPLE))] for name, row in people.items()
+    }
+    nearer = {panel: ", ".join(f"{n.split()[0]} {d:.3f}" for n, d in row.items()) for panel, row in tones.items()}
+    title = "Same prompts, same seeds: plain sampling and MMD guidance toward a reference set"
+    side_by_side(panels, PEOPLE, title, {p: f"squared MMD to {text}" for p, text in nearer.items()}).save(result.files[1])
     plot_scores(vendi, result.files[2], f"Variety of {images} images of one prompt", "Vendi score (effective number)")
-    result.files[3].write_text(json.dumps({"vendi": vendi, "rke": rke, "style_mmd2": style}, indent=1) + "\n")
+    result.files[3].write_text(json.dumps({"vendi": vendi, "rke": rke, "mmd2": tones}, indent=1) + "\n")
     return result
+
+
+def distances(x: Tensor, references: dict[str, Tensor]) -> dict[str, float]:
+    """Squared MMD of latents ``[n, d]`` to each reference set, by one Gaussian kernel for all sets."""
+    everything = torch.cat([r.flatten(1) for r in references.values()])
+    kernel = GaussianKernel().fit(everything)
+    return {name: float(F.mmd(x, r.flatten(1), kernel)) for name, r in references.items()}

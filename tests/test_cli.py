@@ -73,7 +73,7 @@ def test_errors_are_one_line_and_exit_with_two(args, words, tmp_path, monkeypatc
 def test_demo_writes_pictures_and_scores(tmp_path):
     result = call("demo", "--out", tmp_path, "--images", 4, "--steps", 8)
     assert result.exit_code == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"sparke.png", "style.png", "scores.png", "scores.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"sparke.png", "mmd.png", "scores.png", "scores.json"}
     assert Image.open(tmp_path / "sparke.png").width > 500
     scores = json.loads((tmp_path / "scores.json").read_text())
     mean = lambda name: sum(v[name] for v in scores["vendi"].values())  # noqa: E731
