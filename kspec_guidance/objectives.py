@@ -29,6 +29,10 @@ from kspec_guidance.spectrum import check_order, renyi_entropy
 
 __all__ = ["MMD", "RKE", "ConditionalRKE", "Novelty", "Objective", "Vendi"]
 
+# Bandwidth of samples, in median distances of the pairs at hand, where it is left open. At 1 every pair pushes about
+# alike; at one half it is the near pairs that part: more modes at the same share of valid samples
+# (benchmarks/where_to_push.py, effect.py).
+SAMPLE_BANDWIDTH = 0.5
 PROMPT_BANDWIDTH = 0.35  # of unit-norm prompt features, as published; benchmarks/prompts.py shows what it separates
 
 
@@ -101,7 +105,7 @@ class RKE(Objective):
     the memory are constant. ``value`` is ``-E``, each pair counted once.
 
     Args:
-        kernel: with a closed form; Gaussian at the median distance of the pairs at hand by default.
+        kernel: with a closed form; Gaussian at half the median distance of the pairs at hand by default.
         features: random Fourier features of the same kernel: the memory then has constant size.
     """
 
@@ -148,7 +152,7 @@ class RKE(Objective):
         return rows, outside, inside
 
     def _fit(self, x: Tensor, rows: Tensor, outside: Tensor | float, inside: Tensor) -> Kernel:
-        """The kernel, its open bandwidth set to the median distance of pairs, weighted as the pairs are."""
+        """The kernel, its open bandwidth set to half the median distance of pairs, weighted as the pairs are."""
         if getattr(self.kernel, "bandwidth", 0) is not None or not isinstance(self.kernel, GaussianKernel):
             return self.kernel.fit(torch.cat([x, rows]).detach())
         with torch.no_grad():
@@ -156,7 +160,7 @@ class RKE(Objective):
             w_out = outside if isinstance(outside, Tensor) else torch.full_like(d_out, outside)
             d, w = torch.cat([d_in, d_out], 1), torch.cat([inside, w_out.to(d_out)], 1)
             median = weighted_median(d, w * (d > 1e-3 * d.max()))  # rounding keeps duplicates from distance 0
-        return GaussianKernel(median or 1.0)
+        return GaussianKernel(SAMPLE_BANDWIDTH * (median or 1.0))
 
     def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         x, t = as_float(x), self._check_prompts(t, memory)

@@ -21,7 +21,7 @@ class SPARKE(KernelGuidance):
 
     Args:
         scale: largest move per step, relative to the norm of the prediction. See the README's figures for what it buys.
-        kernel: of samples scaled to norm 1; Gaussian at the median distance of the pairs at hand by default.
+        kernel: of samples scaled to norm 1; Gaussian at half the median distance of the pairs at hand by default.
         prompt_kernel: of prompt features of norm 1; Gaussian with bandwidth 0.35 by default.
         space, start, stop, every, chain, memory, seed: see :class:`~kspec_guidance.guidance.KernelGuidance`.
         features, prompt_features: random Fourier features of the two kernels, for a memory of constant size.
