@@ -27,8 +27,9 @@ test: lint
 
 # the figures of the README and the model card
 effect: $(VENV)/.installed
-	$(BIN)/python benchmarks/effect.py
+	$(BIN)/python benchmarks/effect.py --plot docs/effect.png
 	$(BIN)/python benchmarks/gradients.py
+	$(BIN)/python benchmarks/where_to_push.py
 
 clean:
 	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache

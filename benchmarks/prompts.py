@@ -1,4 +1,4 @@
-"""Which prompts repel each other: squared prompt kernel of the embedded pipeline's features.   python benchmarks/prompts.py"""
+"""Which prompts repel each other: the squared prompt kernel on the embedded pipeline.   python benchmarks/prompts.py"""
 
 import torch
 
