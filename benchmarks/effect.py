@@ -66,7 +66,9 @@ def run(pipe, prompt: str, guide_settings: dict | None, args) -> dict[str, float
     if guide_settings is None:
         latents = pipe(prompt, **settings).images
     else:
-        with SPARKE(**guide_settings).attach(pipe):
+        settings_of = dict(guide_settings)
+        make = SPARKE.published if settings_of.pop("published", False) else SPARKE
+        with make(**settings_of).attach(pipe):
             latents = pipe(prompt, **settings).images
     with torch.no_grad():
         images = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
@@ -94,9 +96,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/effect.json"))
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--scales", type=float, nargs="+", default=[0.1, 0.3, 1.0])
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 0.6, 1.0])
+    parser.add_argument("--published", type=float, nargs="*", default=[0.03, 0.1], help="scales of the papers' settings")
+    parser.add_argument("--plot", type=Path, help="picture of modes against distance to the art")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--options", type=json.loads, default={}, help="further SPARKE settings as JSON")
     parser.add_argument("--variants", type=json.loads, default={}, help="named SPARKE settings, as JSON")
@@ -111,6 +115,8 @@ def main() -> None:
     results, names = {}, ["vendi", "conditional_rke", "modes", "agreement", "distance", "seconds"]
     print("setting        " + "".join(f"{n:>26}" for n in names), flush=True)
     variants = args.variants or {f"SPARKE {scale:g}": {"scale": scale, **args.options} for scale in args.scales}
+    if not args.variants:
+        variants |= {f"published {s:g}": {"scale": s, "published": True} for s in args.published}
     for label, settings in {"plain": None, **variants}.items():
         rows = [run(pipe, p, settings, args) for p in args.prompts]
         results[label] = {n: interval(torch.tensor([r[n] for r in rows], dtype=torch.float64)) for n in names}
@@ -119,6 +125,29 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {k: v for k, v in vars(args).items() if k in ("images", "steps", "guidance_scale", "seed", "options")}
     args.out.write_text(json.dumps({"settings": about, "results": results}, indent=1) + "\n")
+
+    if args.plot is not None:
+        draw(results, args)
+
+
+def draw(results: dict, args) -> None:
+    """Modes found against distance to the nearest training picture: up is more varied, left is more faithful."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for label, r in results.items():
+        (x, x0, x1), (y, y0, y1) = r["distance"], r["modes"]
+        colour = "#667085" if label == "plain" else "#c4572e" if label.startswith("published") else "#2f6fb3"
+        axes.errorbar(x, y, [[y - y0], [y1 - y]], [[x - x0], [x1 - x]], fmt="o", color=colour, alpha=0.9, elinewidth=0.6)
+        axes.annotate(label, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=9, color=colour)
+    axes.set_title(f"{len(args.prompts)} prompts, {args.images} images each, 95% intervals over prompts", fontsize=10)
+    axes.set(xlabel="distance to the nearest training picture (RMS of pixels)", ylabel="distinct training pictures found")
+    axes.spines[["top", "right"]].set_visible(False)
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.plot, dpi=130)
 
 
 if __name__ == "__main__":
