@@ -50,15 +50,17 @@ def renyi_entropy(spectrum: Tensor, order: float = 1.0) -> Tensor:
 def truncate(spectrum: Tensor, t: int | None) -> Tensor:
     """The t largest eigenvalues ``[..., t]``, each raised by ``(1 - their sum) / t`` (Ospanov, Farnia 2024).
 
+    The whole spectrum sums to 1; what was never computed, as by a Nystrom map, belongs to the tail that is shared out.
+
     Raises:
         ValueError: for ``t`` below 1.
     """
-    if t is None or t >= spectrum.shape[-1]:
+    if t is None:
         return spectrum
     if t < 1:
         raise ValueError(f"truncation must keep at least 1 eigenvalue, got {t}")
-    top = spectrum.topk(t, dim=-1).values
-    return top + (spectrum.sum(-1, keepdim=True) - top.sum(-1, keepdim=True)) / t
+    top = spectrum.topk(min(t, spectrum.shape[-1]), dim=-1).values
+    return top + (1 - top.sum(-1, keepdim=True)) / top.shape[-1]
 
 
 def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None) -> None:

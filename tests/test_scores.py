@@ -50,6 +50,9 @@ def test_nystrom_with_all_landmarks_is_exact_and_few_are_near():
     exact = F.vendi_score(x, k).item()
     assert F.vendi_score(x, feature_map=NystromFeatures(k, x)).item() == pytest.approx(exact, rel=1e-6)
     assert F.vendi_score(x, feature_map=NystromFeatures(k, x[:30])).item() == pytest.approx(exact, rel=0.05)
+    t = 6  # truncated scores by as many landmarks: what the map misses is part of the tail
+    few = F.vendi_score(x, feature_map=NystromFeatures(k, x[:t]), truncation=t).item()
+    assert few == pytest.approx(F.vendi_score(x, k, truncation=t).item(), rel=0.15)
 
 
 def test_the_random_feature_error_falls_as_the_root_of_their_number():

@@ -68,6 +68,10 @@ def main() -> None:
     args = parser.parse_args()
     pipe, art = assemble(args.data, args.run)
     pipe.to(torch.float16).save_pretrained(args.out, safe_serialization=True)
+    config = args.out / "vae" / "config.json"
+    about = json.loads(config.read_text())
+    about.pop("_name_or_path", None)  # where it lay on the machine that trained it
+    config.write_text(json.dumps(about, indent=2) + "\n")
     save_references(args.out.parent / "references", **art)
     size = sum(f.stat().st_size for f in args.out.rglob("*.safetensors"))
     print(json.dumps({"bytes": size, "parameters": {n: sum(p.numel() for p in getattr(pipe, n).parameters())

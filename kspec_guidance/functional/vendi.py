@@ -17,7 +17,8 @@ def entropy_of(matrix: Tensor, order: float = 1.0, truncation: int | None = None
     if check_order(order) == 2 and truncation is None:
         return -(matrix.square().sum((-2, -1)) / matrix.diagonal(dim1=-2, dim2=-1).sum(-1).square()).log()
     spectrum = eigenvalues(matrix)
-    spectrum = spectrum / spectrum.sum(-1, keepdim=True)
+    mass = spectrum.sum(-1, keepdim=True)
+    spectrum = spectrum / (mass if truncation is None else mass.clamp_min(1))
     return renyi_entropy(truncate(spectrum, truncation), order)
 
 
