@@ -75,7 +75,7 @@ def test_classifier_free_guidance_costs_variety(pipe):
 
 
 def test_the_usual_arguments_work(pipe):
-    assert draw(pipe, ["runner", "heart"], 2).shape == (4, 12, 8, 8)
+    assert draw(pipe, ["runner", "heart"], 2).shape == (4, 9, 8, 8)
     assert not torch.equal(draw(pipe), draw(pipe, negative_prompt="red"))
     seen = []
     draw(pipe, steps=4, callback_on_step_end=lambda p, i, t, kw: seen.append(i) or kw)
@@ -87,7 +87,7 @@ def test_references_are_art_and_latents_decode_to_it(pipe):
     assert images.shape == (96, 3, 64, 64)
     assert -1 <= images.min() < images.max() <= 1
     latents = encode_reference(pipe, images)
-    assert latents.shape == (96, 12, 8, 8)
+    assert latents.shape == (96, 9, 8, 8)
     assert latents.std().item() == pytest.approx(1, abs=0.3)
     with torch.no_grad():
         again = pipe.vae.decode(latents).sample.clamp(-1, 1)
@@ -135,8 +135,16 @@ def test_sparke_varies_the_hearts_and_keeps_them_hearts(pipe):
     with guide.attach(pipe):
         varied = draw(pipe, "heart", 12, 20)
     assert F.vendi_score(rows(varied)) > 1.3 * F.vendi_score(rows(plain))
-    alike = rows(varied) @ rows(plain.mean(0, keepdim=True)).mT
-    assert alike.min() > 0.5
+
+    def outline(latents):  # what is not white
+        with torch.no_grad():
+            return pipe.vae.decode(latents).sample.amin(dim=1) < 0.8
+
+    usual = outline(plain).float().mean(0) > 0.5
+    shapes = outline(varied)
+    overlap = (shapes & usual).sum((1, 2)) / (shapes | usual).sum((1, 2))
+    assert (overlap > 0.7).float().mean() > 0.9  # not all: a white heart's outline hardly shows on white
+    assert overlap.mean() > 0.85
 
 
 @pytest.mark.slow
@@ -288,7 +296,7 @@ def test_without_classifier_free_guidance_and_with_embeddings_only(pipe):
 
 def test_memory_from_another_text_encoder_is_refused(pipe):
     bank = MemoryBank("x0", "CLIPTextModel-of-someone-else")
-    bank.add(torch.zeros(1, 12, 8, 8), torch.ones(1, 160))
+    bank.add(torch.zeros(1, 9, 8, 8), torch.ones(1, 160))
     with (
         pytest.raises(ValueError, match=r"prompts encoded by CLIPTextModel-of-someone-else.*clear\(\)"),
         SPARKE(0.3, memory=bank).attach(pipe),
