@@ -1,6 +1,6 @@
 """Speed, memory and accuracy of the scores, beside a floor and beside other packages in the same run.
 
-    python benchmarks/scores.py stream exact rke accuracy convergence peers --peers FOLDER
+    python benchmarks/scores.py memory stream exact rke accuracy convergence peers --peers FOLDER
 
 FOLDER holds checkouts of the repositories FKEA, scendi-score, KEN and truncated-vendi (none is needed: what is missing
 is left out). Floors and rivals are timed alternately with ours. Results go to benchmarks/results/scores.json.
@@ -73,6 +73,17 @@ def stream(args) -> dict:
         )
         print("stream", {k: round(v, 3) for k, v in rows[-1].items()}, f"(before {before:.2f} GB)", flush=True)
     return {"d": d, "features": features, "chunk": chunk, "rows": rows}
+
+
+def memory(args) -> dict:
+    """Peak memory of the stream alone, without the floor's buffers and before the eigenproblem."""
+    before, metric = peak(), VendiScore(GaussianKernel(1.0), num_features=4096)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        metric.update(torch.randn(2048, 512, generator=g))
+    result = {"features": 4096, "chunk": 2048, "after_import_gb": before, "peak_gb": peak()}
+    print("memory", result, flush=True)
+    return result
 
 
 def exact(args) -> dict:
@@ -294,7 +305,7 @@ def _first(value: object) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {f.__name__: f for f in (stream, exact, rke, accuracy, convergence, peers)}
+    parts = {f.__name__: f for f in (memory, stream, exact, rke, accuracy, convergence, peers)}
     parser.add_argument("what", nargs="*", choices=[*parts, []], default=list(parts))
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--exact", type=int, default=10_000)
