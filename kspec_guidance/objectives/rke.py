@@ -1,0 +1,223 @@
+"""RKE, conditional RKE (SPARKE) and novelty: sums of squared kernels, descended."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.kernels import GaussianKernel, Kernel, as_float, pairwise_distances, squared_distances
+from kspec_guidance.memory import Memory, MemoryBank, RandomFeatureMemory
+from kspec_guidance.objectives.base import (
+    PROMPT_BANDWIDTH,
+    SAMPLE_BANDWIDTH,
+    Objective,
+    need_closed_form,
+    need_prompt_features,
+    off_diagonal,
+    weighted_median,
+)
+
+__all__ = ["RKE", "ConditionalRKE", "Novelty"]
+
+
+@dataclass
+class RKE(Objective):
+    """Order-2 Renyi entropy of batch and memory together: descend ``E = sum over pairs of k(x_i, x_j)^2``.
+
+    RKE is ``n^2 / ||K||_F^2`` (Jalali et al. 2023), so its ascent is the descent of the squared kernel's sum; pairs within
+    the memory are constant. ``value`` is ``-E``, each pair counted once.
+
+    Args:
+        kernel: with a closed form; Gaussian at half the median distance of the pairs at hand by default.
+        features: random Fourier features of the same kernel: the memory then has constant size.
+    """
+
+    kernel: Kernel = field(default_factory=GaussianKernel)
+    features: RandomFourierFeatures | None = None
+    unit: bool = True
+    prompt_kernel: Kernel | None = field(default=None, init=False)
+    prompt_features: RandomFourierFeatures | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        need_closed_form(self.kernel)
+        self._squared = None if self.features is None else self.features.power(2)
+        self._squared_prompts = None
+        self._warned = False
+
+    def make_memory(self) -> Memory:
+        if self._squared is None:
+            return MemoryBank()
+        return RandomFeatureMemory(self._squared, self._squared_prompts, self.unit)
+
+    def _weights(self, t: Tensor | None, s: Tensor | None) -> Tensor | float:
+        """``k_T(t, s)^2`` ``[n, m]``."""
+        if self.prompt_kernel is None or t is None:
+            return 1.0
+        return self.prompt_kernel(t, s).square()
+
+    def _check_prompts(self, t: Tensor | None, memory: Memory | None) -> Tensor | None:
+        t = self._prompts(t)
+        known = memory.prompt_dim if memory is not None and len(memory) else None
+        if t is not None and known is not None and t.shape[-1] != known:
+            raise ValueError(
+                f"prompt features have width {t.shape[-1]}, those in memory {known}; "
+                "use one text encoder with one memory, or clear() the memory"
+            )
+        return t
+
+    def _terms(self, x: Tensor, t: Tensor | None, memory: Memory | None):
+        """Memory rows and the weights of the pairs with them and inside the batch."""
+        rows = self._memory_rows(x, memory)
+        s = memory.prompts if isinstance(memory, MemoryBank) and len(memory) else None
+        use = t if s is not None else None
+        outside = self._weights(use, None if s is None or use is None else s.to(use))
+        inside = self._weights(t, t) * off_diagonal(len(x), x)
+        return rows, outside, inside
+
+    def _fit(self, x: Tensor, rows: Tensor, outside: Tensor | float, inside: Tensor) -> Kernel:
+        """The kernel, its open bandwidth set to half the median distance of pairs, weighted as the pairs are."""
+        if getattr(self.kernel, "bandwidth", 0) is not None or not isinstance(self.kernel, GaussianKernel):
+            return self.kernel.fit(torch.cat([x, rows]).detach())
+        with torch.no_grad():
+            d_in, d_out = squared_distances(x).sqrt(), squared_distances(x, rows).sqrt()
+            w_out = outside if isinstance(outside, Tensor) else torch.full_like(d_out, outside)
+            d, w = torch.cat([d_in, d_out], 1), torch.cat([inside, w_out.to(d_out)], 1)
+            median = weighted_median(d, w * (d > 1e-3 * d.max()))  # rounding keeps duplicates from distance 0
+        return GaussianKernel(SAMPLE_BANDWIDTH * (median or 1.0))
+
+    def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+        x, t = as_float(x), self._check_prompts(t, memory)
+        if self._squared is not None:
+            return self._feature_value(x, t, memory)
+        rows, outside, inside = self._terms(x, t, memory)
+        kernel = self._fit(x, rows, outside, inside)
+        return -(kernel(x, rows).square() * outside).sum() - (kernel(x).square() * inside).sum() / 2
+
+    def gradient(
+        self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None, jitter: Tensor | None = None
+    ) -> Tensor:
+        x, t = as_float(x), self._check_prompts(t, memory)
+        if self._squared is not None:
+            return self._feature_gradient(x, t, memory)
+        rows, outside, inside = self._terms(x, t, memory)
+        kernel = self._fit(x, rows, outside, inside)
+        stuck = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+        def slope(weight: Tensor | float) -> Callable[[Tensor], Tensor]:
+            def derivative(k: Tensor) -> Tensor:
+                stuck.logical_or_(((k > 1 - 1e-4) & (weight * torch.ones_like(k) > 0.5)).any(-1))
+                return -2 * weight * k
+
+            return derivative
+
+        g = kernel.vjp(x, rows, slope(outside)) + kernel.vjp(x, x, slope(inside))
+        if jitter is not None and bool(stuck.any()):
+            moved = x + jitter * stuck[:, None]
+            g_moved = kernel.vjp(moved, rows, lambda k: -2 * outside * k)
+            g_moved = g_moved + kernel.vjp(moved, moved, lambda k: -2 * inside * k)
+            g = torch.where(stuck[:, None], g_moved, g)
+        return g
+
+    def _feature_pull(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> tuple[Tensor, Tensor | float, Tensor]:
+        """Features, the memory's coefficients for each row, and the batch's own pair weights."""
+        assert self._squared is not None
+        outside: Tensor | float = 0.0
+        if memory is not None and len(memory):
+            if not isinstance(memory, RandomFeatureMemory):
+                raise TypeError(f"features= needs a RandomFeatureMemory, got {type(memory).__name__}")
+            outside = memory.coefficients(t, x)
+        inside = off_diagonal(len(x), x)
+        if self._squared_prompts is not None and t is not None:
+            psi = self._squared_prompts(t)
+            inside = inside * (psi @ psi.mT).to(x)
+        if not self._warned and len(x) > 1:
+            self._warned = True
+            with torch.no_grad():
+                typical = float(pairwise_distances(x).median())
+            if not self._squared.reliable(typical):
+                b, d, r = self._squared.kernel.bandwidth or 0.0, self._squared.input_dim, self._squared.num_features
+                warnings.warn(
+                    f"{r} random features in {d} dimensions at bandwidth {b:.2g} (of the squared kernel; typical distance "
+                    f"{typical:.2g}) give poor gradients; leave features=None for the exact sum, or use at least {8 * d} "
+                    f"features and a kernel bandwidth of at least {1.3 * typical:.2g}, or features of lower dimension",
+                    stacklevel=4,
+                )
+        return self._squared(x), outside, inside
+
+    def _feature_value(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> Tensor:
+        phi, outside, inside = self._feature_pull(x, t, memory)
+        return -(phi * outside).sum() - (inside * (phi @ phi.mT)).sum() / 2
+
+    def _feature_gradient(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> Tensor:
+        phi, outside, inside = self._feature_pull(x, t, memory)
+        assert self._squared is not None
+        return self._squared.vjp(x, -(outside + inside @ phi))
+
+
+@dataclass
+class ConditionalRKE(RKE):
+    """SPARKE: conditional RKE, ``E = sum over pairs of k(x_i, x_j)^2 k_T(t_i, t_j)^2`` descended.
+
+    Jalali, Lei, Gohari, Farnia 2025, arXiv 2506.10173. Only images of similar prompts repel each other. Without prompt
+    features it is :class:`RKE`.
+
+    Args:
+        prompt_kernel: Gaussian of bandwidth 0.35 on unit-norm prompt features by default.
+        prompt_features: random features of the prompt kernel; needed with ``features``.
+    """
+
+    prompt_kernel: Kernel = field(default_factory=lambda: GaussianKernel(PROMPT_BANDWIDTH))  # type: ignore[assignment]
+    prompt_features: RandomFourierFeatures | None = None
+    conditional = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.features is not None:
+            self._squared_prompts = need_prompt_features("ConditionalRKE", self.prompt_features).power(2)
+
+
+@dataclass
+class Novelty(RKE):
+    """Away from a fixed reference set: ``E = sum_r k(x, r)^2`` descended; the batch and the memory do not matter.
+
+    Args:
+        reference: rows ``[m, d]`` (or any shape ``[m, ...]``), of the same space as what is generated.
+        reference_prompts: prompt features ``[m, p]``; with them only references of similar prompts repel.
+        prompt_kernel, prompt_features: as for :class:`ConditionalRKE`, used with ``reference_prompts``.
+    """
+
+    prompt_kernel: Kernel | None = field(default_factory=lambda: GaussianKernel(PROMPT_BANDWIDTH))
+    prompt_features: RandomFourierFeatures | None = None
+    reference: Tensor | None = None
+    reference_prompts: Tensor | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.conditional = self.reference_prompts is not None
+        if self.reference is None:
+            raise ValueError("Novelty needs reference=, a tensor [m, ...] of samples to stay away from")
+        if not self.conditional:
+            self.prompt_kernel = None
+        elif self.features is not None:
+            self._squared_prompts = need_prompt_features("Novelty", self.prompt_features).power(2)
+        self._reference = self.make_memory()
+        self._reference.add(self.reference, self.reference_prompts)
+
+    def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+        return super().value(x, t, self._reference)
+
+    def gradient(
+        self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None, jitter: Tensor | None = None
+    ) -> Tensor:
+        return super().gradient(x, t, self._reference, jitter)
+
+    def _terms(self, x: Tensor, t: Tensor | None, memory: Memory | None):
+        rows, outside, inside = super()._terms(x, t, memory)
+        return rows, outside, inside * 0
+
+    def _feature_pull(self, x: Tensor, t: Tensor | None, memory: Memory | None):
+        phi, outside, inside = super()._feature_pull(x, t, memory)
+        return phi, outside, inside * 0
