@@ -298,6 +298,39 @@ def peers(args) -> dict:
     return {"rows": rows}
 
 
+def draw(found: dict, path: Path) -> None:
+    """Time of the stream against its length, and the error of random features against their number."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    if "stream" in found:
+        rows = found["stream"]["rows"]
+        n = [r["n"] for r in rows]
+        left.loglog(n, [r["ours_s"] for r in rows], "o-", color="#2f6fb3", label="streaming Vendi, 4,096 random features")
+        left.loglog(
+            n, [r["floor_s"] for r in rows], "s--", color="#667085", label="bare float64 products of the same chunks"
+        )
+        left.set(title="One pass over a stream", xlabel="samples", ylabel="seconds")
+        left.legend(frameon=False, fontsize=8)
+    if "accuracy" in found:
+        for order, name, colour in ((1.0, "Vendi, q = 1", "#2f6fb3"), (2.0, "RKE, q = 2", "#c4572e")):
+            rows = [r for r in found["accuracy"]["rows"] if r["order"] == order]
+            x, y = [r["features"] for r in rows], [100 * r["relative_rms_error"] for r in rows]
+            right.loglog(x, y, "o-", color=colour, label=name)
+            right.loglog(x, [y[0] * (x[0] / v) ** 0.5 for v in x], ":", color=colour, linewidth=1)
+        right.set(
+            title="Error of random features (dotted: D to the power -1/2)", xlabel="features D", ylabel="rms error in %"
+        )
+        right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def _first(value: object) -> float:
     """rke-score answers with a dictionary by bandwidth."""
     return float(next(iter(value.values()))) if isinstance(value, dict) else float(value)
@@ -306,18 +339,21 @@ def _first(value: object) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {f.__name__: f for f in (memory, stream, exact, rke, accuracy, convergence, peers)}
-    parser.add_argument("what", nargs="*", choices=[*parts, []], default=list(parts))
+    parser.add_argument("what", nargs="*", choices=[*parts, []], default=[], help="all by default")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--exact", type=int, default=10_000)
     parser.add_argument("--rke", type=int, default=50_000)
     parser.add_argument("--peers", type=Path, default=Path("peers"))
     parser.add_argument("--out", type=Path, default=RESULTS / "scores.json")
+    parser.add_argument("--plot", type=Path, help="picture of stream times and feature errors, from all results so far")
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    for name in args.what:
+    for name in args.what or parts:
         found[name] = parts[name](args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if args.plot is not None:
+        draw(found, args.plot)
 
 
 if __name__ == "__main__":
