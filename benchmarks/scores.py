@@ -321,9 +321,7 @@ def draw(found: dict, path: Path) -> None:
             x, y = [r["features"] for r in rows], [100 * r["relative_rms_error"] for r in rows]
             right.loglog(x, y, "o-", color=colour, label=name)
             right.loglog(x, [y[0] * (x[0] / v) ** 0.5 for v in x], ":", color=colour, linewidth=1)
-        right.set(
-            title="Error of random features (dotted: D to the power -1/2)", xlabel="features D", ylabel="rms error in %"
-        )
+        right.set(title="Error of random features (dotted: slope -1/2)", xlabel="features D", ylabel="rms error in %")
         right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
