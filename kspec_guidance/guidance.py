@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -12,16 +13,18 @@ import torch
 from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
-from kspec_guidance.injection import PromptWatch, SchedulerHook, ThreadOwner, masked_mean
+from kspec_guidance.injection import SchedulerHook, ThreadOwner, find_scheduler
+from kspec_guidance.layouts import Layout
 from kspec_guidance.memory import Memory, MemoryBank
 from kspec_guidance.moves import PARTS, MoveState
 from kspec_guidance.objectives import Objective, natural_rows, pull_back
 from kspec_guidance.prediction import Prediction, predict
 from kspec_guidance.report import GuidanceReport, StepRecord
+from kspec_guidance.spaces import Activations, FeatureSpace, Scene, make_space
+from kspec_guidance.watching import CallWatch, DenoiserWatch, PromptWatch, masked_mean
 
 __all__ = ["KernelGuidance", "Term"]
 
-SPACES = ("x0", "latents")
 DEFAULT_CHAIN = ("tangent", "off_score", "bound")
 
 
@@ -32,8 +35,9 @@ class Term:
     Args:
         objective: what is to grow.
         scale: size of a move relative to the norm of what is moved, at least 0.
-        space: ``x0`` moves the clean prediction, through the model output; ``latents`` moves the noisy sample after the
-            step, as the papers do.
+        space: where samples are compared: ``x0`` (the clean prediction), ``latents`` (the noisy sample, as the papers do),
+            ``pooled``, ``pixels``, ``activations``, or a :class:`~kspec_guidance.spaces.FeatureSpace` with its settings.
+            ``latents`` moves the noisy sample after the step, the others the clean prediction, through the model output.
         start, stop: the guided interval as fractions of the run, ``0 <= start <= stop <= 1``.
         every: guide every so many steps of the interval.
         sigma_interval: guide only while noise-to-signal lies in ``(low, high)``, as well.
@@ -43,7 +47,7 @@ class Term:
 
     objective: Objective
     scale: float
-    space: str = "x0"
+    space: FeatureSpace | str = "x0"
     start: float = 0.0
     stop: float = 1.0
     every: int = 1
@@ -57,8 +61,7 @@ class Term:
                 f"scale must be a finite number of at least 0, got {self.scale!r}; to draw images toward something use "
                 "MMDGuidance, since a negative scale would have no limit"
             )
-        if self.space not in SPACES:
-            raise ValueError(f"unknown space {self.space!r}; choose one of {', '.join(SPACES)}")
+        self.space = make_space(self.space)
         if not 0 <= self.start <= self.stop <= 1:
             raise ValueError(f"need 0 <= start <= stop <= 1 as fractions of the run, got {self.start} and {self.stop}")
         if not isinstance(self.every, int) or self.every < 1:
@@ -79,17 +82,28 @@ class Term:
             return False
         return (step - math.ceil(self.start * total - 1e-9)) % self.every == 0
 
-    def gradient(self, x: Tensor, t: Tensor | None, jitter: Tensor | None = None) -> Tensor:
-        """Ascent direction in samples ``x`` ``[n, ...]``, before any scaling."""
-        rows = natural_rows(x, self.objective.unit)
-        if jitter is not None:
-            jitter = jitter.to(rows) * rows.norm(dim=1, keepdim=True)
-        g = self.objective.gradient(rows, t, self.memory, jitter)
-        return pull_back(x, g, self.objective.unit)
+    def due_in(self, total: int) -> list[int]:
+        """The steps of a run that are guided, noise levels left aside."""
+        return [
+            step
+            for step in range(total)
+            if self.due(step, total, 1.0 if self.sigma_interval is None else self.sigma_interval[0])
+        ]
 
-    def move(self, x: Tensor, t: Tensor | None, score: Tensor, fraction: float, jitter: Tensor) -> Tensor:
+    def gradient(
+        self, rows: Tensor, t: Tensor | None, jitter: Tensor | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        """Ascent direction in feature rows ``[n, ...]``, before any scaling."""
+        natural = natural_rows(rows, self.objective.unit)
+        if jitter is not None:
+            jitter = jitter.to(natural) * natural.norm(dim=1, keepdim=True)
+        g = self.objective.gradient(natural, t, self.memory if memory is None else memory, jitter)
+        return pull_back(rows, g, self.objective.unit)
+
+    def move(self, x: Tensor, g: Tensor, score: Tensor, fraction: float) -> Tensor:
+        """The move of samples ``x`` that the chain makes of an ascent direction ``g`` in them."""
         state = MoveState(x, score, fraction, (self.start, self.stop), float(self.scale))
-        move = self.gradient(x, t, jitter)
+        move = g
         for name in self.chain:
             move = PARTS[name](move, state)
         return move
@@ -98,20 +112,29 @@ class Term:
 class _Run:
     """One pass through a scheduler's timesteps."""
 
-    def __init__(self, scheduler: Any, timestep: Any, place: tuple[int, int] | None):
+    def __init__(self, scheduler: Any, timestep: Any, place: tuple[int, int] | None, layout: Layout, total: int | None):
         self.scheduler, self.timesteps = scheduler, scheduler.timesteps
         self.owner = ThreadOwner()
-        if place is None:  # image-to-image starts inside the list
+        if place is None:  # image-to-image starts inside the list, and a base model may leave its end to a refiner
             first = getattr(scheduler, "begin_index", None)
             if first is None:
-                where = (self.timesteps == torch.as_tensor(timestep).to(self.timesteps)).nonzero()
+                at = torch.as_tensor(timestep).flatten()[:1]
+                where = (self.timesteps == at.to(self.timesteps)).nonzero()
                 first = int(where[0]) if len(where) else 0
-            place = 0, len(self.timesteps) - int(first)
+            left = len(self.timesteps) - int(first)
+            place = 0, min(left, total) if total else left
         self.step, self.total = place
+        self.layout = layout
         self.seconds = 0.0
+        self.final: Any = None
+        self.prompts: Tensor | None = None
+        self.kept: dict[int, list[Tensor]] = {}  # activations of the guided steps, by term
+        self.done = False
 
-    def continues(self, scheduler: Any) -> bool:
-        return scheduler is self.scheduler and scheduler.timesteps is self.timesteps and self.step < self.total
+    def continues(self, scheduler: Any, sample: Any) -> bool:
+        if scheduler is not self.scheduler or scheduler.timesteps is not self.timesteps or self.done:
+            return False
+        return self.step < self.total and Layout.of(sample, None).kind in (self.layout.kind, "image")
 
 
 class KernelGuidance(PipelineCallback):
@@ -120,6 +143,7 @@ class KernelGuidance(PipelineCallback):
         with guide.attach(pipe):                       # any pipeline that calls scheduler.step
             images = pipe("runner", num_images_per_prompt=8).images
         pipe("runner", callback_on_step_end=guide)     # any pipeline with callbacks; guided from the second step on
+        guided(type(pipe))(**pipe.components)("runner", kspec_guidance=guide)   # as an argument of the call
 
     The important arguments are ``objective`` and ``scale``; those to tinker with are the rest, see :class:`Term`.
     ``guide + other`` guides by both in one pass. Finished samples go into ``guide.memory``, once for each image.
@@ -138,12 +162,14 @@ class KernelGuidance(PipelineCallback):
     """
 
     tensor_inputs = ["latents", "prompt_embeds"]
+    _sees_start = _labels_first = False
+    _scene_pipe: Any = None
 
     def __init__(
         self,
         objective: Objective | None = None,
         scale: float = 0.3,
-        space: str = "x0",
+        space: str | FeatureSpace = "x0",
         start: float = 0.0,
         stop: float = 1.0,
         every: int = 1,
@@ -165,8 +191,11 @@ class KernelGuidance(PipelineCallback):
         self._inside: ThreadOwner | None = None  # of the run in progress, during its steps too
         self._prompts: Tensor | None = None
         self._encoder: str | None = None
-        self._hooks: list[SchedulerHook | PromptWatch] = []
+        self._asked: int | None = None  # images or clips that the pipeline makes noise for
+        self._open = True  # whether prompts may still be read for the call at hand
+        self._hooks: list[Any] = []
         self._pipe: Any = None
+        self._call: tuple[Any, dict[str, Any]] | None = None
         self._report = GuidanceReport()
 
     # -- the pieces a user touches ---------------------------------------------------------------------------------
@@ -186,7 +215,7 @@ class KernelGuidance(PipelineCallback):
         if not isinstance(other, KernelGuidance):
             return NotImplemented
         terms = [copy.copy(t) for t in (*self.terms, *other.terms)]
-        shared: dict[str, Memory] = {}
+        shared: dict[Any, Memory] = {}
         for term in terms:
             if isinstance(term.memory, MemoryBank):
                 first = shared.setdefault(term.space, term.memory)
@@ -197,7 +226,7 @@ class KernelGuidance(PipelineCallback):
         """The ascent direction on the objective at ``x``, given the memory, before any scaling or projection.
 
         Args:
-            x: samples ``[n, ...]``.
+            x: samples ``[n, ...]``, or whatever the guide's space makes of them: features as the memory holds them.
             prompt_features: ``[n, p]``; normalised here to norm 1.
 
         Raises:
@@ -223,10 +252,14 @@ class KernelGuidance(PipelineCallback):
         """What the last run did: see :class:`~kspec_guidance.report.GuidanceReport`."""
         return self._report
 
-    def attach(self, pipe: Any) -> AbstractContextManager["KernelGuidance"]:
+    def attach(self, pipe: Any, scheduler: str | None = None) -> AbstractContextManager["KernelGuidance"]:
         """Hook ``pipe`` (or a bare scheduler) until the ``with`` block ends, or until :meth:`detach`.
 
         Attaching the same guide twice is harmless. After the block, or an exception in it, the pipeline is untouched.
+
+        Args:
+            pipe: a pipeline, classic or modular, or a scheduler.
+            scheduler: the name of the component to hook, for pipelines with several.
 
         Raises:
             UnsupportedSchedulerError: naming the scheduler and those that are supported.
@@ -234,21 +267,32 @@ class KernelGuidance(PipelineCallback):
         """
         if self._pipe is not pipe:
             self.detach()
-            self._prompts = self._encoder = None
-            scheduler = getattr(pipe, "scheduler", pipe)
-            self._hooks = [SchedulerHook(scheduler, self._on_step, self)]
+            self._forget()
+            found = find_scheduler(pipe, scheduler)
+            self._hooks = [SchedulerHook(found, self._on_step, self)]
             try:
-                self._hooks.append(PromptWatch(pipe, self._on_prompt, self))
+                if found is not pipe:
+                    self._watch(pipe)
             except BaseException:
                 self.detach()
                 raise
             self._pipe = pipe
         return self._attached()
 
+    def _watch(self, pipe: Any) -> None:
+        prompts = PromptWatch(pipe, self._on_prompt, self)
+        self._hooks.append(prompts)
+        calls = CallWatch(pipe, self._on_start, self._on_count, self._on_end, self)
+        self._hooks.append(calls)
+        self._sees_start = calls.sees_start
+        if not prompts or any(isinstance(term.space, Activations) for term in self.terms):
+            self._hooks.append(DenoiserWatch(pipe, self._on_denoise, with_prompts=not prompts))
+
     @contextmanager
     def _attached(self) -> Iterator["KernelGuidance"]:
         try:
             yield self
+            self._on_end()
         finally:
             self.detach()
 
@@ -256,7 +300,7 @@ class KernelGuidance(PipelineCallback):
         """Take every hook away; harmless when nothing is attached. Memory and report stay."""
         for hook in reversed(self._hooks):
             hook.remove()
-        self._hooks, self._pipe, self._run, self._inside = [], None, None, None
+        self._hooks, self._pipe, self._run, self._inside, self._call = [], None, None, None, None
 
     # -- the callback way in ---------------------------------------------------------------------------------------
 
@@ -268,11 +312,12 @@ class KernelGuidance(PipelineCallback):
         """
         if self._pipe is pipeline:
             return callback_kwargs
-        scheduler = pipeline.scheduler
+        scheduler = find_scheduler(pipeline)
         if step_index == 0:
             if self._inside is not None:
                 self._inside.check()
-            self._run = None
+            self._forget()
+            self._scene_pipe = pipeline
             self._read_prompts(pipeline, callback_kwargs)
         total = getattr(pipeline, "num_timesteps", len(scheduler.timesteps))
         if step_index + 1 >= total:
@@ -280,22 +325,25 @@ class KernelGuidance(PipelineCallback):
         for hook in self._hooks:
             hook.remove()
         expected = scheduler.timesteps
-        hooks: list[SchedulerHook | PromptWatch] = []
+        hooks: list[Any] = []
 
-        def once(owner: Any, proceed: Any, model_output: Tensor, t: Any, sample: Tensor) -> Any:
-            hooks[0].remove()
+        def once(owner: Any, proceed: Any, model_output: Tensor, t: Any, sample: Tensor, extra: dict[str, Any]) -> Any:
+            for hook in hooks:
+                hook.remove()
             if owner.timesteps is not expected:  # left over from a run that was aborted: stay out of this one
                 return proceed(model_output, sample)
-            return self._on_step(owner, proceed, model_output, t, sample, (step_index + 1, total))
+            return self._on_step(owner, proceed, model_output, t, sample, extra, (step_index + 1, total))
 
         hooks.append(SchedulerHook(scheduler, once, self))
+        if any(isinstance(term.space, Activations) for term in self.terms):
+            hooks.append(DenoiserWatch(pipeline, self._on_denoise, with_prompts=False))
         self._hooks = hooks
         return callback_kwargs
 
     def _read_prompts(self, pipeline: Any, tensors: dict[str, Any]) -> None:
         self._prompts = self._encoder = None
         embeds = tensors.get("prompt_embeds")
-        if not isinstance(embeds, Tensor):
+        if not isinstance(embeds, Tensor) or embeds.ndim < 2:
             return
         n = len(tensors["latents"]) if isinstance(tensors.get("latents"), Tensor) else len(embeds)
         if len(embeds) == 2 * n and getattr(pipeline, "do_classifier_free_guidance", True):
@@ -304,16 +352,48 @@ class KernelGuidance(PipelineCallback):
         encoder = getattr(pipeline, "text_encoder", None)
         self._encoder = f"{type(encoder).__name__} by callback"
 
-    # -- the run ---------------------------------------------------------------------------------------------------
+    # -- what the watchers say -------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Whatever was known of an earlier call."""
+        self._prompts = self._encoder = self._run = self._asked = self._call = None
+        self._open = True
+
+    def _on_start(self) -> None:
+        if self._inside is not None:
+            self._inside.check()
+        self._forget()
 
     def _on_prompt(self, features: Tensor, encoder: str) -> None:
         if self._inside is not None:
             self._inside.check()
-        self._prompts, self._encoder, self._run = features, encoder, None
+        if self._sees_start and not self._open:
+            return  # the same call again, for the negative prompts or for a second encoder
+        self._prompts, self._encoder, self._run, self._open = features, encoder, None, False
         pipe, hook = self._pipe, self._hooks[0]
-        if isinstance(hook, SchedulerHook) and pipe.scheduler is not hook.scheduler:  # swapped inside the block
+        current = getattr(pipe, "scheduler", None)
+        if current is not None and current is not hook.scheduler:  # swapped inside the block
             hook.remove()
-            self._hooks[0] = SchedulerHook(pipe.scheduler, self._on_step, self)
+            self._hooks[0] = SchedulerHook(current, self._on_step, self)
+
+    def _on_count(self, n: int) -> None:
+        self._asked = n
+
+    def _on_denoise(self, module: Any, arguments: dict[str, Any], condition: Tensor | None, labels: bool) -> None:
+        if self._call is None:
+            self._call = module, arguments
+        if condition is not None and (self._run is None or self._run.step == 0) and self._open:
+            self._prompts, self._encoder, self._open = condition, "labels" if labels else "the denoiser's condition", False
+            self._labels_first = labels
+
+    def _on_end(self) -> None:
+        """A call is over: what it made is kept, also if a refiner is to finish it; not if it was interrupted."""
+        run = self._run
+        if run is not None and not run.done and run.final is not None and not getattr(self._pipe, "interrupt", False):
+            self._finish(run)
+        self._open = True
+
+    # -- the run ---------------------------------------------------------------------------------------------------
 
     def _match(self, t: Tensor, n: int) -> Tensor:
         """One prompt row for each of ``n`` samples: prompts are repeated for their images."""
@@ -323,18 +403,43 @@ class KernelGuidance(PipelineCallback):
             raise ValueError(f"{n} samples cannot be shared out over {len(t)} prompts; give one prompt row for each sample")
         return t.repeat_interleave(n // len(t), dim=0)
 
+    def _prompts_for(self, n: int, device: torch.device) -> Tensor | None:
+        """Prompt rows of the samples at hand; None, with a word, where the pipeline's own do not fit."""
+        t = self._prompts
+        if t is None:
+            return None
+        if len(t) == 2 * n:  # a batch with its negatives: they come first, but class labels come last
+            t = t[:n] if self._labels_first else t[n:]
+        if n % len(t):
+            warnings.warn(
+                f"the pipeline encoded {len(t)} prompts for {n} samples, so prompts are not told apart in this run: all samples "
+                "count as one prompt's",
+                stacklevel=2,
+            )
+            self._prompts = None
+            return None
+        return self._match(t.to(device), n)
+
     def _jitter(self, x: Tensor, step: int) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
         noise = torch.randn(len(x), x[0].numel(), generator=generator)
         return (noise / noise.norm(dim=1, keepdim=True) * 1e-2).to(x.device)
 
-    def _begin(self, scheduler: Any, timestep: Any, sample: Tensor, place: tuple[int, int] | None) -> _Run:
-        run = _Run(scheduler, timestep, place)
+    def _begin(self, scheduler: Any, timestep: Any, sample: Any, place: tuple[int, int] | None) -> _Run:
+        layout = Layout.of(sample, self._asked)
+        total = getattr(self._pipe, "_num_timesteps", None)
+        run = _Run(scheduler, timestep, place, layout, total if isinstance(total, int) else None)
+        packed = layout.pack(sample)
         for term in self.terms:
             assert term.memory is not None
-            term.memory.bind(tuple(sample.shape[1:]), term.space, self._encoder)
-        self._report = GuidanceReport(total_steps=run.total)
+            shape = term.space.shape(packed)
+            if shape is not None:
+                term.memory.bind(shape, term.space.name, self._encoder)
+        self._report = GuidanceReport(total_steps=run.total, scheduler=type(scheduler).__name__, layout=layout.kind)
         return run
+
+    def _scene(self, sample: Any) -> Scene:
+        return Scene(self._pipe if self._pipe is not None else self._scene_pipe, sample, self._call)
 
     def _on_step(
         self,
@@ -342,65 +447,108 @@ class KernelGuidance(PipelineCallback):
         proceed: Any,
         model_output: Tensor,
         timestep: Any,
-        sample: Tensor,
+        sample: Any,
+        extra: dict[str, Any] | None = None,
         place: tuple[int, int] | None = None,
     ) -> Any:
         run = self._run
-        if run is None or not run.continues(scheduler):
+        if run is None or not run.continues(scheduler, sample):
             run = self._begin(scheduler, timestep, sample, place)
         else:
             run.owner.check()
         self._run, self._inside = None, run.owner  # no run until this step has succeeded: an aborted one is forgotten
         began = time.perf_counter()
+        layout = run.layout
         with torch.no_grad():
-            t = None if self._prompts is None else self._match(self._prompts.to(sample.device), len(sample))
-            seen = predict(scheduler, model_output, timestep, sample)
+            t = run.prompts = self._prompts_for(layout.count(sample), layout.device(sample))
+            seen = predict(scheduler, model_output, timestep, sample, extra)
             if not torch.isfinite(seen.x0).all():
                 raise ValueError(
                     f"NaN or infinite values in the prediction at step {run.step + 1} of {run.total}; the memory was not "
                     "changed. Lower guidance_scale or scale, or use float32 if the model overflows in half precision"
                 )
             due = [k for k in self.terms if k.due(run.step, run.total, seen.noise_to_signal)]
-            guided = self._move(run, [k for k in due if k.space == "x0"], seen.x0, seen, t)
-            if guided is not None and abs(seen.slope) > 1e-6:
-                model_output = seen.moved(model_output, guided)
+            scene = self._scene(sample)
+            guided = self._move(run, [k for k in due if not k.space.noisy], layout.pack(seen.x0), seen, t, scene)
+            if guided is not None:
+                model_output = seen.moved(model_output, layout.unpack(guided))
         run.seconds += time.perf_counter() - began
         result = proceed(model_output, sample)
         began = time.perf_counter()
         with torch.no_grad():
-            result = self._move_latents(run, [k for k in due if k.space == "latents"], result, seen, t)
+            result = self._move_latents(run, [k for k in due if k.space.noisy], result, seen, t, scene)
             run.step += 1
+            run.final = result[0]
             if run.step >= run.total:
-                self._finish(run, result[0], t)
+                self._finish(run)
                 self._inside = None
         run.seconds += time.perf_counter() - began
         self._report.seconds = run.seconds
-        self._run = run
+        self._run, self._call = run, None
         return result
 
-    def _move(self, run: _Run, terms: list[Term], target: Tensor, seen: Prediction, t: Tensor | None) -> Tensor | None:
+    def _gradient(self, run: _Run, term: Term, target: Tensor, t: Tensor | None, scene: Scene) -> Tensor:
+        """The ascent direction in the samples: through the term's space."""
+        rows, pull = term.space.features(target, scene)
+        memory = term.memory
+        assert memory is not None
+        if isinstance(term.space, Activations):
+            kept = run.kept.setdefault(id(term), [])
+            memory = _of_step(memory, len(kept), (len(term.due_in(run.total)), rows.shape[1]), self._encoder)
+            kept.append(rows)
+        elif term.space.shape(target) is None:
+            memory.bind((rows.shape[1],), term.space.name, self._encoder)
+        g = term.gradient(rows, t, self._jitter(rows, run.step), memory)
+        return pull(g).view(target.shape).to(target.dtype)
+
+    def _move(
+        self, run: _Run, terms: list[Term], target: Tensor, seen: Prediction, t: Tensor | None, scene: Scene
+    ) -> Tensor | None:
         if not terms:
             return None
-        fraction, jitter = run.step / run.total, self._jitter(target, run.step)
-        move = torch.stack([term.move(target, t, seen.score, fraction, jitter) for term in terms]).sum(0)
+        score, fraction = run.layout.pack(seen.score), run.step / run.total
+        moves = [term.move(target, self._gradient(run, term, target, t, scene), score, fraction) for term in terms]
+        move = torch.stack(moves).sum(0)
         relative = move.flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1).clamp_min(1e-12)
         self._report.steps.append(StepRecord(run.step, float(relative.mean()), seen.noise_to_signal))
         self._report.note(target, move, t, terms[0].memory)
         return move
 
-    def _move_latents(self, run: _Run, terms: list[Term], result: Any, seen: Prediction, t: Tensor | None) -> Any:
+    def _move_latents(
+        self, run: _Run, terms: list[Term], result: Any, seen: Prediction, t: Tensor | None, scene: Scene
+    ) -> Any:
         if not terms:
             return result
         latents = result[0]
-        move = self._move(run, terms, latents.float(), seen, t)
+        move = self._move(run, terms, run.layout.pack(latents).float(), seen, t, scene)
         assert move is not None
-        moved = latents + move.to(latents.dtype)
+        moved = latents + run.layout.unpack(move).to(latents.dtype)
         if isinstance(result, tuple):
             return (moved, *result[1:])
         result.prev_sample = moved
         return result
 
-    def _finish(self, run: _Run, final: Tensor, t: Tensor | None) -> None:
-        self._report.finish(final)
-        for memory in self.memories:
-            memory.add(final, t)
+    def _finish(self, run: _Run) -> None:
+        run.done = True
+        with torch.no_grad():
+            final, t, scene = run.layout.pack(run.final), run.prompts, self._scene(run.final)
+            self._report.finish(final)
+            added: set[int] = set()
+            for term in self.terms:
+                if term.memory is None or id(term.memory) in added:
+                    continue
+                kept = run.kept.get(id(term))
+                features = torch.stack(kept, dim=1) if kept else term.space.final(final, scene)
+                if features is not None:
+                    term.memory.add(features, t)
+                    added.add(id(term.memory))
+
+
+def _of_step(memory: Memory, k: int, shape: tuple[int, int], encoder: str | None) -> Memory:
+    """The part of an activations memory ``[n, steps, c]`` that belongs to the ``k``-th guided step."""
+    memory.bind(shape, Activations.name, encoder)
+    if not isinstance(memory, MemoryBank) or not len(memory) or k >= shape[0]:
+        return MemoryBank()
+    part = MemoryBank(Activations.name, encoder)
+    part.add(memory.x.view(len(memory), *shape)[:, k], memory.prompts)
+    return part

@@ -1,30 +1,46 @@
-"""Ways into a pipeline: a reversible hook on ``scheduler.step``, and an eye on ``encode_prompt``.
+"""Ways into a pipeline: a reversible hook on the scheduler's step, and an eye on what the pipeline does around it.
 
 A hook is an instance attribute that shadows the class's method; removing it leaves the object as it was, to the last
-attribute. Nothing of diffusers is copied or subclassed.
+attribute. Nothing of diffusers is copied or subclassed, and nothing is put inside the denoiser.
 """
 
 import functools
-import hashlib
 import inspect
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kspec_guidance.prediction import family
+from kspec_guidance.prediction import UnsupportedSchedulerError, family
 
-__all__ = ["Hook", "PromptWatch", "SchedulerHook", "fingerprint", "masked_mean", "token_mask"]
+__all__ = ["Hook", "SchedulerHook", "ThreadOwner", "find_scheduler", "sub_pipelines"]
 
-StepFunction = Callable[..., Any]
+Function = Callable[..., Any]
+
+
+class Shadow:
+    """A callable in place of a method. Copies and pickles of its owner get the method itself, unhooked."""
+
+    def __init__(self, owner: Any, name: str, function: Function, tag: Any):
+        self.owner, self.name, self.function, self.kspec_tag = owner, name, function, tag
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self.owner))  # None where only the owner's attributes are copied, to be put back later
+        return self if copied is None else types.MethodType(getattr(type(copied), self.name), copied)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
 
 
 class Hook:
     """Shadow the method ``name`` of one object by ``wrap(original)``, until :meth:`remove`."""
 
-    def __init__(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]], tag: Any):
+    def __init__(self, owner: Any, name: str, wrap: Callable[[Function], Function], tag: Any):
         present = owner.__dict__.get(name)
         if getattr(present, "kspec_tag", None) not in (None, tag):
             raise ValueError(
@@ -33,10 +49,8 @@ class Hook:
             )
         self.owner, self.name, self.had, self.before = owner, name, name in owner.__dict__, present
         original = getattr(owner, name)
-        wrapper = functools.wraps(original)(wrap(original))
-        wrapper.kspec_tag = tag  # type: ignore[attr-defined]
-        self.wrapper = wrapper
-        object.__setattr__(owner, name, wrapper)
+        self.wrapper = functools.update_wrapper(Shadow(owner, name, wrap(original), tag), original)
+        object.__setattr__(owner, name, self.wrapper)
 
     def remove(self) -> None:
         """Undo; harmless the second time, and when someone else has put a hook of theirs on top."""
@@ -48,134 +62,76 @@ class Hook:
             object.__delattr__(self.owner, self.name)
 
 
-class SchedulerHook:
-    """Calls ``on_step(scheduler, step, model_output, timestep, sample)`` in place of ``scheduler.step``.
+def sub_pipelines(pipe: Any) -> list[Any]:
+    """The pipeline and those it is made of: combined pipelines hold a prior and a decoder."""
+    inner = [getattr(pipe, name, None) for name in ("prior_pipe", "decoder_pipe", "generation_pipe")]
+    return [pipe, *(p for p in inner if p is not None)]
 
-    ``step(model_output, sample)`` is the scheduler's own, with all other arguments as the pipeline gave them.
+
+ASIDE = ("image_noising_", "low_res_", "inverse_", "prior_", "super_res_", "audio_", "local_latents_")
+
+
+def find_scheduler(pipe: Any, name: str | None = None) -> Any:
+    """The scheduler whose step makes the samples: ``pipe.scheduler``, or the one that stands for it.
+
+    Args:
+        name: which of several, by the name of the component.
+
+    Raises:
+        UnsupportedSchedulerError: if there is none, or none of that name; those there are get listed.
+    """
+    if hasattr(pipe, "step") or hasattr(pipe, "step_pred"):  # a bare scheduler
+        return pipe
+    for inner in sub_pipelines(pipe):
+        if name is None and getattr(inner, "scheduler", None) is not None:
+            return inner.scheduler
+    parts = {k: v for k, v in getattr(pipe, "components", {}).items() if k.endswith("scheduler") and v is not None}
+    if name in parts:
+        return parts[name]
+    mine = [k for k in parts if not k.startswith(ASIDE)]
+    if name is None and mine:
+        return parts[mine[-1]]
+    raise UnsupportedSchedulerError(
+        f"{type(pipe).__name__} has no scheduler{f' named {name!r}' if name else ''} to guide"
+        + (f"; it has {', '.join(parts)}" if parts else "; guidance needs a denoising loop that calls scheduler.step")
+    )
+
+
+class SchedulerHook:
+    """Calls ``on_step(scheduler, step, model_output, timestep, sample, extra)`` in place of ``scheduler.step``.
+
+    ``step(model_output, sample)`` is the scheduler's own, with all other arguments as the pipeline gave them; ``extra`` holds
+    those by name. Where a pipeline hands over an x0 of its own, that is the model output.
     """
 
-    def __init__(self, scheduler: Any, on_step: Callable[..., Any], tag: Any):
-        family(scheduler)  # refuse what cannot be guided before anything is touched
-        signature = inspect.signature(scheduler.step)
+    NAMES = {"sample_hat": "sample", "sigma_hat": "timestep"}  # what KarrasVe calls them
 
-        def wrap(original: StepFunction) -> StepFunction:
+    def __init__(self, scheduler: Any, on_step: Function, tag: Any):
+        family(scheduler)  # refuse what cannot be guided before anything is touched
+        name = "step" if hasattr(scheduler, "step") else "step_pred"
+        signature = inspect.signature(getattr(scheduler, name))
+
+        def wrap(original: Function) -> Function:
             def step(*args: Any, **kwargs: Any) -> Any:
                 given = signature.bind(*args, **kwargs)
+                a = given.arguments
+                key = {self.NAMES.get(k, k): k for k in a}
+                output = "pred_original_sample" if a.get("pred_original_sample") is not None else "model_output"
 
                 def proceed(model_output: Tensor, sample: Tensor) -> Any:
-                    given.arguments["model_output"], given.arguments["sample"] = model_output, sample
+                    a[output], a[key["sample"]] = model_output, sample
                     return original(*given.args, **given.kwargs)
 
-                a = given.arguments
-                return on_step(scheduler, proceed, a["model_output"], a["timestep"], a["sample"])
+                extra = {k: v for k, v in a.items() if k not in ("model_output", "kwargs")}
+                return on_step(scheduler, proceed, a[output], a[key["timestep"]], a[key["sample"]], extra)
 
             return step
 
         self.scheduler = scheduler
-        self.hook = Hook(scheduler, "step", wrap, tag)
+        self.hook = Hook(scheduler, name, wrap, tag)
 
     def remove(self) -> None:
         self.hook.remove()
-
-
-def token_mask(ids: Tensor, bos: int | None = None) -> Tensor:
-    """Which tokens ``[n, l]`` carry the prompt: not the start token, and of the trailing run of equal ones the first.
-
-    >>> token_mask(torch.tensor([[0, 7, 9, 1, 1, 1]]), bos=0).int().tolist()
-    [[0, 1, 1, 1, 0, 0]]
-    """
-    differs = ids != ids[:, -1:]
-    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    last = torch.where(differs, place, -1).amax(1, keepdim=True)
-    mask = place <= last + 1
-    if bos is not None:
-        mask = mask & ~((ids == bos) & (place == 0) & (mask.sum(1, keepdim=True) > 1))
-    return mask
-
-
-def masked_mean(embeds: Tensor, mask: Tensor | None) -> Tensor:
-    """Unit-norm mean over tokens: ``[n, l, c]`` and ``[n, l]`` to ``[n, c]``; ``[n, c]`` is only normalised."""
-    embeds = embeds.detach().float()
-    if embeds.ndim > 2:
-        embeds = embeds.flatten(1, -2)
-        if mask is None:
-            embeds = embeds.mean(1)
-        else:
-            weight = mask.to(embeds)[..., None]
-            embeds = (embeds * weight).sum(1) / weight.sum(1).clamp_min(1)
-    return embeds / embeds.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-
-
-def fingerprint(module: Any) -> str:
-    """A short name for a text encoder: its class, width, and a hash of some of its weights."""
-    digest = hashlib.sha256(type(module).__name__.encode())
-    if isinstance(module, nn.Module):
-        parameters = list(module.named_parameters())
-        for name, p in [parameters[0], parameters[len(parameters) // 2], parameters[-1]] if parameters else []:
-            digest.update(f"{name}{list(p.shape)}".encode())
-            if p.device.type != "meta":
-                # rounded, so that the same weights in half precision are the same encoder
-                sample = p.detach().flatten()[:256].to("cpu", torch.float32)
-                digest.update((sample * 64).round().to(torch.int32).numpy().tobytes())
-    return f"{type(module).__name__}-{digest.hexdigest()[:12]}"
-
-
-class PromptWatch:
-    """Reads prompt features off the pipeline's own ``encode_prompt``: nothing is tokenised or encoded twice.
-
-    ``on_prompt(features, encoder)`` is called with unit-norm rows ``[n, c]``, the wanted prompts' half only, one row for
-    each image, and the fingerprint of what made them.
-    """
-
-    def __init__(self, pipe: Any, on_prompt: Callable[[Tensor, str], None], tag: Any):
-        self.pipe, self.on_prompt = pipe, on_prompt
-        self.seen: list[tuple[Tensor, Tensor | None, int | None]] = []
-        self.hook = Hook(pipe, "encode_prompt", self._wrap, tag) if hasattr(pipe, "encode_prompt") else None
-
-    def remove(self) -> None:
-        if self.hook is not None:
-            self.hook.remove()
-
-    def _encoders(self) -> list[nn.Module]:
-        parts = getattr(self.pipe, "components", {})
-        return [m for name, m in parts.items() if name.startswith("text_encoder") and isinstance(m, nn.Module)]
-
-    def _note(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point():
-            self.seen.append((ids, kwargs.get("attention_mask"), getattr(module.config, "bos_token_id", None)))
-
-    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            self.seen.clear()
-            handles = [m.register_forward_hook(self._note, with_kwargs=True) for m in self._encoders()]
-            try:
-                result = original(*args, **kwargs)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            embeds = result[0] if isinstance(result, tuple | list) else result
-            if isinstance(embeds, Tensor) and embeds.ndim >= 2:
-                self.on_prompt(masked_mean(embeds, self._mask(embeds, result)), self.encoder_name())
-            return result
-
-        return encode_prompt
-
-    def encoder_name(self) -> str:
-        encoders = self._encoders()
-        return fingerprint(encoders[0]) if encoders else "given"
-
-    def _mask(self, embeds: Tensor, result: Any) -> Tensor | None:
-        if embeds.ndim != 3:
-            return None
-        for part in result if isinstance(result, tuple | list) else ():
-            if isinstance(part, Tensor) and part.shape == embeds.shape[:2] and not part.is_floating_point():
-                return part
-        for ids, attention, bos in self.seen:
-            mask = token_mask(ids, bos) if attention is None else attention
-            if mask.shape[1] == embeds.shape[1] and embeds.shape[0] % len(mask) == 0:
-                return mask.repeat_interleave(embeds.shape[0] // len(mask), dim=0).to(embeds.device)
-        return None
 
 
 class ThreadOwner:

@@ -14,19 +14,55 @@ from torch import Tensor
 __all__ = ["Prediction", "UnsupportedSchedulerError", "predict", "supported_schedulers"]
 
 # How each scheduler class writes its noisy samples. Matched by name along the class hierarchy, so subclasses count.
-BY_TIMESTEP = {  # variance preserving, alphas_cumprod[timestep]
-    "DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "PNDMScheduler", "LCMScheduler",
-    "TCDScheduler",
+KINDS: dict[str, set[str]] = {
+    # variance preserving, alphas_cumprod[timestep]
+    "timestep": {
+        "DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "PNDMScheduler", "LCMScheduler",
+        "TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "UnCLIPScheduler", "RePaintScheduler",
+    },
+    # variance preserving, sigmas[step_index]; flow with use_flow_sigmas
+    "vp": {
+        "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler",
+        "SASolverScheduler",
+    },
+    # x = x0 + sigma noise
+    "ve": {
+        "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
+        "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler",
+    },
+    # x = x0 + sigma noise, the output preconditioned as by Karras et al. 2022, arXiv 2206.00364, table 1
+    "edm": {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"},
+    # the same with the boundary condition at sigma_min, Song et al. 2023, arXiv 2303.01469, equation 5
+    "consistency": {"CMStochasticIterativeScheduler"},
+    # x = (1 - sigma) x0 + sigma noise, the output a velocity toward noise
+    "flow": {
+        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "LTXEulerAncestralRFScheduler",
+        "HeliosScheduler", "FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler",
+    },
+    # the same, with time and velocity running toward the data
+    "dataward": {"MiniMaxH3Scheduler", "RFD4ProteinaScheduler"},
+    # x = cos(t) x0 + sin(t) noise: TrigFlow, Lu and Song 2024, arXiv 2410.11081, and what IPNDM does
+    "angle": {"SCMScheduler", "IPNDMScheduler"},
+    # alpha-bar as a function of a time in 0..1
+    "continuous": {"DDPMWuerstchenScheduler"},
+    # x = x0 + sigma noise: the output is the score, or noise at a raised noise level
+    "score": {"ScoreSdeVeScheduler"},
+    "stochastic": {"KarrasVeScheduler"},
 }  # fmt: skip
-BY_SIGMA_VP = {  # variance preserving, sigmas[step_index]; flow with use_flow_sigmas
-    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler",
-    "SASolverScheduler",
-}  # fmt: skip
-BY_SIGMA_VE = {  # x = x0 + sigma noise
-    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler",
-}  # fmt: skip
-FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}  # x = (1 - sigma) x0 + sigma noise
+UNFIT = {  # what no hook can guide, with the reason
+    **dict.fromkeys(
+        (
+            "AmusedScheduler",
+            "VQDiffusionScheduler",
+            "BlockRefinementScheduler",
+            "DiscreteDDIMScheduler",
+            "EntropyBoundScheduler",
+        ),
+        "it samples discrete tokens, which have no gradient",
+    ),
+    **dict.fromkeys(("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"), "it runs from images to noise"),
+    "PiflowScheduler": "its model returns a policy that is rolled out inside the step, not a prediction",
+}
 
 
 class UnsupportedSchedulerError(ValueError):
@@ -35,19 +71,21 @@ class UnsupportedSchedulerError(ValueError):
 
 def supported_schedulers() -> list[str]:
     """Names of the scheduler classes that guidance works with."""
-    return sorted(BY_TIMESTEP | BY_SIGMA_VP | BY_SIGMA_VE | FLOW)
+    return sorted(set().union(*KINDS.values()))
 
 
 def family(scheduler: Any) -> str:
-    """``timestep``, ``vp``, ``ve`` or ``flow``.
+    """The key of :data:`KINDS` that the scheduler's class, or its nearest known ancestor, stands under.
 
     Raises:
         UnsupportedSchedulerError: naming the scheduler and those that are supported.
     """
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
-    for kind, group in (("timestep", BY_TIMESTEP), ("vp", BY_SIGMA_VP), ("ve", BY_SIGMA_VE), ("flow", FLOW)):
-        if names & group:
-            return kind
+    for cls in type(scheduler).__mro__:
+        for kind, group in KINDS.items():
+            if cls.__name__ in group:
+                return kind
+        if cls.__name__ in UNFIT:
+            raise UnsupportedSchedulerError(f"{type(scheduler).__name__} cannot be guided: {UNFIT[cls.__name__]}")
     raise UnsupportedSchedulerError(
         f"{type(scheduler).__name__} is not supported; use one of {', '.join(supported_schedulers())}, "
         "e.g. pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)"
@@ -60,13 +98,18 @@ class Prediction:
 
     x0: Tensor
     sample: Tensor
-    alpha: float
-    sigma: float
-    slope: float
+    alpha: float | Tensor
+    sigma: float | Tensor
+    slope: float | Tensor
 
     def moved(self, model_output: Tensor, move: Tensor) -> Tensor:
         """The model output whose x0 is ``x0 + move``; further channels (a learned variance) stay."""
-        shift = (move / self.slope).to(model_output.dtype)
+        if isinstance(self.slope, Tensor):  # tokens without noise, as of an image to go on from, stay where they are
+            shift = torch.where(self.slope.abs() > 1e-6, move / self.slope, 0).to(model_output.dtype)
+        elif abs(self.slope) > 1e-6:
+            shift = (move / self.slope).to(model_output.dtype)
+        else:
+            return model_output
         channels = move.shape[1]
         if model_output.shape[1] == channels:
             return model_output + shift
@@ -80,7 +123,8 @@ class Prediction:
     @property
     def noise_to_signal(self) -> float:
         """``sigma / alpha``: the noise level as the Euler family counts it; infinite for pure noise."""
-        return self.sigma / self.alpha if self.alpha > 0 else float("inf")
+        alpha, sigma = (float(v.mean()) if isinstance(v, Tensor) else v for v in (self.alpha, self.sigma))
+        return sigma / alpha if alpha > 0 else float("inf")
 
 
 def _step_index(scheduler: Any, timestep: Tensor | float) -> int:
@@ -90,32 +134,91 @@ def _step_index(scheduler: Any, timestep: Tensor | float) -> int:
     return int(scheduler.step_index)
 
 
-def levels(scheduler: Any, timestep: Tensor | float, kind: str) -> tuple[float, float]:
-    """``alpha`` and ``sigma`` of the sample that the model saw at this step."""
-    if kind == "timestep":
-        last = len(scheduler.alphas_cumprod) - 1
-        abar = float(scheduler.alphas_cumprod[min(max(int(timestep), 0), last)].double())
-        return abar**0.5, (1 - abar) ** 0.5
-    index = _step_index(scheduler, timestep)
-    sigmas = scheduler.sigmas
+def _at(values: Tensor, index: int) -> float:
+    return float(values[index].double())
+
+
+def _sigma(scheduler: Any, timestep: Tensor | float) -> float:
+    """``sigmas`` at the scheduler's position."""
+    index, sigmas = _step_index(scheduler, timestep), scheduler.sigmas
     if getattr(scheduler, "sigmas_interpol", None) is not None and not scheduler.state_in_first_order:
         sigmas = scheduler.sigmas_interpol  # KDPM2 evaluates its second stage between two noise levels
         index -= any(cls.__name__ == "KDPM2AncestralDiscreteScheduler" for cls in type(scheduler).__mro__)
-    sigma = float(sigmas[index].double())
-    if kind == "vp":
-        alpha, sigma = (float(v) for v in scheduler._sigma_to_alpha_sigma_t(torch.tensor(sigma, dtype=torch.float64)))
-        return alpha, sigma
+    return _at(sigmas, index)
+
+
+def _flow_sigma(scheduler: Any, timestep: Tensor | float, extra: dict[str, Any]) -> float | Tensor:
+    if extra.get("per_token_timesteps") is not None:  # image conditions: every token [n, l] has its own noise level
+        return extra["per_token_timesteps"].float()[..., None] / scheduler.config.num_train_timesteps
+    if extra.get("dmd_sigmas") is not None:  # Helios, distilled
+        times = extra["dmd_timesteps"].double()
+        return _at(extra["dmd_sigmas"], int((times - float(timestep)).abs().argmin()))
+    if hasattr(scheduler, "index_for_timestep") and type(scheduler).__name__ == "FlowMapEulerDiscreteScheduler":
+        index = scheduler.index_for_timestep(timestep)
+        if index is None:
+            return float(torch.as_tensor(timestep).flatten()[0]) / scheduler.config.num_train_timesteps
+        return _at(scheduler.sigmas, int(torch.as_tensor(index).flatten()[0]))
+    return _sigma(scheduler, timestep)
+
+
+def levels(
+    scheduler: Any, timestep: Tensor | float, kind: str, extra: dict[str, Any] | None = None
+) -> tuple[float | Tensor, float | Tensor]:
+    """``alpha`` and ``sigma`` of the sample that the model saw at this step; tensors where tokens differ in noise level.
+
+    ``extra`` holds the further arguments of ``scheduler.step``.
+    """
+    first = float(torch.as_tensor(timestep).flatten()[0])
+    if kind == "timestep":
+        last = len(scheduler.alphas_cumprod) - 1
+        abar = _at(scheduler.alphas_cumprod, min(max(int(first), 0), last))
+        return abar**0.5, (1 - abar) ** 0.5
+    if kind == "continuous":
+        abar = float(scheduler._alpha_cumprod(torch.tensor([first], dtype=torch.float64), "cpu"))
+        return abar**0.5, (1 - abar) ** 0.5
+    if kind == "angle":
+        if hasattr(scheduler, "alphas"):
+            index = _step_index(scheduler, timestep)
+            return _at(scheduler.alphas, index), _at(scheduler.betas, index)
+        angle = torch.tensor(first, dtype=torch.float64)
+        return float(angle.cos()), float(angle.sin())
+    if kind == "dataward":
+        return first, 1 - first
+    if kind == "score":
+        return 1.0, _at(scheduler.discrete_sigmas, int(first * (len(scheduler.timesteps) - 1)))
+    if kind == "stochastic":
+        return 1.0, first
     if kind == "flow":
+        sigma = _flow_sigma(scheduler, timestep, extra or {})
         return 1 - sigma, sigma
-    return 1.0, sigma
+    if kind == "vp":
+        at = torch.tensor(_sigma(scheduler, timestep), dtype=torch.float64)
+        alpha, sigma = (float(v) for v in scheduler._sigma_to_alpha_sigma_t(at))
+        return alpha, sigma
+    return 1.0, _sigma(scheduler, timestep)
 
 
-def coefficients(prediction_type: str, kind: str, alpha: float, sigma: float) -> tuple[float, float]:
+def coefficients(prediction_type: str, kind: str, alpha: Any, sigma: Any, scheduler: Any = None) -> tuple[Any, Any]:
     """A and B of ``x0 = A x + B m``.
 
     Raises:
         UnsupportedSchedulerError: for a prediction type that is not known.
     """
+    if kind == "edm":
+        data = scheduler.config.sigma_data
+        size = (sigma**2 + data**2) ** 0.5
+        return data**2 / size**2, (-sigma if prediction_type == "v_prediction" else sigma) * data / size
+    if kind == "consistency":
+        data, above = scheduler.config.sigma_data, sigma - scheduler.config.sigma_min
+        return data**2 / (above**2 + data**2), above * data / (sigma**2 + data**2) ** 0.5
+    if kind == "angle":
+        return alpha, -sigma
+    if kind == "dataward":
+        return 1.0, sigma
+    if kind == "score":
+        return 1.0, sigma**2
+    if kind == "stochastic":
+        return 1.0, sigma
     if prediction_type in ("sample", "original_sample"):
         return 0.0, 1.0
     if kind == "flow" or prediction_type == "flow_prediction":
@@ -132,7 +235,9 @@ def coefficients(prediction_type: str, kind: str, alpha: float, sigma: float) ->
     )
 
 
-def predict(scheduler: Any, model_output: Tensor, timestep: Tensor | float, sample: Tensor) -> Prediction:
+def predict(
+    scheduler: Any, model_output: Tensor, timestep: Tensor | float, sample: Tensor, extra: dict[str, Any] | None = None
+) -> Prediction:
     """Form x0 (float32 or wider) of a scheduler step about to be taken.
 
     Args:
@@ -140,11 +245,18 @@ def predict(scheduler: Any, model_output: Tensor, timestep: Tensor | float, samp
         model_output: ``[n, c, ...]``, or ``[n, 2c, ...]`` with a learned variance in the second half.
         timestep: as given to ``scheduler.step``.
         sample: noisy ``[n, c, ...]``.
+        extra: the further arguments of ``scheduler.step``, by name.
     """
     kind = family(scheduler)
-    alpha, sigma = levels(scheduler, timestep, kind)
-    prediction_type = getattr(scheduler.config, "prediction_type", "flow_prediction" if kind == "flow" else "epsilon")
-    a, b = coefficients(prediction_type, kind, alpha, sigma)
+    alpha, sigma = levels(scheduler, timestep, kind, extra)
+    if isinstance(sigma, Tensor) and sigma.ndim > sample.ndim:
+        sigma = sigma.flatten(0, sigma.ndim - sample.ndim)
+        alpha = 1 - sigma
+    if extra and extra.get("pred_original_sample") is not None:  # the pipeline has formed x0 itself and hands it over
+        a, b = 0.0, 1.0
+    else:
+        name = getattr(scheduler.config, "prediction_type", "flow_prediction" if kind == "flow" else "epsilon")
+        a, b = coefficients(name, kind, alpha, sigma, scheduler)
     x = sample if sample.dtype == torch.float64 else sample.float()
     m = model_output.to(x.dtype)
     if m.shape != x.shape:

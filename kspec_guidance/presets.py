@@ -10,6 +10,7 @@ from kspec_guidance.guidance import DEFAULT_CHAIN, KernelGuidance
 from kspec_guidance.kernels import GaussianKernel, Kernel, PolynomialKernel
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import MMD, PROMPT_BANDWIDTH, ConditionalRKE, Novelty
+from kspec_guidance.spaces import FeatureSpace
 
 __all__ = ["MMDGuidance", "NoveltyGuidance", "SPARKE"]
 
@@ -32,7 +33,7 @@ class SPARKE(KernelGuidance):
         scale: float = 0.6,
         kernel: Kernel | None = None,
         prompt_kernel: Kernel | None = None,
-        space: str = "x0",
+        space: str | FeatureSpace = "x0",
         start: float = 0.0,
         stop: float = 0.6,
         every: int = 1,
@@ -82,7 +83,7 @@ class MMDGuidance(KernelGuidance):
         reference: Tensor,
         scale: float = 0.7,
         kernel: Kernel | None = None,
-        space: str = "x0",
+        space: str | FeatureSpace = "x0",
         start: float = 0.0,
         stop: float = 0.6,
         every: int = 1,
@@ -126,7 +127,7 @@ class NoveltyGuidance(KernelGuidance):
         reference: Tensor,
         scale: float = 0.6,
         kernel: Kernel | None = None,
-        space: str = "x0",
+        space: str | FeatureSpace = "x0",
         start: float = 0.0,
         stop: float = 0.6,
         every: int = 1,

@@ -36,6 +36,8 @@ class GuidanceReport:
     steps: list[StepRecord] = field(default_factory=list)
     total_steps: int = 0
     seconds: float = 0.0
+    scheduler: str = ""
+    layout: str = ""
     _latest: tuple[Tensor, Tensor] | None = None
     _final: Tensor | None = None
     _prompts: Tensor | None = None
@@ -98,6 +100,8 @@ class GuidanceReport:
             "after": self.after,
             "final": self.final,
             "seconds": self.seconds,
+            "scheduler": self.scheduler,
+            "layout": self.layout,
         }
 
     def __str__(self) -> str:

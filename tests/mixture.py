@@ -3,6 +3,8 @@
 ``ExactMixture`` stands where a network would; ``run`` is the denoising loop of a diffusers pipeline with any scheduler.
 """
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -43,11 +45,8 @@ def run(model: ExactMixture, scheduler, n: int, steps: int, seed: int) -> Tensor
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, model.dim, generator=g).view(n, 1, 1, model.dim) * getattr(scheduler, "init_noise_sigma", 1.0)
     kind, kwargs = family(scheduler), {}
-    if "generator" in scheduler.step.__code__.co_varnames or kind in ("timestep", "vp", "ve"):
-        import inspect
-
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            kwargs["generator"] = g
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        kwargs["generator"] = g
     for t in scheduler.timesteps:
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(x, t)

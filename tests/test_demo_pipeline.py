@@ -11,7 +11,7 @@ import torch
 
 import kspec_guidance
 from kspec_guidance import SPARKE, MemoryBank, MMDGuidance, encode_reference, guided, load_demo_reference
-from kspec_guidance.injection import masked_mean, token_mask
+from kspec_guidance.watching import masked_mean, token_mask
 
 ASSETS = Path(kspec_guidance.__file__).parent / "assets"
 

@@ -1,0 +1,81 @@
+"""How a scheduler's sample is laid out, and how it is cut into the things that are to differ: images, clips, sounds.
+
+| kind | sample | who |
+|---|---|---|
+| ``vector`` | ``[n, d]`` | priors of image embeddings |
+| ``sequence`` | ``[n, l, c]`` or ``[n, c, l]`` | packed tokens (Flux, Qwen-Image, LTX), sound |
+| ``image`` | ``[n, c, h, w]`` | most image pipelines, spectrograms |
+| ``frames`` | ``[n f, c, h, w]`` | pipelines that flatten a clip's frames into the batch before the step |
+| ``video`` | ``[n, c, f, h, w]`` | most video pipelines |
+| ``several`` | a list or tuple of the above | states of several tensors, as video with sound |
+
+A clip counts as one sample: distances are over the whole clip, not frame by frame.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout"]
+
+KINDS = {2: "vector", 3: "sequence", 4: "image", 5: "video"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of one scheduler's samples.
+
+    Args:
+        kind: see the table of this module; ``other`` for more dimensions than it has.
+        group: consecutive rows that make one sample.
+        shapes: of the members of a ``several`` state, batch dimension left out.
+
+    >>> x = torch.zeros(6, 4, 8, 8)
+    >>> Layout.of(x, count=2).pack(x).shape
+    torch.Size([2, 3, 4, 8, 8])
+    """
+
+    kind: str
+    group: int = 1
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, sample: Any, count: int | None = None) -> "Layout":
+        """The layout of a sample; ``count`` is the number of images or clips asked for, where it is known.
+
+        Raises:
+            ValueError: for what is no tensor with a batch dimension.
+        """
+        if isinstance(sample, list | tuple):
+            if not sample or not all(isinstance(s, Tensor) and s.ndim > 1 and len(s) == len(sample[0]) for s in sample):
+                raise ValueError("a state of several tensors must hold tensors [n, ...] of one n")
+            return cls("several", 1, tuple(tuple(s.shape[1:]) for s in sample))
+        if not isinstance(sample, Tensor) or sample.ndim < 2:
+            got = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
+            raise ValueError(f"a sample must be a tensor [n, ...], got {got}")
+        if count and len(sample) > count and len(sample) % count == 0:
+            return cls("frames", len(sample) // count)
+        return cls(KINDS.get(sample.ndim, "other"))
+
+    def count(self, sample: Any) -> int:
+        """How many images or clips the sample holds."""
+        return len(sample[0]) if self.kind == "several" else len(sample) // self.group
+
+    @staticmethod
+    def device(sample: Any) -> torch.device:
+        return (sample if isinstance(sample, Tensor) else sample[0]).device
+
+    def pack(self, sample: Any) -> Tensor:
+        """One row for each image or clip: ``[n, ...]``."""
+        if self.kind == "several":
+            return torch.cat([s.flatten(1) for s in sample], dim=1)
+        return sample if self.group == 1 else sample.unflatten(0, (-1, self.group))
+
+    def unpack(self, x: Tensor) -> Any:
+        """The inverse of :meth:`pack`."""
+        if self.kind == "several":
+            sizes = [torch.Size(s).numel() for s in self.shapes]
+            return tuple(p.view(len(x), *s) for p, s in zip(x.split(sizes, 1), self.shapes, strict=True))
+        return x if self.group == 1 else x.flatten(0, 1)

@@ -1,0 +1,284 @@
+"""Tiny tokenizers, processors and encoders. All text is 32 wide, so that any encoder fits any denoiser."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+import kspec_guidance
+
+WIDTH = 32
+HEADS = 4
+LAYERS = 2
+SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY = Path(kspec_guidance.__file__).parent / "assets" / "emoji" / "tokenizer"
+
+
+@functools.cache
+def clip_tokenizer() -> Any:
+    return transformers.CLIPTokenizer.from_pretrained(VOCABULARY, model_max_length=77)
+
+
+@functools.cache
+def llm_tokenizer() -> Any:
+    """The same byte pairs under the manners of a language model: padding, chat template, tokens for pictures."""
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(VOCABULARY / "tokenizer.json"),
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        unk_token="<pad>",
+        additional_special_tokens=SPECIAL[3:],
+        model_max_length=512,
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@functools.cache
+def vocabulary() -> int:
+    return len(llm_tokenizer()) + 8
+
+
+def special(token: str) -> int:
+    return llm_tokenizer().convert_tokens_to_ids(token)
+
+
+def text_sizes(**more: Any) -> dict[str, Any]:
+    """The sizes of a decoder-only language model."""
+    sizes = {
+        "vocab_size": vocabulary(),
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "pad_token_id": special("<pad>"),
+        "bos_token_id": special("<|im_start|>"),
+        "eos_token_id": special("<|im_end|>"),
+    }
+    return sizes | more
+
+
+def clip_text(cls: str, **more: Any) -> Any:
+    ids = clip_tokenizer()
+    sizes = {
+        "vocab_size": len(ids),
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "projection_dim": WIDTH,
+        "max_position_embeddings": 77,
+        "bos_token_id": ids.bos_token_id,
+        "eos_token_id": ids.eos_token_id,
+        "pad_token_id": ids.pad_token_id,
+    }
+    return getattr(transformers, cls)(transformers.CLIPTextConfig(**(sizes | more)))
+
+
+def clip_vision(cls: str, **more: Any) -> Any:
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "projection_dim": WIDTH,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    return getattr(transformers, cls)(transformers.CLIPVisionConfig(**(sizes | more)))
+
+
+def t5(cls: str, **more: Any) -> Any:
+    config = transformers.UMT5Config if cls.startswith("UMT5") else transformers.T5Config
+    sizes = {"vocab_size": vocabulary(), "d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS, "num_heads": HEADS}
+    return getattr(transformers, cls)(config(is_encoder_decoder=False, use_cache=False, **(sizes | more)))
+
+
+def causal(cls: str, config: str, **more: Any) -> Any:
+    return getattr(transformers, cls)(getattr(transformers, config)(**text_sizes(**more)))
+
+
+def bert(cls: str, **more: Any) -> Any:
+    sizes = text_sizes()
+    for name in ("head_dim", "num_key_value_heads", "bos_token_id", "eos_token_id"):
+        sizes.pop(name)
+    return getattr(transformers, cls)(transformers.BertConfig(**(sizes | more)))
+
+
+def qwen_vl(cls: str, config: str, text: dict[str, Any] | None = None, **vision: Any) -> Any:
+    """Qwen-VL of the second or third generation: a language model and a vision tower."""
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default", "mrope_interleaved": "3VL" in cls}
+    sizes = text_sizes(rope_scaling=rope, **(text or {}))
+    tower = {"depth": 2, "hidden_size": WIDTH, "num_heads": HEADS, "patch_size": 8, "spatial_merge_size": 2}
+    if "3VL" in cls:
+        tower |= {"intermediate_size": 64, "out_hidden_size": WIDTH, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    elif "2_5" in cls:
+        tower |= {"intermediate_size": 64, "out_hidden_size": WIDTH, "fullatt_block_indexes": [1], "window_size": 32}
+    else:
+        tower = {"depth": 2, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": HEADS, "patch_size": 8, "spatial_merge_size": 2}
+    made = getattr(transformers, config)(
+        text_config=sizes,
+        vision_config=tower | vision,
+        image_token_id=special("<|image_pad|>"),
+        video_token_id=special("<|video_pad|>"),
+        vision_start_token_id=special("<|vision_start|>"),
+        vision_end_token_id=special("<|vision_end|>"),
+    )
+    return getattr(transformers, cls)(made)
+
+
+def qwen_processor(cls: str) -> Any:
+    third = "3VL" in cls
+    sizes = {"patch_size": 8, "merge_size": 2, "min_pixels": 256, "max_pixels": 4096}
+    if third:
+        sizes = {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 4096}}
+    video = transformers.Qwen3VLVideoProcessor if third else transformers.Qwen2VLVideoProcessor
+    return getattr(transformers, cls)(
+        image_processor=transformers.Qwen2VLImageProcessor(**sizes),
+        tokenizer=llm_tokenizer(),
+        video_processor=video(),
+        chat_template=TEMPLATE,
+    )
+
+
+def siglip_vision(cls: str = "SiglipVisionModel", **more: Any) -> Any:
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    return getattr(transformers, cls)(transformers.SiglipVisionConfig(**(sizes | more)))
+
+
+def clap(cls: str, **more: Any) -> Any:
+    text = {
+        "vocab_size": vocabulary(),
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 514,
+        "pad_token_id": special("<pad>"),
+        "projection_dim": WIDTH,
+    }
+    if cls == "ClapTextModelWithProjection":
+        return transformers.ClapTextModelWithProjection(transformers.ClapTextConfig(**(text | more)))
+    audio = {
+        "spec_size": 64,
+        "window_size": 4,
+        "num_mel_bins": 64,
+        "intermediate_size": 64,
+        "depths": [2, 2],
+        "num_attention_heads": [2, 2],
+        "num_hidden_layers": 2,
+        "hidden_size": 192,
+        "patch_size": 2,
+        "patch_stride": 2,
+        "patch_embed_input_channels": 4,
+        "projection_dim": WIDTH,
+    }
+    config = transformers.ClapConfig(text_config=text, audio_config=audio, projection_dim=WIDTH)
+    return transformers.ClapModel(config)
+
+
+def hifigan(**more: Any) -> Any:
+    sizes = {
+        "model_in_dim": 8,
+        "sampling_rate": 16000,
+        "upsample_initial_channel": 16,
+        "upsample_rates": [2, 2],
+        "upsample_kernel_sizes": [4, 4],
+        "resblock_kernel_sizes": [3, 7],
+        "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
+        "normalize_before": False,
+    }
+    return transformers.SpeechT5HifiGan(transformers.SpeechT5HifiGanConfig(**(sizes | more)))
+
+
+def gpt2(**more: Any) -> Any:
+    config = transformers.GPT2Config(n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS, n_ctx=99, n_positions=99, vocab_size=1000, **more)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def dpt(**more: Any) -> Any:
+    config = transformers.DPTConfig(
+        image_size=32, patch_size=16, hidden_size=WIDTH, num_hidden_layers=4, backbone_out_indices=[0, 1, 2, 3],
+        num_attention_heads=HEADS, intermediate_size=64, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16,
+        readout_type="project", is_hybrid=False,
+    )  # fmt: skip
+    return transformers.DPTForDepthEstimation(config)
+
+
+def mistral3(cls: str) -> Any:
+    config = transformers.Mistral3Config(
+        text_config=text_sizes(model_type="mistral"),
+        vision_config={
+            "model_type": "pixtral", "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": HEADS,
+            "image_size": 32, "patch_size": 8, "head_dim": 8,
+        },
+        image_token_index=special("<|image_pad|>"),
+    )  # fmt: skip
+    return getattr(transformers, cls)(config)
+
+
+def image_processor(cls: str, size: int = 32) -> Any:
+    if cls.startswith("Siglip"):
+        return getattr(transformers, cls)(size={"height": size, "width": size})
+    if cls == "DPTImageProcessor":
+        return transformers.DPTImageProcessor(size={"height": size, "width": size})
+    return getattr(transformers, cls)(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+CLIP = "CLIPTextModel CLIPTextModelWithProjection"
+ENCODERS: dict[str, Any] = {
+    **{name: functools.partial(clip_text, name) for name in CLIP.split()},
+    **{name: functools.partial(clip_vision, name) for name in ("CLIPVisionModel", "CLIPVisionModelWithProjection")},
+    **{name: functools.partial(t5, name) for name in ("T5EncoderModel", "UMT5EncoderModel")},
+    "BertModel": functools.partial(bert, "BertModel"),
+    "LlamaModel": functools.partial(causal, "LlamaModel", "LlamaConfig"),
+    "LlamaForCausalLM": functools.partial(causal, "LlamaForCausalLM", "LlamaConfig"),
+    "GlmModel": functools.partial(causal, "GlmModel", "GlmConfig", partial_rotary_factor=0.5),
+    "Gemma2PreTrainedModel": functools.partial(causal, "Gemma2Model", "Gemma2Config"),
+    "GemmaPreTrainedModel": functools.partial(causal, "GemmaModel", "GemmaConfig"),
+    "Qwen3Model": functools.partial(causal, "Qwen3Model", "Qwen3Config"),
+    "Qwen3ForCausalLM": functools.partial(causal, "Qwen3ForCausalLM", "Qwen3Config"),
+    "SmolLM3ForCausalLM": functools.partial(causal, "SmolLM3ForCausalLM", "SmolLM3Config"),
+    "Qwen2_5_VLForConditionalGeneration": functools.partial(
+        qwen_vl, "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig"
+    ),
+    "Qwen2VLForConditionalGeneration": functools.partial(qwen_vl, "Qwen2VLForConditionalGeneration", "Qwen2VLConfig"),
+    "Qwen3VLForConditionalGeneration": functools.partial(qwen_vl, "Qwen3VLForConditionalGeneration", "Qwen3VLConfig"),
+    "Qwen3VLModel": functools.partial(qwen_vl, "Qwen3VLModel", "Qwen3VLConfig"),
+    "Mistral3ForConditionalGeneration": functools.partial(mistral3, "Mistral3ForConditionalGeneration"),
+    "Mistral3Model": functools.partial(mistral3, "Mistral3Model"),
+    "SiglipVisionModel": siglip_vision,
+    "ClapModel": functools.partial(clap, "ClapModel"),
+    "ClapTextModelWithProjection": functools.partial(clap, "ClapTextModelWithProjection"),
+    "SpeechT5HifiGan": hifigan,
+    "GPT2LMHeadModel": gpt2,
+    "DPTForDepthEstimation": dpt,
+}
+PROCESSORS: dict[str, Any] = {
+    **{n: functools.partial(image_processor, n) for n in ("CLIPImageProcessor", "SiglipImageProcessor", "DPTImageProcessor")},
+    **{n: functools.partial(qwen_processor, n) for n in ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")},
+    "CLIPTokenizer": clip_tokenizer,
+}
+TOKENIZERS = (
+    "T5Tokenizer", "T5TokenizerFast", "AutoTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "LlamaTokenizer", "BertTokenizer",
+    "ByT5Tokenizer", "TokenizersBackend", "PreTrainedTokenizerBase", "RobertaTokenizer", "PythonBackend", "AutoProcessor",
+)  # fmt: skip
+PROCESSORS |= dict.fromkeys(TOKENIZERS, llm_tokenizer)

@@ -1,0 +1,101 @@
+"""A pipeline out of its class's own signature and the rules of its family."""
+
+import inspect
+import re
+from typing import Any
+
+import diffusers
+import torch
+
+from tiny import encoders, families, inputs, models
+
+SCHEDULERS = {
+    "KarrasDiffusionSchedulers": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "SchedulerMixin": ("DDIMScheduler", {"clip_sample": False}),
+    "DDIMScheduler": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+}
+
+
+# components that a pipeline does without
+LEFT_OUT = {
+    "safety_checker", "image_encoder", "feature_extractor", "image_processor", "watermarker", "transformer_2", "prompt_enhancer",
+    "prompt_enhancer_head", "processor", "audio_tokenizer", "audio_token_detokenizer", "pe", "pe_tokenizer", "ocr_guider", "audio_scheduler",
+}  # fmt: skip
+
+
+def pipeline_names() -> list[str]:
+    """Every pipeline class that diffusers exports, classic and modular."""
+    found = []
+    for name in dir(diffusers):
+        cls = getattr(diffusers, name) if name.endswith("Pipeline") else None
+        if inspect.isclass(cls) and name not in ("DiffusionPipeline", "ModularPipeline"):
+            found.append(name)
+    return found
+
+
+def candidates(annotation: Any) -> list[str]:
+    """Class names in an annotation, in order."""
+    text = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
+    return [word.rpartition(".")[2] for word in re.findall(r"[A-Za-z_][A-Za-z0-9_.]*", text)]
+
+
+def scheduler(cls: str, **more: Any) -> Any:
+    cls, settings = SCHEDULERS.get(cls, (cls, {}))
+    return getattr(diffusers, cls)(**(settings | more))
+
+
+def part(names: list[str], override: Any) -> Any:
+    """A component of the first class that can be made; ``override`` is a class name, settings, or both."""
+    more: dict[str, Any] = {}
+    if isinstance(override, tuple):
+        override, more = override
+    if isinstance(override, str):
+        names = [override]
+    elif isinstance(override, dict):
+        more = override
+    for name in names:
+        torch.manual_seed(0)
+        if name in encoders.PROCESSORS:
+            return encoders.PROCESSORS[name](**more)
+        if name in encoders.ENCODERS:
+            return encoders.ENCODERS[name](**more).eval()
+        if name in models.SMALL or name in models.HIDDEN:
+            return models.make(name, **more)
+        if "Scheduler" in name:
+            return scheduler(name, **more)
+    raise LookupError(f"nothing makes any of {names}")
+
+
+def build(name: str, **swapped: Any) -> Any:
+    """A pipeline of the class ``name``, or of a class, with tiny random weights; ``swapped`` replaces components."""
+    cls = getattr(diffusers, name) if isinstance(name, str) else name
+    rule = families.rule(cls.__name__)
+    made: dict[str, Any] = {}
+    for p in list(inspect.signature(cls.__init__).parameters.values())[1:]:
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        if p.name in swapped:
+            made[p.name] = swapped[p.name]
+        elif p.name in rule.parts:
+            override = rule.parts[p.name]
+            made[p.name] = part(candidates(p.annotation), override) if isinstance(override, str | dict | tuple) else override
+        elif p.name in rule.settings:
+            made[p.name] = rule.settings[p.name]
+        elif p.name == "requires_safety_checker":
+            made[p.name] = False
+        elif p.name in LEFT_OUT and (p.name == "safety_checker" or p.name in getattr(cls, "_optional_components", [])):
+            made[p.name] = None
+        elif p.default is not p.empty:
+            continue
+        else:
+            made[p.name] = part(candidates(p.annotation), None)
+    pipe = cls(**made)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(pipe: Any, **more: Any) -> dict[str, Any]:
+    """Arguments of one call, the noise seeded."""
+    settings = families.rule(type(pipe).__name__).call
+    settings = {k: v() if callable(v) else v for k, v in settings.items()}
+    return inputs.seeded(inputs.call(pipe, settings | more), pipe)

@@ -1,0 +1,416 @@
+"""Tiny denoisers and autoencoders: the smallest sizes that keep each class's structure."""
+
+from typing import Any
+
+import diffusers
+import torch
+
+BLOCKS = (16, 32)
+HEAD = 16  # per attention head of transformers; rotary axes add up to it
+ROPE = (4, 6, 6)
+WIDTH = 32  # of all text
+VAE = {
+    "block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4, "layers_per_block": 1, "sample_size": 32,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
+KL = VAE | {"shift_factor": 0.1}
+UNET = {
+    "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": WIDTH, "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "sample_size": 16,
+}  # fmt: skip
+CONTROL = {k: v for k, v in UNET.items() if k != "sample_size"}
+UP = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+DIT = {"num_attention_heads": 2, "attention_head_dim": HEAD, "num_layers": 1}
+FLUX = DIT | {
+    "num_single_layers": 1, "in_channels": 16, "joint_attention_dim": WIDTH, "axes_dims_rope": ROPE, "patch_size": 1,
+}  # fmt: skip
+PIXART = DIT | {"sample_size": 16, "caption_channels": WIDTH, "cross_attention_dim": 32, "num_attention_heads": 2}
+SANA = DIT | {
+    "in_channels": 4, "out_channels": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": HEAD, "cross_attention_dim": 32,
+    "caption_channels": WIDTH, "sample_size": 16,
+}  # fmt: skip
+WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16, "text_dim": WIDTH, "freq_dim": 32,
+    "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32,
+}  # fmt: skip
+WAN_VAE = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+COGVIDEO = {
+    "num_attention_heads": 4, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": WIDTH,
+    "num_layers": 1, "sample_width": 4, "sample_height": 4, "sample_frames": 9, "patch_size": 2, "max_text_seq_length": 16,
+}  # fmt: skip
+HUNYUAN = DIT | {
+    "in_channels": 4, "out_channels": 4, "num_single_layers": 1, "num_refiner_layers": 1, "patch_size": 1, "patch_size_t": 1,
+    "text_embed_dim": WIDTH, "pooled_projection_dim": WIDTH, "rope_axes_dim": ROPE,
+}  # fmt: skip
+SMALL: dict[str, dict[str, Any]] = {
+    # UNets and what goes with them
+    "UNet2DConditionModel": UNET | UP,
+    "UNet2DModel": {
+        "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 4, "sample_size": 16,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
+    "UNet1DModel": {"block_out_channels": (8, 8, 16), "extra_in_channels": 16, "sample_size": 512, "sample_rate": 16000},
+    "UNet3DConditionModel": UNET | {
+        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    },
+    "UNetMotionModel": UNET | {
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"), "num_attention_heads": 2, "motion_num_attention_heads": 2,
+    },
+    "UNetSpatioTemporalConditionModel": {
+        "block_out_channels": (32, 64), "layers_per_block": 1, "sample_size": 16, "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24, "cross_attention_dim": WIDTH, "num_attention_heads": (2, 4), "num_frames": 4,
+        "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    },
+    "I2VGenXLUNet": {
+        "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": WIDTH, "sample_size": 16,
+        "attention_head_dim": 8, "num_attention_heads": 2,
+        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    },
+    "Kandinsky3UNet": {
+        "block_out_channels": (32, 64), "time_embedding_dim": 4, "groups": 2, "attention_head_dim": 4, "layers_per_block": 3,
+        "cross_attention_dim": 4, "encoder_hid_dim": WIDTH,
+    },
+    "AudioLDM2UNet2DConditionModel": {
+        "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": (None, 16, 32),
+        "attention_head_dim": 4, "sample_size": 16, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+    "ControlNetModel": CONTROL | {"conditioning_embedding_out_channels": (8, 16)},
+    "SparseControlNetModel": {
+        "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": WIDTH, "attention_head_dim": 4,
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "conditioning_embedding_out_channels": (8, 16),
+        "motion_num_attention_heads": 2,
+    },
+    "ControlNetUnionModel": CONTROL | {
+        "conditioning_embedding_out_channels": (8, 16), "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80, "num_control_type": 6, "num_trans_channel": 16, "num_trans_head": 2,
+        "num_proj_channel": 16, "transformer_layers_per_block": (1, 2), "use_linear_projection": True,
+    },
+    "ControlNetXSAdapter": {
+        "base_block_out_channels": BLOCKS, "block_out_channels": (2, 4), "conditioning_embedding_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "num_attention_heads": 2, "cross_attention_dim": WIDTH,
+        "transformer_layers_per_block": 1, "max_norm_num_groups": 2, "use_linear_projection": False, "sample_size": 16,
+        "time_embedding_mix": 0.95, "learn_time_embedding": True,
+    },
+    "T2IAdapter": {"channels": [16, 32], "num_res_blocks": 1, "downscale_factor": 2},
+    "MotionAdapter": {
+        "block_out_channels": BLOCKS, "motion_layers_per_block": 1, "motion_norm_num_groups": 2, "motion_num_attention_heads": 2,
+    },
+    "PriorTransformer": {
+        "num_attention_heads": 2, "attention_head_dim": HEAD, "num_layers": 1, "embedding_dim": WIDTH, "num_embeddings": 77,
+    },
+    # image transformers
+    "SD3Transformer2DModel": DIT | {
+        "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "joint_attention_dim": 64, "caption_projection_dim": 32,
+        "pooled_projection_dim": 64, "pos_embed_max_size": 32,
+    },
+    "SD3ControlNetModel": DIT | {
+        "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "joint_attention_dim": 64, "caption_projection_dim": 32,
+        "pooled_projection_dim": 64, "pos_embed_max_size": 32,
+    },
+    "FluxTransformer2DModel": FLUX | {"pooled_projection_dim": WIDTH},
+    "FluxControlNetModel": FLUX | {"pooled_projection_dim": WIDTH},
+    "Flux2Transformer2DModel": FLUX | {
+        "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32, "joint_attention_dim": 3 * WIDTH,
+    },
+    "ChromaTransformer2DModel": FLUX | {
+        "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1,
+    },
+    "BriaTransformer2DModel": FLUX | {"axes_dims_rope": list(ROPE)},
+    "BriaFiboTransformer2DModel": FLUX | {"axes_dims_rope": list(ROPE), "joint_attention_dim": 2 * WIDTH, "text_encoder_dim": WIDTH},
+    "LongCatImageTransformer2DModel": FLUX | {"axes_dims_rope": list(ROPE), "pooled_projection_dim": WIDTH},
+    "OvisImageTransformer2DModel": FLUX | {"out_channels": 16},
+    "QwenImageTransformer2DModel": DIT | {
+        "patch_size": 2, "in_channels": 64, "out_channels": 16, "joint_attention_dim": WIDTH, "axes_dims_rope": ROPE,
+    },
+    "QwenImageControlNetModel": DIT | {
+        "patch_size": 2, "in_channels": 64, "out_channels": 16, "joint_attention_dim": WIDTH, "axes_dims_rope": ROPE,
+    },
+    "AuraFlowTransformer2DModel": {
+        "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 1,
+        "attention_head_dim": HEAD, "num_attention_heads": 2, "joint_attention_dim": WIDTH, "caption_projection_dim": 32,
+        "pos_embed_max_size": 256,
+    },
+    "PixArtTransformer2DModel": PIXART | {"norm_num_groups": 8},
+    "DiTTransformer2DModel": DIT | {
+        "sample_size": 8, "norm_num_groups": 8, "num_embeds_ada_norm": 10, "out_channels": 8,
+    },
+    "SanaTransformer2DModel": SANA | {"patch_size": 1},
+    "SanaControlNetModel": SANA | {"patch_size": 1},
+    "SanaVideoTransformer3DModel": SANA | {"in_channels": 16, "out_channels": 16, "attention_head_dim": 12, "qk_norm": "rms_norm_across_heads", "cross_attention_head_dim": 12, "cross_attention_dim": 24},
+    "HunyuanDiT2DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "patch_size": 2, "sample_size": 16, "hidden_size": 32,
+        "num_layers": 2, "cross_attention_dim": WIDTH, "cross_attention_dim_t5": WIDTH, "pooled_projection_dim": 16,
+    },
+    "HunyuanDiT2DControlNetModel": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "patch_size": 2, "sample_size": 16, "hidden_size": 32,
+        "transformer_num_layers": 2, "cross_attention_dim": WIDTH, "cross_attention_dim_t5": WIDTH, "pooled_projection_dim": 16,
+    },
+    "Lumina2Transformer2DModel": {
+        "sample_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "num_layers": 2, "num_refiner_layers": 1,
+        "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": ROPE, "axes_lens": (2048, 64, 64), "cap_feat_dim": WIDTH,
+    },
+    "LuminaNextDiT2DModel": {
+        "sample_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "num_kv_heads": 1,
+        "multiple_of": 16, "cross_attention_dim": WIDTH,
+    },
+    "CogView3PlusTransformer2DModel": DIT | {
+        "patch_size": 2, "in_channels": 4, "out_channels": 4, "text_embed_dim": WIDTH, "time_embed_dim": 8, "condition_dim": 2, "pos_embed_max_size": 16,
+        "sample_size": 16,
+    },
+    "CogView4Transformer2DModel": DIT | {
+        "patch_size": 2, "in_channels": 4, "out_channels": 4, "text_embed_dim": WIDTH, "time_embed_dim": 8, "condition_dim": 4,
+        "pos_embed_max_size": 16, "sample_size": 16, "rope_axes_dim": (16, 16),
+    },
+    "HiDreamImageTransformer2DModel": DIT | {
+        "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_single_layers": 1, "caption_channels": (WIDTH, WIDTH), "text_emb_dim": 64,
+        "num_routed_experts": 4, "num_activated_experts": 2, "axes_dims_rope": ROPE, "max_resolution": (32, 32), "llama_layers": (0, 1),
+    },
+    "OmniGenTransformer2DModel": {
+        "in_channels": 4, "patch_size": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32,
+        "num_layers": 1, "pad_token_id": 0, "vocab_size": 20000, "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
+        "time_step_dim": 4, "pos_embed_max_size": 32,
+    },
+    "ZImageTransformer2DModel": {
+        "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": WIDTH,
+        "axes_dims": [4, 6, 6], "axes_lens": [512, 64, 64],
+    },
+    "ZImageControlNetModel": {
+        "control_layers_places": [0], "control_refiner_layers_places": [0], "control_in_dim": 4, "dim": 32, "n_refiner_layers": 1, "n_heads": 2,
+        "n_kv_heads": 2,
+    },
+    "QwenImage21Transformer2DModel": DIT | {
+        "patch_size": 1, "in_channels": 16, "out_channels": 16, "context_in_dim": WIDTH, "axes_dims_rope": ROPE,
+    },
+    "GlmImageTransformer2DModel": DIT | {
+        "patch_size": 2, "in_channels": 4, "out_channels": 4, "text_embed_dim": WIDTH, "time_embed_dim": 8, "condition_dim": 4,
+        "prior_vq_quantizer_codebook_size": 64,
+    },
+    "DreamLiteUNetModel": {
+        "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": WIDTH, "attention_head_dim": 4,
+        "down_block_types": ("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"), "sample_size": 16,
+        "up_block_types": ("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+    },
+    "JoyImageEditTransformer3DModel": {
+        "in_channels": 16, "hidden_size": 32, "num_attention_heads": 2, "text_dim": WIDTH, "num_layers": 1, "rope_dim_list": list(ROPE),
+    },
+    "JoyImageEditPlusTransformer3DModel": {
+        "in_channels": 16, "hidden_size": 32, "num_attention_heads": 2, "text_dim": WIDTH, "num_layers": 1, "rope_dim_list": list(ROPE),
+    },
+    "ReduxImageEncoder": {"redux_dim": WIDTH, "txt_in_features": WIDTH},
+    "StableUnCLIPImageNormalizer": {"embedding_dim": WIDTH},
+    "UnCLIPTextProjModel": {"clip_embeddings_dim": WIDTH, "time_embed_dim": 64, "cross_attention_dim": WIDTH, "clip_extra_context_tokens": 4},
+    "ShapERenderer": {},
+    "LearnedClassifierFreeSamplingEmbeddings": {"learnable": False},
+    "CLIPImageProjection": {"hidden_size": WIDTH},
+    "HunyuanImageTransformer2DModel": DIT | {
+        "in_channels": 4, "out_channels": 4, "num_single_layers": 1, "num_refiner_layers": 1, "patch_size": (1, 1), "text_embed_dim": WIDTH,
+        "text_embed_2_dim": WIDTH, "rope_axes_dim": (8, 8),
+    },
+    "PRXTransformer2DModel": {
+        "in_channels": 4, "patch_size": 1, "context_in_dim": WIDTH, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1,
+        "axes_dim": [8, 8],
+    },
+    "Krea2Transformer2DModel": {
+        "in_channels": 64, "num_layers": 1, "attention_head_dim": HEAD, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 32, "timestep_embed_dim": 32, "text_hidden_dim": WIDTH, "num_text_layers": 2, "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2, "text_intermediate_size": 32, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
+        "axes_dims_rope": ROPE,
+    },
+    "ErnieImageTransformer2DModel": {
+        "hidden_size": 32, "num_attention_heads": 2, "num_layers": 1, "ffn_hidden_size": 32, "in_channels": 16, "out_channels": 16,
+        "text_in_dim": WIDTH, "rope_axes_dim": ROPE,
+    },
+    "NucleusMoEImageTransformer2DModel": DIT | {
+        "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_key_value_heads": 2, "joint_attention_dim": WIDTH, "axes_dims_rope": ROPE,
+        "moe_enabled": False,
+    },
+    "Kandinsky5Transformer3DModel": {
+        "in_visual_dim": 4, "in_text_dim": WIDTH, "in_text_dim2": WIDTH, "time_dim": 32, "out_visual_dim": 4, "patch_size": (1, 2, 2),
+        "model_dim": 32, "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 1, "axes_dims": (4, 6, 6),
+    },
+    "StableCascadeUNet": {
+        "in_channels": 4, "out_channels": 4, "conditioning_dim": 16, "block_out_channels": (16, 16), "num_attention_heads": (2, 2),
+        "down_num_layers_per_block": (1, 1), "up_num_layers_per_block": (1, 1), "clip_image_in_channels": WIDTH, "clip_text_in_channels": WIDTH,
+        "clip_text_pooled_in_channels": WIDTH, "switch_level": (False,),
+    },
+    "WuerstchenPrior": {"c_in": 2, "c": 8, "depth": 2, "c_cond": WIDTH, "c_r": 8, "nhead": 2},
+    "WuerstchenDiffNeXt": {
+        "c_cond": WIDTH, "c_hidden": [16, 16, 32], "nhead": [-1, 2, 4], "blocks": [1, 1, 1], "level_config": ["CT", "CTA", "CTA"],
+        "clip_embd": WIDTH, "inject_effnet": [False, True, True],
+    },
+    # video
+    "WanTransformer3DModel": WAN,
+    "WanVACETransformer3DModel": WAN | {"num_layers": 2, "vace_layers": [0], "vace_in_channels": 48},
+    "AnyFlowTransformer3DModel": WAN,
+    "ChronoEditTransformer3DModel": WAN | {"in_channels": 36, "image_dim": 4},
+    "SkyReelsV2Transformer3DModel": WAN,
+    "HeliosTransformer3DModel": WAN | {"rope_dim": (4, 4, 4)},
+    "CogVideoXTransformer3DModel": COGVIDEO,
+    "LTXVideoTransformer3DModel": {
+        "in_channels": 8, "out_channels": 8, "num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 32, "num_layers": 1,
+        "caption_channels": WIDTH,
+    },
+    "MochiTransformer3DModel": {
+        "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "pooled_projection_dim": 16, "in_channels": 12,
+        "text_embed_dim": WIDTH, "time_embed_dim": 4, "max_sequence_length": 16,
+    },
+    "HunyuanVideoTransformer3DModel": HUNYUAN,
+    "HunyuanVideoFramepackTransformer3DModel": HUNYUAN | {
+        "image_condition_type": None, "has_image_proj": True, "image_proj_dim": WIDTH, "has_clean_x_embedder": True, "patch_size": 1,
+    },
+    "HunyuanVideo15Transformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": HEAD, "num_layers": 1, "in_channels": 9, "out_channels": 4, "num_refiner_layers": 1,
+        "text_embed_dim": WIDTH, "text_embed_2_dim": WIDTH, "image_embed_dim": WIDTH, "rope_axes_dim": ROPE, "target_size": 16,
+    },
+    "AllegroTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 1, "cross_attention_dim": 24,
+        "sample_width": 8, "sample_height": 8, "sample_frames": 8, "caption_channels": WIDTH,
+    },
+    "LatteTransformer3DModel": {
+        "sample_size": 8, "num_layers": 1, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 3, "caption_channels": WIDTH,
+        "in_channels": 4, "cross_attention_dim": 24, "out_channels": 8, "attention_bias": True, "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
+    },
+    "CosmosTransformer3DModel": {
+        "in_channels": 5, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "mlp_ratio": 2,
+        "text_embed_dim": WIDTH, "adaln_lora_dim": 4, "max_size": (4, 32, 32), "extra_pos_embed_type": None,
+    },
+    "EasyAnimateTransformer3DModel": DIT | {
+        "in_channels": 4, "out_channels": 4, "patch_size": 2, "mmdit_layers": 1, "time_embed_dim": 8, "text_embed_dim": WIDTH,
+        "time_position_encoding_type": "3d_rope",
+    },
+    "MotifVideoTransformer3DModel": HUNYUAN | {"in_channels": 33, "out_channels": 16},
+    # audio
+    "StableAudioDiTModel": {
+        "sample_size": 4, "in_channels": 3, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2, "num_key_value_attention_heads": 2,
+        "out_channels": 3, "cross_attention_dim": 4, "time_proj_dim": 8, "global_states_input_dim": 8, "cross_attention_input_dim": 4,
+    },
+    "StableAudioProjectionModel": {"text_encoder_dim": WIDTH, "conditioning_dim": 4, "min_value": 0, "max_value": 32},
+    "AceStepTransformer1DModel": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "in_channels": 24, "audio_acoustic_hidden_dim": 8, "max_position_embeddings": 256, "encoder_hidden_size": 32,
+    },
+    "AceStepConditionEncoder": {
+        "hidden_size": 32, "intermediate_size": 64, "text_hidden_dim": WIDTH, "timbre_hidden_dim": 8, "num_lyric_encoder_hidden_layers": 1,
+        "num_timbre_encoder_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    },
+    "AudioLDM2ProjectionModel": {"text_encoder_dim": WIDTH, "text_encoder_1_dim": WIDTH, "langauge_model_dim": WIDTH},
+    "StableAudio3DiTModel": {
+        "io_channels": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "cond_token_dim": WIDTH, "global_cond_dim": WIDTH, "local_add_cond_dim": 9,
+        "timestep_features_dim": 16, "num_memory_tokens": 2,
+    },
+    "StableAudio3DurationEmbedder": {"output_dim": WIDTH, "fourier_dim": 16},
+    "LongCatAudioDiTTransformer": {"dit_dim": 32, "dit_depth": 2, "dit_heads": 2, "dit_text_dim": WIDTH, "latent_dim": 8},
+    # autoencoders
+    "AutoencoderSAME": {
+        "patch_size": 4, "encoder_channels": 8, "encoder_c_mults": (1,), "encoder_strides": (2,), "encoder_transformer_depths": (1,), "latent_dim": 8,
+        "dim_heads": 4, "sliding_window": 1, "sampling_rate": 64,
+    },
+    "LongCatAudioDiTVae": {
+        "channels": 8, "c_mults": [1, 2], "strides": [2], "latent_dim": 8, "encoder_latent_dim": 16, "downsampling_ratio": 4, "sample_rate": 64,
+    },
+    "AutoencoderKLQwenImage21": {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16},
+    "AutoencoderKLHunyuanImageRefiner": {
+        "latent_channels": 4, "block_out_channels": (16, 16), "layers_per_block": 1, "spatial_compression_ratio": 2, "temporal_compression_ratio": 2,
+    },
+    "AutoencoderKL": KL,
+    "AutoencoderTiny": {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)},
+    "AsymmetricAutoencoderKL": {},
+    "VQModel": VAE | {"num_vq_embeddings": 12, "vq_embed_dim": 4},
+    "PaellaVQModel": {"bottleneck_blocks": 1, "num_vq_embeddings": 16, "levels": 2, "embed_dim": 16, "latent_channels": 4},
+    "AutoencoderDC": {
+        "latent_channels": 4, "attention_head_dim": 2, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
+        "encoder_qkv_multiscales": ((), (5,)), "decoder_qkv_multiscales": ((), (5,)), "encoder_layers_per_block": (1, 1),
+        "decoder_layers_per_block": (1, 1), "downsample_block_type": "conv", "upsample_block_type": "interpolate",
+        "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "scaling_factor": 0.41407,
+    },
+    "AutoencoderKLFlux2": {
+        "block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4, "layers_per_block": 1, "sample_size": 32,
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+    },
+    "AutoencoderKLWan": WAN_VAE,
+    "AutoencoderKLQwenImage": {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    "AutoencoderKLTemporalDecoder": {
+        "block_out_channels": (32, 64), "latent_channels": 4, "down_block_types": ("DownEncoderBlock2D",) * 2,
+    },
+    "AutoencoderKLCogVideoX": {
+        "block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2, "temporal_compression_ratio": 4,
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+    },
+    "AutoencoderKLLTXVideo": {
+        "latent_channels": 8, "block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8), "layers_per_block": (1,) * 5,
+        "decoder_layers_per_block": (1,) * 5, "patch_size": 1, "spatio_temporal_scaling": (True, True, False, False),
+        "decoder_spatio_temporal_scaling": (True, True, False, False),
+    },
+    "AutoencoderKLMochi": {
+        "encoder_block_out_channels": (32, 32, 32, 32), "decoder_block_out_channels": (32, 32, 32, 32), "layers_per_block": (1,) * 5,
+    },
+    "AutoencoderKLHunyuanVideo": {
+        "latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4,
+        "down_block_types": ("HunyuanVideoDownBlock3D",) * 4, "up_block_types": ("HunyuanVideoUpBlock3D",) * 4,
+    },
+    "AutoencoderKLHunyuanVideo15": {
+        "latent_channels": 4, "block_out_channels": (16, 16), "layers_per_block": 1, "spatial_compression_ratio": 2,
+        "temporal_compression_ratio": 2,
+    },
+    "AutoencoderKLHunyuanImage": {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 1,
+        "spatial_compression_ratio": 2, "sample_size": 32, "scaling_factor": 1.0,
+    },
+    "AutoencoderKLAllegro": {
+        "block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2,
+    },
+    "AutoencoderKLCosmos": {
+        "latent_channels": 4, "encoder_block_out_channels": (8, 8, 8, 8), "decode_block_out_channels": (8, 8, 8, 8),
+        "attention_resolutions": (8,), "resolution": 64, "num_layers": 1, "patch_size": 4, "spatial_compression_ratio": 4,
+        "temporal_compression_ratio": 4,
+    },
+    "AutoencoderKLMagvit": {
+        "latent_channels": 4, "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 2,
+        "down_block_types": ["SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 3],
+        "up_block_types": ["SpatialUpBlock3D", *["SpatialTemporalUpBlock3D"] * 3],
+    },
+    "AutoencoderOobleck": {
+        "encoder_hidden_size": 6, "downsampling_ratios": [1, 2], "channel_multiples": [1, 2], "decoder_channels": 3, "decoder_input_channels": 3,
+        "audio_channels": 2, "sampling_rate": 4,
+    },
+}  # fmt: skip
+
+
+def make(cls: str, **more: Any) -> Any:
+    """A model of a diffusers class with tiny random weights, the same at every call."""
+    torch.manual_seed(0)
+    found = getattr(diffusers, cls, None)
+    if found is None:
+        found = HIDDEN[cls]()
+    return found(**(SMALL.get(cls, {}) | more)).eval()
+
+
+def _hidden(module: str, name: str) -> Any:
+    def load() -> Any:
+        import importlib
+
+        return getattr(importlib.import_module(module), name)
+
+    return load
+
+
+P = "diffusers.pipelines"
+HIDDEN = {  # classes that diffusers does not export at the top
+    "WuerstchenPrior": _hidden(f"{P}.deprecated.wuerstchen.modeling_wuerstchen_prior", "WuerstchenPrior"),
+    "WuerstchenDiffNeXt": _hidden(f"{P}.deprecated.wuerstchen.modeling_wuerstchen_diffnext", "WuerstchenDiffNeXt"),
+    "PaellaVQModel": _hidden(f"{P}.deprecated.wuerstchen.modeling_paella_vq_model", "PaellaVQModel"),
+    "ShapERenderer": _hidden(f"{P}.shap_e.renderer", "ShapERenderer"),
+    "AceStepConditionEncoder": _hidden(f"{P}.ace_step.modeling_ace_step", "AceStepConditionEncoder"),
+    "StableAudioProjectionModel": _hidden(f"{P}.stable_audio.modeling_stable_audio", "StableAudioProjectionModel"),
+    "UnCLIPTextProjModel": _hidden(f"{P}.deprecated.unclip.text_proj", "UnCLIPTextProjModel"),
+    "CLIPImageProjection": _hidden(f"{P}.stable_diffusion.clip_image_project_model", "CLIPImageProjection"),
+    "ReduxImageEncoder": _hidden(f"{P}.flux.modeling_flux", "ReduxImageEncoder"),
+    "StableUnCLIPImageNormalizer": _hidden(
+        f"{P}.stable_diffusion.stable_unclip_image_normalizer", "StableUnCLIPImageNormalizer"
+    ),
+}
