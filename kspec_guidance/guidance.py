@@ -269,7 +269,7 @@ class KernelGuidance(PipelineCallback):
             self.detach()
             self._forget()
             found = find_scheduler(pipe, scheduler)
-            self._hooks = [SchedulerHook(found, self._on_step, self)]
+            self._hooks = [SchedulerHook(found, self._on_step, self, pipe)]
             try:
                 if found is not pipe:
                     self._watch(pipe)
@@ -319,11 +319,12 @@ class KernelGuidance(PipelineCallback):
             self._forget()
             self._scene_pipe = pipeline
             self._read_prompts(pipeline, callback_kwargs)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         total = getattr(pipeline, "num_timesteps", len(scheduler.timesteps))
         if step_index + 1 >= total:
             return callback_kwargs
-        for hook in self._hooks:
-            hook.remove()
         expected = scheduler.timesteps
         hooks: list[Any] = []
 
@@ -334,7 +335,7 @@ class KernelGuidance(PipelineCallback):
                 return proceed(model_output, sample)
             return self._on_step(owner, proceed, model_output, t, sample, extra, (step_index + 1, total))
 
-        hooks.append(SchedulerHook(scheduler, once, self))
+        hooks.append(SchedulerHook(scheduler, once, self, pipeline))
         if any(isinstance(term.space, Activations) for term in self.terms):
             hooks.append(DenoiserWatch(pipeline, self._on_denoise, with_prompts=False))
         self._hooks = hooks
@@ -346,8 +347,8 @@ class KernelGuidance(PipelineCallback):
         if not isinstance(embeds, Tensor) or embeds.ndim < 2:
             return
         n = len(tensors["latents"]) if isinstance(tensors.get("latents"), Tensor) else len(embeds)
-        if len(embeds) == 2 * n and getattr(pipeline, "do_classifier_free_guidance", True):
-            embeds = embeds[n:]  # with classifier-free guidance the negative prompts come first
+        if len(embeds) % (2 * n) == 0 and getattr(pipeline, "do_classifier_free_guidance", True):
+            embeds = embeds[len(embeds) // 2 :]  # with classifier-free guidance the negative prompts come first
         self._prompts = masked_mean(embeds, None)
         encoder = getattr(pipeline, "text_encoder", None)
         self._encoder = f"{type(encoder).__name__} by callback"
@@ -374,7 +375,7 @@ class KernelGuidance(PipelineCallback):
         current = getattr(pipe, "scheduler", None)
         if current is not None and current is not hook.scheduler:  # swapped inside the block
             hook.remove()
-            self._hooks[0] = SchedulerHook(current, self._on_step, self)
+            self._hooks[0] = SchedulerHook(current, self._on_step, self, pipe)
 
     def _on_count(self, n: int) -> None:
         self._asked = n
@@ -410,6 +411,8 @@ class KernelGuidance(PipelineCallback):
             return None
         if len(t) == 2 * n:  # a batch with its negatives: they come first, but class labels come last
             t = t[:n] if self._labels_first else t[n:]
+        elif len(t) > n and len(t) % n == 0:  # one row for each frame
+            t = t.unflatten(0, (n, -1)).mean(1)
         if n % len(t):
             warnings.warn(
                 f"the pipeline encoded {len(t)} prompts for {n} samples, so prompts are not told apart in this run: all samples "

@@ -97,6 +97,10 @@ def find_scheduler(pipe: Any, name: str | None = None) -> Any:
     )
 
 
+# Their loops call the step up to three times at one noise level: the first two only to turn outputs into predictions.
+TWICE = {"CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"}
+
+
 class SchedulerHook:
     """Calls ``on_step(scheduler, step, model_output, timestep, sample, extra)`` in place of ``scheduler.step``.
 
@@ -106,7 +110,8 @@ class SchedulerHook:
 
     NAMES = {"sample_hat": "sample", "sigma_hat": "timestep"}  # what KarrasVe calls them
 
-    def __init__(self, scheduler: Any, on_step: Function, tag: Any):
+    def __init__(self, scheduler: Any, on_step: Function, tag: Any, pipe: Any = None):
+        twice = not TWICE.isdisjoint(cls.__name__ for cls in type(pipe).__mro__)
         family(scheduler)  # refuse what cannot be guided before anything is touched
         name = "step" if hasattr(scheduler, "step") else "step_pred"
         signature = inspect.signature(getattr(scheduler, name))
@@ -122,6 +127,8 @@ class SchedulerHook:
                     a[output], a[key["sample"]] = model_output, sample
                     return original(*given.args, **given.kwargs)
 
+                if twice and output == "model_output":
+                    return original(*args, **kwargs)
                 extra = {k: v for k, v in a.items() if k not in ("model_output", "kwargs")}
                 return on_step(scheduler, proceed, a[output], a[key["timestep"]], a[key["sample"]], extra)
 

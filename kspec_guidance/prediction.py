@@ -83,7 +83,8 @@ def family(scheduler: Any) -> str:
     for cls in type(scheduler).__mro__:
         for kind, group in KINDS.items():
             if cls.__name__ in group:
-                return kind
+                inverted = kind == "flow" and getattr(scheduler.config, "invert_sigmas", False)  # OmniGen
+                return "dataward" if inverted else kind
         if cls.__name__ in UNFIT:
             raise UnsupportedSchedulerError(f"{type(scheduler).__name__} cannot be guided: {UNFIT[cls.__name__]}")
     raise UnsupportedSchedulerError(
@@ -183,6 +184,8 @@ def levels(
         angle = torch.tensor(first, dtype=torch.float64)
         return float(angle.cos()), float(angle.sin())
     if kind == "dataward":
+        if getattr(scheduler.config, "invert_sigmas", False):
+            first = _sigma(scheduler, timestep)
         return first, 1 - first
     if kind == "score":
         return 1.0, _at(scheduler.discrete_sigmas, int(first * (len(scheduler.timesteps) - 1)))

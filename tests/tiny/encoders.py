@@ -1,9 +1,11 @@
 """Tiny tokenizers, processors and encoders. All text is 32 wide, so that any encoder fits any denoiser."""
 
 import functools
+import string
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 import kspec_guidance
@@ -40,6 +42,33 @@ def llm_tokenizer() -> Any:
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
+
+
+class WithPositions(transformers.PreTrainedTokenizerFast):
+    """ChatGLM's tokenizer returns positions as well."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().__call__(*args, **kwargs)
+        made["position_ids"] = torch.arange(made["input_ids"].shape[1]).expand(made["input_ids"].shape)
+        return made
+
+
+@functools.cache
+def chatglm_tokenizer() -> Any:
+    return WithPositions(tokenizer_file=str(VOCABULARY / "tokenizer.json"), pad_token="<pad>", model_max_length=256)
+
+
+@functools.cache
+def as_class(cls: str) -> Any:
+    """The vocabulary under a class that a pipeline asks for by name."""
+    return getattr(transformers, cls).from_pretrained(VOCABULARY, pad_token="<pad>", model_max_length=64)
+
+
+@functools.cache
+def letters() -> Any:
+    """A T5 tokenizer by class, whose pieces are letters."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *string.printable[:62], *string.punctuation]
+    return transformers.T5Tokenizer(vocab=[(p, -float(k)) for k, p in enumerate(pieces)], model_max_length=64)
 
 
 @functools.cache
@@ -171,7 +200,7 @@ def clap(cls: str, **more: Any) -> Any:
         "intermediate_size": 64,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "max_position_embeddings": 514,
+        "max_position_embeddings": special("<pad>") + 520,  # RoBERTa counts positions from the padding token on
         "pad_token_id": special("<pad>"),
         "projection_dim": WIDTH,
     }
@@ -210,7 +239,7 @@ def hifigan(**more: Any) -> Any:
 
 
 def gpt2(**more: Any) -> Any:
-    config = transformers.GPT2Config(n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS, n_ctx=99, n_positions=99, vocab_size=1000, **more)
+    config = transformers.GPT2Config(n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS, n_ctx=99, n_positions=99, vocab_size=1000, max_new_tokens=8, **more)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -221,6 +250,16 @@ def dpt(**more: Any) -> Any:
         readout_type="project", is_hybrid=False,
     )  # fmt: skip
     return transformers.DPTForDepthEstimation(config)
+
+
+def gemma3(cls: str = "Gemma3ForConditionalGeneration") -> Any:
+    vision = {
+        "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": HEADS, "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text_sizes(), vision_config=vision, mm_tokens_per_image=4, image_token_index=special("<|image_pad|>")
+    )
+    return getattr(transformers, cls)(config)
 
 
 def mistral3(cls: str) -> Any:
@@ -241,6 +280,64 @@ def image_processor(cls: str, size: int = 32) -> Any:
     if cls == "DPTImageProcessor":
         return transformers.DPTImageProcessor(size={"height": size, "width": size})
     return getattr(transformers, cls)(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def chatglm(**more: Any) -> Any:
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+
+    sizes = {
+        "num_layers": LAYERS, "padded_vocab_size": vocabulary(), "hidden_size": WIDTH, "ffn_hidden_size": 64, "kv_channels": 8,
+        "num_attention_heads": HEADS, "seq_length": 256, "multi_query_attention": True, "multi_query_group_num": 2, "rmsnorm": True,
+        "add_qkv_bias": True, "apply_query_key_layer_scaling": True, "original_rope": True,
+    }  # fmt: skip
+    model = ChatGLMModel(ChatGLMConfig(**(sizes | more)), empty_init=False)
+    for weight in model.parameters():  # the class leaves its weights as the memory had them
+        torch.nn.init.normal_(weight, std=0.02)
+    return model
+
+
+def multilingual_clip() -> Any:
+    from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+
+    sizes = {
+        "numDims": WIDTH, "transformerDimensions": WIDTH, "hidden_size": WIDTH, "intermediate_size": 64, "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS, "vocab_size": vocabulary(), "max_position_embeddings": special("<pad>") + 520, "pad_token_id": special("<pad>"),
+    }  # fmt: skip
+    return MultilingualCLIP(MCLIPConfig(**sizes))
+
+
+class AlwaysSafe(torch.nn.Module):
+    """Stands for Cosmos' guardrail, whose weights are not at hand: lets everything pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
+
+
+def siglip2_vision() -> Any:
+    config = transformers.Siglip2VisionConfig(
+        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_patches=16, patch_size=8
+    )
+    return transformers.Siglip2VisionModel(config)
+
+
+def qwen_vl_text() -> Any:
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}
+    return transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**text_sizes(rope_scaling=rope)))
 
 
 CLIP = "CLIPTextModel CLIPTextModelWithProjection"
@@ -265,6 +362,12 @@ ENCODERS: dict[str, Any] = {
     "Qwen3VLModel": functools.partial(qwen_vl, "Qwen3VLModel", "Qwen3VLConfig"),
     "Mistral3ForConditionalGeneration": functools.partial(mistral3, "Mistral3ForConditionalGeneration"),
     "Mistral3Model": functools.partial(mistral3, "Mistral3Model"),
+    "CosmosSafetyChecker": AlwaysSafe,
+    "Siglip2VisionModel": siglip2_vision,
+    "Qwen2_5_VLTextModel": qwen_vl_text,
+    "ChatGLMModel": chatglm,
+    "MultilingualCLIP": multilingual_clip,
+    "Gemma3ForConditionalGeneration": gemma3,
     "SiglipVisionModel": siglip_vision,
     "ClapModel": functools.partial(clap, "ClapModel"),
     "ClapTextModelWithProjection": functools.partial(clap, "ClapTextModelWithProjection"),
@@ -276,9 +379,16 @@ PROCESSORS: dict[str, Any] = {
     **{n: functools.partial(image_processor, n) for n in ("CLIPImageProcessor", "SiglipImageProcessor", "DPTImageProcessor")},
     **{n: functools.partial(qwen_processor, n) for n in ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")},
     "CLIPTokenizer": clip_tokenizer,
+    "ClapFeatureExtractor": transformers.ClapFeatureExtractor,
+    "CLIPProcessor": lambda: transformers.CLIPProcessor(image_processor("CLIPImageProcessor"), clip_tokenizer()),
 }
 TOKENIZERS = (
     "T5Tokenizer", "T5TokenizerFast", "AutoTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "LlamaTokenizer", "BertTokenizer",
     "ByT5Tokenizer", "TokenizersBackend", "PreTrainedTokenizerBase", "RobertaTokenizer", "PythonBackend", "AutoProcessor",
+    "ChatGLMTokenizer", "XLMRobertaTokenizer", "GemmaTokenizerFast",
 )  # fmt: skip
-PROCESSORS |= dict.fromkeys(TOKENIZERS, llm_tokenizer)
+PROCESSORS |= dict.fromkeys(TOKENIZERS, llm_tokenizer) | {
+    "ChatGLMTokenizer": chatglm_tokenizer,
+    "RobertaTokenizer": functools.partial(as_class, "RobertaTokenizer"),
+    "T5TokenizerFast": letters,
+}

@@ -9,6 +9,7 @@ from PIL import Image
 
 PROMPTS = ["a red heart", "two green cats"]
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+NOTHING = object()  # an argument that is to be None, rather than left out
 SIZE, FRAMES, STEPS = 32, 9, 4
 
 
@@ -53,10 +54,10 @@ def call(pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
     }
     for name in PER_PROMPT:
         values[name] = 2
-    optional = {"image"} if has("image") and parameters["image"].default is None and "image" not in settings else set()
+    optional = {k for k in ("image", "video") if has(k) and parameters[k].default is None and k not in settings}
     made = {k: v for k, v in values.items() if has(k) and k not in optional}
     made |= {k: v for k, v in settings.items() if has(k)}
-    return {k: v for k, v in made.items() if v is not None}
+    return {k: None if v is NOTHING else v for k, v in made.items() if v is not None}
 
 
 def seeded(arguments: dict[str, Any], pipe: Any, seed: int = 0) -> dict[str, Any]:

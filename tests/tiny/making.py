@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import diffusers
+import diffusers.guiders
 import torch
 
 from tiny import encoders, families, inputs, models
@@ -63,6 +64,10 @@ def part(names: list[str], override: Any) -> Any:
             return models.make(name, **more)
         if "Scheduler" in name:
             return scheduler(name, **more)
+        if hasattr(diffusers.guiders, name) and name != "BaseGuidance":
+            return getattr(diffusers.guiders, name)(**more)
+    if "None" in names:
+        return None
     raise LookupError(f"nothing makes any of {names}")
 
 
@@ -90,8 +95,68 @@ def build(name: str, **swapped: Any) -> Any:
         else:
             made[p.name] = part(candidates(p.annotation), None)
     pipe = cls(**made)
+    for attribute, value in rule.attributes.items():
+        owner, _, last = attribute.rpartition(".")
+        setattr(getattr(pipe, owner) if owner else pipe, last, value)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# modular pipelines take the components of the classic class of their family
+MODULAR = {
+    "StableDiffusionXLModularPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusion3ModularPipeline": "StableDiffusion3Pipeline",
+    "FluxModularPipeline": "FluxPipeline",
+    "FluxKontextModularPipeline": "FluxKontextPipeline",
+    "Flux2ModularPipeline": "Flux2Pipeline",
+    "Flux2KleinModularPipeline": "Flux2KleinPipeline",
+    "Flux2KleinBaseModularPipeline": "Flux2KleinPipeline",
+    "QwenImageModularPipeline": "QwenImagePipeline",
+    "QwenImage21ModularPipeline": "QwenImage21Pipeline",
+    "QwenImage21TurboModularPipeline": "QwenImage21Pipeline",
+    "ZImageModularPipeline": "ZImagePipeline",
+    "WanModularPipeline": "WanPipeline",
+    "Wan22ModularPipeline": "WanPipeline",
+    "LTXModularPipeline": "LTXPipeline",
+    "LTX2ModularPipeline": "LTX2Pipeline",
+    "Krea2ModularPipeline": "Krea2Pipeline",
+    "Krea2TurboModularPipeline": "Krea2Pipeline",
+    "ErnieImageModularPipeline": "ErnieImagePipeline",
+    "HunyuanVideo15ModularPipeline": "HunyuanVideo15Pipeline",
+    "Ideogram4ModularPipeline": "Ideogram4Pipeline",
+    "HeliosModularPipeline": "HeliosPipeline",
+}
+
+
+def build_modular(name: str, **settings: Any) -> Any:
+    """A modular pipeline with its default blocks and the tiny components of its classic counterpart."""
+    pipe = getattr(diffusers, name)(**settings)
+    parts = build(MODULAR[name]).components
+    if "Wan22" in name:
+        parts["transformer_2"] = part(["WanTransformer3DModel"], None)
+    wanted = {spec.name for spec in pipe.blocks.expected_components}
+    given = {k: v for k, v in parts.items() if k in wanted and v is not None and type(v).__name__ != "VaeImageProcessor"}
+    if "processor" in wanted and "processor" not in given and "tokenizer" in given:
+        given["processor"] = part(["Qwen2VLProcessor"], None)
+    pipe.update_components(**given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_modular(pipe: Any, **more: Any) -> dict[str, Any]:
+    """Arguments of a modular pipeline's call: those of its blocks' inputs that are known here."""
+    settings = families.rule(MODULAR[type(pipe).__name__]).call
+    settings = {k: v() if callable(v) else v for k, v in settings.items()}
+    torch.manual_seed(0)
+    values = {
+        "prompt": "a red heart", "num_images_per_prompt": 4, "num_videos_per_prompt": 2, "num_inference_steps": inputs.STEPS, "height": inputs.SIZE,
+        "width": inputs.SIZE, "num_frames": inputs.FRAMES, "max_sequence_length": 16, "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent" if more.pop("latent", False) else "np",
+    }  # fmt: skip
+    known = {i.name for i in pipe.blocks.inputs}
+    keep = ("height", "width", "num_frames", "max_sequence_length", "text_encoder_out_layers", "frame_rate", "negative_prompt")
+    values |= {k: v for k, v in settings.items() if k in keep} | more
+    return {k: v for k, v in values.items() if k in known and v is not inputs.NOTHING}
 
 
 def call(pipe: Any, **more: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
 }  # fmt: skip
 KL = VAE | {"shift_factor": 0.1}
+KL8 = {"block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 UNET = {
     "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": WIDTH, "attention_head_dim": 4,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "sample_size": 16,
@@ -100,6 +101,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "PriorTransformer": {
         "num_attention_heads": 2, "attention_head_dim": HEAD, "num_layers": 1, "embedding_dim": WIDTH, "num_embeddings": 77,
+        "additional_embeddings": 4,
     },
     # image transformers
     "SD3Transformer2DModel": DIT | {
@@ -202,7 +204,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "ReduxImageEncoder": {"redux_dim": WIDTH, "txt_in_features": WIDTH},
     "StableUnCLIPImageNormalizer": {"embedding_dim": WIDTH},
     "UnCLIPTextProjModel": {"clip_embeddings_dim": WIDTH, "time_embed_dim": 64, "cross_attention_dim": WIDTH, "clip_extra_context_tokens": 4},
-    "ShapERenderer": {},
+    "ShapERenderer": {
+        "param_names": ("nerstf.mlp.0.weight",) , "param_shapes": ((8, 93),), "d_latent": 16, "d_hidden": 8, "n_output": 12, "background": (0.1, 0.1, 0.1),
+    },
     "LearnedClassifierFreeSamplingEmbeddings": {"learnable": False},
     "CLIPImageProjection": {"hidden_size": WIDTH},
     "HunyuanImageTransformer2DModel": DIT | {
@@ -245,9 +249,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "WanTransformer3DModel": WAN,
     "WanVACETransformer3DModel": WAN | {"num_layers": 2, "vace_layers": [0], "vace_in_channels": 48},
     "AnyFlowTransformer3DModel": WAN,
-    "ChronoEditTransformer3DModel": WAN | {"in_channels": 36, "image_dim": 4},
+    "ChronoEditTransformer3DModel": WAN | {"in_channels": 36, "image_dim": WIDTH},
+    "WanAnimateTransformer3DModel": WAN | {
+        "in_channels": 36, "latent_channels": 16, "image_dim": WIDTH, "num_layers": 2, "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
+        "motion_encoder_size": 16, "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 16, "face_encoder_hidden_dim": 16,
+        "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2,
+    },
     "SkyReelsV2Transformer3DModel": WAN,
-    "HeliosTransformer3DModel": WAN | {"rope_dim": (4, 4, 4)},
+    "HeliosTransformer3DModel": {k: v for k, v in WAN.items() if k != "rope_max_seq_len"} | {"rope_dim": (4, 4, 4)},
     "CogVideoXTransformer3DModel": COGVIDEO,
     "LTXVideoTransformer3DModel": {
         "in_channels": 8, "out_channels": 8, "num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 32, "num_layers": 1,
@@ -283,20 +292,63 @@ SMALL: dict[str, dict[str, Any]] = {
         "time_position_encoding_type": "3d_rope",
     },
     "MotifVideoTransformer3DModel": HUNYUAN | {"in_channels": 33, "out_channels": 16},
+    "LTX2VideoTransformer3DModel": {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "num_layers": 2,
+        "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8,
+        "caption_channels": WIDTH, "rope_double_precision": False, "rope_type": "split",
+    },
+    "LTX2TextConnectors": {
+        "caption_channels": WIDTH, "text_proj_in_factor": 3, "video_connector_num_attention_heads": 4, "video_connector_attention_head_dim": 8,
+        "video_connector_num_layers": 1, "video_connector_num_learnable_registers": None, "audio_connector_num_attention_heads": 4,
+        "audio_connector_attention_head_dim": 8, "audio_connector_num_layers": 1, "audio_connector_num_learnable_registers": None,
+        "connector_rope_base_seq_len": 32, "rope_theta": 10000.0, "rope_double_precision": False, "causal_temporal_positioning": False,
+        "rope_type": "split",
+    },
+    "AutoencoderKLLTX2Video": {
+        "latent_channels": 4, "block_out_channels": (8,), "decoder_block_out_channels": (8,), "layers_per_block": (1,), "decoder_layers_per_block": (1, 1),
+        "spatio_temporal_scaling": (True,), "decoder_spatio_temporal_scaling": (True,), "decoder_inject_noise": (False, False),
+        "downsample_type": ("spatial",), "upsample_type": ("spatial",), "upsample_residual": (False,), "upsample_factor": (1,), "patch_size": 1,
+        "decoder_causal": False,
+    },
+    "AutoencoderKLLTX2Audio": {
+        "base_channels": 4, "ch_mult": (1,), "num_res_blocks": 1, "resolution": 32, "latent_channels": 2, "mel_bins": 8,
+    },
+    "LTX2Vocoder": {
+        "in_channels": 16, "hidden_channels": 32, "out_channels": 2, "upsample_kernel_sizes": [4, 4], "upsample_factors": [2, 2],
+        "resnet_kernel_sizes": [3], "resnet_dilations": [[1, 3, 5]], "output_sampling_rate": 16000,
+    },
     # audio
     "StableAudioDiTModel": {
-        "sample_size": 4, "in_channels": 3, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2, "num_key_value_attention_heads": 2,
+        "sample_size": 16, "in_channels": 3, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2, "num_key_value_attention_heads": 2,
         "out_channels": 3, "cross_attention_dim": 4, "time_proj_dim": 8, "global_states_input_dim": 8, "cross_attention_input_dim": 4,
     },
     "StableAudioProjectionModel": {"text_encoder_dim": WIDTH, "conditioning_dim": 4, "min_value": 0, "max_value": 32},
     "AceStepTransformer1DModel": {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "in_channels": 24, "audio_acoustic_hidden_dim": 8, "max_position_embeddings": 256, "encoder_hidden_size": 32,
+        "in_channels": 24, "audio_acoustic_hidden_dim": 8, "sliding_window": 16,
     },
     "AceStepConditionEncoder": {
         "hidden_size": 32, "intermediate_size": 64, "text_hidden_dim": WIDTH, "timbre_hidden_dim": 8, "num_lyric_encoder_hidden_layers": 1,
         "num_timbre_encoder_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     },
+    "ConsisIDTransformer3DModel": COGVIDEO | {
+        "cross_attn_dim_head": 8, "cross_attn_num_heads": 2, "LFE_id_dim": 2, "LFE_vit_dim": 2, "LFE_depth": 5, "LFE_dim_head": 8, "LFE_num_heads": 2,
+        "LFE_num_id_token": 1, "LFE_num_querie": 1, "LFE_output_dim": 10, "LFE_ff_mult": 1, "LFE_num_scale": 1,
+    },
+    "CosmosControlNetModel": {
+        "n_controlnet_blocks": 2, "in_channels": 6, "latent_channels": 6, "model_channels": 24, "num_attention_heads": 2, "attention_head_dim": 12,
+        "mlp_ratio": 2, "text_embed_dim": WIDTH, "adaln_lora_dim": 4, "max_size": (4, 32, 32),
+    },
+    "Ideogram4Transformer2DModel": {
+        "in_channels": 16, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "intermediate_size": 32, "adaln_dim": 16,
+        "llm_features_dim": 13 * WIDTH, "mrope_section": (2, 3, 3),
+    },
+    "BriaFibo2Transformer2DModel": {
+        "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 3 * WIDTH, "injection_layer_ids": (0,),
+        "perceiver_num_layers": 1, "min_num_gist_tokens": 4, "max_num_gist_tokens": 8, "gist_step": 4, "gist_min_text_len": 4, "gist_max_text_len": 64,
+        "axes_dims": (4, 6, 6), "axes_lens": (512, 64, 64),
+    },
+    "AnyFlowFARTransformer3DModel": {k: v for k, v in WAN.items()} | {"chunk_partition": (1, 2), "full_chunk_limit": 2},
     "AudioLDM2ProjectionModel": {"text_encoder_dim": WIDTH, "text_encoder_1_dim": WIDTH, "langauge_model_dim": WIDTH},
     "StableAudio3DiTModel": {
         "io_channels": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "cond_token_dim": WIDTH, "global_cond_dim": WIDTH, "local_add_cond_dim": 9,
@@ -400,6 +452,7 @@ def _hidden(module: str, name: str) -> Any:
 
 
 P = "diffusers.pipelines"
+
 HIDDEN = {  # classes that diffusers does not export at the top
     "WuerstchenPrior": _hidden(f"{P}.deprecated.wuerstchen.modeling_wuerstchen_prior", "WuerstchenPrior"),
     "WuerstchenDiffNeXt": _hidden(f"{P}.deprecated.wuerstchen.modeling_wuerstchen_diffnext", "WuerstchenDiffNeXt"),
@@ -407,9 +460,12 @@ HIDDEN = {  # classes that diffusers does not export at the top
     "ShapERenderer": _hidden(f"{P}.shap_e.renderer", "ShapERenderer"),
     "AceStepConditionEncoder": _hidden(f"{P}.ace_step.modeling_ace_step", "AceStepConditionEncoder"),
     "StableAudioProjectionModel": _hidden(f"{P}.stable_audio.modeling_stable_audio", "StableAudioProjectionModel"),
+    "MultilingualCLIP": _hidden(f"{P}.kandinsky.text_encoder", "MultilingualCLIP"),
     "UnCLIPTextProjModel": _hidden(f"{P}.deprecated.unclip.text_proj", "UnCLIPTextProjModel"),
     "CLIPImageProjection": _hidden(f"{P}.stable_diffusion.clip_image_project_model", "CLIPImageProjection"),
     "ReduxImageEncoder": _hidden(f"{P}.flux.modeling_flux", "ReduxImageEncoder"),
+    "LTX2TextConnectors": _hidden(f"{P}.ltx2.connectors", "LTX2TextConnectors"),
+    "LTX2Vocoder": _hidden(f"{P}.ltx2.vocoder", "LTX2Vocoder"),
     "StableUnCLIPImageNormalizer": _hidden(
         f"{P}.stable_diffusion.stable_unclip_image_normalizer", "StableUnCLIPImageNormalizer"
     ),
