@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
+from kspec_guidance.config import FORMAT, decode, encode, read_config, write_config
 from kspec_guidance.injection import SchedulerHook, ThreadOwner, find_scheduler
 from kspec_guidance.layouts import Layout
 from kspec_guidance.memory import Memory, MemoryBank
@@ -248,6 +250,51 @@ class KernelGuidance(PipelineCallback):
             jitter = self._jitter(x, 0)
             return torch.stack([term.gradient(x, t, jitter) for term in self.terms]).sum(0).to(x.dtype)
 
+    def to_config(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All settings, ready for JSON, and the tensors they name; the memory is not among them.
+
+        Raises:
+            TypeError: for a kernel, objective or space that is not this package's own.
+        """
+        tensors: dict[str, Tensor] = {}
+        terms = []
+        for term in self.terms:
+            said = {
+                k: encode(getattr(term, k), tensors) for k in ("scale", "start", "stop", "every", "sigma_interval", "chain")
+            }
+            terms.append(said | {"objective": encode(term.objective, tensors), "space": term.space.describe()})
+        return {"format": FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}, tensors
+
+    def save_config(self, save_directory: str | os.PathLike) -> None:
+        """Write the settings into a folder: ``kspec_guidance.json``, and ``kspec_guidance.safetensors`` for references."""
+        write_config(save_directory, *self.to_config())
+
+    @classmethod
+    def from_config(cls, config: str | os.PathLike | dict[str, Any]) -> "KernelGuidance":
+        """A guide of saved settings, with an empty memory of its own.
+
+        Args:
+            config: the folder, the JSON file, or a dictionary.
+
+        Raises:
+            FileNotFoundError, ValueError: if there is nothing of the kind, naming what was found.
+        """
+        from kspec_guidance import presets
+
+        said, tensors = read_config(config)
+        known = {c.__name__: c for c in (KernelGuidance, presets.SPARKE, presets.MMDGuidance, presets.NoveltyGuidance)}
+        terms = []
+        for term in said.get("terms") or ():
+            settings = {k: decode(v, tensors) for k, v in term.items() if k != "space"}
+            terms.append(Term(space=decode({"space": term["space"]}, tensors), **settings))
+        if not terms or said.get("guide") not in known:
+            raise ValueError(
+                f"the settings name guide {said.get('guide')!r} with {len(terms)} terms; known are {', '.join(known)}"
+            )
+        guide = object.__new__(known[said["guide"]])
+        KernelGuidance.__init__(guide, terms=terms, seed=int(said.get("seed", 0)))
+        return guide
+
     def report(self) -> GuidanceReport:
         """What the last run did: see :class:`~kspec_guidance.report.GuidanceReport`."""
         return self._report
@@ -312,19 +359,41 @@ class KernelGuidance(PipelineCallback):
         """
         if self._pipe is pipeline:
             return callback_kwargs
-        scheduler = find_scheduler(pipeline)
-        if step_index == 0:
-            if self._inside is not None:
-                self._inside.check()
-            self._forget()
-            self._scene_pipe = pipeline
-            self._read_prompts(pipeline, callback_kwargs)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        total = getattr(pipeline, "num_timesteps", len(scheduler.timesteps))
-        if step_index + 1 >= total:
-            return callback_kwargs
+        total = getattr(pipeline, "num_timesteps", None) or len(find_scheduler(pipeline).timesteps)
+        if step_index == 0:
+            self._begin_call(pipeline, callback_kwargs)
+        if step_index + 1 < total:
+            self._hook_next(pipeline, step_index + 1, total)
+        return callback_kwargs
+
+    def before_step(self, pipeline: Any, step_index: int, total: int, tensors: dict[str, Any]) -> None:
+        """Guide the scheduler step that comes next, and that one only: what a block in a denoising loop calls.
+
+        Args:
+            pipeline: with a ``scheduler``.
+            step_index, total: place in the run.
+            tensors: ``prompt_embeds`` and ``latents``, where they are known; read at the first step.
+        """
+        if self._pipe is pipeline:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        if step_index == 0:
+            self._begin_call(pipeline, tensors)
+        self._hook_next(pipeline, step_index, total)
+
+    def _begin_call(self, pipeline: Any, tensors: dict[str, Any]) -> None:
+        if self._inside is not None:
+            self._inside.check()
+        self._forget()
+        self._scene_pipe = pipeline
+        self._read_prompts(pipeline, tensors)
+
+    def _hook_next(self, pipeline: Any, step: int, total: int) -> None:
+        scheduler = find_scheduler(pipeline)
         expected = scheduler.timesteps
         hooks: list[Any] = []
 
@@ -333,13 +402,12 @@ class KernelGuidance(PipelineCallback):
                 hook.remove()
             if owner.timesteps is not expected:  # left over from a run that was aborted: stay out of this one
                 return proceed(model_output, sample)
-            return self._on_step(owner, proceed, model_output, t, sample, extra, (step_index + 1, total))
+            return self._on_step(owner, proceed, model_output, t, sample, extra, (step, total))
 
         hooks.append(SchedulerHook(scheduler, once, self, pipeline))
         if any(isinstance(term.space, Activations) for term in self.terms):
             hooks.append(DenoiserWatch(pipeline, self._on_denoise, with_prompts=False))
         self._hooks = hooks
-        return callback_kwargs
 
     def _read_prompts(self, pipeline: Any, tensors: dict[str, Any]) -> None:
         self._prompts = self._encoder = None

@@ -1,0 +1,5 @@
+"""CogVideoXPipeline guided by SPARKE, for ``custom_pipeline="pipelines/cogvideox"``; needs kspec-guidance installed."""
+
+from kspec_guidance.pipelines import sparke_pipeline
+
+SPARKECogVideoXPipeline = sparke_pipeline("CogVideoXPipeline", __name__)

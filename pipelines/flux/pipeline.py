@@ -1,0 +1,5 @@
+"""FluxPipeline guided by SPARKE, for ``custom_pipeline="pipelines/flux"``; needs kspec-guidance installed."""
+
+from kspec_guidance.pipelines import sparke_pipeline
+
+SPARKEFluxPipeline = sparke_pipeline("FluxPipeline", __name__)

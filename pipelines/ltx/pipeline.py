@@ -1,0 +1,5 @@
+"""LTXPipeline guided by SPARKE, for ``custom_pipeline="pipelines/ltx"``; needs kspec-guidance installed."""
+
+from kspec_guidance.pipelines import sparke_pipeline
+
+SPARKELTXPipeline = sparke_pipeline("LTXPipeline", __name__)

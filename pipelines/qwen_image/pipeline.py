@@ -1,0 +1,5 @@
+"""QwenImagePipeline guided by SPARKE, for ``custom_pipeline="pipelines/qwen_image"``; needs kspec-guidance installed."""
+
+from kspec_guidance.pipelines import sparke_pipeline
+
+SPARKEQwenImagePipeline = sparke_pipeline("QwenImagePipeline", __name__)

@@ -1,0 +1,5 @@
+"""StableDiffusionPipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_diffusion"``; needs kspec-guidance installed."""
+
+from kspec_guidance.pipelines import sparke_pipeline
+
+SPARKEStableDiffusionPipeline = sparke_pipeline("StableDiffusionPipeline", __name__)

@@ -1,0 +1,5 @@
+"""WanPipeline guided by SPARKE, for ``custom_pipeline="pipelines/wan"``; needs kspec-guidance installed."""
+
+from kspec_guidance.pipelines import sparke_pipeline
+
+SPARKEWanPipeline = sparke_pipeline("WanPipeline", __name__)

@@ -1,0 +1,5 @@
+"""ZImagePipeline guided by SPARKE, for ``custom_pipeline="pipelines/z_image"``; needs kspec-guidance installed."""
+
+from kspec_guidance.pipelines import sparke_pipeline
+
+SPARKEZImagePipeline = sparke_pipeline("ZImagePipeline", __name__)
