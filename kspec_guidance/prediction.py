@@ -142,6 +142,8 @@ def _at(values: Tensor, index: int) -> float:
 def _sigma(scheduler: Any, timestep: Tensor | float) -> float:
     """``sigmas`` at the scheduler's position."""
     index, sigmas = _step_index(scheduler, timestep), scheduler.sigmas
+    if getattr(scheduler, "mid_point_sigma", None) is not None:  # DPMSolverSDE's second stage
+        return float(scheduler.mid_point_sigma)
     if getattr(scheduler, "sigmas_interpol", None) is not None and not scheduler.state_in_first_order:
         sigmas = scheduler.sigmas_interpol  # KDPM2 evaluates its second stage between two noise levels
         index -= any(cls.__name__ == "KDPM2AncestralDiscreteScheduler" for cls in type(scheduler).__mro__)

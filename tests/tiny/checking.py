@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kspec_guidance import SPARKE
+from kspec_guidance.pipelines import guided
 from tiny import making as tiny
 
 
@@ -52,15 +54,24 @@ def run(pipe: Any, guide: Any = None, **more: Any) -> np.ndarray:
         return numbers(pipe(**arguments))
 
 
+def arguments_of(pipe: Any) -> dict[str, Any]:
+    return tiny.call(pipe)
+
+
+def family_of(cls: type) -> str:
+    """The folder of diffusers that a class lives in."""
+    parts = [p for p in cls.__module__.split(".") if p not in ("diffusers", "pipelines", "deprecated", "modular_pipelines")]
+    return parts[0].replace("_", " ")
+
+
 def check(name: str) -> Verdict:
     """Run one class through everything that is asked of it.
 
     Raises:
         AssertionError: naming what did not hold.
     """
-    from kspec_guidance import SPARKE
-    from kspec_guidance.pipelines import guided
-
+    if name in tiny.MODULAR:
+        return check_modular(name)
     began = time.perf_counter()
     pipe = tiny.build(name)
     seen = Verdict(name)
@@ -84,8 +95,14 @@ def check(name: str) -> Verdict:
     seen.prompts = "none" if idle.memory.prompts is None else str(idle.memory.prompt_encoder).rpartition("-")[0]
     seen.checks = {"batch": n, "steps": guide.report().total_steps}
     seen.ways = ["attach", "guided"]
-    wrapped = guided(type(pipe))
-    assert issubclass(wrapped, type(pipe))
+    assert seen.checks["steps"] >= 2 or arguments_of(pipe).get("num_inference_steps", 4) < 2, "the run was cut into single steps"
+    sub = guided(type(pipe))
+    pipe.__class__ = sub  # the guided subclass, on the same components
+    late = SPARKE(1.0, stop=1.0)
+    for _ in range(2 if n == 1 else 1):
+        again = numbers(pipe(**tiny.call(pipe), kspec_guidance=late))
+    assert np.array_equal(again, moved), "the guided subclass differs from attach"
+    pipe.__class__ = sub.__mro__[1]
     if "guidance_scale" in parameters:
         for value in (0.0, 1.0):
             try:
@@ -103,10 +120,46 @@ def check(name: str) -> Verdict:
     return seen
 
 
+def check_modular(name: str) -> Verdict:
+    """The same for a modular pipeline: attached, and with a block in its loop."""
+    from kspec_guidance.modular import insert_guidance
+
+    began = time.perf_counter()
+    seen, pipe = Verdict(name), tiny.build_modular(name)
+
+    def out(made: Any, guide: Any = None, **more: Any) -> np.ndarray:
+        arguments = tiny.call_modular(made) | more
+        if guide is not None:
+            with guide.attach(made):
+                state = made(**arguments)
+        else:
+            state = made(**arguments)
+        return numbers(next(state.get(k) for k in ("images", "videos", "audio", "latents") if state.get(k) is not None))
+
+    plain = out(pipe)
+    assert np.isfinite(plain).all(), "plain output is not finite"
+    idle, guide = SPARKE(0.0), SPARKE(1.0, stop=1.0)
+    assert np.array_equal(out(pipe, idle), plain), "scale 0 is not the plain pipeline"
+    assert len(idle.memory) > 0, "the memory stayed empty"
+    moved = out(pipe, guide)
+    assert np.isfinite(moved).all(), "guided output is not finite"
+    assert not np.array_equal(moved, plain), "guidance changed nothing"
+    assert np.array_equal(out(pipe), plain), "the pipeline was not restored"
+    seen.scheduler, seen.layout = guide.report().scheduler, guide.report().layout
+    seen.prompts = "none" if idle.memory.prompts is None else "the denoiser's condition"
+    seen.checks = {"batch": len(idle.memory), "steps": guide.report().total_steps}
+    seen.ways = ["attach", "guided", "modular block"]
+    blocks = insert_guidance(pipe.blocks, SPARKE(1.0, stop=1.0))
+    with_block = blocks.init_pipeline()
+    with_block.update_components(**{k: v for k, v in pipe.components.items() if v is not None})
+    with_block.set_progress_bar_config(disable=True)
+    assert not np.array_equal(out(with_block), plain), "a block in the loop changed nothing"
+    seen.seconds = time.perf_counter() - began
+    return seen
+
+
 def as_callback(pipe: Any, seen: Verdict, plain: np.ndarray, memory: Any) -> None:
     """Try the callback way in; pipelines that show no prompts to callbacks are asked for latents alone."""
-    from kspec_guidance import SPARKE
-
     for tensors in (["latents", "prompt_embeds"], ["latents"]):
         guide = SPARKE(1.0, stop=1.0)
         guide.tensor_inputs = tensors

@@ -74,7 +74,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 4, "encoder_hid_dim": WIDTH,
     },
     "AudioLDM2UNet2DConditionModel": {
-        "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": (None, 16, 32),
+        "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": ((None, 32, 32), (None, 32, 32)),
         "attention_head_dim": 4, "sample_size": 16, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     },

@@ -1,0 +1,189 @@
+"""Which pipelines can be guided, with the evidence: writes docs/support.md and benchmarks/results/support.json.
+
+Every pipeline class that diffusers exports is built from tiny random configurations and run on the processor: plain, at scale 0
+(bit-identical), guided (different and finite), plain again (restored), with guidance by prompt and without, as a batch of two
+prompts with two images each where the class takes one, through the callback, ``attach``, the guided subclass and, for modular
+pipelines, a block in the loop. Every scheduler class gets a verdict too.
+
+    python benchmarks/support_matrix.py [name ...]     a few minutes on two cores; names print verdicts and write nothing
+"""
+
+import collections
+import datetime
+import inspect
+import json
+import os
+import re
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tiny import checking, families, making, scheduling  # noqa: E402
+
+from kspec_guidance.prediction import UnsupportedSchedulerError, family  # noqa: E402
+
+LIMIT = 120  # seconds for one class
+NEEDS = re.compile(r"dummy_(\w+)_objects")
+
+
+def source_of(cls: type) -> str:
+    try:
+        return inspect.getsource(sys.modules[cls.__module__])
+    except (OSError, KeyError):
+        return ""
+
+
+def hooked(name: str, reason: str) -> checking.Verdict:
+    """Static evidence: the source calls a scheduler's step, and may take callbacks."""
+    cls = getattr(diffusers, name)
+    text = source_of(cls)
+    ways = (["callback"] if "callback_on_step_end" in text else []) + ["attach", "guided"]
+    if "ModularPipeline" in name:
+        ways = ["attach", "guided", "modular block"]
+    return checking.Verdict(name, "hooked", ways=ways, reason=reason)
+
+
+def verdict(name: str) -> checking.Verdict:
+    cls = getattr(diffusers, name)
+    rule = families.rule(name)
+    missing = NEEDS.search(cls.__module__)
+    if missing:
+        needed = [w for w in missing.group(1).split("_and_") if w not in ("torch", "transformers")]
+        return hooked(name, f"not run: it needs {', '.join(needed)}, which is not installed here")
+    if rule.unfit:
+        return checking.Verdict(name, "not applicable", reason=rule.unfit)
+    if rule.not_run:
+        return hooked(name, f"not run: {rule.not_run}")
+    if "ModularPipeline" in name and name not in making.MODULAR:
+        return hooked(name, "not run: no tiny build of its components yet")
+    try:
+        return checking.check(name)
+    except UnsupportedSchedulerError as error:
+        return checking.Verdict(name, "not applicable", reason=str(error))
+    except LookupError as error:
+        return hooked(name, f"not run: no tiny build of its components yet ({str(error)[:90]})")
+    except AssertionError as error:
+        return checking.Verdict(name, "failed", reason=str(error)[:200])
+    except Exception as error:
+        return hooked(name, f"not run: its tiny build does not run yet ({type(error).__name__}: {' '.join(str(error).split())[:110]})")
+
+
+def all_verdicts(names: list[str]) -> list[dict[str, Any]]:
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {LIMIT} s")
+
+    signal.signal(signal.SIGALRM, late)
+    found = []
+    for k, name in enumerate(names):
+        signal.alarm(LIMIT)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            seen = verdict(name)
+        signal.alarm(0)
+        kind = ""
+        if seen.scheduler:
+            kind = family(scheduling.make(seen.scheduler))
+        found.append({"family": checking.family_of(getattr(diffusers, name)), "kind": kind, **seen.as_dict()})
+        print(f"{k + 1:4d}/{len(names)} {name:52s} {seen.evidence:14s} {seen.layout:9s} {seen.seconds:5.1f} s  {seen.reason[:80]}", flush=True)
+    return found
+
+
+def page(record: dict[str, Any]) -> str:
+    """docs/support.md."""
+    rows, counts = record["pipelines"], record["counts"]
+    lines = [
+        "# What is supported",
+        "",
+        f"Written by `python benchmarks/support_matrix.py` for diffusers {record['diffusers']}, {record['date']}. Every class named "
+        "*run* was built from tiny random configurations and run: plain, at scale 0 (bit-identical to plain), guided (different, "
+        "finite), plain again (restored), with classifier-free guidance and without, through every way in that is listed. *hooked* means "
+        "that its loop calls `scheduler.step` in its source, but was not run here, for the reason given. *not applicable* has no "
+        "step that could be guided.",
+        "",
+        "| run | hooked | not applicable | in all |",
+        "|---|---|---|---|",
+        f"| {counts['run']} | {counts['hooked']} | {counts['not applicable']} | {len(rows)} |",
+        "",
+        "Ways in: *callback* is `callback_on_step_end=guide`, from the second step on; *callback (latents)* needs "
+        '`guide.tensor_inputs = ["latents"]` first, since the class does not show prompt embeddings to callbacks, so that all images count as '
+        "one prompt's; *attach* is `with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular block* is "
+        "`insert_guidance(blocks, guide)`. The batch is the number of samples in one call.",
+        "",
+        "## Pipelines that were run",
+        "",
+        "| class | family | scheduler | x0 relation | layout | prompt features from | ways in | batch | without guidance |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if r["evidence"] == "run":
+            off = r["checks"].get("guidance off", "-")
+            note = f" ({r['checks']['callback']})" if "callback" in r["checks"] else ""
+            lines.append(
+                f"| {r['name']} | {r['family']} | {r['scheduler'].removesuffix('Scheduler')} | {r['kind']} | {r['layout']} | {r['prompts'] or '-'} | "
+                f"{', '.join(r['ways'])}{note} | {r['checks']['batch']} | {off} |"
+            )
+    for title, evidence in (("Hooked, not run", "hooked"), ("Not applicable", "not applicable"), ("Failed", "failed")):
+        chosen = [r for r in rows if r["evidence"] == evidence]
+        if chosen:
+            lines += ["", f"## {title}", "", "| class | family | ways in | reason |", "|---|---|---|---|"]
+            lines += [f"| {r['name']} | {r['family']} | {', '.join(r['ways']) or '-'} | {r['reason'].replace('|', '/')} |" for r in chosen]
+    lines += [
+        "",
+        "## Schedulers",
+        "",
+        "x0 is recovered from the model output as `x0 = A x + B m`; it was held against what the scheduler itself predicts, converts or "
+        "ends at. The error is the largest difference relative to x0. At scale 0 all runs are bit-identical.",
+        "",
+        "| scheduler | x0 relation | prediction types | held against | largest error |",
+        "|---|---|---|---|---|",
+    ]
+    for s in record["schedulers"]:
+        if s["evidence"] == "not applicable":
+            lines.append(f"| {s['name']} | - | - | not applicable: {s['reason']} | - |")
+        else:
+            lines.append(f"| {s['name']} | {s['kind']} | {', '.join(s['predictions'])} | {s['evidence']} | {s['error']:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    diffusers.logging.set_verbosity(50)
+    transformers.logging.set_verbosity(50)
+    torch.set_num_threads(int(os.environ.get("THREADS", "2")))
+    names = making.pipeline_names()
+    if len(sys.argv) > 1:
+        all_verdicts([n for n in names if any(re.search(p, n) for p in sys.argv[1:])])
+        return
+    rows = all_verdicts(names)
+    schedulers = []
+    for name in scheduling.scheduler_names():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            schedulers.append(scheduling.check_scheduler(name).as_dict())
+    for row in rows:
+        row["seconds"] = round(row["seconds"], 1)
+    counts = collections.Counter(r["evidence"] for r in rows)
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.partition("+")[0],
+        "counts": {k: counts.get(k, 0) for k in ("run", "hooked", "not applicable", "failed")},
+        "pipelines": rows,
+        "schedulers": schedulers,
+    }
+    (ROOT / "benchmarks" / "results" / "support.json").write_text(json.dumps(record, indent=1) + "\n")
+    (ROOT / "docs" / "support.md").write_text(page(record))
+    print(record["counts"])
+
+
+if __name__ == "__main__":
+    main()
