@@ -1,8 +1,11 @@
 """Which pipelines can be guided, with the evidence: writes docs/support.md and benchmarks/results/support.json.
 
-Every pipeline class that diffusers exports is built from tiny random configurations and run on the processor: plain, at scale 0
-(bit-identical), guided (different and finite), plain again (restored), with guidance by prompt and without, as a batch of two
-prompts with two images each where the class takes one, through the callback, ``attach``, the guided subclass and, for modular
+Every pipeline class that diffusers exports is built from tiny random configurations and run on the processor: plain,
+    at scale 0
+(bit-identical), guided (different and finite), plain again (restored), with guidance by prompt and without, as a
+batch of two
+prompts with two images each where the class takes one, through the callback, ``attach``, the guided subclass and, for
+modular
 pipelines, a block in the loop. Every scheduler class gets a verdict too.
 
     python benchmarks/support_matrix.py [name ...]     a few minutes on two cores; names print verdicts and write nothing
@@ -74,7 +77,9 @@ def verdict(name: str) -> checking.Verdict:
     except AssertionError as error:
         return checking.Verdict(name, "failed", reason=str(error)[:200])
     except Exception as error:
-        return hooked(name, f"not run: its tiny build does not run yet ({type(error).__name__}: {' '.join(str(error).split())[:110]})")
+        return hooked(
+            name, f"not run: its tiny build does not run yet ({type(error).__name__}: {' '.join(str(error).split())[:110]})"
+        )
 
 
 def all_verdicts(names: list[str]) -> list[dict[str, Any]]:
@@ -93,33 +98,49 @@ def all_verdicts(names: list[str]) -> list[dict[str, Any]]:
         if seen.scheduler:
             kind = family(scheduling.make(seen.scheduler))
         found.append({"family": checking.family_of(getattr(diffusers, name)), "kind": kind, **seen.as_dict()})
-        print(f"{k + 1:4d}/{len(names)} {name:52s} {seen.evidence:14s} {seen.layout:9s} {seen.seconds:5.1f} s  {seen.reason[:80]}", flush=True)
+        print(
+            f"{k + 1:4d}/{len(names)} {name:52s} {seen.evidence:14s} {seen.layout:9s} {seen.seconds:5.1f} s  "
+            f"{seen.reason[:80]}",
+            flush=True,
+        )
     return found
+
+
+INTRODUCTION = """# What is supported
+
+Written by `python benchmarks/support_matrix.py` for diffusers {diffusers}, {date}. Every class named *run* was built
+from tiny random configurations and run: plain, at scale 0 (bit-identical to plain), guided (different, finite), plain
+again (restored), with classifier-free guidance and without, through every way in that is listed. *hooked* means that
+its loop calls `scheduler.step` in its source, but was not run here, for the reason given. *not applicable* has no
+step that could be guided.
+"""
+WAYS = """
+Ways in: *callback* is `callback_on_step_end=guide`, from the second step on; *callback (latents)* needs
+`guide.tensor_inputs = ["latents"]` first, since the class does not show prompt embeddings to callbacks, so that all
+images count as one prompt's; *attach* is `with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular
+block* is `insert_guidance(blocks, guide)`. The batch is the number of samples in one call. LoRA, IP-Adapter, several
+ControlNets and the hand-over from a base model to a refiner are run in
+[tests/test_living.py](../tests/test_living.py).
+
+## Pipelines that were run
+"""
+SCHEDULERS = """
+## Schedulers
+
+x0 is recovered from the model output as `x0 = A x + B m`; it was held against what the scheduler itself predicts,
+converts or ends at. The error is the largest difference relative to x0. At scale 0 all runs are bit-identical.
+"""
 
 
 def page(record: dict[str, Any]) -> str:
     """docs/support.md."""
     rows, counts = record["pipelines"], record["counts"]
     lines = [
-        "# What is supported",
-        "",
-        f"Written by `python benchmarks/support_matrix.py` for diffusers {record['diffusers']}, {record['date']}. Every class named "
-        "*run* was built from tiny random configurations and run: plain, at scale 0 (bit-identical to plain), guided (different, "
-        "finite), plain again (restored), with classifier-free guidance and without, through every way in that is listed. *hooked* means "
-        "that its loop calls `scheduler.step` in its source, but was not run here, for the reason given. *not applicable* has no "
-        "step that could be guided.",
-        "",
+        INTRODUCTION.format(**record),
         "| run | hooked | not applicable | in all |",
         "|---|---|---|---|",
         f"| {counts['run']} | {counts['hooked']} | {counts['not applicable']} | {len(rows)} |",
-        "",
-        "Ways in: *callback* is `callback_on_step_end=guide`, from the second step on; *callback (latents)* needs "
-        '`guide.tensor_inputs = ["latents"]` first, since the class does not show prompt embeddings to callbacks, so that all images count as '
-        "one prompt's; *attach* is `with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular block* is "
-        "`insert_guidance(blocks, guide)`. The batch is the number of samples in one call.",
-        "",
-        "## Pipelines that were run",
-        "",
+        WAYS,
         "| class | family | scheduler | x0 relation | layout | prompt features from | ways in | batch | without guidance |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -127,22 +148,26 @@ def page(record: dict[str, Any]) -> str:
         if r["evidence"] == "run":
             off = r["checks"].get("guidance off", "-")
             note = f" ({r['checks']['callback']})" if "callback" in r["checks"] else ""
-            lines.append(
-                f"| {r['name']} | {r['family']} | {r['scheduler'].removesuffix('Scheduler')} | {r['kind']} | {r['layout']} | {r['prompts'] or '-'} | "
-                f"{', '.join(r['ways'])}{note} | {r['checks']['batch']} | {off} |"
-            )
+            cells = [
+                r["name"],
+                r["family"],
+                r["scheduler"].removesuffix("Scheduler"),
+                r["kind"],
+                r["layout"],
+                r["prompts"] or "-",
+            ]
+            cells += [", ".join(r["ways"]) + note, str(r["checks"]["batch"]), off]
+            lines.append(f"| {' | '.join(cells)} |")
     for title, evidence in (("Hooked, not run", "hooked"), ("Not applicable", "not applicable"), ("Failed", "failed")):
         chosen = [r for r in rows if r["evidence"] == evidence]
         if chosen:
             lines += ["", f"## {title}", "", "| class | family | ways in | reason |", "|---|---|---|---|"]
-            lines += [f"| {r['name']} | {r['family']} | {', '.join(r['ways']) or '-'} | {r['reason'].replace('|', '/')} |" for r in chosen]
+            lines += [
+                f"| {r['name']} | {r['family']} | {', '.join(r['ways']) or '-'} | {r['reason'].replace('|', '/')} |"
+                for r in chosen
+            ]
     lines += [
-        "",
-        "## Schedulers",
-        "",
-        "x0 is recovered from the model output as `x0 = A x + B m`; it was held against what the scheduler itself predicts, converts or "
-        "ends at. The error is the largest difference relative to x0. At scale 0 all runs are bit-identical.",
-        "",
+        SCHEDULERS,
         "| scheduler | x0 relation | prediction types | held against | largest error |",
         "|---|---|---|---|---|",
     ]
@@ -150,7 +175,9 @@ def page(record: dict[str, Any]) -> str:
         if s["evidence"] == "not applicable":
             lines.append(f"| {s['name']} | - | - | not applicable: {s['reason']} | - |")
         else:
-            lines.append(f"| {s['name']} | {s['kind']} | {', '.join(s['predictions'])} | {s['evidence']} | {s['error']:.0e} |")
+            lines.append(
+                f"| {s['name']} | {s['kind']} | {', '.join(s['predictions'])} | {s['evidence']} | {s['error']:.0e} |"
+            )
     return "\n".join(lines) + "\n"
 
 

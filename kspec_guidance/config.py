@@ -59,8 +59,8 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         settings = {k: getattr(value, k) for k in ("input_dim", "num_features", "orthogonal", "seed")}
         return {"features": settings | {"kernel": encode(value.kernel, tensors)}}
     raise TypeError(
-        f"{type(value).__name__} cannot be saved as settings: only this package's own kernels, objectives, spaces and random "
-        "features can; build the guide in code instead"
+        f"{type(value).__name__} cannot be saved as settings: only this package's own kernels, objectives, spaces and "
+        "random features can; build the guide in code instead"
     )
 
 
@@ -98,7 +98,8 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def write_config(folder: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write both files into ``folder``, which is made if need be; the settings last, so that they never name what is not there."""
+    """Write both files into ``folder``, which is made if need be; the settings last, so that they never name what is
+    not there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tensors:

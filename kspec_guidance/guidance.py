@@ -483,8 +483,8 @@ class KernelGuidance(PipelineCallback):
             t = t.unflatten(0, (n, -1)).mean(1)
         if n % len(t):
             warnings.warn(
-                f"the pipeline encoded {len(t)} prompts for {n} samples, so prompts are not told apart in this run: all samples "
-                "count as one prompt's",
+                f"the pipeline encoded {len(t)} prompts for {n} samples, so prompts are not told apart in this run: all "
+                "samples count as one prompt's",
                 stacklevel=2,
             )
             self._prompts = None

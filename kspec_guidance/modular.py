@@ -1,4 +1,5 @@
-"""The way into modular pipelines: a block for the denoising loop, thin, because that interface of diffusers is still moving.
+"""The way into modular pipelines: a block for the denoising loop, thin, because that interface of diffusers is still
+moving.
 
 diffusers calls modular pipelines experimental. All that this file uses of them: blocks are called with ``(components,
 block_state, i=, t=)`` inside a loop, and ``inputs`` names what a block may be given.
@@ -51,13 +52,14 @@ class KernelGuidanceBlock(ModularPipelineBlocks):
         self.guide = SPARKE() if guide is None else guide
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KernelGuidanceBlock":
-        made = type(self)(self.guide)  # diffusers copies blocks when it makes a pipeline; the guide and its memory are the user's
+        # diffusers copies blocks when it makes a pipeline of them; the guide and its memory stay the user's
+        made = type(self)(self.guide)
         memo[id(self)] = made
         return made
 
     @property
     def description(self) -> str:
-        return "Moves the clean predictions of a batch apart, or toward references, before the scheduler's step (kspec-guidance)"
+        return "Moves clean predictions apart, or toward references, before the scheduler's step (kspec-guidance)"
 
     @property
     def inputs(self) -> list[Any]:
@@ -88,8 +90,8 @@ class KernelGuidanceBlock(ModularPipelineBlocks):
         config, tensors = self.guide.to_config()
         if tensors:
             raise ValueError(
-                "a guide with reference tensors cannot be saved inside a block; save it with guide.save_config(folder), and give "
-                "it to the loaded block: block.guide = KernelGuidance.from_config(folder)"
+                "a guide with reference tensors cannot be saved inside a block; use guide.save_config(folder), and "
+                "give it to the loaded block: block.guide = KernelGuidance.from_config(folder)"
             )
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         name = type(self).__module__.rpartition(".")[2].replace("__dynamic__", "")
@@ -119,7 +121,7 @@ def insert_guidance(blocks: Any, guide: KernelGuidance | None = None) -> Any:
     blocks = copy.deepcopy(blocks)
     loops = _loops(blocks)
     if not loops:
-        raise ValueError(f"{type(blocks).__name__} has no denoising loop (LoopSequentialPipelineBlocks) to put a block into")
+        raise ValueError(f"{type(blocks).__name__} has no denoising loop to put a block into")
     guide = SPARKE() if guide is None else guide
     for loop in loops:
         names = list(loop.sub_blocks)

@@ -1,6 +1,7 @@
 """Pipeline subclasses whose call takes ``kspec_guidance=``: one factory, no copied pipeline code.
 
-``guided(AnyPipeline)`` adds the argument and nothing else. Named subclasses, such as ``SPARKEFluxPipeline``, come with a guide of
+``guided(AnyPipeline)`` adds the argument and nothing else. Named subclasses, such as ``SPARKEFluxPipeline``, come
+with a guide of
 their own: ``SPARKE<name>``, ``MMD<name>``... exist for every pipeline class ``<name>`` of the installed diffusers.
 """
 
@@ -55,7 +56,8 @@ def guided(pipeline_class: P) -> P:
 
     ``guided(StableDiffusionXLPipeline).from_pretrained(...)("a dog", kspec_guidance=SPARKE())``. Without the argument, or
     with None, the call is the parent's own. ``from_pretrained`` and ``from_pipe`` work as on the parent, and so do
-    ``guided(AutoPipelineForText2Image)`` and the other automatic classes, which return the guided form of what they find. Saved
+    ``guided(AutoPipelineForText2Image)`` and the other automatic classes, which return the guided form of what they
+    find. Saved
     pipelines name the parent class, so they load without this package.
 
     Raises:

@@ -36,7 +36,8 @@ KINDS: dict[str, set[str]] = {
     "consistency": {"CMStochasticIterativeScheduler"},
     # x = (1 - sigma) x0 + sigma noise, the output a velocity toward noise
     "flow": {
-        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "LTXEulerAncestralRFScheduler",
+        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
+        "LTXEulerAncestralRFScheduler",
         "HeliosScheduler", "FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler",
     },
     # the same, with time and velocity running toward the data

@@ -1,6 +1,7 @@
 """Where samples are compared: the latents themselves, block means, pixels, an embedding, or the denoiser's own activations.
 
-A space turns what the loop holds into feature rows and pulls a gradient in those rows back. ``latents``, ``x0`` and ``pooled``
+A space turns what the loop holds into feature rows and pulls a gradient in those rows back. ``latents``, ``x0`` and
+``pooled``
 cost nothing to speak of; ``pixels`` and ``embedder`` decode; ``activations`` runs the first half of the denoiser again.
 """
 
@@ -24,7 +25,8 @@ Pull = Callable[[Tensor], Tensor]
 class Scene:
     """What a space may look at beside the prediction.
 
-    ``pipe`` is None where a bare scheduler is guided; ``sample`` is the noisy sample in the scheduler's layout, ``call`` the
+    ``pipe`` is None where a bare scheduler is guided; ``sample`` is the noisy sample in the scheduler's layout,
+    ``call`` the
     denoiser and the arguments of its latest call, ``size`` the height and width asked for.
     """
 
@@ -157,7 +159,8 @@ def to_latents(x: Tensor, vae: Any, scene: Scene) -> Tensor:
         unpack = getattr(scene.pipe, "_unpack_latents", None)
         if unpack is None:
             raise ValueError(
-                f"the packed latents {list(x.shape)} of {type(scene.pipe).__name__} cannot be unpacked; choose space='x0' or 'pooled'"
+                f"the packed latents {list(x.shape)} of {type(scene.pipe).__name__} cannot be unpacked; "
+                "choose space='x0' or 'pooled'"
             )
         factor = getattr(scene.pipe, "vae_scale_factor", 8)
         side = round(math.sqrt(x.shape[1])) * 2 * factor
@@ -190,7 +193,8 @@ class Pixels(FeatureSpace):
         vae = self.vae if self.vae is not None else getattr(scene.pipe, "vae", None) or getattr(scene.pipe, "vqvae", None)
         if vae is None:
             raise ValueError(
-                f"space={self.name!r} needs a decoder, and {type(scene.pipe).__name__} has no vae; pass vae=, or use space='x0'"
+                f"space={self.name!r} needs a decoder, and {type(scene.pipe).__name__} has no vae; pass vae=, or "
+                "use space='x0'"
             )
         return vae
 
@@ -222,7 +226,8 @@ class Embedder(Pixels):
     """An embedding of the decoded prediction, CLIP-like: differences of meaning.
 
     Args:
-        embedder: a differentiable callable on ``[n, 3, size, size]`` in 0..1 returning ``[n, d]``, such as the network of an
+        embedder: a differentiable callable on ``[n, 3, size, size]`` in 0..1 returning ``[n, d]``, such as the
+            network of an
             :class:`~kspec_guidance.embedders.ImageEmbedder` (its own normalisation is then applied).
         size: side to which pictures are brought for it.
         vae, chunk: see :class:`Pixels`.
@@ -303,11 +308,13 @@ def wanted_rows(call: dict[str, Any], n: int) -> dict[str, Any]:
 class Activations(FeatureSpace):
     """Means over positions of a middle block of the denoiser: what the model itself tells apart (arXiv 2606.27371).
 
-    The denoiser runs again up to that block, with gradients, in the wanted half of its last call. Features at different noise
+    The denoiser runs again up to that block, with gradients, in the wanted half of its last call. Features at
+    different noise
     levels are not comparable, so the memory keeps one row of features for each guided step, and step compares with step.
 
     Args:
-        module: the block's name in the denoiser, such as ``mid_block`` or ``transformer_blocks.9``; found by itself if None.
+        module: the block's name in the denoiser, such as ``mid_block`` or ``transformer_blocks.9``; found by itself
+            if None.
     """
 
     module: str | None = None

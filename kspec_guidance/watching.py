@@ -72,7 +72,8 @@ def denoiser_of(pipe: Any) -> nn.Module | None:
 
 
 class CallWatch:
-    """Calls ``on_start`` when a pipeline begins a call, ``on_count(n)`` when it makes its noise, ``on_end`` when it is done."""
+    """Calls ``on_start`` when a pipeline begins a call, ``on_count(n)`` when it makes its noise, ``on_end`` when it
+    is done."""
 
     def __init__(
         self, pipe: Any, on_start: Callable[[], None], on_count: Callable[[int], None], on_end: Callable[[], None], tag: Any
@@ -198,7 +199,8 @@ class PromptWatch:
 
 
 def first_tensor(result: Any) -> Tensor | None:
-    """The prompt embeddings in what an ``encode_prompt`` returns: the first tensor ``[n, ...]``; lists are stacked by means."""
+    """The prompt embeddings in what an ``encode_prompt`` returns: the first tensor ``[n, ...]``; lists are stacked by
+    means."""
     first = result
     while isinstance(first, tuple | list) and len(first):
         if all(isinstance(p, Tensor) and p.ndim == 2 for p in first) and isinstance(result, tuple) and first is not result:
@@ -225,8 +227,10 @@ def wanted_half(features: Tensor, signature: inspect.Signature, args: tuple, kwa
 class DenoiserWatch:
     """Sees every call of the denoiser: ``on_call(module, arguments, condition, labels)``.
 
-    ``condition`` holds prompt features for pipelines without any ``encode_prompt``: means of ``encoder_hidden_states``, else
-    class labels, one-hot; None where there are none, or without ``with_prompts``. The arguments are the caller's own tensors.
+    ``condition`` holds prompt features for pipelines without any ``encode_prompt``: means of
+    ``encoder_hidden_states``, else
+    class labels, one-hot; None where there are none, or without ``with_prompts``. The arguments are the caller's own
+    tensors.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Guidance beside what else people do with a pipeline: offloading, slicing, compiling, half precision, few steps, LoRA, threads."""
+"""Guidance beside what else people do with a pipeline: offloading, slicing, compiling, half precision, few steps,
+LoRA, threads."""
 
 import threading
 import warnings
@@ -47,7 +48,7 @@ def test_sequential_offload_moves_weights_in_and_out_around_a_guided_step(fresh)
 
     plain = draw(fresh)
     expected = draw(fresh, guide=SPARKE(0.6))
-    for module in (fresh.unet, fresh.vae, fresh.text_encoder):  # what enable_sequential_cpu_offload does, to the processor itself
+    for module in (fresh.unet, fresh.vae, fresh.text_encoder):  # enable_sequential_cpu_offload, without a GPU
         cpu_offload(module, torch.device("cpu"), offload_buffers=True)
     assert all(p.device.type == "meta" for p in fresh.unet.parameters())
     moved = same_as_plain_and_guided(fresh, plain)
@@ -125,8 +126,14 @@ def test_few_steps(pipe, name, steps):
 # name, arguments: what a family does about guidance
 OTHERS = {
     "a guidance-distilled model, without a second half": ("FluxPipeline", {"guidance_scale": 3.5}),
-    "true classifier-free guidance, two calls a step": ("FluxPipeline", {"true_cfg_scale": 3.0, "negative_prompt": ["dull"] * 2}),
-    "true classifier-free guidance of Qwen-Image": ("QwenImagePipeline", {"true_cfg_scale": 4.0, "negative_prompt": ["dull"] * 2}),
+    "true classifier-free guidance, two calls a step": (
+        "FluxPipeline",
+        {"true_cfg_scale": 3.0, "negative_prompt": ["dull"] * 2},
+    ),
+    "true classifier-free guidance of Qwen-Image": (
+        "QwenImagePipeline",
+        {"true_cfg_scale": 4.0, "negative_prompt": ["dull"] * 2},
+    ),
     "a guider": ("HunyuanVideo15Pipeline", {}),
     "consistency in two steps": ("SanaSprintPipeline", {}),
     "consistency in four steps": ("LatentConsistencyModelPipeline", {"num_inference_steps": 4}),
@@ -178,11 +185,18 @@ def test_a_base_model_hands_over_to_a_refiner():
 
 def test_prompts_given_as_embeddings_only():
     pipe = making.build("StableDiffusionXLPipeline")
-    p, n, pooled, npooled = pipe.encode_prompt(list(inputs.PROMPTS), num_images_per_prompt=1, do_classifier_free_guidance=True)
+    p, n, pooled, npooled = pipe.encode_prompt(
+        list(inputs.PROMPTS), num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
     known, given = SPARKE(0.0), SPARKE(0.0)
     with known.attach(pipe):
         pipe(**making.call(pipe))
-    more = {"prompt_embeds": p, "negative_prompt_embeds": n, "pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": npooled}
+    more = {
+        "prompt_embeds": p,
+        "negative_prompt_embeds": n,
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": npooled,
+    }
     with given.attach(pipe):
         pipe(**making.call(pipe, prompt=None, **more))
     assert given.memory.prompts.shape == known.memory.prompts.shape
@@ -301,7 +315,8 @@ def ip_adapter(unet):
         layers |= {f"{k}.to_k_ip.weight": rand(inner, width), f"{k}.to_v_ip.weight": rand(inner, width)}
         k += 2
     projection = {
-        "proj.weight": rand(tokens * width, 32), "proj.bias": rand(tokens * width), "norm.weight": rand(width), "norm.bias": rand(width),
+        "proj.weight": rand(tokens * width, 32), "proj.bias": rand(tokens * width), "norm.weight": rand(width),
+        "norm.bias": rand(width),
     }  # fmt: skip
     return {"image_proj": projection, "ip_adapter": layers}
 

@@ -9,13 +9,13 @@ from kspec_guidance.layouts import Layout
 from kspec_guidance.objectives import RKE
 from kspec_guidance.spaces import (
     SPACES,
+    X0,
     Activations,
     Embedder,
     Latents,
     Pixels,
     Pooled,
     Scene,
-    X0,
     make_space,
     middle_of,
     wanted_rows,
@@ -66,7 +66,9 @@ def test_frames_of_one_clip_belong_together(g):
 
 
 @pytest.mark.parametrize("space", [X0(), Latents(), Pooled(2), Pooled(3), Pooled(project=7)], ids=str)
-@pytest.mark.parametrize("shape", [(3, 12), (3, 40, 6), (3, 6, 40), (3, 4, 8, 8), (3, 4, 5, 6, 6), (2, 1, 2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 12), (3, 40, 6), (3, 6, 40), (3, 4, 8, 8), (3, 4, 5, 6, 6), (2, 1, 2, 3, 4, 5)], ids=str
+)
 def test_the_pull_back_is_the_adjoint_of_the_features(space, shape, g):
     x, v = torch.randn(2, *shape, generator=g, dtype=torch.float64)
     rows, pull = space.features(x, Scene())
@@ -134,7 +136,7 @@ def test_guidance_in_a_space_spreads_that_space(pipe, name):
     from kspec_guidance import functional as F
     from kspec_guidance.kernels import GaussianKernel, median_bandwidth
 
-    idle, guide = (SPARKE(s, space=MADE[name](), stop=1.0) for s in (1e-9, 1.0))  # too weak to be seen, but it fills the memory
+    idle, guide = (SPARKE(s, space=MADE[name](), stop=1.0) for s in (1e-9, 1.0))  # the first too weak to be seen
     draw(pipe, idle, 6)
     draw(pipe, guide, 6)
     rows = [m.memory.x for m in (idle, guide)]
@@ -181,13 +183,16 @@ def test_a_tiny_decoder_stands_in_for_the_pipelines_own(pipe):
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
-    small = AutoencoderTiny(latent_channels=9, encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).eval()
+    small = AutoencoderTiny(
+        latent_channels=9, encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4
+    ).eval()
     moved = draw(pipe, SPARKE(0.6, space=Pixels(vae=small)))
     assert torch.isfinite(moved).all()
     assert not torch.equal(moved, draw(pipe, SPARKE(0.6, space="pixels")))
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "WanPipeline", "LTXPipeline", "StableAudioPipeline"])  # fmt: skip
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "WanPipeline",
+"LTXPipeline", "StableAudioPipeline"])  # fmt: skip
 @pytest.mark.parametrize("space", ["pooled", "activations"])
 def test_spaces_work_on_sequences_clips_and_sound(name, space):
     pipe = making.build(name)

@@ -54,7 +54,9 @@ def test_automatic_classes_return_the_guided_form_of_what_they_find(pipe):
     assert isinstance(again, diffusers.StableDiffusionImg2ImgPipeline)
     picture = torch.zeros(1, 3, 64, 64)
     guide = SPARKE(scale=1.0, stop=1.0)
-    out = again("heart", image=picture, num_images_per_prompt=2, num_inference_steps=6, output_type="np", kspec_guidance=guide)
+    out = again(
+        "heart", image=picture, num_images_per_prompt=2, num_inference_steps=6, output_type="np", kspec_guidance=guide
+    )
     assert np.isfinite(out.images).all()
     assert guide.report().steps_guided > 0
 
@@ -85,7 +87,7 @@ def test_named_pipelines_exist_for_every_class_and_no_other():
         assert issubclass(getattr(P, f"SPARKE{cls}"), getattr(diffusers, cls))
     assert issubclass(P.SPARKEMochiPipeline, diffusers.MochiPipeline)
     with pytest.raises(AttributeError, match="no pipeline class 'NoSuchPipeline'"):
-        P.SPARKENoSuchPipeline  # noqa: B018
+        P.SPARKENoSuchPipeline
     assert "SPARKEFluxPipeline" in dir(P)
 
 

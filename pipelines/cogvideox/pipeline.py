@@ -1,4 +1,4 @@
-"""CogVideoXPipeline guided by SPARKE, for ``custom_pipeline="pipelines/cogvideox"``; needs kspec-guidance installed."""
+"""CogVideoXPipeline guided by SPARKE, for ``custom_pipeline="pipelines/cogvideox"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

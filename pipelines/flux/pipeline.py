@@ -1,4 +1,4 @@
-"""FluxPipeline guided by SPARKE, for ``custom_pipeline="pipelines/flux"``; needs kspec-guidance installed."""
+"""FluxPipeline guided by SPARKE, for ``custom_pipeline="pipelines/flux"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

@@ -1,4 +1,4 @@
-"""Flux2Pipeline guided by SPARKE, for ``custom_pipeline="pipelines/flux_2"``; needs kspec-guidance installed."""
+"""Flux2Pipeline guided by SPARKE, for ``custom_pipeline="pipelines/flux_2"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

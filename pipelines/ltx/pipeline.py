@@ -1,4 +1,4 @@
-"""LTXPipeline guided by SPARKE, for ``custom_pipeline="pipelines/ltx"``; needs kspec-guidance installed."""
+"""LTXPipeline guided by SPARKE, for ``custom_pipeline="pipelines/ltx"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

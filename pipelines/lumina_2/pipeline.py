@@ -1,4 +1,4 @@
-"""Lumina2Pipeline guided by SPARKE, for ``custom_pipeline="pipelines/lumina_2"``; needs kspec-guidance installed."""
+"""Lumina2Pipeline guided by SPARKE, for ``custom_pipeline="pipelines/lumina_2"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

@@ -1,4 +1,4 @@
-"""PixArtSigmaPipeline guided by SPARKE, for ``custom_pipeline="pipelines/pixart_sigma"``; needs kspec-guidance installed."""
+"""PixArtSigmaPipeline guided by SPARKE, for ``custom_pipeline="pipelines/pixart_sigma"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

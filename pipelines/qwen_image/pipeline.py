@@ -1,4 +1,4 @@
-"""QwenImagePipeline guided by SPARKE, for ``custom_pipeline="pipelines/qwen_image"``; needs kspec-guidance installed."""
+"""QwenImagePipeline guided by SPARKE, for ``custom_pipeline="pipelines/qwen_image"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

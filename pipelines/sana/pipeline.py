@@ -1,4 +1,4 @@
-"""SanaPipeline guided by SPARKE, for ``custom_pipeline="pipelines/sana"``; needs kspec-guidance installed."""
+"""SanaPipeline guided by SPARKE, for ``custom_pipeline="pipelines/sana"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

@@ -1,4 +1,4 @@
-"""StableAudioPipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_audio"``; needs kspec-guidance installed."""
+"""StableAudioPipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_audio"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

@@ -1,4 +1,4 @@
-"""StableDiffusionPipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_diffusion"``; needs kspec-guidance installed."""
+"""StableDiffusionPipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_diffusion"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

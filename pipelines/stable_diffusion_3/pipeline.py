@@ -1,4 +1,4 @@
-"""StableDiffusion3Pipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_diffusion_3"``; needs kspec-guidance installed."""
+"""StableDiffusion3Pipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_diffusion_3"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

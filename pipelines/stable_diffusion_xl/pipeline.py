@@ -1,4 +1,4 @@
-"""StableDiffusionXLPipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_diffusion_xl"``; needs kspec-guidance installed."""
+"""StableDiffusionXLPipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_diffusion_xl"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

@@ -1,4 +1,4 @@
-"""WanPipeline guided by SPARKE, for ``custom_pipeline="pipelines/wan"``; needs kspec-guidance installed."""
+"""WanPipeline guided by SPARKE, for ``custom_pipeline="pipelines/wan"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

@@ -1,4 +1,4 @@
-"""ZImagePipeline guided by SPARKE, for ``custom_pipeline="pipelines/z_image"``; needs kspec-guidance installed."""
+"""ZImagePipeline guided by SPARKE, for ``custom_pipeline="pipelines/z_image"``."""
 
 from kspec_guidance.pipelines import sparke_pipeline
 

@@ -151,11 +151,23 @@ def qwen_vl(cls: str, config: str, text: dict[str, Any] | None = None, **vision:
     sizes = text_sizes(rope_scaling=rope, **(text or {}))
     tower = {"depth": 2, "hidden_size": WIDTH, "num_heads": HEADS, "patch_size": 8, "spatial_merge_size": 2}
     if "3VL" in cls:
-        tower |= {"intermediate_size": 64, "out_hidden_size": WIDTH, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+        tower |= {
+            "intermediate_size": 64,
+            "out_hidden_size": WIDTH,
+            "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 64,
+        }
     elif "2_5" in cls:
         tower |= {"intermediate_size": 64, "out_hidden_size": WIDTH, "fullatt_block_indexes": [1], "window_size": 32}
     else:
-        tower = {"depth": 2, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": HEADS, "patch_size": 8, "spatial_merge_size": 2}
+        tower = {
+            "depth": 2,
+            "embed_dim": WIDTH,
+            "hidden_size": WIDTH,
+            "num_heads": HEADS,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+        }
     made = getattr(transformers, config)(
         text_config=sizes,
         vision_config=tower | vision,
@@ -239,7 +251,9 @@ def hifigan(**more: Any) -> Any:
 
 
 def gpt2(**more: Any) -> Any:
-    config = transformers.GPT2Config(n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS, n_ctx=99, n_positions=99, vocab_size=1000, max_new_tokens=8, **more)
+    config = transformers.GPT2Config(
+        n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS, n_ctx=99, n_positions=99, vocab_size=1000, max_new_tokens=8, **more
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -254,7 +268,8 @@ def dpt(**more: Any) -> Any:
 
 def gemma3(cls: str = "Gemma3ForConditionalGeneration") -> Any:
     vision = {
-        "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": HEADS, "image_size": 32, "patch_size": 8,
+        "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": HEADS,
+        "image_size": 32, "patch_size": 8,
     }  # fmt: skip
     config = transformers.Gemma3Config(
         text_config=text_sizes(), vision_config=vision, mm_tokens_per_image=4, image_token_index=special("<|image_pad|>")
@@ -266,7 +281,8 @@ def mistral3(cls: str) -> Any:
     config = transformers.Mistral3Config(
         text_config=text_sizes(model_type="mistral"),
         vision_config={
-            "model_type": "pixtral", "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": HEADS,
+            "model_type": "pixtral", "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": HEADS,
             "image_size": 32, "patch_size": 8, "head_dim": 8,
         },
         image_token_index=special("<|image_pad|>"),
@@ -286,8 +302,10 @@ def chatglm(**more: Any) -> Any:
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
     sizes = {
-        "num_layers": LAYERS, "padded_vocab_size": vocabulary(), "hidden_size": WIDTH, "ffn_hidden_size": 64, "kv_channels": 8,
-        "num_attention_heads": HEADS, "seq_length": 256, "multi_query_attention": True, "multi_query_group_num": 2, "rmsnorm": True,
+        "num_layers": LAYERS, "padded_vocab_size": vocabulary(), "hidden_size": WIDTH, "ffn_hidden_size": 64,
+        "kv_channels": 8,
+        "num_attention_heads": HEADS, "seq_length": 256, "multi_query_attention": True, "multi_query_group_num": 2,
+        "rmsnorm": True,
         "add_qkv_bias": True, "apply_query_key_layer_scaling": True, "original_rope": True,
     }  # fmt: skip
     model = ChatGLMModel(ChatGLMConfig(**(sizes | more)), empty_init=False)
@@ -300,8 +318,10 @@ def multilingual_clip() -> Any:
     from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
 
     sizes = {
-        "numDims": WIDTH, "transformerDimensions": WIDTH, "hidden_size": WIDTH, "intermediate_size": 64, "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS, "vocab_size": vocabulary(), "max_position_embeddings": special("<pad>") + 520, "pad_token_id": special("<pad>"),
+        "numDims": WIDTH, "transformerDimensions": WIDTH, "hidden_size": WIDTH, "intermediate_size": 64,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS, "vocab_size": vocabulary(), "max_position_embeddings": special("<pad>") + 520,
+        "pad_token_id": special("<pad>"),
     }  # fmt: skip
     return MultilingualCLIP(MCLIPConfig(**sizes))
 
@@ -330,7 +350,12 @@ class AlwaysSafe(torch.nn.Module):
 
 def siglip2_vision() -> Any:
     config = transformers.Siglip2VisionConfig(
-        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_patches=16, patch_size=8
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_patches=16,
+        patch_size=8,
     )
     return transformers.Siglip2VisionModel(config)
 
@@ -376,14 +401,18 @@ ENCODERS: dict[str, Any] = {
     "DPTForDepthEstimation": dpt,
 }
 PROCESSORS: dict[str, Any] = {
-    **{n: functools.partial(image_processor, n) for n in ("CLIPImageProcessor", "SiglipImageProcessor", "DPTImageProcessor")},
+    **{
+        n: functools.partial(image_processor, n)
+        for n in ("CLIPImageProcessor", "SiglipImageProcessor", "DPTImageProcessor")
+    },
     **{n: functools.partial(qwen_processor, n) for n in ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")},
     "CLIPTokenizer": clip_tokenizer,
     "ClapFeatureExtractor": transformers.ClapFeatureExtractor,
     "CLIPProcessor": lambda: transformers.CLIPProcessor(image_processor("CLIPImageProcessor"), clip_tokenizer()),
 }
 TOKENIZERS = (
-    "T5Tokenizer", "T5TokenizerFast", "AutoTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "LlamaTokenizer", "BertTokenizer",
+    "T5Tokenizer", "T5TokenizerFast", "AutoTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "LlamaTokenizer",
+    "BertTokenizer",
     "ByT5Tokenizer", "TokenizersBackend", "PreTrainedTokenizerBase", "RobertaTokenizer", "PythonBackend", "AutoProcessor",
     "ChatGLMTokenizer", "XLMRobertaTokenizer", "GemmaTokenizerFast",
 )  # fmt: skip

@@ -19,8 +19,10 @@ SCHEDULERS = {
 
 # components that a pipeline does without
 LEFT_OUT = {
-    "safety_checker", "image_encoder", "feature_extractor", "image_processor", "watermarker", "transformer_2", "prompt_enhancer",
-    "prompt_enhancer_head", "processor", "audio_tokenizer", "audio_token_detokenizer", "pe", "pe_tokenizer", "ocr_guider", "audio_scheduler",
+    "safety_checker", "image_encoder", "feature_extractor", "image_processor", "watermarker", "transformer_2",
+    "prompt_enhancer",
+    "prompt_enhancer_head", "processor", "audio_tokenizer", "audio_token_detokenizer", "pe", "pe_tokenizer",
+    "ocr_guider", "audio_scheduler",
 }  # fmt: skip
 
 
@@ -83,7 +85,9 @@ def build(name: str, **swapped: Any) -> Any:
             made[p.name] = swapped[p.name]
         elif p.name in rule.parts:
             override = rule.parts[p.name]
-            made[p.name] = part(candidates(p.annotation), override) if isinstance(override, str | dict | tuple) else override
+            made[p.name] = (
+                part(candidates(p.annotation), override) if isinstance(override, str | dict | tuple) else override
+            )
         elif p.name in rule.settings:
             made[p.name] = rule.settings[p.name]
         elif p.name == "requires_safety_checker":
@@ -149,12 +153,22 @@ def call_modular(pipe: Any, **more: Any) -> dict[str, Any]:
     settings = {k: v() if callable(v) else v for k, v in settings.items()}
     torch.manual_seed(0)
     values = {
-        "prompt": "a red heart", "num_images_per_prompt": 4, "num_videos_per_prompt": 2, "num_inference_steps": inputs.STEPS, "height": inputs.SIZE,
-        "width": inputs.SIZE, "num_frames": inputs.FRAMES, "max_sequence_length": 16, "generator": torch.Generator().manual_seed(0),
+        "prompt": "a red heart", "num_images_per_prompt": 4, "num_videos_per_prompt": 2,
+        "num_inference_steps": inputs.STEPS, "height": inputs.SIZE,
+        "width": inputs.SIZE, "num_frames": inputs.FRAMES, "max_sequence_length": 16,
+        "generator": torch.Generator().manual_seed(0),
         "output_type": "latent" if more.pop("latent", False) else "np",
     }  # fmt: skip
     known = {i.name for i in pipe.blocks.inputs}
-    keep = ("height", "width", "num_frames", "max_sequence_length", "text_encoder_out_layers", "frame_rate", "negative_prompt")
+    keep = (
+        "height",
+        "width",
+        "num_frames",
+        "max_sequence_length",
+        "text_encoder_out_layers",
+        "frame_rate",
+        "negative_prompt",
+    )
     values |= {k: v for k, v in settings.items() if k in keep} | more
     return {k: v for k, v in values.items() if k in known and v is not inputs.NOTHING}
 

@@ -1,4 +1,5 @@
-"""Is a scheduler's x0 read off rightly, and is it left alone at scale 0? For every scheduler class that diffusers exports."""
+"""Is a scheduler's x0 read off rightly, and is it left alone at scale 0? For every scheduler class that diffusers
+exports."""
 
 import inspect
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "CMStochasticIterativeScheduler": {"clip_denoised": False},
     "HeliosScheduler": {"stages": 1, "stage_range": [0, 1]},
     "HeliosDMDScheduler": {"stages": 1, "stage_range": [0, 1]},
-    "RFD4ProteinaScheduler": {"schedule_mode": "power", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0, "t_lim_ode": 0.0, "tail_steps": 0},
+    "RFD4ProteinaScheduler": {
+        "schedule_mode": "power",
+        "noise_mode": "tan",
+        "tsr_k": 1.0,
+        "tsr_sigma": 1.0,
+        "t_lim_ode": 0.0,
+        "tail_steps": 0,
+    },
 }
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction", "trigflow")
 SHAPE = (3, 4, 8, 8)
@@ -36,7 +44,8 @@ SHAPE = (3, 4, 8, 8)
 
 @dataclass
 class SchedulerVerdict:
-    """``evidence`` says what the recovered x0 was held against; ``error`` is the largest difference, relative to x0's scale."""
+    """``evidence`` says what the recovered x0 was held against; ``error`` is the largest difference, relative to x0's
+    scale."""
 
     name: str
     evidence: str = ""
@@ -68,7 +77,9 @@ def make(name: str, prediction: str | None = None) -> Any:
 
 def start(scheduler: Any, steps: int) -> None:
     if type(scheduler).__name__ == "SCMScheduler":
-        scheduler.set_timesteps(num_inference_steps=steps, max_timesteps=1.57080, intermediate_timesteps=1.3 if steps == 2 else None)
+        scheduler.set_timesteps(
+            num_inference_steps=steps, max_timesteps=1.57080, intermediate_timesteps=1.3 if steps == 2 else None
+        )
     elif type(scheduler).__name__ == "RePaintScheduler":
         scheduler.set_timesteps(steps, jump_length=1, jump_n_sample=1)
     elif type(scheduler).__name__ == "RFD4ProteinaScheduler":
@@ -132,7 +143,11 @@ def run(scheduler: Any, steps: int, seen: Any = None) -> Tensor:
     x = sample_for(type(scheduler).__name__)
     x = x * float(getattr(scheduler, "init_noise_sigma", 1.0))
     memory: dict[str, Any] = {}
-    times = scheduler.timesteps[:-1] if type(scheduler).__name__ in ("SCMScheduler", "DDPMWuerstchenScheduler") else scheduler.timesteps
+    times = (
+        scheduler.timesteps[:-1]
+        if type(scheduler).__name__ in ("SCMScheduler", "DDPMWuerstchenScheduler")
+        else scheduler.timesteps
+    )
     for k, t in enumerate(times):
         if type(scheduler).__name__ == "IPNDMScheduler" and steps == 2 and k == 0:
             scheduler._step_index = 1  # its first noise level is pure noise, where it divides by zero
@@ -150,7 +165,13 @@ def run(scheduler: Any, steps: int, seen: Any = None) -> Tensor:
 
 
 # Schedulers whose last step is a plain one from a noise level to none, but that cannot run in one step.
-LAST = {"HeliosScheduler": 2, "HeliosDMDScheduler": 2, "MiniMaxH3Scheduler": 2, "RFD4ProteinaScheduler": STEPS, "IPNDMScheduler": 2}
+LAST = {
+    "HeliosScheduler": 2,
+    "HeliosDMDScheduler": 2,
+    "MiniMaxH3Scheduler": 2,
+    "RFD4ProteinaScheduler": STEPS,
+    "IPNDMScheduler": 2,
+}
 NO_X0 = ("LCM", "TCD", "ScoreSdeVe", "KarrasVe", "SASolver", "CMStoch", "RePaint")  # a second result that is something else
 
 
@@ -179,9 +200,10 @@ def check_prediction(name: str, prediction: str | None) -> tuple[str, float]:
             own = result[1] if len(result) > 1 and isinstance(result[1], Tensor) and not name.startswith(NO_X0) else None
             if own is not None and own.shape == given.shape:
                 note("its own x0", own, given)
-            if name == "TCDScheduler":  # its second result is x0 noised again, to the lowest level: hold ours, noised so, against it
+            if name == "TCDScheduler":  # its second result is x0 noised again: hold ours, noised so, against it
                 x, abar = last[2], scheduler.alphas_cumprod
-                now, low = abar[int(last[3])], abar[scheduler.timesteps[k + 1]] if k + 1 < len(scheduler.timesteps) else abar[0]
+                now, times = abar[int(last[3])], scheduler.timesteps
+                low = abar[times[k + 1]] if k + 1 < len(times) else abar[0]
                 noise = (x - now.sqrt() * given) / (1 - now).sqrt()
                 note("its own x0, noised again", result[1], low.sqrt() * given + (1 - low).sqrt() * noise)
             last[:] = [given, result[0]]
