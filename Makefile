@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint effect clean
+.PHONY: demo test lint oldest support overhead effect clean
 .DEFAULT_GOAL := test
 
 # torch and torchvision first and pinned: they are built for each other, and open_clip_torch would take the newest of either
@@ -25,6 +25,20 @@ lint: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest --durations=8
 
+# guidance on the oldest diffusers and transformers that pyproject.toml allows, laid over the environment above
+OLDEST := .venv-oldest
+oldest: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(OLDEST) diffusers==0.35.2 transformers==4.56.2 \
+		tokenizers==0.22.1 huggingface-hub==0.34.6
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_guidance.py tests/test_demo_pipeline.py tests/test_prediction.py \
+		tests/test_spaces.py tests/test_living.py tests/test_ways_in.py tests/test_schedulers.py
+
+# the support matrix and what guidance costs; `make support` takes four minutes, `make overhead` ten
+support: $(VENV)/.installed
+	$(BIN)/python benchmarks/support_matrix.py
+overhead: $(VENV)/.installed
+	$(BIN)/python benchmarks/overhead.py
+
 # the figures of the README and the model card
 effect: $(VENV)/.installed
 	$(BIN)/python benchmarks/effect.py --plot docs/effect.png
@@ -32,4 +46,4 @@ effect: $(VENV)/.installed
 	$(BIN)/python benchmarks/where_to_push.py
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest outputs .pytest_cache .ruff_cache .mypy_cache

@@ -114,7 +114,10 @@ class Term:
 class _Run:
     """One pass through a scheduler's timesteps."""
 
-    def __init__(self, scheduler: Any, timestep: Any, place: tuple[int, int] | None, layout: Layout, total: int | None):
+    def __init__(
+        self, scheduler: Any, timestep: Any, sample: Any, place: tuple[int, int] | None, layout: Layout, total: int | None
+    ):
+        self.shapes = _shapes(sample)
         self.scheduler, self.timesteps = scheduler, scheduler.timesteps
         self.owner = ThreadOwner()
         if place is None:  # image-to-image starts inside the list, and a base model may leave its end to a refiner
@@ -134,9 +137,12 @@ class _Run:
         self.done = False
 
     def continues(self, scheduler: Any, sample: Any) -> bool:
-        if scheduler is not self.scheduler or scheduler.timesteps is not self.timesteps or self.done:
-            return False
-        return self.step < self.total and Layout.of(sample, None).kind in (self.layout.kind, "image")
+        same = scheduler is self.scheduler and scheduler.timesteps is self.timesteps and _shapes(sample) == self.shapes
+        return same and not self.done and self.step < self.total
+
+
+def _shapes(sample: Any) -> Any:
+    return sample.shape if isinstance(sample, Tensor) else [s.shape for s in sample]
 
 
 class KernelGuidance(PipelineCallback):
@@ -499,7 +505,7 @@ class KernelGuidance(PipelineCallback):
     def _begin(self, scheduler: Any, timestep: Any, sample: Any, place: tuple[int, int] | None) -> _Run:
         layout = Layout.of(sample, self._asked)
         total = getattr(self._pipe, "_num_timesteps", None)
-        run = _Run(scheduler, timestep, place, layout, total if isinstance(total, int) else None)
+        run = _Run(scheduler, timestep, sample, place, layout, total if isinstance(total, int) else None)
         packed = layout.pack(sample)
         for term in self.terms:
             assert term.memory is not None

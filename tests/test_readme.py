@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+PAGES = ["docs/pipelines.md", "docs/support.md", "pipelines/README.md"]
 
 
 @pytest.mark.slow
@@ -34,6 +35,20 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "outputs").iterdir()} >= {"images", "report.html", "compare.html"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_the_other_pages_runs(page, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("kspec_guidance", "pipelines"):  # paths in the pages are those of a clone
+        (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
+    names: dict = {}
+    for language, block in re.findall(r"```(\w+)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        assert language == "python"
+        exec(compile(block, page, "exec"), names)
+
+
 def test_other_commands_are_known():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for language, block in BLOCKS:
@@ -45,5 +60,6 @@ def test_other_commands_are_known():
 
 
 def test_the_readmes_pictures_and_links_exist():
-    for path in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert path.startswith("https://") or (ROOT / path).is_file(), path
+    for page in ["README.md", *PAGES]:
+        for path in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+            assert path.startswith("https://") or (ROOT / page).parent.joinpath(path).is_file(), (page, path)
