@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py            all of it on this machine, about ten minutes on two cores; writes
     results/overhead.json
-    python benchmarks/overhead.py pipeline   the embedded pipeline and the feature spaces only (a minute)
+    python benchmarks/overhead.py pipeline   the embedded pipeline and the feature spaces only
+    python benchmarks/overhead.py page       write the tables of docs/pipelines.md again
 
 Where a CUDA device is at hand everything runs there, timed with events. Denoisers have their true sizes and random
 weights; of
@@ -12,6 +13,7 @@ Flux, one block of each kind is timed and multiplied, since 48 GB of weights do 
 import gc
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -267,7 +269,44 @@ def spaces() -> list[dict]:
     return out
 
 
+def page(record: dict) -> None:
+    """Write the tables into docs/pipelines.md, between their marks."""
+    rows = [
+        f"| {r['space']} | {r['own_ms_per_guided_step']:.1f} ms | {r['seconds']:.2f} s | {r['peak_megabytes']:.0f} MB |"
+        for r in record["spaces"]
+    ]
+    head = "| space | guidance, a guided step | a run | peak extra memory |\n|---|---|---|---|\n"
+    plain = next(r["seconds"] for r in record["spaces"] if r["space"] == "plain")
+    spaces_table = (
+        f"Measured on the embedded pipeline, 16 images, 20 steps of which 12 are guided ({record['device']}; "
+        f"`python benchmarks/overhead.py`; a plain run takes {plain:.2f} s, and runs differ by some percent from one to the "
+        "next):\n\n" + head + "\n".join(rows)
+    )
+    steps = []
+    for r in record.get("steps", []):
+        cost = r.get("left_out") or f"{r['added_seconds'] * 1e3:.1f} ms | {r['share']:.2%} | {r['peak_megabytes']:.0f} MB"
+        cells = f"not measured: {cost} | | " if "left_out" in r else cost
+        steps.append(f"| {r['latents']} | {r['memory']:,} | {r['denoiser_seconds']:.1f} s | {cells} |")
+    step_table = (
+        f"One image, float32, {record['device']}; a denoiser's step is one call without classifier-free guidance: with it a "
+        "step takes twice as long, and the share is half of this. The memory's rows are kept twice, as they are and scaled to "
+        "norm 1.\n\n"
+        "| latents | memory | denoiser's step | guidance adds | share | peak extra memory |\n|---|---|---|---|---|---|\n"
+        + "\n".join(steps)
+    )
+    path = Path(__file__).parents[1] / "docs" / "pipelines.md"
+    text = path.read_text()
+    for name, table in (("spaces", spaces_table), ("overhead", step_table)):
+        text = re.sub(
+            rf"<!-- {name} -->.*<!-- /{name} -->", f"<!-- {name} -->\n{table}\n<!-- /{name} -->", text, flags=re.DOTALL
+        )
+    path.write_text(text)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["page"]:
+        page(json.loads(RESULTS.read_text()))
+        return
     if sys.argv[1:2] == ["peak"]:
         child(sys.argv[2])
         return
@@ -277,6 +316,7 @@ def main() -> None:
     if "pipeline" not in sys.argv[1:]:
         record["steps"] = large_models()
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    page(record)
 
 
 if __name__ == "__main__":

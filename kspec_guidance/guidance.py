@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,131 +17,15 @@ from kspec_guidance.config import FORMAT, decode, encode, read_config, write_con
 from kspec_guidance.injection import SchedulerHook, ThreadOwner, find_scheduler
 from kspec_guidance.layouts import Layout
 from kspec_guidance.memory import Memory, MemoryBank
-from kspec_guidance.moves import PARTS, MoveState
-from kspec_guidance.objectives import Objective, natural_rows, pull_back
-from kspec_guidance.prediction import Prediction, predict
-from kspec_guidance.report import GuidanceReport, StepRecord
-from kspec_guidance.spaces import Activations, FeatureSpace, Scene, make_space
+from kspec_guidance.objectives import Objective
+from kspec_guidance.prediction import predict
+from kspec_guidance.report import GuidanceReport
+from kspec_guidance.running import Run, jitter
+from kspec_guidance.spaces import Activations, FeatureSpace, Scene
+from kspec_guidance.terms import DEFAULT_CHAIN, Term
 from kspec_guidance.watching import CallWatch, DenoiserWatch, PromptWatch, masked_mean
 
-__all__ = ["KernelGuidance", "Term"]
-
-DEFAULT_CHAIN = ("tangent", "off_score", "bound")
-
-
-@dataclass(eq=False)
-class Term:
-    """One objective with its strength, its interval and the parts that turn its gradient into a move.
-
-    Args:
-        objective: what is to grow.
-        scale: size of a move relative to the norm of what is moved, at least 0.
-        space: where samples are compared: ``x0`` (the clean prediction), ``latents`` (the noisy sample, as the papers do),
-            ``pooled``, ``pixels``, ``activations``, or a :class:`~kspec_guidance.spaces.FeatureSpace` with its settings.
-            ``latents`` moves the noisy sample after the step, the others the clean prediction, through the model output.
-        start, stop: the guided interval as fractions of the run, ``0 <= start <= stop <= 1``.
-        every: guide every so many steps of the interval.
-        sigma_interval: guide only while noise-to-signal lies in ``(low, high)``, as well.
-        chain: names of :mod:`kspec_guidance.moves` parts, in order.
-        memory: what was generated before.
-    """
-
-    objective: Objective
-    scale: float
-    space: FeatureSpace | str = "x0"
-    start: float = 0.0
-    stop: float = 1.0
-    every: int = 1
-    sigma_interval: tuple[float, float] | None = None
-    chain: tuple[str, ...] = DEFAULT_CHAIN
-    memory: Memory | None = None
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(
-                f"scale must be a finite number of at least 0, got {self.scale!r}; to draw images toward something use "
-                "MMDGuidance, since a negative scale would have no limit"
-            )
-        self.space = make_space(self.space)
-        if not 0 <= self.start <= self.stop <= 1:
-            raise ValueError(f"need 0 <= start <= stop <= 1 as fractions of the run, got {self.start} and {self.stop}")
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every must be a whole number of steps, at least 1, got {self.every!r}")
-        if self.sigma_interval is not None and not 0 <= self.sigma_interval[0] <= self.sigma_interval[1]:
-            raise ValueError(f"sigma_interval must be (low, high) with 0 <= low <= high, got {self.sigma_interval}")
-        unknown = [name for name in self.chain if name not in PARTS]
-        if unknown:
-            raise ValueError(f"unknown parts {unknown} in chain; known are {', '.join(PARTS)}")
-        if self.memory is None:
-            self.memory = self.objective.make_memory()
-
-    def due(self, step: int, total: int, noise_to_signal: float) -> bool:
-        """Whether this step of the run is guided."""
-        if self.scale == 0 or not self.start <= step / total < self.stop:
-            return False
-        if self.sigma_interval is not None and not self.sigma_interval[0] <= noise_to_signal <= self.sigma_interval[1]:
-            return False
-        return (step - math.ceil(self.start * total - 1e-9)) % self.every == 0
-
-    def due_in(self, total: int) -> list[int]:
-        """The steps of a run that are guided, noise levels left aside."""
-        return [
-            step
-            for step in range(total)
-            if self.due(step, total, 1.0 if self.sigma_interval is None else self.sigma_interval[0])
-        ]
-
-    def gradient(
-        self, rows: Tensor, t: Tensor | None, jitter: Tensor | None = None, memory: Memory | None = None
-    ) -> Tensor:
-        """Ascent direction in feature rows ``[n, ...]``, before any scaling."""
-        natural = natural_rows(rows, self.objective.unit)
-        if jitter is not None:
-            jitter = jitter.to(natural) * natural.norm(dim=1, keepdim=True)
-        g = self.objective.gradient(natural, t, self.memory if memory is None else memory, jitter)
-        return pull_back(rows, g, self.objective.unit)
-
-    def move(self, x: Tensor, g: Tensor, score: Tensor, fraction: float) -> Tensor:
-        """The move of samples ``x`` that the chain makes of an ascent direction ``g`` in them."""
-        state = MoveState(x, score, fraction, (self.start, self.stop), float(self.scale))
-        move = g
-        for name in self.chain:
-            move = PARTS[name](move, state)
-        return move
-
-
-class _Run:
-    """One pass through a scheduler's timesteps."""
-
-    def __init__(
-        self, scheduler: Any, timestep: Any, sample: Any, place: tuple[int, int] | None, layout: Layout, total: int | None
-    ):
-        self.shapes = _shapes(sample)
-        self.scheduler, self.timesteps = scheduler, scheduler.timesteps
-        self.owner = ThreadOwner()
-        if place is None:  # image-to-image starts inside the list, and a base model may leave its end to a refiner
-            first = getattr(scheduler, "begin_index", None)
-            if first is None:
-                at = torch.as_tensor(timestep).flatten()[:1]
-                where = (self.timesteps == at.to(self.timesteps)).nonzero()
-                first = int(where[0]) if len(where) else 0
-            left = len(self.timesteps) - int(first)
-            place = 0, min(left, total) if total else left
-        self.step, self.total = place
-        self.layout = layout
-        self.seconds = 0.0
-        self.final: Any = None
-        self.prompts: Tensor | None = None
-        self.kept: dict[int, list[Tensor]] = {}  # activations of the guided steps, by term
-        self.done = False
-
-    def continues(self, scheduler: Any, sample: Any) -> bool:
-        same = scheduler is self.scheduler and scheduler.timesteps is self.timesteps and _shapes(sample) == self.shapes
-        return same and not self.done and self.step < self.total
-
-
-def _shapes(sample: Any) -> Any:
-    return sample.shape if isinstance(sample, Tensor) else [s.shape for s in sample]
+__all__ = ["DEFAULT_CHAIN", "KernelGuidance", "Term"]
 
 
 class KernelGuidance(PipelineCallback):
@@ -195,7 +78,7 @@ class KernelGuidance(PipelineCallback):
             assert objective is not None
             terms = [Term(objective, scale, space, start, stop, every, sigma_interval, tuple(chain), memory)]
         self.terms, self.seed = list(terms), seed
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._inside: ThreadOwner | None = None  # of the run in progress, during its steps too
         self._prompts: Tensor | None = None
         self._encoder: str | None = None
@@ -253,8 +136,8 @@ class KernelGuidance(PipelineCallback):
                         f"memory holds features of shape {memory.shape}, got {tuple(x.shape[1:])}; "
                         "use a separate memory per resolution, or clear() it"
                     )
-            jitter = self._jitter(x, 0)
-            return torch.stack([term.gradient(x, t, jitter) for term in self.terms]).sum(0).to(x.dtype)
+            apart = jitter(x, 0, self.seed)
+            return torch.stack([term.gradient(x, t, apart) for term in self.terms]).sum(0).to(x.dtype)
 
     def to_config(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All settings, ready for JSON, and the tensors they name; the memory is not among them.
@@ -268,7 +151,7 @@ class KernelGuidance(PipelineCallback):
             said = {
                 k: encode(getattr(term, k), tensors) for k in ("scale", "start", "stop", "every", "sigma_interval", "chain")
             }
-            terms.append(said | {"objective": encode(term.objective, tensors), "space": term.space.describe()})
+            terms.append(said | {"objective": encode(term.objective, tensors), "space": term.feature_space.describe()})
         return {"format": FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}, tensors
 
     def save_config(self, save_directory: str | os.PathLike) -> None:
@@ -465,7 +348,7 @@ class KernelGuidance(PipelineCallback):
         """A call is over: what it made is kept, also if a refiner is to finish it; not if it was interrupted."""
         run = self._run
         if run is not None and not run.done and run.final is not None and not getattr(self._pipe, "interrupt", False):
-            self._finish(run)
+            run.finish(self._scene(run.final))
         self._open = True
 
     # -- the run ---------------------------------------------------------------------------------------------------
@@ -497,22 +380,12 @@ class KernelGuidance(PipelineCallback):
             return None
         return self._match(t.to(device), n)
 
-    def _jitter(self, x: Tensor, step: int) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
-        noise = torch.randn(len(x), x[0].numel(), generator=generator)
-        return (noise / noise.norm(dim=1, keepdim=True) * 1e-2).to(x.device)
-
-    def _begin(self, scheduler: Any, timestep: Any, sample: Any, place: tuple[int, int] | None) -> _Run:
+    def _begin(self, scheduler: Any, timestep: Any, sample: Any, place: tuple[int, int] | None) -> Run:
         layout = Layout.of(sample, self._asked)
         total = getattr(self._pipe, "_num_timesteps", None)
-        run = _Run(scheduler, timestep, sample, place, layout, total if isinstance(total, int) else None)
-        packed = layout.pack(sample)
-        for term in self.terms:
-            assert term.memory is not None
-            shape = term.space.shape(packed)
-            if shape is not None:
-                term.memory.bind(shape, term.space.name, self._encoder)
-        self._report = GuidanceReport(total_steps=run.total, scheduler=type(scheduler).__name__, layout=layout.kind)
+        total = total if isinstance(total, int) else None
+        run = Run(scheduler, timestep, sample, place, layout, total, self.terms, self.seed, self._encoder)
+        self._report = run.report
         return run
 
     def _scene(self, sample: Any) -> Scene:
@@ -539,93 +412,28 @@ class KernelGuidance(PipelineCallback):
         with torch.no_grad():
             t = run.prompts = self._prompts_for(layout.count(sample), layout.device(sample))
             seen = predict(scheduler, model_output, timestep, sample, extra)
-            if not torch.isfinite(seen.x0).all():
+            x0 = layout.pack(seen.x0)
+            if not torch.isfinite(x0).all():
                 raise ValueError(
                     f"NaN or infinite values in the prediction at step {run.step + 1} of {run.total}; the memory was not "
                     "changed. Lower guidance_scale or scale, or use float32 if the model overflows in half precision"
                 )
             due = [k for k in self.terms if k.due(run.step, run.total, seen.noise_to_signal)]
             scene = self._scene(sample)
-            guided = self._move(run, [k for k in due if not k.space.noisy], layout.pack(seen.x0), seen, t, scene)
+            guided = run.move([k for k in due if not k.feature_space.noisy], x0, seen, t, scene)
             if guided is not None:
                 model_output = seen.moved(model_output, layout.unpack(guided))
         run.seconds += time.perf_counter() - began
         result = proceed(model_output, sample)
         began = time.perf_counter()
         with torch.no_grad():
-            result = self._move_latents(run, [k for k in due if k.space.noisy], result, seen, t, scene)
+            result = run.move_latents([k for k in due if k.feature_space.noisy], result, seen, t, scene)
             run.step += 1
             run.final = result[0]
             if run.step >= run.total:
-                self._finish(run)
+                run.finish(self._scene(run.final))
                 self._inside = None
         run.seconds += time.perf_counter() - began
         self._report.seconds = run.seconds
         self._run, self._call = run, None
         return result
-
-    def _gradient(self, run: _Run, term: Term, target: Tensor, t: Tensor | None, scene: Scene) -> Tensor:
-        """The ascent direction in the samples: through the term's space."""
-        rows, pull = term.space.features(target, scene)
-        memory = term.memory
-        assert memory is not None
-        if isinstance(term.space, Activations):
-            kept = run.kept.setdefault(id(term), [])
-            memory = _of_step(memory, len(kept), (len(term.due_in(run.total)), rows.shape[1]), self._encoder)
-            kept.append(rows)
-        elif term.space.shape(target) is None:
-            memory.bind((rows.shape[1],), term.space.name, self._encoder)
-        g = term.gradient(rows, t, self._jitter(rows, run.step), memory)
-        return pull(g).view(target.shape).to(target.dtype)
-
-    def _move(
-        self, run: _Run, terms: list[Term], target: Tensor, seen: Prediction, t: Tensor | None, scene: Scene
-    ) -> Tensor | None:
-        if not terms:
-            return None
-        score, fraction = run.layout.pack(seen.score), run.step / run.total
-        moves = [term.move(target, self._gradient(run, term, target, t, scene), score, fraction) for term in terms]
-        move = torch.stack(moves).sum(0)
-        relative = move.flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1).clamp_min(1e-12)
-        self._report.steps.append(StepRecord(run.step, float(relative.mean()), seen.noise_to_signal))
-        self._report.note(target, move, t, terms[0].memory)
-        return move
-
-    def _move_latents(
-        self, run: _Run, terms: list[Term], result: Any, seen: Prediction, t: Tensor | None, scene: Scene
-    ) -> Any:
-        if not terms:
-            return result
-        latents = result[0]
-        move = self._move(run, terms, run.layout.pack(latents).float(), seen, t, scene)
-        assert move is not None
-        moved = latents + run.layout.unpack(move).to(latents.dtype)
-        if isinstance(result, tuple):
-            return (moved, *result[1:])
-        result.prev_sample = moved
-        return result
-
-    def _finish(self, run: _Run) -> None:
-        run.done = True
-        with torch.no_grad():
-            final, t, scene = run.layout.pack(run.final), run.prompts, self._scene(run.final)
-            self._report.finish(final)
-            added: set[int] = set()
-            for term in self.terms:
-                if term.memory is None or id(term.memory) in added:
-                    continue
-                kept = run.kept.get(id(term))
-                features = torch.stack(kept, dim=1) if kept else term.space.final(final, scene)
-                if features is not None:
-                    term.memory.add(features, t)
-                    added.add(id(term.memory))
-
-
-def _of_step(memory: Memory, k: int, shape: tuple[int, int], encoder: str | None) -> Memory:
-    """The part of an activations memory ``[n, steps, c]`` that belongs to the ``k``-th guided step."""
-    memory.bind(shape, Activations.name, encoder)
-    if not isinstance(memory, MemoryBank) or not len(memory) or k >= shape[0]:
-        return MemoryBank()
-    part = MemoryBank(Activations.name, encoder)
-    part.add(memory.x.view(len(memory), *shape)[:, k], memory.prompts)
-    return part

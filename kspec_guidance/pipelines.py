@@ -82,8 +82,8 @@ def _automatic(auto: Any) -> Any:
 
         @functools.wraps(method)
         def make(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            pipe = method(*args, **kwargs)
-            pipe.__class__ = guided(type(pipe))  # only __call__ differs: the components need not be moved
+            pipe: Any = method(*args, **kwargs)
+            pipe.__class__ = guided(pipe.__class__)  # only __call__ differs: the components need not be moved
             return pipe
 
         return classmethod(make)

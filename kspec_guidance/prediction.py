@@ -98,14 +98,16 @@ def family(scheduler: Any) -> str:
 class Prediction:
     """x0 and what is needed to change it: ``x = alpha x0 + sigma noise`` and ``d m / d x0 = 1 / slope``."""
 
-    x0: Tensor
-    sample: Tensor
+    x0: Any
+    sample: Any
     alpha: float | Tensor
     sigma: float | Tensor
     slope: float | Tensor
 
-    def moved(self, model_output: Tensor, move: Tensor) -> Tensor:
+    def moved(self, model_output: Any, move: Any) -> Any:
         """The model output whose x0 is ``x0 + move``; further channels (a learned variance) stay."""
+        if isinstance(model_output, list | tuple):
+            return type(model_output)(self.moved(m, d) for m, d in zip(model_output, move, strict=True))
         if isinstance(self.slope, Tensor):  # tokens without noise, as of an image to go on from, stay where they are
             shift = torch.where(self.slope.abs() > 1e-6, move / self.slope, 0).to(model_output.dtype)
         elif abs(self.slope) > 1e-6:
@@ -118,8 +120,10 @@ class Prediction:
         return torch.cat([model_output[:, :channels] + shift, model_output[:, channels:]], dim=1)
 
     @property
-    def score(self) -> Tensor:
+    def score(self) -> Any:
         """A direction parallel to the score at the sample: ``alpha x0 - x = -sigma noise``."""
+        if isinstance(self.x0, list):
+            return [self.alpha * x0 - x for x0, x in zip(self.x0, self.sample, strict=True)]
         return self.alpha * self.x0 - self.sample
 
     @property
@@ -242,7 +246,7 @@ def coefficients(prediction_type: str, kind: str, alpha: Any, sigma: Any, schedu
 
 
 def predict(
-    scheduler: Any, model_output: Tensor, timestep: Tensor | float, sample: Tensor, extra: dict[str, Any] | None = None
+    scheduler: Any, model_output: Any, timestep: Tensor | float, sample: Any, extra: dict[str, Any] | None = None
 ) -> Prediction:
     """Form x0 (float32 or wider) of a scheduler step about to be taken.
 
@@ -250,9 +254,13 @@ def predict(
         scheduler: any of :func:`supported_schedulers`, its timesteps set.
         model_output: ``[n, c, ...]``, or ``[n, 2c, ...]`` with a learned variance in the second half.
         timestep: as given to ``scheduler.step``.
-        sample: noisy ``[n, c, ...]``.
+        sample: noisy ``[n, c, ...]``; or lists of both, for a state of several tensors at one noise level.
         extra: the further arguments of ``scheduler.step``, by name.
     """
+    if isinstance(sample, list | tuple):
+        parts = [predict(scheduler, m, timestep, x, extra) for m, x in zip(model_output, sample, strict=True)]
+        one = parts[0]
+        return Prediction([p.x0 for p in parts], [p.sample for p in parts], one.alpha, one.sigma, one.slope)
     kind = family(scheduler)
     alpha, sigma = levels(scheduler, timestep, kind, extra)
     if isinstance(sigma, Tensor) and sigma.ndim > sample.ndim:

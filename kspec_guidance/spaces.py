@@ -139,7 +139,7 @@ class Pooled(FeatureSpace):
         if x.ndim == 3:
             x = x.mT if x.shape[1] > x.shape[2] else x
             return nnf.adaptive_avg_pool1d(x, min(self.grid**2, x.shape[2]))
-        size = [min(self.grid, s) for s in x.shape[2:]]
+        size: Any = tuple(min(self.grid, s) for s in x.shape[2:])
         return nnf.adaptive_avg_pool2d(x, size) if x.ndim == 4 else nnf.adaptive_avg_pool3d(x, size)
 
     def features(self, x: Tensor, scene: Scene) -> tuple[Tensor, Pull]:
@@ -212,7 +212,8 @@ class Pixels(FeatureSpace):
             return y
         if y.ndim == 5:  # a clip: frames are pooled one by one and compared together
             y = y.transpose(1, 2).flatten(1, 2)
-        return nnf.adaptive_avg_pool2d(y, [min(self.size, s) for s in y.shape[2:]]) if y.ndim == 4 else y
+        size: Any = tuple(min(self.size, s) for s in y.shape[2:])
+        return nnf.adaptive_avg_pool2d(y, size) if y.ndim == 4 else y
 
     def features(self, x: Tensor, scene: Scene) -> tuple[Tensor, Pull]:
         return by_autograd(lambda p: self._map(p, scene), x, self.chunk)

@@ -57,6 +57,33 @@ def test_a_state_of_several_tensors_is_one_row_a_sample(g):
         Layout.of(torch.zeros(3))
 
 
+def test_a_state_of_several_tensors_is_guided_as_one(g):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    class Both(FlowMatchEulerDiscreteScheduler):  # a picture and its sound, stepped together
+        def step(self, model_output, timestep, sample, return_dict=True):
+            self._init_step_index(timestep) if self.step_index is None else None
+            dt = self.sigmas[self.step_index + 1] - self.sigmas[self.step_index]
+            self._step_index += 1
+            return ([x + dt * m for x, m in zip(sample, model_output, strict=True)],)
+
+    start = [torch.randn(3, 4, 4, 4, generator=g), torch.randn(3, 16, 8, generator=g)]
+
+    def run(guide):
+        scheduler, x = Both(), start
+        scheduler.set_timesteps(5)
+        with guide.attach(scheduler):
+            for t in scheduler.timesteps:
+                (x,) = scheduler.step([(v * 0.3).tanh() for v in x], t, x)
+        return x
+
+    plain, guide = run(SPARKE(0.0)), SPARKE(1.0, stop=1.0)
+    moved = run(guide)
+    assert all(torch.isfinite(a).all() and not torch.equal(a, b) for a, b in zip(moved, plain, strict=True))
+    assert guide.report().layout == "several"
+    assert guide.memory.x.shape == (3, 64 + 128)
+
+
 def test_frames_of_one_clip_belong_together(g):
     frames = torch.randn(2, 5, 4, 8, 8, generator=g)
     assert torch.equal(Layout.of(frames.flatten(0, 1), 2).pack(frames.flatten(0, 1))[1], frames[1])
