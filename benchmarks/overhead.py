@@ -279,8 +279,8 @@ def page(record: dict) -> None:
     plain = next(r["seconds"] for r in record["spaces"] if r["space"] == "plain")
     spaces_table = (
         f"Measured on the embedded pipeline, 16 images, 20 steps of which 12 are guided ({record['device']}; "
-        f"`python benchmarks/overhead.py`; a plain run takes {plain:.2f} s, and runs differ by some percent from one to the "
-        "next):\n\n" + head + "\n".join(rows)
+        f"`python benchmarks/overhead.py`; a plain run takes {plain:.2f} s, and runs differ by some percent "
+        "from one to the next):\n\n" + head + "\n".join(rows)
     )
     steps = []
     for r in record.get("steps", []):
@@ -288,11 +288,11 @@ def page(record: dict) -> None:
         cells = f"not measured: {cost} | | " if "left_out" in r else cost
         steps.append(f"| {r['latents']} | {r['memory']:,} | {r['denoiser_seconds']:.1f} s | {cells} |")
     step_table = (
-        f"One image, float32, {record['device']}; a denoiser's step is one call without classifier-free guidance: with it a "
-        "step takes twice as long, and the share is half of this. The memory's rows are kept twice, as they are and scaled to "
-        "norm 1.\n\n"
-        "| latents | memory | denoiser's step | guidance adds | share | peak extra memory |\n|---|---|---|---|---|---|\n"
-        + "\n".join(steps)
+        f"One image, float32, {record['device']}; a denoiser's step is one call without classifier-free guidance: with it "
+        "a step takes twice as long, and the share is half of this. The memory keeps its rows twice, as they are and scaled "
+        "to norm 1.\n\n"
+        "| latents | memory | denoiser's step | guidance adds | share | peak extra memory |\n"
+        "|---|---|---|---|---|---|\n" + "\n".join(steps)
     )
     path = Path(__file__).parents[1] / "docs" / "pipelines.md"
     text = path.read_text()

@@ -83,6 +83,7 @@ class KernelGuidance(PipelineCallback):
         self._prompts: Tensor | None = None
         self._encoder: str | None = None
         self._asked: int | None = None  # images or clips that the pipeline makes noise for
+        self._size: tuple[int, int] | None = None  # their height and width
         self._open = True  # whether prompts may still be read for the call at hand
         self._hooks: list[Any] = []
         self._pipe: Any = None
@@ -304,7 +305,7 @@ class KernelGuidance(PipelineCallback):
         if not isinstance(embeds, Tensor) or embeds.ndim < 2:
             return
         n = len(tensors["latents"]) if isinstance(tensors.get("latents"), Tensor) else len(embeds)
-        if len(embeds) % (2 * n) == 0 and getattr(pipeline, "do_classifier_free_guidance", True):
+        if len(embeds) % (2 * n) == 0 and getattr(pipeline, "do_classifier_free_guidance", False):
             embeds = embeds[len(embeds) // 2 :]  # with classifier-free guidance the negative prompts come first
         self._prompts = masked_mean(embeds, None)
         encoder = getattr(pipeline, "text_encoder", None)
@@ -314,7 +315,7 @@ class KernelGuidance(PipelineCallback):
 
     def _forget(self) -> None:
         """Whatever was known of an earlier call."""
-        self._prompts = self._encoder = self._run = self._asked = self._call = None
+        self._prompts = self._encoder = self._run = self._asked = self._size = self._call = None
         self._open = True
 
     def _on_start(self) -> None:
@@ -334,8 +335,8 @@ class KernelGuidance(PipelineCallback):
             hook.remove()
             self._hooks[0] = SchedulerHook(current, self._on_step, self, pipe)
 
-    def _on_count(self, n: int) -> None:
-        self._asked = n
+    def _on_count(self, n: int, size: tuple[int, int] | None) -> None:
+        self._asked, self._size = n, size
 
     def _on_denoise(self, module: Any, arguments: dict[str, Any], condition: Tensor | None, labels: bool) -> None:
         if self._call is None:
@@ -389,7 +390,7 @@ class KernelGuidance(PipelineCallback):
         return run
 
     def _scene(self, sample: Any) -> Scene:
-        return Scene(self._pipe if self._pipe is not None else self._scene_pipe, sample, self._call)
+        return Scene(self._pipe if self._pipe is not None else self._scene_pipe, sample, self._call, self._size)
 
     def _on_step(
         self,

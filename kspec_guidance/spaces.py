@@ -5,6 +5,7 @@ A space turns what the loop holds into feature rows and pulls a gradient in thos
 cost nothing to speak of; ``pixels`` and ``embedder`` decode; ``activations`` runs the first half of the denoiser again.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,14 +158,15 @@ def to_latents(x: Tensor, vae: Any, scene: Scene) -> Tensor:
     config = vae.config
     if x.ndim == 3:
         unpack = getattr(scene.pipe, "_unpack_latents", None)
-        if unpack is None:
+        known = [] if unpack is None else list(inspect.signature(unpack).parameters)[1:4]
+        factor = getattr(scene.pipe, "vae_scale_factor", 8)
+        side = math.isqrt(x.shape[1])
+        if known != ["height", "width", "vae_scale_factor"] or (scene.size is None and side**2 != x.shape[1]):
             raise ValueError(
-                f"the packed latents {list(x.shape)} of {type(scene.pipe).__name__} cannot be unpacked; "
+                f"the packed latents {list(x.shape)} of {type(scene.pipe).__name__} cannot be unpacked here; "
                 "choose space='x0' or 'pooled'"
             )
-        factor = getattr(scene.pipe, "vae_scale_factor", 8)
-        side = round(math.sqrt(x.shape[1])) * 2 * factor
-        height, width = scene.size or (side, side)
+        height, width = scene.size or (side * 2 * factor, side * 2 * factor)
         x = unpack(x, height, width, factor)
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and std is not None:

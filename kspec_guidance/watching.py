@@ -72,11 +72,16 @@ def denoiser_of(pipe: Any) -> nn.Module | None:
 
 
 class CallWatch:
-    """Calls ``on_start`` when a pipeline begins a call, ``on_count(n)`` when it makes its noise, ``on_end`` when it
+    """Calls ``on_start`` when a pipeline begins a call, ``on_count(n, size)`` when it makes its noise, ``on_end`` when it
     is done."""
 
     def __init__(
-        self, pipe: Any, on_start: Callable[[], None], on_count: Callable[[int], None], on_end: Callable[[], None], tag: Any
+        self,
+        pipe: Any,
+        on_start: Callable[[], None],
+        on_count: Callable[[int, tuple[int, int] | None], None],
+        on_end: Callable[[], None],
+        tag: Any,
     ):
         self.hooks: list[Hook] = []
         try:
@@ -108,13 +113,17 @@ class CallWatch:
         return wrap
 
     @staticmethod
-    def _after(told: Callable[[int], None]) -> Any:
+    def _after(told: Callable[[int, tuple[int, int] | None], None]) -> Any:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            signature = inspect.signature(original)
+
             def call(*args: Any, **kwargs: Any) -> Any:
                 result = original(*args, **kwargs)
                 first = result[0] if isinstance(result, tuple | list) else result
+                given = signature.bind(*args, **kwargs).arguments
+                size = given.get("height"), given.get("width")
                 if isinstance(first, Tensor) and first.ndim > 1:
-                    told(len(first))
+                    told(len(first), size if all(isinstance(v, int) for v in size) else None)
                 return result
 
             return call

@@ -230,18 +230,27 @@ def test_spaces_work_on_sequences_clips_and_sound(name, space):
     assert len(guide.memory) in (2, 4)
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionXLPipeline", "WanPipeline"])
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline", "StableDiffusionXLPipeline", "WanPipeline"])
 def test_pixels_are_decoded_from_each_familys_own_latents(name):
     pipe = making.build(name)
-    arguments = making.call(pipe, output_type="pt")
-    shown = pipe(**arguments)
+    more = {"height": 32, "width": 48}  # packed latents do not say which side is which
+    shown = pipe(**making.call(pipe, output_type="pt", **more))
     shown = (shown.frames if hasattr(shown, "frames") else shown.images).float()
     guide = SPARKE(1e-9, space=Pixels(size=None), stop=1.0)
     with guide.attach(pipe):
-        pipe(**making.call(pipe))
+        pipe(**making.call(pipe, **more))
     kept = guide.memory.x.view(len(shown), -1)
     expected = shown.transpose(1, 2) if shown.ndim == 5 else shown  # clips: channels first in the decoder
     torch.testing.assert_close((kept / 2 + 0.5).clamp(0, 1), expected.flatten(1), atol=2e-3, rtol=0)
+
+
+def test_packed_latents_of_another_kind_are_refused_with_the_cure():
+    pipe = making.build("LTXPipeline")
+    with (
+        pytest.raises(ValueError, match="cannot be unpacked here; choose space='x0' or 'pooled'"),
+        SPARKE(0.3, space="pixels").attach(pipe),
+    ):
+        pipe(**making.call(pipe))
 
 
 def test_memories_of_different_spaces_are_kept_apart(pipe):
