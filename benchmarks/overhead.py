@@ -2,12 +2,12 @@
 
     python benchmarks/overhead.py            all of it on this machine, about ten minutes on two cores; writes
     results/overhead.json
-    python benchmarks/overhead.py pipeline   the embedded pipeline and the feature spaces only
+    python benchmarks/overhead.py spaces     the embedded pipeline and its feature spaces only
+    python benchmarks/overhead.py steps      large denoisers only
     python benchmarks/overhead.py page       write the tables of docs/pipelines.md again
 
-Where a CUDA device is at hand everything runs there, timed with events. Denoisers have their true sizes and random
-weights; of
-Flux, one block of each kind is timed and multiplied, since 48 GB of weights do not fit.
+Where a CUDA device is at hand everything runs there, timed with events. Denoisers have their true sizes and random weights;
+of Flux, one block of each kind is timed and multiplied, since 48 GB of weights do not fit.
 """
 
 import gc
@@ -103,9 +103,9 @@ def step_cost(shape: tuple[int, ...], width: int, flow: bool, rows: int) -> tupl
             return seconds(call, 12)
 
     plain = statistics.median(steps(None)[2:])
-    guide = Benchmarked(stop=1.0, memory=bank)
-    guided = statistics.median(steps(guide)[2:])  # the first steps scale the new rows once; see `first`
-    return guided - plain, peak(lambda: steps(guide))
+    guide, times = Benchmarked(stop=1.0, memory=bank), []
+    extra = peak(lambda: times.extend(steps(guide)))  # the first step scales all rows once
+    return statistics.median(times[2:]) - plain, extra
 
 
 class Benchmarked(SPARKE):
@@ -289,8 +289,8 @@ def page(record: dict) -> None:
         steps.append(f"| {r['latents']} | {r['memory']:,} | {r['denoiser_seconds']:.1f} s | {cells} |")
     step_table = (
         f"One image, float32, {record['device']}; a denoiser's step is one call without classifier-free guidance: with it "
-        "a step takes twice as long, and the share is half of this. The memory keeps its rows twice, as they are and scaled "
-        "to norm 1.\n\n"
+        "a step takes twice as long, and the share is half of this. The memory keeps its rows twice, as they are and at "
+        "norm 1.\n\n"
         "| latents | memory | denoiser's step | guidance adds | share | peak extra memory |\n"
         "|---|---|---|---|---|---|\n" + "\n".join(steps)
     )
@@ -312,10 +312,11 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    record |= {"device": name, "torch": torch.__version__.partition("+")[0], "spaces": spaces()}
-    if "pipeline" not in sys.argv[1:]:
-        record["steps"] = large_models()
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    record |= {"device": name, "torch": torch.__version__.partition("+")[0]}
+    for part, measure in (("spaces", spaces), ("steps", large_models)):
+        if part in sys.argv[1:] or not sys.argv[1:]:
+            record[part] = measure()
+            RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     page(record)
 
 
