@@ -29,9 +29,8 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPi
     from kspec_guidance.embedders.base import quiet_loading
 
     with quiet_loading():
-        return StableDiffusionPipeline.from_pretrained(
-            ASSETS / "emoji", dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji", local_files_only=True, use_safetensors=True)
+    return pipe.to(dtype)  # the argument of from_pretrained has another name in older versions
 
 
 def load_demo_reference(name: str) -> Tensor:

@@ -308,9 +308,9 @@ def test_memory_from_another_text_encoder_is_refused(pipe):
 
 def test_an_unsupported_scheduler_is_refused_before_anything_is_touched(pipe):
     before = pipe.scheduler
-    pipe.scheduler = diffusers.EDMEulerScheduler()
+    pipe.scheduler = diffusers.DDIMInverseScheduler()
     try:
-        with pytest.raises(ValueError, match="EDMEulerScheduler is not supported"):
+        with pytest.raises(ValueError, match="DDIMInverseScheduler cannot be guided"):
             SPARKE().attach(pipe)
         assert "step" not in vars(pipe.scheduler)
         assert "encode_prompt" not in vars(pipe)

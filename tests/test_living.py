@@ -143,6 +143,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_ways_of_being_guided_by_the_prompt(name):
     cls, more = OTHERS[name]
+    if not hasattr(diffusers, cls):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {cls}")
     pipe = making.build(cls)
     call = lambda: pipe(**making.call(pipe, **more))[0]  # noqa: E731
     plain = call()

@@ -2,7 +2,7 @@ import diffusers
 import pytest
 import schedulers
 import torch
-from diffusers import EDMEulerScheduler
+from diffusers import DDIMInverseScheduler
 
 from kspec_guidance.prediction import UnsupportedSchedulerError, predict, supported_schedulers
 
@@ -69,6 +69,13 @@ def test_a_learned_variance_stays_as_it_is(g):
 
 
 def test_an_unknown_scheduler_is_named_with_the_known_ones():
-    with pytest.raises(UnsupportedSchedulerError, match=r"EDMEulerScheduler is not supported; use one of .*DDIMScheduler"):
-        predict(EDMEulerScheduler(), torch.ones(1, 1), 0, torch.ones(1, 1))
-    assert len(supported_schedulers()) >= 18
+    class Mine:
+        pass
+
+    with pytest.raises(UnsupportedSchedulerError, match=r"Mine is not supported; use one of .*DDIMScheduler"):
+        predict(Mine(), torch.ones(1, 1), 0, torch.ones(1, 1))
+    with pytest.raises(
+        UnsupportedSchedulerError, match="DDIMInverseScheduler cannot be guided: it runs from images to noise"
+    ):
+        predict(DDIMInverseScheduler(), torch.ones(1, 1), 0, torch.ones(1, 1))
+    assert len(supported_schedulers()) >= 35

@@ -1,5 +1,6 @@
 """Every way to a guide: subclasses, automatic classes, custom pipelines, modular blocks, saved settings."""
 
+import contextlib
 import copy
 import json
 import pickle
@@ -10,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from tiny import making
 
 import kspec_guidance
@@ -22,6 +24,8 @@ from kspec_guidance.objectives import RKE, Vendi
 from kspec_guidance.spaces import Activations, Embedder, Pooled
 
 ROOT = Path(__file__).parents[1]
+RECENT = Version(diffusers.__version__) >= Version("0.42")
+modular_interface = pytest.mark.skipif(not RECENT, reason="the modular interface is still moving; this one came with 0.42")
 EMOJI = Path(kspec_guidance.__file__).parent / "assets" / "emoji"
 
 
@@ -35,7 +39,7 @@ def draw(pipe, n=3, steps=4, **more):
 def test_guided_classes_load_and_convert_as_their_parents_do(pipe):
     plain = draw(pipe)
     cls = guided(diffusers.StableDiffusionPipeline)
-    loaded = cls.from_pretrained(EMOJI, dtype=torch.float32)
+    loaded = cls.from_pretrained(EMOJI).to(torch.float32)
     assert isinstance(loaded, cls)
     assert torch.equal(draw(loaded), plain)
     assert not torch.equal(draw(loaded, kspec_guidance=SPARKE()), plain)
@@ -47,7 +51,7 @@ def test_guided_classes_load_and_convert_as_their_parents_do(pipe):
 
 def test_automatic_classes_return_the_guided_form_of_what_they_find(pipe):
     auto = guided(diffusers.AutoPipelineForText2Image)
-    loaded = auto.from_pretrained(EMOJI, dtype=torch.float32)
+    loaded = auto.from_pretrained(EMOJI).to(torch.float32)
     assert type(loaded) is guided(diffusers.StableDiffusionPipeline)
     assert not torch.equal(draw(loaded, kspec_guidance=SPARKE()), draw(loaded))
     again = guided(diffusers.AutoPipelineForImage2Image).from_pipe(loaded)
@@ -62,7 +66,7 @@ def test_automatic_classes_return_the_guided_form_of_what_they_find(pipe):
 
 
 def test_a_named_pipeline_keeps_a_guide_of_its_own(pipe, tmp_path):
-    named = P.SPARKEStableDiffusionPipeline.from_pretrained(EMOJI, dtype=torch.float32)
+    named = P.SPARKEStableDiffusionPipeline.from_pretrained(EMOJI).to(torch.float32)
     assert P.SPARKEStableDiffusionPipeline is type(named)
     plain = draw(pipe)
     first = draw(named)
@@ -78,13 +82,14 @@ def test_a_named_pipeline_keeps_a_guide_of_its_own(pipe, tmp_path):
         named.guide = 0.3
     named.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
-    back = diffusers.DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    back = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(back) is diffusers.StableDiffusionPipeline
 
 
 def test_named_pipelines_exist_for_every_class_and_no_other():
     for cls in P.FAMILIES.values():
-        assert issubclass(getattr(P, f"SPARKE{cls}"), getattr(diffusers, cls))
+        if hasattr(diffusers, cls):
+            assert issubclass(getattr(P, f"SPARKE{cls}"), getattr(diffusers, cls))
     assert issubclass(P.SPARKEMochiPipeline, diffusers.MochiPipeline)
     with pytest.raises(AttributeError, match="no pipeline class 'NoSuchPipeline'"):
         P.SPARKENoSuchPipeline
@@ -102,11 +107,10 @@ def test_a_custom_pipeline_is_loaded_by_diffusers(pipe, monkeypatch, tmp_path):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     folder = str(ROOT / "pipelines" / "stable_diffusion")
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(ValueError, match="trust_remote_code") if RECENT else contextlib.nullcontext():
         diffusers.DiffusionPipeline.from_pretrained(EMOJI, custom_pipeline=folder, trust_remote_code=False)
-    loaded = diffusers.DiffusionPipeline.from_pretrained(
-        EMOJI, custom_pipeline=folder, trust_remote_code=True, dtype=torch.float32
-    )
+    loaded = diffusers.DiffusionPipeline.from_pretrained(EMOJI, custom_pipeline=folder, trust_remote_code=True)
+    loaded.to(torch.float32)
     assert type(loaded).__name__ == "SPARKEStableDiffusionPipeline"
     assert not torch.equal(draw(loaded), draw(pipe))
     assert len(loaded.guide.memory) == 3
@@ -130,6 +134,7 @@ def images(pipe, **more):
     return np.asarray(state.get("images") if state.get("images") is not None else state.get("videos"))
 
 
+@modular_interface
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [
@@ -156,6 +161,7 @@ def test_a_block_in_the_loop_guides_modular_pipelines(name, blocks):
     assert len(idle.memory) == len(plain)
 
 
+@modular_interface
 def test_attach_works_on_modular_pipelines_too():
     pipe = modular("FluxModularPipeline")
     plain = images(pipe)
@@ -167,6 +173,7 @@ def test_attach_works_on_modular_pipelines_too():
     assert np.array_equal(images(pipe), plain)
 
 
+@modular_interface
 def test_a_block_is_saved_and_loaded_as_modular_blocks_are(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))

@@ -419,5 +419,5 @@ TOKENIZERS = (
 PROCESSORS |= dict.fromkeys(TOKENIZERS, llm_tokenizer) | {
     "ChatGLMTokenizer": chatglm_tokenizer,
     "RobertaTokenizer": functools.partial(as_class, "RobertaTokenizer"),
-    "T5TokenizerFast": letters,
+    "T5Letters": letters,
 }

@@ -66,7 +66,7 @@ def part(names: list[str], override: Any) -> Any:
             return models.make(name, **more)
         if "Scheduler" in name:
             return scheduler(name, **more)
-        if hasattr(diffusers.guiders, name) and name != "BaseGuidance":
+        if name.endswith("Guidance") and name != "BaseGuidance" and hasattr(diffusers.guiders, name):
             return getattr(diffusers.guiders, name)(**more)
     if "None" in names:
         return None

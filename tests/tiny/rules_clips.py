@@ -111,7 +111,7 @@ RULES = [
     ),
     # sound
     when(r"^AudioLDM|^MusicLDM", parts={"vae": {"in_channels": 1, "out_channels": 1}}, call={"audio_length_in_s": 0.1}),
-    when(r"^AudioLDM2", parts={"tokenizer_2": "T5TokenizerFast"}),
+    when(r"^AudioLDM2", parts={"tokenizer_2": "T5Letters"}),
     when(
         r"^AceStep",
         parts={"text_encoder": "Qwen3Model", "vae": {"decoder_input_channels": 8}},

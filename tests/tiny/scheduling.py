@@ -62,7 +62,7 @@ class SchedulerVerdict:
 def scheduler_names() -> list[str]:
     """Every scheduler class that diffusers exports."""
     found = [n for n in dir(diffusers) if n.endswith("Scheduler") and inspect.isclass(getattr(diffusers, n))]
-    return sorted(set(found) - BASES)
+    return sorted(n for n in set(found) - BASES if not n.startswith("Flax"))
 
 
 def make(name: str, prediction: str | None = None) -> Any:
