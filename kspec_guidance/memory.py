@@ -207,9 +207,10 @@ class MemoryBank(_Described):
             if self._unit is not None:
                 fresh[: self._unit_count] = self._unit[: self._unit_count]
             self._unit = fresh
-        if self._unit_count < self._count:
-            self._unit[self._unit_count : self._count] = CosineKernel.unit(self._x[self._unit_count : self._count])[0]
-            self._unit_count = self._count
+        for start in range(self._unit_count, self._count, 512):  # in parts: scaling all at once would hold a third copy
+            part = slice(start, min(start + 512, self._count))
+            self._unit[part] = CosineKernel.unit(self._x[part])[0]
+        self._unit_count = self._count
         return self._unit[: self._count]
 
     def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:

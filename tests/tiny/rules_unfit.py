@@ -16,6 +16,10 @@ RULES = [
     ),
     when(r"VersatileDiffusionPipeline", unfit="a collection of three pipelines, without a call of its own"),
     when(
+        r"^AnyFlowFAR",
+        not_run="it makes a clip in chunks of different lengths: memories of x0 refuse the second; space='pooled' fits all",
+    ),
+    when(
         r"^ChromaInpaint",
         not_run="diffusers itself fails: the pipeline reads transformer.config.guidance_embeds, which Chroma lacks",
     ),
