@@ -157,7 +157,7 @@ def to_latents(x: Tensor, vae: Any, scene: Scene) -> Tensor:
     """Latents of the loop as the decoder wants them: unpacked, unscaled."""
     config = vae.config
     if x.ndim == 3:
-        unpack = getattr(scene.pipe, "_unpack_latents", None)
+        unpack: Any = getattr(scene.pipe, "_unpack_latents", None)
         known = [] if unpack is None else list(inspect.signature(unpack).parameters)[1:4]
         factor = getattr(scene.pipe, "vae_scale_factor", 8)
         side = math.isqrt(x.shape[1])

@@ -121,9 +121,10 @@ class CallWatch:
                 result = original(*args, **kwargs)
                 first = result[0] if isinstance(result, tuple | list) else result
                 given = signature.bind(*args, **kwargs).arguments
-                size = given.get("height"), given.get("width")
+                height, width = given.get("height"), given.get("width")
+                size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
                 if isinstance(first, Tensor) and first.ndim > 1:
-                    told(len(first), size if all(isinstance(v, int) for v in size) else None)
+                    told(len(first), size)
                 return result
 
             return call
