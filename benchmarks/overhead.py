@@ -290,7 +290,7 @@ def page(record: dict) -> None:
     step_table = (
         f"One image, float32, {record['device']}; a denoiser's step is one call without classifier-free guidance: with it "
         "a step takes twice as long, and the share is half of this. The memory keeps its rows twice, as they are and at "
-        "norm 1.\n\n"
+        "norm 1; the peak is the process's, so that freed memory which is used again does not show.\n\n"
         "| latents | memory | denoiser's step | guidance adds | share | peak extra memory |\n"
         "|---|---|---|---|---|---|\n" + "\n".join(steps)
     )
