@@ -23,7 +23,7 @@ from kspec_guidance.report import GuidanceReport
 from kspec_guidance.running import Run, jitter
 from kspec_guidance.spaces import Activations, FeatureSpace, Scene
 from kspec_guidance.terms import DEFAULT_CHAIN, Term
-from kspec_guidance.watching import CallWatch, DenoiserWatch, PromptWatch, masked_mean
+from kspec_guidance.watching import CallWatch, DenoiserWatch, PromptWatch, condition_of, masked_mean
 
 __all__ = ["DEFAULT_CHAIN", "KernelGuidance", "Term"]
 
@@ -53,7 +53,7 @@ class KernelGuidance(PipelineCallback):
     """
 
     tensor_inputs = ["latents", "prompt_embeds"]
-    _sees_start = _labels_first = False
+    _sees_start = _labels_first = _ask_denoiser = False
     _scene_pipe: Any = None
 
     def __init__(
@@ -223,7 +223,8 @@ class KernelGuidance(PipelineCallback):
         self._hooks.append(calls)
         self._sees_start = calls.sees_start
         if not prompts or any(isinstance(term.space, Activations) for term in self.terms):
-            self._hooks.append(DenoiserWatch(pipe, self._on_denoise, with_prompts=not prompts))
+            self._hooks.append(DenoiserWatch(pipe, self._on_denoise))
+        self._ask_denoiser = not prompts
 
     @contextmanager
     def _attached(self) -> Iterator["KernelGuidance"]:
@@ -238,6 +239,7 @@ class KernelGuidance(PipelineCallback):
         for hook in reversed(self._hooks):
             hook.remove()
         self._hooks, self._pipe, self._run, self._inside, self._call = [], None, None, None, None
+        self._ask_denoiser = False
 
     # -- the callback way in ---------------------------------------------------------------------------------------
 
@@ -296,7 +298,7 @@ class KernelGuidance(PipelineCallback):
 
         hooks.append(SchedulerHook(scheduler, once, self, pipeline))
         if any(isinstance(term.space, Activations) for term in self.terms):
-            hooks.append(DenoiserWatch(pipeline, self._on_denoise, with_prompts=False))
+            hooks.append(DenoiserWatch(pipeline, self._on_denoise))
         self._hooks = hooks
 
     def _read_prompts(self, pipeline: Any, tensors: dict[str, Any]) -> None:
@@ -316,7 +318,7 @@ class KernelGuidance(PipelineCallback):
     def _forget(self) -> None:
         """Whatever was known of an earlier call."""
         self._prompts = self._encoder = self._run = self._asked = self._size = self._call = None
-        self._open = True
+        self._open, self._labels_first = True, False
 
     def _on_start(self) -> None:
         if self._inside is not None:
@@ -338,18 +340,20 @@ class KernelGuidance(PipelineCallback):
     def _on_count(self, n: int, size: tuple[int, int] | None) -> None:
         self._asked, self._size = n, size
 
-    def _on_denoise(self, module: Any, arguments: dict[str, Any], condition: Tensor | None, labels: bool) -> None:
+    def _on_denoise(self, module: Any, arguments: dict[str, Any]) -> None:
         if self._call is None:
             self._call = module, arguments
-        if condition is not None and (self._run is None or self._run.step == 0) and self._open:
-            self._prompts, self._encoder, self._open = condition, "labels" if labels else "the denoiser's condition", False
-            self._labels_first = labels
+        if self._ask_denoiser and self._open and (self._run is None or self._run.step == 0):
+            found = condition_of(module, arguments)
+            if found is not None:
+                self._prompts, self._labels_first = found
+                self._encoder, self._open = "labels" if self._labels_first else "the denoiser's condition", False
 
     def _on_end(self) -> None:
         """A call is over: what it made is kept, also if a refiner is to finish it; not if it was interrupted."""
         run = self._run
         if run is not None and not run.done and run.final is not None and not getattr(self._pipe, "interrupt", False):
-            run.finish(self._scene(run.final))
+            run.finish(self._scene())
         self._open = True
 
     # -- the run ---------------------------------------------------------------------------------------------------
@@ -389,8 +393,8 @@ class KernelGuidance(PipelineCallback):
         self._report = run.report
         return run
 
-    def _scene(self, sample: Any) -> Scene:
-        return Scene(self._pipe if self._pipe is not None else self._scene_pipe, sample, self._call, self._size)
+    def _scene(self) -> Scene:
+        return Scene(self._pipe if self._pipe is not None else self._scene_pipe, self._call, self._size)
 
     def _on_step(
         self,
@@ -420,7 +424,7 @@ class KernelGuidance(PipelineCallback):
                     "changed. Lower guidance_scale or scale, or use float32 if the model overflows in half precision"
                 )
             due = [k for k in self.terms if k.due(run.step, run.total, seen.noise_to_signal)]
-            scene = self._scene(sample)
+            scene = self._scene()
             guided = run.move([k for k in due if not k.feature_space.noisy], x0, seen, t, scene)
             if guided is not None:
                 model_output = seen.moved(model_output, layout.unpack(guided))
@@ -432,7 +436,7 @@ class KernelGuidance(PipelineCallback):
             run.step += 1
             run.final = result[0]
             if run.step >= run.total:
-                run.finish(self._scene(run.final))
+                run.finish(self._scene())
                 self._inside = None
         run.seconds += time.perf_counter() - began
         self._report.seconds = run.seconds

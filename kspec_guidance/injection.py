@@ -104,9 +104,8 @@ TWICE = {"CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"}
 class SchedulerHook:
     """Calls ``on_step(scheduler, step, model_output, timestep, sample, extra)`` in place of ``scheduler.step``.
 
-    ``step(model_output, sample)`` is the scheduler's own, with all other arguments as the pipeline gave them;
-    ``extra`` holds
-    those by name. Where a pipeline hands over an x0 of its own, that is the model output.
+    ``step(model_output, sample)`` is the scheduler's own, with all other arguments as the pipeline gave them; ``extra``
+    holds those by name. Where a pipeline hands over an x0 of its own, that is the model output.
     """
 
     NAMES = {"sample_hat": "sample", "sigma_hat": "timestep"}  # what KarrasVe calls them

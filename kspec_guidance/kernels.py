@@ -71,8 +71,8 @@ def _squared_norms(x: Tensor) -> Tensor:
 def _centre(y: Tensor) -> Tensor | None:
     """A point amid the rows, where they lie so far from the origin that differences of squares would lose digits.
 
-    None otherwise: at 10,000 rows of latents, subtracting it takes longer than everything else. It is judged by 64 rows:
-    where their mean holds less than 95% of their squared norm, at most 20 times the rounding error is at stake.
+    None otherwise, since subtracting it writes a copy of all rows. It is judged by some 64 of them: where their mean holds
+    less than 95% of their squared norm, at most 20 times the rounding error is at stake.
     """
     some = y[..., :: max(1, y.shape[-2] // 64), :]
     centre = some.mean(dim=-2, keepdim=True)

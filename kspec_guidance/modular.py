@@ -1,5 +1,4 @@
-"""The way into modular pipelines: a block for the denoising loop, thin, because that interface of diffusers is still
-moving.
+"""The way into modular pipelines: a block for the denoising loop, thin, because that interface is still moving.
 
 diffusers calls modular pipelines experimental. All that this file uses of them: blocks are called with ``(components,
 block_state, i=, t=)`` inside a loop, and ``inputs`` names what a block may be given.

@@ -1,8 +1,7 @@
 """Pipeline subclasses whose call takes ``kspec_guidance=``: one factory, no copied pipeline code.
 
-``guided(AnyPipeline)`` adds the argument and nothing else. Named subclasses, such as ``SPARKEFluxPipeline``, come
-with a guide of
-their own: ``SPARKE<name>``, ``MMD<name>``... exist for every pipeline class ``<name>`` of the installed diffusers.
+``guided(AnyPipeline)`` adds the argument and nothing else. Named subclasses come with a guide of their own:
+``SPARKE<name>``, such as ``SPARKEFluxPipeline``, exists for every pipeline class ``<name>`` of the installed diffusers.
 """
 
 import functools
@@ -56,9 +55,8 @@ def guided(pipeline_class: P) -> P:
 
     ``guided(StableDiffusionXLPipeline).from_pretrained(...)("a dog", kspec_guidance=SPARKE())``. Without the argument, or
     with None, the call is the parent's own. ``from_pretrained`` and ``from_pipe`` work as on the parent, and so do
-    ``guided(AutoPipelineForText2Image)`` and the other automatic classes, which return the guided form of what they
-    find. Saved
-    pipelines name the parent class, so they load without this package.
+    ``guided(AutoPipelineForText2Image)`` and the other automatic classes, which return the guided form of what they find.
+    Saved pipelines name the parent class, so they load without this package.
 
     Raises:
         TypeError: if ``pipeline_class`` is no class with a ``__call__``, or the guide is no KernelGuidance.
@@ -72,8 +70,15 @@ def guided(pipeline_class: P) -> P:
         "__call__": _call(pipeline_class, None),
         "__module__": pipeline_class.__module__,
         "__doc__": pipeline_class.__doc__,
+        "__reduce__": lambda self: (_blank, (pipeline_class,), self.__dict__),  # a pickle would look for the parent
     }
     return type(pipeline_class.__name__, (pipeline_class,), body)  # type: ignore[return-value]
+
+
+def _blank(pipeline_class: Any) -> Any:
+    """A guided pipeline that a pickle or a copy fills with its parts."""
+    cls = guided(pipeline_class)
+    return cls.__new__(cls)
 
 
 def _automatic(auto: Any) -> Any:

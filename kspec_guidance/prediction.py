@@ -37,8 +37,7 @@ KINDS: dict[str, set[str]] = {
     # x = (1 - sigma) x0 + sigma noise, the output a velocity toward noise
     "flow": {
         "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
-        "LTXEulerAncestralRFScheduler",
-        "HeliosScheduler", "FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler",
+        "LTXEulerAncestralRFScheduler", "HeliosScheduler", "FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler",
     },
     # the same, with time and velocity running toward the data
     "dataward": {"MiniMaxH3Scheduler", "RFD4ProteinaScheduler"},
@@ -161,7 +160,7 @@ def _flow_sigma(scheduler: Any, timestep: Tensor | float, extra: dict[str, Any])
     if extra.get("dmd_sigmas") is not None:  # Helios, distilled
         times = extra["dmd_timesteps"].double()
         return _at(extra["dmd_sigmas"], int((times - float(timestep)).abs().argmin()))
-    if hasattr(scheduler, "index_for_timestep") and type(scheduler).__name__ == "FlowMapEulerDiscreteScheduler":
+    if type(scheduler).__name__ == "FlowMapEulerDiscreteScheduler":  # its step looks times up, wherever it stands
         index = scheduler.index_for_timestep(timestep)
         if index is None:
             return float(torch.as_tensor(timestep).flatten()[0]) / scheduler.config.num_train_timesteps

@@ -83,7 +83,7 @@ class Run:
         assert memory is not None
         if isinstance(term.space, Activations):
             kept = self.kept.setdefault(id(term), [])
-            memory = _of_step(memory, len(kept), (len(term.due_in(self.total)), rows.shape[1]), self.encoder)
+            memory = _of_step(memory, len(kept), (term.due_in(self.total), rows.shape[1]), self.encoder)
             kept.append(rows)
         elif term.feature_space.shape(target) is None:
             memory.bind((rows.shape[1],), term.feature_space.name, self.encoder)
@@ -122,8 +122,12 @@ class Run:
             for term in self.terms:
                 if term.memory is None or id(term.memory) in added:
                     continue
-                kept = self.kept.get(id(term))
-                features = torch.stack(kept, dim=1) if kept else term.feature_space.final(final, scene)
+                kept = self.kept.get(id(term), [])
+                if isinstance(term.space, Activations):
+                    whole = len(kept) and len(kept) == term.due_in(self.total)
+                    features = torch.stack(kept, dim=1) if whole else None
+                else:
+                    features = term.feature_space.final(final, scene)
                 if features is not None:
                     term.memory.add(features, t)
                     added.add(id(term.memory))

@@ -1,8 +1,8 @@
 """Where samples are compared: the latents themselves, block means, pixels, an embedding, or the denoiser's own activations.
 
 A space turns what the loop holds into feature rows and pulls a gradient in those rows back. ``latents``, ``x0`` and
-``pooled``
-cost nothing to speak of; ``pixels`` and ``embedder`` decode; ``activations`` runs the first half of the denoiser again.
+``pooled`` cost nothing to speak of; ``pixels`` and ``embedder`` decode; ``activations`` runs the first half of the denoiser
+again.
 """
 
 import inspect
@@ -26,13 +26,11 @@ Pull = Callable[[Tensor], Tensor]
 class Scene:
     """What a space may look at beside the prediction.
 
-    ``pipe`` is None where a bare scheduler is guided; ``sample`` is the noisy sample in the scheduler's layout,
-    ``call`` the
-    denoiser and the arguments of its latest call, ``size`` the height and width asked for.
+    ``pipe`` is None where a bare scheduler is guided; ``call`` is the denoiser with the arguments of its first call at this
+    step, ``size`` the height and width asked for.
     """
 
     pipe: Any = None
-    sample: Any = None
     call: tuple[nn.Module, dict[str, Any]] | None = None
     size: tuple[int, int] | None = None
 
@@ -75,7 +73,7 @@ class FeatureSpace:
         """Shape of one sample's features, where it is known without work."""
         return None
 
-    def final(self, x: Tensor, scene: Scene) -> Tensor | None:
+    def final(self, x: Tensor, scene: Scene) -> Tensor:
         """What the memory keeps of finished samples ``[n, ...]``."""
         return self.features(x, scene)[0]
 
@@ -221,6 +219,10 @@ class Pixels(FeatureSpace):
         return by_autograd(lambda p: self._map(p, scene), x, self.chunk)
 
     def describe(self) -> dict[str, Any]:
+        if self.vae is not None:
+            raise TypeError(
+                "a guide with a decoder of its own cannot be saved as settings; build it in code: Pixels(vae=...)"
+            )
         return {"name": self.name, "size": self.size, "chunk": self.chunk}
 
 
@@ -229,9 +231,8 @@ class Embedder(Pixels):
     """An embedding of the decoded prediction, CLIP-like: differences of meaning.
 
     Args:
-        embedder: a differentiable callable on ``[n, 3, size, size]`` in 0..1 returning ``[n, d]``, such as the
-            network of an
-            :class:`~kspec_guidance.embedders.ImageEmbedder` (its own normalisation is then applied).
+        embedder: a differentiable callable on ``[n, 3, size, size]`` in 0..1 returning ``[n, d]``, or an
+            :class:`~kspec_guidance.embedders.ImageEmbedder`, whose network and normalisation are used.
         size: side to which pictures are brought for it.
         vae, chunk: see :class:`Pixels`.
     """
@@ -261,9 +262,7 @@ class Embedder(Pixels):
         return rows if frames == 1 else rows.unflatten(0, (-1, frames)).flatten(1)
 
     def describe(self) -> dict[str, Any]:
-        raise ValueError(
-            "a guide with an embedder cannot be saved: the network is not part of it; save it without and add it again"
-        )
+        raise TypeError("a guide with an embedder cannot be saved as settings; build it in code: Embedder(embedder=...)")
 
 
 class _Reached(Exception):
@@ -311,9 +310,9 @@ def wanted_rows(call: dict[str, Any], n: int) -> dict[str, Any]:
 class Activations(FeatureSpace):
     """Means over positions of a middle block of the denoiser: what the model itself tells apart (arXiv 2606.27371).
 
-    The denoiser runs again up to that block, with gradients, in the wanted half of its last call. Features at
-    different noise
-    levels are not comparable, so the memory keeps one row of features for each guided step, and step compares with step.
+    The denoiser runs again up to that block, with gradients, in the wanted half of its first call at this step. Features at
+    different noise levels are not comparable, so the memory keeps one row of features for each guided step, and step
+    compares with step; a run that breaks off before its last guided step is not remembered.
 
     Args:
         module: the block's name in the denoiser, such as ``mid_block`` or ``transformer_blocks.9``; found by itself
@@ -359,16 +358,11 @@ class Activations(FeatureSpace):
 
         def to_x(g: Tensor) -> Tensor:
             d = pull(g).float()
-            return (
-                d[tuple(slice(0, s) for s in x.shape)]
-                if d.ndim == x.ndim
-                else d.flatten(1)[:, : x[0].numel()].view(x.shape)
-            )
+            if d.ndim != x.ndim:
+                return d.flatten(1)[:, : x[0].numel()].view(x.shape)
+            return d[tuple(slice(0, s) for s in x.shape)]  # without the channels or tokens of a condition
 
         return rows, to_x
-
-    def final(self, x: Tensor, scene: Scene) -> Tensor | None:
-        return None
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "module": self.module}

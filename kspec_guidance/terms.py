@@ -8,7 +8,7 @@ from torch import Tensor
 from kspec_guidance.memory import Memory
 from kspec_guidance.moves import PARTS, MoveState
 from kspec_guidance.objectives import Objective, natural_rows, pull_back
-from kspec_guidance.spaces import FeatureSpace, make_space
+from kspec_guidance.spaces import Activations, FeatureSpace, make_space
 
 __all__ = ["DEFAULT_CHAIN", "Term"]
 
@@ -59,6 +59,11 @@ class Term:
         unknown = [name for name in self.chain if name not in PARTS]
         if unknown:
             raise ValueError(f"unknown parts {unknown} in chain; known are {', '.join(PARTS)}")
+        if isinstance(self.space, Activations) and self.sigma_interval is not None:
+            raise ValueError(
+                "space='activations' compares step with step, so the guided steps must be known beforehand; give start= "
+                "and stop= instead of sigma_interval="
+            )
         if self.memory is None:
             self.memory = self.objective.make_memory()
 
@@ -70,13 +75,9 @@ class Term:
             return False
         return (step - math.ceil(self.start * total - 1e-9)) % self.every == 0
 
-    def due_in(self, total: int) -> list[int]:
-        """The steps of a run that are guided, noise levels left aside."""
-        return [
-            step
-            for step in range(total)
-            if self.due(step, total, 1.0 if self.sigma_interval is None else self.sigma_interval[0])
-        ]
+    def due_in(self, total: int) -> int:
+        """How many steps of a run are guided, where no noise level is asked for."""
+        return sum(self.due(step, total, 0.0) for step in range(total))
 
     def gradient(
         self, rows: Tensor, t: Tensor | None, jitter: Tensor | None = None, memory: Memory | None = None

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from kspec_guidance.injection import Hook, sub_pipelines
 
-__all__ = ["CallWatch", "DenoiserWatch", "PromptWatch", "denoiser_of", "fingerprint", "masked_mean", "token_mask"]
+__all__ = [
+    "CallWatch",
+    "DenoiserWatch",
+    "PromptWatch",
+    "condition_of",
+    "denoiser_of",
+    "fingerprint",
+    "masked_mean",
+    "token_mask",
+]
 
 ENCODE = ("encode_prompt", "_encode_prompt", "_encode_text_prompt")
 DENOISERS = ("transformer", "unet", "prior", "decoder", "image_unet", "model")
@@ -72,8 +81,7 @@ def denoiser_of(pipe: Any) -> nn.Module | None:
 
 
 class CallWatch:
-    """Calls ``on_start`` when a pipeline begins a call, ``on_count(n, size)`` when it makes its noise, ``on_end`` when it
-    is done."""
+    """Says when a pipeline begins a call, how many samples it makes noise for and of what size, and when it is done."""
 
     def __init__(
         self,
@@ -209,8 +217,7 @@ class PromptWatch:
 
 
 def first_tensor(result: Any) -> Tensor | None:
-    """The prompt embeddings in what an ``encode_prompt`` returns: the first tensor ``[n, ...]``; lists are stacked by
-    means."""
+    """The prompt embeddings in what an ``encode_prompt`` returns: the first tensor ``[n, ...]``, or the means of a list."""
     first = result
     while isinstance(first, tuple | list) and len(first):
         if all(isinstance(p, Tensor) and p.ndim == 2 for p in first) and isinstance(result, tuple) and first is not result:
@@ -234,44 +241,37 @@ def wanted_half(features: Tensor, signature: inspect.Signature, args: tuple, kwa
     return features
 
 
-class DenoiserWatch:
-    """Sees every call of the denoiser: ``on_call(module, arguments, condition, labels)``.
+def condition_of(module: nn.Module, given: dict[str, Any]) -> tuple[Tensor, bool] | None:
+    """Prompt features in a denoiser's arguments, for pipelines without any ``encode_prompt``, and whether they are labels.
 
-    ``condition`` holds prompt features for pipelines without any ``encode_prompt``: means of
-    ``encoder_hidden_states``, else
-    class labels, one-hot; None where there are none, or without ``with_prompts``. The arguments are the caller's own
-    tensors.
+    Means of ``encoder_hidden_states`` ``[n, c]``, else class labels, one-hot; None where there are neither. In a batch with
+    its negatives the wanted prompts come last, but wanted labels come first.
     """
+    states, labels = given.get("encoder_hidden_states"), given.get("class_labels")
+    states = None if states is None else first_tensor((states,))
+    if states is not None:
+        return masked_mean(states, None), False
+    if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 1:
+        known = getattr(getattr(module, "config", None), "num_embeds_ada_norm", None) or 1000
+        return nn.functional.one_hot(labels, max(int(labels.max()), known) + 1).float(), True
+    return None
 
-    def __init__(
-        self,
-        pipe: Any,
-        on_call: Callable[[nn.Module, dict[str, Any], Tensor | None, bool], None],
-        with_prompts: bool = True,
-    ):
+
+class DenoiserWatch:
+    """Sees every call of the denoiser: ``on_call(module, arguments)``, the arguments by name, the caller's own tensors."""
+
+    def __init__(self, pipe: Any, on_call: Callable[[nn.Module, dict[str, Any]], None]):
         self.module, self.handle = denoiser_of(pipe), None
         if self.module is None:
             return
-        forward = getattr(self.module, "_orig_mod", self.module).forward
-        signature = inspect.signature(forward)
+        signature = inspect.signature(getattr(self.module, "_orig_mod", self.module).forward)
 
         def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
             try:
                 given = signature.bind_partial(*args, **kwargs).arguments
             except TypeError:
                 return
-            states, labels = given.get("encoder_hidden_states"), given.get("class_labels")
-            states = first_tensor((states,)) if states is not None else None
-            if not with_prompts:
-                on_call(module, dict(given), None, False)
-            elif states is not None:
-                on_call(module, dict(given), masked_mean(states, None), False)
-            elif isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 1:
-                width = int(labels.max()) + 1
-                width = max(width, getattr(getattr(module, "config", None), "num_embeds_ada_norm", None) or 1000) + 1
-                on_call(module, dict(given), nn.functional.one_hot(labels, width).float(), True)
-            else:
-                on_call(module, dict(given), None, False)
+            on_call(module, dict(given))
 
         self.handle = self.module.register_forward_pre_hook(look, with_kwargs=True)
 

@@ -192,7 +192,7 @@ def test_activation_gradients_agree_with_autograd_through_the_denoiser(pipe):
     h = torch.randn(4, 9, 8, 8, generator=g)  # with classifier-free guidance: the wanted half comes last
     states = torch.randn(4, 16, unet.config.cross_attention_dim, generator=g)
     call = {"sample": h, "timestep": torch.tensor(500), "encoder_hidden_states": states, "return_dict": False}
-    rows, pull = Activations().features(h[2:], Scene(pipe, None, (unet, call)))
+    rows, pull = Activations().features(h[2:], Scene(pipe, (unet, call)))
     seen = []
     handle = unet.mid_block.register_forward_hook(lambda m, a, o: seen.append(o))
     leaf = h[2:].clone().requires_grad_()
@@ -279,6 +279,8 @@ def test_errors_say_what_a_space_needs(pipe):
         Activations().features(torch.zeros(1, 3, 4, 4), Scene())
     with pytest.raises(ValueError, match="no middle block"):
         middle_of(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="give start= and stop= instead of sigma_interval="):
+        KernelGuidance(RKE(), space="activations", sigma_interval=(0.1, 1.0))
     assert set(SPACES) == {"x0", "latents", "pooled", "pixels", "embedder", "activations"}
 
 

@@ -21,7 +21,7 @@ from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, PolynomialKernel
 from kspec_guidance.modular import KernelGuidanceBlock, insert_guidance
 from kspec_guidance.objectives import RKE, Vendi
-from kspec_guidance.spaces import Activations, Embedder, Pooled
+from kspec_guidance.spaces import Activations, Embedder, Pixels, Pooled
 
 ROOT = Path(__file__).parents[1]
 RECENT = Version(diffusers.__version__) >= Version("0.42")
@@ -242,21 +242,33 @@ def test_settings_that_are_none_are_refused_with_what_was_found(tmp_path):
 
     with pytest.raises(TypeError, match="Mine cannot be saved"):
         KernelGuidance(RKE(Mine())).save_config(tmp_path)
-    with pytest.raises(ValueError, match="embedder cannot be saved"):
-        SPARKE(space=Embedder(embedder=torch.nn.Flatten())).save_config(tmp_path)
+    for space in (Embedder(embedder=torch.nn.Flatten()), Pixels(vae=torch.nn.Flatten())):  # networks are not settings
+        with pytest.raises(TypeError, match="cannot be saved as settings; build it in code"):
+            SPARKE(space=space).save_config(tmp_path)
     shutil.rmtree(tmp_path)
 
 
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 
+def test_guided_and_named_pipelines_are_pickled_and_copied_as_what_they_are(pipe):
+    plain = draw(pipe)
+    for cls in (guided(diffusers.StableDiffusionPipeline), P.SPARKEStableDiffusionPipeline):
+        made = cls(**pipe.components, requires_safety_checker=False)
+        for again in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+            assert type(again) is cls
+            assert torch.equal(draw(again, kspec_guidance=None), plain)
+            assert not torch.equal(draw(again, kspec_guidance=SPARKE()), plain)
+
+
 def test_copies_and_pickles_of_an_attached_pipeline_are_plain(pipe):
     plain = draw(pipe)
     with SPARKE(1.0).attach(pipe):
         copied = copy.deepcopy(pipe)
-        again = pickle.loads(pickle.dumps(pipe.scheduler))
+        again = pickle.loads(pickle.dumps(pipe))
         guided_ = draw(pipe)
-    assert again.step.__func__ is type(pipe.scheduler).step
+    assert again.scheduler.step.__self__ is again.scheduler
+    assert torch.equal(draw(again), plain)
     assert copied.scheduler.step.__self__ is copied.scheduler
     assert torch.equal(draw(copied), plain)
     assert not torch.equal(guided_, plain)
