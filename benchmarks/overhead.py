@@ -1,7 +1,6 @@
 """What guidance costs: time a step, as a share of a denoiser's step on the same machine, and peak extra memory.
 
-    python benchmarks/overhead.py            all of it on this machine, about ten minutes on two cores; writes
-    results/overhead.json
+    python benchmarks/overhead.py            all of it, ten minutes on two cores; writes results/overhead.json
     python benchmarks/overhead.py spaces     the embedded pipeline and its feature spaces only
     python benchmarks/overhead.py steps      large denoisers only
     python benchmarks/overhead.py page       write the tables of docs/pipelines.md again
@@ -99,20 +98,13 @@ def step_cost(shape: tuple[int, ...], width: int, flow: bool, rows: int) -> tupl
         if guide is None:
             return seconds(call, 12)
         with guide.attach(scheduler):
-            guide._on_prompt_for_benchmark(prompt)
+            guide._on_prompt(prompt / prompt.norm(), "benchmark")  # as a pipeline would let it know
             return seconds(call, 12)
 
     plain = statistics.median(steps(None)[2:])
-    guide, times = Benchmarked(stop=1.0, memory=bank), []
+    guide, times = SPARKE(stop=1.0, memory=bank), []
     extra = peak(lambda: times.extend(steps(guide)))  # the first step scales all rows once
     return statistics.median(times[2:]) - plain, extra
-
-
-class Benchmarked(SPARKE):
-    """SPARKE on a bare scheduler, with a prompt."""
-
-    def _on_prompt_for_benchmark(self, prompt: torch.Tensor) -> None:
-        self._prompts, self._encoder = prompt / prompt.norm(), "benchmark"
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kspec_guidance import kernels, objectives
 from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.files import replacing
 from kspec_guidance.kernels import Kernel
 from kspec_guidance.objectives import Objective
 from kspec_guidance.spaces import SPACES, FeatureSpace
@@ -98,20 +99,16 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def write_config(folder: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write both files into ``folder``, which is made if need be; the settings last, so that they never name what is
-    not there."""
+    """Write both files into ``folder``; the settings last, so that they never name what is not there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tensors:
-        save_file(tensors, folder / TENSORS_NAME)
-    else:
-        (folder / TENSORS_NAME).unlink(missing_ok=True)
-    fresh = folder / f".{CONFIG_NAME}.{os.getpid()}.tmp"
-    try:
+        with replacing(folder / TENSORS_NAME) as fresh:
+            save_file(tensors, fresh)
+    with replacing(folder / CONFIG_NAME) as fresh:
         fresh.write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n", encoding="utf-8")
-        os.replace(fresh, folder / CONFIG_NAME)
-    finally:
-        fresh.unlink(missing_ok=True)
+    if not tensors:
+        (folder / TENSORS_NAME).unlink(missing_ok=True)
     return folder / CONFIG_NAME
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.files import replacing
 from kspec_guidance.kernels import CosineKernel, as_float
 
 __all__ = ["MemoryBank", "MemoryFileError", "RandomFeatureMemory"]
@@ -34,17 +35,11 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
 
 
 def _write(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Beside the target first, then moved over it: a crash leaves the old file or the new one, never half of one."""
-    path = Path(path)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     said = json.dumps(about)
     header = {"format": FORMAT, "kind": kind, "about": said, "sha256": _digest(tensors, said)}
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as fresh:
         save_file(tensors, fresh, metadata=header)
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,27 +8,13 @@ import diffusers
 import pytest
 import schedulers
 import torch
+from emoji import draw, generators
 
 import kspec_guidance
 from kspec_guidance import SPARKE, MemoryBank, MMDGuidance, encode_reference, guided, load_demo_reference
 from kspec_guidance.watching import masked_mean, token_mask
 
 ASSETS = Path(kspec_guidance.__file__).parent / "assets"
-
-
-def generators(n, seed=0):
-    return [torch.Generator().manual_seed(seed + i) for i in range(n)]
-
-
-def draw(pipe, prompt="heart", n=3, steps=6, **more):
-    count = n * (len(prompt) if isinstance(prompt, list) else 1)
-    settings = {
-        "num_inference_steps": steps,
-        "guidance_scale": 4.0,
-        "output_type": "latent",
-        "generator": generators(count),
-    }
-    return pipe(prompt, num_images_per_prompt=n, **(settings | more)).images
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from emoji import draw
 from tiny import inputs, making
 
 from kspec_guidance import SPARKE, MemoryBank, MMDGuidance, guided, load_demo_pipeline
@@ -21,25 +22,15 @@ def fresh():
     return pipe
 
 
-def draw(pipe, n=3, guide=None, **more):
-    g = [torch.Generator().manual_seed(k) for k in range(n)]
-    settings = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "latent", "generator": g}
-    call = lambda: pipe("heart", num_images_per_prompt=n, **(settings | more)).images  # noqa: E731
-    if guide is None:
-        return call()
-    with guide.attach(pipe):
-        return call()
-
-
 def same_as_plain_and_guided(pipe, plain, n=3, atol=0.0, **more):
     """The law of this file: scale 0 is the plain pipeline; guidance differs from it and is finite; nothing stays behind."""
     idle, guide = SPARKE(0.0), SPARKE(0.6)
-    torch.testing.assert_close(draw(pipe, n, idle, **more), plain, atol=atol, rtol=0)
-    moved = draw(pipe, n, guide, **more)
+    torch.testing.assert_close(draw(pipe, n=n, guide=idle, **more), plain, atol=atol, rtol=0)
+    moved = draw(pipe, n=n, guide=guide, **more)
     assert torch.isfinite(moved).all()
     assert not torch.equal(moved, plain)
     assert len(idle.memory) == len(guide.memory) == n
-    torch.testing.assert_close(draw(pipe, n, **more), plain, atol=atol, rtol=0)
+    torch.testing.assert_close(draw(pipe, n=n, **more), plain, atol=atol, rtol=0)
     return moved
 
 
@@ -96,9 +87,9 @@ def test_a_compiled_denoiser_is_called_as_it_is_with_no_break_inside(fresh):
 def test_half_precision_weights(dtype):
     pipe = load_demo_pipeline(dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    plain = draw(pipe, num_inference_steps=4)
+    plain = draw(pipe, steps=4)
     assert plain.dtype == dtype
-    moved = same_as_plain_and_guided(pipe, plain, num_inference_steps=4)
+    moved = same_as_plain_and_guided(pipe, plain, steps=4)
     assert moved.dtype == dtype
 
 
@@ -117,8 +108,8 @@ def test_few_steps(pipe, name, steps):
     before = pipe.scheduler
     pipe.scheduler = getattr(diffusers, cls).from_config(before.config, **settings)
     try:
-        plain = draw(pipe, num_inference_steps=steps, guidance_scale=1.0)
-        same_as_plain_and_guided(pipe, plain, num_inference_steps=steps, guidance_scale=1.0)
+        plain = draw(pipe, steps=steps, guidance_scale=1.0)
+        same_as_plain_and_guided(pipe, plain, steps=steps, guidance_scale=1.0)
     finally:
         pipe.scheduler = before
 
@@ -258,11 +249,11 @@ def test_threads_with_pipelines_and_guides_of_their_own_do_not_meet():
     pipes = [load_demo_pipeline() for _ in range(2)]
     for p in pipes:
         p.set_progress_bar_config(disable=True)
-    alone = [draw(p, guide=SPARKE(0.6), num_inference_steps=6 + k) for k, p in enumerate(pipes)]
+    alone = [draw(p, guide=SPARKE(0.6), steps=6 + k) for k, p in enumerate(pipes)]
     results, guides = [None, None], [SPARKE(0.6), SPARKE(0.6)]
 
     def work(k):
-        results[k] = draw(pipes[k], guide=guides[k], num_inference_steps=6 + k)
+        results[k] = draw(pipes[k], guide=guides[k], steps=6 + k)
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
     for t in threads:

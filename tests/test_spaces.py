@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emoji import draw
 from tiny import making
 
 from kspec_guidance import SPARKE, KernelGuidance, MemoryBank
@@ -115,16 +116,6 @@ def test_pooled_features_are_block_means(g):
     torch.testing.assert_close(Pooled(2).features(clip, Scene())[0].unflatten(1, (3, 2, 4))[:, :, 0].flatten(1), expected)
 
 
-def draw(pipe, guide=None, n=3, **more):
-    g = [torch.Generator().manual_seed(k) for k in range(n)]
-    settings = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "latent", "generator": g}
-    call = lambda: pipe("heart", num_images_per_prompt=n, **(settings | more)).images  # noqa: E731
-    if guide is None:
-        return call()
-    with guide.attach(pipe):
-        return call()
-
-
 def tiny_embedder():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, 8), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(256, 8))
@@ -145,13 +136,13 @@ MADE = {
 @pytest.mark.parametrize("name", MADE)
 def test_every_space_guides_fills_its_memory_and_meets_it_again(pipe, name):
     plain = draw(pipe)
-    assert torch.equal(draw(pipe, SPARKE(0.0, space=MADE[name]())), plain)
+    assert torch.equal(draw(pipe, guide=SPARKE(0.0, space=MADE[name]())), plain)
     guide = SPARKE(0.6, space=MADE[name]())
-    moved = draw(pipe, guide)
+    moved = draw(pipe, guide=guide)
     assert torch.isfinite(moved).all()
     assert not torch.equal(moved, plain)
     assert len(guide.memory) == 3
-    assert not torch.equal(draw(pipe, guide), moved)  # the first images keep the second ones away
+    assert not torch.equal(draw(pipe, guide=guide), moved)  # the first images keep the second ones away
     assert len(guide.memory) == 6
     assert guide.memory.space == guide.terms[0].space.name
     assert not any(p.grad is not None for m in (pipe.unet, pipe.vae) for p in m.parameters())
@@ -164,8 +155,8 @@ def test_guidance_in_a_space_spreads_that_space(pipe, name):
     from kspec_guidance.kernels import GaussianKernel, median_bandwidth
 
     idle, guide = (SPARKE(s, space=MADE[name](), stop=1.0) for s in (1e-9, 1.0))  # the first too weak to be seen
-    draw(pipe, idle, 6)
-    draw(pipe, guide, 6)
+    draw(pipe, n=6, guide=idle)
+    draw(pipe, n=6, guide=guide)
     rows = [m.memory.x for m in (idle, guide)]
     if name == "activations":
         rows = [r.unflatten(1, (6, -1))[:, -1] for r in rows]
@@ -213,9 +204,9 @@ def test_a_tiny_decoder_stands_in_for_the_pipelines_own(pipe):
     small = AutoencoderTiny(
         latent_channels=9, encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4
     ).eval()
-    moved = draw(pipe, SPARKE(0.6, space=Pixels(vae=small)))
+    moved = draw(pipe, guide=SPARKE(0.6, space=Pixels(vae=small)))
     assert torch.isfinite(moved).all()
-    assert not torch.equal(moved, draw(pipe, SPARKE(0.6, space="pixels")))
+    assert not torch.equal(moved, draw(pipe, guide=SPARKE(0.6, space="pixels")))
 
 
 @pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "WanPipeline",
@@ -255,12 +246,12 @@ def test_packed_latents_of_another_kind_are_refused_with_the_cure():
 
 def test_memories_of_different_spaces_are_kept_apart(pipe):
     bank = MemoryBank()
-    draw(pipe, SPARKE(0.3, memory=bank))
+    draw(pipe, guide=SPARKE(0.3, memory=bank))
     with pytest.raises(ValueError, match=r"features of shape \(9, 8, 8\), this pipeline makes \(144,\)"):
-        draw(pipe, SPARKE(0.3, space="pooled", memory=bank))
+        draw(pipe, guide=SPARKE(0.3, space="pooled", memory=bank))
     both = SPARKE(0.3) + SPARKE(0.3, space="pooled")
     assert len(both.memories) == 2
-    draw(pipe, both)
+    draw(pipe, guide=both)
     assert [m.space for m in both.memories] == ["x0", "pooled"]
 
 
@@ -300,8 +291,8 @@ def test_random_features_work_in_pooled_space(pipe):
 
     phi = RandomFourierFeatures(GaussianKernel(1.3), 144, 2048)
     guide = KernelGuidance(RKE(GaussianKernel(1.3), phi), 0.6, space="pooled", stop=0.6)
-    moved = draw(pipe, guide)
-    exact = draw(pipe, KernelGuidance(RKE(GaussianKernel(1.3)), 0.6, space="pooled", stop=0.6))
+    moved = draw(pipe, guide=guide)
+    exact = draw(pipe, guide=KernelGuidance(RKE(GaussianKernel(1.3)), 0.6, space="pooled", stop=0.6))
     plain = draw(pipe)
     assert (moved - exact).norm() < 0.5 * (exact - plain).norm()
     assert guide.memory.total.numel() == 2048

@@ -30,6 +30,7 @@ def test_the_page_says_what_the_record_says():
     for row in RECORD["pipelines"]:
         assert re.search(rf"^\| {row['name']} \|", page, re.MULTILINE), row["name"]
     c = RECORD["counts"]
+    assert f"{c['run']} of the {len(RECORD['pipelines'])} pipeline classes" in (ROOT / "README.md").read_text()
     assert f"| {c['run']} | {c['hooked']} | {c['not applicable']} | {len(RECORD['pipelines'])} |" in page
 
 

@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from emoji import draw
 from packaging.version import Version
 from tiny import making
 
@@ -27,13 +28,6 @@ ROOT = Path(__file__).parents[1]
 RECENT = Version(diffusers.__version__) >= Version("0.42")
 modular_interface = pytest.mark.skipif(not RECENT, reason="the modular interface is still moving; this one came with 0.42")
 EMOJI = Path(kspec_guidance.__file__).parent / "assets" / "emoji"
-
-
-def draw(pipe, n=3, steps=4, **more):
-    g = [torch.Generator().manual_seed(k) for k in range(n)]
-    settings = {"num_inference_steps": steps, "guidance_scale": 4.0, "output_type": "latent", "generator": g}
-    pipe.set_progress_bar_config(disable=True)
-    return pipe("heart", num_images_per_prompt=n, **(settings | more)).images
 
 
 def test_guided_classes_load_and_convert_as_their_parents_do(pipe):

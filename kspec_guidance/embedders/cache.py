@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kspec_guidance.embedders.base import ImageEmbedder
+from kspec_guidance.files import replacing
 
 __all__ = ["FeatureCache", "embed_files"]
 
@@ -40,15 +41,10 @@ class FeatureCache:
                 self.rows = {}  # a damaged cache is only lost time
 
     def save(self) -> None:
-        """Written beside the old file, then moved over it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            features = torch.stack(list(self.rows.values())).contiguous()
+        features = torch.stack(list(self.rows.values())).contiguous()
+        with replacing(self.path) as fresh:
             save_file({"features": features}, fresh, metadata={"keys": json.dumps(list(self.rows))})
-            os.replace(fresh, self.path)
-        finally:
-            fresh.unlink(missing_ok=True)
 
 
 class LazyImages(Sequence):

@@ -1,6 +1,6 @@
 """Image pipelines on transformers."""
 
-from tiny import inputs, models
+from tiny import autoencoders, inputs
 from tiny.rules import ONE, PROMPT, TWO, mask, picture, when
 
 GEMMA = {"text_encoder": "Gemma2PreTrainedModel"}
@@ -43,7 +43,7 @@ RULES = [
     when(r"^HiDream", attributes={"default_sample_size": 16}, call={"height": 64, "width": 64}),
     when(
         r"^HunyuanDiT",
-        parts={"tokenizer_2": "T5Tokenizer", "text_encoder_2": "T5EncoderModel", "vae": models.KL8},
+        parts={"tokenizer_2": "T5Tokenizer", "text_encoder_2": "T5EncoderModel", "vae": autoencoders.KL8},
         call={"height": 64, "width": 64},
     ),
     when(r"HunyuanDiTControlNet", call={"control_image": picture}),
@@ -74,7 +74,7 @@ RULES = [
         r"^OmniGen",
         parts={
             "scheduler": ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "num_train_timesteps": 1}),
-            "vae": models.KL8,
+            "vae": autoencoders.KL8,
         },
         call=ONE | {"max_sequence_length": None, "height": 64, "width": 64, "max_input_image_size": 64},
     ),
