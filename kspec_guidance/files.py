@@ -9,8 +9,11 @@ __all__ = ["replacing"]
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     """A fresh file beside ``path`` to write to; it takes its place when the block ends, and is gone if the block fails.
+
+    Args:
+        durable: wait until the disk has it, so that it outlives a power failure too.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp(), "settings.json")
@@ -23,6 +26,20 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield fresh
+        if durable:
+            _sync(fresh)
         os.replace(fresh, path)
+        if durable:
+            _sync(path.parent)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such call for folders
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -37,7 +37,8 @@ class KernelGuidance(PipelineCallback):
         guided(type(pipe))(**pipe.components)("runner", kspec_guidance=guide)   # as an argument of the call
 
     The important arguments are ``objective`` and ``scale``; those to tinker with are the rest, see :class:`Term`.
-    ``guide + other`` guides by both in one pass. Finished samples go into ``guide.memory``, once for each image.
+    ``guide + other`` guides by both in one pass. Finished samples go into ``guide.memory``, once for each image; with
+    ``guide.remember = False`` they are only listed in ``guide.finished``, for the caller to add what is to be kept.
 
     Images of one batch repel or attract each other, so an image depends on the whole batch and on the memory, not on its
     own seed alone; the same seeds in the same order with the same memory give the same images.
@@ -89,6 +90,8 @@ class KernelGuidance(PipelineCallback):
         self._pipe: Any = None
         self._call: tuple[Any, dict[str, Any]] | None = None
         self._report = GuidanceReport()
+        self.remember = True  # whether finished samples go into the memory by themselves
+        self.finished: list[tuple[Memory, Tensor, Tensor | None]] = []  # what the last run made: memory, features, prompts
 
     # -- the pieces a user touches ---------------------------------------------------------------------------------
 
@@ -353,7 +356,7 @@ class KernelGuidance(PipelineCallback):
         """A call is over: what it made is kept, also if a refiner is to finish it; not if it was interrupted."""
         run = self._run
         if run is not None and not run.done and run.final is not None and not getattr(self._pipe, "interrupt", False):
-            run.finish(self._scene())
+            run.finish(self._scene(), self.remember)
         self._open = True
 
     # -- the run ---------------------------------------------------------------------------------------------------
@@ -390,7 +393,7 @@ class KernelGuidance(PipelineCallback):
         total = getattr(self._pipe, "_num_timesteps", None)
         total = total if isinstance(total, int) else None
         run = Run(scheduler, timestep, sample, place, layout, total, self.terms, self.seed, self._encoder)
-        self._report = run.report
+        self._report, self.finished = run.report, run.finished
         return run
 
     def _scene(self) -> Scene:
@@ -436,7 +439,7 @@ class KernelGuidance(PipelineCallback):
             run.step += 1
             run.final = result[0]
             if run.step >= run.total:
-                run.finish(self._scene())
+                run.finish(self._scene(), self.remember)
                 self._inside = None
         run.seconds += time.perf_counter() - began
         self._report.seconds = run.seconds

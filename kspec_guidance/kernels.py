@@ -68,7 +68,7 @@ def _squared_norms(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _centre(y: Tensor) -> Tensor | None:
+def far_centre(y: Tensor) -> Tensor | None:
     """A point amid the rows, where they lie so far from the origin that differences of squares would lose digits.
 
     None otherwise, since subtracting it writes a copy of all rows. It is judged by some 64 of them: where their mean holds
@@ -84,7 +84,7 @@ def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
     """``||x_i - y_j||^2`` ``[..., n, m]``; of ``x`` with itself the diagonal is exactly 0."""
     same = y is None
     x, y = check_pair(x, x if y is None else y)
-    centre = _centre(y if y.shape[-2] else x)
+    centre = far_centre(y if y.shape[-2] else x)
     if centre is not None:
         x, y = x - centre, y - centre
     xx = _squared_norms(x)
@@ -156,6 +156,8 @@ class Kernel:
     data (a bandwidth of ``None`` means the median rule). ``k1 * k2`` is the product kernel.
     """
 
+    stationary = False  # whether it depends on x - y alone
+
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Kernel matrix ``[..., n, m]``; with ``y`` left out, of ``x`` with itself.
 
@@ -174,6 +176,19 @@ class Kernel:
             f"{type(self).__name__} has no closed-form gradient; give it a vjp(x, y, weight) method, "
             "or choose GaussianKernel, CosineKernel, PolynomialKernel, RationalQuadraticKernel or LaplacianKernel"
         )
+
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The kernel and its derivatives in ``p`` and ``xx``, from inner products ``p`` ``[n, m]`` and squared norms.
+
+        ``xx`` is ``[n, 1]``, ``yy`` ``[m]``. With it a sum over many rows needs one pass over them. The last is None for
+        functions of the distance: it is -1/2 of the one in ``p`` then. None altogether for kernels that are no function of
+        inner products; an open bandwidth must have been fitted.
+        """
+        return None
+
+    def squared(self) -> "Kernel":
+        """``k^2``, in closed form where there is one."""
+        return ProductKernel(self, self)
 
     def fit(self, x: Tensor, y: Tensor | None = None) -> "Kernel":
         """This kernel with its open parameters chosen from the rows of ``x`` (against ``y`` when given)."""
@@ -200,9 +215,18 @@ class _Stationary(Kernel):
     """Kernels with a ``bandwidth``; ``None`` is filled in by ``fit`` with the median rule."""
 
     bandwidth: float | None
+    stationary = True
 
     def fit(self, x: Tensor, y: Tensor | None = None) -> "_Stationary":
         return self if self.bandwidth is not None else replace(self, bandwidth=self._rule(x, y))  # type: ignore[type-var]
+
+    def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The kernel of squared distances, and -2 times its derivative in them; None if they do not determine it."""
+        return None
+
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        found = self.of_distances(torch.sub(xx + yy, p, alpha=2).clamp_min(0))
+        return None if found is None else (*found, None)
 
     def _rule(self, x: Tensor, y: Tensor | None) -> float:
         return median_bandwidth(x, y)
@@ -215,7 +239,7 @@ def _radial_vjp(x: Tensor, y: Tensor, coefficient: Tensor) -> Tensor:
     """``sum_j c_ij (x_i - y_j)`` without forming the differences."""
     if not y.shape[-2]:
         return torch.zeros_like(x)
-    centre = _centre(y)
+    centre = far_centre(y)
     if centre is not None:
         x, y = x - centre, y - centre
     return coefficient.sum(-1, keepdim=True) * x - coefficient @ y
@@ -244,6 +268,15 @@ class GaussianKernel(_Stationary):
         k = torch.exp(squared_distances(x, y) / (-2 * b * b))
         return _radial_vjp(x, y, _evaluate(weight, k) * k / (-b * b))
 
+    def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.bandwidth is not None
+        k = torch.exp(d2 * (-0.5 / self.bandwidth**2))
+        return k, k * self.bandwidth**-2
+
+    def squared(self) -> "GaussianKernel":
+        assert self.bandwidth is not None
+        return GaussianKernel(self.bandwidth / math.sqrt(2))
+
 
 @dataclass(frozen=True)
 class RationalQuadraticKernel(_Stationary):
@@ -268,6 +301,16 @@ class RationalQuadraticKernel(_Stationary):
         base, b = self._base(x, y)
         k = base.pow(-self.alpha)
         return _radial_vjp(x, y, _evaluate(weight, k) * k / base / (-b * b))
+
+    def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.bandwidth is not None
+        base = 1 + d2 / (2 * self.alpha * self.bandwidth**2)
+        k = base.pow(-self.alpha)
+        return k, k / base * self.bandwidth**-2
+
+    def squared(self) -> "RationalQuadraticKernel":
+        assert self.bandwidth is not None
+        return RationalQuadraticKernel(self.bandwidth / math.sqrt(2), 2 * self.alpha)
 
 
 @dataclass(frozen=True)
@@ -337,6 +380,13 @@ class CosineKernel(Kernel):
         g = _evaluate(weight, u @ v.mT) @ v
         return (g - (g * u).sum(-1, keepdim=True) * u) / norm
 
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        zero_x, zero_y = xx == 0, yy == 0
+        xx, yy = torch.where(zero_x, 1, xx), torch.where(zero_y, 1, yy)
+        slope = (xx * yy).rsqrt()
+        k = p * slope
+        return k + (zero_x & zero_y).to(k), slope, k / (-2 * xx)
+
 
 @dataclass(frozen=True)
 class PolynomialKernel(Kernel):
@@ -375,6 +425,15 @@ class PolynomialKernel(Kernel):
         w = _evaluate(weight, base.pow(self.degree))
         return (w * base.pow(self.degree - 1) * (self.degree * gamma)) @ y
 
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        if self.gamma is None:  # 1 / d cannot be known from products: fit() puts it in
+            return None
+        base = self.gamma * p + self.coef
+        return base.pow(self.degree), base.pow(self.degree - 1) * (self.degree * self.gamma), torch.zeros_like(xx)
+
+    def fit(self, x: Tensor, y: Tensor | None = None) -> "PolynomialKernel":
+        return self if self.gamma is not None else replace(self, gamma=1 / x.shape[-1])
+
 
 @dataclass(frozen=True)
 class ProductKernel(Kernel):
@@ -400,3 +459,13 @@ class ProductKernel(Kernel):
         a, b = first(x, y), second(x, y)
         w = _evaluate(weight, a * b)
         return first.vjp(x, y, w * b) + second.vjp(x, y, w * a)
+
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        one, two = self.first.of_products(p, xx, yy), self.second.of_products(p, xx, yy)
+        if one is None or two is None:
+            return None
+        (a, a_p, a_x), (b, b_p, b_x) = one, two
+        by_square = None
+        if a_x is not None or b_x is not None:
+            by_square = (a_p / -2 if a_x is None else a_x) * b + a * (b_p / -2 if b_x is None else b_x)
+        return a * b, a_p * b + a * b_p, by_square

@@ -17,7 +17,8 @@ class MoveState:
     """What a part may look at.
 
     ``target`` is what is moved (x0 or the noisy sample), ``score`` a direction parallel to the score,
-    ``fraction`` the place in the run (0 at its start), ``window`` the guided interval, ``scale`` the strength.
+    ``fraction`` the place in the run (0 at its start), ``window`` the guided interval, ``scale`` the strength,
+    ``mass`` how many samples of its own prompt each one is held against ``[n]``, where that is known.
     """
 
     target: Tensor
@@ -25,6 +26,7 @@ class MoveState:
     fraction: float
     window: tuple[float, float]
     scale: float
+    mass: Tensor | None = None
 
 
 Part = Callable[[Tensor, MoveState], Tensor]
@@ -65,12 +67,15 @@ def rescale(move: Tensor, state: MoveState) -> Tensor:
 def bound(move: Tensor, state: MoveState) -> Tensor:
     """The sample that is pushed hardest moves by ``scale`` times its norm, the others in proportion to their gradients.
 
-    A sample that is already away from all others is left alone, which is what rescaling each one gets wrong.
+    A sample that is already away from all others is left alone, which is what rescaling each one gets wrong. And where
+    all that there is to be away from are samples of hardly related prompts, which together weigh less than one of the
+    same prompt, the moves are smaller by as much: different subjects do not repel.
     """
     largest = norms(move).amax()
     if not largest > 0:
         return torch.zeros_like(move)
-    return state.scale * norms(state.target) * (move / largest)
+    related = 1.0 if state.mass is None else min(1.0, float(state.mass.max()))
+    return related * state.scale * norms(state.target) * (move / largest)
 
 
 def fade(move: Tensor, state: MoveState) -> Tensor:

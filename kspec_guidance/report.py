@@ -47,8 +47,7 @@ class GuidanceReport:
     def note(self, target: Tensor, move: Tensor, prompts: Tensor | None, memory: object) -> None:
         self._latest, self._prompts = (target, move), prompts
         if self._old is None and isinstance(memory, MemoryBank) and len(memory):
-            self._old = memory.x[-ROWS:]
-            self._old_prompts = None if memory.prompts is None else memory.prompts[-ROWS:]
+            self._old, self._old_prompts = memory.newest(ROWS)
 
     def finish(self, final: Tensor) -> None:
         self._final = final

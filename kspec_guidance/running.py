@@ -64,6 +64,7 @@ class Run:
         self.final: Any = None
         self.prompts: Tensor | None = None
         self.kept: dict[int, list[Tensor]] = {}  # activations of the guided steps, by term
+        self.finished: list[tuple[Memory, Tensor, Tensor | None]] = []
         self.done = False
         packed = layout.pack(sample)
         for term in terms:
@@ -94,7 +95,7 @@ class Run:
         if not terms:
             return None
         score, fraction = self.layout.pack(seen.score), self.step / self.total
-        moves = [term.move(target, self._gradient(term, target, t, scene), score, fraction) for term in terms]
+        moves = [term.move(target, self._gradient(term, target, t, scene), score, fraction, t) for term in terms]
         move = torch.stack(moves).sum(0)
         relative = move.flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1).clamp_min(1e-12)
         self.report.steps.append(StepRecord(self.step, float(relative.mean()), seen.noise_to_signal))
@@ -113,7 +114,7 @@ class Run:
         result.prev_sample = moved
         return result
 
-    def finish(self, scene: Scene) -> None:
+    def finish(self, scene: Scene, remember: bool = True) -> None:
         self.done = True
         with torch.no_grad():
             final, t = self.layout.pack(self.final), self.prompts
@@ -129,8 +130,11 @@ class Run:
                 else:
                     features = term.feature_space.final(final, scene)
                 if features is not None:
-                    term.memory.add(features, t)
+                    self.finished.append((term.memory, features, t))
                     added.add(id(term.memory))
+            if remember:
+                for memory, features, t in self.finished:
+                    memory.add(features, t)
 
 
 def _shapes(sample: Any) -> Any:

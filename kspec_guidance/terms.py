@@ -89,9 +89,10 @@ class Term:
         g = self.objective.gradient(natural, t, self.memory if memory is None else memory, jitter)
         return pull_back(rows, g, self.objective.unit)
 
-    def move(self, x: Tensor, g: Tensor, score: Tensor, fraction: float) -> Tensor:
-        """The move of samples ``x`` that the chain makes of an ascent direction ``g`` in them."""
-        state = MoveState(x, score, fraction, (self.start, self.stop), float(self.scale))
+    def move(self, x: Tensor, g: Tensor, score: Tensor, fraction: float, t: Tensor | None = None) -> Tensor:
+        """The move of samples ``x`` of prompts ``t`` that the chain makes of an ascent direction ``g`` in them."""
+        mass = self.objective.mass(len(x), t, self.memory)
+        state = MoveState(x, score, fraction, (self.start, self.stop), float(self.scale), mass)
         move = g
         for name in self.chain:
             move = PARTS[name](move, state)

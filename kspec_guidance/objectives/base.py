@@ -5,15 +5,17 @@ from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, Kernel, as_float, check_pair
-from kspec_guidance.memory import Memory, MemoryBank
+from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, PromptWeights, Selection
 
-__all__ = ["PROMPT_BANDWIDTH", "SAMPLE_BANDWIDTH", "Objective", "natural_rows", "pull_back", "weighted_median"]
+__all__ = ["PROMPT_BANDWIDTH", "SAMPLE_BANDWIDTH", "TOLERANCE", "Objective", "natural_rows", "pull_back", "weighted_median"]
 
 # Bandwidth of samples, in median distances of the pairs at hand, where it is left open. At 1 every pair pushes about
 # alike; at one half it is the near pairs that part: more modes at the same share of valid samples
 # (benchmarks/where_to_push.py, effect.py).
 SAMPLE_BANDWIDTH = 0.5
 PROMPT_BANDWIDTH = 0.35  # of unit-norm prompt features, as published; benchmarks/prompts.py shows what it separates
+
+TOLERANCE = 1e-3  # memory rows left out weigh together at most so many rows of the sample's own prompt
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -68,13 +70,23 @@ class Objective:
     def _prompts(self, t: Tensor | None) -> Tensor | None:
         return t if self.conditional else None
 
-    def _memory_rows(self, x: Tensor, memory: Memory | None) -> Tensor:
+    def mass(self, n: int, t: Tensor | None = None, memory: Memory | None = None) -> Tensor | None:
+        """How many samples of its own prompt each of ``n`` is held against ``[n]``; None where that has no meaning."""
+        return None
+
+    def _select(self, t: Tensor | None, memory: Memory | None, weigh: PromptWeights | None) -> Selection | None:
+        """The memory rows that matter; None without any."""
         if memory is None or not len(memory):
-            return _empty(x)
-        if not isinstance(memory, MemoryBank):
-            raise TypeError(f"{type(self).__name__} without features= needs a MemoryBank, got {type(memory).__name__}")
-        rows = memory.unit() if self.unit else memory.x
-        return rows.to(x)
+            return None
+        if not isinstance(memory, MemoryBank | CentroidMemory):
+            raise TypeError(
+                f"{type(self).__name__} without features= needs a MemoryBank or CentroidMemory, got {type(memory).__name__}"
+            )
+        return memory.select(t, weigh, TOLERANCE, self.unit)
+
+    def _memory_rows(self, x: Tensor, memory: Memory | None) -> Tensor:
+        selection = self._select(None, memory, None)
+        return _empty(x) if selection is None else selection.rows(x)
 
 
 def natural_rows(x: Tensor, unit: bool) -> Tensor:

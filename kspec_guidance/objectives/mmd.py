@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel, Kernel, PolynomialKernel, as_float
-from kspec_guidance.memory import Memory, MemoryBank, RandomFeatureMemory
+from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory, Selection
 from kspec_guidance.objectives.base import PROMPT_BANDWIDTH, Objective, need_closed_form, need_prompt_features
+from kspec_guidance.objectives.streaming import memory_kernel, memory_vjp
 
 __all__ = ["MMD"]
 
@@ -64,29 +65,32 @@ class MMD(Objective):
             raise ValueError("a prompt-aware MMD needs prompt features, which this call lacks; leave reference_prompts out")
 
     def _parts(self, x: Tensor, t: Tensor | None, memory: Memory | None):
+        """The kernel, the rows of memory and reference that matter, and the weights of the pairs inside the batch."""
         self._check_batch(x, t)
-        assert isinstance(self._reference, MemoryBank)
-        rows, reference = self._memory_rows(x, memory), self._memory_rows(x, self._reference)
+        weigh = PromptWeights(self.prompt_kernel, 1) if self.conditional else None
+        reference = self._select(t, self._reference, weigh)
+        assert reference is not None
         if self.fitted is None:  # chosen once, from the reference set: a fixed target needs a fixed yardstick
-            self.fitted = self.kernel.fit(reference)
-        if not self.conditional:
-            return self.fitted, rows, reference, 1.0, 1.0, 1.0
-        assert t is not None
-        s, r = memory.prompts if isinstance(memory, MemoryBank) else None, self._reference.prompts
-        assert r is not None
-        k_batch, k_ref = self.prompt_kernel(t, t), self.prompt_kernel(t, r.to(t))
-        k_mem = 1.0 if s is None else self.prompt_kernel(t, s.to(t))
-        return self.fitted, rows, reference, k_batch, k_mem, k_ref
+            self.fitted = self.kernel.fit(self._memory_rows(x, self._reference))
+        inside = self.prompt_kernel(t, t) if self.conditional and t is not None else torch.ones_like(x[:, :1])
+        return self.fitted, self._select(t, memory, weigh), reference, inside
 
     def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         x = as_float(x)
         if self.features is not None:
             phi, inside, old, target, n = self._feature_parts(x, t, memory)
             return 2 * (phi * target).sum() / n - ((inside * (phi @ phi.mT)).sum() + 2 * (phi * old).sum()) / n**2
-        kernel, rows, reference, w_batch, w_mem, w_ref = self._parts(x, t, memory)
-        n, m = len(x) + len(rows), len(reference)
-        own = (kernel(x, x) * w_batch).sum() + 2 * (kernel(x, rows) * w_mem).sum()
-        return -own / n**2 + 2 * (kernel(x, reference) * w_ref).sum() / (n * m)
+        kernel, rows, reference, inside = self._parts(x, t, memory)
+        n, m = len(x) + (0 if memory is None else len(memory)), len(self._reference)
+
+        def total(selection: Selection | None) -> Tensor:
+            if selection is None:
+                return x.new_zeros(())
+            weights = 1.0 if selection.weights is None else selection.weights.to(x)
+            return (memory_kernel(kernel, x, selection) * weights).sum()
+
+        own = (kernel(x, x) * inside).sum() + 2 * total(rows)
+        return -own / n**2 + 2 * total(reference) / (n * m)
 
     def gradient(
         self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None, jitter: Tensor | None = None
@@ -95,17 +99,11 @@ class MMD(Objective):
         if self.features is not None:
             phi, inside, old, target, n = self._feature_parts(x, t, memory)
             return self.features.vjp(x, 2 * (target / n - (inside @ phi + old) / n**2))
-        kernel, rows, reference, w_batch, w_mem, w_ref = self._parts(x, t, memory)
-        n, m = len(x) + len(rows), len(reference)
+        kernel, rows, reference, inside = self._parts(x, t, memory)
+        n, m = len(x) + (0 if memory is None else len(memory)), len(self._reference)
 
-        def flat(weight: Tensor | float, c: float):
-            return lambda k: c * weight * torch.ones_like(k)
-
-        return (
-            kernel.vjp(x, x, flat(w_batch, -2 / n**2))
-            + kernel.vjp(x, rows, flat(w_mem, -2 / n**2))
-            + kernel.vjp(x, reference, flat(w_ref, 2 / (n * m)))
-        )
+        g = 2 / (n * m) * memory_vjp(kernel, x, reference)[0] - 2 / n**2 * kernel.vjp(x, x, inside.expand(len(x), len(x)))
+        return g if rows is None else g - 2 / n**2 * memory_vjp(kernel, x, rows)[0]
 
     def _feature_parts(
         self, x: Tensor, t: Tensor | None, memory: Memory | None

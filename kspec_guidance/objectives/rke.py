@@ -1,15 +1,14 @@
 """RKE, conditional RKE (SPARKE) and novelty: sums of squared kernels, descended."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import GaussianKernel, Kernel, as_float, pairwise_distances, squared_distances
-from kspec_guidance.memory import Memory, MemoryBank, RandomFeatureMemory
+from kspec_guidance.kernels import ROWS, GaussianKernel, Kernel, as_float, pairwise_distances, squared_distances
+from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory, Selection
 from kspec_guidance.objectives.base import (
     PROMPT_BANDWIDTH,
     SAMPLE_BANDWIDTH,
@@ -19,6 +18,7 @@ from kspec_guidance.objectives.base import (
     off_diagonal,
     weighted_median,
 )
+from kspec_guidance.objectives.streaming import distances_to_some, memory_kernel, memory_vjp
 
 __all__ = ["RKE", "ConditionalRKE", "Novelty"]
 
@@ -68,23 +68,32 @@ class RKE(Objective):
             )
         return t
 
-    def _terms(self, x: Tensor, t: Tensor | None, memory: Memory | None):
-        """Memory rows and the weights of the pairs with them and inside the batch."""
-        rows = self._memory_rows(x, memory)
-        s = memory.prompts if isinstance(memory, MemoryBank) and len(memory) else None
-        use = t if s is not None else None
-        outside = self._weights(use, None if s is None or use is None else s.to(use))
-        inside = self._weights(t, t) * off_diagonal(len(x), x)
-        return rows, outside, inside
+    def _terms(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> tuple[Selection | None, Tensor]:
+        """The memory rows that matter, with their weights, and the weights of the pairs inside the batch."""
+        weigh = None if self.prompt_kernel is None else PromptWeights(self.prompt_kernel)
+        return self._select(t, memory, weigh), self._weights(t, t) * off_diagonal(len(x), x)
 
-    def _fit(self, x: Tensor, rows: Tensor, outside: Tensor | float, inside: Tensor) -> Kernel:
-        """The kernel, its open bandwidth set to half the median distance of pairs, weighted as the pairs are."""
+    def mass(self, n: int, t: Tensor | None = None, memory: Memory | None = None) -> Tensor | None:
+        if self._squared is not None:
+            return None
+        t = self._check_prompts(t, memory)
+        selection, inside = self._terms(torch.empty(n, 1) if t is None else t.new_empty(n, 1), t, memory)
+        mass = inside.sum(1).cpu()
+        return mass if selection is None else mass + selection.mass(n).to(mass)
+
+    def _fit(self, x: Tensor, selection: Selection | None, inside: Tensor) -> Kernel:
+        """The kernel, its open bandwidth set to half the median distance of pairs, weighted as the pairs are.
+
+        Of a large memory 256 evenly spaced rows are measured.
+        """
         if getattr(self.kernel, "bandwidth", 0) is not None or not isinstance(self.kernel, GaussianKernel):
+            rows = x[:0] if selection is None else selection.rows(x, selection.some(ROWS))
             return self.kernel.fit(torch.cat([x, rows]).detach())
         with torch.no_grad():
-            d_in, d_out = squared_distances(x).sqrt(), squared_distances(x, rows).sqrt()
-            w_out = outside if isinstance(outside, Tensor) else torch.full_like(d_out, outside)
-            d, w = torch.cat([d_in, d_out], 1), torch.cat([inside, w_out.to(d_out)], 1)
+            d, w = squared_distances(x).sqrt(), inside
+            if selection is not None:
+                d_out, w_out = distances_to_some(x, selection)
+                d, w = torch.cat([d, d_out], 1), torch.cat([w, torch.as_tensor(w_out).to(d_out).expand_as(d_out)], 1)
             median = weighted_median(d, w * (d > 1e-3 * d.max()))  # rounding keeps duplicates from distance 0
         return GaussianKernel(SAMPLE_BANDWIDTH * (median or 1.0))
 
@@ -92,9 +101,13 @@ class RKE(Objective):
         x, t = as_float(x), self._check_prompts(t, memory)
         if self._squared is not None:
             return self._feature_value(x, t, memory)
-        rows, outside, inside = self._terms(x, t, memory)
-        kernel = self._fit(x, rows, outside, inside)
-        return -(kernel(x, rows).square() * outside).sum() - (kernel(x).square() * inside).sum() / 2
+        selection, inside = self._terms(x, t, memory)
+        kernel = self._fit(x, selection, inside)
+        own = -(kernel(x).square() * inside).sum() / 2
+        if selection is None:
+            return own
+        weights = 1.0 if selection.weights is None else selection.weights.to(x)
+        return own - (memory_kernel(kernel, x, selection).square() * weights).sum()
 
     def gradient(
         self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None, jitter: Tensor | None = None
@@ -102,23 +115,20 @@ class RKE(Objective):
         x, t = as_float(x), self._check_prompts(t, memory)
         if self._squared is not None:
             return self._feature_gradient(x, t, memory)
-        rows, outside, inside = self._terms(x, t, memory)
-        kernel = self._fit(x, rows, outside, inside)
-        stuck = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-
-        def slope(weight: Tensor | float) -> Callable[[Tensor], Tensor]:
-            def derivative(k: Tensor) -> Tensor:
-                stuck.logical_or_(((k > 1 - 1e-4) & (weight * torch.ones_like(k) > 0.5)).any(-1))
-                return -2 * weight * k
-
-            return derivative
-
-        g = kernel.vjp(x, rows, slope(outside)) + kernel.vjp(x, x, slope(inside))
+        selection, inside = self._terms(x, t, memory)
+        kernel = self._fit(x, selection, inside)
+        squared = kernel.squared()
+        g = -squared.vjp(x, x, inside)
+        near = torch.where(inside > 0.5, squared(x), 0).amax(-1)
+        if selection is not None:
+            away, nearest = memory_vjp(squared, x, selection)
+            g, near = g - away, torch.maximum(near, nearest)
+        stuck = near > 1 - 2e-4
         if jitter is not None and bool(stuck.any()):
             moved = x + jitter * stuck[:, None]
-            g_moved = kernel.vjp(moved, rows, lambda k: -2 * outside * k)
-            g_moved = g_moved + kernel.vjp(moved, moved, lambda k: -2 * inside * k)
-            g = torch.where(stuck[:, None], g_moved, g)
+            g[stuck] = -squared.vjp(moved[stuck], moved, inside[stuck])
+            if selection is not None:
+                g[stuck] -= memory_vjp(squared, moved[stuck], selection.of(stuck))[0]
         return g
 
     def _feature_pull(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> tuple[Tensor, Tensor | float, Tensor]:
@@ -214,9 +224,12 @@ class Novelty(RKE):
     ) -> Tensor:
         return super().gradient(x, t, self._reference, jitter)
 
-    def _terms(self, x: Tensor, t: Tensor | None, memory: Memory | None):
-        rows, outside, inside = super()._terms(x, t, memory)
-        return rows, outside, inside * 0
+    def _terms(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> tuple[Selection | None, Tensor]:
+        selection, inside = super()._terms(x, t, memory)
+        return selection, inside * 0
+
+    def mass(self, n: int, t: Tensor | None = None, memory: Memory | None = None) -> Tensor | None:
+        return super().mass(n, t, self._reference)
 
     def _feature_pull(self, x: Tensor, t: Tensor | None, memory: Memory | None):
         phi, outside, inside = super()._feature_pull(x, t, memory)

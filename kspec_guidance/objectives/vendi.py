@@ -42,6 +42,8 @@ class Vendi(Objective):
 
     def _gram(self, x: Tensor, t: Tensor | None, memory: Memory | None):
         """All rows ``[N, d]``, their kernel matrix and their prompt weights ``[N, N]``."""
+        if memory is not None and not isinstance(memory, MemoryBank):
+            raise TypeError(f"the Vendi objective needs the rows of a MemoryBank, got {type(memory).__name__}")
         rows, t = self._memory_rows(x, memory), self._prompts(t)
         s = memory.prompts if isinstance(memory, MemoryBank) and t is not None else None
         if len(rows) > self.max_rows:

@@ -1,0 +1,234 @@
+"""The memory of at most so many weighted means."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.kernels import CosineKernel
+from kspec_guidance.memory.base import Described
+from kspec_guidance.memory.files import MemoryFileError, read_tensors, write_tensors
+from kspec_guidance.memory.rows import RowStore
+from kspec_guidance.memory.selection import PromptWeights, Selection, prune
+
+__all__ = ["CentroidMemory"]
+
+
+class CentroidMemory(Described):
+    """At most ``capacity`` weighted means of samples that are near each other, in image and prompt: constant cost.
+
+    When it is full, every further sample either joins the mean that it is nearest to or, if that costs more, the two means
+    that are cheapest to merge become one and make room. What a merge costs is the growth of the variance within
+    (Ward 1963). A mean stands for its samples by their *mean* squared distance, which is known exactly: for rows of norm 1
+    it is ``2 - 2 x.c``. A gradient lies in the span of ``x - c``, so its direction survives where random features lose it,
+    on raw latents above all.
+
+    Args:
+        capacity: most means to keep.
+        spread: distance of samples that counts as much as ``prompt_spread`` does between prompts.
+        prompt_spread: for unit-norm prompt features; the bandwidth of the prompt kernel.
+        unit: whether samples are scaled to norm 1 first, as most objectives compare them.
+        space, prompt_encoder: see :class:`MemoryBank`.
+
+    Raises:
+        ValueError: for settings outside their ranges.
+    """
+
+    def __init__(
+        self,
+        capacity: int = 1024,
+        spread: float = 0.7,
+        prompt_spread: float = 0.35,
+        unit: bool = True,
+        space: str | None = None,
+        prompt_encoder: str | None = None,
+    ):
+        super().__init__(space, prompt_encoder)
+        if not isinstance(capacity, int) or capacity < 2:
+            raise ValueError(f"capacity must be a whole number of means, at least 2, got {capacity!r}")
+        if not (spread > 0 and prompt_spread > 0):
+            raise ValueError(f"spread and prompt_spread must be positive, got {spread!r} and {prompt_spread!r}")
+        self.capacity, self.spread, self.prompt_spread, self.unit = capacity, spread, prompt_spread, unit
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        self._store: RowStore | None = None
+        self._t: Tensor | None = None
+        self._weights, self._squares = torch.zeros(self.capacity), torch.zeros(self.capacity)
+        self._cost = torch.full((self.capacity, self.capacity), float("inf"))
+        self._used = self._seen = 0
+        self.shape = self.prompt_dim = None
+
+    def __len__(self) -> int:
+        return self._seen
+
+    def __repr__(self) -> str:
+        return f"CentroidMemory({len(self)} entries in {self._used} means, shape={self.shape})"
+
+    @property
+    def x(self) -> Tensor:
+        """The means ``[c, d]``."""
+        return torch.empty(0, 0) if self._store is None else self._store.chunks[0][: self._used]
+
+    @property
+    def prompts(self) -> Tensor | None:
+        """Mean prompt features ``[c, p]``, or None."""
+        return None if self._t is None else self._t[: self._used]
+
+    @property
+    def weights(self) -> Tensor:
+        """How many samples each mean stands for ``[c]``."""
+        return self._weights[: self._used]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the means, with those reserved."""
+        return 0 if self._store is None else self._store.nbytes
+
+    def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:
+        """Add samples ``[n, ...]`` with prompt features ``[n, p]``.
+
+        Raises:
+            ValueError: for what does not fit; nothing is changed then.
+        """
+        rows, t, shape = self._check(x, prompt_features)
+        rows = CosineKernel.unit(rows)[0] if self.unit else rows
+        if self._store is None:
+            self._store = RowStore(rows.shape[1])
+            self._store.reserve(self.capacity)
+            self._store.chunks[0].zero_()
+        self.shape, self.prompt_dim = shape, None if t is None else t.shape[1]
+        if t is not None and self._t is None:
+            self._t = torch.zeros(self.capacity, t.shape[1])
+        for i in range(len(rows)):
+            row = rows[i].float().cpu()
+            self._insert(row, None if t is None else t[i].float().cpu(), float(row.square().sum()), 1.0)
+        self._seen += len(rows)
+
+    def _costs(self, row: Tensor, t: Tensor | None, weight: float) -> Tensor:
+        """What merging with each mean would cost ``[c]``."""
+        x, w = self.x, self.weights
+        norms = torch.linalg.vector_norm(x, dim=1).square()
+        d2 = (norms + row.square().sum() - 2 * (x @ row)).clamp_min(0) / self.spread**2
+        if t is not None and self._t is not None:
+            d2 = d2 + (self._t[: self._used] - t).square().sum(1) / self.prompt_spread**2
+        return d2 * w * weight / (w + weight)
+
+    def _set(self, place: int, row: Tensor, t: Tensor | None, square: float, weight: float) -> None:
+        x = self._store.chunks[0] if self._store is not None else row[None]
+        x[place], self._squares[place], self._weights[place] = row, square, weight
+        if t is not None and self._t is not None:
+            self._t[place] = t
+        costs = self._costs(row, t, weight)
+        costs[place] = float("inf")
+        self._cost[place, : self._used] = costs
+        self._cost[: self._used, place] = costs
+
+    def _mean(self, a: int, row: Tensor, t: Tensor | None, square: float, weight: float) -> None:
+        """Merge an item into mean ``a``."""
+        share = weight / float(self._weights[a] + weight)
+        new_t = None if t is None or self._t is None else self._t[a] + share * (t - self._t[a])
+        new = self.x[a] + share * (row - self.x[a])
+        self._set(
+            a, new, new_t, float(self._squares[a] + share * (square - self._squares[a])), float(self._weights[a] + weight)
+        )
+
+    def _insert(self, row: Tensor, t: Tensor | None, square: float, weight: float) -> None:
+        if self._used < self.capacity:
+            self._used += 1
+            self._set(self._used - 1, row, t, square, weight)
+            return
+        costs = self._costs(row, t, weight)
+        nearest = int(costs.argmin())
+        cheapest = int(self._cost.argmin())
+        a, b = divmod(cheapest, self.capacity)
+        if float(costs[nearest]) <= float(self._cost[a, b]):
+            self._mean(nearest, row, t, square, weight)
+            return
+        old_t = None if self._t is None else self._t[b].clone()
+        self._mean(a, self.x[b].clone(), old_t, float(self._squares[b]), float(self._weights[b]))
+        self._set(b, row, t, square, weight)
+
+    def select(
+        self, t: Tensor | None = None, weigh: PromptWeights | None = None, tolerance: float = 0.0, unit: bool = True
+    ) -> Selection:
+        """The means that matter to samples of prompts ``t``; arguments as of :meth:`MemoryBank.select`.
+
+        Raises:
+            ValueError: if samples are compared in another way than the means were made for.
+        """
+        if unit != self.unit:
+            raise ValueError(f"this memory was made with unit={self.unit}, the objective compares with unit={unit}")
+        c, norms = self._used, torch.ones(self._used)
+        if t is None or weigh is None or self._t is None:
+            return Selection(self._store, None, self.weights[None], norms, False, self._squares[:c])
+        weights = weigh(t, self._t[:c].to(t))
+        keep = prune(weights, self.weights, tolerance)
+        places = keep.nonzero().squeeze(1)
+        weights = (weights * self.weights.to(weights))[:, keep.to(weights.device)]
+        return Selection(self._store, places, weights, norms[places], False, self._squares[:c][places])
+
+    def newest(self, most: int) -> tuple[Tensor, Tensor | None]:
+        """The heaviest means ``[k, d]`` and their prompts: this memory knows no order of time."""
+        order = self.weights.argsort(descending=True)[:most]
+        return self.x[order], None if self._t is None else self._t[order]
+
+    def merge(self, other: "CentroidMemory") -> "CentroidMemory":
+        """Add another memory's means, with their weights.
+
+        Raises:
+            ValueError: if the two hold different things.
+        """
+        self._match(other)
+        if self.unit != other.unit:
+            raise ValueError(f"memories differ in unit: {self.unit} here, {other.unit} there; they cannot be merged")
+        rows, t = other.x.clone(), None if other.prompts is None else other.prompts.clone()
+        squares, weights = other._squares[: len(rows)].clone(), other.weights.clone()
+        if len(rows) and self._store is None:
+            self._store = RowStore(rows.shape[1])
+            self._store.reserve(self.capacity)
+            self._store.chunks[0].zero_()
+            self._t = None if t is None else torch.zeros(self.capacity, t.shape[1])
+        seen = len(other)
+        for i in range(len(rows)):
+            self._insert(rows[i], None if t is None else t[i], float(squares[i]), float(weights[i]))
+        self._seen += seen
+        self._adopt(other)
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file with a checksum."""
+        tensors = {}
+        if self._used:
+            tensors = {"x": self.x, "weights": self.weights, "squares": self._squares[: self._used]}
+        if self.prompts is not None:
+            tensors["prompts"] = self.prompts
+        kept = {"capacity": self.capacity, "spread": self.spread, "prompt_spread": self.prompt_spread, "unit": self.unit}
+        write_tensors(path, "centroids", tensors, {**self._about(), **kept, "seen": self._seen})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "CentroidMemory":
+        """
+        Raises:
+            FileNotFoundError: if there is no such file.
+            MemoryFileError: if it is cut off, altered, or another kind of memory.
+        """
+        tensors, about = read_tensors(path, "centroids")
+        kept = {k: about[k] for k in ("capacity", "spread", "prompt_spread", "unit", "space", "prompt_encoder")}
+        memory = cls(**kept)
+        if not tensors:
+            return memory
+        if len(tensors["x"]) > memory.capacity:
+            raise MemoryFileError(f"{path} holds {len(tensors['x'])} means, more than its capacity {memory.capacity}")
+        memory.shape, memory.prompt_dim = tuple(about["shape"]), about["prompt_dim"]
+        memory._store = RowStore(tensors["x"].shape[1])
+        memory._store.reserve(memory.capacity)
+        memory._store.chunks[0].zero_()
+        t = tensors.get("prompts")
+        memory._t = None if t is None else torch.zeros(memory.capacity, t.shape[1])
+        for i, row in enumerate(tensors["x"]):
+            part = None if t is None else t[i]
+            memory._insert(row, part, float(tensors["squares"][i]), float(tensors["weights"][i]))
+        memory._seen = about["seen"]
+        return memory

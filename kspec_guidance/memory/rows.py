@@ -1,0 +1,118 @@
+"""RowStore: rows of one width in chunks that are never moved once they are there."""
+
+import bisect
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["RowStore"]
+
+CHUNK_BYTES = 32 << 20  # of the largest chunk that growing makes: what may be reserved and not yet used
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class RowStore:
+    """Rows ``[capacity, width]``. Growing adds a chunk, and copies nothing.
+
+    Args:
+        width: numbers in a row.
+        dtype: float32, float16 or bfloat16.
+        device: where the chunks live.
+        pinned: page-locked host memory, which a GPU reads by itself.
+        folder: the chunks live in files of this folder, mapped into memory; the system keeps what is used in RAM. The files
+            have no name, so nothing is left behind when the process ends, however it ends.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        pinned: bool = False,
+        folder: str | os.PathLike | None = None,
+    ):
+        self.width, self.dtype, self.device = width, dtype, torch.device(device)
+        self.pinned, self.folder = pinned, None if folder is None else Path(folder)
+        self.chunks: list[Tensor] = []
+        self.starts: list[int] = []
+        self.capacity = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved, used or not."""
+        return self.capacity * self.row_bytes
+
+    def reserve(self, n: int, limit: int | None = None) -> None:
+        """Room for ``n`` rows. Chunks grow up to 32 MB; ``limit`` is the number of rows that there will ever be."""
+        short = n - self.capacity
+        if short <= 0:
+            return
+        usual = min(max(16, self.capacity), max(1, CHUNK_BYTES // self.row_bytes))
+        if limit is not None:
+            usual = min(usual, limit - self.capacity)
+        size = max(short, usual)
+        self.chunks.append(self._chunk(size))
+        self.starts.append(self.capacity)
+        self.capacity += size
+
+    def _chunk(self, size: int) -> Tensor:
+        if self.folder is None:
+            return torch.empty(size, self.width, dtype=self.dtype, device=self.device, pin_memory=self.pinned)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix="kspec-rows-", dir=self.folder)
+        try:
+            os.posix_fallocate(handle, 0, size * self.row_bytes)  # a full disk is an error here, not a signal later
+            flat = torch.from_file(name, shared=True, size=size * self.width, dtype=self.dtype)
+        finally:
+            os.close(handle)
+            os.unlink(name)
+        return flat.view(size, self.width)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Rows from place ``start`` on."""
+        done = 0
+        for chunk, inside, stop in self._spans(start, start + len(rows)):
+            chunk[inside:stop] = rows[done : done + stop - inside].to(chunk)
+            done += stop - inside
+
+    def view(self, start: int, stop: int) -> list[Tensor]:
+        """The rows of an interval, as views, in order."""
+        return [chunk[a:b] for chunk, a, b in self._spans(start, stop)]
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[Tensor, int, int]]:
+        number = bisect.bisect_right(self.starts, start) - 1
+        while start < stop:
+            chunk, offset = self.chunks[number], self.starts[number]
+            end = min(stop, offset + len(chunk))
+            yield chunk, start - offset, end - offset
+            start, number = end, number + 1
+
+    def gather(self, places: Tensor, out: Tensor | None = None) -> Tensor:
+        """The rows at sorted ``places`` (on the host) ``[k, width]``; a view where they lie side by side in one chunk."""
+        if not len(places):
+            return torch.empty(0, self.width, dtype=self.dtype, device=self.device)
+        first, last = int(places[0]), int(places[-1])
+        number = bisect.bisect_right(self.starts, first) - 1
+        chunk, offset = self.chunks[number], self.starts[number]
+        if last < offset + len(chunk):
+            if last - first + 1 == len(places):
+                return chunk[first - offset : last - offset + 1]
+            where = (places - offset).to(chunk.device)
+            return torch.index_select(chunk, 0, where, **({} if out is None else {"out": out[: len(places)]}))
+        parts = out[: len(places)] if out is not None else chunk.new_empty(len(places), self.width)
+        edges = torch.searchsorted(places, torch.tensor([*self.starts[number + 1 :], self.capacity])).tolist()
+        done = 0
+        for k, edge in enumerate(edges):
+            if edge > done:
+                c, o = self.chunks[number + k], self.starts[number + k]
+                torch.index_select(c, 0, (places[done:edge] - o).to(c.device), out=parts[done:edge])
+            done = edge
+        return parts

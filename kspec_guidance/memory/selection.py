@@ -1,0 +1,144 @@
+"""Selection: the rows of a memory that matter to the prompts at hand, and one pass over them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.kernels import Kernel, as_float
+from kspec_guidance.memory.rows import RowStore
+
+__all__ = ["PromptWeights", "Selection", "prune"]
+
+BLOCK_BYTES = 4 << 20  # rows read at once on a CPU: they are used twice, the second time out of its cache
+BLOCK_BYTES_GPU = 64 << 20
+
+
+@dataclass(frozen=True)
+class PromptWeights:
+    """``k_T(t, s)^power``: how much a sample of prompt ``s`` counts for one of prompt ``t``."""
+
+    kernel: Kernel
+    power: int = 2
+
+    def __call__(self, t: Tensor, s: Tensor) -> Tensor:
+        return self.kernel(t, s).pow(self.power)
+
+
+def prune(weights: Tensor, counts: Tensor, tolerance: float) -> Tensor:
+    """Which prompts to keep ``[P]`` (bool), of weights ``[n, P]`` and numbers of rows ``[P]``.
+
+    What is dropped weighs together at most ``tolerance`` rows of weight 1, for each of the n samples. Since a gradient is
+    a sum over rows, it changes by at most ``tolerance`` times the steepest slope of one row: for ``k^2`` of a Gaussian of
+    bandwidth b that is ``sqrt(2 / e) / b``.
+    """
+    mass = (weights.double() * counts.to(weights.device)).amax(0)
+    mass, order = mass.sort()
+    keep = torch.ones(len(mass), dtype=torch.bool, device=mass.device)
+    keep[order[mass.cumsum(0) <= tolerance]] = False
+    return keep.cpu()
+
+
+class Selection:
+    """Rows of a store, their weights for each sample at hand, and their norms.
+
+    Args:
+        store: holds the rows.
+        places: of the rows ``[m]``, sorted, on the host; None for the first ``len(norms)`` rows.
+        weights: ``[n, m]``, or None where all count alike.
+        norms: of the rows as stored ``[m]``, on the host.
+        unit: whether rows are to be taken at norm 1.
+        squares: mean squared norms ``[m]`` of what the rows are means of; their own if None.
+    """
+
+    def __init__(
+        self,
+        store: RowStore | None,
+        places: Tensor | None,
+        weights: Tensor | None,
+        norms: Tensor,
+        unit: bool,
+        squares: Tensor | None = None,
+    ):
+        self.store, self.places, self.weights, self.unit = store, places, weights, unit
+        self.means = squares is not None
+        alive = norms > 0
+        self.scale = torch.where(alive, 1 / torch.where(alive, norms, 1), 1) if unit else None
+        self.squares = squares if squares is not None else alive.to(norms) if unit else norms.square()
+
+    def __len__(self) -> int:
+        return len(self.squares)
+
+    def of(self, samples: Tensor) -> "Selection":
+        """The same rows, for some of the samples (a mask or places ``[n]``)."""
+        part = Selection.__new__(Selection)
+        part.__dict__ = {**self.__dict__, "weights": None if self.weights is None else self.weights[samples]}
+        return part
+
+    def at(self, places: Tensor) -> "Selection":
+        """Some of the rows (sorted places of the selection)."""
+        part = Selection.__new__(Selection)
+        part.store, part.unit = self.store, self.unit
+        part.places = places if self.places is None else self.places[places]
+        part.weights = None if self.weights is None else self.weights[:, places.to(self.weights.device)]
+        part.scale = None if self.scale is None else self.scale[places]
+        part.squares, part.means = self.squares[places], self.means
+        return part
+
+    def mass(self, n: int) -> Tensor:
+        """Sum of the weights for each of ``n`` samples ``[n]``."""
+        if self.weights is None:
+            return torch.full((n,), float(len(self)))
+        return self.weights.sum(1)
+
+    def _most(self, like: Tensor) -> int:
+        """Rows in a block."""
+        assert self.store is not None
+        room = BLOCK_BYTES_GPU if like.device.type != "cpu" else BLOCK_BYTES // (2 if len(like) > 3 else 1)
+        return max(4, room // (self.store.width * as_float(like).element_size()))
+
+    def sizes(self, like: Tensor) -> list[int]:
+        """How many rows each of the :meth:`blocks` has."""
+        if self.store is None or not len(self):
+            return []
+        most = self._most(like)
+        spans = [len(self)]
+        if self.places is None:
+            spans = [len(view) for view in self.store.view(0, len(self))]
+        return [min(most, span - start) for span in spans for start in range(0, span, most)]
+
+    def blocks(self, like: Tensor) -> Iterator[Tensor]:
+        """The rows in order, not scaled, in blocks ``[k, d]`` in the dtype and on the device of ``like``. A block is good
+        until the next one is asked for.
+        """
+        sizes = self.sizes(like)
+        if not sizes or self.store is None:
+            return
+        like, store = as_float(like), self.store
+        if self.places is None:
+            parts: Iterator[Tensor] = (b for view in store.view(0, len(self)) for b in view.split(self._most(like)))
+        else:
+            room = torch.empty(max(sizes), store.width, dtype=store.dtype, device=store.device)
+            parts = (store.gather(places, room) for places in self.places.split(sizes))
+        if store.dtype == like.dtype and store.device == like.device:
+            yield from parts
+            return
+        converted = like.new_empty(max(sizes), store.width)
+        for part in parts:
+            yield converted[: len(part)].copy_(part, non_blocking=store.pinned)
+
+    def rows(self, like: Tensor, places: Tensor | None = None) -> Tensor:
+        """All rows, or those at ``places`` of the selection (sorted), as they are compared: a copy ``[k, d]``."""
+        if self.store is None or not len(self):
+            return like.new_empty(0, like.shape[-1])
+        index = torch.arange(len(self)) if places is None else places
+        where = index if self.places is None else self.places[index]
+        rows = self.store.gather(where).to(as_float(like))
+        return rows if self.scale is None else rows * self.scale[index, None].to(rows)
+
+    def some(self, most: int) -> Tensor:
+        """At most so many places of the selection, evenly spaced."""
+        if len(self) <= most:
+            return torch.arange(len(self))
+        return torch.linspace(0, len(self) - 1, most).round().long()
