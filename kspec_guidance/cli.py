@@ -1,6 +1,10 @@
 """``kspec-guidance demo | generate | evaluate | compare``"""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,12 +37,6 @@ def _progress() -> Progress:
     return Progress(*columns, console=errors, disable=not errors.is_terminal)
 
 
-def _generators(seed: int, n: int) -> list:
-    import torch
-
-    return [torch.Generator().manual_seed(seed + i) for i in range(n)]
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and numbers.")] = Path("outputs/demo"),
@@ -68,61 +66,162 @@ def demo(
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
-    out: Annotated[Path, typer.Option(help="Folder for the images and metadata.jsonl.")] = Path("outputs/images"),
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="File of prompts (txt, csv, tsv, jsonl, json, parquet), or a dataset's folder or hub name."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for images and metadata; a run that ended goes on.")] = Path(
+        "outputs/images"
+    ),
     model: Annotated[str, typer.Option(help="'demo' for the embedded pipeline, or a diffusers folder or hub id.")] = "demo",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default this process's own GPU.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Images made at once; they repel each other directly.")] = 8,
     scale: Annotated[float, typer.Option(min=0, help="Strength of SPARKE; 0 is plain sampling.")] = 0.6,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 5.0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    memory: Annotated[Path | None, typer.Option(help="Memory file, read if it exists and written at the end.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Further arguments of the pipeline's call, as name=value (height=512).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the run; each image's own follows from it.")] = 0,
+    quota: Annotated[
+        list[str] | None, typer.Option(help="group=number: images of a group of prompts, instead of --images each.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Stop a prompt early, for instance at 'vendi>=12'.")] = None,
+    filter: Annotated[
+        str | None, typer.Option(help="module:function, called with image and row; True keeps, False or a reason drops.")
+    ] = None,
+    duplicates: Annotated[float | None, typer.Option(help="Drop images with this cosine to a kept one, e.g. 0.98.")] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="Memory file: read if it exists, and written at the end with the new images.")
+    ] = None,
+    keep: Annotated[str, typer.Option(help="Kind of memory: auto, exact or centroids.")] = "auto",
+    by: Annotated[str, typer.Option(help="One memory for 'all' prompts, or one for each 'group'.")] = "all",
+    exchange: Annotated[int, typer.Option(min=1, help="Batches between two exchanges of the processes' memories.")] = 8,
+    format: Annotated[str, typer.Option(help="imagefolder, webdataset or parquet.")] = "imagefolder",
+    shard_size: Annotated[int, typer.Option(min=1, help="Images in a shard of webdataset or parquet.")] = 1000,
+    report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, how long, with how much memory and disk.")] = False,
+    force: Annotated[bool, typer.Option(help="Go on with changed settings or past damage; finished images count.")] = False,
 ) -> None:
-    """Generate images that differ from each other and from what the memory holds. File names are numbers."""
-    from kspec_guidance import SPARKE, MemoryBank, MemoryFileError, load_demo_pipeline
+    """Generate a set of images that differ from each other and from what the memory holds, as far as prompts are alike.
+
+    Killed or stopped, it goes on when it is run again. Several processes: accelerate launch -m kspec_guidance generate ...
+    """
+    from kspec_guidance import SPARKE, MemoryBank, MemoryFileError
+    from kspec_guidance.synthesis import SynthesisError, estimate, synthesize
+    from kspec_guidance.synthesis.screening import load_filter
 
     try:
+        source: Any = prompts if prompts is not None else list(prompt or [])
+        if prompts is not None and prompt:
+            raise SynthesisError("give prompts either on the line or by --prompts, not both")
+        if not source:
+            raise SynthesisError("no prompts: give some in quotes, or a file by --prompts")
         bank = MemoryBank.load(memory) if memory is not None and memory.exists() else MemoryBank()
-    except (MemoryFileError, OSError) as error:
+        pipe = _pipeline(model, dtype, device)
+        call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **_options(option)}
+        guide = SPARKE(scale, memory=bank)
+        quotas = {name: int(number) for name, number in _pairs(quota, "--quota").items()}
+        if dry_run:
+            said = estimate(source, out, pipe, guide, images, batch, call=call, quotas=quotas, memory=keep)
+            console.print(str(said), highlight=False, markup=False)
+            return
+        with _bar() as tick:
+            result = synthesize(
+                source, out, pipe, guide, images, batch, call=call, seed=seed, quotas=quotas, target=target,
+                filter=None if filter is None else load_filter(filter), duplicates=duplicates, memory=keep, memory_by=by,
+                exchange=exchange, format=format, shard_size=shard_size, report=report, force=force, tick=tick,
+                memory_file=memory,
+            )  # fmt: skip
+    except (SynthesisError, MemoryFileError, ValueError, OSError) as error:
         raise _fail(str(error)) from error
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; run the same command again to go on", highlight=False)
+        raise typer.Exit(130) from None
+    if result.first:
+        console.print(str(result), highlight=False, soft_wrap=True, markup=False)
+        if result.report is not None:
+            console.print(f"wrote {result.report}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _pipeline(model: str, dtype: str, device: str | None) -> Any:
+    import os
+
+    import torch
+
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in kinds:
+        raise ValueError(f"dtype must be one of {', '.join(kinds)}, got {dtype!r}")
     if model == "demo":
-        pipe: Any = load_demo_pipeline()
+        from kspec_guidance import load_demo_pipeline
+
+        pipe: Any = load_demo_pipeline(kinds[dtype])
     else:
         from diffusers import DiffusionPipeline
 
         try:
-            pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+            pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True, torch_dtype=kinds[dtype])
         except (OSError, ValueError) as error:
-            raise _fail(f"cannot load {model!r}: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    guide = SPARKE(scale, memory=bank)
+            raise ValueError(f"cannot load {model!r}: {error}") from error
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        count = len(list(out.glob("[0-9]*.png")))
-        with _progress() as progress, guide.attach(pipe), (out / "metadata.jsonl").open("a") as metadata:
-            task = progress.add_task("images", total=images * len(prompt))
-            for p in prompt:
-                for start in range(0, images, batch):
-                    n = min(batch, images - start)
-                    result = pipe(
-                        p, num_images_per_prompt=n, num_inference_steps=steps, guidance_scale=guidance_scale,
-                        generator=_generators(seed + start, n),
-                    )  # fmt: skip
-                    for k, image in enumerate(result.images):
-                        name = f"{count:06d}.png"
-                        image.save(out / name)
-                        row = {"file_name": name, "prompt": p, "seed": seed + start + k, "scale": scale}
-                        metadata.write(json.dumps(row) + "\n")
-                        count += 1
-                    progress.advance(task, n)
-        if memory is not None:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            bank.save(memory)
-    except (ValueError, OSError) as error:
-        raise _fail(str(error)) from error
-    console.print(str(guide.report()), highlight=False)
-    console.print(f"wrote {images * len(prompt)} images to {out}", highlight=False, soft_wrap=True)
+        if device not in (None, "cpu"):
+            pipe.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _pairs(values: list[str] | None, name: str) -> dict[str, str]:
+    found = {}
+    for value in values or []:
+        key, equals, text = value.partition("=")
+        if not (key and equals and text):
+            raise ValueError(f"{name} is given as name=value, got {value!r}")
+        found[key] = text
+    return found
+
+
+def _options(values: list[str] | None) -> dict[str, Any]:
+    """Values are read as JSON where they are JSON: numbers, true, null, lists."""
+    found: dict[str, Any] = {}
+    for key, text in _pairs(values, "--option").items():
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
+
+
+@contextmanager
+def _bar() -> Iterator[Any]:
+    """Images made, rate, time left and diversity; a line every half minute where nobody watches."""
+    columns = (
+        TextColumn("images"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f}/s"),
+        TextColumn("{task.fields[left]} left"), TextColumn("{task.fields[more]}"),
+    )  # fmt: skip
+    errors = Console(stderr=True)
+    progress = Progress(*columns, console=errors, disable=not errors.is_terminal)
+    task = progress.add_task("images", total=None, rate=0.0, left="?", more="")
+    told = time.monotonic()
+
+    def tick(now: Any) -> None:
+        nonlocal told
+        left = "?" if now.remaining == float("inf") else str(timedelta(seconds=round(now.remaining)))
+        more = "" if now.diversity is None else f"Vendi {now.diversity:.0%} of images"
+        more += f", {now.rejected} dropped" if now.rejected else ""
+        progress.update(task, completed=now.done, total=now.total, rate=now.rate, left=left, more=more)
+        if not errors.is_terminal and time.monotonic() - told > 30:
+            told = time.monotonic()
+            errors.print(f"{now.done} of {now.total} images, {now.rate:.1f}/s, {left} left {more}", highlight=False)
+
+    with progress:
+        yield tick
 
 
 EMBEDDER_HELP = f"Image features: {IMAGE_NAMES}."

@@ -30,7 +30,10 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPi
 
     with quiet_loading():
         pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji", local_files_only=True, use_safetensors=True)
-    return pipe.to(dtype)  # the argument of from_pretrained has another name in older versions
+    for part in pipe.components.values():  # from_pretrained's argument has another name in older versions
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, dtype)  # diffusers' own method warns, without cause here
+    return pipe
 
 
 def load_demo_reference(name: str) -> Tensor:

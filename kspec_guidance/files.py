@@ -1,11 +1,11 @@
 """Writing files so that a crash leaves the old one or the new one, never half of one."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["replace_all", "replacing"]
 
 
 @contextmanager
@@ -33,6 +33,25 @@ def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def replace_all(files: Mapping[Path, bytes]) -> None:
+    """Write several files durably: each appears whole, and all are on the disk when this returns."""
+    fresh = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    try:
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with fresh[path].open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(fresh[path], path)
+        for folder in {path.parent for path in files}:
+            _sync(folder)
+    finally:
+        for path in fresh.values():
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

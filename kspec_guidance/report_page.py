@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ def _names(a: Path, b: Path) -> tuple[str, str]:
     return f"{names[0]} (first)", f"{names[1]} (second)"
 
 
-def write_page(result: Evaluation | ComparisonReport, path: str | Path) -> None:
-    """Write the page, and beside it the same numbers as JSON."""
+def write_page(result: Evaluation | ComparisonReport, path: str | Path, notes: Sequence[str] = ()) -> None:
+    """Write the page, and beside it the same numbers as JSON; ``notes`` stand below its title."""
     from jinja2 import Environment, FileSystemLoader
 
     from kspec_guidance import __version__
@@ -126,7 +127,7 @@ def write_page(result: Evaluation | ComparisonReport, path: str | Path) -> None:
         title, about = f"{names[0]} beside {names[1]}", result.a.embedder
     subtitle = f"Kernel-spectral diversity of image features by {about['name']}"
     page = environment.get_template("report.html").render(
-        title=title, subtitle=subtitle, parts=parts, comparison=comparison, version=__version__
+        title=title, subtitle=subtitle, parts=parts, comparison=comparison, version=__version__, notes=notes
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

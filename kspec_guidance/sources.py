@@ -86,6 +86,8 @@ def _constant(data: bytes) -> Callable[[], bytes]:
 def _folder(path: Path, prompts: dict[str, str]) -> Iterator[Item]:
     for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file()):
         name = file.relative_to(path).as_posix()
+        if any(part.startswith(".") for part in name.split("/")):
+            continue  # hidden: unfinished files, other programs' caches
         yield name, file.read_bytes, prompts.get(name, prompts.get(file.name))
 
 
@@ -176,6 +178,7 @@ def load_images(
     prompts: str | Path | None = None,
     cache: str | Path | None = None,
     tick: Callable[[int], None] = lambda n: None,
+    only: set[str] | None = None,
 ) -> ImageSet:
     """Read, shrink and embed all images of a folder (with its subfolders), tar shards, or Parquet files.
 
@@ -185,6 +188,7 @@ def load_images(
     Args:
         cache: a folder for features, by content and embedder.
         tick: called with the number of images of each batch.
+        only: names of the images to read; all by default.
 
     Raises:
         SourceError: if there are no readable images, or the prompts cannot be read.
@@ -203,6 +207,8 @@ def load_images(
     digests: list[str] = []
     seen: set[str] = set()
     for name, read, prompt in _items(path, None if prompts is None else Path(prompts)):
+        if only is not None and name not in only:
+            continue
         try:
             data = read()
             image = _picture(data)

@@ -94,13 +94,8 @@ class CentroidMemory(Described):
         """
         rows, t, shape = self._check(x, prompt_features)
         rows = CosineKernel.unit(rows)[0] if self.unit else rows
-        if self._store is None:
-            self._store = RowStore(rows.shape[1])
-            self._store.reserve(self.capacity)
-            self._store.chunks[0].zero_()
+        self._ready(rows.shape[1], None if t is None else t.shape[1])
         self.shape, self.prompt_dim = shape, None if t is None else t.shape[1]
-        if t is not None and self._t is None:
-            self._t = torch.zeros(self.capacity, t.shape[1])
         for i in range(len(rows)):
             row = rows[i].float().cpu()
             self._insert(row, None if t is None else t[i].float().cpu(), float(row.square().sum()), 1.0)
@@ -183,19 +178,28 @@ class CentroidMemory(Described):
         self._match(other)
         if self.unit != other.unit:
             raise ValueError(f"memories differ in unit: {self.unit} here, {other.unit} there; they cannot be merged")
-        rows, t = other.x.clone(), None if other.prompts is None else other.prompts.clone()
-        squares, weights = other._squares[: len(rows)].clone(), other.weights.clone()
-        if len(rows) and self._store is None:
-            self._store = RowStore(rows.shape[1])
-            self._store.reserve(self.capacity)
-            self._store.chunks[0].zero_()
-            self._t = None if t is None else torch.zeros(self.capacity, t.shape[1])
-        seen = len(other)
-        for i in range(len(rows)):
-            self._insert(rows[i], None if t is None else t[i], float(squares[i]), float(weights[i]))
-        self._seen += seen
+        if other._used:
+            t = None if other.prompts is None else other.prompts.clone()
+            squares, weights, seen = other._squares[: other._used].clone(), other.weights.clone(), len(other)
+            self.absorb(other.x.clone(), t, squares, weights)
+            self._seen += seen - round(float(weights.sum()))
         self._adopt(other)
         return self
+
+    def absorb(self, x: Tensor, prompts: Tensor | None, squares: Tensor, weights: Tensor) -> None:
+        """Add means ``[k, d]`` with the mean squared norms ``[k]`` and the numbers ``[k]`` of what they stand for."""
+        self._ready(x.shape[1], None if prompts is None else prompts.shape[1])
+        for i in range(len(x)):
+            self._insert(x[i], None if prompts is None else prompts[i], float(squares[i]), float(weights[i]))
+        self._seen += round(float(weights.sum()))
+
+    def _ready(self, width: int, prompt_width: int | None) -> None:
+        if self._store is None:
+            self._store = RowStore(width)
+            self._store.reserve(self.capacity)
+            self._store.chunks[0].zero_()
+        if prompt_width is not None and self._t is None:
+            self._t = torch.zeros(self.capacity, prompt_width)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with a checksum."""
@@ -222,13 +226,6 @@ class CentroidMemory(Described):
         if len(tensors["x"]) > memory.capacity:
             raise MemoryFileError(f"{path} holds {len(tensors['x'])} means, more than its capacity {memory.capacity}")
         memory.shape, memory.prompt_dim = tuple(about["shape"]), about["prompt_dim"]
-        memory._store = RowStore(tensors["x"].shape[1])
-        memory._store.reserve(memory.capacity)
-        memory._store.chunks[0].zero_()
-        t = tensors.get("prompts")
-        memory._t = None if t is None else torch.zeros(memory.capacity, t.shape[1])
-        for i, row in enumerate(tensors["x"]):
-            part = None if t is None else t[i]
-            memory._insert(row, part, float(tensors["squares"][i]), float(tensors["weights"][i]))
+        memory.absorb(tensors["x"], tensors.get("prompts"), tensors["squares"], tensors["weights"])
         memory._seen = about["seen"]
         return memory

@@ -5,7 +5,7 @@ of norm 1) or None, and the memory. ``value`` is differentiable by autograd; ``g
 form, and what guidance uses. Both are to be ascended. Pairs inside the batch count as much as pairs with the memory.
 """
 
-from kspec_guidance.objectives.base import PROMPT_BANDWIDTH, SAMPLE_BANDWIDTH, Objective, natural_rows, pull_back
+from kspec_guidance.objectives.base import PROMPT_BANDWIDTH, SAMPLE_BANDWIDTH, TOLERANCE, Objective, natural_rows, pull_back
 from kspec_guidance.objectives.mmd import MMD
 from kspec_guidance.objectives.rke import RKE, ConditionalRKE, Novelty
 from kspec_guidance.objectives.vendi import Vendi
@@ -19,6 +19,7 @@ __all__ = [
     "Objective",
     "PROMPT_BANDWIDTH",
     "SAMPLE_BANDWIDTH",
+    "TOLERANCE",
     "natural_rows",
     "pull_back",
 ]

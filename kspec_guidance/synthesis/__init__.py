@@ -1,0 +1,30 @@
+"""Diversity-controlled dataset synthesis: prompts in, a folder of varied images with their metadata out.
+
+    from kspec_guidance.synthesis import synthesize
+    synthesize(["heart", "runner"], "outputs/set", images=16)
+
+Several processes, resumable at any moment, with one record a batch: see ``docs/synthesis.md``.
+"""
+
+from kspec_guidance.synthesis.engine import Progress
+from kspec_guidance.synthesis.errors import CheckpointError, SettingsChangedError, SynthesisError
+from kspec_guidance.synthesis.estimating import Estimate, estimate
+from kspec_guidance.synthesis.prompts import Prompt, read_prompts
+from kspec_guidance.synthesis.quotas import Attribute
+from kspec_guidance.synthesis.run import Synthesis, synthesize
+from kspec_guidance.synthesis.stopping import Target
+
+__all__ = [
+    "Attribute",
+    "CheckpointError",
+    "Estimate",
+    "Progress",
+    "Prompt",
+    "SettingsChangedError",
+    "Synthesis",
+    "SynthesisError",
+    "Target",
+    "estimate",
+    "read_prompts",
+    "synthesize",
+]

@@ -1,0 +1,242 @@
+"""Store: the folder of a run. One record a batch says what is finished; everything else can be made again from records.
+
+A batch is committed in this order: its images, each written beside its place and renamed into it, then its record, a
+safetensors file with a checksum that holds the rows of the metadata and what the memory is to learn. Where a run ends
+between the two, images without a record are deleted and made again, from the same seeds and the same memory.
+
+    out/metadata.jsonl                          one line an image, for datasets.load_dataset("imagefolder")
+    out/0000/000012-0003.png                    prompt 12, attempt 3
+    out/.kspec/epoch-000/settings.json          what the run was made with
+    out/.kspec/epoch-000/rank-0001/000042.safetensors
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+from torch import Tensor
+
+from kspec_guidance.files import replace_all, replacing
+from kspec_guidance.memory.files import MemoryFileError, read_about, read_tensors, write_tensors
+from kspec_guidance.synthesis.errors import CheckpointError, SettingsChangedError, SynthesisError, explained
+
+__all__ = ["Record", "Store", "differences"]
+
+IMAGE = re.compile(r"\d{6,}-\d{4,}\.png")
+LEFT_OVER = re.compile(r"\..+\.\d+\.tmp")
+
+
+@dataclass
+class Record:
+    """One finished batch."""
+
+    epoch: int
+    rank: int
+    unit: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Where two nested settings differ, one line each.
+
+    >>> differences({"seed": 0, "call": {"steps": 20}}, {"seed": 0, "call": {"steps": 30}, "batch": 8})
+    ['batch: none before, now 8', 'call.steps: 20 before, now 30']
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}, key=str):
+            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        return found
+    if old == new:
+        return []
+    said = ["none" if v is None else json.dumps(v) if not isinstance(v, str) else v for v in (old, new)]
+    return [f"{name}: {_short(said[0])} before, now {_short(said[1])}"]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Store:
+    """See the module's first lines.
+
+    Args:
+        out: the folder; made if it is not there.
+        images: the folder that images go to; ``out`` itself, or one beside the records from which they are packed.
+    """
+
+    def __init__(self, out: Path, images: Path | None = None):
+        self.out, self.state = out, out / ".kspec"
+        self.images = out if images is None else images
+        self.epoch = 0
+        self._lock: filelock.BaseFileLock | None = None
+
+    # -- opening ---------------------------------------------------------------------------------------------------
+
+    def lock(self) -> None:
+        """Claim the folder for this run; the system lets it go when the process ends, however it ends.
+
+        Raises:
+            SynthesisError: if another run has it, or it cannot be written to, or holds something else.
+        """
+        with explained(self.out):
+            if (self.out / "metadata.jsonl").exists() and not self.state.exists():
+                raise SynthesisError(
+                    f"{self.out} holds a metadata.jsonl that no run of this program wrote; choose an empty folder"
+                )
+            self.state.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(self.state / "lock", timeout=0)
+            try:
+                self._lock.acquire()
+            except filelock.Timeout as error:
+                raise SynthesisError(
+                    f"another run is writing to {self.out}; wait for it, or choose another folder"
+                ) from error
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def folder(self, epoch: int, rank: int | None = None) -> Path:
+        path = self.state / f"epoch-{epoch:03d}"
+        return path if rank is None else path / f"rank-{rank:04d}"
+
+    def epochs(self) -> list[int]:
+        return sorted(int(p.parent.name[6:]) for p in self.state.glob("epoch-*/settings.json"))
+
+    def begin(self, settings: dict[str, Any], force: bool) -> None:
+        """Go on with the last epoch if its settings are these, or begin a new one. Done by one process.
+
+        Raises:
+            SettingsChangedError, CheckpointError: without ``force``, see there.
+        """
+        epochs = self.epochs()
+        self.epoch = epochs[-1] if epochs else 0
+        damaged = self._damaged(force)
+        missing = self._missing() if self.images == self.out else []
+        if missing and not force:
+            raise CheckpointError(
+                f"{len(missing)} finished images are gone from {self.out}, {missing[0]} for one; put them back, or give "
+                "force=True (--force), which makes as many anew"
+            )
+        if epochs:
+            old = json.loads((self.folder(self.epoch) / "settings.json").read_text())
+            changed = differences(old, settings)
+            if changed and not force:
+                raise SettingsChangedError(self.out, changed, sum(len(r.rows) for r in self.records()))
+            if not changed and not damaged and not missing:
+                return
+            self.epoch += 1
+        with explained(self.out):
+            self.folder(self.epoch).mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder(self.epoch) / "settings.json", durable=True) as fresh:
+                fresh.write_text(json.dumps(settings, indent=1) + "\n")
+
+    def _damaged(self, force: bool) -> list[Path]:
+        """Records that cannot be read; with force they are set aside."""
+        found = []
+        for path in sorted(self.state.glob("epoch-*/rank-*/*.safetensors")):
+            try:
+                read_tensors(path, "batch")
+            except MemoryFileError as error:
+                if not force:
+                    raise CheckpointError(
+                        f"{error}. Other finished images are safe. Or give force=True (--force), which leaves this batch "
+                        "out and makes its images again"
+                    ) from error
+                path.rename(path.with_suffix(".damaged"))
+                found.append(path)
+        return found
+
+    def _missing(self) -> list[str]:
+        return [row["file_name"] for r in self.records() for row in r.rows if not (self.out / row["file_name"]).exists()]
+
+    def clean(self, keep: set[str]) -> None:
+        """Delete what a killed run left: images without a record, and unfinished files."""
+        with explained(self.out):
+            for folder in (self.images, *self.images.glob("[0-9]*")):
+                for path in folder.iterdir() if folder.is_dir() else ():
+                    whole = IMAGE.fullmatch(path.name) and f"{path.parent.name}/{path.name}" not in keep
+                    if path.is_file() and (whole or LEFT_OVER.fullmatch(path.name)):
+                        path.unlink()
+            for path in self.state.rglob(".*.tmp"):
+                path.unlink()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def paths(self, epoch: int, rank: int) -> list[Path]:
+        """Records of one process, in order, up to the first that is missing."""
+        found: list[Path] = []
+        for path in sorted(self.folder(epoch, rank).glob("*.safetensors")):
+            if epoch == self.epoch and int(path.stem) != len(found):
+                break
+            found.append(path)
+        return found
+
+    def ranks(self, epoch: int) -> list[int]:
+        return sorted(int(p.name[5:]) for p in self.folder(epoch).glob("rank-*"))
+
+    def records(
+        self, epochs: list[int] | None = None, ranks: list[int] | None = None, tensors: bool = False
+    ) -> Iterator[Record]:
+        """All records, or some, by epoch, rank and number; with ``tensors`` they are read whole, and checked."""
+        for epoch in self.epochs() if epochs is None else epochs:
+            for rank in self.ranks(epoch) if ranks is None else ranks:
+                for path in self.paths(epoch, rank):
+                    yield self.read(path, epoch, rank, tensors)
+
+    def read(self, path: Path, epoch: int, rank: int, whole: bool = True) -> Record:
+        try:
+            tensors, about = read_tensors(path, "batch") if whole else ({}, read_about(path, "batch"))
+        except MemoryFileError as error:
+            raise CheckpointError(str(error)) from error
+        return Record(epoch, rank, int(path.stem), about["rows"], about["rejected"], tensors)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def commit(self, record: Record, images: dict[str, bytes]) -> None:
+        """Write images, then the record that says they are there.
+
+        Raises:
+            SynthesisError: if the disk is full or cannot be written to; the batch then does not count.
+        """
+        with explained(self.out):
+            replace_all({self.images / name: data for name, data in images.items()})
+            folder = self.folder(record.epoch, record.rank)
+            folder.mkdir(parents=True, exist_ok=True)
+            about = {"rows": record.rows, "rejected": record.rejected}
+            write_tensors(folder / f"{record.unit:06d}.safetensors", "batch", record.tensors, about, durable=True)
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Metadata of a batch, at the end of the file, in one write; :meth:`finish` sorts it."""
+        with explained(self.out), open(self.out / "metadata.jsonl", "ab", buffering=0) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def finish(self) -> list[dict[str, Any]]:
+        """All rows in the order of prompts and attempts."""
+        rows = [row for record in self.records() for row in record.rows]
+        return sorted(rows, key=lambda row: row["file_name"])
+
+    def write_metadata(self, rows: list[dict[str, Any]]) -> None:
+        with explained(self.out), replacing(self.out / "metadata.jsonl", durable=True) as fresh, fresh.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def write_json(self, name: str, value: Any) -> None:
+        with explained(self.out), replacing(self.out / name, durable=True) as fresh:
+            fresh.write_text(json.dumps(value, indent=1) + "\n")
+
+    @property
+    def free(self) -> int:
+        """Bytes left on the disk."""
+        place = self.out
+        while not place.exists():
+            place = place.parent
+        stat = os.statvfs(place)
+        return stat.f_bavail * stat.f_frsize
