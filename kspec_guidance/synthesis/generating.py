@@ -40,7 +40,7 @@ class Generator:
         if "prompt" not in parameters:
             raise SynthesisError(f"{type(pipe).__name__} takes no prompt; synthesis needs a text-to-image pipeline")
         unknown = sorted(k for k in call if k not in parameters)
-        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if unknown:  # also where it takes any keyword: diffusers ignores those that it does not know
             raise SynthesisError(f"{type(pipe).__name__} does not take {', '.join(unknown)}")
         self.guidance_seconds = 0.0
         self.batches = 0

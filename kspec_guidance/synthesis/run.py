@@ -103,7 +103,8 @@ def synthesize(
         prompts: whatever :func:`read_prompts` takes: a list, a file, a dataset.
         out: the folder; ``metadata.jsonl`` in it makes ``datasets.load_dataset("imagefolder", data_dir=out)`` work.
         pipe: a text-to-image pipeline; the embedded one by default.
-        guide: :class:`SPARKE` by default; ``SPARKE(0)`` is plain sampling.
+        guide: :class:`SPARKE` by default; ``SPARKE(0)`` is plain sampling. Images that its memory holds are heeded, and
+            then it learns the new ones; an empty memory is left alone.
         images: of each prompt.
         batch: images made at once; they repel each other directly.
         call: arguments of every pipeline call, such as ``num_inference_steps``, ``guidance_scale``, ``height``.
@@ -146,7 +147,7 @@ def synthesize(
     guide = SPARKE() if guide is None else guide
     make_jobs(found, images, counts, {}, PATIENCE)  # quotas of unknown groups are refused before anything is written
     balance = None
-    before = (guide.remember, [term.memory for term in guide.terms])
+    before, held = (guide.remember, [term.memory for term in guide.terms]), len(guide.memory)
     try:
         if attributes:
             balance = Balance([a.reference for a in attributes.values()])
@@ -204,7 +205,7 @@ def synthesize(
             result.bytes_sent, result.first = processes.sent, processes.rank == 0
             _conclude(store, processes, worker, result, list(attributes), report, embedder)
             if memory_file is not None and result.first:
-                save_memory(store, before[1][0], Path(memory_file))
+                save_memory(store, before[1][0], held, Path(memory_file))
             return result
         finally:
             if processes.rank == 0:
@@ -311,11 +312,12 @@ def _conclude(
     processes.wait()
 
 
-def save_memory(store: Store, brought: Any, path: Path) -> None:
-    """What the guide's memory held, and every image of the set, as one exact memory."""
+def save_memory(store: Store, brought: Any, held: int, path: Path) -> None:
+    """The ``held`` entries that the guide's memory had at first, and every image of the set, as one exact memory."""
     whole = MemoryBank(getattr(brought, "space", None), getattr(brought, "prompt_encoder", None))
-    if isinstance(brought, MemoryBank) and len(brought) and brought is not whole:
-        whole.merge(brought)
+    if isinstance(brought, MemoryBank) and held:
+        prompts = brought.prompts
+        whole.add(brought.x[:held].reshape(held, *(brought.shape or ())), None if prompts is None else prompts[:held])
     for record in store.records(tensors=True):
         x, t, _ = back(record.tensors)
         if len(x):

@@ -42,6 +42,17 @@ class Record:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
+    def without(self, gone: set[str]) -> "Record":
+        """The record, with some images counted as rejected."""
+        keep = [k for k, row in enumerate(self.rows) if row["file_name"] not in gone]
+        lost = [
+            {"prompt": row["prompt"], "attempt": row["attempt"], "reason": "lost"}
+            for row in self.rows
+            if row["file_name"] in gone
+        ]
+        tensors = {name: t[keep] if len(t) == len(self.rows) else t for name, t in self.tensors.items()}
+        return Record(self.epoch, self.rank, self.unit, [self.rows[k] for k in keep], self.rejected + lost, tensors)
+
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """Where two nested settings differ, one line each.
@@ -136,6 +147,9 @@ class Store:
             self.epoch += 1
         with explained(self.out):
             self.folder(self.epoch).mkdir(parents=True, exist_ok=True)
+            if missing:
+                with replacing(self.folder(self.epoch) / "gone.json", durable=True) as fresh:
+                    fresh.write_text(json.dumps(missing, indent=1) + "\n")
             with replacing(self.folder(self.epoch) / "settings.json", durable=True) as fresh:
                 fresh.write_text(json.dumps(settings, indent=1) + "\n")
 
@@ -197,7 +211,13 @@ class Store:
             tensors, about = read_tensors(path, "batch") if whole else ({}, read_about(path, "batch"))
         except MemoryFileError as error:
             raise CheckpointError(str(error)) from error
-        return Record(epoch, rank, int(path.stem), about["rows"], about["rejected"], tensors)
+        record = Record(epoch, rank, int(path.stem), about["rows"], about["rejected"], tensors)
+        gone = self.gone()
+        return record.without(gone) if any(row["file_name"] in gone for row in record.rows) else record
+
+    def gone(self) -> set[str]:
+        """Images that were lost after they were finished, and given up by ``force``."""
+        return {name for path in self.state.glob("epoch-*/gone.json") for name in json.loads(path.read_text())}
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,207 @@
+"""What a memory over a whole run buys, and whom the prompt kernel lets repel each other, on the embedded pipeline.
+
+    python benchmarks/synthesis.py --plot docs/synthesis.png            # 2,000 images over 200 prompts; half an hour
+    python benchmarks/synthesis.py --prompts 20 --phrased 5 --images 6  # a look
+
+Needs the emoji art (fetched with npm on the first run). The first table compares plain sampling, guidance that knows only
+its own batch, and guidance with a memory kept over the whole run. In the second, every subject is asked for in four ways
+(``runner, woman``, ``runner woman``, ``woman runner``, ``runner, woman, woman``). The bandwidth of the prompt kernel decides
+whether these count as one prompt, as they should, and whether different subjects do, as they should not.
+
+*Modes* of a prompt are the distinct training pictures that its images are nearest to and that it may stand for. Intervals
+are 95%: bootstrap over prompts, or jackknife over prompts for scores of the whole set.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from effect import KERNEL, Art, interval
+from PIL import Image
+
+from kspec_guidance import SPARKE, MemoryBank, load_demo_pipeline
+from kspec_guidance import functional as F
+from kspec_guidance.embedders import efficientnet_lite
+from kspec_guidance.kernels import CosineKernel, GaussianKernel
+from kspec_guidance.statistics import jackknife_interval
+from kspec_guidance.synthesis import Prompt, synthesize
+from kspec_guidance.synthesis.engine import back
+from kspec_guidance.synthesis.store import Store
+
+PHRASES = ("{s}, {g}", "{s} {g}", "{g} {s}", "{s}, {g}, {g}")
+
+
+class OwnBatchOnly(MemoryBank):
+    """Remembers nothing."""
+
+    def add(self, x, prompt_features=None):
+        pass
+
+
+def subjects(entries, number, least, seed=0):
+    """Prompts that may stand for at least so many training pictures, at random."""
+    counts = Counter(name for e in entries for name in (e.subject, *e.families))
+    names = sorted(name for name, n in counts.items() if n >= least)
+    return random.Random(seed).sample(names, min(number, len(names)))
+
+
+def make(pipe, prompts, guide, memory, args):
+    """A synthesised set: images ``[n, 3, 64, 64]``, unit latents, prompt features, and each image's row."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+        done = synthesize(
+            prompts, folder, pipe, guide, images=args.images, batch=args.batch, call=call, seed=args.seed, memory=memory,
+            report=False,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        rows, x, t = [], [], []
+        for record in Store(Path(folder)).records(tensors=True):
+            found = back(record.tensors)
+            rows += record.rows
+            x.append(found[0].flatten(1))
+            t.append(found[1])
+        pictures = [np.asarray(Image.open(Path(folder, row["file_name"])).convert("RGB")) for row in rows]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    return images, CosineKernel.unit(torch.cat(x))[0], torch.cat(t), rows, seconds, done.guidance_seconds
+
+
+def leave_prompts_out(score, groups, number=20):
+    """Jackknife over prompts: the score without each of some groups of prompts."""
+    which = torch.as_tensor(groups) % number
+    value = score(torch.ones(len(which), dtype=torch.bool))
+    parts = torch.tensor([float(score(which != k)) for k in range(number)], dtype=torch.float64)
+    found = jackknife_interval(torch.tensor(float(value)), parts)
+    return [found.value, found.low, found.high]
+
+
+def judge(made, base, art, embed):
+    """All figures of one set; ``base`` gives the subject that each prompt stands for."""
+    images, x, t, rows, seconds, guidance = made
+    names = [base[row["prompt"]] for row in rows]
+    order = sorted(set(names))
+    places = [order.index(name) for name in names]
+    per = []
+    for name in order:
+        mine = torch.tensor([k for k, n in enumerate(names) if n == name])
+        per.append({"vendi": float(F.vendi_score(x[mine], KERNEL)), **art.judge(images[mine], name)})
+    found = {n: interval(torch.tensor([p[n] for p in per], dtype=torch.float64)) for n in per[0]}
+    features = embed([Image.fromarray((i.permute(1, 2, 0) * 255).byte().numpy()) for i in images], 64).double()
+    features, texts = CosineKernel.unit(features)[0], CosineKernel.unit(t.double())[0]
+    prompt_kernel = GaussianKernel(0.35)
+    found["conditional_rke"] = leave_prompts_out(
+        lambda m: F.conditional_rke_score(x[m].double(), texts[m], KERNEL, prompt_kernel), places
+    )
+    found["scendi"] = leave_prompts_out(lambda m: F.scendi_score(features[m], texts[m]), places)
+    near = torch.cdist(torch.nn.functional.avg_pool2d(images, 2).flatten(1), art.rows).argmin(1)
+    wanted = torch.tensor([any(e.answers(name) for name in order) for e in art.entries])
+    covered = lambda m: len({int(i) for i in near[m] if wanted[i]}) / int(wanted.sum())  # noqa: E731
+    found["coverage"] = leave_prompts_out(covered, places)
+    found["seconds"], found["guidance_seconds"] = seconds, guidance
+    return found
+
+
+COLUMNS = ("modes", "vendi", "conditional_rke", "scendi", "coverage", "agreement", "distance")
+
+
+def line(name, found):
+    return f"{name:<28}" + "".join("{:>9.3f} [{:.3f}, {:.3f}]".format(*found[c]) for c in COLUMNS)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(".cache_data"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/synthesis.json"))
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--phrased", type=int, default=25, help="subjects that are asked for in four ways")
+    parser.add_argument("--images", type=int, default=10, help="for each prompt")
+    parser.add_argument("--batch", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bandwidths", type=float, nargs="+", default=[0.1, 0.35, 0.7, 2.0])
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    art, pipe, embed = Art(args.data), load_demo_pipeline(), efficientnet_lite()
+    pipe.set_progress_bar_config(disable=True)
+    kept = {k: v for k, v in vars(args).items() if k not in ("data", "out", "plot")}
+    results = {"settings": kept, "memory": {}, "phrases": {}}
+
+    print("set".ljust(28) + "".join(f"{c:>23}" for c in COLUMNS), flush=True)
+    names = subjects(art.entries, args.prompts, 4)
+    base = {name: name for name in names}
+    runs = {
+        "plain": (SPARKE(0.0), "exact"),
+        "own batch only": (SPARKE(memory=OwnBatchOnly()), "guide"),
+        "memory of the whole run": (SPARKE(), "exact"),
+    }
+    sheets = {}
+    for label, (guide, memory) in runs.items():
+        made = make(pipe, [Prompt(n) for n in names], guide, memory, args)
+        sheets[label] = made[0], made[3]
+        results["memory"][label] = found = judge(made, base, art, embed)
+        print(line(label, found), f"  {found['seconds']:.0f} s, guidance {found['guidance_seconds']:.1f} s", flush=True)
+
+    counts = Counter((e.subject, e.gender) for e in art.entries if e.gender in ("woman", "man"))
+    pairs = random.Random(1).sample(sorted(pair for pair, n in counts.items() if n >= 12), 2 * args.phrased)
+    pairs = list({s: (s, g) for s, g in pairs}.values())[: args.phrased]
+    base = {phrase.format(s=s, g=g): f"{s}, {g}" for s, g in pairs for phrase in PHRASES}
+    prompts = [Prompt(phrase.format(s=s, g=g)) for phrase in PHRASES for s, g in pairs]
+    for b in [None, *args.bandwidths]:
+        label = "plain" if b is None else f"prompt bandwidth {b:g}"
+        guide = SPARKE(0.0) if b is None else SPARKE(prompt_kernel=GaussianKernel(b))
+        made = make(pipe, prompts, guide, "exact", args)
+        results["phrases"][label] = found = judge(made, base, art, embed)
+        if b is not None:
+            found["weight_of_phrases"], found["weight_of_others"] = weights(made[2], made[3], base, b)
+        print(line(label, found), flush=True)
+        if b is not None:
+            print(f"    weight of an image of another phrase of the subject {found['weight_of_phrases']:.3f}, "
+                  f"of another subject {found['weight_of_others']:.4f}", flush=True)  # fmt: skip
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    if args.plot is not None:
+        draw(sheets, results, args)
+
+
+def weights(t, rows, base, bandwidth):
+    """Mean squared prompt kernel of two images of one subject asked for in different ways, and of different subjects."""
+    texts = {row["prompt"]: t[k] for k, row in enumerate(rows)}
+    prompts = list(texts)
+    k = GaussianKernel(bandwidth)(CosineKernel.unit(torch.stack([texts[p] for p in prompts]))[0]).square()
+    same = torch.tensor([[base[a] == base[b] and a != b for b in prompts] for a in prompts])
+    other = torch.tensor([[base[a] != base[b] for b in prompts] for a in prompts])
+    return float(k[same].mean()), float(k[other].mean())
+
+
+def draw(sheets, results, args):
+    """Images of some prompts in the order in which they were made, three ways, and the modes found."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from kspec_guidance.plotting import image_grid
+
+    first = next(iter(sheets.values()))[1]
+    wanted = [n for n in ("runner", "cat face", "heart", "teacher", "flag", "boat") if any(r["prompt"] == n for r in first)]
+    wanted = (wanted + sorted({row["prompt"] for row in first}))[:5]
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (label, (images, rows)) in zip(figure.subplots(1, len(sheets)), sheets.items(), strict=True):
+        grid = []
+        for name in wanted:
+            mine = [k for k, row in enumerate(rows) if row["prompt"] == name][:8]
+            grid.append([Image.fromarray((images[k].permute(1, 2, 0) * 255).byte().numpy()) for k in mine])
+        axes.imshow(image_grid(grid, gap=3))
+        axes.set_axis_off()
+        axes.set_title(f"{label}: {results['memory'][label]['modes'][0]:.2f} modes of {args.images}", fontsize=10)
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.plot, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Small runs of `synthesize` for the tests: the embedded pipeline, few steps, and what must not differ between two runs."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from kspec_guidance import load_demo_pipeline
+from kspec_guidance.memory.files import read_tensors
+from kspec_guidance.synthesis import synthesize
+
+PROMPTS = ["heart", "red heart", "runner", "cat face", "man"]
+CALL = {"num_inference_steps": 3, "guidance_scale": 4.0}
+
+
+def quiet_pipeline():
+    pipe = load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make(out, pipe=None, prompts=PROMPTS, images=5, batch=3, call=CALL, report=False, **more):
+    return synthesize(prompts, out, pipe or quiet_pipeline(), images=images, batch=batch, call=call, report=report, **more)
+
+
+def rows_of(out):
+    return [json.loads(line) for line in Path(out, "metadata.jsonl").read_text().splitlines()]
+
+
+def contents(out):
+    """Digests of all files of a run; records by what they hold, since safetensors orders its header at will."""
+    found = {}
+    for path in sorted(Path(out).rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if not path.is_file() or path.name in ("lock", "report.html", "report.json"):
+            continue
+        if path.suffix == ".safetensors":
+            tensors, about = read_tensors(path, "prompts" if path.stem == "prompts" else "batch")
+            data = json.dumps(about).encode() + b"".join(tensors[k].contiguous().numpy().tobytes() for k in sorted(tensors))
+        else:
+            data = path.read_bytes()
+        found[name] = hashlib.sha256(data).hexdigest()
+    return found
