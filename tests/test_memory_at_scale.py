@@ -236,6 +236,17 @@ def test_few_centroids_point_the_right_way(capacity, least, g):
     assert alike.min() > least
 
 
+def test_the_cheapest_pair_is_always_known():
+    memory = CentroidMemory(10)
+    x, t = clustered(120)
+    for k in range(120):
+        memory.add(x[k : k + 1], t[k : k + 1])
+        c = memory._used
+        if c > 1:
+            torch.testing.assert_close(memory._best[:c], memory._cost[:c, :c].amin(1))
+            assert (memory._cost[torch.arange(c), memory._mate[:c]] == memory._best[:c]).all()
+
+
 def test_centroids_merge_and_come_back_from_disk(tmp_path):
     a, _, _ = means_of(200, 16)
     b, _, _ = means_of(100, 16)

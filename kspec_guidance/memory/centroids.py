@@ -57,6 +57,7 @@ class CentroidMemory(Described):
         self._t: Tensor | None = None
         self._weights, self._squares = torch.zeros(self.capacity), torch.zeros(self.capacity)
         self._cost = torch.full((self.capacity, self.capacity), float("inf"))
+        self._best, self._mate = torch.full((self.capacity,), float("inf")), torch.zeros(self.capacity, dtype=torch.int64)
         self._used = self._seen = 0
         self.shape = self.prompt_dim = None
 
@@ -117,8 +118,17 @@ class CentroidMemory(Described):
             self._t[place] = t
         costs = self._costs(row, t, weight)
         costs[place] = float("inf")
-        self._cost[place, : self._used] = costs
-        self._cost[: self._used, place] = costs
+        c = self._used
+        self._cost[place, :c] = costs
+        self._cost[:c, place] = costs
+        # the cheapest mate of each mean, looked for again where it was this one and is no longer as cheap
+        stale = (self._mate[:c] == place) & (costs > self._best[:c])
+        stale[place] = True
+        nearer = costs < self._best[:c]
+        self._best[:c] = torch.where(nearer, costs, self._best[:c])
+        self._mate[:c][nearer] = place
+        rows = stale.nonzero().squeeze(1)
+        self._best[rows], self._mate[rows] = self._cost[rows, :c].min(1)
 
     def _mean(self, a: int, row: Tensor, t: Tensor | None, square: float, weight: float) -> None:
         """Merge an item into mean ``a``."""
@@ -136,8 +146,8 @@ class CentroidMemory(Described):
             return
         costs = self._costs(row, t, weight)
         nearest = int(costs.argmin())
-        cheapest = int(self._cost.argmin())
-        a, b = divmod(cheapest, self.capacity)
+        a = int(self._best.argmin())
+        b = int(self._mate[a])
         if float(costs[nearest]) <= float(self._cost[a, b]):
             self._mean(nearest, row, t, square, weight)
             return
