@@ -5,8 +5,8 @@
 
 Needs the emoji art (fetched with npm on the first run). The first table compares plain sampling, guidance that knows only
 its own batch, and guidance with a memory kept over the whole run. In the second, every subject is asked for in four ways
-(``runner, woman``, ``runner woman``, ``woman runner``, ``runner, woman, woman``). The bandwidth of the prompt kernel decides
-whether these count as one prompt, as they should, and whether different subjects do, as they should not.
+(``runner, woman``, ``runner woman``, ``woman runner``, ``runner, woman, woman``). The bandwidth of the prompt kernel
+decides whether these count as one prompt, as they should, and whether different subjects do, as they should not.
 
 *Modes* of a prompt are the distinct training pictures that its images are nearest to and that it may stand for. Intervals
 are 95%: bootstrap over prompts, or jackknife over prompts for scores of the whole set.

@@ -120,7 +120,8 @@ def test_other_numbers_of_processes_and_other_memories(tmp_path, processes, kind
 def test_accelerate_launches_the_command_line(tmp_path):
     (tmp_path / "p.txt").write_text("heart\nrunner\nman\ncat face\n")
     line = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", environment()["MASTER_PORT"],
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+            "--main_process_port", environment()["MASTER_PORT"],
             "-m", "kspec_guidance", "generate", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "set"),
             "--images", "4", "--batch", "2", "--steps", "3", "--no-report"]  # fmt: skip
     done = subprocess.run(line, capture_output=True, text=True, env=environment())

@@ -56,6 +56,7 @@ class CentroidMemory(Described):
         self._store: RowStore | None = None
         self._t: Tensor | None = None
         self._weights, self._squares = torch.zeros(self.capacity), torch.zeros(self.capacity)
+        self._norms = torch.zeros(self.capacity)  # squared, of the means themselves
         self._cost = torch.full((self.capacity, self.capacity), float("inf"))
         self._best, self._mate = torch.full((self.capacity,), float("inf")), torch.zeros(self.capacity, dtype=torch.int64)
         self._used = self._seen = 0
@@ -104,9 +105,8 @@ class CentroidMemory(Described):
 
     def _costs(self, row: Tensor, t: Tensor | None, weight: float) -> Tensor:
         """What merging with each mean would cost ``[c]``."""
-        x, w = self.x, self.weights
-        norms = torch.linalg.vector_norm(x, dim=1).square()
-        d2 = (norms + row.square().sum() - 2 * (x @ row)).clamp_min(0) / self.spread**2
+        w = self.weights
+        d2 = (self._norms[: self._used] + row.square().sum() - 2 * (self.x @ row)).clamp_min(0) / self.spread**2
         if t is not None and self._t is not None:
             d2 = d2 + (self._t[: self._used] - t).square().sum(1) / self.prompt_spread**2
         return d2 * w * weight / (w + weight)
@@ -114,6 +114,7 @@ class CentroidMemory(Described):
     def _set(self, place: int, row: Tensor, t: Tensor | None, square: float, weight: float) -> None:
         x = self._store.chunks[0] if self._store is not None else row[None]
         x[place], self._squares[place], self._weights[place] = row, square, weight
+        self._norms[place] = row.square().sum()
         if t is not None and self._t is not None:
             self._t[place] = t
         costs = self._costs(row, t, weight)
@@ -121,14 +122,11 @@ class CentroidMemory(Described):
         c = self._used
         self._cost[place, :c] = costs
         self._cost[:c, place] = costs
-        # the cheapest mate of each mean, looked for again where it was this one and is no longer as cheap
-        stale = (self._mate[:c] == place) & (costs > self._best[:c])
-        stale[place] = True
+        # a lower bound of each mean's cheapest merge: it is only looked at again when it is the lowest of all
         nearer = costs < self._best[:c]
         self._best[:c] = torch.where(nearer, costs, self._best[:c])
         self._mate[:c][nearer] = place
-        rows = stale.nonzero().squeeze(1)
-        self._best[rows], self._mate[rows] = self._cost[rows, :c].min(1)
+        self._best[place], self._mate[place] = costs.min(0)
 
     def _mean(self, a: int, row: Tensor, t: Tensor | None, square: float, weight: float) -> None:
         """Merge an item into mean ``a``."""
@@ -146,14 +144,22 @@ class CentroidMemory(Described):
             return
         costs = self._costs(row, t, weight)
         nearest = int(costs.argmin())
-        a = int(self._best.argmin())
-        b = int(self._mate[a])
+        a, b = self._cheapest()
         if float(costs[nearest]) <= float(self._cost[a, b]):
             self._mean(nearest, row, t, square, weight)
             return
         old_t = None if self._t is None else self._t[b].clone()
         self._mean(a, self.x[b].clone(), old_t, float(self._squares[b]), float(self._weights[b]))
         self._set(b, row, t, square, weight)
+
+    def _cheapest(self) -> tuple[int, int]:
+        """The two means that are cheapest to merge."""
+        while True:
+            a = int(self._best.argmin())
+            b = int(self._mate[a])
+            if float(self._cost[a, b]) <= float(self._best[a]):
+                return a, b
+            self._best[a], self._mate[a] = self._cost[a].min(0)
 
     def select(
         self, t: Tensor | None = None, weigh: PromptWeights | None = None, tolerance: float = 0.0, unit: bool = True
