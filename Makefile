@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint oldest support overhead effect clean
+.PHONY: demo test lint oldest support overhead memory synthesis effect clean
 .DEFAULT_GOAL := test
 
 # torch and torchvision first and pinned: they are built for each other, and open_clip_torch would take the newest of either
@@ -38,6 +38,12 @@ support: $(VENV)/.installed
 	$(BIN)/python benchmarks/support_matrix.py
 overhead: $(VENV)/.installed
 	$(BIN)/python benchmarks/overhead.py
+
+# what a memory costs, and what it buys over a whole run: half an hour each, on an idle machine
+memory: $(VENV)/.installed
+	$(BIN)/python benchmarks/memory.py
+synthesis: $(VENV)/.installed
+	$(BIN)/python benchmarks/synthesis.py --plot docs/synthesis.png
 
 # the figures of the README and the model card
 effect: $(VENV)/.installed

@@ -1,7 +1,10 @@
 """Every code block of the README runs, in order: Python in one namespace, commands through the command line itself."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
-PAGES = ["docs/pipelines.md", "docs/support.md", "pipelines/README.md"]
+PAGES = ["docs/pipelines.md", "docs/support.md", "docs/synthesis.md", "pipelines/README.md"]
 
 
 @pytest.mark.slow
@@ -45,8 +48,28 @@ def test_the_code_of_the_other_pages_runs(page, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
     names: dict = {}
     for language, block in re.findall(r"```(\w+)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
-        assert language == "python"
-        exec(compile(block, page, "exec"), names)
+        assert language in ("python", "bash", "text")
+        if language == "python":
+            exec(compile(block, page, "exec"), names)
+        for line in block.splitlines() if language == "bash" else ():
+            run_command(shlex.split(line))
+
+
+def run_command(words):
+    """The program itself in this process; launchers of several as they are, from this environment."""
+    from kspec_guidance.cli import app
+
+    if words[0] == "kspec-guidance":
+        result = CliRunner().invoke(app, words[1:])
+        assert result.exit_code == 0, result.output
+        return
+    assert words[0] in ("torchrun", "accelerate")
+    modules = {"torchrun": ["torch.distributed.run"], "accelerate": ["accelerate.commands.launch"]}
+    rest = words[1:] if words[0] == "torchrun" else words[2:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", *modules[words[0]], *rest]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_other_commands_are_known():

@@ -189,6 +189,36 @@ def test_a_centroid_memory_of_the_guide_itself(tmp_path, pipe):
     assert len(guide.memory) == 8
 
 
+def test_a_bank_with_settings_is_taken_as_it_is(tmp_path, pipe):
+    guide = SPARKE(memory=MemoryBank(limit=3))
+    make(tmp_path / "a", pipe, ["heart"], guide=guide, images=8)
+    assert (len(guide.memory), guide.memory.seen) == (3, 8)
+    guide = SPARKE()
+    make(tmp_path / "b", pipe, ["heart"], guide=guide, images=2)
+    assert len(guide.memory) == 0  # an empty one without settings is left alone
+    with pytest.raises(SynthesisError, match="2 memories in different spaces"):
+        make(tmp_path / "c", pipe, guide=SPARKE() + SPARKE(space="pooled"))
+
+
+def test_random_features_repel_over_a_run_and_come_back(tmp_path, pipe):
+    from kspec_guidance.features import RandomFourierFeatures
+    from kspec_guidance.kernels import GaussianKernel
+
+    def guide():
+        kernel, prompts = GaussianKernel(1.0), GaussianKernel(0.35)
+        phi, psi = RandomFourierFeatures(kernel, 576, 256), RandomFourierFeatures(prompts, 160, 64)
+        return SPARKE(kernel=kernel, prompt_kernel=prompts, features=phi, prompt_features=psi)
+
+    make(tmp_path / "whole", pipe, ["heart", "runner"], guide=guide())
+    stopped = iter([True] * 5 + [None])
+    with pytest.raises(SynthesisError, match="returned nothing"):
+        make(tmp_path / "cut", pipe, ["heart", "runner"], guide=guide(), filter=lambda image, row: next(stopped))
+    assert len(list((tmp_path / "cut").rglob("*.png"))) == 3
+    make(tmp_path / "cut", pipe, ["heart", "runner"], guide=guide(), filter=lambda image, row: True)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.png")} for n in ("whole", "cut"))
+    assert one == two
+
+
 def test_groups_have_memories_of_their_own(tmp_path, pipe):
     prompts = [Prompt("heart", "a"), Prompt("heart ", "b"), Prompt("red heart", "b")]
     make(tmp_path / "x", pipe, prompts, memory_by="group", batch=4, images=3)

@@ -95,6 +95,19 @@ class MemoryBank(Described):
         self._selected: dict[Any, tuple[int, Tensor | None, Selection]] = {}
         self.shape = self.prompt_dim = None
 
+    def _settings(self) -> dict[str, Any]:
+        names = ("dtype", "device", "pinned", "folder", "limit", "forget", "half_life", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def plain(self) -> bool:
+        """Whether it was made without settings."""
+        return self._settings() == MemoryBank()._settings()
+
+    def empty_copy(self) -> "MemoryBank":
+        """A bank of the same settings that holds nothing."""
+        return type(self)(self.space, self.prompt_encoder, **self._settings())
+
     def __len__(self) -> int:
         return self._count
 

@@ -62,6 +62,10 @@ class CentroidMemory(Described):
         self._used = self._seen = 0
         self.shape = self.prompt_dim = None
 
+    def empty_copy(self) -> "CentroidMemory":
+        """A memory of the same settings that holds nothing."""
+        return CentroidMemory(self.capacity, self.spread, self.prompt_spread, self.unit, self.space, self.prompt_encoder)
+
     def __len__(self) -> int:
         return self._seen
 

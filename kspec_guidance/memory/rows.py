@@ -15,6 +15,14 @@ CHUNK_BYTES = 32 << 20  # of the largest chunk that growing makes: what may be r
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def _allocate(handle: int, size: int) -> None:
+    """Claim the disk's room: a full disk is an error here, where a write through the mapping would be a signal."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.ftruncate(handle, size)
+
+
 class RowStore:
     """Rows ``[capacity, width]``. Growing adds a chunk, and copies nothing.
 
@@ -69,7 +77,7 @@ class RowStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix="kspec-rows-", dir=self.folder)
         try:
-            os.posix_fallocate(handle, 0, size * self.row_bytes)  # a full disk is an error here, not a signal later
+            _allocate(handle, size * self.row_bytes)
             flat = torch.from_file(name, shared=True, size=size * self.width, dtype=self.dtype)
         finally:
             os.close(handle)

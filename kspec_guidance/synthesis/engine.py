@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kspec_guidance.embedders.base import ImageEmbedder
 from kspec_guidance.guidance import KernelGuidance
-from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, choose_memory
+from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, RandomFeatureMemory, choose_memory
 from kspec_guidance.objectives import TOLERANCE
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.exchange import absorb, delta
@@ -96,6 +96,7 @@ class Worker:
         self.made = 0
         self.base_total = self.everyone = 0
         self.own = guide.memory
+        self.terms = [term for term in guide.terms if term.memory is self.own]
         self.banks: dict[str | None, Memory] = {}
         self.shape: tuple[int, ...] | None = None
         self.prompt_dim: int | None = None
@@ -109,17 +110,24 @@ class Worker:
         """The memory of a group, made when its first images come."""
         bank = self.banks.get(group)
         if bank is None:
-            if group is None and (self.settings.memory == "guide" or len(self.own)):
+            if group is None and (self.settings.memory == "guide" or len(self.own) or not self._default):
                 bank = self.own
             else:
                 bank = self._make(shape)
             self.banks[group] = bank
         return bank
 
+    @property
+    def _default(self) -> bool:
+        """Whether the guide's memory is one that was made without a thought, so that another may take its place."""
+        return isinstance(self.own, MemoryBank) and type(self.own) is MemoryBank and self.own.plain
+
     def _make(self, shape: tuple[int, ...]) -> Memory:
         kind = self.settings.memory
-        if kind == "guide" or not isinstance(self.own, MemoryBank):
-            return self.guide.terms[0].objective.make_memory()
+        if kind == "guide" or not self._default:
+            if isinstance(self.own, RandomFeatureMemory):
+                return self.guide.terms[0].objective.make_memory()
+            return self.own.empty_copy()
         if kind == "auto":
             made: Memory = choose_memory(self.settings.images_expected, shape)
         else:
@@ -137,8 +145,8 @@ class Worker:
         """Let the guide work with the memory of a group."""
         bank = self.banks.get(group)
         if bank is None and group is not None:
-            bank = MemoryBank()  # nothing of this group yet
-        for term in self.guide.terms:
+            bank = self._make(self.shape or ())  # nothing of this group yet
+        for term in self.terms:
             if bank is not None:
                 term.memory = bank
 
@@ -311,7 +319,7 @@ class Worker:
         heads = self.processes.numbers(int(over), self.base_total + self.made, 0 if told is None else told.shape[1])
         width = max(head[2] for head in heads)
         if width:
-            dtype = torch.float32 if told is None else told.dtype
+            dtype = torch.int64 if isinstance(self.own, RandomFeatureMemory) else torch.float32
             self.incoming(self.processes.gather(torch.zeros(0, width, dtype=dtype) if told is None else told))
         self.exchanges += 1
         self.everyone = sum(head[1] for head in heads)

@@ -115,7 +115,8 @@ def synthesize(
         filter: called with an image and its metadata; True keeps it, False or a reason drops it. What is dropped is made
             again, with another seed.
         duplicates: drop images whose features have this cosine with an image that this process kept.
-        memory: ``auto`` (see :func:`choose_memory`), ``exact``, ``centroids``, or ``guide`` for what the guide brings.
+        memory: ``auto`` (see :func:`choose_memory`), ``exact``, ``centroids``, or ``guide`` for what the guide brings; what
+            it brings with settings of its own, or with entries, is taken in any case.
         memory_by: ``group`` gives each group of prompts a memory of its own.
         exchange: batches between two exchanges of the processes' memories.
         format: ``imagefolder``, ``webdataset`` or ``parquet``; ``shard_size`` images to a shard of the last two.
@@ -145,6 +146,11 @@ def synthesize(
         pipe, call = load_demo_pipeline(), {"num_inference_steps": 20, "guidance_scale": 5.0} | call
         pipe.set_progress_bar_config(disable=True)
     guide = SPARKE() if guide is None else guide
+    if len(guide.memories) > 1:
+        raise SynthesisError(
+            f"this guide keeps {len(guide.memories)} memories in different spaces, and a run keeps one; let its terms work "
+            "in one space"
+        )
     make_jobs(found, images, counts, {}, PATIENCE)  # quotas of unknown groups are refused before anything is written
     balance = None
     before, held = (guide.remember, [term.memory for term in guide.terms]), len(guide.memory)

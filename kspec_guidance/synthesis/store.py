@@ -11,8 +11,8 @@ between the two, images without a record are deleted and made again, from the sa
 """
 
 import json
-import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,5 +258,4 @@ class Store:
         place = self.out
         while not place.exists():
             place = place.parent
-        stat = os.statvfs(place)
-        return stat.f_bavail * stat.f_frsize
+        return shutil.disk_usage(place).free

@@ -1,0 +1,457 @@
+"""What a memory costs: a guided step against one read of its rows, the memories of constant size, and a whole synthesis.
+
+    python benchmarks/memory.py                  # all of it, half an hour; results in benchmarks/results/memory.json
+    python benchmarks/memory.py step prompts     # some parts
+
+Parts: ``step`` (10^4 rows of 16,384), ``prompts`` (10^5 rows of 1,000 prompts), ``published`` (full kernel matrices by
+autograd), ``compressed`` (10^3 to 10^6 entries), ``direction`` (how right the memories of constant size are), ``whole``
+(2,000 embedded images on two processes), ``scale`` (a simulation to 10^8 samples). Every time is the median of several runs
+beside its floor in the same process.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.kernels import CosineKernel, GaussianKernel
+from kspec_guidance.memory import CentroidMemory, MemoryBank, PromptWeights, RandomFeatureMemory
+from kspec_guidance.objectives import RKE, ConditionalRKE
+
+WIDTH = 16_384
+GAUSSIAN = GaussianKernel(0.7)
+
+
+def median_ms(run, times=7):
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        run()
+        found.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(found)
+
+
+def once_ms(run):
+    began = time.perf_counter()
+    run()
+    return (time.perf_counter() - began) * 1e3
+
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def unit(*size, seed=0):
+    return CosineKernel.unit(torch.randn(*size, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+def filled(n, dtype=torch.float32, prompts=None, width=WIDTH):
+    bank = MemoryBank(dtype=dtype)
+    for start in range(0, n, 500):
+        k = min(500, n - start)
+        bank.add(unit(k, width, seed=start), None if prompts is None else prompts[start : start + k])
+    return bank
+
+
+def step(n=10_000):
+    """One gradient of the whole memory beside one product with all rows; and where its time goes."""
+    bank, objective, found = filled(n), RKE(), {}
+    matrix = torch.cat(bank._store.view(0, n))
+    for batch in (1, 8):
+        x = unit(batch, WIDTH, seed=99)
+        rows = x[0] if batch == 1 else x.T.contiguous()
+        bank._version += 1
+        first = once_ms(lambda x=x: objective.gradient(x, None, bank))
+        floor = median_ms(lambda rows=rows, matrix=matrix: matrix @ rows)
+        ours = median_ms(lambda x=x: objective.gradient(x, None, bank))
+        found[f"batch {batch}"] = {"floor_ms": floor, "first_ms": first, "gradient_ms": ours, "ratio": ours / floor}
+    found["bytes_beside"] = bank.nbytes_beside / (n * WIDTH * 4)
+    found["bytes_reserved"] = bank.nbytes / (n * WIDTH * 4) - 1
+    x, before = unit(1, WIDTH, seed=99), peak_mb()
+    objective.gradient(x, None, bank)
+    found["peak_growth_of_a_gradient_mb"] = peak_mb() - before
+    found["profile_ms"] = profile(lambda: objective.gradient(x, None, bank))
+    for dtype in (torch.float16, torch.bfloat16):
+        half = filled(n, dtype)
+        ours = median_ms(lambda half=half: objective.gradient(x, None, half))
+        found[str(dtype).removeprefix("torch.")] = {
+            "gradient_ms": ours,
+            "ratio_to_float32_floor": ours / found["batch 1"]["floor_ms"],
+        }
+    return found
+
+
+def profile(run):
+    """Self time of the dearest operations, from one run."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    events = sorted(seen.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    names = {"aten::mm": "products with x", "aten::addmm_": "sum of rows", "aten::index_select": "rows for the median"}
+    table = {names.get(e.key, e.key): e.self_cpu_time_total / 1e3 for e in events}
+    top = dict(list(table.items())[:5])
+    return {**top, "all other operations": sum(table.values()) - sum(top.values())}
+
+
+def prompts(n=100_000, number=1000):
+    """10^5 rows, their prompts mixed: one prompt's image reads the rows of similar prompts only."""
+    centres = unit(number // 5, 64, seed=1)
+    texts = CosineKernel.unit(centres.repeat_interleave(5, 0) + 0.03 * torch.randn(number, 64))[0]
+    which = torch.randint(number, (n,), generator=torch.Generator().manual_seed(2))
+    bank, objective, found = filled(n, prompts=texts[which]), ConditionalRKE(), {}
+    weigh = PromptWeights(objective.prompt_kernel)
+    for batch in (1, 8):
+        x, t = unit(batch, WIDTH, seed=99), texts[:1].expand(batch, -1)
+        selection = bank.select(t, weigh, 1e-3)
+        similar = selection.rows(x)
+        rows = x[0] if batch == 1 else x.T.contiguous()
+        cold = torch.empty(12_000_000)  # 48 MB written in between: nothing is left in the caches
+
+        def after_others(run, cold=cold):
+            found = []
+            for _ in range(7):
+                cold.add_(1)
+                found.append(once_ms(run))
+            return statistics.median(found)
+
+        floor, warm = after_others(lambda r=rows, s=similar: s @ r), median_ms(lambda r=rows, s=similar: s @ r)
+        bank._version += 1
+        cold.add_(1)
+        first = once_ms(lambda x=x, t=t: objective.gradient(x, t, bank))
+        later = after_others(lambda x=x, t=t: objective.gradient(x, t, bank))
+        image = (first + 11 * later) / 12  # of the twelve guided steps of an image
+        found[f"batch {batch}"] = {
+            "rows": len(selection), "of": n, "floor_ms": floor, "floor_in_cache_ms": warm, "first_ms": first,
+            "later_ms": later, "mean_of_an_image_ms": image, "ratio": image / floor,
+        }  # fmt: skip
+    found["bytes_beside"] = bank.nbytes_beside / (n * WIDTH * 4)
+    return found
+
+
+def published(n=4000):
+    """Conditional RKE of everything, its full kernel matrices differentiated by autograd, beside the closed form."""
+    texts = unit(n + 1, 64, seed=3)
+    bank, x = filled(n, prompts=texts[:n]), unit(1, WIDTH, seed=99)
+    old, kernel, prompt_kernel = bank.x.clone(), GAUSSIAN, GaussianKernel(0.35)
+
+    def full():
+        z = x.clone().requires_grad_()
+        k = kernel(torch.cat([old, z])) * prompt_kernel(texts)
+        score = prompt_kernel(texts).square().sum() / k.square().sum()
+        return torch.autograd.grad(score.log(), z)[0]
+
+    objective = ConditionalRKE(kernel)
+    theirs = median_ms(full, 3)
+    ours = median_ms(lambda: objective.gradient(x, texts[n:], bank))
+    every = median_ms(lambda: RKE(kernel).gradient(x, None, bank))
+    alike = torch.cosine_similarity(full(), objective.gradient(x, texts[n:], bank)).item()
+    return {"full_ms": theirs, "ours_ms": ours, "ours_all_rows_ms": every, "faster": theirs / every, "cosine": alike}
+
+
+def compressed(largest=1_000_000, width=64):
+    """Time of a gradient from 10^3 to 10^6 entries."""
+    kernel, found = GaussianKernel(1.0), {}
+    texts = unit(50, 16, seed=4)
+    phi, psi = RandomFourierFeatures(kernel, width, 1024), RandomFourierFeatures(GaussianKernel(0.5), 16, 128)
+    makes = {
+        "random features, 1,024 x 128": (
+            RandomFeatureMemory(phi.power(2), psi.power(2)),
+            {"features": phi, "prompt_features": psi},
+        ),
+        "weighted means, 256": (CentroidMemory(256), {}),
+    }
+    x, t = unit(8, width, seed=99), texts[:8]
+    for name, (memory, settings) in makes.items():
+        objective = ConditionalRKE(kernel, prompt_kernel=GaussianKernel(0.5), **settings)
+        objective._warned = True
+        times, adding, n = {}, {}, 0
+        for goal in [k for k in (1000, 10_000, 100_000, 1_000_000) if k <= largest]:
+            began = time.perf_counter()
+            while n < goal:
+                k = min(1000, goal - n)
+                which = torch.arange(n, n + k) % 50
+                memory.add(unit(k, width, seed=n), texts[which])
+                n += k
+            adding[goal] = (time.perf_counter() - began) * 1e3
+            times[goal] = median_ms(lambda m=memory, o=objective: o.gradient(x, t, m), 101)
+            print(f"  {name}: {goal} entries, {times[goal]:.3f} ms", flush=True)
+        found[name] = {"ms": times, "largest_over_smallest": max(times.values()) / min(times.values()), "adding_ms": adding}
+    return found
+
+
+def latents(number, folder):
+    """Real latents of the embedded autoencoder and prompt features: the training art, shifted, mirrored and dimmed."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "train_emoji"))
+    import data
+
+    from kspec_guidance import SPARKE, encode_reference, load_demo_pipeline
+    from kspec_guidance.synthesis.generating import prompt_features
+
+    data.download(folder)
+    images, entries = data.load(folder)
+    pipe, guide = load_demo_pipeline(), SPARKE(0.0)
+    pipe.set_progress_bar_config(disable=True)
+    guide.remember = False
+    subjects = sorted({e.subject for e in entries})
+    with torch.no_grad(), guide.attach(pipe):
+        texts = prompt_features(pipe, guide, {}, subjects, 64)
+    g = torch.Generator().manual_seed(0)
+    order, found, said = torch.randperm(len(images), generator=g), [], []
+    for start in range(0, number, 500):
+        k = order[torch.arange(start, min(start + 500, number)) % len(order)]
+        part = images[k].float() / 127.5 - 1
+        if start >= len(order):
+            dx, dy = (int(v) for v in torch.randint(-4, 5, (2,), generator=g))
+            part = part.roll((dx, dy), (2, 3)) * float(0.8 + 0.2 * torch.rand((), generator=g))
+            part = part.flip(3) if torch.rand((), generator=g) < 0.5 else part
+        found.append(encode_reference(pipe, part, 100).flatten(1))
+        said += [subjects.index(entries[i].subject) for i in k.tolist()]
+    return torch.cat(found), texts[said], pipe, texts, subjects
+
+
+def direction(folder, largest=100_000):
+    """Cosine between the memories' gradients and the exact one, at clean predictions half way through a run."""
+    x, t, pipe, texts, subjects = latents(largest, folder)
+    queries, of = predictions(pipe, subjects, texts)
+    found = {}
+    for n in [k for k in (1000, 10_000, 100_000) if k <= largest]:
+        exact = MemoryBank()
+        exact.add(x[:n], t[:n])
+        memories = {f"{c} means": CentroidMemory(c) for c in (64, 256, 1024, 2048) if c < n}
+        for memory in memories.values():
+            memory.add(x[:n], t[:n])
+        some = unit_distance(x[:n])
+        for label, bandwidth in (("half a median", 0.5 * some), ("one median", some)):
+            right = ConditionalRKE(GaussianKernel(bandwidth)).gradient(queries, of, exact)
+            row = {}
+            for name, memory in memories.items():
+                got = ConditionalRKE(GaussianKernel(bandwidth)).gradient(queries, of, memory)
+                row[name] = cosines(got, right)
+            for number in (512, 2048):
+                phi = RandomFourierFeatures(GaussianKernel(bandwidth), x.shape[1], number)
+                psi = RandomFourierFeatures(GaussianKernel(0.35), t.shape[1], 512)
+                objective = ConditionalRKE(GaussianKernel(bandwidth), phi, prompt_features=psi)
+                objective._warned = True
+                memory = objective.make_memory()
+                memory.total = sums(memory, x[:n], t[:n])
+                memory._count, memory.shape, memory.prompt_dim = n, (x.shape[1],), t.shape[1]
+                row[f"{number} random features"] = cosines(objective.gradient(queries, of, memory), right)
+            found[f"{n} entries, {label}"] = row
+            print(f"  {n} {label}: " + ", ".join(f"{k} {v[0]:.3f}" for k, v in row.items()), flush=True)
+    return found
+
+
+def sums(memory, x, t):
+    """The sum that adding one by one would give, by products: for 10^5 rows in seconds."""
+    from kspec_guidance.memory.random_features import SCALE
+
+    total = torch.zeros(memory.total.shape, dtype=torch.float64)
+    for a, b in zip(x.split(4096), t.split(4096), strict=True):
+        phi, psi = (
+            memory.features(CosineKernel.unit(a.double())[0]),
+            memory.prompt_features(CosineKernel.unit(b.double())[0]),
+        )
+        total += phi.T @ psi
+    return (total * SCALE).round().to(torch.int64)
+
+
+def unit_distance(x):
+    from kspec_guidance.kernels import median_bandwidth
+
+    return median_bandwidth(CosineKernel.unit(x)[0])
+
+
+def cosines(got, right):
+    """Median and lowest decile over queries."""
+    c = torch.cosine_similarity(got.float(), right.float(), dim=1)
+    return [float(c.median()), float(c.quantile(0.1))]
+
+
+def predictions(pipe, subjects, texts, number=64):
+    """Clean predictions x0 of the embedded pipeline at the middle of runs of 64 prompts, unit rows."""
+    from kspec_guidance import SPARKE
+    from kspec_guidance.terms import Term
+
+    seen, guide = [], SPARKE(1e-6)
+    gradient = Term.gradient
+
+    def spy(self, rows, *more):
+        seen.append(rows.detach().clone())
+        return gradient(self, rows, *more)
+
+    names = subjects[:: max(1, len(subjects) // number)][:number]
+    Term.gradient = spy
+    try:
+        with torch.no_grad(), guide.attach(pipe):
+            generators = [torch.Generator().manual_seed(k) for k in range(len(names))]
+            pipe(names, num_inference_steps=10, output_type="latent", generator=generators)
+    finally:
+        Term.gradient = gradient
+    return CosineKernel.unit(seen[len(seen) // 2].flatten(1))[0], texts[[subjects.index(n) for n in names]]
+
+
+def whole(images=2000, plain_images=400):
+    """Two processes with guidance beside twice one plain process of one thread; what guidance and the rest take."""
+    code = """
+import sys, time, json, torch
+torch.set_num_threads(1)
+from kspec_guidance import load_demo_pipeline
+pipe = load_demo_pipeline(); pipe.set_progress_bar_config(disable=True)
+call = dict(num_inference_steps=20, guidance_scale=5.0, num_images_per_prompt=8)
+pipe("heart", **call)
+began = time.perf_counter()
+for k in range(int(sys.argv[1]) // 8):
+    pipe("heart", generator=[torch.Generator().manual_seed(8 * k + j) for j in range(8)], **call)
+print(json.dumps((time.perf_counter() - began) / (int(sys.argv[1]) // 8 * 8)))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def plain():
+        return subprocess.Popen([sys.executable, "-c", code, str(plain_images)], stdout=subprocess.PIPE, env=environment)
+
+    alone = json.loads(plain().communicate()[0])
+    pair = [plain(), plain()]
+    both = [json.loads(p.communicate()[0]) for p in pair]
+    with tempfile.TemporaryDirectory() as folder:
+        number = images // 8
+        Path(folder, "prompts.txt").write_text("\n".join(names(number)))
+        line = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            str(Path(__file__)),
+            "--worker",
+            folder,
+        ]
+        subprocess.run(line, check=True, env=environment)
+        said = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("said-*.json"))]
+    rate = sum(s["made"] for s in said) / max(s["seconds"] for s in said)
+    return {
+        "plain_one_process_images_per_s": 1 / alone,
+        "plain_two_at_once_images_per_s": sum(1 / s for s in both),
+        "synthesis_images_per_s": rate,
+        "efficiency_to_twice_one": rate * alone / 2,
+        "efficiency_to_two_at_once": rate / sum(1 / s for s in both),
+        "guidance_share": sum(s["guidance_seconds"] for s in said) / sum(s["seconds"] for s in said),
+        "shares": {k: sum(s["parts"][k] for s in said) / sum(s["seconds"] for s in said) for k in said[0]["parts"]},
+        "bytes_sent_per_image": sum(s["bytes_sent"] for s in said) / sum(s["made"] for s in said),
+        "exchanges": said[0]["exchanges"],
+    }
+
+
+def names(number):
+    from effect import PROMPTS
+
+    more = [f"{p}, {a}" for a in ("woman", "man", "noto style", "twemoji style", "dark skin tone", "light skin tone",
+            "woman, noto style", "man, noto style", "woman, twemoji style", "man, twemoji style", "medium skin tone",
+            "medium dark skin tone", "medium light skin tone") for p in PROMPTS]  # fmt: skip
+    return (PROMPTS + more)[:number]
+
+
+def worker(folder):
+    """One process of ``whole``: a synthesis, its parts timed."""
+    torch.set_num_threads(1)
+    from kspec_guidance.synthesis import synthesize
+    from kspec_guidance.synthesis.engine import Worker
+    from kspec_guidance.synthesis.generating import Generator
+    from kspec_guidance.synthesis.store import Store
+
+    parts = {}
+
+    def timed(owner, name, label):
+        real = getattr(owner, name)
+
+        def call(*args, **more):
+            began = time.perf_counter()
+            try:
+                return real(*args, **more)
+            finally:
+                parts[label] = parts.get(label, 0.0) + time.perf_counter() - began
+
+        setattr(owner, name, call)
+
+    timed(Generator, "make", "pipeline and guidance")
+    timed(Store, "commit", "writing images and records")
+    timed(Worker, "exchange", "exchange, and waiting for it")
+    timed(Worker, "_describe", "scores")
+    timed(Worker, "take", "memory and counting")
+    texts = Path(folder, "prompts.txt").read_text().splitlines()
+    done = synthesize(texts, Path(folder, "set"), images=8, batch=8, report=False)
+    said = {k: getattr(done, k) for k in ("made", "seconds", "guidance_seconds", "bytes_sent", "exchanges")}
+    Path(folder, f"said-{int(done.first)}.json").write_text(json.dumps({**said, "parts": parts}))
+
+
+def scale(bandwidth=20e9):
+    """A simulation to 10^8 samples: what each of W processes stores, reads at a step and tells, from prompts and shards.
+
+    100 samples a prompt, rows of 16,384 float32, prompt features of 64 numbers about topics of about 50 prompts. Shards and
+    what is relevant to others come from the code that runs; rows are counted, not made.
+    """
+    from kspec_guidance.synthesis.sharding import relevant, shard
+
+    weigh, found, row = PromptWeights(GaussianKernel(0.35)), [], WIDTH * 4
+    for total, world in ((10**5, 1), (10**6, 10), (10**7, 100), (10**8, 1000)):
+        sampled = min(total // 100, 20_000)  # prompts that are really placed: some of the shards, each of its full size
+        times = total // 100 / sampled
+        g = torch.Generator().manual_seed(total)
+        topics = CosineKernel.unit(torch.randn(max(1, sampled // 50), 64, generator=g))[0]
+        spread = 0.03 * torch.randn(sampled, 64, generator=g)
+        texts = CosineKernel.unit(topics[torch.randint(len(topics), (sampled,), generator=g)] + spread)[0]
+        shards = min(world, max(1, round(sampled * world / (total // 100))))  # as many prompts in each as there would be
+        owner = torch.tensor(shard(texts, [100] * sampled, shards))
+        similar = torch.stack([(weigh(p[None], texts) > 1e-3).sum() for p in texts[:200]]).float().mean()
+        told = 0
+        for rank in range(min(shards, 20)):
+            told += int(relevant(texts[owner == rank], texts[owner != rank], weigh, 1e-3).sum())
+        share = told / max(1, int((owner < 20).sum()))
+        rows = float(similar) * 100
+        found.append({
+            "samples": total, "processes": world, "rows_held_by_each": total / world * (1 + share),
+            "gb_held_by_each": total / world * (1 + share) * row / 1e9, "rows_read_at_a_step": rows,
+            "ms_of_a_step": 2 * rows * row / bandwidth * 1e3,
+            "ms_of_a_step_if_all_rows_were_read": 2 * total * row / bandwidth * 1e3,
+            "share_of_images_told": share, "mb_told_for_each_1000_images": share * 1000 * row / 1e6,
+            "prompts_simulated": sampled, "shards_simulated": shards, "part_of_all": 1 / times,
+        })  # fmt: skip
+        print("  ", {k: round(v, 3) for k, v in found[-1].items()}, flush=True)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = ["step", "prompts", "published", "compressed", "direction", "whole", "scale"]
+    parser.add_argument("parts", nargs="*", default=every, help=", ".join(every))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.json"))
+    parser.add_argument("--data", type=Path, default=Path(".cache_data"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker)
+        return
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    parts = {"step": step, "prompts": prompts, "published": published, "compressed": compressed,
+             "direction": lambda: direction(args.data), "whole": whole, "scale": scale}  # fmt: skip
+    for name in args.parts:
+        if name not in parts:
+            parser.error(f"no part {name!r}; there are {', '.join(every)}")
+        print(name, flush=True)
+        results[name] = parts[name]()
+        print(json.dumps(results[name], indent=1), flush=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
