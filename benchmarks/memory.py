@@ -105,37 +105,46 @@ def profile(run):
 
 
 def prompts(n=100_000, number=1000):
-    """10^5 rows, their prompts mixed: one prompt's image reads the rows of similar prompts only."""
-    centres = unit(number // 5, 64, seed=1)
-    texts = CosineKernel.unit(centres.repeat_interleave(5, 0) + 0.03 * torch.randn(number, 64))[0]
-    which = torch.randint(number, (n,), generator=torch.Generator().manual_seed(2))
-    bank, objective, found = filled(n, prompts=texts[which]), ConditionalRKE(), {}
+    """10^5 rows, their prompts mixed: one prompt's image reads the rows of similar prompts only; of few, and of many."""
+    found = {}
+    for topic in (5, 50):
+        centres = unit(number // topic, 64, seed=1)
+        g = torch.Generator().manual_seed(3)
+        texts = CosineKernel.unit(centres.repeat_interleave(topic, 0) + 0.03 * torch.randn(number, 64, generator=g))[0]
+        which = torch.randint(number, (n,), generator=g)
+        bank = filled(n, prompts=texts[which])
+        found |= {f"{topic} similar prompts, {k}": v for k, v in over_prompts(bank, texts).items()}
+        found["bytes_beside"] = bank.nbytes_beside / (n * WIDTH * 4)
+        del bank
+    return found
+
+
+def over_prompts(bank, texts):
+    objective, found, cold = ConditionalRKE(), {}, torch.empty(12_000_000)
     weigh = PromptWeights(objective.prompt_kernel)
+
+    def after_others(run):  # 48 MB written in between, as by a denoiser: nothing is left in the caches
+        times = []
+        for _ in range(7):
+            cold.add_(1)
+            times.append(once_ms(run))
+        return statistics.median(times)
+
     for batch in (1, 8):
         x, t = unit(batch, WIDTH, seed=99), texts[:1].expand(batch, -1)
         selection = bank.select(t, weigh, 1e-3)
         similar = selection.rows(x)
         rows = x[0] if batch == 1 else x.T.contiguous()
-        cold = torch.empty(12_000_000)  # 48 MB written in between: nothing is left in the caches
-
-        def after_others(run, cold=cold):
-            found = []
-            for _ in range(7):
-                cold.add_(1)
-                found.append(once_ms(run))
-            return statistics.median(found)
-
-        floor, warm = after_others(lambda r=rows, s=similar: s @ r), median_ms(lambda r=rows, s=similar: s @ r)
+        floor = after_others(lambda r=rows, s=similar: s @ r)
         bank._version += 1
         cold.add_(1)
         first = once_ms(lambda x=x, t=t: objective.gradient(x, t, bank))
         later = after_others(lambda x=x, t=t: objective.gradient(x, t, bank))
         image = (first + 11 * later) / 12  # of the twelve guided steps of an image
         found[f"batch {batch}"] = {
-            "rows": len(selection), "of": n, "floor_ms": floor, "floor_in_cache_ms": warm, "first_ms": first,
-            "later_ms": later, "mean_of_an_image_ms": image, "ratio": image / floor,
+            "rows": len(selection), "of": len(bank), "floor_ms": floor, "first_ms": first, "later_ms": later,
+            "mean_of_an_image_ms": image, "ratio_later": later / floor, "ratio": image / floor,
         }  # fmt: skip
-    found["bytes_beside"] = bank.nbytes_beside / (n * WIDTH * 4)
     return found
 
 
@@ -191,7 +200,8 @@ def compressed(largest=1_000_000, width=64):
 
 
 def latents(number, folder):
-    """Real latents of the embedded autoencoder and prompt features: the training art, shifted, mirrored and dimmed."""
+    """Real latents of the embedded autoencoder, and prompt features: of the training art, and then the same mirrored and
+    shifted by whole cells, which is near the latents of pictures so moved."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "train_emoji"))
     import data
 
@@ -206,31 +216,27 @@ def latents(number, folder):
     subjects = sorted({e.subject for e in entries})
     with torch.no_grad(), guide.attach(pipe):
         texts = prompt_features(pipe, guide, {}, subjects, 64)
-    g = torch.Generator().manual_seed(0)
-    order, found, said = torch.randperm(len(images), generator=g), [], []
-    for start in range(0, number, 500):
-        k = order[torch.arange(start, min(start + 500, number)) % len(order)]
-        part = images[k].float() / 127.5 - 1
-        if start >= len(order):
-            dx, dy = (int(v) for v in torch.randint(-4, 5, (2,), generator=g))
-            part = part.roll((dx, dy), (2, 3)) * float(0.8 + 0.2 * torch.rand((), generator=g))
-            part = part.flip(3) if torch.rand((), generator=g) < 0.5 else part
-        found.append(encode_reference(pipe, part, 100).flatten(1))
-        said += [subjects.index(entries[i].subject) for i in k.tolist()]
-    return torch.cat(found), texts[said], pipe, texts, subjects
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:number]
+    art = torch.cat([encode_reference(pipe, images[k].float() / 127.5 - 1, 100) for k in order.split(500)])
+    said = texts[[subjects.index(entries[i].subject) for i in order.tolist()]]
+    moves = [(flip, dx, dy) for dx, dy in ((0, 0), (1, 0), (0, 1), (-1, 0), (0, -1), (1, 1), (-1, -1)) for flip in (0, 1)]
+    every = [(art.flip(3) if flip else art).roll((dy, dx), (2, 3)).flatten(1) for flip, dx, dy in moves]
+    return torch.cat(every)[:number], said.repeat(len(moves), 1)[:number], pipe, texts, subjects
 
 
 def direction(folder, largest=100_000):
     """Cosine between the memories' gradients and the exact one, at clean predictions half way through a run."""
     x, t, pipe, texts, subjects = latents(largest, folder)
     queries, of = predictions(pipe, subjects, texts)
-    found = {}
+    found, done = {}, 0
+    memories = {f"{c} means": CentroidMemory(c) for c in (64, 256, 1024)}
+    largest = min(largest, len(x))
     for n in [k for k in (1000, 10_000, 100_000) if k <= largest]:
         exact = MemoryBank()
         exact.add(x[:n], t[:n])
-        memories = {f"{c} means": CentroidMemory(c) for c in (64, 256, 1024, 2048) if c < n}
         for memory in memories.values():
-            memory.add(x[:n], t[:n])
+            memory.add(x[done:n], t[done:n])
+        done = n
         some = unit_distance(x[:n])
         for label, bandwidth in (("half a median", 0.5 * some), ("one median", some)):
             right = ConditionalRKE(GaussianKernel(bandwidth)).gradient(queries, of, exact)
@@ -301,7 +307,7 @@ def predictions(pipe, subjects, texts, number=64):
     return CosineKernel.unit(seen[len(seen) // 2].flatten(1))[0], texts[[subjects.index(n) for n in names]]
 
 
-def whole(images=2000, plain_images=400):
+def whole(images=2000, plain_images=240):
     """Two processes with guidance beside twice one plain process of one thread; what guidance and the rest take."""
     code = """
 import sys, time, json, torch

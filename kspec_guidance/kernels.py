@@ -158,6 +158,11 @@ class Kernel:
 
     stationary = False  # whether it depends on x - y alone
 
+    @property
+    def open(self) -> bool:
+        """Whether :meth:`fit` has something to choose from data."""
+        return False
+
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Kernel matrix ``[..., n, m]``; with ``y`` left out, of ``x`` with itself.
 
@@ -216,6 +221,10 @@ class _Stationary(Kernel):
 
     bandwidth: float | None
     stationary = True
+
+    @property
+    def open(self) -> bool:
+        return self.bandwidth is None
 
     def fit(self, x: Tensor, y: Tensor | None = None) -> "_Stationary":
         return self if self.bandwidth is not None else replace(self, bandwidth=self._rule(x, y))  # type: ignore[type-var]
@@ -444,6 +453,10 @@ class ProductKernel(Kernel):
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return self.first(x, y) * self.second(x, y)
+
+    @property
+    def open(self) -> bool:
+        return self.first.open or self.second.open
 
     def fit(self, x: Tensor, y: Tensor | None = None) -> "ProductKernel":
         return ProductKernel(self.first.fit(x, y), self.second.fit(x, y))

@@ -248,7 +248,7 @@ class MemoryBank(Described):
 
         Args:
             weigh: of prompts; None lets all rows count alike.
-            tolerance: rows that are left out weigh together at most so much as so many rows of the sample's own prompt.
+            tolerance: rows that are left out weigh together at most this part of all, see :func:`prune`.
             unit: whether rows are to be taken at norm 1.
         """
         if weigh is None or self.prompt_dim is None:

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import Kernel, as_float
+from kspec_guidance.kernels import Kernel, as_float, far_centre
 from kspec_guidance.memory.rows import RowStore
 
 __all__ = ["PromptWeights", "Selection", "prune"]
 
 BLOCK_BYTES = 4 << 20  # rows read at once on a CPU: they are used twice, the second time out of its cache
 BLOCK_BYTES_GPU = 64 << 20
+NEAR_SHARE, NEAR_BYTES = 0.05, 256 << 20  # of a store that a selection of its rows may copy, and the most
+CENTRE = 32  # rows by which it is judged whether all lie far from the origin
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,15 @@ class PromptWeights:
 def prune(weights: Tensor, counts: Tensor, tolerance: float) -> Tensor:
     """Which prompts to keep ``[P]`` (bool), of weights ``[n, P]`` and numbers of rows ``[P]``.
 
-    What is dropped weighs together at most ``tolerance`` rows of weight 1, for each of the n samples. Since a gradient is
-    a sum over rows, it changes by at most ``tolerance`` times the steepest slope of one row: for ``k^2`` of a Gaussian of
-    bandwidth b that is ``sqrt(2 / e) / b``.
+    What is dropped weighs together, for each of the n samples, at most the part ``tolerance`` of all rows' weight, or of
+    one row of weight 1 if all weigh less. Since a gradient is a sum over rows, it changes by at most so much times the
+    steepest slope of one row: for ``k^2`` of a Gaussian of bandwidth b that is ``sqrt(2 / e) / b``.
     """
-    mass = (weights.double() * counts.to(weights.device)).amax(0)
-    mass, order = mass.sort()
+    every = weights.double() * counts.to(weights.device)
+    allowed = tolerance * every.sum(1).min().clamp_min(1.0)
+    mass, order = every.amax(0).sort()
     keep = torch.ones(len(mass), dtype=torch.bool, device=mass.device)
-    keep[order[mass.cumsum(0) <= tolerance]] = False
+    keep[order[mass.cumsum(0) <= allowed]] = False
     return keep.cpu()
 
 
@@ -63,6 +66,8 @@ class Selection:
     ):
         self.store, self.places, self.weights, self.unit = store, places, weights, unit
         self.means = squares is not None
+        self._near: Tensor | None = None
+        self._centre: tuple[Tensor | None] | None = None
         alive = norms > 0
         self.scale = torch.where(alive, 1 / torch.where(alive, norms, 1), 1) if unit else None
         self.squares = squares if squares is not None else alive.to(norms) if unit else norms.square()
@@ -84,6 +89,7 @@ class Selection:
         part.weights = None if self.weights is None else self.weights[:, places.to(self.weights.device)]
         part.scale = None if self.scale is None else self.scale[places]
         part.squares, part.means = self.squares[places], self.means
+        part._near = part._centre = None
         return part
 
     def mass(self, n: int) -> Tensor:
@@ -91,6 +97,39 @@ class Selection:
         if self.weights is None:
             return torch.full((n,), float(len(self)))
         return self.weights.sum(1)
+
+    def near(self, like: Tensor) -> Tensor | None:
+        """The rows side by side ``[m, d]``, in the dtype and on the device of ``like``, not scaled; None if too many.
+
+        Few rows out of many are copied once for each image, at its first guided step: at most 5% of the store, and 256 MB.
+        """
+        if self.store is None or self.places is None:
+            return None
+        like = as_float(like)
+        if self._near is None or self._near.dtype != like.dtype or self._near.device != like.device:
+            size = len(self) * self.store.width * like.element_size()
+            if size > min(NEAR_BYTES, NEAR_SHARE * self.store.nbytes):
+                return None
+            self._near = self.store.gather(self.places).to(like)
+        return self._near
+
+    def strided(self, like: Tensor, most: int) -> tuple[Tensor, slice]:
+        """About ``most`` evenly spaced rows, not scaled, and their places; without a copy where rows lie side by side."""
+        step = max(1, round(len(self) / most))
+        near = self.near(like)
+        if near is not None:
+            return near[::step], slice(None, None, step)
+        places = torch.arange(0, len(self), step)
+        assert self.store is not None
+        where = places if self.places is None else self.places[places]
+        return self.store.gather(where).to(as_float(like)), slice(None, None, step)
+
+    def centre(self, like: Tensor) -> Tensor | None:
+        """A point amid the rows as they are compared, if they lie so far from the origin that digits would be lost."""
+        if self._centre is None or (self._centre[0] is not None and self._centre[0].device != like.device):
+            self._centre = (far_centre(self.rows(like, self.some(CENTRE))),)
+        found = self._centre[0]
+        return None if found is None else found.to(as_float(like))
 
     def _most(self, like: Tensor) -> int:
         """Rows in a block."""
@@ -115,7 +154,10 @@ class Selection:
         sizes = self.sizes(like)
         if not sizes or self.store is None:
             return
-        like, store = as_float(like), self.store
+        like, store, near = as_float(like), self.store, self.near(like)
+        if near is not None:
+            yield from near.split(self._most(like))
+            return
         if self.places is None:
             parts: Iterator[Tensor] = (b for view in store.view(0, len(self)) for b in view.split(self._most(like)))
         else:

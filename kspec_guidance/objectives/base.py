@@ -15,7 +15,7 @@ __all__ = ["PROMPT_BANDWIDTH", "SAMPLE_BANDWIDTH", "TOLERANCE", "Objective", "na
 SAMPLE_BANDWIDTH = 0.5
 PROMPT_BANDWIDTH = 0.35  # of unit-norm prompt features, as published; benchmarks/prompts.py shows what it separates
 
-TOLERANCE = 1e-3  # memory rows left out weigh together at most so many rows of the sample's own prompt
+TOLERANCE = 1e-3  # memory rows left out weigh together at most this part of all, or of one row of the sample's own prompt
 
 
 def _empty(x: Tensor) -> Tensor:

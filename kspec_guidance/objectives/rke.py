@@ -71,7 +71,8 @@ class RKE(Objective):
     def _terms(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> tuple[Selection | None, Tensor]:
         """The memory rows that matter, with their weights, and the weights of the pairs inside the batch."""
         weigh = None if self.prompt_kernel is None else PromptWeights(self.prompt_kernel)
-        return self._select(t, memory, weigh), self._weights(t, t) * off_diagonal(len(x), x)
+        inside = self._weights(t, t) if len(x) > 1 else 1.0
+        return self._select(t, memory, weigh), inside * off_diagonal(len(x), x)
 
     def mass(self, n: int, t: Tensor | None = None, memory: Memory | None = None) -> Tensor | None:
         if self._squared is not None:
@@ -84,13 +85,15 @@ class RKE(Objective):
     def _fit(self, x: Tensor, selection: Selection | None, inside: Tensor) -> Kernel:
         """The kernel, its open bandwidth set to half the median distance of pairs, weighted as the pairs are.
 
-        Of a large memory 256 evenly spaced rows are measured.
+        Of a large memory 128 evenly spaced rows are measured.
         """
-        if getattr(self.kernel, "bandwidth", 0) is not None or not isinstance(self.kernel, GaussianKernel):
+        if not self.kernel.open:
+            return self.kernel.fit(x.detach())
+        if not isinstance(self.kernel, GaussianKernel):
             rows = x[:0] if selection is None else selection.rows(x, selection.some(ROWS))
             return self.kernel.fit(torch.cat([x, rows]).detach())
         with torch.no_grad():
-            d, w = squared_distances(x).sqrt(), inside
+            d, w = squared_distances(x).sqrt() if len(x) > 1 else torch.zeros_like(inside), inside
             if selection is not None:
                 d_out, w_out = distances_to_some(x, selection)
                 d, w = torch.cat([d, d_out], 1), torch.cat([w, torch.as_tensor(w_out).to(d_out).expand_as(d_out)], 1)
@@ -118,8 +121,9 @@ class RKE(Objective):
         selection, inside = self._terms(x, t, memory)
         kernel = self._fit(x, selection, inside)
         squared = kernel.squared()
-        g = -squared.vjp(x, x, inside)
-        near = torch.where(inside > 0.5, squared(x), 0).amax(-1)
+        g, near = torch.zeros_like(x), x.new_zeros(len(x))
+        if len(x) > 1:
+            g, near = -squared.vjp(x, x, inside), torch.where(inside > 0.5, squared(x), 0).amax(-1)
         if selection is not None:
             away, nearest = memory_vjp(squared, x, selection)
             g, near = g - away, torch.maximum(near, nearest)

@@ -5,13 +5,12 @@ import itertools
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import GaussianKernel, Kernel, RationalQuadraticKernel, far_centre
+from kspec_guidance.kernels import GaussianKernel, Kernel, RationalQuadraticKernel
 from kspec_guidance.memory import Selection
 
 __all__ = ["distances_to_some", "memory_kernel", "memory_vjp"]
 
-CENTRE = 32  # rows by which it is judged whether all lie far from the origin
-SOME = 256  # rows by which an open bandwidth is set: their median is within about 1% of that of all
+SOME = 128  # rows by which an open bandwidth is set: their median is within about 2% of that of all
 
 
 def _weights(selection: Selection, part: slice, like: Tensor) -> Tensor | float:
@@ -35,15 +34,15 @@ def memory_kernel(kernel: Kernel, x: Tensor, selection: Selection) -> Tensor:
 @torch.no_grad()
 def distances_to_some(x: Tensor, selection: Selection, most: int = SOME) -> tuple[Tensor, Tensor | float]:
     """Distances ``[n, k]`` from ``x`` to evenly spaced rows of the selection, and the rows' weights, scaled up to all."""
-    some = selection.at(selection.some(most))
-    d = x.new_empty(len(x), len(some))
-    xx, squares = x.square().sum(-1, keepdim=True), some.squares.to(x)
-    scales = None if some.scale is None else some.scale.to(x)
-    for part, rows in zip(slices(some.sizes(x)), some.blocks(x), strict=True):
-        p = x @ rows.mT if scales is None else (x @ rows.mT) * scales[part]
-        d[:, part] = (xx + squares[part] - 2 * p).clamp_min_(0).sqrt_()
-    more = len(selection) / max(1, len(some))
-    return d, more if some.weights is None else some.weights.to(x) * more
+    if not len(selection):
+        return x.new_empty(len(x), 0), 1.0
+    rows, places = selection.strided(x, most)
+    p = x @ rows.mT
+    if selection.scale is not None:
+        p = p * selection.scale[places].to(x)
+    d = (x.square().sum(-1, keepdim=True) + selection.squares[places].to(x)).sub_(p, alpha=2).clamp_min_(0).sqrt_()
+    more = len(selection) / d.shape[1]
+    return d, more if selection.weights is None else selection.weights[:, places].to(x) * more
 
 
 @torch.no_grad()
@@ -57,7 +56,7 @@ def memory_vjp(kernel: Kernel, x: Tensor, selection: Selection) -> tuple[Tensor,
     """
     if not len(selection):
         return torch.zeros_like(x), x.new_zeros(len(x))
-    centre = far_centre(selection.rows(x, selection.some(CENTRE))) if kernel.stationary else None
+    centre = selection.centre(x) if kernel.stationary else None
     xx, yy = x.square().sum(-1, keepdim=True), selection.squares.to(x)
     closed = kernel.of_products(x.new_zeros(len(x), 1), xx, yy[:1]) is not None
     if isinstance(kernel, GaussianKernel | RationalQuadraticKernel) and centre is None:
