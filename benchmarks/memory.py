@@ -105,15 +105,18 @@ def profile(run):
 
 
 def prompts(n=100_000, number=1000):
-    """10^5 rows, their prompts mixed: one prompt's image reads the rows of similar prompts only; of few, and of many."""
+    """10^5 rows: one prompt's image reads the rows of similar prompts only. Rows lie as a synthesis makes them, prompt by
+    prompt, or mixed at random."""
     found = {}
-    for topic in (5, 50):
+    for topic, mixed in ((5, False), (40, False), (5, True), (40, True)):
         centres = unit(number // topic, 64, seed=1)
         g = torch.Generator().manual_seed(3)
         texts = CosineKernel.unit(centres.repeat_interleave(topic, 0) + 0.03 * torch.randn(number, 64, generator=g))[0]
-        which = torch.randint(number, (n,), generator=g)
+        order = torch.randperm(number, generator=g)  # similar prompts do not follow each other
+        which = torch.randint(number, (n,), generator=g) if mixed else order.repeat_interleave(n // number)
         bank = filled(n, prompts=texts[which])
-        found |= {f"{topic} similar prompts, {k}": v for k, v in over_prompts(bank, texts).items()}
+        name = f"{topic} similar prompts, {'mixed' if mixed else 'prompt by prompt'}"
+        found |= {f"{name}, {k}": v for k, v in over_prompts(bank, texts).items()}
         found["bytes_beside"] = bank.nbytes_beside / (n * WIDTH * 4)
         del bank
     return found

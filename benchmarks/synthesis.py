@@ -116,10 +116,11 @@ def line(name, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["memory", "phrases"], help="memory, phrases")
     parser.add_argument("--data", type=Path, default=Path(".cache_data"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/synthesis.json"))
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--phrased", type=int, default=25, help="subjects that are asked for in four ways")
+    parser.add_argument("--phrased", type=int, default=12, help="subjects that are asked for in four ways")
     parser.add_argument("--images", type=int, default=10, help="for each prompt")
     parser.add_argument("--batch", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
@@ -130,10 +131,16 @@ def main():
     args = parser.parse_args()
     art, pipe, embed = Art(args.data), load_demo_pipeline(), efficientnet_lite()
     pipe.set_progress_bar_config(disable=True)
-    kept = {k: v for k, v in vars(args).items() if k not in ("data", "out", "plot")}
-    results = {"settings": kept, "memory": {}, "phrases": {}}
-
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
     print("set".ljust(28) + "".join(f"{c:>23}" for c in COLUMNS), flush=True)
+    for name in args.parts:
+        kept = {k: v for k, v in vars(args).items() if k not in ("data", "out", "plot", "parts")}
+        results[name] = {"settings": kept, **PARTS[name](pipe, art, embed, args)}
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def over_a_run(pipe, art, embed, args):
+    """Plain, guided by the own batch only, guided by a memory of the whole run."""
     names = subjects(art.entries, args.prompts, 4)
     base = {name: name for name in names}
     runs = {
@@ -141,32 +148,39 @@ def main():
         "own batch only": (SPARKE(memory=OwnBatchOnly()), "guide"),
         "memory of the whole run": (SPARKE(), "exact"),
     }
-    sheets = {}
+    results, sheets = {}, {}
     for label, (guide, memory) in runs.items():
         made = make(pipe, [Prompt(n) for n in names], guide, memory, args)
         sheets[label] = made[0], made[3]
-        results["memory"][label] = found = judge(made, base, art, embed)
+        results[label] = found = judge(made, base, art, embed)
         print(line(label, found), f"  {found['seconds']:.0f} s, guidance {found['guidance_seconds']:.1f} s", flush=True)
+    if args.plot is not None:
+        draw(sheets, results, args)
+    return results
 
+
+def phrases(pipe, art, embed, args):
+    """The same subjects in four ways, over bandwidths of the prompt kernel."""
     counts = Counter((e.subject, e.gender) for e in art.entries if e.gender in ("woman", "man"))
     pairs = random.Random(1).sample(sorted(pair for pair, n in counts.items() if n >= 12), 2 * args.phrased)
     pairs = list({s: (s, g) for s, g in pairs}.values())[: args.phrased]
     base = {phrase.format(s=s, g=g): f"{s}, {g}" for s, g in pairs for phrase in PHRASES}
     prompts = [Prompt(phrase.format(s=s, g=g)) for phrase in PHRASES for s, g in pairs]
+    results = {}
     for b in [None, *args.bandwidths]:
         label = "plain" if b is None else f"prompt bandwidth {b:g}"
         guide = SPARKE(0.0) if b is None else SPARKE(prompt_kernel=GaussianKernel(b))
         made = make(pipe, prompts, guide, "exact", args)
-        results["phrases"][label] = found = judge(made, base, art, embed)
-        if b is not None:
-            found["weight_of_phrases"], found["weight_of_others"] = weights(made[2], made[3], base, b)
+        results[label] = found = judge(made, base, art, embed)
         print(line(label, found), flush=True)
         if b is not None:
+            found["weight_of_phrases"], found["weight_of_others"] = weights(made[2], made[3], base, b)
             print(f"    weight of an image of another phrase of the subject {found['weight_of_phrases']:.3f}, "
                   f"of another subject {found['weight_of_others']:.4f}", flush=True)  # fmt: skip
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    if args.plot is not None:
-        draw(sheets, results, args)
+    return results
+
+
+PARTS = {"memory": over_a_run, "phrases": phrases}
 
 
 def weights(t, rows, base, bandwidth):
@@ -198,7 +212,7 @@ def draw(sheets, results, args):
             grid.append([Image.fromarray((images[k].permute(1, 2, 0) * 255).byte().numpy()) for k in mine])
         axes.imshow(image_grid(grid, gap=3))
         axes.set_axis_off()
-        axes.set_title(f"{label}: {results['memory'][label]['modes'][0]:.2f} modes of {args.images}", fontsize=10)
+        axes.set_title(f"{label}: {results[label]['modes'][0]:.2f} modes of {args.images}", fontsize=10)
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.plot, dpi=130)
 

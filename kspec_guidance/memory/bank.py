@@ -199,6 +199,7 @@ class MemoryBank(Described):
                 self._put(place, rows[k : k + 1], None if ids is None else ids[k : k + 1], seen)
         self._seen += len(rows)
         self._version += 1
+        store.near_of = None
 
     def _put(self, place: int, rows: Tensor, ids: Tensor | None, seen: int) -> None:
         assert self._store is not None

@@ -48,6 +48,15 @@ class RowStore:
         self.chunks: list[Tensor] = []
         self.starts: list[int] = []
         self.capacity = 0
+        self._rooms: dict[str, Tensor] = {}
+        self.near_of: object = None  # the selection whose rows lie in the room "near"
+
+    def room(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Scratch rows ``[n, width]`` by name, the same memory again and again: fresh pages cost more than filling them."""
+        room = self._rooms.get(name)
+        if room is None or len(room) < n or room.dtype != dtype or room.device != device:
+            room = self._rooms[name] = torch.empty(n, self.width, dtype=dtype, device=device)
+        return room[:n]
 
     @property
     def row_bytes(self) -> int:

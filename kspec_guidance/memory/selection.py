@@ -13,7 +13,8 @@ __all__ = ["PromptWeights", "Selection", "prune"]
 
 BLOCK_BYTES = 4 << 20  # rows read at once on a CPU: they are used twice, the second time out of its cache
 BLOCK_BYTES_GPU = 64 << 20
-NEAR_SHARE, NEAR_BYTES = 0.05, 256 << 20  # of a store that a selection of its rows may copy, and the most
+NEAR_SHARE, NEAR_BYTES = 0.05, 512 << 20  # of a store that a selection of its rows may copy, and the most
+RUN = 16  # rows side by side from which they are read as they lie
 CENTRE = 32  # rows by which it is judged whether all lie far from the origin
 
 
@@ -43,6 +44,21 @@ def prune(weights: Tensor, counts: Tensor, tolerance: float) -> Tensor:
     return keep.cpu()
 
 
+def _spans(store: RowStore, places: Tensor) -> list[int] | None:
+    """Lengths of the runs of rows that lie side by side, where such runs are long enough to be read as they lie."""
+    if len(places) < RUN:
+        return None
+    ends = torch.cat([(places.diff() != 1).nonzero().squeeze(1) + 1, torch.tensor([len(places)])])
+    if len(places) / len(ends) < RUN:
+        return None
+    spans, start = [], 0
+    for end in ends.tolist():
+        first = int(places[start])
+        spans += [len(view) for view in store.view(first, first + end - start)]
+        start = end
+    return spans
+
+
 class Selection:
     """Rows of a store, their weights for each sample at hand, and their norms.
 
@@ -66,7 +82,8 @@ class Selection:
     ):
         self.store, self.places, self.weights, self.unit = store, places, weights, unit
         self.means = squares is not None
-        self._near: Tensor | None = None
+        self._near: object = None
+        self._spans = None if store is None or places is None else _spans(store, places)
         self._centre: tuple[Tensor | None] | None = None
         alive = norms > 0
         self.scale = torch.where(alive, 1 / torch.where(alive, norms, 1), 1) if unit else None
@@ -89,7 +106,7 @@ class Selection:
         part.weights = None if self.weights is None else self.weights[:, places.to(self.weights.device)]
         part.scale = None if self.scale is None else self.scale[places]
         part.squares, part.means = self.squares[places], self.means
-        part._near = part._centre = None
+        part._near = part._centre = part._spans = None
         return part
 
     def mass(self, n: int) -> Tensor:
@@ -101,17 +118,22 @@ class Selection:
     def near(self, like: Tensor) -> Tensor | None:
         """The rows side by side ``[m, d]``, in the dtype and on the device of ``like``, not scaled; None if too many.
 
-        Few rows out of many are copied once for each image, at its first guided step: at most 5% of the store, and 256 MB.
+        Few rows out of many are copied once for each image, at its first guided step: at most 5% of the store, and 512 MB.
         """
-        if self.store is None or self.places is None:
+        if self.store is None or self.places is None or self._spans is not None:
             return None
-        like = as_float(like)
-        if self._near is None or self._near.dtype != like.dtype or self._near.device != like.device:
-            size = len(self) * self.store.width * like.element_size()
-            if size > min(NEAR_BYTES, NEAR_SHARE * self.store.nbytes):
-                return None
-            self._near = self.store.gather(self.places).to(like)
-        return self._near
+        like, store = as_float(like), self.store
+        if len(self) * store.width * like.element_size() > min(NEAR_BYTES, NEAR_SHARE * store.nbytes):
+            return None
+        near = store.room("near", len(self), like.dtype, like.device)
+        if store.near_of is not self or self._near != (like.dtype, like.device):
+            store.near_of, self._near = None, (like.dtype, like.device)
+            same = store.dtype == like.dtype and store.device == like.device
+            rows = store.gather(self.places, near if same else None)
+            if rows.data_ptr() != near.data_ptr():
+                near.copy_(rows)
+            store.near_of = self
+        return near
 
     def strided(self, like: Tensor, most: int) -> tuple[Tensor, slice]:
         """About ``most`` evenly spaced rows, not scaled, and their places; without a copy where rows lie side by side."""
@@ -142,7 +164,7 @@ class Selection:
         if self.store is None or not len(self):
             return []
         most = self._most(like)
-        spans = [len(self)]
+        spans = self._spans or [len(self)]
         if self.places is None:
             spans = [len(view) for view in self.store.view(0, len(self))]
         return [min(most, span - start) for span in spans for start in range(0, span, most)]
@@ -161,12 +183,12 @@ class Selection:
         if self.places is None:
             parts: Iterator[Tensor] = (b for view in store.view(0, len(self)) for b in view.split(self._most(like)))
         else:
-            room = torch.empty(max(sizes), store.width, dtype=store.dtype, device=store.device)
+            room = store.room("gathered", max(sizes), store.dtype, store.device)
             parts = (store.gather(places, room) for places in self.places.split(sizes))
         if store.dtype == like.dtype and store.device == like.device:
             yield from parts
             return
-        converted = like.new_empty(max(sizes), store.width)
+        converted = store.room("converted", max(sizes), like.dtype, like.device)
         for part in parts:
             yield converted[: len(part)].copy_(part, non_blocking=store.pinned)
 
