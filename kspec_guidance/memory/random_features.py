@@ -47,6 +47,7 @@ class RandomFeatureMemory(Described):
         if self.prompt_features is not None:
             size.append(self.prompt_features.num_features)
         self.total = torch.zeros(size, dtype=torch.int64)
+        self._scaled: tuple[Tensor, Tensor] | None = None  # the sums as numbers, until they change
         self._count = 0
         self.shape = self.prompt_dim = None
 
@@ -86,7 +87,9 @@ class RandomFeatureMemory(Described):
 
     def coefficients(self, t: Tensor | None, like: Tensor) -> Tensor:
         """``sum_i k_T(t, s_i) phi(m_i)`` ``[n or 1, D]`` for prompts ``t`` ``[n, p]`` in the dtype of ``like``."""
-        total = (self.total.double() / SCALE).to(like.device)
+        if self._scaled is None or self._scaled[0] is not self.total or self._scaled[1].device != like.device:
+            self._scaled = self.total, (self.total.double() / SCALE).to(like.device)
+        total = self._scaled[1]
         if self.prompt_features is None:
             return total[None].to(like)
         if t is None:
