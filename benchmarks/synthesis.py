@@ -34,6 +34,7 @@ from kspec_guidance.synthesis import Prompt, synthesize
 from kspec_guidance.synthesis.engine import back
 from kspec_guidance.synthesis.store import Store
 
+SHOWN = ("runner", "heart", "bird", "building", "clock face")  # in the picture
 PHRASES = ("{s}, {g}", "{s} {g}", "{g} {s}", "{s}, {g}, {g}")
 
 
@@ -116,7 +117,7 @@ def line(name, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["memory", "phrases"], help="memory, phrases")
+    parser.add_argument("parts", nargs="*", default=["memory", "phrases"], help="memory, phrases; picture for --plot alone")
     parser.add_argument("--data", type=Path, default=Path(".cache_data"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/synthesis.json"))
     parser.add_argument("--prompts", type=int, default=200)
@@ -133,10 +134,12 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     print("set".ljust(28) + "".join(f"{c:>23}" for c in COLUMNS), flush=True)
-    for name in args.parts:
+    for name in (part for part in args.parts if part in PARTS):
         kept = {k: v for k, v in vars(args).items() if k not in ("data", "out", "plot", "parts")}
         results[name] = {"settings": kept, **PARTS[name](pipe, art, embed, args)}
         args.out.write_text(json.dumps(results, indent=1) + "\n")
+    if args.plot is not None:
+        draw(pipe, args.plot, args)
 
 
 def over_a_run(pipe, art, embed, args):
@@ -148,14 +151,11 @@ def over_a_run(pipe, art, embed, args):
         "own batch only": (SPARKE(memory=OwnBatchOnly()), "guide"),
         "memory of the whole run": (SPARKE(), "exact"),
     }
-    results, sheets = {}, {}
+    results = {}
     for label, (guide, memory) in runs.items():
         made = make(pipe, [Prompt(n) for n in names], guide, memory, args)
-        sheets[label] = made[0], made[3]
         results[label] = found = judge(made, base, art, embed)
         print(line(label, found), f"  {found['seconds']:.0f} s, guidance {found['guidance_seconds']:.1f} s", flush=True)
-    if args.plot is not None:
-        draw(sheets, results, args)
     return results
 
 
@@ -193,28 +193,28 @@ def weights(t, rows, base, bandwidth):
     return float(k[same].mean()), float(k[other].mean())
 
 
-def draw(sheets, results, args):
-    """Images of some prompts in the order in which they were made, three ways, and the modes found."""
+def draw(pipe, path, args):
+    """Some prompts, eight images each, made two at a time: plain beside a memory of the run, in the order of making."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from kspec_guidance.plotting import image_grid
 
-    first = next(iter(sheets.values()))[1]
-    wanted = [n for n in ("runner", "cat face", "heart", "teacher", "flag", "boat") if any(r["prompt"] == n for r in first)]
-    wanted = (wanted + sorted({row["prompt"] for row in first}))[:5]
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    args = argparse.Namespace(**{**vars(args), "images": 8, "batch": 2})
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (label, (images, rows)) in zip(figure.subplots(1, len(sheets)), sheets.items(), strict=True):
-        grid = []
-        for name in wanted:
-            mine = [k for k, row in enumerate(rows) if row["prompt"] == name][:8]
-            grid.append([Image.fromarray((images[k].permute(1, 2, 0) * 255).byte().numpy()) for k in mine])
+    sides = {"plain": SPARKE(0.0), "kept away from all earlier images of similar prompts": SPARKE()}
+    for axes, (label, guide) in zip(figure.subplots(1, 2), sides.items(), strict=True):
+        images, _, _, rows, _, _ = make(pipe, [Prompt(n) for n in SHOWN], guide, "exact", args)
+        pictures = [Image.fromarray((i.permute(1, 2, 0) * 255).byte().numpy()) for i in images]
+        grid = [[pictures[k] for k, row in enumerate(rows) if row["prompt"] == name] for name in SHOWN]
         axes.imshow(image_grid(grid, gap=3))
-        axes.set_axis_off()
-        axes.set_title(f"{label}: {results[label]['modes'][0]:.2f} modes of {args.images}", fontsize=10)
-    args.plot.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.plot, dpi=130)
+        axes.set(xticks=[], yticks=[34 + 67 * k for k in range(len(SHOWN))], yticklabels=SHOWN)
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+        axes.set_title(label, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.1)
 
 
 if __name__ == "__main__":
