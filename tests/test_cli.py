@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from kspec_guidance import MemoryBank
 from kspec_guidance.cli import app
 from kspec_guidance.plotting import image_grid
 
@@ -23,13 +24,14 @@ def test_help_names_the_commands():
 
 def test_generate_then_evaluate(tmp_path):
     out, memory = tmp_path / "images", tmp_path / "m.safetensors"
-    settings = ("--out", out, "--images", 3, "--steps", 4, "--memory", memory)
-    assert call("generate", "heart", "../../etc/passwd", *settings).exit_code == 0
+    settings = ("--out", out, "--steps", 4, "--memory", memory, "--no-report")
+    assert call("generate", "heart", "../../etc/passwd", "--images", 3, *settings).exit_code == 0
     rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
-    assert [r["file_name"] for r in rows] == [f"{i:06d}.png" for i in range(6)]
+    assert [r["file_name"] for r in rows] == [f"0000/{p:06d}-{k:04d}.png" for p in range(2) for k in range(3)]
     assert {r["prompt"] for r in rows} == {"heart", "../../etc/passwd"}
-    assert call("generate", "heart", *settings).exit_code == 0
-    assert len(list(out.glob("*.png"))) == 9
+    assert len(MemoryBank.load(memory)) == 6
+    assert call("generate", "heart", "--images", 6, *settings, "--force").exit_code == 0
+    assert len(list(out.rglob("*.png"))) == 9
     result = call("evaluate", out, "--json")
     found = json.loads(result.stdout)
     assert found["images"] == 9
