@@ -3,6 +3,7 @@
 Everything that crosses from one process to another goes through here, as tensors: nothing is pickled.
 """
 
+import atexit
 import os
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,12 @@ import torch
 from torch import Tensor
 
 __all__ = ["Processes"]
+
+
+def _leave() -> None:
+    """Close the group before the interpreter goes: its threads, ended by force, would end the process with an abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Processes:
@@ -27,6 +34,8 @@ class Processes:
 
             state: Any = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
             self.rank, self.world, self.device = state.process_index, state.num_processes, state.device
+            atexit.unregister(_leave)
+            atexit.register(_leave)
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Every process's tensor, by rank; they may differ in their first length only. All processes must call it."""
