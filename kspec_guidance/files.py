@@ -8,6 +8,10 @@ from pathlib import Path
 __all__ = ["replace_all", "replacing"]
 
 
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     """A fresh file beside ``path`` to write to; it takes its place when the block ends, and is gone if the block fails.
@@ -23,7 +27,7 @@ def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     ('{}', 1)
     """
     path = Path(path)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fresh = _beside(path)
     try:
         yield fresh
         if durable:
@@ -37,14 +41,13 @@ def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
 
 def replace_all(files: Mapping[Path, bytes]) -> None:
     """Write several files durably: each appears whole, and all are on the disk when this returns."""
-    fresh = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    fresh = {path: _beside(path) for path in files}
     try:
         for path, data in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with fresh[path].open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            fresh[path].write_bytes(data)
+        for path in files:
+            _sync(fresh[path])
         for path in files:
             os.replace(fresh[path], path)
         for folder in {path.parent for path in files}:

@@ -1,6 +1,9 @@
 """Pruning, forgetting, storage and the memories of constant size."""
 
+import copy
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -163,6 +166,34 @@ def test_decay_halves_the_weight_of_old_rows():
     assert weights[-11] == pytest.approx(0.5)
     assert weights[-21] == pytest.approx(0.25)
     assert bank.select().weights[0, -11] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("make", [lambda: MemoryBank(half_life=10), lambda: CentroidMemory(8)])
+def test_duplicates_part_where_all_samples_share_one_row_of_weights(make):
+    memory = make()
+    memory.add(torch.eye(5), torch.ones(5, 1))
+    x = torch.eye(5)[2:5].clone()
+    jitter = 0.01 * torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    assert (RKE(GaussianKernel(0.6)).gradient(x, None, memory, jitter).norm(dim=1) > 1e-3).all()
+
+
+def test_threads_read_one_bank_and_scratch_is_not_pickled(g):
+    bank, x, t = filled(3000)
+    z = unit(x[:64] + 0.3 * torch.randn(64, 24, generator=g))
+    objective = ConditionalRKE(GaussianKernel(0.6))
+    alone = [objective.gradient(z[k : k + 1], t[k : k + 1], bank) for k in range(64)]
+
+    def work(k):
+        return objective.gradient(z[k : k + 1], t[k : k + 1], bank)
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for found, right in zip(pool.map(work, range(64)), alone, strict=True):
+                torch.testing.assert_close(found, right)
+    assert bank._store.scratch_bytes > 0
+    for other in (pickle.loads(pickle.dumps(bank)), copy.deepcopy(bank)):
+        assert other._store.scratch_bytes == 0
+        torch.testing.assert_close(objective.gradient(z[:1], t[:1], other), alone[0])
 
 
 def test_a_selection_is_kept_for_the_run_and_dropped_when_something_is_added():

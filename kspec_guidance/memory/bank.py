@@ -84,11 +84,8 @@ class MemoryBank(Described):
     def clear(self) -> None:
         """Forget all entries; the bank may then be used for anything."""
         self._store: RowStore | None = None
-        self._norms, self._ids, self._order = (
-            torch.empty(0).double(),
-            torch.empty(0, dtype=torch.int32),
-            torch.empty(0).long(),
-        )
+        self._norms, self._order = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+        self._ids = torch.empty(0, dtype=torch.int32)  # number of each row's prompt
         self._distinct = torch.empty(0, 0)
         self._known: dict[bytes, int] = {}
         self._count = self._prompts = self._seen = self._version = 0
@@ -126,9 +123,10 @@ class MemoryBank(Described):
 
     @property
     def nbytes_beside(self) -> int:
-        """Bytes of everything else: norms, prompts, places."""
+        """Bytes of everything else: norms, prompts, places, and the rows of the image at hand where they were copied."""
         kept = (self._norms, self._ids, self._order, self._distinct)
-        return sum(t.numel() * t.element_size() for t in kept) + 150 * len(self._known)
+        scratch = 0 if self._store is None else self._store.scratch_bytes
+        return sum(t.numel() * t.element_size() for t in kept) + 150 * len(self._known) + scratch
 
     @property
     def x(self) -> Tensor:
@@ -144,11 +142,6 @@ class MemoryBank(Described):
         if self.prompt_dim is None or not len(self):
             return None
         return self._distinct[self._ids[: self._count].long()]
-
-    @property
-    def distinct_prompts(self) -> Tensor | None:
-        """Features of the different prompts ``[P, p]``, or None; a view."""
-        return None if self.prompt_dim is None else self._distinct[: self._prompts]
 
     def unit(self) -> Tensor:
         """Entries scaled to norm 1 ``[n, d]``; a copy."""
@@ -199,7 +192,7 @@ class MemoryBank(Described):
                 self._put(place, rows[k : k + 1], None if ids is None else ids[k : k + 1], seen)
         self._seen += len(rows)
         self._version += 1
-        store.near_of = None
+        store.changed()
 
     def _put(self, place: int, rows: Tensor, ids: Tensor | None, seen: int) -> None:
         assert self._store is not None

@@ -3,8 +3,10 @@
 import bisect
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,15 +50,39 @@ class RowStore:
         self.chunks: list[Tensor] = []
         self.starts: list[int] = []
         self.capacity = 0
-        self._rooms: dict[str, Tensor] = {}
-        self.near_of: object = None  # the selection whose rows lie in the room "near"
+        self._rooms: dict[tuple[int, str], Tensor] = {}
+        self._near: dict[int, object] = {}
 
     def room(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Scratch rows ``[n, width]`` by name, the same memory again and again: fresh pages cost more than filling them."""
-        room = self._rooms.get(name)
+        """Scratch rows ``[n, width]`` by name, the same memory again and again: fresh pages cost more than filling them.
+
+        Each thread has its own, since several pipelines may read one memory.
+        """
+        key = threading.get_ident(), name
+        room = self._rooms.get(key)
         if room is None or len(room) < n or room.dtype != dtype or room.device != device:
-            room = self._rooms[name] = torch.empty(n, self.width, dtype=dtype, device=device)
+            room = self._rooms[key] = torch.empty(n, self.width, dtype=dtype, device=device)
         return room[:n]
+
+    @property
+    def near_of(self) -> object:
+        """What this thread's room "near" was filled for."""
+        return self._near.get(threading.get_ident())
+
+    @near_of.setter
+    def near_of(self, value: object) -> None:
+        self._near[threading.get_ident()] = value
+
+    def changed(self) -> None:
+        """Rows were written: what lies in any room "near" is out of date."""
+        self._near.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rooms": {}, "_near": {}}  # scratch is not copied or pickled
+
+    @property
+    def scratch_bytes(self) -> int:
+        return sum(room.numel() * room.element_size() for room in self._rooms.values())
 
     @property
     def row_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """Selection: the rows of a memory that matter to the prompts at hand, and one pass over them."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class Selection:
     Args:
         store: holds the rows.
         places: of the rows ``[m]``, sorted, on the host; None for the first ``len(norms)`` rows.
-        weights: ``[n, m]``, or None where all count alike.
+        weights: ``[n, m]``, ``[1, m]`` where they are the same for all samples, or None where all rows count alike.
         norms: of the rows as stored ``[m]``, on the host.
         unit: whether rows are to be taken at norm 1.
         squares: mean squared norms ``[m]`` of what the rows are means of; their own if None.
@@ -94,19 +95,9 @@ class Selection:
 
     def of(self, samples: Tensor) -> "Selection":
         """The same rows, for some of the samples (a mask or places ``[n]``)."""
-        part = Selection.__new__(Selection)
-        part.__dict__ = {**self.__dict__, "weights": None if self.weights is None else self.weights[samples]}
-        return part
-
-    def at(self, places: Tensor) -> "Selection":
-        """Some of the rows (sorted places of the selection)."""
-        part = Selection.__new__(Selection)
-        part.store, part.unit = self.store, self.unit
-        part.places = places if self.places is None else self.places[places]
-        part.weights = None if self.weights is None else self.weights[:, places.to(self.weights.device)]
-        part.scale = None if self.scale is None else self.scale[places]
-        part.squares, part.means = self.squares[places], self.means
-        part._near = part._centre = part._spans = None
+        part = copy.copy(self)
+        if self.weights is not None and len(self.weights) > 1:  # one row of weights is for all samples
+            part.weights = self.weights[samples]
         return part
 
     def mass(self, n: int) -> Tensor:
@@ -144,7 +135,8 @@ class Selection:
         places = torch.arange(0, len(self), step)
         assert self.store is not None
         where = places if self.places is None else self.places[places]
-        return self.store.gather(where).to(as_float(like)), slice(None, None, step)
+        room = self.store.room("some", len(where), self.store.dtype, self.store.device)
+        return self.store.gather(where, room).to(as_float(like)), slice(None, None, step)
 
     def centre(self, like: Tensor) -> Tensor | None:
         """A point amid the rows as they are compared, if they lie so far from the origin that digits would be lost."""
