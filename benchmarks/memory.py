@@ -216,16 +216,14 @@ def latents(number, folder):
     import data
 
     from kspec_guidance import SPARKE, encode_reference, load_demo_pipeline
-    from kspec_guidance.synthesis.generating import prompt_features
+    from kspec_guidance.synthesis.generating import Generator
 
     data.download(folder)
     images, entries = data.load(folder)
     pipe, guide = load_demo_pipeline(), SPARKE(0.0)
     pipe.set_progress_bar_config(disable=True)
-    guide.remember = False
     subjects = sorted({e.subject for e in entries})
-    with torch.no_grad(), guide.attach(pipe):
-        texts = prompt_features(pipe, guide, {}, subjects, 64)
+    texts = Generator(pipe, guide, {}).prompt_features(subjects, 64)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:number]
     art = torch.cat([encode_reference(pipe, images[k].float() / 127.5 - 1, 100) for k in order.split(500)])
     said = texts[[subjects.index(entries[i].subject) for i in order.tolist()]]

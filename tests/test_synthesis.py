@@ -222,6 +222,8 @@ def test_random_features_repel_over_a_run_and_come_back(tmp_path, pipe):
 def test_groups_have_memories_of_their_own(tmp_path, pipe):
     prompts = [Prompt("heart", "a"), Prompt("heart ", "b"), Prompt("red heart", "b")]
     make(tmp_path / "x", pipe, prompts, memory_by="group", batch=4, images=3)
+    make(tmp_path / "x", pipe, prompts, memory_by="all", batch=4, images=4, force=True)  # batches of both groups
+    assert make(tmp_path / "x", pipe, prompts, memory_by="group", batch=4, images=5, force=True).images == 15
     alone = [Prompt("heart", "a")]
     make(tmp_path / "y", pipe, alone, memory_by="group", batch=4, images=3)
     first = lambda name: (tmp_path / name / "0000" / "000000-0002.png").read_bytes()  # noqa: E731
@@ -363,6 +365,37 @@ def test_changed_settings_are_shown_and_refused_and_force_goes_on(tmp_path, pipe
     assert make(tmp_path, pipe, ["man", "runner", "heart"], images=5, guide=SPARKE(0.3)).made == 0
 
 
+def test_forcing_on_with_another_space_or_other_features_counts_the_old_images_and_forgets_their_rows(tmp_path, pipe):
+    from kspec_guidance.embedders import module_embedder
+
+    make(tmp_path, pipe, ["heart", "man"], images=3)
+    result = make(tmp_path, pipe, ["heart", "man"], images=5, guide=SPARKE(space="pooled"), force=True)
+    assert (result.images, result.made) == (10, 4)
+    pixels = module_embedder(torch.nn.Flatten(), 8, "pixels")
+    result = make(tmp_path, pipe, ["heart", "man"], images=9, embedder=pixels, duplicates=1.0, force=True)
+    assert (result.images, result.made) == (18, 8)
+    assert len({row["file_name"] for row in rows_of(tmp_path)}) == 18
+    assert make(tmp_path, pipe, ["heart", "man"], images=9, embedder=pixels, duplicates=1.0).made == 0
+
+
+def test_a_run_of_one_process_keeps_nothing_for_others(tmp_path, pipe, monkeypatch):
+    from kspec_guidance.synthesis.engine import Worker
+
+    seen, real = [], Worker.run
+    monkeypatch.setattr(Worker, "run", lambda self: (real(self), seen.append(self)))
+    make(tmp_path, pipe, images=3)
+    assert seen[0].fresh == []
+    assert not any(job.features for job in seen[0].jobs)
+
+
+def test_damaged_settings_are_named_and_force_goes_on(tmp_path, pipe):
+    make(tmp_path, pipe, ["heart"])
+    (tmp_path / ".kspec" / "epoch-000" / "settings.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"settings.json is damaged"):
+        make(tmp_path, pipe, ["heart"])
+    assert make(tmp_path, pipe, ["heart"], force=True).images == 5
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path, pipe):
     code = (
         "import sys; from pathlib import Path; from kspec_guidance.synthesis.store import Store\n"
@@ -493,6 +526,24 @@ def test_shards_hold_the_same_images_also_after_a_break(tmp_path, pipe, kind):
         assert found.prompts == sets[0].prompts
         assert torch.equal(found.features, sets[0].features)
     assert not list((tmp_path / "whole" / ".kspec").rglob("*.png"))
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_shards_of_an_epoch_that_was_broken_off_hold_all_its_images(tmp_path, pipe, kind):
+    from kspec_guidance.embedders import module_embedder
+
+    left = iter([True] * 11 + [None])
+    with pytest.raises(SynthesisError, match="returned nothing"):
+        make(tmp_path, pipe, format=kind, shard_size=4, filter=lambda image, row: next(left))
+    with pytest.raises(SynthesisError, match="another folder for another"):
+        make(tmp_path, pipe, force=True)
+    result = make(tmp_path, pipe, images=6, format=kind, shard_size=5, force=True)
+    found = load_images(tmp_path, module_embedder(torch.nn.Flatten(), 8, "pixels"))
+    assert len(found) == result.images == 30
+    assert not list((tmp_path / ".kspec").rglob("*.png"))
+    assert sum("rest" in path.name for path in tmp_path.glob("shard-00-*")) == 1
+    make(tmp_path, pipe, images=6, format=kind, shard_size=5)
+    assert len(load_images(tmp_path, module_embedder(torch.nn.Flatten(), 8, "pixels"))) == 30
 
 
 def test_an_estimate_writes_nothing_and_is_near_what_happens(tmp_path, pipe):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kspec_guidance.embedders.base import ImageEmbedder
 from kspec_guidance.guidance import KernelGuidance
-from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, RandomFeatureMemory, choose_memory
+from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, PromptWeights, RandomFeatureMemory, choose_memory
 from kspec_guidance.objectives import TOLERANCE
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.exchange import absorb, delta
@@ -30,6 +30,8 @@ from kspec_guidance.synthesis.store import Record, Store
 __all__ = ["Progress", "Worker"]
 
 MEMORIES = ("auto", "exact", "centroids", "guide")
+SAMPLES = ("pipeline", "space", "size")  # settings by which samples of two epochs can be compared
+FEATURES = ("embedder", *SAMPLES)  # and the features that scores are taken of
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ class Worker:
     """See the module's first line.
 
     Args:
-        jobs: of this process. ``owners`` says which process has which prompt, ``features`` what they look like; both are
-            there with several processes only.
+        jobs: of this process.
+        shares: wanted of each attribute, by name; with ``balance``.
+        texts: features of each process's prompts ``[n, p]``; with several processes only.
     """
 
     def __init__(
@@ -79,19 +82,19 @@ class Worker:
         embedder: ImageEmbedder | None = None,
         packer: Packer | None = None,
         balance: Balance | None = None,
-        shares: list[float] | None = None,
+        shares: dict[str, float] | None = None,
         texts: list[Tensor] | None = None,
         tick: Callable[[Progress], None] | None = None,
     ):
         self.generator, self.guide, self.jobs, self.settings = generator, guide, jobs, settings
         self.store, self.processes, self.screen = store, processes, screen
-        self.embedder, self.packer, self.balance, self.shares = embedder, packer, balance, shares or []
+        self.embedder, self.packer, self.balance, self.shares = embedder, packer, balance, shares or {}
         self.texts, self.tick = texts, tick
         self.by_text = {job.prompt.text: job for job in jobs}
         self.unit = self.exchanges = 0
         self.fresh: list[tuple[Tensor, Tensor | None]] = []  # kept since the last exchange
         self.rejected: Counter[str] = Counter()
-        self.attributes = [0] * len(self.shares)
+        self.attributes = dict.fromkeys(self.shares, 0)
         self.scores: dict[int, tuple[float, int]] = {}
         self.made = 0
         self.base_total = self.everyone = 0
@@ -136,10 +139,8 @@ class Worker:
         return made
 
     def _remember(self, group: str | None, x: Tensor, t: Tensor | None) -> None:
-        self.shape, self.prompt_dim = tuple(x.shape[1:]), None if t is None else t.shape[1]
-        if len(x):
-            device = self.generator.device
-            self._bank(group, self.shape).add(x.to(device), None if t is None else t.to(device))
+        device = self.generator.device
+        self._bank(group, tuple(x.shape[1:])).add(x.to(device), None if t is None else t.to(device))
 
     def _use(self, group: str | None) -> None:
         """Let the guide work with the memory of a group."""
@@ -159,7 +160,7 @@ class Worker:
         """Make, screen, commit and remember one batch."""
         self._use(self._group(batch[0].job))
         if self.balance is not None:
-            self.balance.wanted = allot(self.attributes, self.shares, len(batch))
+            self.balance.wanted = allot(list(self.attributes.values()), list(self.shares.values()), len(batch))
         made = self.generator.make(batch)
         features = made.x.flatten(1).float().cpu() if self.embedder is None else self.embedder(made.images).cpu()
         rows = [self._row(sample) for sample in batch]
@@ -202,7 +203,9 @@ class Worker:
         self, batch: list[Sample], keep: list[int], rows: list[dict[str, Any]], features: Tensor, made: Made
     ) -> None:
         """Scores of the images that are kept: how near the nearest earlier one of the prompt is, and their Vendi score."""
-        assigned = self.balance.assign(made.x.cpu()) if self.balance is not None else None
+        assigned = None
+        if self.balance is not None:
+            assigned = [list(self.shares)[a] for a in self.balance.assign(made.x.cpu())]
         for job in dict.fromkeys(sample.job for sample in (batch[k] for k in keep)):
             mine = [k for k in keep if batch[k].job is job]
             before = torch.cat(job.features) if job.features else features[:0]
@@ -223,46 +226,61 @@ class Worker:
     def count(self, record: Record, base: bool = False) -> None:
         """Jobs, scores and filters after a batch; ``base`` for one of an earlier epoch, which may hold others' prompts."""
         _, _, features = back(record.tensors)
-        rows = [(k, row) for k, row in enumerate(record.rows) if row["prompt"] in self.by_text]
-        lost = [row for row in record.rejected if row["prompt"] in self.by_text]
-        if base:
-            self.base_total += len(rows)
-        else:
-            self.unit, self.made = record.unit + 1, self.made + len(rows)
-        mine: dict[str, list[int]] = {row["prompt"]: [] for row in (*(row for _, row in rows), *lost)}
-        for k, row in rows:
-            mine[row["prompt"]].append(k)
-            if "attribute" in row and row["attribute"] < len(self.attributes):
-                self.attributes[row["attribute"]] += 1
-        for row in lost:
-            self.rejected[row["reason"]] += 1
-        for row in (*(row for _, row in rows), *lost):
-            job = self.by_text[row["prompt"]]
-            job.attempts = max(job.attempts, row["attempt"] + 1)
-        for text, places in mine.items():
-            self._progress_of(self.by_text[text], features[places])
-        self.screen.learn(features)
+        if base and not self._like_now(record.epoch, FEATURES):
+            features = features[:, :0]
+        if not base:
+            self.unit = record.unit + 1
+        places: dict[str, list[int]] = {}
+        for k, row in enumerate(record.rows):
+            if row["prompt"] in self.by_text:
+                places.setdefault(row["prompt"], []).append(k)
+                if row.get("attribute") in self.attributes:
+                    self.attributes[row["attribute"]] += 1
+        for row in record.rejected:
+            if row["prompt"] in self.by_text:
+                places.setdefault(row["prompt"], [])
+                self.rejected[row["reason"]] += 1
+        for row in (*record.rows, *record.rejected):
+            if row["prompt"] in places:
+                job = self.by_text[row["prompt"]]
+                job.attempts = max(job.attempts, row["attempt"] + 1)
+        kept = sum(map(len, places.values()))
+        self.made, self.base_total = (self.made, self.base_total + kept) if base else (self.made + kept, self.base_total)
+        for text, mine in places.items():
+            self._progress_of(self.by_text[text], len(mine), features[mine])
+        if features.shape[1]:
+            self.screen.learn(features)
         if self.packer is not None and not base:
             self.packer.add(record)
 
     def learn(self, record: Record, base: bool = False) -> None:
-        """The memory after a batch."""
+        """The memory after a batch; of an earlier epoch what can be compared with the samples made now."""
         x, t, _ = back(record.tensors)
-        if not len(x):
-            return
-        if base and t is not None and self.texts is not None and (weigh := self._weigh()) is not None:
-            keep = relevant(t, self.texts[self.processes.rank], weigh, TOLERANCE)
-            x, t = x[keep], t[keep]
-        self._remember(record.rows[0].get("group") if self.settings.memory_by == "group" else None, x, t)
-        if not base:
+        groups = [row.get("group") if self.settings.memory_by == "group" else None for row in record.rows]
+        if base:
+            if not self._like_now(record.epoch, SAMPLES):
+                return
+            if t is not None and self.texts is not None and (weigh := self._weigh()) is not None:
+                keep = relevant(t, self.texts[self.processes.rank], weigh, TOLERANCE)
+                x, t, groups = x[keep], t[keep], [g for g, k in zip(groups, keep.tolist(), strict=True) if k]
+        self.shape, self.prompt_dim = tuple(x.shape[1:]), None if t is None else t.shape[1]
+        for group in dict.fromkeys(groups):
+            mine = [k for k, g in enumerate(groups) if g == group]
+            self._remember(group, x[mine], None if t is None else t[mine])
+        if len(x) and not base and not self.alone:
             self.fresh.append((x, t))
 
-    def _progress_of(self, job: Job, features: Tensor) -> None:
-        if len(features):
+    def _like_now(self, epoch: int, keys: tuple[str, ...]) -> bool:
+        """Whether an earlier epoch's settings agree with this one's in what decides how its tensors are to be read."""
+        old, now = (self.store.settings(e).get("samples", {}) for e in (epoch, self.store.epoch))
+        return all(old.get(key) == now.get(key) for key in keys)
+
+    def _progress_of(self, job: Job, kept: int, features: Tensor) -> None:
+        job.kept += kept
+        if kept and features.shape[1]:
             job.features.append(features)
-            job.kept += len(features)
-        if self.settings.target is not None and not job.over and len(features):
-            job.stopped = self.settings.target.reached(torch.cat(job.features), len(features)) or ""
+            if self.settings.target is not None and not job.over:
+                job.stopped = self.settings.target.reached(torch.cat(job.features), kept) or ""
         if not job.over and job.attempts >= job.patience:
             job.stopped = "too many rejected"
         if job.over and job.features:
@@ -293,9 +311,7 @@ class Worker:
             x, t = x[keep], t[keep]
         return delta(self._bank(None, tuple(x.shape[1:])), x, t)
 
-    def _weigh(self) -> Any:
-        from kspec_guidance.memory import PromptWeights
-
+    def _weigh(self) -> PromptWeights | None:
         kernel = getattr(self.guide.terms[0].objective, "prompt_kernel", None)
         return PromptWeights(kernel) if kernel is not None and self.guide.terms[0].objective.conditional else None
 
@@ -333,33 +349,28 @@ class Worker:
         for record in store.records([e for e in store.epochs() if e != store.epoch], tensors=True):
             self.count(record, base=True)
             self.learn(record, base=True)
-        mine = list(store.records([store.epoch], [rank], tensors=True))
-        for record in mine:
+        for record in store.of_process(rank):
             self.count(record)
         done = 0
         if self.processes.world > 1:
             heads = self.processes.numbers(int(all(job.over for job in self.jobs)), self.unit)
             going = [unit // every for over, unit in heads if not over]
             done = min(going) if going else -(-max(unit for _, unit in heads) // every)
-        foreign = {
-            r: [back(record.tensors)[:2] for record in store.records([store.epoch], [r], tensors=True)]
-            for r in range(self.processes.world)
-            if r != rank and done and not self.alone
-        }
-        for k, record in enumerate(mine):
+        for k, record in enumerate(store.of_process(rank)):
             while self.exchanges < done and k >= (self.exchanges + 1) * every:
-                self._replay(foreign)
+                self._replay()
             self.learn(record)
         while self.exchanges < done:
-            self._replay(foreign)
+            self._replay()
 
-    def _replay(self, foreign: dict[int, list[tuple[Tensor, Tensor | None]]]) -> None:
-        """An exchange that took place before this process was started."""
-        every, k = self.settings.exchange, self.exchanges
-        told = []
+    def _replay(self) -> None:
+        """An exchange that took place before this process was started, from the records of the others."""
+        every, k, told = self.settings.exchange, self.exchanges, []
         for rank in range(self.processes.world):
-            part = foreign.get(rank, [])[k * every : (k + 1) * every]
-            found = self.outgoing(rank, [p for p in part if len(p[0])])
+            found = None
+            if rank != self.processes.rank and not self.alone:
+                part = (back(r.tensors)[:2] for r in self.store.of_process(rank, k * every, (k + 1) * every))
+                found = self.outgoing(rank, [p for p in part if len(p[0])])
             told.append(torch.zeros(0, 0) if found is None else found)
         self.incoming(told)
         self.fresh.clear()

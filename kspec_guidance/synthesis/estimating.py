@@ -7,8 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kspec_guidance.guidance import KernelGuidance
-from kspec_guidance.memory import choose_memory
+from kspec_guidance.memory import CentroidMemory, choose_memory
 from kspec_guidance.synthesis.engine import png
 from kspec_guidance.synthesis.generating import Generator
 from kspec_guidance.synthesis.jobs import make_jobs, next_batch
@@ -74,7 +76,7 @@ def estimate(
 ) -> Estimate:
     """Arguments as of :func:`synthesize`; ``processes`` is the number that will be started, this run's own by default."""
     found, (counts, _) = read_prompts(prompts), split_quotas(quotas)
-    jobs = make_jobs(found, images, counts, {}, 4)
+    jobs = make_jobs(found, images, counts)
     total = sum(job.goal for job in jobs)
     store = Store(Path(out))
     finished = sum(len(record.rows) for record in store.records()) if store.state.exists() else 0
@@ -97,12 +99,12 @@ def estimate(
     row = made.x[0].numel() * 4
     text = 0 if made.t is None else made.t.shape[1] * 4
     picture = sum(len(png(image)) for image in made.images) / len(made.images)
-    bank = choose_memory(total, tuple(made.x.shape[1:]))
+    bank: Any = choose_memory(total, tuple(made.x.shape[1:])) if memory == "auto" else None
     kind, size = "exact rows", total * row
-    if memory == "centroids" or (memory == "auto" and not hasattr(bank, "dtype")):
-        capacity = getattr(bank, "capacity", 1024)
-        kind, size = f"{capacity} weighted means", min(capacity, total) * (row + text)
-    elif memory == "auto" and row and getattr(bank, "dtype", None) is not None and bank.dtype.itemsize == 2:  # type: ignore[union-attr]
+    if memory == "centroids" or isinstance(bank, CentroidMemory):
+        bank = bank or CentroidMemory()
+        kind, size = f"{bank.capacity} weighted means", min(bank.capacity, total) * (row + text)
+    elif bank is not None and bank.dtype == torch.float16:
         kind, size = "exact rows in float16", total * row // 2
     left = max(0, total - finished)
     batches = -(-left // batch)

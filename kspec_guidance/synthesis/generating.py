@@ -12,7 +12,7 @@ from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.jobs import Sample
 
-__all__ = ["Generator", "Made", "prompt_features"]
+__all__ = ["Generator", "Made"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ class Generator:
         if unknown:  # also where it takes any keyword: diffusers ignores those that it does not know
             raise SynthesisError(f"{type(pipe).__name__} does not take {', '.join(unknown)}")
         self.guidance_seconds = 0.0
-        self.batches = 0
 
     @property
     def device(self) -> torch.device:
@@ -71,26 +70,25 @@ class Generator:
             raise SynthesisError(f"guidance saw no finished samples in {type(self.pipe).__name__}; see docs/support.md")
         _, x, t = self.guide.finished[0]
         self.guidance_seconds += self.guide.report().seconds
-        self.batches += 1
         return Made(images, x, t)
 
-
-def prompt_features(pipe: Any, guide: KernelGuidance, call: dict[str, Any], texts: list[str], batch: int) -> Tensor | None:
-    """Features of prompts ``[n, p]`` as the guide sees them, by runs of a single step; None if it sees none."""
-    found = []
-    scales = [term.scale for term in guide.terms]
-    short = {**call, "num_inference_steps": 1, "output_type": "latent"}
-    try:
-        for term in guide.terms:
-            term.scale = 0.0
-        for start in range(0, len(texts), batch):
-            part = texts[start : start + batch]
-            pipe(**{**short, "prompt": part, "generator": [torch.Generator().manual_seed(0) for _ in part]})
-            t = guide.finished[0][2] if guide.finished else None
-            if t is None:
-                return None
-            found.append(t.float().cpu())
-    finally:
-        for term, scale in zip(guide.terms, scales, strict=True):
-            term.scale = scale
-    return torch.cat(found) if found else None
+    def prompt_features(self, texts: list[str], batch: int) -> Tensor | None:
+        """Features of prompts ``[n, p]`` as the guide sees them, by runs of a single step; None if it sees none."""
+        found, guide = [], self.guide
+        scales = [term.scale for term in guide.terms]
+        short = {**self.call, "num_inference_steps": 1, "output_type": "latent"}
+        try:
+            for term in guide.terms:
+                term.scale = 0.0
+            with guide.attach(self.pipe):
+                for start in range(0, len(texts), batch):
+                    part = texts[start : start + batch]
+                    self.pipe(**{**short, "prompt": part, "generator": [torch.Generator().manual_seed(0) for _ in part]})
+                    t = guide.finished[0][2] if guide.finished else None
+                    if t is None:
+                        return None
+                    found.append(t.float().cpu())
+        finally:
+            for term, scale in zip(guide.terms, scales, strict=True):
+                term.scale = scale
+        return torch.cat(found) if found else None

@@ -9,6 +9,8 @@ from torch import Tensor
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.prompts import Prompt
 
+PATIENCE = 4  # images made for each one wanted, before a prompt whose images are rejected is given up
+
 __all__ = ["Job", "Sample", "image_seed", "make_jobs", "next_batch"]
 
 
@@ -74,16 +76,17 @@ def goals(prompts: Sequence[Prompt], images: int, quotas: Mapping[str, int]) -> 
 
 
 def make_jobs(
-    prompts: Sequence[Prompt], images: int, quotas: Mapping[str, int], numbers: Mapping[str, int], patience: int
+    prompts: Sequence[Prompt], images: int, quotas: Mapping[str, int], numbers: Mapping[str, int] | None = None
 ) -> list[Job]:
     """A job for each prompt; prompts of an earlier epoch keep the numbers that their files bear."""
+    numbers = numbers or {}
     free = max(numbers.values(), default=-1) + 1
     jobs = []
     for prompt, goal in zip(prompts, goals(prompts, images, quotas), strict=True):
         number = numbers.get(prompt.text)
         if number is None:
             number, free = free, free + 1
-        jobs.append(Job(number, prompt, goal, patience=patience * goal + 8))
+        jobs.append(Job(number, prompt, goal, patience=PATIENCE * goal + 8))
     return jobs
 
 

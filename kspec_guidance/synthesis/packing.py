@@ -52,27 +52,47 @@ class Packer:
         except ImportError as error:
             raise SynthesisError(f"format {kind!r} needs: pip install 'kspec-guidance[data]'") from error
 
-    def path(self, epoch: int, rank: int, number: int) -> Path:
+    def path(self, epoch: int, rank: int, number: int | str) -> Path:
         ending = "tar" if self.kind == "webdataset" else "parquet"
-        return self.store.out / f"shard-{epoch:02d}-{rank:04d}-{number:06d}.{ending}"
+        name = number if isinstance(number, str) else f"{number:06d}"
+        return self.store.out / f"shard-{epoch:02d}-{rank:04d}-{name}.{ending}"
 
     def add(self, record: Record) -> None:
         """The rows of a finished batch; full shards are written."""
         self.waiting += record.rows
         while len(self.waiting) >= self.size:
-            self._pack(record.epoch, record.rank, self.size)
+            rows, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+            self._pack(rows, self.path(record.epoch, record.rank, self.done))
+            self.done += 1
 
     def finish(self, epoch: int, rank: int) -> None:
         """What is left becomes a smaller shard."""
         if self.waiting:
-            self._pack(epoch, rank, len(self.waiting))
+            self._pack(self.waiting, self.path(epoch, rank, self.done))
+            self.waiting, self.done = [], self.done + 1
 
-    def _pack(self, epoch: int, rank: int, n: int) -> None:
-        rows, path = self.waiting[:n], self.path(epoch, rank, self.done)
+    def finish_earlier(self) -> None:
+        """Images of epochs that ended before their last shard was full, in a shard ``rest`` of each process."""
+        for epoch in self.store.epochs():
+            if epoch == self.store.epoch:
+                continue
+            size = self.store.settings(epoch).get("format", [None, self.size])[1]
+            for rank in self.store.ranks(epoch):
+                rows = [row for r in self.store.records([epoch]) if r.rank == rank for row in r.rows]
+                done = 0
+                while self.path(epoch, rank, done).exists():
+                    done += 1
+                if len(rows) > done * size:
+                    self._pack(rows[done * size :], self.path(epoch, rank, "rest"))
+                self._drop(rows)
+
+    def _pack(self, rows: list[Row], path: Path) -> None:
         if not path.exists():
             write = _tar if self.kind == "webdataset" else _parquet
             with explained(self.store.out), replacing(path, durable=True) as fresh:
                 write(fresh, rows, lambda row: (self.store.images / row["file_name"]).read_bytes())
+        self._drop(rows)
+
+    def _drop(self, rows: list[Row]) -> None:
         for row in rows:
             (self.store.images / row["file_name"]).unlink(missing_ok=True)
-        self.waiting, self.done = self.waiting[n:], self.done + 1

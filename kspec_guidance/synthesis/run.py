@@ -16,24 +16,23 @@ from kspec_guidance.embedders.base import ImageEmbedder
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.injection import find_scheduler
 from kspec_guidance.memory import MemoryBank
+from kspec_guidance.memory.files import read_tensors, write_tensors
 from kspec_guidance.presets import SPARKE
 from kspec_guidance.synthesis.engine import Progress, Settings, Worker, back, check_memory
 from kspec_guidance.synthesis.errors import SynthesisError, explained
-from kspec_guidance.synthesis.generating import Generator, prompt_features
+from kspec_guidance.synthesis.generating import Generator
 from kspec_guidance.synthesis.jobs import Job, make_jobs
 from kspec_guidance.synthesis.packing import FORMATS, Packer
 from kspec_guidance.synthesis.processes import Processes
 from kspec_guidance.synthesis.prompts import Prompt, read_prompts
 from kspec_guidance.synthesis.quotas import Attribute, Balance, split_quotas
 from kspec_guidance.synthesis.screening import Filter, Screen
-from kspec_guidance.synthesis.sharding import shard
+from kspec_guidance.synthesis.sharding import shard, shard_groups
 from kspec_guidance.synthesis.stopping import Target
 from kspec_guidance.synthesis.store import Store
 from kspec_guidance.watching import denoiser_of, fingerprint
 
 __all__ = ["Synthesis", "synthesize"]
-
-PATIENCE = 4  # images made for each one wanted, before a prompt whose images are rejected is given up
 
 
 @dataclass
@@ -151,7 +150,7 @@ def synthesize(
             f"this guide keeps {len(guide.memories)} memories in different spaces, and a run keeps one; let its terms work "
             "in one space"
         )
-    make_jobs(found, images, counts, {}, PATIENCE)  # quotas of unknown groups are refused before anything is written
+    make_jobs(found, images, counts)  # quotas of unknown groups are refused before anything is written
     balance = None
     before, held = (guide.remember, [term.memory for term in guide.terms]), len(guide.memory)
     try:
@@ -179,7 +178,7 @@ def synthesize(
             "filter": None if filter is None else getattr(filter, "__qualname__", type(filter).__name__),
             "duplicates": duplicates,
             "memory": [memory, memory_by, len(guide.memory)],
-            "embedder": None if embedder is None else [embedder.name, embedder.fingerprint],
+            "samples": _meaning(pipe, guide, call, embedder),
             "format": [format, shard_size if format != "imagefolder" else None],
             "processes": processes.world,
             "exchange": exchange if processes.world > 1 else None,
@@ -188,15 +187,15 @@ def synthesize(
         packer = None if format == "imagefolder" else Packer(store, format, shard_size)
         _open(store, processes, about, force)
         try:
-            jobs = make_jobs(found, images, counts, _numbers(store), PATIENCE)
-            owners, texts = _share_out(store, processes, pipe, working, call, jobs, batch)
+            jobs = make_jobs(found, images, counts, _numbers(store))
+            owners, texts = _share_out(store, processes, generator, jobs, batch, memory_by == "group")
             settings = Settings(
                 batch, seed, memory, memory_by, exchange, goal,
                 hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12], sum(j.goal for j in jobs),
             )  # fmt: skip
             worker = Worker(
                 generator, working, [j for j, o in zip(jobs, owners, strict=True) if o == processes.rank], settings, store,
-                processes, screen, embedder, packer, balance, [a.share for a in attributes.values()], texts,
+                processes, screen, embedder, packer, balance, {k: a.share for k, a in attributes.items()}, texts,
                 tick if processes.rank == 0 else None,
             )  # fmt: skip
             worker.resume()
@@ -209,7 +208,7 @@ def synthesize(
             result = Synthesis(out, 0, made=worker.made - already, seconds=seconds)
             result.guidance_seconds, result.exchanges = generator.guidance_seconds, worker.exchanges
             result.bytes_sent, result.first = processes.sent, processes.rank == 0
-            _conclude(store, processes, worker, result, list(attributes), report, embedder)
+            _conclude(store, processes, worker, result, report, embedder)
             if memory_file is not None and result.first:
                 save_memory(store, before[1][0], held, Path(memory_file))
             return result
@@ -228,11 +227,10 @@ def _open(store: Store, processes: Processes, about: dict[str, Any], force: bool
     if processes.rank == 0:
         try:
             store.lock()
-            store.begin(about, force)
-            rows = [row for record in store.records() for row in record.rows]
+            rows = store.begin(about, force)
             store.clean({row["file_name"] for row in rows})
             if store.images == store.out:
-                store.write_metadata(sorted(rows, key=lambda row: row["file_name"]))
+                store.write_metadata(rows)
         except SynthesisError as error:
             store.unlock()
             failure = error
@@ -255,18 +253,16 @@ def _numbers(store: Store) -> dict[str, int]:
 
 
 def _share_out(
-    store: Store, processes: Processes, pipe: Any, guide: KernelGuidance, call: dict[str, Any], jobs: list[Job], batch: int
+    store: Store, processes: Processes, generator: Generator, jobs: list[Job], batch: int, by_group: bool
 ) -> tuple[list[int], list[Tensor] | None]:
     """Which process has which prompt, and each one's prompt features; kept in a file for resumed runs."""
     if processes.world == 1:
         return [0] * len(jobs), None
-    from kspec_guidance.memory.files import read_tensors, write_tensors
-
+    if by_group:  # each memory in one process: there is nothing to exchange
+        return shard_groups([job.prompt.group for job in jobs], [job.goal for job in jobs], processes.world), None
     path = store.folder(store.epoch) / "prompts.safetensors"
     if not processes.numbers(int(path.exists()))[0][0]:
-        mine = [job.prompt.text for job in jobs[processes.rank :: processes.world]]
-        with guide.attach(pipe):
-            part = prompt_features(pipe, guide, call, mine, batch)
+        part = generator.prompt_features([job.prompt.text for job in jobs[processes.rank :: processes.world]], batch)
         every = processes.gather(torch.zeros(0, 1) if part is None else part)
         seen = sum(len(p) for p in every) == len(jobs)
         features = torch.zeros(len(jobs), every[0].shape[1] if seen else 1)
@@ -281,8 +277,8 @@ def _share_out(
         processes.wait()
     tensors, about = read_tensors(path, "prompts")
     owner = tensors["owners"]
-    texts = [tensors["features"][owner == r] for r in range(processes.world)] if about["seen"] else None
-    return owner.tolist(), texts if texts is not None else [torch.zeros(0, 1)] * processes.world
+    rows = tensors["features"] if about["seen"] else tensors["features"][:, :0]
+    return owner.tolist(), [rows[owner == r] for r in range(processes.world)]
 
 
 def _conclude(
@@ -290,7 +286,6 @@ def _conclude(
     processes: Processes,
     worker: Worker,
     result: Synthesis,
-    attributes: Sequence[str],
     report: bool,
     embedder: ImageEmbedder | None,
 ) -> None:
@@ -298,7 +293,7 @@ def _conclude(
     rows = store.finish()
     result.images = len(rows)
     result.rejected = dict(Counter(row["reason"] for record in store.records() for row in record.rejected))
-    result.attributes = dict(Counter(attributes[row["attribute"]] for row in rows if "attribute" in row))
+    result.attributes = dict(Counter(row["attribute"] for row in rows if "attribute" in row))
     reasons = sorted(
         {"all images made", "target reached", "most images made", "more images add little", "too many rejected"}
     )
@@ -310,7 +305,9 @@ def _conclude(
         if store.images == store.out:
             store.write_metadata(rows)
         said = {k: getattr(result, k) for k in ("images", "rejected", "stopped", "attributes")}
-        store.write_json("summary.json", said)
+        if worker.packer is not None:
+            worker.packer.finish_earlier()
+        store.write_summary(said)
         if report and len(rows) > 1:
             from kspec_guidance.synthesis.reporting import write_report
 
@@ -364,6 +361,20 @@ def _pipeline(pipe: Any) -> dict[str, Any]:
         "denoiser": "none" if denoiser is None else fingerprint(denoiser),
         "dtype": str(getattr(pipe, "dtype", None)),
         "scheduler": named,
+    }
+
+
+def _meaning(pipe: Any, guide: KernelGuidance, call: dict[str, Any], embedder: ImageEmbedder | None) -> dict[str, Any]:
+    """What decides how the tensors of a record are to be read."""
+    try:
+        space: Any = guide.terms[0].feature_space.describe()
+    except TypeError:  # a space of someone's own
+        space = guide.terms[0].feature_space.name
+    return {
+        "pipeline": [type(pipe).__name__, _pipeline(pipe)["denoiser"]],
+        "space": json.loads(json.dumps(space, default=str)),
+        "size": [call.get("height"), call.get("width")],
+        "embedder": None if embedder is None else [embedder.name, embedder.fingerprint],
     }
 
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["groups_of", "relevant", "shard"]
+from kspec_guidance.memory import PromptWeights
+
+__all__ = ["groups_of", "relevant", "shard", "shard_groups"]
 
 ALIKE = 0.5  # squared distance of unit-norm prompt features within which a prompt joins a group: weight 0.017 at 0.35
 LARGEST = 0.05  # of a shard that one group may take; larger groups are parted, so that shards are even
@@ -77,6 +79,22 @@ def shard(features: Tensor, sizes: Sequence[int], parts: int) -> list[int]:
     return owner
 
 
+def shard_groups(groups: Sequence[str | None], sizes: Sequence[int], parts: int) -> list[int]:
+    """The part of each prompt, every group in one part: the largest group first, each to the part that has least.
+
+    >>> shard_groups(["a", "b", "a", "c"], [3, 4, 3, 1], 2)
+    [0, 1, 0, 1]
+    """
+    totals: dict[str | None, int] = {}
+    for group, size in zip(groups, sizes, strict=True):
+        totals[group] = totals.get(group, 0) + size
+    loads, owner = [0] * parts, {}
+    for group, total in sorted(totals.items(), key=lambda item: -item[1]):
+        owner[group] = loads.index(min(loads))
+        loads[owner[group]] += total
+    return [owner[group] for group in groups]
+
+
 def _bundles(groups: Sequence[int], sizes: Sequence[int], largest: float) -> list[list[int]]:
     """Members of each group, in pieces of at most so many images, of single prompts at least."""
     members: dict[int, list[int]] = {}
@@ -104,8 +122,8 @@ def _along(rows: Tensor) -> Tensor:
     return (centred @ direction * direction[direction.abs().argmax()].sign()).round(decimals=9)
 
 
-def relevant(mine: Tensor, theirs: Tensor, weigh: object, least: float) -> Tensor:
+def relevant(mine: Tensor, theirs: Tensor, weigh: PromptWeights, least: float) -> Tensor:
     """Which prompts ``mine`` ``[n, p]`` weigh more than ``least`` for any of ``theirs`` ``[m, p]``; bool ``[n]``."""
     if not len(theirs):
         return torch.zeros(len(mine), dtype=torch.bool)
-    return torch.cat([(weigh(part, theirs) > least).any(1) for part in mine.split(1024)])  # type: ignore[operator]
+    return torch.cat([(weigh(part, theirs) > least).any(1) for part in mine.split(1024)])

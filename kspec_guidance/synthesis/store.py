@@ -122,55 +122,73 @@ class Store:
     def epochs(self) -> list[int]:
         return sorted(int(p.parent.name[6:]) for p in self.state.glob("epoch-*/settings.json"))
 
-    def begin(self, settings: dict[str, Any], force: bool) -> None:
+    def begin(self, settings: dict[str, Any], force: bool) -> list[dict[str, Any]]:
         """Go on with the last epoch if its settings are these, or begin a new one. Done by one process.
+
+        Returns:
+            The rows of all finished images, in the order of prompts and attempts.
 
         Raises:
             SettingsChangedError, CheckpointError: without ``force``, see there.
         """
         epochs = self.epochs()
         self.epoch = epochs[-1] if epochs else 0
-        damaged = self._damaged(force)
-        missing = self._missing() if self.images == self.out else []
+        rows, damaged = self._read_all(force)
+        missing = [
+            row["file_name"] for row in rows if self.images == self.out and not (self.out / row["file_name"]).exists()
+        ]
         if missing and not force:
             raise CheckpointError(
                 f"{len(missing)} finished images are gone from {self.out}, {missing[0]} for one; put them back, or give "
                 "force=True (--force), which makes as many anew"
             )
-        if epochs:
-            old = json.loads((self.folder(self.epoch) / "settings.json").read_text())
-            changed = differences(old, settings)
-            if changed and not force:
-                raise SettingsChangedError(self.out, changed, sum(len(r.rows) for r in self.records()))
-            if not changed and not damaged and not missing:
-                return
-            self.epoch += 1
-        with explained(self.out):
-            self.folder(self.epoch).mkdir(parents=True, exist_ok=True)
-            if missing:
-                with replacing(self.folder(self.epoch) / "gone.json", durable=True) as fresh:
-                    fresh.write_text(json.dumps(missing, indent=1) + "\n")
-            with replacing(self.folder(self.epoch) / "settings.json", durable=True) as fresh:
-                fresh.write_text(json.dumps(settings, indent=1) + "\n")
+        old = self.settings(self.epoch) if epochs else {}
+        if epochs and not old and not force:
+            raise CheckpointError(
+                f"{self.folder(self.epoch) / 'settings.json'} is damaged; restore it from a copy, or give force=True "
+                "(--force), which keeps the finished images and goes on with the settings given now"
+            )
+        if old and old["format"][0] != settings["format"][0]:
+            raise SynthesisError(
+                f"{self.out} holds a set in format {old['format'][0]!r}; choose another folder for another"
+            )
+        changed = differences(old, settings)
+        if epochs and changed and not force:
+            raise SettingsChangedError(self.out, changed, len(rows))
+        if not epochs or changed or damaged or missing:
+            self._new_epoch(self.epoch + 1 if epochs else 0, settings, missing)
+        return sorted((row for row in rows if row["file_name"] not in set(missing)), key=lambda row: row["file_name"])
 
-    def _damaged(self, force: bool) -> list[Path]:
-        """Records that cannot be read; with force they are set aside."""
-        found = []
-        for path in sorted(self.state.glob("epoch-*/rank-*/*.safetensors")):
+    def _new_epoch(self, number: int, settings: dict[str, Any], missing: list[str]) -> None:
+        self.epoch = number
+        with explained(self.out):
+            self.folder(number).mkdir(parents=True, exist_ok=True)
+        if missing:
+            self._write_json(self.folder(number) / "gone.json", missing)
+        self._write_json(self.folder(number) / "settings.json", settings)
+
+    def _read_all(self, force: bool) -> tuple[list[dict[str, Any]], bool]:
+        """All rows, every record checked, and whether some cannot be read; with force these are set aside."""
+        rows, damaged, gone = [], False, self.gone()
+        for epoch, rank, path in list(self._every()):
             try:
-                read_tensors(path, "batch")
-            except MemoryFileError as error:
+                rows += self.read(path, epoch, rank, gone).rows
+            except CheckpointError as error:
                 if not force:
                     raise CheckpointError(
                         f"{error}. Other finished images are safe. Or give force=True (--force), which leaves this batch "
                         "out and makes its images again"
                     ) from error
                 path.rename(path.with_suffix(".damaged"))
-                found.append(path)
-        return found
+                damaged = True
+        return rows, damaged
 
-    def _missing(self) -> list[str]:
-        return [row["file_name"] for r in self.records() for row in r.rows if not (self.out / row["file_name"]).exists()]
+    def settings(self, epoch: int) -> dict[str, Any]:
+        """What an epoch was made with; empty if that cannot be read."""
+        try:
+            return json.loads((self.folder(epoch) / "settings.json").read_text())
+        except (OSError, ValueError):
+            return {}
 
     def clean(self, keep: set[str]) -> None:
         """Delete what a killed run left: images without a record, and unfinished files."""
@@ -197,22 +215,32 @@ class Store:
     def ranks(self, epoch: int) -> list[int]:
         return sorted(int(p.name[5:]) for p in self.folder(epoch).glob("rank-*"))
 
-    def records(
-        self, epochs: list[int] | None = None, ranks: list[int] | None = None, tensors: bool = False
-    ) -> Iterator[Record]:
-        """All records, or some, by epoch, rank and number; with ``tensors`` they are read whole, and checked."""
-        for epoch in self.epochs() if epochs is None else epochs:
-            for rank in self.ranks(epoch) if ranks is None else ranks:
+    def _every(self) -> Iterator[tuple[int, int, Path]]:
+        for epoch in self.epochs():
+            for rank in self.ranks(epoch):
                 for path in self.paths(epoch, rank):
-                    yield self.read(path, epoch, rank, tensors)
+                    yield epoch, rank, path
 
-    def read(self, path: Path, epoch: int, rank: int, whole: bool = True) -> Record:
+    def records(self, epochs: list[int] | None = None, tensors: bool = False) -> Iterator[Record]:
+        """All records, or those of some epochs, by epoch, rank and number; with ``tensors`` they are read whole, and
+        checked."""
+        gone = self.gone()
+        for epoch, rank, path in self._every():
+            if epochs is None or epoch in epochs:
+                yield self.read(path, epoch, rank, gone, tensors)
+
+    def of_process(self, rank: int, first: int = 0, last: int | None = None) -> Iterator[Record]:
+        """Records of one process in this epoch, or some of them, whole."""
+        gone = self.gone()
+        for path in self.paths(self.epoch, rank)[first:last]:
+            yield self.read(path, self.epoch, rank, gone)
+
+    def read(self, path: Path, epoch: int, rank: int, gone: set[str], whole: bool = True) -> Record:
         try:
             tensors, about = read_tensors(path, "batch") if whole else ({}, read_about(path, "batch"))
         except MemoryFileError as error:
             raise CheckpointError(str(error)) from error
         record = Record(epoch, rank, int(path.stem), about["rows"], about["rejected"], tensors)
-        gone = self.gone()
         return record.without(gone) if any(row["file_name"] in gone for row in record.rows) else record
 
     def gone(self) -> set[str]:
@@ -248,8 +276,11 @@ class Store:
         with explained(self.out), replacing(self.out / "metadata.jsonl", durable=True) as fresh, fresh.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    def write_json(self, name: str, value: Any) -> None:
-        with explained(self.out), replacing(self.out / name, durable=True) as fresh:
+    def write_summary(self, value: dict[str, Any]) -> None:
+        self._write_json(self.out / "summary.json", value)
+
+    def _write_json(self, path: Path, value: Any) -> None:
+        with explained(self.out), replacing(path, durable=True) as fresh:
             fresh.write_text(json.dumps(value, indent=1) + "\n")
 
     @property
