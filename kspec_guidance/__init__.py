@@ -3,7 +3,7 @@
 from typing import Any
 
 from kspec_guidance import functional
-from kspec_guidance.memory import MemoryBank, MemoryFileError, RandomFeatureMemory
+from kspec_guidance.memory import CentroidMemory, MemoryBank, MemoryFileError, RandomFeatureMemory
 
 __version__ = "0.1.0"
 _LAZY = {  # what needs diffusers, imported on first use: the mathematics alone stays light
@@ -14,6 +14,7 @@ _LAZY = {  # what needs diffusers, imported on first use: the mathematics alone 
     "guided": "pipelines",
     "KernelGuidanceBlock": "modular",
     "insert_guidance": "modular",
+    "synthesize": "synthesis",
     "load_demo_pipeline": "demo",
     "load_demo_reference": "demo",
     "encode_reference": "demo",
@@ -25,12 +26,14 @@ __all__ = [
     "NoveltyGuidance",
     "KernelGuidance",
     "MemoryBank",
+    "CentroidMemory",
     "RandomFeatureMemory",
     "MemoryFileError",
     "functional",
     "guided",
     "KernelGuidanceBlock",
     "insert_guidance",
+    "synthesize",
     "load_demo_pipeline",
     "load_demo_reference",
     "encode_reference",

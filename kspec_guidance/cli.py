@@ -89,6 +89,10 @@ def generate(
     quota: Annotated[
         list[str] | None, typer.Option(help="group=number: images of a group of prompts, instead of --images each.")
     ] = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(help="name=folder:share: keep images in shares that are near sets of reference images; two or more."),
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Stop a prompt early, for instance at 'vendi>=12'.")] = None,
     filter: Annotated[
         str | None, typer.Option(help="module:function, called with image and row; True keeps, False or a reason drops.")
@@ -112,6 +116,7 @@ def generate(
     """
     from kspec_guidance import SPARKE, MemoryBank, MemoryFileError
     from kspec_guidance.synthesis import SynthesisError, estimate, synthesize
+    from kspec_guidance.synthesis.quotas import read_attribute
     from kspec_guidance.synthesis.screening import load_filter
 
     try:
@@ -124,7 +129,9 @@ def generate(
         pipe = _pipeline(model, dtype, device)
         call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **_options(option)}
         guide = SPARKE(scale, memory=bank)
-        quotas = {name: int(number) for name, number in _pairs(quota, "--quota").items()}
+        quotas: dict[str, Any] = {name: int(number) for name, number in _pairs(quota, "--quota").items()}
+        for name, references in _pairs(attribute, "--attribute").items():
+            quotas[name] = read_attribute(pipe, references, call.get("height"))
         if dry_run:
             said = estimate(source, out, pipe, guide, images, batch, call=call, quotas=quotas, memory=keep)
             console.print(str(said), highlight=False, markup=False)

@@ -8,7 +8,7 @@ import torch
 from synthesising import make, quiet_pipeline
 
 from kspec_guidance import SPARKE
-from kspec_guidance.synthesis import engine
+from kspec_guidance.synthesis import Prompt, engine
 
 
 def main():
@@ -23,9 +23,11 @@ def main():
 
     engine.Worker.incoming = incoming
     runners = [f"runner{comma} {who}" for comma in (",", "") for who in ("woman", "man")]  # alike: no cut can part them
-    prompts = [*runners, "runner", "runner, person", "heart", "red heart"]
+    texts = [*runners, "runner", "runner, person", "heart", "red heart"]
+    prompts = [Prompt(text, "people" if "runner" in text else "things") for text in texts]
+    by, kind = ("group", "exact") if kind == "groups" else ("all", kind)
     guide = SPARKE()
-    result = make(out, quiet_pipeline(), prompts, images=6, batch=3, guide=guide, memory=kind, exchange=2)
+    result = make(out, quiet_pipeline(), prompts, images=6, batch=3, guide=guide, memory=kind, memory_by=by, exchange=2)
     said = {"first": result.first, "made": result.made, "images": result.images, "exchanges": result.exchanges,
             "bytes": result.bytes_sent, "told": told}  # fmt: skip
     (out / f"said-{'first' if result.first else id(said)}.json").write_text(json.dumps(said))

@@ -117,6 +117,15 @@ def test_other_numbers_of_processes_and_other_memories(tmp_path, processes, kind
 
 
 @pytest.mark.slow
+def test_a_group_with_a_memory_of_its_own_stays_in_one_process(tmp_path):
+    said = run(tmp_path / "set", 2, "groups")
+    assert sorted(s["made"] for s in said) == [12, 36]
+    owners = {(row["group"], record.rank) for record in Store(tmp_path / "set").records() for row in record.rows}
+    assert len(owners) == 2
+    assert all(s["told"] == [] for s in said)
+
+
+@pytest.mark.slow
 def test_accelerate_launches_the_command_line(tmp_path):
     (tmp_path / "p.txt").write_text("heart\nrunner\nman\ncat face\n")
     line = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",

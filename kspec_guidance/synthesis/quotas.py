@@ -1,17 +1,25 @@
 """Attributes in wanted shares: each image is drawn to the reference set of one attribute, and away from the others'."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from kspec_guidance.demo import encode_reference, load_demo_reference
+from kspec_guidance.embedders.base import to_pixels
 from kspec_guidance.kernels import GaussianKernel, Kernel, as_float
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Objective, natural_rows
+from kspec_guidance.sources import IMAGE_TYPES
 from kspec_guidance.synthesis.errors import SynthesisError
+from kspec_guidance.watching import denoiser_of
 
-__all__ = ["Attribute", "Balance", "split_quotas"]
+__all__ = ["Attribute", "Balance", "allot", "read_attribute", "split_quotas"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,38 @@ class Attribute:
 
     reference: Tensor
     share: float = 1.0
+
+
+def read_attribute(pipe: Any, text: str, size: int | None = None) -> Attribute:
+    """An attribute from ``folder`` or ``folder:share``: images of a folder (with its subfolders), encoded by the pipeline's
+    autoencoder; or the name of an embedded reference set, such as ``dark-skin-tone``.
+
+    Args:
+        size: of the square that is generated, in pixels; the pipeline's own by default.
+
+    Raises:
+        SynthesisError: if there are no images, or the pipeline has no autoencoder of images.
+    """
+    source, _, share = text.rpartition(":") if re.fullmatch(r".+:[0-9.]+", text) else (text, "", "1")
+    vae, denoiser = getattr(pipe, "vae", None), denoiser_of(pipe)
+    if not callable(getattr(vae, "encode", None)):
+        raise SynthesisError(f"{type(pipe).__name__} has no autoencoder to encode reference images with")
+    if size is None:
+        cells = getattr(getattr(denoiser, "config", None), "sample_size", None)
+        if not isinstance(cells, int):
+            raise SynthesisError("the size of the images is not known; give height")
+        size = cells * int(getattr(pipe, "vae_scale_factor", 8))
+    try:
+        if Path(source).exists():
+            names = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
+            pixels = to_pixels([Image.open(name) for name in names], size) * 2 - 1
+        else:
+            pixels = load_demo_reference(source)
+        if len(pixels) < 2:
+            raise SynthesisError(f"{source} holds {len(pixels)} images; a reference set needs two or more")
+        return Attribute(encode_reference(pipe, pixels), float(share))
+    except (OSError, ValueError) as error:
+        raise SynthesisError(f"cannot read the reference set {source!r}: {error}") from error
 
 
 def split_quotas(quotas: Mapping[str, "int | Attribute"] | None) -> tuple[dict[str, int], dict[str, Attribute]]:
