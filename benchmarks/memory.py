@@ -23,9 +23,11 @@ from pathlib import Path
 import torch
 
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import CosineKernel, GaussianKernel
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, median_bandwidth
 from kspec_guidance.memory import CentroidMemory, MemoryBank, PromptWeights, RandomFeatureMemory
 from kspec_guidance.objectives import RKE, ConditionalRKE
+from kspec_guidance.objectives.base import weighted_median
+from kspec_guidance.objectives.streaming import distances_to_some
 
 WIDTH = 16_384
 GAUSSIAN = GaussianKernel(0.7)
@@ -172,7 +174,7 @@ def published(n=4000):
 
 
 def compressed(largest=1_000_000, width=64):
-    """Time of a gradient from 10^3 to 10^6 entries; of means, which are added one by one, to 10^5."""
+    """Time of a gradient of 8 samples from 10^3 to 10^6 entries, all of which count."""
     kernel, found = GaussianKernel(1.0), {}
     texts = unit(50, 16, seed=4)
     phi, psi = RandomFourierFeatures(kernel, width, 1024), RandomFourierFeatures(GaussianKernel(0.5), 16, 128)
@@ -185,11 +187,10 @@ def compressed(largest=1_000_000, width=64):
     }
     x, t = unit(8, width, seed=99), texts[:8]
     for name, (memory, settings) in makes.items():
-        objective = ConditionalRKE(kernel, prompt_kernel=GaussianKernel(0.5), **settings)
+        objective = ConditionalRKE(kernel, prompt_kernel=GaussianKernel(0.5), **settings) if settings else RKE(kernel)
         objective._warned = True
         times, adding, n = {}, {}, 0
-        most = largest if isinstance(memory, RandomFeatureMemory) else min(largest, 100_000)
-        for goal in [k for k in (1000, 10_000, 100_000, 1_000_000) if k <= most]:
+        for goal in [k for k in (1000, 10_000, 100_000, 1_000_000) if k <= largest]:
             began = time.perf_counter()
             while n < goal:
                 k = min(1000, goal - n)
@@ -233,36 +234,57 @@ def latents(number, folder):
 
 
 def direction(folder, largest=100_000):
-    """Cosine between the memories' gradients and the exact one, at clean predictions half way through a run."""
+    """Cosine between the memories' gradients and the exact one, at clean predictions half way through a run: on whole
+    latents (576 numbers), and on their means over quarters of the picture (36 numbers). And the bandwidth that 128 rows
+    give, over that of all rows."""
     x, t, pipe, texts, subjects = latents(largest, folder)
     queries, of = predictions(pipe, subjects, texts)
-    found, done = {}, 0
-    memories = {f"{c} means": CentroidMemory(c) for c in (64, 256, 1024)}
     largest = min(largest, len(x))
-    for n in sorted({1000, 10_000, largest}):
+    found = directions(x, t, queries, of, (1000, 10_000, largest), "whole latents")
+    bank = MemoryBank()
+    bank.add(x, t)
+    ratios = torch.tensor([bandwidth_ratio(bank, q, s) for q, s in zip(queries.split(1), of.split(1), strict=True)])
+    found["bandwidth of 128 rows over that of all, median and deciles"] = ratios.quantile(
+        torch.tensor([0.5, 0.1, 0.9])
+    ).tolist()
+    return found | directions(pooled(x), t, CosineKernel.unit(pooled(queries))[0], of, (largest,), "pooled")
+
+
+def bandwidth_ratio(bank, x, t):
+    selection = bank.select(t, PromptWeights(GaussianKernel(0.35)), 1e-3)
+    few, every = (
+        (d, torch.as_tensor(w).expand_as(d)) for d, w in (distances_to_some(x, selection, k) for k in (128, 10**9))
+    )
+    return weighted_median(*few) / weighted_median(*every)
+
+
+def pooled(x):
+    return torch.nn.functional.avg_pool2d(x.view(len(x), -1, 8, 8), 4).flatten(1)
+
+
+def directions(x, t, queries, of, sizes, space):
+    found, done, memories = {}, 0, {f"{c} means": CentroidMemory(c) for c in (64, 256, 1024)}
+    for n in sizes:
         exact = MemoryBank()
         exact.add(x[:n], t[:n])
         for memory in memories.values():
             memory.add(x[done:n], t[done:n])
-        done = n
-        some = unit_distance(x[:n])
-        for label, bandwidth in (("half a median", 0.5 * some), ("one median", some)):
-            right = ConditionalRKE(GaussianKernel(bandwidth)).gradient(queries, of, exact)
-            row = {}
-            for name, memory in memories.items():
-                got = ConditionalRKE(GaussianKernel(bandwidth)).gradient(queries, of, memory)
-                row[name] = cosines(got, right)
+        done, some = n, median_bandwidth(CosineKernel.unit(x[:n])[0])
+        for label, bandwidth in (("half a median", 0.5 * some), ("one median", some), ("two medians", 2 * some)):
+            kernel = GaussianKernel(bandwidth)
+            right = ConditionalRKE(kernel).gradient(queries, of, exact)
+            row = {k: cosines(ConditionalRKE(kernel).gradient(queries, of, m), right) for k, m in memories.items()}
             for number in (512, 2048):
-                phi = RandomFourierFeatures(GaussianKernel(bandwidth), x.shape[1], number)
+                phi = RandomFourierFeatures(kernel, x.shape[1], number)
                 psi = RandomFourierFeatures(GaussianKernel(0.35), t.shape[1], 512)
-                objective = ConditionalRKE(GaussianKernel(bandwidth), phi, prompt_features=psi)
+                objective = ConditionalRKE(kernel, phi, prompt_features=psi)
                 objective._warned = True
                 memory = objective.make_memory()
                 memory.total = sums(memory, x[:n], t[:n])
                 memory._count, memory.shape, memory.prompt_dim = n, (x.shape[1],), t.shape[1]
                 row[f"{number} random features"] = cosines(objective.gradient(queries, of, memory), right)
-            found[f"{n} entries, {label}"] = row
-            print(f"  {n} {label}: " + ", ".join(f"{k} {v[0]:.3f}" for k, v in row.items()), flush=True)
+            found[f"{space}, {n} entries, {label}"] = row
+            print(f"  {space} {n} {label}: " + ", ".join(f"{k} {v[0]:.3f}" for k, v in row.items()), flush=True)
     return found
 
 
@@ -278,12 +300,6 @@ def sums(memory, x, t):
         )
         total += phi.T @ psi
     return (total * SCALE).round().to(torch.int64)
-
-
-def unit_distance(x):
-    from kspec_guidance.kernels import median_bandwidth
-
-    return median_bandwidth(CosineKernel.unit(x)[0])
 
 
 def cosines(got, right):
