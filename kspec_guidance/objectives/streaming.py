@@ -57,22 +57,21 @@ def memory_vjp(kernel: Kernel, x: Tensor, selection: Selection) -> tuple[Tensor,
     if not len(selection):
         return torch.zeros_like(x), x.new_zeros(len(x))
     centre = selection.centre(x) if kernel.stationary else None
-    xx, yy = x.square().sum(-1, keepdim=True), selection.squares.to(x)
-    closed = kernel.of_products(x.new_zeros(len(x), 1), xx, yy[:1]) is not None
     if isinstance(kernel, GaussianKernel | RationalQuadraticKernel) and centre is None:
-        g, k = _of_distances(kernel, x, selection, xx + yy)
+        g, k = _of_distances(kernel, x, selection)
     else:
-        g, k = _of_products(kernel, x, selection, xx, yy, closed, centre)
+        g, k = _of_products(kernel, x, selection, centre)
     if selection.weights is not None:
         k = torch.where(selection.weights.to(k) > 0.5, k, 0)
     return g, k.amax(-1)
 
 
 def _of_distances(
-    kernel: GaussianKernel | RationalQuadraticKernel, x: Tensor, selection: Selection, both: Tensor
+    kernel: GaussianKernel | RationalQuadraticKernel, x: Tensor, selection: Selection
 ) -> tuple[Tensor, Tensor]:
-    """The fast path; what can be done for all rows at once is done outside of the loop. ``both``: sums of squares."""
+    """The fast path; what can be done for all rows at once is done outside of the loop."""
     total, sizes = torch.zeros_like(x), selection.sizes(x)
+    both = x.square().sum(-1, keepdim=True) + selection.squares.to(x)  # becomes the distances, block by block
     weights = x.new_ones(1, 1) if selection.weights is None else selection.weights.to(x)
     scales = x.new_ones(len(selection)) if selection.scale is None else selection.scale.to(x)
     scaled = weights * scales
@@ -93,15 +92,12 @@ def _of_distances(
     return total - (slope * weights).sum(-1, keepdim=True) * x, k
 
 
-def _of_products(
-    kernel: Kernel, x: Tensor, selection: Selection, xx: Tensor, squares: Tensor, closed: bool, centre: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _of_products(kernel: Kernel, x: Tensor, selection: Selection, centre: Tensor | None) -> tuple[Tensor, Tensor]:
     """Kernels that are no function of the distance, and rows that must be centred."""
     total, along, every = torch.zeros_like(x), x.new_zeros(len(x), 1), x.new_empty(len(x), len(selection))
-    scales = None if selection.scale is None else selection.scale.to(x)
-    if centre is not None:
-        x = x - centre
-        xx = x.square().sum(-1, keepdim=True)
+    scales, squares = None if selection.scale is None else selection.scale.to(x), selection.squares.to(x)
+    x = x if centre is None else x - centre
+    xx = x.square().sum(-1, keepdim=True)
     parts = slices(selection.sizes(x))
     for part, rows in zip(parts, selection.blocks(x), strict=True):
         weights, yy = _weights(selection, part, x), squares[part]
@@ -111,7 +107,7 @@ def _of_products(
             scatter = (yy - rows.square().sum(-1)).clamp_min(0) if selection.means else 0
             rows = rows - centre
             yy = rows.square().sum(-1) + scatter
-        found = kernel.of_products(x @ rows.mT, xx, yy) if closed else None
+        found = kernel.of_products(x @ rows.mT, xx, yy)
         if found is None:
             every[:, part] = kernel(x, rows)
             total += kernel.vjp(x, rows, torch.as_tensor(weights).to(x).expand(len(x), len(rows)))
