@@ -60,6 +60,12 @@ def _spans(store: RowStore, places: Tensor) -> list[int] | None:
     return spans
 
 
+def _evenly(n: int, about: int) -> list[int]:
+    """Parts of about so many, as even as can be: short runs are not cut into a block and a rest."""
+    parts = max(1, n // about)
+    return [n // parts + (k < n % parts) for k in range(parts)]
+
+
 class Selection:
     """Rows of a store, their weights for each sample at hand, and their norms.
 
@@ -155,11 +161,10 @@ class Selection:
         """How many rows each of the :meth:`blocks` has."""
         if self.store is None or not len(self):
             return []
-        most = self._most(like)
         spans = self._spans or [len(self)]
         if self.places is None:
             spans = [len(view) for view in self.store.view(0, len(self))]
-        return [min(most, span - start) for span in spans for start in range(0, span, most)]
+        return [size for span in spans for size in _evenly(span, self._most(like))]
 
     def blocks(self, like: Tensor) -> Iterator[Tensor]:
         """The rows in order, not scaled, in blocks ``[k, d]`` in the dtype and on the device of ``like``. A block is good
@@ -170,10 +175,11 @@ class Selection:
             return
         like, store, near = as_float(like), self.store, self.near(like)
         if near is not None:
-            yield from near.split(self._most(like))
+            yield from near.split(sizes)
             return
         if self.places is None:
-            parts: Iterator[Tensor] = (b for view in store.view(0, len(self)) for b in view.split(self._most(like)))
+            views = store.view(0, len(self))
+            parts: Iterator[Tensor] = (b for view in views for b in view.split(_evenly(len(view), self._most(like))))
         else:
             room = store.room("gathered", max(sizes), store.dtype, store.device)
             parts = (store.gather(places, room) for places in self.places.split(sizes))
