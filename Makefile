@@ -42,8 +42,10 @@ overhead: $(VENV)/.installed
 # what a memory costs, and what it buys over a whole run: half an hour each, on an idle machine
 memory: $(VENV)/.installed
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/synthesis_page.py
 synthesis: $(VENV)/.installed
 	$(BIN)/python benchmarks/synthesis.py --plot docs/synthesis.png
+	$(BIN)/python benchmarks/synthesis_page.py
 
 # the figures of the README and the model card
 effect: $(VENV)/.installed
