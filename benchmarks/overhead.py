@@ -35,7 +35,7 @@ from kspec_guidance.spaces import Activations, Embedder, Pixels, Pooled
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEMORIES = (0, 100, 1_000, 10_000)
-LARGEST = 12e9  # bytes of one copy of the memory that still leaves room for the second, scaled one
+LARGEST = 12e9  # bytes of the memory that still leave room for all else
 SIZES = {  # latents of one image, the prompt width, and whether the sampler is a flow
     "SD 1.5 (4 x 64 x 64)": ((1, 4, 64, 64), 768, False),
     "SDXL (4 x 128 x 128)": ((1, 4, 128, 128), 2048, False),

@@ -1,0 +1,61 @@
+"""Run the arena: tune every method on one half of prompts and seeds, measure fronts on the other, write the page.
+
+    python -m benchmarks.arena                                # everything; hours, resumable
+    python -m benchmarks.arena --small --out /tmp/arena       # a small version, minutes
+    python -m benchmarks.arena --beds emoji --methods plain "SPARKE, ours"
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from .beds import BEDS
+from .harness import Record, front, mean, plain, tune
+from .methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=list(BEDS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena")
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--tune-seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--strengths", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="two beds, few trials, one seed: checks that all of it works")
+    args = parser.parse_args()
+    if args.small:
+        args.trials, args.tune_seeds, args.seeds, args.strengths = 2, 1, 1, 3
+    torch.set_grad_enabled(False)
+    for name in args.beds:
+        bed = BEDS[name]()
+        record = Record(args.out, bed)
+        record.data["settings"] = {
+            "images": bed.images, "steps": bed.steps, "guidance_scale": bed.guidance_scale, "trials": args.trials,
+            "diversity": bed.diversity, "fidelity": bed.fidelity,
+            "prompts": [c.prompt for c in bed.cases("report", args.seeds)], "seeds": args.seeds,
+        }  # fmt: skip
+        base = plain(bed, record, "report", args.seeds)
+        print(f"{bed.name}: plain {mean(base[bed.diversity]):.2f} {bed.diversity}, "
+              f"{mean(base[bed.fidelity]):.3f} {bed.fidelity}, {mean(base['seconds']):.2f} s", flush=True)  # fmt: skip
+        for method in args.methods:
+            if method == "plain" or not bed.fits(METHODS[method]):
+                continue
+            began = time.perf_counter()
+            tuned = tune(bed, method, record, args.trials, args.tune_seeds)
+            front(bed, method, record, args.strengths, args.seeds)
+            said = "  ".join(
+                f"{p['strength']:.3g}: {mean(p['cases'][bed.diversity]):.2f} / {mean(p['cases'][bed.fidelity]):.3f}"
+                for p in sorted(record.of(method)["front"], key=lambda p: p["strength"])
+            )
+            short = {k: round(v, 3) for k, v in tuned.items()}
+            print(f"  {method:26} {said}   {short}   {time.perf_counter() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

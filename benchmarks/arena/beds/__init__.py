@@ -1,0 +1,22 @@
+"""Test beds: pipelines whose modes can be counted and whose fidelity can be measured."""
+
+from collections.abc import Callable
+
+from .analytic import Analytic
+from .base import Bed, Case
+from .digits import AnyDigit, Digits
+from .emoji import Emoji
+
+BEDS: dict[str, Callable[[], Bed]] = {
+    "mixture-2": lambda: Analytic(2, True),
+    "mixture-8": lambda: Analytic(8, False),
+    "mixture-32": lambda: Analytic(32, True),
+    "mixture-64": lambda: Analytic(64, True),
+    "digits": Digits,
+    "digits-4": lambda: Digits(4),
+    "digits-any": AnyDigit,
+    "emoji": Emoji,
+    "emoji-6": lambda: Emoji(6),
+}
+
+__all__ = ["BEDS", "Bed", "Case"]

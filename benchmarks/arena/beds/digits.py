@@ -1,0 +1,95 @@
+"""Real digits: a small class-conditional flow-matching model, few steps, and a judge of classes and writing styles."""
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from ..networks import DigitJudge, digit_unet
+from ..pipeline import ConditionPipeline, Conditions
+from ..training import weights
+from .base import Bed, Case, common_scores
+
+ANY = ""  # the empty prompt: the model was shown classes by a skewed distribution without their label
+
+
+class Digits(Bed):
+    """``modes`` counts styles of the class asked for (or classes, for the empty prompt); ``valid`` is the judge's
+    probability of that class (or its confidence), of digits whose style lies within the data's own radius."""
+
+    name = "digits"
+    images, steps, guidance_scale = 16, 8, 3.0
+
+    def __init__(self, steps: int = 8):
+        self.steps = steps
+        if steps != 8:
+            self.name = f"digits, {steps} steps"
+        made, judge = weights("digits"), weights("digit_judge")
+        conditions = Conditions([f"digit {k}" for k in range(10)], made.pop("conditions"))
+        unet = digit_unet()
+        unet.load_state_dict(made)
+        self.pipe = ConditionPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler(), conditions)
+        self.centres, self.shares, self.radii = (judge.pop(k) for k in ("centres", "shares", "radii"))
+        self.judge_ = DigitJudge()
+        self.judge_.load_state_dict(judge)
+        self.judge_.eval()
+
+    def prompts(self, half: str) -> list[str]:
+        return ["digit 1", "digit 3", "digit 4", "digit 6", "digit 8"] if half == "tune" else [
+            "digit 0", "digit 2", "digit 5", "digit 7", "digit 9"]  # fmt: skip
+
+    def pictures(self, samples: Tensor) -> Tensor:
+        """``[n, 1, 28, 28]`` in -1..1."""
+        return nnf.pixel_shuffle(samples, 2).clamp(-1, 1)
+
+    @torch.no_grad()
+    def judge(self, samples: Tensor, case: Case) -> dict[str, float]:
+        f = self.judge_.features(self.pictures(samples))
+        p = self.judge_.head(f).softmax(1)
+        if case.prompt:
+            k = int(case.prompt.split()[-1])
+            right = p[:, k]
+        else:
+            right = p.amax(1)
+        kinds = p.argmax(1)
+        d = (f[:, None] - self.centres[kinds]).norm(dim=-1)
+        near, style = d.min(1)
+        good = near <= self.radii[kinds]
+        if case.prompt:
+            good &= kinds == k
+            shown = {(k, int(s)) for s in style[good]}
+            occupied = torch.bincount(style[good], minlength=self.shares.shape[1]) / len(f)
+            variation = float((occupied - self.shares[k]).abs().sum() / 2)
+        else:
+            shown = {int(c) for c in kinds[good]}
+            variation = float((torch.bincount(kinds[good], minlength=10) / len(f) - 0.1).abs().sum() / 2)
+        return {
+            "modes": float(len(shown)),
+            "of": float(self.shares.shape[1] if case.prompt else 10),
+            "valid": float((right * good).mean()),
+            "agreement": float(right.mean()),
+            "total_variation": variation,
+            **common_scores(f),
+        }
+
+
+class AnyDigit(Digits):
+    """The empty prompt: which classes come, from a model that was shown some of them 25 times as often as others."""
+
+    name = "digits, no prompt"
+    guidance_scale = 1.0
+    has_guidance = False
+
+    def __init__(self):
+        super().__init__()
+        self.name = AnyDigit.name
+
+    def prompts(self, half: str) -> list[str]:
+        return [ANY]
+
+    def fits(self, method):
+        return super().fits(method) and method.name not in ("CADS", "seed variance")
+
+    def cases(self, half: str, seeds: int) -> list[Case]:
+        base = 0 if half == "tune" else 10_000
+        return [Case(ANY, base + s) for s in range(5 * seeds)]

@@ -1,0 +1,91 @@
+"""The embedded text-to-image pipeline, latent, with classifier-free guidance, and a judge of what its pictures show."""
+
+import json
+
+import torch
+from torch import Tensor
+
+from kspec_guidance import load_demo_pipeline
+
+from ..networks import EmojiJudge
+from ..training import WEIGHTS, weights
+from .base import Bed, Case, common_scores
+
+# prompts that leave several training pictures open; chosen before any method was run, the two halves at random
+TUNE = ["runner", "cat face", "heart", "health worker", "clock face", "police officer", "bird", "teacher", "surfer", "book"]
+REPORT = ["person", "firefighter", "swimmer", "farmer", "cook", "student", "flower", "building", "smiling face", "vehicle"]
+
+
+class Emoji(Bed):
+    """``modes`` counts the training pictures that a batch stands for and that the prompt may mean, as the judge sees it.
+
+    A picture's fidelity is the judge's probability of the likeliest training picture that the prompt may mean:
+    ``p(emoji) p(skin tone) p(art style)``; ``valid`` is its mean, so both a wrong subject and an unclear picture count.
+    """
+
+    name = "emoji"
+    images, steps, guidance_scale = 8, 12, 5.0
+
+    def __init__(self, steps: int = 12):
+        self.steps = steps
+        if steps != 12:
+            self.name = f"emoji, {steps} steps"
+        self.pipe = load_demo_pipeline()
+        self.pipe.set_progress_bar_config(disable=True)
+        table = json.loads((WEIGHTS / "emoji_modes.json").read_text())
+        self.table, self.modes = table, table["modes"]
+        sizes = {"code": len(table["codes"]), "tone": len(table["tones"]), "style": len(table["styles"]),
+                 "family": len(table["families"])}  # fmt: skip
+        self.judge_ = EmojiJudge(sizes)
+        self.judge_.load_state_dict(weights("emoji_judge"))
+        self.judge_.eval()
+        self.places = torch.tensor([
+            (table["codes"].index(m["code"]), table["tones"].index(m["tone"]), table["styles"].index(m["style"]))
+            for m in self.modes
+        ])  # fmt: skip
+
+    def prompts(self, half: str) -> list[str]:
+        return TUNE if half == "tune" else REPORT
+
+    def shape(self) -> tuple[int, ...]:
+        size = self.pipe.unet.config.sample_size
+        return self.pipe.unet.config.in_channels, size, size
+
+    def run(self, case: Case, n: int, latents: Tensor | None = None) -> Tensor:
+        more = {"generator": self.noise(case, n)} if latents is None else {"latents": latents}
+        return self.pipe(
+            case.prompt, num_images_per_prompt=n, num_inference_steps=self.steps, guidance_scale=self.guidance_scale,
+            output_type="latent", **more,
+        ).images  # fmt: skip
+
+    @torch.no_grad()
+    def pictures(self, samples: Tensor) -> Tensor:
+        """``[n, 3, 64, 64]`` in -1..1."""
+        return self.pipe.vae.decode(samples / self.pipe.vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    def answers(self, prompt: str) -> Tensor:
+        """Which training pictures a prompt may mean."""
+        subject, *said = [part.strip() for part in prompt.split(",")]
+        return torch.tensor([
+            subject in (m["subject"], *m["families"])
+            and all(a in (m["gender"], m["detail"], m["tone"], m["style"]) for a in said)
+            for m in self.modes
+        ])  # fmt: skip
+
+    @torch.no_grad()
+    def judge(self, samples: Tensor, case: Case) -> dict[str, float]:
+        pictures = self.pictures(samples)
+        f = self.judge_.features(pictures)
+        p = {k: head(f).softmax(1) for k, head in self.judge_.heads.items()}
+        code, tone, style = self.places.T
+        joint = p["code"][:, code] * p["tone"][:, tone] * p["style"][:, style]  # [n, training pictures]
+        meant = self.answers(case.prompt)
+        best, which = torch.where(meant, joint, 0).max(1)
+        agrees = meant[joint.argmax(1)]
+        return {
+            "modes": float(len(set(which[agrees].tolist()))),
+            "of": float(meant.sum()),
+            "valid": float(best.mean()),
+            "agreement": float(agrees.float().mean()),
+            **common_scores(f),
+        }

@@ -1,0 +1,140 @@
+"""Run methods on beds: tuning, fronts, and their record on disk, so that what has been measured is not measured again."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .beds.base import Bed, Case
+from .methods import METHODS, Method, Real, Whole
+
+__all__ = ["FIDELITY_LOSS", "Record", "front", "measure", "slug", "strengths", "tune"]
+
+FIDELITY_LOSS = 0.02  # fidelity that a method may lose against plain sampling and still count as equal
+PENALTY = 10.0  # of the tuning's aim, in relative modes for each unit of fidelity lost beyond that
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def settings(method: Method) -> dict[str, Any]:
+    return {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name not in ("generator", "radius_unit")}
+
+
+def measure(bed: Bed, make: Callable[[], Method], cases: Sequence[Case]) -> dict[str, list[float]]:
+    """Every figure of the judge for every case, and the seconds that sampling took."""
+    found: dict[str, list[float]] = {}
+    for case in cases:
+        began = time.perf_counter()
+        samples = bed.sample(make(), case)
+        seconds = time.perf_counter() - began
+        samples = torch.nan_to_num(samples, 0.0, 1e3, -1e3)  # a run that blew up is judged as what it is: worthless
+        for k, v in {**bed.judge(samples, case), "seconds": seconds}.items():
+            found.setdefault(k, []).append(v)
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+class Record:
+    """What has been measured on one bed: one JSON file, written after every piece."""
+
+    def __init__(self, folder: Path, bed: Bed):
+        self.path = folder / f"{slug(bed.name)}.json"
+        self.data: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.data.setdefault("bed", bed.name)
+        self.data.setdefault("methods", {})
+
+    def of(self, method: str) -> dict[str, Any]:
+        return self.data["methods"].setdefault(method, {})
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rounded = json.loads(json.dumps(self.data), parse_float=lambda s: float(f"{float(s):.5g}"))
+        self.path.write_text(json.dumps(rounded, separators=(",", ":")) + "\n")
+
+
+def plain(bed: Bed, record: Record, half: str, seeds: int) -> dict[str, list[float]]:
+    mine = record.of("plain")
+    if f"{half} {seeds}" not in mine:
+        mine[f"{half} {seeds}"] = measure(bed, METHODS["plain"], bed.cases(half, seeds))
+        record.save()
+    return mine[f"{half} {seeds}"]
+
+
+def aim(bed: Bed, found: dict[str, list[float]], base: dict[str, list[float]]) -> float:
+    """Modes relative to plain sampling, less a penalty for fidelity lost beyond ``FIDELITY_LOSS``."""
+    lost = mean(base[bed.fidelity]) - FIDELITY_LOSS - mean(found[bed.fidelity])
+    return mean(found[bed.diversity]) / mean(base[bed.diversity]) - PENALTY * max(0.0, lost)
+
+
+def tune(bed: Bed, name: str, record: Record, trials: int, seeds: int) -> dict[str, Any]:
+    """The best setting of ``trials`` by optuna's TPE sampler, on the tuning half; its default is the first trial."""
+    import optuna
+
+    cls, mine = METHODS[name], record.of(name)
+    if "tuned" in mine or not cls.tuned:
+        return mine.get("tuned", {})
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    cases, base = bed.cases("tune", seeds), plain(bed, record, "tune", seeds)
+    seed = int(hashlib.sha256(f"{bed.name} {name}".encode()).hexdigest()[:8], 16)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=6))
+    first = {k: v for k, v in settings(cls()).items() if k in cls.tuned}
+    study.enqueue_trial(first)
+
+    def objective(trial: Any) -> float:
+        chosen = {}
+        for k, r in cls.tuned.items():
+            if isinstance(r, Whole):
+                chosen[k] = trial.suggest_int(k, r.low, r.high)
+            else:
+                chosen[k] = trial.suggest_float(k, r.low, r.high, log=r.log)
+        found = measure(bed, lambda: cls(**chosen), cases)
+        trial.set_user_attr("figures", {k: mean(found[k]) for k in (bed.diversity, bed.fidelity)})
+        return aim(bed, found, base)
+
+    study.optimize(objective, n_trials=trials)
+    mine["tuned"] = dict(study.best_params)
+    mine["trials"] = [{**t.params, "aim": t.value, **t.user_attrs.get("figures", {})} for t in study.trials]
+    record.save()
+    return mine["tuned"]
+
+
+def strengths(name: str, tuned: dict[str, Any], number: int) -> list[float]:
+    """Values of the method's strength for its front: around the tuned one, within the range."""
+    cls = METHODS[name]
+    r = cls.tuned[cls.strength]
+    if isinstance(r, Whole):
+        return [float(k) for k in range(r.low, r.high + 1)][:: max(1, (r.high - r.low + 1) // number)][:number]
+    at = float(tuned[cls.strength])
+    assert isinstance(r, Real)
+    if r.log:
+        factors = [0.5, 1.0, 2.0] if number == 3 else [0.35, 0.7, 1.0, 1.5, 3.0][:number]
+        return [at * f for f in factors]
+    far = r.high if abs(r.high - at) > abs(at - r.low) else r.low
+    near = r.low if far == r.high else r.high
+    return sorted({round(v, 4) for v in (at, (at + near) / 2, (at + far) / 2, near, far)})[:number]
+
+
+def front(bed: Bed, name: str, record: Record, number: int, seeds: int) -> None:
+    """Figures of the report half for several strengths around the tuned setting."""
+    cls, mine = METHODS[name], record.of(name)
+    if not cls.tuned:
+        return
+    tuned = mine["tuned"]
+    done = mine.setdefault("front", [])
+    for value in strengths(name, tuned, number):
+        v = int(value) if isinstance(cls.tuned[cls.strength], Whole) else value
+        if any(abs(p["strength"] - v) < 1e-9 * max(1, abs(v)) for p in done):
+            continue
+        chosen = {**tuned, cls.strength: v}
+        done.append({"strength": v, "cases": measure(bed, lambda c=chosen: cls(**c), bed.cases("report", seeds))})
+        record.save()

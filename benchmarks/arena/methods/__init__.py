@@ -1,0 +1,25 @@
+"""One method a file, each our own short implementation from its paper, as hooks on a diffusers pipeline."""
+
+from .base import Log, Method, Moment, Real, Whole
+from .cfg import Interval, LowerGuidance
+from .conditions import CADS, SeedVariance
+from .diverseflow import DiverseFlow, DiverseFlowFast
+from .eddy import EDDY, EDDYProjection
+from .guides import ContextualVendi, Ours, Published
+from .oscar import OSCAR, OSCARStill
+from .particle import Particle, PooledParticle
+from .plain import Plain
+from .selection import GroupInference
+from .selfguidance import SelfGuidance
+from .spell import SPELL
+from .tsr import ScoreRescaling
+
+METHODS: dict[str, type[Method]] = {
+    m.name: m
+    for m in (
+        Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
+        ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference, Ours,
+    )
+}  # fmt: skip
+
+__all__ = ["METHODS", "Log", "Method", "Moment", "Real", "Whole"]

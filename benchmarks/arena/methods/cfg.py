@@ -1,0 +1,36 @@
+"""Less classifier-free guidance: over the whole run, or in an interval of it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import Method, Real
+
+
+@dataclass
+class LowerGuidance(Method):
+    """The scale ``w'`` in place of the pipeline's ``w`` (Ho, Salimans 2022, arXiv 2207.12598)."""
+
+    name = "lower CFG"
+    paper = "arXiv 2207.12598"
+    tuned = {"weight": Real(1.0, 4.0)}
+    strength = "weight"
+    weight: float = 2.0
+
+    def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
+        return held + (self.weight - 1) / (scale - 1) * (free - held), held
+
+
+@dataclass
+class Interval(Method):
+    """Guidance off early and late: on for ``start <= fraction < stop`` only (Kynkaanniemi and others 2024, arXiv 2404.07724)."""
+
+    name = "interval CFG"
+    paper = "arXiv 2404.07724"
+    tuned = {"start": Real(0.0, 0.8), "stop": Real(0.6, 1.0)}
+    strength = "start"
+    start: float = 0.3
+    stop: float = 1.0
+
+    def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
+        return (free, held) if self.start <= fraction < self.stop else (held, held)

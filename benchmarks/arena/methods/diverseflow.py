@@ -1,0 +1,59 @@
+"""DiverseFlow."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Log, Method, Moment, Real, norms
+
+
+def dpp(x: Tensor, h: float) -> Tensor:
+    """``log det L - log det(L + I)`` of ``L_ij = exp(-h |x_i - x_j|^2 / (2 median))``."""
+    rows = x.flatten(1).double()
+    d2 = (rows[:, None] - rows[None]).square().sum(-1)
+    off = ~torch.eye(len(rows), dtype=torch.bool)
+    l = torch.exp(-h * d2 / (2 * d2.detach()[off].median().clamp_min(1e-12)))
+    eye = torch.eye(len(rows), dtype=l.dtype)
+    return torch.logdet(l + 1e-6 * eye) - torch.logdet(l + eye)
+
+
+@dataclass
+class DiverseFlow(Method):
+    """The likelihood of a determinantal point process at the predicted targets, ascended (arXiv 2504.07894, equations 8 to 11).
+
+    The gradient with respect to the noisy samples goes through the denoiser if ``through``; its strength falls with the
+    noise, and it is rescaled to the size of the noise as in the paper's experiments.
+    """
+
+    name = "DiverseFlow"
+    paper = "arXiv 2504.07894"
+    tuned = {"weight": Log(0.01, 3.0), "h": Log(0.3, 10.0)}
+    strength = "weight"
+    weight: float = 0.3
+    h: float = 1.0
+    through: bool = True
+
+    def move(self, m: Moment) -> Tensor | None:
+        if m.alpha < 1e-4 or m.sigma < 1e-3:
+            return None
+        with torch.enable_grad():
+            if self.through:
+                x = m.x.detach().clone().requires_grad_()
+                value = dpp(m.denoise(x), self.h)
+            else:
+                x = m.x0.detach().clone().requires_grad_()
+                value = dpp(x, self.h)
+            (g,) = torch.autograd.grad(value, x)
+        g = torch.nan_to_num(g.to(m.x0.dtype))
+        gamma = self.weight * m.sigma  # falls with the noise level
+        return gamma * m.sigma / m.alpha * norms(m.noise) * g / norms(g).amax().clamp_min(1e-12)
+
+
+class DiverseFlowFast(DiverseFlow):
+    """The same without the backward pass: the denoiser's Jacobian is taken as a multiple of the identity."""
+
+    name = "DiverseFlow, no backward"
+
+    def __init__(self, **more):
+        super().__init__(**(more | {"through": False}))

