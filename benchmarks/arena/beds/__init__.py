@@ -16,7 +16,7 @@ BEDS: dict[str, Callable[[], Bed]] = {
     "digits-4": lambda: Digits(4),
     "digits-any": AnyDigit,
     "emoji": Emoji,
-    "emoji-6": lambda: Emoji(6),
+    "emoji-4": lambda: Emoji(4),
 }
 
 __all__ = ["BEDS", "Bed", "Case"]

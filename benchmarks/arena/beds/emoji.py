@@ -24,11 +24,11 @@ class Emoji(Bed):
     """
 
     name = "emoji"
-    images, steps, guidance_scale = 8, 12, 5.0
+    images, steps, guidance_scale = 8, 8, 5.0
 
-    def __init__(self, steps: int = 12):
+    def __init__(self, steps: int = 8):
         self.steps = steps
-        if steps != 12:
+        if steps != 8:
             self.name = f"emoji, {steps} steps"
         self.pipe = load_demo_pipeline()
         self.pipe.set_progress_bar_config(disable=True)

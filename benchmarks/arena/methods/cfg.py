@@ -15,6 +15,7 @@ class LowerGuidance(Method):
     paper = "arXiv 2207.12598"
     tuned = {"weight": Real(1.0, 4.0)}
     strength = "weight"
+    falls = True
     weight: float = 2.0
 
     def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:

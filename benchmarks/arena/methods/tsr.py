@@ -20,6 +20,7 @@ class ScoreRescaling(Method):
     paper = "arXiv 2510.01184"
     tuned = {"k": Real(0.3, 1.0), "width": Log(0.05, 5.0)}
     strength = "k"
+    falls = True
     k: float = 0.8
     width: float = 1.0
 

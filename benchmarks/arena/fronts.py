@@ -1,0 +1,134 @@
+"""From measured cases to fronts: hypervolume, diversity at matched fidelity, paired intervals, corrected for many tests.
+
+All figures are relative to plain sampling of the same cases. ``modes`` and ``valid`` stand for a bed's diversity and
+fidelity.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .harness import FIDELITY_LOSS
+from .methods import METHODS
+
+DEPTH = 0.1  # fidelity below plain sampling at which the hypervolume's box ends
+DRAWS = 2000
+
+
+@dataclass
+class Summary:
+    """One method on one bed: value, 95% interval; ``p`` of the difference to the reference method, Holm-corrected."""
+
+    method: str
+    gain: float
+    gain_low: float
+    gain_high: float
+    volume: float
+    volume_low: float
+    volume_high: float
+    ahead: float | None = None  # of the reference method in gain, with its interval
+    ahead_low: float | None = None
+    ahead_high: float | None = None
+    p: float | None = None
+    seconds: float = 0.0  # relative to plain
+
+
+def weights(prompts: list[str], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Bootstrap weights ``[draws, cases]``: prompts and seeds are both drawn with replacement (Owen 2007).
+
+    Cases come seed by seed, all prompts of a seed together. Row 0 is the sample itself.
+    """
+    names = list(dict.fromkeys(prompts))
+    per_seed = len(names) if len(names) > 1 else 1
+    seeds = len(prompts) // per_seed
+    rng = np.random.default_rng(seed)
+    p = rng.multinomial(per_seed, np.full(per_seed, 1 / per_seed), draws) if per_seed > 1 else np.ones((draws, 1))
+    s = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) if seeds > 1 else np.ones((draws, 1))
+    w = (s[:, :, None] * p[:, None, :]).reshape(draws, -1).astype(float)
+    w[0] = 1
+    return w / w.sum(1, keepdims=True)
+
+
+def hypervolume(gain: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Area under the staircase of points ``[draws, points]``: relative gain above 0, fidelity from ``-DEPTH`` on.
+
+    In units of one plain sampling's diversity over the whole depth: a method that doubles the modes at no loss has 1.
+
+    >>> hypervolume(np.array([[1.0, 2.0]]), np.array([[0.0, -0.05]])).round(3)
+    array([1.5])
+    """
+    x = np.clip((kept + DEPTH) / DEPTH, 0, None)
+    y = np.clip(gain, 0, None)
+    order = np.argsort(-x, axis=1)
+    x, y = np.take_along_axis(x, order, 1), np.maximum.accumulate(np.take_along_axis(y, order, 1), axis=1)
+    width = x - np.concatenate([x[:, 1:], np.zeros_like(x[:, :1])], 1)
+    return (width * y).sum(1)
+
+
+def matched(gain: np.ndarray, kept: np.ndarray, loss: float = FIDELITY_LOSS) -> np.ndarray:
+    """Largest gain along the polyline from plain sampling through points ``[draws, points]`` that keeps fidelity.
+
+    >>> matched(np.array([[1.0, 2.0]]), np.array([[0.0, -0.04]])).round(3)
+    array([1.5])
+    """
+    zero = np.zeros_like(gain[:, :1])
+    g, k = np.concatenate([zero, gain], 1), np.concatenate([zero, kept], 1)
+    best = np.where(k >= -loss, g, -np.inf).max(1)
+    for a in range(g.shape[1] - 1):
+        ka, kb, ga, gb = k[:, a], k[:, a + 1], g[:, a], g[:, a + 1]
+        crosses = (ka >= -loss) != (kb >= -loss)
+        part = np.where(crosses, (ka + loss) / np.where(ka == kb, 1, ka - kb), 0)
+        best = np.maximum(best, np.where(crosses, ga + part * (gb - ga), -np.inf))
+    return best
+
+
+def holm(p: list[float]) -> list[float]:
+    """Holm's step-down correction.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p)), key=lambda k: p[k])
+    out, running = [0.0] * len(p), 0.0
+    for place, k in enumerate(order):
+        running = max(running, min(1.0, (len(p) - place) * p[k]))
+        out[k] = running
+    return out
+
+
+def points(data: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """The points of a front, from weak to strong."""
+    found = sorted(data["methods"][method]["front"], key=lambda p: p["strength"], reverse=METHODS[method].falls)
+    return found
+
+
+def summaries(data: dict[str, Any], reference: str) -> list[Summary]:
+    """All methods of a bed, compared with one of them."""
+    said = data["settings"]
+    w = weights(said["prompts"])
+    base = data["methods"]["plain"][f"report {said['seeds']}"]
+    m0, v0 = (w @ np.array(base[said[k]]) for k in ("diversity", "fidelity"))
+    gains, volumes, seconds = {}, {}, {}
+    for method, found in data["methods"].items():
+        if "front" not in found:
+            continue
+        front = points(data, method)
+        modes, valid = (np.array([p["cases"][said[k]] for p in front]) @ w.T for k in ("diversity", "fidelity"))
+        gain, kept = modes.T / m0[:, None] - 1, valid.T - v0[:, None]
+        gains[method], volumes[method] = matched(gain, kept), hypervolume(gain, kept)
+        seconds[method] = float(np.median([np.array(p["cases"]["seconds"]) for p in front]) / np.median(base["seconds"]))
+    out = []
+    for method in gains:
+        g, v = gains[method], volumes[method]
+        s = Summary(method, g[0], *np.quantile(g, [0.025, 0.975]), v[0], *np.quantile(v, [0.025, 0.975]))
+        s.seconds = seconds[method]
+        if reference in gains and method != reference:
+            d = gains[reference] - g
+            s.ahead, (s.ahead_low, s.ahead_high) = d[0], np.quantile(d, [0.025, 0.975])
+            s.p = min(1.0, 2 * (min((d[1:] <= 0).mean(), (d[1:] >= 0).mean()) + 1 / len(d)))
+        out.append(s)
+    tested = [s for s in out if s.p is not None]
+    for s, p in zip(tested, holm([s.p for s in tested]), strict=True):
+        s.p = p
+    return sorted(out, key=lambda s: -s.gain)

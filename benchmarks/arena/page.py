@@ -1,0 +1,240 @@
+"""Write the tables of docs/arena.md, and its figure, from what was measured.
+
+    python -m benchmarks.arena.page
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .beds import BEDS
+from .fronts import DEPTH, Summary, points, summaries
+from .harness import FIDELITY_LOSS, mean
+from .methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+OURS = "SPARKE, ours"
+PARTS = ("beds", "winners", "gains", "volumes", "tuned", "cost", "matching", "ablations", "judges")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Finished beds, in the arena's order."""
+    from .harness import slug
+
+    order = [slug(make().name) for make in BEDS.values()]
+    found = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json") if p.stem in order}
+    return [found[k] for k in order if k in found]
+
+
+def beds(data: list[dict[str, Any]]) -> str:
+    rows = []
+    for d in data:
+        s, base = d["settings"], d["methods"]["plain"]
+        found = base[f"report {s['seeds']}"]
+        rows.append([
+            d["bed"], f"{s['images']}", f"{s['steps']}", f"{s['guidance_scale']:g}", f"{len(s['prompts'])}",
+            f"{mean(found['modes']):.2f} of {mean(found['of']):.1f}", f"{mean(found['valid']):.3f}",
+        ])  # fmt: skip
+    return table(["bed", "images a run", "steps", "CFG", "runs (prompts x seeds)", "modes, plain", "valid, plain"], rows)
+
+
+def percent(value: float, low: float, high: float) -> str:
+    return f"{value:+.0%} [{low:+.0%}, {high:+.0%}]"
+
+
+def by_method(data: list[dict[str, Any]], cell: Any, bold: Any = None) -> str:
+    found = [summaries(d, OURS) for d in data]
+    names = [m for m in METHODS if any(s.method == m for f in found for s in f)]
+    score = {m: mean([s.gain for f in found for s in f if s.method == m]) for m in names}
+    rows = []
+    for m in sorted(names, key=lambda m: -score[m]):
+        row = [m]
+        for f in found:
+            mine = next((s for s in f if s.method == m), None)
+            text = "-" if mine is None else cell(mine)
+            best = bold is not None and mine is not None and bold(mine) == max(bold(s) for s in f)
+            row.append(f"**{text}**" if best else text)
+        rows.append(row)
+    return table(["method", *(d["bed"] for d in data)], rows)
+
+
+def gains(data: list[dict[str, Any]]) -> str:
+    return by_method(data, lambda s: percent(s.gain, s.gain_low, s.gain_high), lambda s: s.gain)
+
+
+def volumes(data: list[dict[str, Any]]) -> str:
+    return by_method(data, lambda s: f"{s.volume:.2f} [{s.volume_low:.2f}, {s.volume_high:.2f}]", lambda s: s.volume)
+
+
+def verdict(s: Summary) -> str:
+    assert s.p is not None and s.ahead is not None
+    if s.p >= 0.05:
+        return "tie"
+    return "ahead" if s.ahead > 0 else "behind"
+
+
+def winners(data: list[dict[str, Any]]) -> str:
+    rows = []
+    for d in data:
+        others = [s for s in summaries(d, OURS) if s.p is not None]
+        if not others:
+            continue
+        names = {v: [s.method for s in others if verdict(s) == v] for v in ("ahead", "tie", "behind")}
+        best = others[0]
+        rows.append([
+            d["bed"], best.method, percent(best.ahead or 0, best.ahead_low or 0, best.ahead_high or 0),  # fmt: skip
+            f"{len(names['ahead'])}", ", ".join(names["tie"]) or "-", ", ".join(names["behind"]) or "-",
+        ])  # fmt: skip
+    head = ["bed", "best other method", "ours less it, gain", "ahead of", "ties with", "behind"]
+    return table(head, rows)
+
+
+def tuned(data: list[dict[str, Any]]) -> str:
+    names = [m for m in METHODS if any("tuned" in d["methods"].get(m, {}) for d in data)]
+    rows = []
+    for m in names:
+        row = [m]
+        for d in data:
+            found = d["methods"].get(m, {}).get("tuned")
+            row.append("-" if not found else ", ".join(f"{k.rstrip('_')} {v:.3g}" for k, v in found.items()))
+        rows.append(row)
+    return table(["method", *(d["bed"] for d in data)], rows)
+
+
+def cost(data: list[dict[str, Any]], folder: Path) -> str:
+    path = folder / "cost.json"
+    if not path.exists():
+        return "(not measured)"
+    found = json.loads(path.read_text())
+    names = list(found)
+    methods = list(found[names[0]]["methods"])
+    rows = []
+    for m in methods:
+        row = [m]
+        for n in names:
+            r = found[n]["methods"].get(m)
+            row += ["-", "-"] if r is None else [f"{r['seconds'] / found[n]['plain_seconds'] - 1:+.1%}", f"{r['peak_mb']:.0f} MB"]
+        rows.append(row)
+    head = ["method", *(h for n in names for h in (f"{n}: time", "memory"))]
+    return table(head, rows)
+
+
+def matching(folder: Path) -> str:
+    path = folder / "matching.json"
+    if not path.exists():
+        return "(not measured)"
+    found, parts = json.loads(path.read_text()), []
+    for bed, by in found.items():
+        sizes = list(next(iter(by["methods"].values())))
+        rows = []
+        for m, at in by["methods"].items():
+            for size in sizes:
+                r = at.get(size)
+                if r is not None:
+                    rows.append([m, size, *(f"{r[k]:.3f} [{r[k + '_low']:.3f}, {r[k + '_high']:.3f}]" for k in by["figures"])])
+        parts.append(f"**{bed}**: {by['about']}\n\n" + table(["method", "references", *by["figures"]], rows))
+    return "\n\n".join(parts)
+
+
+def ablations(folder: Path) -> str:
+    path = folder / "ablations.json"
+    if not path.exists():
+        return "(not measured)"
+    found, rows = json.loads(path.read_text()), []
+    names = list(found["beds"])
+    for group, variants in found["groups"].items():
+        for k, (label, by) in enumerate(variants.items()):
+            rows.append([group if k == 0 else "", label, *(f"{by[b]['gain']:+.0%}" if b in by else "-" for b in names)])
+    return table(["", "variant", *names], rows)
+
+
+def judges() -> str:
+    said = json.loads((Path(__file__).parent / "weights" / "measured.json").read_text())
+    e, d = said["emoji_judge"], said["digit_judge"]
+    rows = [
+        ["digits, class", f"{d['held_out']}", f"{d['accuracy']:.1%}"],
+        ["emoji, which one, those with a skin tone", f"{e['with_skin_tone']}", f"{e['accuracy_code_with_skin_tone']:.1%}"],
+        ["emoji, which one, the others", f"{e['held_out'] - e['with_skin_tone']}", f"{e['accuracy_code_without']:.1%}"],
+        ["emoji, skin tone", f"{e['held_out']}", f"{e['accuracy_tone']:.1%}"],
+        ["emoji, art style", f"{e['held_out']}", f"{e['accuracy_style']:.1%}"],
+        ["emoji, family", f"{e['held_out']}", f"{e['accuracy_family']:.1%}"],
+    ]
+    return table(["judge", "held-out pictures", "right"], rows)
+
+
+def figure(data: list[dict[str, Any]], path: Path) -> None:
+    """Fronts of every bed: up is more modes, right is more fidelity."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = 3 if len(data) > 2 else max(1, len(data))
+    lines = -(-len(data) // columns)
+    fig = Figure(figsize=(4.6 * columns, 3.9 * lines), layout="constrained")
+    FigureCanvasAgg(fig)
+    every = fig.subplots(lines, columns, squeeze=False).flatten()
+    for axes, d in zip(every, data, strict=False):
+        s = d["settings"]
+        base = d["methods"]["plain"][f"report {s['seeds']}"]
+        m0, v0 = mean(base["modes"]), mean(base["valid"])
+        best = [x.method for x in summaries(d, OURS)][:6]
+        palette = iter(["#c4572e", "#3f8f5b", "#8a5fb0", "#b8912b", "#4aa0a8", "#a8506f"])
+        for method in [m for m in d["methods"] if "front" in d["methods"][m]]:
+            front = [{"m": mean(p["cases"]["modes"]), "v": mean(p["cases"]["valid"])} for p in points(d, method)]
+            x, y = [v0, *(p["v"] for p in front)], [m0, *(p["m"] for p in front)]
+            ours, named = method == OURS, method in best
+            colour = "#1f5fa8" if ours else next(palette, "#888888") if named else "#c9ced6"
+            axes.plot(x, y, "o-", ms=3.5 if ours else 2.5, lw=2.4 if ours else 1.2 if named else 0.7, color=colour,
+                      zorder=3 if ours else 2 if named else 1, label=method if ours or named else None)  # fmt: skip
+        axes.plot([v0], [m0], "k*", ms=11, zorder=4, label="plain sampling")
+        axes.axvline(v0 - FIDELITY_LOSS, color="#999999", lw=0.8, ls=":")
+        tops = [mean(p["cases"]["modes"]) for m in d["methods"].values() for p in m.get("front", [])]
+        axes.set(xlim=(v0 - 1.6 * DEPTH, v0 + 0.06), ylim=(m0 * 0.8, max([*tops, m0 * 1.2]) * 1.04))
+        axes.set_title(d["bed"], fontsize=10)
+        axes.set(xlabel="fidelity", ylabel="modes found")
+        axes.legend(fontsize=7, frameon=False, loc="lower left")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in every[len(data):]:  # fmt: skip
+        axes.set_visible(False)
+    fig.savefig(path, dpi=110)
+
+
+def fill(path: Path, parts: dict[str, str]) -> None:
+    """Put each part between its marks; a page that does not exist yet is made of marks alone."""
+    marks = "\n\n".join(f"<!-- {n} -->\n<!-- /{n} -->" for n in parts)
+    text = path.read_text() if path.exists() else f"# Arena\n\n{marks}\n"
+    for name, part in parts.items():
+        marked = rf"(?s)<!-- {name} -->.*?<!-- /{name} -->"
+        if re.search(marked, text):
+            text = re.sub(marked, lambda m, p=part, n=name: f"<!-- {n} -->\n{p}\n<!-- /{n} -->", text)
+    path.write_text(text)
+
+
+def write(folder: Path, page: Path, picture: Path | None) -> None:
+    data = records(folder)
+    parts = {
+        "beds": beds(data), "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "tuned": tuned(data),
+        "cost": cost(data, folder), "matching": matching(folder), "ablations": ablations(folder), "judges": judges(),
+    }  # fmt: skip
+    fill(page, parts)
+    if picture is not None:
+        figure(data, picture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "arena")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "arena.md")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "arena.png")
+    args = parser.parse_args()
+    write(args.results, args.page, args.picture)
+
+
+if __name__ == "__main__":
+    main()
