@@ -1,4 +1,4 @@
-"""``kspec-guidance demo | generate | evaluate | compare``"""
+"""``kspec-guidance demo | generate | tune | evaluate | compare``"""
 
 import json
 import time
@@ -41,7 +41,7 @@ def _progress() -> Progress:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and numbers.")] = Path("outputs/demo"),
     images: Annotated[int, typer.Option(min=2, max=64, help="Images for each prompt.")] = 8,
-    scale: Annotated[float, typer.Option(min=0, help="Strength of SPARKE.")] = 0.6,
+    scale: Annotated[float, typer.Option(min=0, help="Strength of SPARKE.")] = 1.0,
     mmd_scale: Annotated[float, typer.Option(min=0, help="Strength of MMD guidance toward skin tones.")] = 0.7,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     seed: Annotated[int, typer.Option(help="First seed; image k of every prompt uses seed + k.")] = 0,
@@ -79,7 +79,7 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default this process's own GPU.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Images made at once; they repel each other directly.")] = 8,
-    scale: Annotated[float, typer.Option(min=0, help="Strength of SPARKE; 0 is plain sampling.")] = 0.6,
+    scale: Annotated[float, typer.Option(min=0, help="Strength of SPARKE; 0 is plain sampling.")] = 1.0,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 5.0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     option: Annotated[
@@ -152,6 +152,85 @@ def generate(
         console.print(str(result), highlight=False, soft_wrap=True, markup=False)
         if result.report is not None:
             console.print(f"wrote {result.report}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def tune(
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes; six or more tell most.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="File of prompts (txt, csv, tsv, jsonl, json, parquet).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the plot, pictures, numbers and the chosen guide.")] = Path(
+        "outputs/tune"
+    ),
+    model: Annotated[str, typer.Option(help="'demo' for the embedded pipeline, or a diffusers folder or hub id.")] = "demo",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
+    preset: Annotated[str, typer.Option(help="default, safe, vivid, few-step or published.")] = "default",
+    scale: Annotated[list[float] | None, typer.Option(min=0, help="Strengths to try; may be given again.")] = None,
+    images: Annotated[int, typer.Option(min=2, help="Images of a batch.")] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Batches for each prompt and strength.")] = 2,
+    loss: Annotated[float, typer.Option(min=0, help="Fidelity that may be lost, in 0..1.")] = 0.05,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 5.0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    option: Annotated[list[str] | None, typer.Option(help="Further arguments of the pipeline's call, name=value.")] = None,
+    embedder: Annotated[
+        str, typer.Option(help=f"Image features: own (the pipeline's autoencoder), {IMAGE_NAMES}.")
+    ] = "own",
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+) -> None:
+    """Find a strength for your pipeline by short runs, diversity against fidelity; or hear that guidance does not help."""
+    from kspec_guidance.embedders import image_embedder
+    from kspec_guidance.plotting import side_by_side
+    from kspec_guidance.presets import make_preset
+    from kspec_guidance.synthesis.prompts import read_prompts
+    from kspec_guidance.tuning import SCALES
+    from kspec_guidance.tuning import tune as find
+
+    try:
+        if (prompts is None) == (not prompt):
+            raise ValueError("give prompts either in quotes or by --prompts")
+        texts = list(prompt or []) if prompts is None else [p.text for p in read_prompts(prompts)]
+        pipe = _pipeline(model, dtype, device)
+        make_preset(preset, 0.1)  # refuse an unknown name before anything is generated
+        call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **_options(option)}
+        with _progress() as progress:
+            task: Any = None
+
+            def tick(done: int, total: int) -> None:
+                nonlocal task
+                task = progress.add_task("batches", total=total) if task is None else task
+                progress.update(task, completed=done)
+
+            embed = None if embedder == "own" else image_embedder(embedder)
+            result = find(
+                pipe, texts, lambda s: make_preset(preset, s), scale or SCALES, images, batches, embed=embed, call=call,
+                loss=loss, seed=seed, tick=tick,
+            )  # fmt: skip
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "tune.json").write_text(json.dumps(result.as_dict(), indent=1) + "\n")
+        result.plot(out / "tune.png")
+        chosen = (
+            [p.scale for p in result.points].index(result.scale) + 1 if result.scale is not None else len(result.points)
+        )
+        shown = {"plain": result.images[0], f"strength {result.points[chosen - 1].scale:g}": result.images[chosen]}
+        names = texts[:6]
+        panels = {name: [by[t][:6] for t in names] for name, by in shown.items()}
+        side_by_side(panels, names, "The same prompts and seeds").save(out / "pictures.png")
+        if result.scale is not None:
+            make_preset(preset, result.scale).save_config(out / "guide")
+    except (ValueError, OSError) as error:
+        raise _fail(str(error)) from error
+    table = Table(title="strength against plain sampling", caption="diversity: Vendi of a batch; fidelity: precision")
+    for column in ("strength", "diversity", "p", "fidelity"):
+        table.add_column(column, justify="right")
+    table.add_row("plain", f"{result.plain_diversity:.2f}", "", f"{result.plain_fidelity:.2f}")
+    for p in result.points:
+        style = "bold" if p.scale == result.scale else ""
+        table.add_row(f"{p.scale:g}", f"{p.diversity:.2f}", f"{p.test.p_value:.3f}", f"{p.fidelity:.2f}", style=style)
+    console.print(table)
+    console.print(result.reason, highlight=False, markup=False)
+    written = ["tune.png", "pictures.png", "tune.json"] + (["guide"] if result.scale is not None else [])
+    for name in written:
+        console.print(f"wrote {out / name}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _pipeline(model: str, dtype: str, device: str | None) -> Any:

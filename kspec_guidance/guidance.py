@@ -188,6 +188,22 @@ class KernelGuidance(PipelineCallback):
         KernelGuidance.__init__(guide, terms=terms, seed=int(said.get("seed", 0)))
         return guide
 
+    @staticmethod
+    def preset(name: str, **more: Any) -> "KernelGuidance":
+        """A guide by the name of its purpose: ``default``, ``safe``, ``vivid``, ``few-step`` or ``published``.
+
+        What each buys and costs was measured side by side with other methods: docs/which-method.md.
+
+        Args:
+            more: settings of :class:`~kspec_guidance.presets.SPARKE` that take the place of the preset's.
+
+        Raises:
+            ValueError: for another name; the message lists those there are.
+        """
+        from kspec_guidance.presets import make_preset
+
+        return make_preset(name, **more)
+
     def report(self) -> GuidanceReport:
         """What the last run did: see :class:`~kspec_guidance.report.GuidanceReport`."""
         return self._report

@@ -9,53 +9,64 @@ from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.guidance import DEFAULT_CHAIN, KernelGuidance
 from kspec_guidance.kernels import GaussianKernel, Kernel, PolynomialKernel
 from kspec_guidance.memory import Memory
-from kspec_guidance.objectives import MMD, PROMPT_BANDWIDTH, ConditionalRKE, Novelty
+from kspec_guidance.objectives import MMD, PROMPT_BANDWIDTH, ConditionalRKE, Novelty, Objective, Vendi
 from kspec_guidance.spaces import FeatureSpace
 
-__all__ = ["MMDGuidance", "NoveltyGuidance", "SPARKE"]
+__all__ = ["PRESETS", "MMDGuidance", "NoveltyGuidance", "SPARKE", "make_preset"]
 
 
 class SPARKE(KernelGuidance):
     """More variety: every image away from the others, and from earlier ones, *of similar prompts*.
 
-    Ascends conditional RKE (Jalali, Lei, Gohari, Farnia 2025, arXiv 2506.10173).
+    Ascends conditional RKE (Jalali, Lei, Gohari, Farnia 2025, arXiv 2506.10173), the conditional Renyi entropy of order 2.
 
     Args:
-        scale: largest move per step, relative to the norm of the prediction. See the README's figures for what it buys.
-        kernel: of samples scaled to norm 1; Gaussian at half the median distance of the pairs at hand by default.
+        scale: largest move of a step relative to the norm of the prediction, at the start of the guided interval, from
+            where it fades. See docs/arena.md for what it buys, and ``kspec-guidance tune`` to find it for a pipeline.
+        kernel: of samples scaled to norm 1; Gaussian at half the median distance of the pairs at hand by default, at the
+            median for other orders than 2.
         prompt_kernel: of prompt features of norm 1; Gaussian with bandwidth 0.35 by default.
         space, start, stop, every, chain, memory, seed: see :class:`~kspec_guidance.guidance.KernelGuidance`.
-        features, prompt_features: random Fourier features of the two kernels, for a memory of constant size.
+        order: of the entropy. 2 sums over every memory row that matters, whatever the kind of memory. Others need
+            eigenvalues of the batch and the 128 memory rows nearest to it; 0.5 finds more modes (docs/arena.md).
+        features, prompt_features: random Fourier features of the two kernels, for a memory of constant size; order 2 only.
+
+    Raises:
+        ValueError: for settings outside their ranges, or ``features`` with another order than 2.
     """
 
     def __init__(
         self,
-        scale: float = 0.6,
+        scale: float = 1.0,
         kernel: Kernel | None = None,
         prompt_kernel: Kernel | None = None,
         space: str | FeatureSpace = "x0",
         start: float = 0.0,
-        stop: float = 0.6,
+        stop: float = 0.65,
         every: int = 1,
         memory: Memory | None = None,
         *,
+        order: float = 2.0,
         chain: Sequence[str] = DEFAULT_CHAIN,
         features: RandomFourierFeatures | None = None,
         prompt_features: RandomFourierFeatures | None = None,
         **more: Any,
     ):
-        objective = ConditionalRKE(
-            kernel=kernel or GaussianKernel(),
-            features=features,
-            prompt_kernel=prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH),
-            prompt_features=prompt_features,
-        )
+        kernel, prompt_kernel = kernel or GaussianKernel(), prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH)
+        if order == 2:
+            objective: Objective = ConditionalRKE(
+                kernel=kernel, features=features, prompt_kernel=prompt_kernel, prompt_features=prompt_features
+            )
+        elif features is not None:
+            raise ValueError(f"features= keeps sums of squared kernels, which is order 2; got order={order!r}")
+        else:
+            objective = Vendi(kernel, order, prompt_kernel)
         super().__init__(objective, scale, space, start, stop, every, chain=chain, memory=memory, **more)
 
     @classmethod
     def published(cls, scale: float = 0.1, **more: Any) -> "SPARKE":
         """The paper's chain: noisy latents, fixed bandwidths, the gradient rescaled to the norm at every 10th step."""
-        settings: dict[str, Any] = {"space": "latents", "stop": 1.0, "every": 10, "chain": ("rescale",)}
+        settings: dict[str, Any] = {"space": "latents", "stop": 1.0, "every": 10, "chain": ("rescale",), "order": 2.0}
         return cls(scale, GaussianKernel(0.7), GaussianKernel(0.35), **(settings | more))
 
 
@@ -125,11 +136,11 @@ class NoveltyGuidance(KernelGuidance):
     def __init__(
         self,
         reference: Tensor,
-        scale: float = 0.6,
+        scale: float = 1.0,
         kernel: Kernel | None = None,
         space: str | FeatureSpace = "x0",
         start: float = 0.0,
-        stop: float = 0.6,
+        stop: float = 0.65,
         every: int = 1,
         memory: Memory | None = None,
         *,
@@ -149,3 +160,24 @@ class NoveltyGuidance(KernelGuidance):
             reference_prompts=reference_prompts,
         )
         super().__init__(objective, scale, space, start, stop, every, chain=chain, memory=memory, **more)
+
+
+PRESETS: dict[str, dict[str, Any]] = {  # of SPARKE; docs/which-method.md says what each is for
+    "default": {},
+    "safe": {"scale": 0.5},
+    "vivid": {"order": 0.5, "scale": 1.5},
+    "few-step": {"order": 0.5, "scale": 1.5, "stop": 0.65},
+    "published": {},
+}
+
+
+def make_preset(name: str, scale: float | None = None, **more: Any) -> SPARKE:
+    """A guide by the name of its purpose; see :meth:`~kspec_guidance.guidance.KernelGuidance.preset`.
+
+    Raises:
+        ValueError: for another name; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    settings = PRESETS[name] | more | ({} if scale is None else {"scale": scale})
+    return SPARKE.published(**settings) if name == "published" else SPARKE(**settings)

@@ -12,7 +12,8 @@ from kspec_guidance.spaces import Activations, FeatureSpace, make_space
 
 __all__ = ["DEFAULT_CHAIN", "Term"]
 
-DEFAULT_CHAIN = ("tangent", "off_score", "bound")
+# each part measured alone in docs/arena.md: what does most is to leave out the part along the score
+DEFAULT_CHAIN = ("tangent", "off_score", "bound", "fade")
 
 
 @dataclass(eq=False)

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import Case
 from benchmarks.arena.fronts import holm, hypervolume, matched, weights
@@ -23,6 +20,8 @@ from benchmarks.arena.methods.eddy import EDDY, pairs
 from benchmarks.arena.methods.oscar import OSCAR
 from benchmarks.arena.methods.selection import varied
 from benchmarks.arena.methods.spell import SPELL
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,8 @@ def test_a_method_leaves_the_pipeline_as_it_was(name: str, bed: Analytic) -> Non
     with pytest.raises(RuntimeError), METHODS[name]().attach(bed.pipe):
         raise RuntimeError
     assert torch.equal(bed.run(case, 4), before)
-    assert not bed.pipe.unet._forward_hooks and not bed.pipe.unet._forward_pre_hooks
+    assert not bed.pipe.unet._forward_hooks
+    assert not bed.pipe.unet._forward_pre_hooks
 
 
 @pytest.mark.parametrize(

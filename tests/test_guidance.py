@@ -144,7 +144,7 @@ def test_start_stop_every_and_the_sigma_interval_choose_the_steps():
         sample(guide, n=4, steps=20)
         return [s.step for s in guide.report().steps]
 
-    assert steps() == list(range(12))
+    assert steps() == list(range(13))
     assert steps(start=0.2, stop=0.5) == list(range(4, 10))
     assert steps(start=0.2, stop=1.0, every=5) == [4, 9, 14, 19]
     chosen = SPARKE(1.0, stop=1.0, sigma_interval=(0.5, 5.0))

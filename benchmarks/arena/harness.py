@@ -24,7 +24,9 @@ def slug(name: str) -> str:
 
 
 def settings(method: Method) -> dict[str, Any]:
-    return {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name not in ("generator", "radius_unit")}
+    return {
+        f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name not in ("generator", "radius_unit")
+    }
 
 
 def measure(bed: Bed, make: Callable[[], Method], cases: Sequence[Case]) -> dict[str, list[float]]:

@@ -1,6 +1,6 @@
 """Write the tables of docs/arena.md, and its figure, from what was measured.
 
-    python -m benchmarks.arena.page
+python -m benchmarks.arena.page
 """
 
 import argparse
@@ -74,7 +74,8 @@ def volumes(data: list[dict[str, Any]]) -> str:
 
 
 def verdict(s: Summary) -> str:
-    assert s.p is not None and s.ahead is not None
+    assert s.p is not None
+    assert s.ahead is not None
     if s.p >= 0.05:
         return "tie"
     return "ahead" if s.ahead > 0 else "behind"
@@ -88,10 +89,9 @@ def winners(data: list[dict[str, Any]]) -> str:
             continue
         names = {v: [s.method for s in others if verdict(s) == v] for v in ("ahead", "tie", "behind")}
         best = others[0]
-        rows.append([
-            d["bed"], best.method, percent(best.ahead or 0, best.ahead_low or 0, best.ahead_high or 0),  # fmt: skip
-            f"{len(names['ahead'])}", ", ".join(names["tie"]) or "-", ", ".join(names["behind"]) or "-",
-        ])  # fmt: skip
+        ahead = percent(best.ahead or 0, best.ahead_low or 0, best.ahead_high or 0)
+        ties, behind = (", ".join(names[k]) or "-" for k in ("tie", "behind"))
+        rows.append([d["bed"], best.method, ahead, f"{len(names['ahead'])} of {len(others)}", ties, behind])
     head = ["bed", "best other method", "ours less it, gain", "ahead of", "ties with", "behind"]
     return table(head, rows)
 
@@ -120,7 +120,11 @@ def cost(data: list[dict[str, Any]], folder: Path) -> str:
         row = [m]
         for n in names:
             r = found[n]["methods"].get(m)
-            row += ["-", "-"] if r is None else [f"{r['seconds'] / found[n]['plain_seconds'] - 1:+.1%}", f"{r['peak_mb']:.0f} MB"]
+            row += (
+                ["-", "-"]
+                if r is None
+                else [f"{r['seconds'] / found[n]['plain_seconds'] - 1:+.1%}", f"{r['peak_mb']:.0f} MB"]
+            )
         rows.append(row)
     head = ["method", *(h for n in names for h in (f"{n}: time", "memory"))]
     return table(head, rows)
@@ -138,7 +142,9 @@ def matching(folder: Path) -> str:
             for size in sizes:
                 r = at.get(size)
                 if r is not None:
-                    rows.append([m, size, *(f"{r[k]:.3f} [{r[k + '_low']:.3f}, {r[k + '_high']:.3f}]" for k in by["figures"])])
+                    rows.append(
+                        [m, size, *(f"{r[k]:.3f} [{r[k + '_low']:.3f}, {r[k + '_high']:.3f}]" for k in by["figures"])]
+                    )
         parts.append(f"**{bed}**: {by['about']}\n\n" + table(["method", "references", *by["figures"]], rows))
     return "\n\n".join(parts)
 

@@ -233,6 +233,10 @@ class MemoryBank(Described):
             numbers.append(number)
         return torch.tensor(numbers, dtype=torch.int32)
 
+    def prompts_at(self, places: Tensor) -> Tensor | None:
+        """Prompt features ``[k, p]`` of the rows at ``places`` of the store; None where there are no prompts."""
+        return None if self.prompt_dim is None else self._distinct[self._ids[places].long()]
+
     # -- what a guided step reads ----------------------------------------------------------------------------------
 
     def select(

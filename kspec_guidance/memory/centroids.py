@@ -165,6 +165,10 @@ class CentroidMemory(Described):
                 return a, b
             self._best[a], self._mate[a] = self._cost[a].min(0)
 
+    def prompts_at(self, places: Tensor) -> Tensor | None:
+        """Mean prompt features ``[k, p]`` of the means at ``places``; None where there are no prompts."""
+        return None if self._t is None else self._t[places]
+
     def select(
         self, t: Tensor | None = None, weigh: PromptWeights | None = None, tolerance: float = 0.0, unit: bool = True
     ) -> Selection:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kspec_guidance.kernels import GaussianKernel, Kernel, RationalQuadraticKernel
 from kspec_guidance.memory import Selection
 
-__all__ = ["distances_to_some", "memory_kernel", "memory_vjp"]
+__all__ = ["distances_to_some", "memory_kernel", "memory_vjp", "nearest_rows"]
 
 SOME = 128  # rows by which an open bandwidth is set: their median is within about 2% of that of all
 
@@ -43,6 +43,24 @@ def distances_to_some(x: Tensor, selection: Selection, most: int = SOME) -> tupl
     d = (x.square().sum(-1, keepdim=True) + selection.squares[places].to(x)).sub_(p, alpha=2).clamp_min_(0).sqrt_()
     more = len(selection) / d.shape[1]
     return d, more if selection.weights is None else selection.weights[:, places].to(x) * more
+
+
+@torch.no_grad()
+def nearest_rows(x: Tensor, selection: Selection, most: int) -> Tensor:
+    """Places in the selection, sorted, of the at most ``most`` rows nearest to any of ``x``, less likely prompts later.
+
+    A weight ``w`` counts as a distance farther by ``-log w`` times the mean squared distance, as it does in the exponent of
+    a Gaussian kernel times it.
+    """
+    if len(selection) <= most:
+        return torch.arange(len(selection))
+    p = torch.cat([x @ rows.mT for rows in selection.blocks(x)], 1)
+    if selection.scale is not None:
+        p = p * selection.scale.to(x)
+    d2 = x.square().sum(-1, keepdim=True) + selection.squares.to(x) - 2 * p
+    if selection.weights is not None:
+        d2 = d2 - selection.weights.to(x).clamp_min(1e-12).log() * d2.mean()
+    return d2.amin(0).topk(most, largest=False).indices.sort().values.cpu()
 
 
 @torch.no_grad()

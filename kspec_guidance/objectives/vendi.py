@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import CosineKernel, Kernel, as_float, squared_distances
-from kspec_guidance.memory import Memory, MemoryBank
-from kspec_guidance.objectives.base import Objective, need_closed_form
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, as_float, pairwise_distances, squared_distances
+from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, PromptWeights
+from kspec_guidance.objectives.base import Objective, need_closed_form, off_diagonal, weighted_median
+from kspec_guidance.objectives.streaming import nearest_rows
 from kspec_guidance.spectrum import check_order, renyi_entropy
 
 __all__ = ["Vendi"]
@@ -24,13 +25,15 @@ class Vendi(Objective):
         kernel: with unit diagonal and closed form; cosine by default.
         order: q in (0, inf].
         prompt_kernel: makes it conditional.
-        max_rows: memory rows that take part (those most like the batch), since eigenvalues cost ``N^3``.
+        max_rows: memory rows that take part, those most like the batch among the rows of similar prompts, since
+            eigenvalues cost ``N^3``. An open Gaussian kernel gets the median distance of all pairs that take part,
+            weighted by how much their prompts are alike.
     """
 
     kernel: Kernel = field(default_factory=CosineKernel)
     order: float = 1.0
     prompt_kernel: Kernel | None = None
-    max_rows: int = 256
+    max_rows: int = 128
     unit: bool = True
 
     def __post_init__(self):
@@ -40,27 +43,42 @@ class Vendi(Objective):
             raise ValueError(f"the Vendi objective needs a kernel with k(x, x) = 1, not {self.kernel!r}")
         self.conditional = self.prompt_kernel is not None
 
-    def _gram(self, x: Tensor, t: Tensor | None, memory: Memory | None):
-        """All rows ``[N, d]``, their kernel matrix and their prompt weights ``[N, N]``."""
-        if memory is not None and not isinstance(memory, MemoryBank):
-            raise TypeError(f"the Vendi objective needs the rows of a MemoryBank, got {type(memory).__name__}")
-        rows, t = self._memory_rows(x, memory), self._prompts(t)
-        s = memory.prompts if isinstance(memory, MemoryBank) and t is not None else None
-        if len(rows) > self.max_rows:
-            with torch.no_grad():
-                near = self.kernel.fit(rows)(x, rows)
-                if s is not None and t is not None and self.prompt_kernel is not None:
-                    near = near * self.prompt_kernel(t, s.to(t))
-                pick = near.amax(0).topk(self.max_rows).indices.sort().values
-            rows, s = rows[pick], None if s is None else s[pick]
-        z = torch.cat([x, rows])
-        kernel = self.kernel.fit(z.detach())
-        weight: Tensor | float = 1.0
+    def _weigh(self) -> PromptWeights | None:
+        return None if self.prompt_kernel is None else PromptWeights(self.prompt_kernel)
+
+    def mass(self, n: int, t: Tensor | None = None, memory: Memory | None = None) -> Tensor | None:
+        t = self._prompts(t)
+        like = torch.empty(n, 1) if t is None else t
+        inside = off_diagonal(n, like)
         if t is not None and self.prompt_kernel is not None:
-            every = t if s is None else torch.cat([t, s.to(t)])
-            if len(every) == len(z):
-                weight = self.prompt_kernel(every)
-        return z, kernel, weight
+            inside = inside * self.prompt_kernel(t, t).square()
+        selection, mass = self._select(t, memory, self._weigh()), inside.sum(1).cpu()
+        return mass if selection is None else mass + selection.mass(n).to(mass)
+
+    def _gram(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> tuple[Tensor, Kernel, Tensor | float]:
+        """All rows ``[N, d]``, the fitted kernel and the prompt weights ``[N, N]``; memory rows are the nearest ones."""
+        t = self._prompts(t)
+        selection, rows, every = self._select(t, memory, self._weigh()), x[:0], t
+        if selection is not None and len(selection):
+            pick = nearest_rows(x, selection, self.max_rows)
+            rows = selection.rows(x, pick)
+            if t is not None and isinstance(memory, MemoryBank | CentroidMemory):
+                s = memory.prompts_at(pick if selection.places is None else selection.places[pick])
+                every = None if s is None else torch.cat([t, s.to(t)])
+        z = torch.cat([x, rows])
+        weight: Tensor | float = 1.0
+        if every is not None and self.prompt_kernel is not None:
+            weight = self.prompt_kernel(every)
+        return z, self._fit(z, weight), weight
+
+    @torch.no_grad()
+    def _fit(self, z: Tensor, weight: Tensor | float) -> Kernel:
+        """The kernel, an open Gaussian's bandwidth set to the median distance of pairs of similar prompts."""
+        if not self.kernel.open or not isinstance(self.kernel, GaussianKernel):
+            return self.kernel.fit(z.detach())
+        d = pairwise_distances(z)
+        w = (off_diagonal(len(z), z) * weight).triu()[tuple(torch.triu_indices(len(z), len(z), 1))]
+        return GaussianKernel(weighted_median(d, w * (d > 1e-3 * d.max())) or 1.0) if len(d) else GaussianKernel(1.0)
 
     def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         z, kernel, weight = self._gram(as_float(x), t, memory)
@@ -72,11 +90,11 @@ class Vendi(Objective):
         self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None, jitter: Tensor | None = None
     ) -> Tensor:
         x = as_float(x)
-        if jitter is not None:
-            old = squared_distances(x, self._memory_rows(x, memory))
-            d2 = torch.cat([squared_distances(x).fill_diagonal_(1.0), old], 1)
-            x = x + jitter * (d2.amin(1) < 1e-10)[:, None]
         z, kernel, weight = self._gram(x, t, memory)
+        if jitter is not None and len(z) > 1:
+            d2 = squared_distances(x, z)
+            d2[:, : len(x)].fill_diagonal_(float("inf"))
+            z[: len(x)] += jitter * (d2.amin(1) < 1e-10)[:, None]
         matrix = (kernel(z) * weight).double() / len(z)
         l, v = torch.linalg.eigh((matrix + matrix.mT) / 2)
         slope = self._slope(l.clamp_min(0))

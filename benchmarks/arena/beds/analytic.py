@@ -55,7 +55,7 @@ class ExactDenoiser(nn.Module):
 
 
 class Analytic(Bed):
-    """One mixture. ``modes`` is the number of the prompt's modes found, ``valid`` the share of samples that lie inside one."""
+    """One mixture. ``modes`` counts the prompt's modes found, ``valid`` is the share of samples inside one."""
 
     has_features = False
     images, steps, guidance_scale = 16, 30, 3.0
@@ -85,7 +85,9 @@ class Analytic(Bed):
         # inside: within the radius that holds all but a thousandth of a Gaussian (Wilson and Hilferty 1931)
         limit = dim * (1 - 2 / (9 * dim) + 3.09 * math.sqrt(2 / (9 * dim))) ** 3
         inside = (nearest < limit) & (shares[which] >= COUNTS)
-        log_p = (shares.clamp_min(1e-30).log() - d2 / 2).logsumexp(1) - dim * math.log(self.model.std * math.sqrt(2 * math.pi))
+        log_p = (shares.clamp_min(1e-30).log() - d2 / 2).logsumexp(1) - dim * math.log(
+            self.model.std * math.sqrt(2 * math.pi)
+        )
         drawn = torch.bincount(which[inside], minlength=MODES) / len(x)
         return {
             "modes": float(len(set(which[inside].tolist()))),

@@ -5,8 +5,8 @@ from .cfg import Interval, LowerGuidance
 from .conditions import CADS, SeedVariance
 from .diverseflow import DiverseFlow, DiverseFlowFast
 from .eddy import EDDY, EDDYProjection
-from .guides import ContextualVendi, Ours, Published
-from .oscar import OSCAR, OSCARStill
+from .guides import ContextualVendi, Ours, OursVivid, Published
+from .oscar import OSCAR
 from .particle import Particle, PooledParticle
 from .plain import Plain
 from .selection import GroupInference
@@ -18,7 +18,8 @@ METHODS: dict[str, type[Method]] = {
     m.name: m
     for m in (
         Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
-        ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference, Ours,
+        ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference,
+        Ours, OursVivid,
     )
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """What all methods share: the hook on the scheduler's step, the hooks around the denoiser, and the moment between them.
 
-A method changes one of four things: the condition that the denoiser sees, what classifier-free guidance makes of its output,
-the clean prediction behind the model output, or the sample after the step. Each is a method to override; the pipeline is
-left as it was found, whatever happens.
+A method changes one of four things: the condition that the denoiser sees, what classifier-free guidance makes of its
+output, the clean prediction behind the model output, or the sample after the step. Each is a method to override; the
+pipeline is left as it was found, whatever happens.
 """
 
 from collections.abc import Callable, Iterator
@@ -73,6 +73,10 @@ class Moment:
 
     def denoise(self, x: Tensor) -> Tensor:
         """The clean prediction at other samples of this noise level, classifier-free guidance included."""
+        return predict(self.scheduler, self.output(x), self.timestep, x, {}).x0
+
+    def output(self, x: Tensor) -> Tensor:
+        """What the denoiser says of other samples of this noise level."""
         assert self.call is not None
         module, given = self.call
         name = next(k for k, v in given.items() if isinstance(v, Tensor) and v.ndim > 1)
@@ -85,7 +89,7 @@ class Moment:
         if doubled:
             free, held = out.chunk(2)
             out = free + scale * (held - free)
-        return predict(self.scheduler, out, self.timestep, x, {}).x0
+        return out
 
 
 def norms(x: Tensor) -> Tensor:
@@ -132,6 +136,10 @@ class Method:
     def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
         """Unconditional and conditional output; the pipeline makes ``free + scale (held - free)`` of them."""
         return free, held
+
+    def resample(self, m: Moment) -> Tensor | None:
+        """Another sample of the same noise level to take the step from; the denoiser is asked again."""
+        return None
 
     def move(self, m: Moment) -> Tensor | None:
         """What is added to the clean prediction."""
@@ -193,6 +201,11 @@ class Method:
         alpha, sigma = float(seen.alpha), float(seen.sigma)
         total = len(scheduler.timesteps)
         m = Moment(seen.x0, x, alpha, sigma, self._step, total, seen, self._call, pipe, scheduler, t)
+        again = self.resample(m)
+        if again is not None:
+            x, output = again, m.output(again)
+            seen = predict(scheduler, output, t, x, extra)
+            m = Moment(seen.x0, x, alpha, sigma, self._step, total, seen, self._call, pipe, scheduler, t)
         move = self.move(m)
         if move is not None:
             output = seen.moved(output, move)

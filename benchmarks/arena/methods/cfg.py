@@ -24,7 +24,7 @@ class LowerGuidance(Method):
 
 @dataclass
 class Interval(Method):
-    """Guidance off early and late: on for ``start <= fraction < stop`` only (Kynkaanniemi and others 2024, arXiv 2404.07724)."""
+    """Guidance for ``start <= fraction < stop`` only (Kynkaanniemi and others 2024, arXiv 2404.07724)."""
 
     name = "interval CFG"
     paper = "arXiv 2404.07724"

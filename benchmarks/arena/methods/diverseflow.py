@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Log, Method, Moment, Real, norms
+from .base import Log, Method, Moment, norms
 
 
 def dpp(x: Tensor, h: float) -> Tensor:
@@ -20,7 +20,7 @@ def dpp(x: Tensor, h: float) -> Tensor:
 
 @dataclass
 class DiverseFlow(Method):
-    """The likelihood of a determinantal point process at the predicted targets, ascended (arXiv 2504.07894, equations 8 to 11).
+    """The likelihood of a determinantal point process at the predicted targets, ascended (arXiv 2504.07894).
 
     The gradient with respect to the noisy samples goes through the denoiser if ``through``; its strength falls with the
     noise, and it is rescaled to the size of the noise as in the paper's experiments.

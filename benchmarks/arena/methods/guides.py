@@ -23,22 +23,31 @@ class Guided(Method):
 
 @dataclass
 class Ours(Guided):
-    """SPARKE as this package does it by default: x0, half the median distance, tangent, off the score, bounded."""
+    """SPARKE as this package does it by default: x0, half the median distance, tangent, off the score, bounded, fading."""
 
     name = "SPARKE, ours"
     paper = "arXiv 2506.10173"
     tuned = {"scale": Log(0.05, 10.0), "stop": Real(0.3, 1.0)}
     strength = "scale"
-    scale: float = 0.6
-    stop: float = 0.6
+    scale: float = 1.0
+    stop: float = 0.65
 
     def guide(self, pipe: Any) -> KernelGuidance:
         return SPARKE(self.scale, stop=self.stop)
 
 
+class OursVivid(Ours):
+    """The same with conditional entropy of order 0.5 at the median distance: the preset ``vivid``."""
+
+    name = "SPARKE, ours, order 0.5"
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return SPARKE(self.scale, stop=self.stop, order=0.5)
+
+
 @dataclass
 class Published(Guided):
-    """SPARKE as published: noisy latents, fixed bandwidths, the gradient rescaled to the norm (arXiv 2506.10173, section 4)."""
+    """SPARKE as published: noisy latents, fixed bandwidths, the gradient rescaled to the norm (arXiv 2506.10173)."""
 
     name = "SPARKE, published"
     paper = "arXiv 2506.10173"

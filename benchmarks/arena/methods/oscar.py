@@ -47,12 +47,3 @@ class OSCAR(Method):
     def after(self, m: Moment, latents: Tensor) -> Tensor:
         noise = without(self.noise_like(latents), self.velocity(m))
         return latents + self.noise_weight * m.sigma**2 * noise
-
-
-@dataclass
-class OSCARStill(OSCAR):
-    """Without its noise: what the volume alone does."""
-
-    name = "OSCAR, no noise"
-    tuned = {"weight": Log(0.01, 3.0), "c": Log(0.3, 30.0)}
-    noise_weight: float = 0.0
