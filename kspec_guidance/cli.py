@@ -181,6 +181,7 @@ def tune(
     from kspec_guidance.embedders import image_embedder
     from kspec_guidance.plotting import side_by_side
     from kspec_guidance.presets import make_preset
+    from kspec_guidance.synthesis.errors import SynthesisError
     from kspec_guidance.synthesis.prompts import read_prompts
     from kspec_guidance.tuning import SCALES
     from kspec_guidance.tuning import tune as find
@@ -217,7 +218,7 @@ def tune(
         side_by_side(panels, names, "The same prompts and seeds").save(out / "pictures.png")
         if result.scale is not None:
             make_preset(preset, result.scale).save_config(out / "guide")
-    except (ValueError, OSError) as error:
+    except (SynthesisError, ValueError, OSError) as error:
         raise _fail(str(error)) from error
     table = Table(title="strength against plain sampling", caption="diversity: Vendi of a batch; fidelity: precision")
     for column in ("strength", "diversity", "p", "fidelity"):

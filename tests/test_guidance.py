@@ -174,12 +174,12 @@ def test_the_report_says_what_was_done():
     guide = SPARKE(0.3)
     sample(guide)
     report = guide.report()
-    assert (report.steps_guided, report.total_steps) == (18, 30)
+    assert (report.steps_guided, report.total_steps) == (20, 30)
     assert 0 < report.mean_relative_move <= 0.3
     assert report.after["vendi"] > report.before["vendi"]
     assert report.after["conditional_rke"] > report.before["conditional_rke"]
     assert set(report.as_dict()["final"]) == {"vendi", "conditional_rke"}
-    assert "guided 18 of 30 steps" in str(report)
+    assert "guided 20 of 30 steps" in str(report)
     idle = SPARKE(0.0)
     sample(idle)
     assert "no step of 30 was guided" in str(idle.report())

@@ -135,7 +135,7 @@ def front(bed: Bed, name: str, record: Record, number: int, seeds: int) -> None:
     done = mine.setdefault("front", [])
     for value in strengths(name, tuned, number):
         v = int(value) if isinstance(cls.tuned[cls.strength], Whole) else value
-        if any(abs(p["strength"] - v) < 1e-9 * max(1, abs(v)) for p in done):
+        if any(abs(p["strength"] - v) <= 1e-3 * max(1e-3, abs(v)) for p in done):  # records are rounded
             continue
         chosen = {**tuned, cls.strength: v}
         done.append({"strength": v, "cases": measure(bed, lambda c=chosen: cls(**c), bed.cases("report", seeds))})
