@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint oldest support overhead memory synthesis effect clean
+.PHONY: demo test lint oldest support overhead memory synthesis arena arena-small effect clean
 .DEFAULT_GOAL := test
 
 # torch and torchvision first and pinned: they are built for each other, and open_clip_torch would take the newest of either
@@ -46,6 +46,16 @@ memory: $(VENV)/.installed
 synthesis: $(VENV)/.installed
 	$(BIN)/python benchmarks/synthesis.py --plot docs/synthesis.png
 	$(BIN)/python benchmarks/synthesis_page.py
+
+# all methods side by side: hours, and it goes on where it was stopped; the small version takes minutes
+arena: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.arena
+	$(BIN)/python -m benchmarks.arena.matching
+	$(BIN)/python -m benchmarks.arena.ablations
+	$(BIN)/python -m benchmarks.arena.cost
+	$(BIN)/python -m benchmarks.arena.page
+arena-small: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.arena --small --out outputs/arena --page outputs/arena/arena.md
 
 # the figures of the README and the model card
 effect: $(VENV)/.installed

@@ -166,7 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # of SPARKE; docs/which-method.md says w
     "default": {},
     "safe": {"scale": 0.5},
     "vivid": {"order": 0.5, "scale": 1.5},
-    "few-step": {"order": 0.5, "scale": 1.5, "stop": 0.65},
+    "few-step": {"order": 0.5, "scale": 0.6, "stop": 0.6},
     "published": {},
 }
 

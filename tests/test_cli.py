@@ -18,7 +18,7 @@ def call(*args):
 def test_help_names_the_commands():
     result = call("--help")
     assert result.exit_code == 0
-    for word in ("demo", "generate", "evaluate", "compare"):
+    for word in ("demo", "generate", "tune", "evaluate", "compare"):
         assert word in result.output
 
 

@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
-PAGES = ["docs/pipelines.md", "docs/support.md", "docs/synthesis.md", "pipelines/README.md"]
+PAGES = [
+    "docs/arena.md",
+    "docs/pipelines.md",
+    "docs/support.md",
+    "docs/synthesis.md",
+    "docs/which-method.md",
+    "pipelines/README.md",
+]
 
 
 @pytest.mark.slow

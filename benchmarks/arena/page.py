@@ -15,7 +15,7 @@ from .harness import FIDELITY_LOSS, mean
 from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-OURS = "SPARKE, ours"
+OURS = "SPARKE, ours, order 0.5"
 PARTS = ("beds", "winners", "gains", "volumes", "tuned", "cost", "matching", "ablations", "judges")
 
 
@@ -113,20 +113,16 @@ def cost(data: list[dict[str, Any]], folder: Path) -> str:
     if not path.exists():
         return "(not measured)"
     found = json.loads(path.read_text())
-    names = list(found)
-    methods = list(found[names[0]]["methods"])
+    methods = dict.fromkeys(m for size in found.values() for m in size["methods"])
     rows = []
     for m in methods:
-        row = [m]
-        for n in names:
-            r = found[n]["methods"].get(m)
-            row += (
-                ["-", "-"]
-                if r is None
-                else [f"{r['seconds'] / found[n]['plain_seconds'] - 1:+.1%}", f"{r['peak_mb']:.0f} MB"]
-            )
-        rows.append(row)
-    head = ["method", *(h for n in names for h in (f"{n}: time", "memory"))]
+        by = [size["methods"].get(m) for size in found.values()]
+        own = [f"{r['own_seconds'] * 1e3:.1f} ms" if r else "-" for r in by]
+        rows.append(
+            [m, f"{next(r['calls'] for r in by if r):+.2f}", *own, *(f"{r['added']:+.2%}" if r else "-" for r in by)]
+        )
+    sizes = [f"{n} (a step of 4 images takes {size['step_seconds']:.0f} s)" for n, size in found.items()]
+    head = ["method", "further denoiser calls", *(f"itself, {n}" for n in found), *(f"added, {n}" for n in sizes)]
     return table(head, rows)
 
 
@@ -194,8 +190,10 @@ def figure(data: list[dict[str, Any]], path: Path) -> None:
         for method in [m for m in d["methods"] if "front" in d["methods"][m]]:
             front = [{"m": mean(p["cases"]["modes"]), "v": mean(p["cases"]["valid"])} for p in points(d, method)]
             x, y = [v0, *(p["v"] for p in front)], [m0, *(p["m"] for p in front)]
-            ours, named = method == OURS, method in best
-            colour = "#1f5fa8" if ours else next(palette, "#888888") if named else "#c9ced6"
+            ours, named = method.startswith("SPARKE, ours"), method in best
+            colour = (
+                ("#1f5fa8" if method == OURS else "#6fa3dc") if ours else next(palette, "#888888") if named else "#c9ced6"
+            )
             axes.plot(x, y, "o-", ms=3.5 if ours else 2.5, lw=2.4 if ours else 1.2 if named else 0.7, color=colour,
                       zorder=3 if ours else 2 if named else 1, label=method if ours or named else None)  # fmt: skip
         axes.plot([v0], [m0], "k*", ms=11, zorder=4, label="plain sampling")
@@ -209,6 +207,32 @@ def figure(data: list[dict[str, Any]], path: Path) -> None:
     for axes in every[len(data):]:  # fmt: skip
         axes.set_visible(False)
     fig.savefig(path, dpi=110)
+
+
+def overview(data: list[dict[str, Any]], path: Path) -> None:
+    """One row a method: its gain on every bed, and the mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = {d["bed"]: {s.method: s.gain for s in summaries(d, OURS)} for d in data}
+    names = [m for m in METHODS if sum(m in by for by in found.values()) > len(found) / 2]
+    means = {m: mean([by[m] for by in found.values() if m in by]) for m in names}
+    names.sort(key=lambda m: means[m])
+    fig = Figure(figsize=(8.2, 0.33 * len(names) + 1.5), layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.subplots()
+    colours = ["#1f5fa8" if m.startswith("SPARKE, ours") else "#c3cad4" for m in names]
+    axes.barh(range(len(names)), [means[m] for m in names], color=colours, height=0.66, label="mean of all beds")
+    marks = ["o", "s", "^", "v", "D", "P", "X", "*", "h"]
+    for mark, (bed, by) in zip(marks, found.items(), strict=False):
+        y = [k for k, m in enumerate(names) if m in by]
+        axes.plot([by[names[k]] for k in y], y, mark, ms=4.5, mfc="none", mew=0.9, color="#333333", ls="", label=bed)
+    axes.set_yticks(range(len(names)), names)
+    axes.xaxis.set_major_formatter(lambda v, _: f"{v:+.0%}")
+    axes.set_xlabel("more modes than plain sampling, at validity within 0.02 of it")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7.5, frameon=False, loc="lower right")
+    fig.savefig(path, dpi=120)
 
 
 def fill(path: Path, parts: dict[str, str]) -> None:
@@ -231,6 +255,7 @@ def write(folder: Path, page: Path, picture: Path | None) -> None:
     fill(page, parts)
     if picture is not None:
         figure(data, picture)
+        overview(data, picture.with_name("which-method.png"))
 
 
 def main() -> None:

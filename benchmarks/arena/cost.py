@@ -1,0 +1,114 @@
+"""Time and memory of every method at the size of SDXL and Flux latents, structure only.
+
+    python -m benchmarks.arena.cost
+
+The denoiser of SDXL with random weights is timed in the same run, and Flux from one and two of its blocks. What a method
+does itself is timed on latents of that size, four images; how often it asks the denoiser again is counted on the digits'
+pipeline. A backward pass through the denoiser counts as two calls, through its first half as one.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kspec_guidance.layouts import Layout
+
+from .beds import BEDS
+from .beds.base import Case
+from .methods import METHODS
+from .methods.base import Moment
+from .methods.guides import Guided
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"SDXL, 4 x 128 x 128": (4, 4, 128, 128), "Flux, 4096 x 64": (4, 4096, 64)}
+BACKWARD = {"DiverseFlow": 2.0, "feature self-guidance": 1.5}  # calls that a counter of forward passes does not see
+
+
+def calls(name: str) -> float:
+    """Denoiser calls of a run relative to plain sampling, less 1."""
+    bed = BEDS["digits"]()
+    case, count = Case("digit 3", 0), [0]
+
+    def run(method: str) -> int:
+        count[0] = 0
+        original = bed.pipe.unet.forward
+
+        def counted(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            count[0] += len(sample)
+            return original(sample, *args, **kwargs)
+
+        bed.pipe.unet.forward = counted
+        try:
+            bed.sample(METHODS[method](), case)
+        finally:
+            del bed.pipe.unet.forward
+        return count[0]
+
+    return run(name) / run("plain") - 1
+
+
+def own_seconds(name: str, shape: tuple[int, ...]) -> float | None:
+    """Median seconds of what a method does itself at one step; None where it works on the denoiser alone."""
+    g = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+    alpha, sigma, times = 0.8, 0.6, []
+    x = alpha * x0 + sigma * noise
+    if issubclass(METHODS[name], Guided):
+        if name == "c-VSG":
+            return None  # needs a decoder of that size
+        term = METHODS[name]().guide(None).terms[0]
+        prompts = torch.ones(len(x0), 8) / 8**0.5
+        for _ in range(6):
+            began = time.perf_counter()
+            rows = Layout.of(x0).pack(x0)
+            score = alpha * x0 - x
+            term.move(rows, term.gradient(rows.flatten(1), prompts).view(rows.shape), score, 0.1, prompts)
+            times.append(time.perf_counter() - began)
+    else:
+        method = METHODS[name]()
+        method.begin()
+        moment = Moment(x0, x, alpha, sigma, 1, 10, None, None, None, None, None)  # type: ignore[arg-type]
+        moment.denoise = lambda y: y  # type: ignore[method-assign]  # its time is counted apart
+        if name == "feature self-guidance":
+            return 0.0
+        for _ in range(6):
+            began = time.perf_counter()
+            method.move(moment)
+            method.after(moment, x)
+            times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena" / "cost.json")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import overhead
+
+    torch.set_grad_enabled(False)
+    again = {name: calls(name) for name in METHODS if name != "plain"}
+    found: dict[str, Any] = {}
+    for label, shape in SIZES.items():
+        denoiser = next(f for n, f in overhead.DENOISERS.items() if n.startswith(label.split(",")[0]))()
+        step = 8 * denoiser  # four images, each with its negative
+        methods = {}
+        for name in again:
+            own, more = own_seconds(name, shape), again[name] + BACKWARD.get(name, 0.0)
+            if own is not None:
+                methods[name] = {"own_seconds": own, "calls": more, "added": own / step + more}
+                print(
+                    f"{label:22}{name:28}own {own * 1e3:8.1f} ms, calls {more:+.2f}: {own / step + more:+.2%}", flush=True
+                )
+        found[label] = {"denoiser_seconds_per_image": denoiser, "step_seconds": step, "methods": methods}
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
