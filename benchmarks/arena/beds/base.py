@@ -57,8 +57,7 @@ class Bed:
 
     def fits(self, method: type[Method]) -> bool:
         """Whether the bed has what a method needs."""
-        guidance = method.name in ("lower CFG", "interval CFG")
-        return (self.has_features or not method.needs_features) and (self.has_guidance or not guidance)
+        return (self.has_features or not method.needs_features) and (self.has_guidance or not method.needs_guidance)
 
     def noise(self, case: Case, n: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(case.seed * 1000 + k) for k in range(n)]

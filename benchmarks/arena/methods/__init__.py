@@ -2,6 +2,7 @@
 
 from .base import Log, Method, Moment, Real, Whole
 from .cfg import Interval, LowerGuidance
+from .combined import OSCARLowerGuidance, OursLowerGuidance
 from .conditions import CADS, SeedVariance
 from .diverseflow import DiverseFlow, DiverseFlowFast
 from .eddy import EDDY, EDDYProjection
@@ -19,7 +20,7 @@ METHODS: dict[str, type[Method]] = {
     for m in (
         Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
         ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference,
-        Ours, OursVivid,
+        Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance,
     )
 }  # fmt: skip
 

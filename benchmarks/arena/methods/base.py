@@ -121,6 +121,7 @@ class Method:
     tuned: ClassVar[dict[str, Real | Whole]] = {}
     strength: ClassVar[str] = ""
     needs_features: ClassVar[bool] = False
+    needs_guidance: ClassVar[bool] = False  # classifier-free
     falls: ClassVar[bool] = False  # whether a smaller strength is the stronger one
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 

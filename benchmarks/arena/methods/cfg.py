@@ -15,6 +15,7 @@ class LowerGuidance(Method):
     paper = "arXiv 2207.12598"
     tuned = {"weight": Real(1.0, 4.0)}
     strength = "weight"
+    needs_guidance = True
     falls = True
     weight: float = 2.0
 
@@ -30,6 +31,7 @@ class Interval(Method):
     paper = "arXiv 2404.07724"
     tuned = {"start": Real(0.0, 0.8), "stop": Real(0.6, 1.0)}
     strength = "start"
+    needs_guidance = True
     start: float = 0.3
     stop: float = 1.0
 

@@ -1,0 +1,56 @@
+"""The two best coupled methods with less classifier-free guidance: what a user would do first costs nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.watching import denoiser_of
+
+from .base import Log, Real
+from .guides import OursVivid
+from .oscar import OSCAR
+
+
+def lowered(free: Tensor, held: Tensor, weight: float, scale: float) -> Tensor:
+    """The unconditional output of which the pipeline, at ``scale``, makes guidance of ``weight``."""
+    return held + (weight - 1) / (scale - 1) * (free - held)
+
+
+@dataclass
+class OursLowerGuidance(OursVivid):
+    """Conditional entropy of order 0.5, at a lower CFG scale."""
+
+    name = "SPARKE, ours, order 0.5, lower CFG"
+    tuned = {"scale": Log(0.05, 10.0), "stop": Real(0.3, 1.0), "weight": Real(1.0, 4.0)}
+    needs_guidance = True
+    weight: float = 2.0
+
+    @contextmanager
+    def attach(self, pipe: Any) -> Iterator[Any]:
+        def behind(module: Any, args: Any, out: Any) -> Any:
+            free, held = out[0].chunk(2)
+            return (torch.cat([lowered(free, held, self.weight, pipe.guidance_scale), held]), *out[1:])
+
+        with self.guide(pipe).attach(pipe) as guide:
+            hook = denoiser_of(pipe).register_forward_hook(behind)
+            try:
+                yield guide
+            finally:
+                hook.remove()
+
+
+@dataclass
+class OSCARLowerGuidance(OSCAR):
+    """OSCAR at a lower CFG scale."""
+
+    name = "OSCAR, lower CFG"
+    tuned = {"weight": Log(0.01, 3.0), "noise_weight": Log(0.001, 0.5), "cfg": Real(1.0, 4.0)}
+    needs_guidance = True
+    cfg: float = 2.0
+
+    def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
+        return lowered(free, held, self.cfg, scale), held
