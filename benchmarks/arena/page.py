@@ -16,7 +16,7 @@ from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 OURS = "SPARKE, ours, order 0.5"
-PARTS = ("beds", "winners", "gains", "volumes", "tuned", "cost", "matching", "ablations", "judges")
+PARTS = ("beds", "winners", "gains", "volumes", "tuned", "cost", "matching", "longruns", "ablations", "judges")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -157,6 +157,20 @@ def ablations(folder: Path) -> str:
     return table(["", "variant", *names], rows)
 
 
+def longruns(folder: Path) -> str:
+    path = folder / "longruns.json"
+    if not path.exists():
+        return "(not measured)"
+    found, rows = json.loads(path.read_text()), []
+    for batch, by in found.items():
+        for k, (label, r) in enumerate(by.items()):
+            rows.append([
+                batch if k == 0 else "", label, f"{r['scale']:g}", f"{r['evenness']:.1f} of {r['of']:.1f}",
+                f"{r['rare']:.1f}", f"{r['valid']:.3f}",
+            ])  # fmt: skip
+    return table(["", "guide", "strength", "effective number of modes", "modes with half a fair share", "valid"], rows)
+
+
 def judges() -> str:
     said = json.loads((Path(__file__).parent / "weights" / "measured.json").read_text())
     e, d = said["emoji_judge"], said["digit_judge"]
@@ -250,7 +264,8 @@ def write(folder: Path, page: Path, picture: Path | None) -> None:
     data = records(folder)
     parts = {
         "beds": beds(data), "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "tuned": tuned(data),
-        "cost": cost(data, folder), "matching": matching(folder), "ablations": ablations(folder), "judges": judges(),
+        "cost": cost(data, folder), "matching": matching(folder), "longruns": longruns(folder),
+        "ablations": ablations(folder), "judges": judges(),
     }  # fmt: skip
     fill(page, parts)
     if picture is not None:
