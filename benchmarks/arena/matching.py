@@ -11,7 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ class Attraction(Method):
 Make = Callable[[Tensor, float], Any]
 METHODS: dict[str, tuple[Make, list[float]]] = {
     "plain": (lambda r, s: None, [0.0]),
-    "MMD, ours": (lambda r, s: MMDGuidance(r, s), [0.3, 0.7, 1.5, 3.0]),
-    "MMD, ours, cubic kernel": (lambda r, s: MMDGuidance(r, s, PolynomialKernel()), [0.3, 0.7, 1.5, 3.0]),
+    "MMD, ours": (lambda r, s: MMDGuidance(r, s), [0.3, 0.7, 1.5, 3.0, 6.0]),
+    "MMD, ours, cubic kernel": (lambda r, s: MMDGuidance(r, s, PolynomialKernel()), [0.3, 0.7, 1.5, 3.0, 6.0]),
     "MMD, published": (lambda r, s: MMDGuidance.published(r, s), [1e-3, 1e-2, 0.03, 0.1]),
     "mean shift": (lambda r, s: MeanShift(reference=r, weight=s), [0.2, 0.5, 1.0, 2.0]),
     "attraction": (lambda r, s: Attraction(reference=r, weight=s), [0.1, 0.3, 0.7, 1.5]),
@@ -90,6 +90,8 @@ class Target:
     case: Callable[[int], Case]
     sizes: tuple[int, ...] = (16, 64, 256)
     styled: Callable[[Case], Case] | None = None  # the target asked for in words
+    run: Callable[[Case, int], Tensor] | None = None  # in place of the bed's
+    more: dict[str, tuple[Make, list[float]]] = field(default_factory=dict)  # methods for this target alone
 
 
 def mixture() -> Target:
@@ -113,6 +115,46 @@ def mixture() -> Target:
 
     about = "weights of 24 modes reversed; total variation of 64 exact draws to the target is about 0.2"
     return Target(bed, about, reference, distance, lambda x: float(places(x)[1].float().mean()), lambda s: Case("", s))
+
+
+def prompts() -> Target:
+    """Two prompts in every batch; each is to show its own modes in equal shares."""
+    bed = BEDS["mixture-32"]()
+    bed.guidance_scale = 1.0
+    model, asked = bed.model, ["prompt 8", "prompt 9"]
+    shares = []
+    for p in asked:
+        own = (bed.shares(p) >= 0.01).float()
+        shares.append(own / own.sum())
+    features = torch.cat([bed.pipe.conditions.rows([p])[:, 0] for p in asked]).detach()
+
+    def reference(n: int, seed: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        k = torch.cat([torch.multinomial(q, n // 2, replacement=True, generator=g) for q in shares])
+        return (model.centres[k] + model.std * torch.randn(len(k), model.dim, generator=g)).view(len(k), 1, 1, -1)
+
+    def places(x: Tensor) -> tuple[Tensor, Tensor]:
+        d = torch.cdist(x.flatten(1), model.centres)
+        return d.argmin(1), d.amin(1) < 1.5 * model.std * model.dim**0.5
+
+    def distance(x: Tensor) -> float:
+        k, good = places(x)
+        first = torch.arange(len(x)) % bed.images < bed.images // 2
+        found = [torch.bincount(k[good & m], minlength=24) / int(m.sum()) for m in (first, ~first)]
+        return mean([float((f - q).abs().sum() / 2) for f, q in zip(found, shares, strict=True)])
+
+    def run(case: Case, n: int) -> Tensor:
+        return bed.pipe(asked, n // 2, bed.steps, 1.0, bed.noise(case, n))
+
+    def aware(r: Tensor, s: float) -> MMDGuidance:
+        return MMDGuidance(r, s, reference_prompts=features.repeat_interleave(len(r) // 2, 0))
+
+    bed.name = "mixture, two prompts"
+    about = "two prompts in a batch, each to show its modes in equal shares; total variation, mean of the two"
+    return Target(
+        bed, about, reference, distance, lambda x: float(places(x)[1].float().mean()), lambda s: Case("", s), (16, 64, 512),
+        run=run, more={"MMD, ours, prompt-aware": (aware, [0.3, 0.7, 1.5, 3.0, 6.0])},
+    )  # fmt: skip
 
 
 def digits() -> Target:
@@ -176,7 +218,7 @@ def trial(target: Target, make: Make, size: int, strength: float, seed: int, sty
         case = target.case(10 * seed + batch)
         asked = target.styled(case) if styled and target.styled is not None else case
         with nullcontext() if guide is None else guide.attach(bed.pipe):
-            x = torch.nan_to_num(bed.run(asked, bed.images), 0.0, 1e3, -1e3)
+            x = torch.nan_to_num((target.run or bed.run)(asked, bed.images), 0.0, 1e3, -1e3)
         out.append(x)
         valid.append(target.valid(x))
     x = torch.cat(out)
@@ -198,17 +240,19 @@ def interval(values: list[float], name: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--beds", nargs="+", default=["mixture", "digits", "emoji"])
+    parser.add_argument("--beds", nargs="+", default=["mixture", "prompts", "digits", "emoji"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena" / "matching.json")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.beds:
-        target = {"mixture": mixture, "digits": digits, "emoji": emoji}[name]()
+        target = {"mixture": mixture, "prompts": prompts, "digits": digits, "emoji": emoji}[name]()
         base = [trial(target, METHODS["plain"][0], 16, 0.0, s) for s in range(2)]
         floor = mean([b["valid"] for b in base]) - FIDELITY_LOSS
         methods: dict[str, Any] = {}
-        every = {**METHODS} if target.styled is None else {**METHODS, "asked for in words": (METHODS["plain"][0], [0.0])}
+        every = {**METHODS, **target.more}
+        if target.styled is not None:
+            every["asked for in words"] = (METHODS["plain"][0], [0.0])
         for label, (make, scales) in every.items():
             fixed = label in ("plain", "asked for in words")
             for size in target.sizes[:1] if fixed else target.sizes:
