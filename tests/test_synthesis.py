@@ -37,7 +37,7 @@ def test_a_run_writes_a_folder_that_datasets_loads_and_running_it_again_makes_no
     assert {(r["prompt"], r["group"], r["mood"]) for r in rows} == {("heart", "things", "warm"), ("runner", "people", "x")}
     assert {r["seed"] for r in rows} == {image_seed(0, p, k) for p in ("heart", "runner") for k in range(5)}
     assert [r["nearest"] is None for r in rows] == [k == 0 for k in range(5)] * 2
-    assert all(1 <= r["vendi"] <= 5 and r["guide"] == "ConditionalRKE" and r["scale"] == 0.6 for r in rows)
+    assert all(1 <= r["vendi"] <= 5 and r["guide"] == "ConditionalRKE" and r["scale"] == 1.0 for r in rows)
     loaded = datasets.load_dataset(
         "imagefolder", data_dir=str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "c")
     )

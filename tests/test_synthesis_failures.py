@@ -42,7 +42,7 @@ def test_changed_settings_are_shown_and_refused_and_force_goes_on(tmp_path, pipe
         "heart": 5,
     }
     assert all(p.read_bytes() == data for p, data in before.items())
-    assert sorted({r["scale"] for r in rows}) == [0.3, 0.6]
+    assert sorted({r["scale"] for r in rows}) == [0.3, 1.0]
     assert make(tmp_path, pipe, ["man", "runner", "heart"], images=5, guide=SPARKE(0.3)).made == 0
 
 
