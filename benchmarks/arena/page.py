@@ -16,6 +16,7 @@ from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 OURS = "SPARKE, ours, order 0.5"
+OWN = {"SPARKE, ours": "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59"}  # colours
 PARTS = ("beds", "winners", "gains", "volumes", "tuned", "cost", "matching", "longruns", "ablations", "judges")
 
 
@@ -205,11 +206,10 @@ def figure(data: list[dict[str, Any]], path: Path) -> None:
             front = [{"m": mean(p["cases"]["modes"]), "v": mean(p["cases"]["valid"])} for p in points(d, method)]
             x, y = [v0, *(p["v"] for p in front)], [m0, *(p["m"] for p in front)]
             ours, named = method.startswith("SPARKE, ours"), method in best
-            colour = (
-                ("#1f5fa8" if method == OURS else "#6fa3dc") if ours else next(palette, "#888888") if named else "#c9ced6"
-            )
-            axes.plot(x, y, "o-", ms=3.5 if ours else 2.5, lw=2.4 if ours else 1.2 if named else 0.7, color=colour,
-                      zorder=3 if ours else 2 if named else 1, label=method if ours or named else None)  # fmt: skip
+            colour = OWN.get(method) or (next(palette, "#888888") if named else "#c9ced6")
+            axes.plot(x, y, "o--" if ours and "lower" in method else "o-", ms=3.5 if ours else 2.5, color=colour,
+                      lw=2.2 if ours else 1.2 if named else 0.7, zorder=3 if ours else 2 if named else 1,
+                      label=method if ours or named else None)  # fmt: skip
         axes.plot([v0], [m0], "k*", ms=11, zorder=4, label="plain sampling")
         axes.axvline(v0 - FIDELITY_LOSS, color="#999999", lw=0.8, ls=":")
         tops = [mean(p["cases"]["modes"]) for m in d["methods"].values() for p in m.get("front", [])]
