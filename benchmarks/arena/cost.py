@@ -2,15 +2,14 @@
 
     python -m benchmarks.arena.cost
 
-The denoiser of SDXL with random weights is timed in the same run, and Flux from one and two of its blocks. What a method
-does itself is timed on latents of that size, four images; how often it asks the denoiser again is counted on the digits'
-pipeline. A backward pass through the denoiser counts as two calls, through its first half as one.
+The denoisers' times, with random weights, are those that ``benchmarks/overhead.py`` measured on an idle machine. What a
+method does itself is timed on latents of that size, four images; how often it asks the denoiser again is counted on the
+digits' pipeline. A backward pass through the denoiser counts as two calls; half a denoiser with its backward as one.
 """
 
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,14 @@ from .methods.guides import Guided
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"SDXL, 4 x 128 x 128": (4, 4, 128, 128), "Flux, 4096 x 64": (4, 4096, 64)}
-BACKWARD = {"DiverseFlow": 2.0, "feature self-guidance": 1.5}  # calls that a counter of forward passes does not see
+BACKWARD = {"DiverseFlow": 3.0}  # a call and its backward pass; half a denoiser with its backward is about one call
 
 
 def calls(name: str) -> float:
     """Denoiser calls of a run relative to plain sampling, less 1."""
     bed = BEDS["digits"]()
     case, count = Case("digit 3", 0), [0]
+    bed.radius_unit()  # known beforehand
 
     def run(method: str) -> int:
         count[0] = 0
@@ -75,8 +75,8 @@ def own_seconds(name: str, shape: tuple[int, ...]) -> float | None:
         method.begin()
         moment = Moment(x0, x, alpha, sigma, 1, 10, None, None, None, None, None)  # type: ignore[arg-type]
         moment.denoise = lambda y: y  # type: ignore[method-assign]  # its time is counted apart
-        if name == "feature self-guidance":
-            return 0.0
+        if name in ("feature self-guidance", "group inference"):
+            return 0.0  # all of it is in the denoiser
         for _ in range(6):
             began = time.perf_counter()
             method.move(moment)
@@ -89,18 +89,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena" / "cost.json")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import overhead
-
+    known = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())["steps"]
     torch.set_grad_enabled(False)
     again = {name: calls(name) for name in METHODS if name != "plain"}
     found: dict[str, Any] = {}
     for label, shape in SIZES.items():
-        denoiser = next(f for n, f in overhead.DENOISERS.items() if n.startswith(label.split(",")[0]))()
+        denoiser = next(r["denoiser_seconds"] for r in known if r["latents"].startswith(label.split(",")[0]))
         step = 8 * denoiser  # four images, each with its negative
         methods = {}
         for name in again:
-            own, more = own_seconds(name, shape), again[name] + BACKWARD.get(name, 0.0)
+            own, more = own_seconds(name, shape), again[name] * BACKWARD.get(name, 1.0)
             if own is not None:
                 methods[name] = {"own_seconds": own, "calls": more, "added": own / step + more}
                 print(
