@@ -89,7 +89,7 @@ def tune(bed: Bed, name: str, record: Record, trials: int, seeds: int) -> dict[s
     cases, base = bed.cases("tune", seeds), plain(bed, record, "tune", seeds)
     seed = int(hashlib.sha256(f"{bed.name} {name}".encode()).hexdigest()[:8], 16)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=6))
-    first = {k: v for k, v in settings(cls()).items() if k in cls.tuned}
+    first = {k: v for k, v in settings(cls()).items() if k in cls.tuned} | cls.first(bed.steps)
     study.enqueue_trial(first)
 
     def objective(trial: Any) -> float:

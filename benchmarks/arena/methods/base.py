@@ -125,6 +125,11 @@ class Method:
     falls: ClassVar[bool] = False  # whether a smaller strength is the stronger one
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
+    @classmethod
+    def first(cls, steps: int) -> dict[str, Any]:
+        """What the authors would begin with at so many steps, where it is not the default."""
+        return {}
+
     # -- to override -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:

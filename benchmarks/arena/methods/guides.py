@@ -6,6 +6,7 @@ from typing import Any
 
 from kspec_guidance import SPARKE, KernelGuidance
 from kspec_guidance.objectives import Vendi
+from kspec_guidance.presets import PRESETS
 from kspec_guidance.spaces import Pixels
 
 from .base import Log, Method, Real, Whole
@@ -31,6 +32,10 @@ class Ours(Guided):
     strength = "scale"
     scale: float = 1.0
     stop: float = 0.65
+
+    @classmethod
+    def first(cls, steps: int) -> dict[str, Any]:
+        return {k: PRESETS["few-step"][k] for k in ("scale", "stop")} if steps <= 4 else {}
 
     def guide(self, pipe: Any) -> KernelGuidance:
         return SPARKE(self.scale, stop=self.stop)
