@@ -91,8 +91,8 @@ def winners(data: list[dict[str, Any]]) -> str:
         names = {v: [s.method for s in others if verdict(s) == v] for v in ("ahead", "tie", "behind")}
         best = others[0]
         ahead = percent(best.ahead or 0, best.ahead_low or 0, best.ahead_high or 0)
-        ties, behind = (", ".join(names[k]) or "-" for k in ("tie", "behind"))
-        rows.append([d["bed"], best.method, ahead, f"{len(names['ahead'])} of {len(others)}", ties, behind])
+        behind = ", ".join(names["behind"]) or "none"
+        rows.append([d["bed"], best.method, ahead, *(str(len(names[k])) for k in ("ahead", "tie")), behind])
     head = ["bed", "best other method", "ours less it, gain", "ahead of", "ties with", "behind"]
     return table(head, rows)
 
@@ -120,7 +120,7 @@ def cost(data: list[dict[str, Any]], folder: Path) -> str:
         by = [size["methods"].get(m) for size in found.values()]
         own = [f"{r['own_seconds'] * 1e3:.1f} ms" if r else "-" for r in by]
         rows.append(
-            [m, f"{next(r['calls'] for r in by if r):+.2f}", *own, *(f"{r['added']:+.2%}" if r else "-" for r in by)]
+            [m, f"{next(r['calls'] for r in by if r):+.2f}", *own, *(f"{r['added']:+.3%}" if r else "-" for r in by)]
         )
     sizes = [f"{n} (a step of 4 images takes {size['step_seconds']:.0f} s)" for n, size in found.items()]
     head = ["method", "further denoiser calls", *(f"itself, {n}" for n in found), *(f"added, {n}" for n in sizes)]
@@ -133,15 +133,11 @@ def matching(folder: Path) -> str:
         return "(not measured)"
     found, parts = json.loads(path.read_text()), []
     for bed, by in found.items():
-        sizes = list(next(iter(by["methods"].values())))
-        rows = []
-        for m, at in by["methods"].items():
-            for size in sizes:
-                r = at.get(size)
-                if r is not None:
-                    rows.append(
-                        [m, size, *(f"{r[k]:.3f} [{r[k + '_low']:.3f}, {r[k + '_high']:.3f}]" for k in by["figures"])]
-                    )
+        rows = [
+            [m, size, *(f"{r[k]:.3f} [{r[k + '_low']:.3f}, {r[k + '_high']:.3f}]" for k in by["figures"])]
+            for m, at in by["methods"].items()
+            for size, r in at.items()
+        ]
         parts.append(f"**{bed}**: {by['about']}\n\n" + table(["method", "references", *by["figures"]], rows))
     return "\n\n".join(parts)
 
@@ -230,13 +226,14 @@ def overview(data: list[dict[str, Any]], path: Path) -> None:
 
     found = {d["bed"]: {s.method: s.gain for s in summaries(d, OURS)} for d in data}
     names = [m for m in METHODS if sum(m in by for by in found.values()) > len(found) / 2]
-    means = {m: mean([by[m] for by in found.values() if m in by]) for m in names}
+    full = [by for by in found.values() if len(by) > 0.7 * len(METHODS)] or list(found.values())  # beds that most ran on
+    means = {m: mean([by[m] for by in full if m in by] or [0.0]) for m in names}
     names.sort(key=lambda m: means[m])
     fig = Figure(figsize=(8.2, 0.33 * len(names) + 1.5), layout="constrained")
     FigureCanvasAgg(fig)
     axes = fig.subplots()
     colours = ["#1f5fa8" if m.startswith("SPARKE, ours") else "#c3cad4" for m in names]
-    axes.barh(range(len(names)), [means[m] for m in names], color=colours, height=0.66, label="mean of all beds")
+    axes.barh(range(len(names)), [means[m] for m in names], color=colours, height=0.66, label=f"mean of {len(full)} beds")
     marks = ["o", "s", "^", "v", "D", "P", "X", "*", "h"]
     for mark, (bed, by) in zip(marks, found.items(), strict=False):
         y = [k for k, m in enumerate(names) if m in by]

@@ -19,7 +19,7 @@ from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 SHOWN = {
-    "emoji": (["firefighter", "flower", "building"], 4), "digits-4": (["digit 2", "digit 5", "digit 7"], 4),
+    "emoji": (["firefighter", "student", "smiling face", "vehicle"], 6), "digits-4": (["digit 2", "digit 5", "digit 7"], 6),
 }  # fmt: skip
 
 
@@ -27,13 +27,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bed", default="emoji", choices=list(SHOWN))
     parser.add_argument(
-        "--methods", nargs="+", default=["plain", "lower CFG", "OSCAR", "SPARKE, published", "SPARKE, ours, order 0.5"]
+        "--methods",
+        nargs="+",
+        default=["plain", "interval CFG", "OSCAR", "SPARKE, ours, order 0.5", "SPARKE, ours, order 0.5, lower CFG"],
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "arena")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "arena-pictures.png")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    bed, (prompts, rows) = BEDS[args.bed](), SHOWN[args.bed]
+    bed, (prompts, columns) = BEDS[args.bed](), SHOWN[args.bed]
     path = args.results / f"{slug(bed.name)}.json"
     tuned = json.loads(path.read_text())["methods"] if path.exists() else {}
     panels = {}
@@ -43,10 +45,9 @@ def main() -> None:
             x = bed.pictures(bed.sample(METHODS[name](**settings), Case(prompt, 10_000)))
             x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
             pictures = [Image.fromarray(((i.permute(1, 2, 0) / 2 + 0.5) * 255).byte().numpy()) for i in x]
-            grid.append(pictures[: 2 * rows])
+            grid.append(pictures[:columns])
         panels[name] = grid
-    wide = {name: [row[:4] for row in grid] for name, grid in panels.items()}
-    side_by_side(wide, prompts, f"{bed.name}: the same prompts and seeds, each method as tuned", tile=72).save(args.out)
+    side_by_side(panels, prompts, f"{bed.name}: the same prompts and seeds, each method as tuned", tile=72).save(args.out)
 
 
 if __name__ == "__main__":
