@@ -103,9 +103,9 @@ def points(data: dict[str, Any], method: str) -> list[dict[str, Any]]:
     return found
 
 
-def summaries(data: dict[str, Any], reference: str) -> list[Summary]:
-    """All methods of a bed, compared with one of them."""
-    said = data["settings"]
+def summaries(data: dict[str, Any], reference: str, diversity: str | None = None) -> list[Summary]:
+    """All methods of a bed, compared with one of them; by another figure of the judge than the bed's own if given."""
+    said = data["settings"] | ({} if diversity is None else {"diversity": diversity})
     w = weights(said["prompts"])
     base = data["methods"]["plain"][f"report {said['seeds']}"]
     m0, v0 = (w @ np.array(base[said[k]]) for k in ("diversity", "fidelity"))

@@ -17,7 +17,7 @@ from .methods import METHODS
 ROOT = Path(__file__).parents[2]
 OURS = "SPARKE, ours, order 0.5"
 OWN = {"SPARKE, ours": "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59"}  # colours
-PARTS = ("beds", "winners", "gains", "volumes", "tuned", "cost", "matching", "longruns", "ablations", "judges")
+PARTS = ("beds", "winners", "gains", "volumes", "vendi", "tuned", "cost", "matching", "longruns", "ablations", "judges")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -50,8 +50,8 @@ def percent(value: float, low: float, high: float) -> str:
     return f"{value:+.0%} [{low:+.0%}, {high:+.0%}]"
 
 
-def by_method(data: list[dict[str, Any]], cell: Any, bold: Any = None) -> str:
-    found = [summaries(d, OURS) for d in data]
+def by_method(data: list[dict[str, Any]], cell: Any, bold: Any = None, diversity: str | None = None) -> str:
+    found = [summaries(d, OURS, diversity) for d in data]
     names = [m for m in METHODS if any(s.method == m for f in found for s in f)]
     score = {m: mean([s.gain for f in found for s in f if s.method == m]) for m in names}
     rows = []
@@ -68,6 +68,10 @@ def by_method(data: list[dict[str, Any]], cell: Any, bold: Any = None) -> str:
 
 def gains(data: list[dict[str, Any]]) -> str:
     return by_method(data, lambda s: percent(s.gain, s.gain_low, s.gain_high), lambda s: s.gain)
+
+
+def vendi(data: list[dict[str, Any]]) -> str:
+    return by_method(data, lambda s: percent(s.gain, s.gain_low, s.gain_high), lambda s: s.gain, "vendi")
 
 
 def volumes(data: list[dict[str, Any]]) -> str:
@@ -260,8 +264,8 @@ def fill(path: Path, parts: dict[str, str]) -> None:
 def write(folder: Path, page: Path, picture: Path | None) -> None:
     data = records(folder)
     parts = {
-        "beds": beds(data), "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "tuned": tuned(data),
-        "cost": cost(data, folder), "matching": matching(folder), "longruns": longruns(folder),
+        "beds": beds(data), "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
+        "tuned": tuned(data), "cost": cost(data, folder), "matching": matching(folder), "longruns": longruns(folder),
         "ablations": ablations(folder), "judges": judges(),
     }  # fmt: skip
     fill(page, parts)
