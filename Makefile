@@ -53,6 +53,7 @@ arena: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.arena.matching
 	$(BIN)/python -m benchmarks.arena.ablations
 	$(BIN)/python -m benchmarks.arena.longruns
+	$(BIN)/python -m benchmarks.arena.smallsets
 	$(BIN)/python -m benchmarks.arena.cost
 	$(BIN)/python -m benchmarks.arena.page
 arena-small: $(VENV)/.installed

@@ -17,7 +17,20 @@ from .methods import METHODS
 ROOT = Path(__file__).parents[2]
 OURS = "SPARKE, ours, order 0.5"
 OWN = {"SPARKE, ours": "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59"}  # colours
-PARTS = ("beds", "winners", "gains", "volumes", "vendi", "tuned", "cost", "matching", "longruns", "ablations", "judges")
+PARTS = (
+    "beds",
+    "winners",
+    "gains",
+    "volumes",
+    "vendi",
+    "tuned",
+    "cost",
+    "matching",
+    "smallsets",
+    "longruns",
+    "ablations",
+    "judges",
+)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -172,6 +185,20 @@ def longruns(folder: Path) -> str:
     return table(["", "guide", "strength", "effective number of modes", "modes with half a fair share", "valid"], rows)
 
 
+def smallsets(folder: Path) -> str:
+    path = folder / "smallsets.json"
+    if not path.exists():
+        return "(not measured)"
+    found, parts = json.loads(path.read_text()), []
+    for bed, by in found.items():
+        rows = []
+        for method, at in by.items():
+            gain = (lambda r: "") if method == "plain" else (lambda r: f" ({percent(r['gain'], r['low'], r['high'])})")
+            rows.append([method, *(f"{r['modes']:.2f}{gain(r)}, {r['valid']:.3f}" for r in at.values())])
+        parts.append(table([bed, *(f"{n} images: modes, valid" for n in next(iter(by.values())))], rows))
+    return "\n\n".join(parts)
+
+
 def judges() -> str:
     said = json.loads((Path(__file__).parent / "weights" / "measured.json").read_text())
     e, d = said["emoji_judge"], said["digit_judge"]
@@ -266,6 +293,7 @@ def write(folder: Path, page: Path, picture: Path | None) -> None:
     parts = {
         "beds": beds(data), "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
         "tuned": tuned(data), "cost": cost(data, folder), "matching": matching(folder), "longruns": longruns(folder),
+        "smallsets": smallsets(folder),
         "ablations": ablations(folder), "judges": judges(),
     }  # fmt: skip
     fill(page, parts)
