@@ -1,7 +1,7 @@
 """Run the arena: tune every method on one half of prompts and seeds, measure fronts on the other, write the page.
 
 python -m benchmarks.arena                                # everything; hours, resumable
-python -m benchmarks.arena --small --out /tmp/arena       # a small version, minutes
+python -m benchmarks.arena --small --out outputs/arena      # a small version, minutes
 python -m benchmarks.arena --beds emoji --methods plain "SPARKE, ours"
 """
 

@@ -17,20 +17,6 @@ from .methods import METHODS
 ROOT = Path(__file__).parents[2]
 OURS = "SPARKE, ours, order 0.5"
 OWN = {"SPARKE, ours": "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59"}  # colours
-PARTS = (
-    "beds",
-    "winners",
-    "gains",
-    "volumes",
-    "vendi",
-    "tuned",
-    "cost",
-    "matching",
-    "smallsets",
-    "longruns",
-    "ablations",
-    "judges",
-)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
