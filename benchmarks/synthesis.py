@@ -35,8 +35,6 @@ from kspec_guidance.synthesis.engine import back
 from kspec_guidance.synthesis.store import Store
 
 SHOWN = ("runner", "heart", "bird", "building", "clock face")  # in the picture
-# The default of SPARKE when the tables of docs/synthesis.md were measured; since then it fades, see docs/arena.md.
-GUIDE = {"scale": 0.6, "stop": 0.6, "chain": ("tangent", "off_score", "bound")}
 PHRASES = ("{s}, {g}", "{s} {g}", "{g} {s}", "{s}, {g}, {g}")
 
 
@@ -150,8 +148,8 @@ def over_a_run(pipe, art, embed, args):
     base = {name: name for name in names}
     runs = {
         "plain": (SPARKE(0.0), "exact"),
-        "own batch only": (SPARKE(memory=OwnBatchOnly(), **GUIDE), "guide"),
-        "memory of the whole run": (SPARKE(**GUIDE), "exact"),
+        "own batch only": (SPARKE(memory=OwnBatchOnly()), "guide"),
+        "memory of the whole run": (SPARKE(), "exact"),
     }
     results = {}
     for label, (guide, memory) in runs.items():
@@ -171,7 +169,7 @@ def phrases(pipe, art, embed, args):
     results = {}
     for b in [None, *args.bandwidths]:
         label = "plain" if b is None else f"prompt bandwidth {b:g}"
-        guide = SPARKE(0.0) if b is None else SPARKE(prompt_kernel=GaussianKernel(b), **GUIDE)
+        guide = SPARKE(0.0) if b is None else SPARKE(prompt_kernel=GaussianKernel(b))
         made = make(pipe, prompts, guide, "exact", args)
         results[label] = found = judge(made, base, art, embed)
         print(line(label, found), flush=True)
@@ -205,7 +203,7 @@ def draw(pipe, path, args):
     args = argparse.Namespace(**{**vars(args), "images": 8, "batch": 2})
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
-    sides = {"plain": SPARKE(0.0), "kept away from all earlier images of similar prompts": SPARKE(**GUIDE)}
+    sides = {"plain": SPARKE(0.0), "kept away from all earlier images of similar prompts": SPARKE()}
     for axes, (label, guide) in zip(figure.subplots(1, 2), sides.items(), strict=True):
         images, _, _, rows, _, _ = make(pipe, [Prompt(n) for n in SHOWN], guide, "exact", args)
         pictures = [Image.fromarray((i.permute(1, 2, 0) * 255).byte().numpy()) for i in images]

@@ -37,6 +37,14 @@ def _progress() -> Progress:
     return Progress(*columns, console=errors, disable=not errors.is_terminal)
 
 
+@contextmanager
+def _ticking(what: str) -> Iterator[Any]:
+    """A bar that is told what is done and how much there is: ``tick(done, total)``."""
+    with _progress() as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and numbers.")] = Path("outputs/demo"),
@@ -49,14 +57,7 @@ def demo(
     """The embedded emoji pipeline, plain and guided, same prompts and seeds, side by side with the scores."""
     from kspec_guidance.showcase import run_demo
 
-    with _progress() as progress:
-        task: Any = None
-
-        def tick(done: int, total: int) -> None:
-            nonlocal task
-            task = progress.add_task("generating", total=total) if task is None else task
-            progress.update(task, completed=done)
-
+    with _ticking("generating") as tick:
         result = run_demo(out, images, scale, mmd_scale, steps, seed, tick)
     for table in result.tables():
         console.print(table)
@@ -193,14 +194,7 @@ def tune(
         pipe = _pipeline(model, dtype, device)
         make_preset(preset, 0.1)  # refuse an unknown name before anything is generated
         call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **_options(option)}
-        with _progress() as progress:
-            task: Any = None
-
-            def tick(done: int, total: int) -> None:
-                nonlocal task
-                task = progress.add_task("batches", total=total) if task is None else task
-                progress.update(task, completed=done)
-
+        with _ticking("batches") as tick:
             embed = None if embedder == "own" else image_embedder(embedder)
             result = find(
                 pipe, texts, lambda s: make_preset(preset, s), scale or SCALES, images, batches, embed=embed, call=call,

@@ -76,13 +76,6 @@ class Tuning:
         figure.savefig(path, dpi=120)
 
 
-def precision(x: Tensor, reference: Tensor, nearest: int) -> float:
-    """Share of rows of ``x`` ``[n, d]`` within the ``nearest``-neighbour balls of ``reference`` ``[m, d]``."""
-    own = torch.cdist(reference, reference)
-    radii = own.kthvalue(min(nearest + 1, len(reference)), dim=1).values
-    return float((torch.cdist(x, reference) <= radii).any(1).double().mean())
-
-
 def choose(points: Sequence[TuningPoint], plain_fidelity: float, loss: float) -> tuple[float | None, str]:
     """The strength of most diversity among those that keep fidelity and differ from plain sampling (p < 0.05)."""
     keep = [p for p in points if p.fidelity >= plain_fidelity - loss]
@@ -178,7 +171,7 @@ def tune(
     def vendi(rows: list[Tensor]) -> list[float]:
         return [float(F.vendi_score(r, kernel)) for r in rows]
 
-    base, fidelity = vendi(plain), precision(every, reference, nearest)
+    base, fidelity = vendi(plain), F.precision(every, reference, nearest)
     points, pictures = [], [shown]
     for scale in scales:
         rows, shown = run(float(scale), seed)
@@ -186,7 +179,7 @@ def tune(
         found = vendi(rows)
         mean = sum(found) / len(found)
         points.append(
-            TuningPoint(float(scale), mean, precision(torch.cat(rows), reference, nearest), compare_paired(base, found))
+            TuningPoint(float(scale), mean, F.precision(torch.cat(rows), reference, nearest), compare_paired(base, found))
         )
     best, reason = choose(points, fidelity, loss)
     return Tuning(sum(base) / len(base), fidelity, points, best, reason, pictures)

@@ -8,11 +8,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kspec_guidance import SPARKE, KernelGuidance
+from kspec_guidance import functional as F
 from kspec_guidance.cli import app
 from kspec_guidance.objectives import ConditionalRKE, Vendi
 from kspec_guidance.presets import PRESETS
 from kspec_guidance.statistics import Comparison
-from kspec_guidance.tuning import TuningPoint, choose, precision, tune
+from kspec_guidance.tuning import TuningPoint, choose, tune
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
 
@@ -52,8 +53,8 @@ def test_order_two_is_conditional_rke_and_others_are_entropies():
 
 def test_precision_of_the_same_set_is_one_and_of_a_far_one_zero(g):
     x = torch.randn(40, 3, generator=g, dtype=torch.float64)
-    assert precision(x, x, 3) == 1
-    assert precision(x + 100, x, 3) == 0
+    assert F.precision(x, x, 3) == F.fidelity(x, x, 3).precision == 1
+    assert F.precision(x + 100, x, 3) == 0
 
 
 def point(scale, diversity, fidelity, p):

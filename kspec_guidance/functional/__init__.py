@@ -12,7 +12,7 @@ from kspec_guidance.functional.conditional import (
     information_vendi_score,
 )
 from kspec_guidance.functional.discrepancy import kid, mmd
-from kspec_guidance.functional.fidelity import FidelityScores, fidelity, frechet_distance
+from kspec_guidance.functional.fidelity import FidelityScores, fidelity, frechet_distance, precision
 from kspec_guidance.functional.modes import Mode, novel_modes, top_modes
 from kspec_guidance.functional.novelty import ken_score
 from kspec_guidance.functional.scendi import prompt_vendi_score, remove_prompt, scendi_matrices, scendi_score
@@ -39,4 +39,5 @@ __all__ = [
     "FidelityScores",
     "fidelity",
     "frechet_distance",
+    "precision",
 ]

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kspec_guidance.functional.inputs import check_pair_of_sets
 
-__all__ = ["FidelityScores", "fidelity", "frechet_distance"]
+__all__ = ["FidelityScores", "fidelity", "frechet_distance", "precision"]
 
 
 class _Rows(nn.Module):
@@ -52,6 +51,30 @@ class FidelityScores:
     coverage: float
 
 
+def _pair(x: Tensor, reference: Tensor, nearest: int) -> tuple[Tensor, Tensor]:
+    a, b = (z.detach().cpu() for z in check_pair_of_sets(x, reference))
+    if not 1 <= nearest < min(len(a), len(b)):
+        raise ValueError(f"nearest must be at least 1 and below {min(len(a), len(b))}, the smaller set, got {nearest}")
+    return a, b
+
+
+def _radii(z: Tensor, nearest: int) -> Tensor:
+    """Distance of each row ``[n]`` to its ``nearest``-th neighbour, by scikit-learn."""
+    from sklearn.neighbors import NearestNeighbors
+
+    return torch.from_numpy(NearestNeighbors(n_neighbors=nearest).fit(z.numpy()).kneighbors()[0][:, -1])
+
+
+def precision(x: Tensor, reference: Tensor, nearest: int = 5) -> float:
+    """Share of ``x`` ``[n, d]`` within the balls of ``reference`` ``[m, d]`` (Kynkaanniemi et al. 2019, arXiv 1904.06991).
+
+    Raises:
+        ValueError: for too few samples, different widths, or NaN.
+    """
+    a, b = _pair(x, reference, nearest)
+    return float((torch.cdist(a, b) <= _radii(b, nearest)).any(1).double().mean())
+
+
 def fidelity(x: Tensor, reference: Tensor, nearest: int = 5) -> FidelityScores:
     """Frechet distance, precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
@@ -65,22 +88,15 @@ def fidelity(x: Tensor, reference: Tensor, nearest: int = 5) -> FidelityScores:
     Raises:
         ValueError: for too few samples, different widths, or NaN.
     """
-    from sklearn.neighbors import NearestNeighbors
-
     distance = frechet_distance(x, reference)
-    a, b = (z.detach().cpu().numpy() for z in check_pair_of_sets(x, reference))
-    if not 1 <= nearest < min(len(a), len(b)):
-        raise ValueError(f"nearest must be at least 1 and below {min(len(a), len(b))}, the smaller set, got {nearest}")
-
-    def radii(z: np.ndarray) -> Tensor:
-        return torch.from_numpy(NearestNeighbors(n_neighbors=nearest).fit(z).kneighbors()[0][:, -1])
-
-    cross = torch.cdist(torch.from_numpy(a), torch.from_numpy(b))  # [n, m]
-    in_reference, in_own = cross <= radii(b), cross <= radii(a)[:, None]
+    a, b = _pair(x, reference, nearest)
+    radii = _radii(b, nearest)
+    cross = torch.cdist(a, b)  # [n, m]
+    in_reference, in_own = cross <= radii, cross <= _radii(a, nearest)[:, None]
     return FidelityScores(
         frechet_distance=distance,
         precision=float(in_reference.any(1).double().mean()),
         recall=float(in_own.any(0).double().mean()),
         density=float(in_reference.double().sum(1).mean() / nearest),
-        coverage=float((cross.amin(0) <= radii(b)).double().mean()),
+        coverage=float((cross.amin(0) <= radii).double().mean()),
     )

@@ -74,6 +74,16 @@ class Objective:
         """How many samples of its own prompt each of ``n`` is held against ``[n]``; None where that has no meaning."""
         return None
 
+    def _mass(self, n: int, t: Tensor | None, memory: Memory | None, kernel: Kernel | None) -> Tensor:
+        """The squared prompt kernel summed over batch and memory ``[n]``, a sample's own left out; all count 1 without."""
+        t = self._prompts(t)
+        inside = off_diagonal(n, torch.empty(n, 1) if t is None else t)
+        if t is not None and kernel is not None:
+            inside = inside * kernel(t, t).square()
+        selection = self._select(t, memory, None if kernel is None else PromptWeights(kernel))
+        mass = inside.sum(1).cpu()
+        return mass if selection is None else mass + selection.mass(n).to(mass)
+
     def _select(self, t: Tensor | None, memory: Memory | None, weigh: PromptWeights | None) -> Selection | None:
         """The memory rows that matter; None without any."""
         if memory is None or not len(memory):

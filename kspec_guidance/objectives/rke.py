@@ -75,12 +75,9 @@ class RKE(Objective):
         return self._select(t, memory, weigh), inside * off_diagonal(len(x), x)
 
     def mass(self, n: int, t: Tensor | None = None, memory: Memory | None = None) -> Tensor | None:
-        if self._squared is not None:
-            return None
-        t = self._check_prompts(t, memory)
-        selection, inside = self._terms(torch.empty(n, 1) if t is None else t.new_empty(n, 1), t, memory)
-        mass = inside.sum(1).cpu()
-        return mass if selection is None else mass + selection.mass(n).to(mass)
+        return (
+            None if self._squared is not None else self._mass(n, self._check_prompts(t, memory), memory, self.prompt_kernel)
+        )
 
     def _fit(self, x: Tensor, selection: Selection | None, inside: Tensor) -> Kernel:
         """The kernel, its open bandwidth set to half the median distance of pairs, weighted as the pairs are.

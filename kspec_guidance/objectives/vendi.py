@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, as_float, pairwise_distances, squared_distances
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, as_float, squared_distances
 from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, PromptWeights
 from kspec_guidance.objectives.base import Objective, need_closed_form, off_diagonal, weighted_median
 from kspec_guidance.objectives.streaming import nearest_rows
@@ -43,22 +43,14 @@ class Vendi(Objective):
             raise ValueError(f"the Vendi objective needs a kernel with k(x, x) = 1, not {self.kernel!r}")
         self.conditional = self.prompt_kernel is not None
 
-    def _weigh(self) -> PromptWeights | None:
-        return None if self.prompt_kernel is None else PromptWeights(self.prompt_kernel)
-
     def mass(self, n: int, t: Tensor | None = None, memory: Memory | None = None) -> Tensor | None:
-        t = self._prompts(t)
-        like = torch.empty(n, 1) if t is None else t
-        inside = off_diagonal(n, like)
-        if t is not None and self.prompt_kernel is not None:
-            inside = inside * self.prompt_kernel(t, t).square()
-        selection, mass = self._select(t, memory, self._weigh()), inside.sum(1).cpu()
-        return mass if selection is None else mass + selection.mass(n).to(mass)
+        return self._mass(n, t, memory, self.prompt_kernel)
 
     def _gram(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> tuple[Tensor, Kernel, Tensor | float]:
         """All rows ``[N, d]``, the fitted kernel and the prompt weights ``[N, N]``; memory rows are the nearest ones."""
         t = self._prompts(t)
-        selection, rows, every = self._select(t, memory, self._weigh()), x[:0], t
+        weigh = None if self.prompt_kernel is None else PromptWeights(self.prompt_kernel)
+        selection, rows, every = self._select(t, memory, weigh), x[:0], t
         if selection is not None and len(selection):
             pick = nearest_rows(x, selection, self.max_rows)
             rows = selection.rows(x, pick)
@@ -76,9 +68,9 @@ class Vendi(Objective):
         """The kernel, an open Gaussian's bandwidth set to the median distance of pairs of similar prompts."""
         if not self.kernel.open or not isinstance(self.kernel, GaussianKernel):
             return self.kernel.fit(z.detach())
-        d = pairwise_distances(z)
-        w = (off_diagonal(len(z), z) * weight).triu()[tuple(torch.triu_indices(len(z), len(z), 1))]
-        return GaussianKernel(weighted_median(d, w * (d > 1e-3 * d.max())) or 1.0) if len(d) else GaussianKernel(1.0)
+        d = squared_distances(z).sqrt()
+        w = off_diagonal(len(z), z) * weight * (d > 1e-3 * d.max())  # rounding keeps duplicates from distance 0
+        return GaussianKernel(weighted_median(d, w) or 1.0)
 
     def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         z, kernel, weight = self._gram(as_float(x), t, memory)
