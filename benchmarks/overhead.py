@@ -12,7 +12,6 @@ of Flux, one block of each kind is timed and multiplied, since 48 GB of weights 
 import gc
 import json
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from diffusers import (
     FluxTransformer2DModel,
     UNet2DConditionModel,
 )
+from pages import fill
 
 from kspec_guidance import SPARKE, MemoryBank, load_demo_pipeline
 from kspec_guidance.spaces import Activations, Embedder, Pixels, Pooled
@@ -287,12 +287,7 @@ def page(record: dict) -> None:
         "|---|---|---|---|---|---|\n" + "\n".join(steps)
     )
     path = Path(__file__).parents[1] / "docs" / "pipelines.md"
-    text = path.read_text()
-    for name, table in (("spaces", spaces_table), ("overhead", step_table)):
-        text = re.sub(
-            rf"<!-- {name} -->.*<!-- /{name} -->", f"<!-- {name} -->\n{table}\n<!-- /{name} -->", text, flags=re.DOTALL
-        )
-    path.write_text(text)
+    fill(path, {"spaces": spaces_table, "overhead": step_table})
 
 
 def main() -> None:

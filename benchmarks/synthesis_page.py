@@ -4,19 +4,15 @@ python benchmarks/synthesis_page.py
 """
 
 import json
-import re
 from pathlib import Path
+
+from pages import fill, table
 
 ROOT = Path(__file__).parents[1]
 NAMES = {
     "modes": ("modes found", 2), "vendi": ("Vendi", 2), "conditional_rke": ("conditional RKE", 2), "scendi": ("Scendi", 2),
     "coverage": ("coverage of the art", 3), "agreement": ("agreement", 3), "distance": ("distance to art", 3),
 }  # fmt: skip
-
-
-def table(head, rows, indent=""):
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n".join(indent + line for line in lines)
 
 
 def bounds(found, name):
@@ -130,15 +126,6 @@ def dataset(found):
     columns = ("modes", "vendi", "coverage", "agreement")
     rows = [[k, *(bounds(v, n) for n in columns)] for k, v in sets(found["memory"]).items()]
     return table(["", *(NAMES[n][0] for n in columns)], rows)
-
-
-def fill(path, parts):
-    text = path.read_text()
-    for name, part in parts.items():
-        marked = rf"(?s)( *)<!-- {name} -->.*?<!-- /{name} -->"
-        assert re.search(marked, text), f"{path} has no place for {name}"
-        text = re.sub(marked, lambda m, p=part, n=name: f"{m[1]}<!-- {n} -->\n{p}\n{m[1]}<!-- /{n} -->", text)
-    path.write_text(text)
 
 
 def main():

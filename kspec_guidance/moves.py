@@ -37,8 +37,8 @@ def norms(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
 
 
-def _without(x: Tensor, direction: Tensor) -> Tensor:
-    """``x`` less its component along ``direction``, sample by sample."""
+def without(x: Tensor, direction: Tensor) -> Tensor:
+    """``x`` ``[n, ...]`` less its component along ``direction``, sample by sample."""
     u = direction / norms(direction).clamp_min(torch.finfo(x.dtype).tiny)
     dot = (x * u).flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
     return x - dot * u
@@ -46,7 +46,7 @@ def _without(x: Tensor, direction: Tensor) -> Tensor:
 
 def tangent(move: Tensor, state: MoveState) -> Tensor:
     """Keep the norm of the target to first order: no component along it, so images are not washed out or burnt."""
-    return _without(move, state.target)
+    return without(move, state.target)
 
 
 def off_score(move: Tensor, state: MoveState) -> Tensor:
@@ -54,7 +54,7 @@ def off_score(move: Tensor, state: MoveState) -> Tensor:
 
     The same projection as in OSCAR (arXiv 2510.09060) and in the marginal-preserving drift of EDDY (arXiv 2605.06553).
     """
-    return _without(move, state.score)
+    return without(move, state.score)
 
 
 def rescale(move: Tensor, state: MoveState) -> Tensor:

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kspec_guidance.moves import without
 from kspec_guidance.spaces import Activations, Scene
 
 from .beds import BEDS
-from .beds.base import Bed
+from .beds.base import Bed, Case
 from .fronts import matched, weights
-from .harness import aim, measure
+from .harness import measure, search
 from .methods import METHODS
 from .methods.base import Log, Method, Moment, Real, Whole, norms
 from .methods.eddy import dot
-from .methods.oscar import without
 from .methods.selection import GroupInference
 
 ROOT = Path(__file__).parents[2]
@@ -186,6 +187,11 @@ class ChosenNoise(Variant):
     tuned = {"scale": Log(0.1, 10.0), "stop": Real(0.25, 1.0), "candidates": Whole(2, 4)}
     candidates: int = 3
 
+    def sample(self, bed: Bed, case: Case) -> Tensor:
+        chosen = GroupInference(candidates=self.candidates, look=1).choose(bed, case)
+        with self.attach(bed.pipe):
+            return bed.run(case, bed.images, chosen)
+
 
 MEDIAN = {"bandwidth": 1.0}
 GROUPS: dict[str, dict[str, Any]] = {
@@ -232,39 +238,12 @@ GROUPS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def sample(bed: Bed, method: Method, case: Any) -> Tensor:
-    if isinstance(method, ChosenNoise):
-        look = GroupInference(candidates=method.candidates, look=1)
-        m = bed.images * method.candidates
-        start = torch.stack([torch.randn(bed.shape(), generator=g) for g in bed.noise(case, m)])
-        chosen = look.choose(bed.pipe, start, lambda x: bed.run(case, m, x), bed.images)
-        method.generator.manual_seed(case.seed)
-        with method.attach(bed.pipe):
-            return bed.run(case, bed.images, chosen)
-    return Bed.sample(bed, method, case)
-
-
 def gain(bed: Bed, cls: type[Method], options: dict[str, Any], trials: int, seeds: int, tune_seeds: int) -> dict[str, Any]:
     """Tune on one half; gain at matched fidelity, with its interval, on the other."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    bed.sample = lambda method, case: sample(bed, method, case)  # type: ignore[method-assign]
     cases = bed.cases("tune", tune_seeds)
+    first = {"scale": 0.6, "stop": 0.6, "candidates": 3}
     base = measure(bed, METHODS["plain"], cases)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=6))
-    study.enqueue_trial({k: v for k, v in {"scale": 0.6, "stop": 0.6, "candidates": 3}.items() if k in cls.tuned})
-
-    def objective(trial: Any) -> float:
-        chosen = {
-            k: trial.suggest_int(k, r.low, r.high)
-            if isinstance(r, Whole)
-            else trial.suggest_float(k, r.low, r.high, log=r.log)
-            for k, r in cls.tuned.items()
-        }
-        return aim(bed, measure(bed, lambda: cls(**options, **chosen), cases), base)
-
-    study.optimize(objective, n_trials=trials)
+    study = search(bed, partial(cls, **options), cls.tuned, first, cases, base, trials, 0)
     best = study.best_params
     report = bed.cases("report", seeds)
     plain = measure(bed, METHODS["plain"], report)
@@ -301,7 +280,7 @@ def main() -> None:
                 into = done["groups"].setdefault(group, {}).setdefault(label, {})
                 more = dict(options)
                 cls = more.pop("class", Variant)
-                if bed.name in into or (more.get("space") == "activations" and not bed.has_features):
+                if bed.name in into or (more.get("space") == "activations" and "features" not in bed.has):
                     continue
                 into[bed.name] = r = gain(bed, cls, more, args.trials, args.seeds, args.tune_seeds)
                 tuned = {k: round(v, 2) for k, v in r["tuned"].items()}

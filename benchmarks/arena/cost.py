@@ -73,7 +73,7 @@ def own_seconds(name: str, shape: tuple[int, ...]) -> float | None:
     else:
         method = METHODS[name]()
         method.begin()
-        moment = Moment(x0, x, alpha, sigma, 1, 10, None, None, None, None, None)  # type: ignore[arg-type]
+        moment = Moment(x0, x, alpha, sigma, 1, 10, None, None, None, None)  # type: ignore[arg-type]
         moment.denoise = lambda y: y  # type: ignore[method-assign]  # its time is counted apart
         if name in ("feature self-guidance", "group inference"):
             return 0.0  # all of it is in the denoiser

@@ -103,6 +103,36 @@ def points(data: dict[str, Any], method: str) -> list[dict[str, Any]]:
     return found
 
 
+def pooled(data: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Scores of all cases together, of each method where its gain in modes at matched fidelity is reached.
+
+    Between two points of the front they are interpolated as the gain is.
+    """
+    said, plain = data["settings"], data["methods"]["plain"]
+    if "pooled" not in plain:
+        return {}
+    base = plain[f"report {said['seeds']}"]
+    m0, v0 = (np.mean(base[said[k]]) for k in ("diversity", "fidelity"))
+    found = {"plain": plain["pooled"]}
+    for method, has in data["methods"].items():
+        if "front" not in has:
+            continue
+        front = points(data, method)
+        modes, valid = (np.array([np.mean(p["cases"][said[k]]) for p in front]) for k in ("diversity", "fidelity"))
+        kept = np.concatenate([[0.0], valid - v0])
+        gain = np.concatenate([[0.0], modes / m0 - 1])
+        every = [plain["pooled"], *(p["pooled"] for p in front)]
+        best = matched(gain[None, 1:], kept[None, 1:])[0]
+        choices = [(abs(gain[k] - best), every[k]) for k in range(len(every)) if kept[k] >= -FIDELITY_LOSS]
+        for a in range(len(every) - 1):
+            if (kept[a] >= -FIDELITY_LOSS) != (kept[a + 1] >= -FIDELITY_LOSS):
+                part = (kept[a] + FIDELITY_LOSS) / (kept[a] - kept[a + 1])
+                at = {n: every[a][n] + part * (every[a + 1][n] - every[a][n]) for n in every[a]}
+                choices.append((abs(gain[a] + part * (gain[a + 1] - gain[a]) - best), at))
+        found[method] = min(choices, key=lambda c: c[0])[1]
+    return found
+
+
 def summaries(data: dict[str, Any], reference: str, diversity: str | None = None) -> list[Summary]:
     """All methods of a bed, compared with one of them; by another figure of the judge than the bed's own if given."""
     said = data["settings"] | ({} if diversity is None else {"diversity": diversity})

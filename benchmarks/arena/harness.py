@@ -31,15 +31,24 @@ def settings(method: Method) -> dict[str, Any]:
 
 def measure(bed: Bed, make: Callable[[], Method], cases: Sequence[Case]) -> dict[str, list[float]]:
     """Every figure of the judge for every case, and the seconds that sampling took."""
+    return measure_all(bed, make, cases)[0]
+
+
+def measure_all(
+    bed: Bed, make: Callable[[], Method], cases: Sequence[Case]
+) -> tuple[dict[str, list[float]], Callable[[], dict[str, float]]]:
+    """The same, and what computes the scores of all cases together."""
     found: dict[str, list[float]] = {}
+    rows = []
     for case in cases:
         began = time.perf_counter()
         samples = bed.sample(make(), case)
         seconds = time.perf_counter() - began
         samples = torch.nan_to_num(samples, 0.0, 1e3, -1e3)  # a run that blew up is judged as what it is: worthless
-        for k, v in {**bed.judge(samples, case), "seconds": seconds}.items():
+        rows.append(bed.rows(samples))
+        for k, v in {**bed.figures(rows[-1], case), "seconds": seconds}.items():
             found.setdefault(k, []).append(v)
-    return found
+    return found, lambda: bed.pooled(rows, list(cases))
 
 
 def mean(values: Sequence[float]) -> float:
@@ -67,7 +76,9 @@ class Record:
 def plain(bed: Bed, record: Record, half: str, seeds: int) -> dict[str, list[float]]:
     mine = record.of("plain")
     if f"{half} {seeds}" not in mine:
-        mine[f"{half} {seeds}"] = measure(bed, METHODS["plain"], bed.cases(half, seeds))
+        mine[f"{half} {seeds}"], pooled = measure_all(bed, METHODS["plain"], bed.cases(half, seeds))
+        if half == "report":
+            mine["pooled"] = pooled()
         record.save()
     return mine[f"{half} {seeds}"]
 
@@ -78,32 +89,46 @@ def aim(bed: Bed, found: dict[str, list[float]], base: dict[str, list[float]]) -
     return mean(found[bed.diversity]) / mean(base[bed.diversity]) - PENALTY * max(0.0, lost)
 
 
-def tune(bed: Bed, name: str, record: Record, trials: int, seeds: int) -> dict[str, Any]:
-    """The best setting of ``trials`` by optuna's TPE sampler, on the tuning half; its default is the first trial."""
+def search(
+    bed: Bed,
+    make: Callable[..., Method],
+    ranges: dict[str, Real | Whole],
+    first: dict[str, Any],
+    cases: Sequence[Case],
+    base: dict[str, list[float]],
+    trials: int,
+    seed: int,
+) -> Any:
+    """An optuna study of ``make(**chosen)`` on the cases, begun at ``first``."""
     import optuna
 
-    cls, mine = METHODS[name], record.of(name)
-    if "tuned" in mine or not cls.tuned:
-        return mine.get("tuned", {})
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    cases, base = bed.cases("tune", seeds), plain(bed, record, "tune", seeds)
-    seed = int(hashlib.sha256(f"{bed.name} {name}".encode()).hexdigest()[:8], 16)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=6))
-    first = {k: v for k, v in settings(cls()).items() if k in cls.tuned} | cls.first(bed.steps)
-    study.enqueue_trial(first)
+    study.enqueue_trial({k: v for k, v in first.items() if k in ranges})
 
     def objective(trial: Any) -> float:
-        chosen = {}
-        for k, r in cls.tuned.items():
-            if isinstance(r, Whole):
-                chosen[k] = trial.suggest_int(k, r.low, r.high)
-            else:
-                chosen[k] = trial.suggest_float(k, r.low, r.high, log=r.log)
-        found = measure(bed, lambda: cls(**chosen), cases)
+        chosen = {
+            k: trial.suggest_int(k, r.low, r.high)
+            if isinstance(r, Whole)
+            else trial.suggest_float(k, r.low, r.high, log=r.log)
+            for k, r in ranges.items()
+        }
+        found = measure(bed, lambda: make(**chosen), cases)
         trial.set_user_attr("figures", {k: mean(found[k]) for k in (bed.diversity, bed.fidelity)})
         return aim(bed, found, base)
 
     study.optimize(objective, n_trials=trials)
+    return study
+
+
+def tune(bed: Bed, name: str, record: Record, trials: int, seeds: int) -> dict[str, Any]:
+    """The best setting of ``trials`` by optuna's TPE sampler, on the tuning half; its default is the first trial."""
+    cls, mine = METHODS[name], record.of(name)
+    if "tuned" in mine or not cls.tuned:
+        return mine.get("tuned", {})
+    cases, base = bed.cases("tune", seeds), plain(bed, record, "tune", seeds)
+    seed = int(hashlib.sha256(f"{bed.name} {name}".encode()).hexdigest()[:8], 16)
+    study = search(bed, cls, cls.tuned, settings(cls()) | cls.first(bed.steps), cases, base, trials, seed)
     mine["tuned"] = dict(study.best_params)
     mine["trials"] = [{**t.params, "aim": t.value, **t.user_attrs.get("figures", {})} for t in study.trials]
     record.save()
@@ -138,5 +163,6 @@ def front(bed: Bed, name: str, record: Record, number: int, seeds: int) -> None:
         if any(abs(p["strength"] - v) <= 1e-3 * max(1e-3, abs(v)) for p in done):  # records are rounded
             continue
         chosen = {**tuned, cls.strength: v}
-        done.append({"strength": v, "cases": measure(bed, lambda c=chosen: cls(**c), bed.cases("report", seeds))})
+        found, pooled = measure_all(bed, lambda c=chosen: cls(**c), bed.cases("report", seeds))
+        done.append({"strength": v, "cases": found, "pooled": pooled()})
         record.save()

@@ -19,8 +19,7 @@ from kspec_guidance import SPARKE, CentroidMemory, KernelGuidance
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
 
-from .beds import BEDS
-from .beds.analytic import COUNTS
+from .beds.analytic import COUNTS, Analytic
 from .beds.base import Case
 from .harness import mean
 
@@ -47,7 +46,7 @@ SCALES = {"SPARKE, published": (0.05, 0.15)}
 
 
 def long_run(make: Callable[[float], KernelGuidance] | None, scale: float, batch: int, prompt: str, seed: int) -> dict:
-    bed = BEDS["mixture-32"]()
+    bed = Analytic(32, skewed=True)
     guide = None if make is None else make(scale)
     found = []
     for k in range(min(RUNS, TOTAL // batch)):
@@ -59,9 +58,8 @@ def long_run(make: Callable[[float], KernelGuidance] | None, scale: float, batch
                 found.append(bed.run(case, batch))
     x = torch.nan_to_num(torch.cat(found), 0.0, 1e3, -1e3)
     shares = bed.shares(prompt)
-    d2 = (x.flatten(1)[:, None] - bed.model.centres[None]).square().sum(-1)
-    which = d2.argmin(1)
-    inside = (d2.amin(1).sqrt() < 1.5 * bed.model.std * bed.model.dim**0.5) & (shares[which] >= COUNTS)
+    which, inside = bed.places(bed.rows(x))
+    inside = inside & (shares[which] >= COUNTS)
     counts = torch.bincount(which[inside], minlength=len(shares)).double()
     p = counts[counts > 0] / counts.sum().clamp_min(1)
     modes = int((shares >= COUNTS).sum())
@@ -77,7 +75,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena" / "longruns.json")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    names, results = BEDS["mixture-32"]().prompts("report")[: args.prompts], {}
+    names, results = Analytic(32, skewed=True).prompts("report")[: args.prompts], {}
     for batch in (16, 4, 1):
         for label, make in GUIDES.items():
             by: dict[str, Any] = {}

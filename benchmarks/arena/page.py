@@ -5,13 +5,13 @@ python -m benchmarks.arena.page
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from ..pages import fill, table
 from .beds import BEDS
-from .fronts import DEPTH, Summary, points, summaries
-from .harness import FIDELITY_LOSS, mean
+from .fronts import DEPTH, Summary, points, pooled, summaries
+from .harness import FIDELITY_LOSS, mean, slug
 from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -19,15 +19,8 @@ OURS = "SPARKE, ours, order 0.5"
 OWN = {"SPARKE, ours": "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59"}  # colours
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def records(folder: Path) -> list[dict[str, Any]]:
     """Finished beds, in the arena's order."""
-    from .harness import slug
-
     order = [slug(make().name) for make in BEDS.values()]
     found = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json") if p.stem in order}
     return [found[k] for k in order if k in found]
@@ -73,6 +66,21 @@ def vendi(data: list[dict[str, Any]]) -> str:
     return by_method(data, lambda s: percent(s.gain, s.gain_low, s.gain_high), lambda s: s.gain, "vendi")
 
 
+def scores(data: list[dict[str, Any]]) -> str:
+    """Conditional RKE, Scendi, precision, recall, coverage and Frechet distance, bed by bed."""
+    columns = {"conditional_rke": ("cond. RKE", 2), "scendi": ("Scendi", 2), "precision": ("precision", 2),
+               "recall": ("recall", 2), "coverage": ("coverage", 2), "frechet_distance": ("Frechet", 2)}  # fmt: skip
+    parts = []
+    for d in data:
+        found = pooled(d)
+        if not found:
+            continue
+        order = sorted(found, key=lambda m: (m != "plain", -found[m]["conditional_rke"]))
+        rows = [[m, *(f"{found[m][k]:.{n}f}" for k, (_, n) in columns.items())] for m in order]
+        parts.append(table([d["bed"], *(head for head, _ in columns.values())], rows))
+    return "\n\n".join(parts) or "(not measured)"
+
+
 def volumes(data: list[dict[str, Any]]) -> str:
     return by_method(data, lambda s: f"{s.volume:.2f} [{s.volume_low:.2f}, {s.volume_high:.2f}]", lambda s: s.volume)
 
@@ -107,12 +115,12 @@ def tuned(data: list[dict[str, Any]]) -> str:
         row = [m]
         for d in data:
             found = d["methods"].get(m, {}).get("tuned")
-            row.append("-" if not found else ", ".join(f"{k.rstrip('_')} {v:.3g}" for k, v in found.items()))
+            row.append("-" if not found else ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
         rows.append(row)
     return table(["method", *(d["bed"] for d in data)], rows)
 
 
-def cost(data: list[dict[str, Any]], folder: Path) -> str:
+def cost(folder: Path) -> str:
     path = folder / "cost.json"
     if not path.exists():
         return "(not measured)"
@@ -263,24 +271,12 @@ def overview(data: list[dict[str, Any]], path: Path) -> None:
     fig.savefig(path, dpi=120)
 
 
-def fill(path: Path, parts: dict[str, str]) -> None:
-    """Put each part between its marks; a page that does not exist yet is made of marks alone."""
-    marks = "\n\n".join(f"<!-- {n} -->\n<!-- /{n} -->" for n in parts)
-    text = path.read_text() if path.exists() else f"# Arena\n\n{marks}\n"
-    for name, part in parts.items():
-        marked = rf"(?s)<!-- {name} -->.*?<!-- /{name} -->"
-        if re.search(marked, text):
-            text = re.sub(marked, lambda m, p=part, n=name: f"<!-- {n} -->\n{p}\n<!-- /{n} -->", text)
-    path.write_text(text)
-
-
 def write(folder: Path, page: Path, picture: Path | None) -> None:
     data = records(folder)
     parts = {
         "beds": beds(data), "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
-        "tuned": tuned(data), "cost": cost(data, folder), "matching": matching(folder), "longruns": longruns(folder),
-        "smallsets": smallsets(folder),
-        "ablations": ablations(folder), "judges": judges(),
+        "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
+        "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
     }  # fmt: skip
     fill(page, parts)
     if picture is not None:

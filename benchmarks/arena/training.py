@@ -1,6 +1,6 @@
 """Train what the beds need: the digits' flow model and judge, and the emoji judge.
 
-    python -m benchmarks.arena.training digits judge      # ten minutes each on 2 cores
+    python -m benchmarks.arena.training digit-judge digits judge truth   # ten minutes each, the middle two
 
 Weights go to ``benchmarks/arena/weights`` as float16 safetensors, with what was measured on held-out data beside them.
 """
@@ -214,13 +214,34 @@ def train_judge(data: Path, steps: int = 4000, batch: int = 64) -> None:
     (WEIGHTS / "emoji_modes.json").write_text(json.dumps(table, separators=(",", ":")) + "\n")
 
 
+def save_truth(data: Path) -> None:
+    """Features of real digits, 200 of each class, and of the art that the emoji bed's prompts may mean."""
+    from .beds.emoji import REPORT, TUNE, Emoji
+
+    images, labels = digits(data)
+    judge = weights("digit_judge")
+    model = DigitJudge()
+    model.load_state_dict({k: v for k, v in judge.items() if k not in ("centres", "shares", "radii")})
+    model.eval()
+    with torch.no_grad():
+        rows = torch.stack([model.features(images[labels == k][:200]) for k in range(10)])
+    save("digit_truth", {"rows": rows}, {"each": 200})
+    bed, (images, _) = Emoji(), emoji(data)
+    meant = torch.stack([bed.answers(p) for p in TUNE + REPORT]).any(0).nonzero().squeeze(1)
+    with torch.no_grad():
+        rows = torch.cat([bed.judge_.features(images[part]) for part in meant.split(200)])
+    save("emoji_truth", {"rows": rows, "modes": meant}, {"pictures": len(meant)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["digits", "digit-judge", "judge"])
+    parser.add_argument("parts", nargs="+", choices=["digits", "digit-judge", "judge", "truth"])
     parser.add_argument("--data", type=Path, default=ROOT / ".cache_data")
     args = parser.parse_args()
     for part in args.parts:
-        {"digits": train_digits, "digit-judge": train_digit_judge, "judge": train_judge}[part](args.data)
+        {"digits": train_digits, "digit-judge": train_digit_judge, "judge": train_judge, "truth": save_truth}[part](
+            args.data
+        )
 
 
 def weights(name: str) -> dict[str, Tensor]:

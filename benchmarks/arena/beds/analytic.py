@@ -57,7 +57,7 @@ class ExactDenoiser(nn.Module):
 class Analytic(Bed):
     """One mixture. ``modes`` counts the prompt's modes found, ``valid`` is the share of samples inside one."""
 
-    has_features = False
+    has = frozenset({"guidance", "prompts"})
     images, steps, guidance_scale = 16, 30, 3.0
 
     def __init__(self, dim: int = 32, skewed: bool = True):
@@ -77,23 +77,41 @@ class Analytic(Bed):
     def shares(self, prompt: str) -> Tensor:
         return self.model.log_shares(self.pipe.conditions.rows([prompt])[:, 0])[0].exp().detach()
 
-    def judge(self, samples: Tensor, case: Case) -> dict[str, float]:
-        x, shares = samples.flatten(1), self.shares(case.prompt)
-        d2 = (x[:, None] - self.model.centres[None]).square().sum(-1) / self.model.std**2
+    def draw(self, shares: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """Exact samples ``[n, 1, 1, d]`` of a mixture with these shares."""
+        k = torch.multinomial(shares, n, replacement=True, generator=generator)
+        return (self.model.centres[k] + self.model.std * torch.randn(n, self.model.dim, generator=generator)).view(
+            n, 1, 1, -1
+        )
+
+    def truth(self, prompt: str) -> Tensor:
+        return self.draw(self.shares(prompt), 400, torch.Generator().manual_seed(7)).flatten(1)
+
+    def rows(self, samples: Tensor) -> Tensor:
+        return samples.flatten(1)
+
+    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest mode of each row, and whether it is inside: within the radius that holds all but a thousandth.
+
+        The quantile of chi-square is Wilson and Hilferty's (1931).
+        """
+        d2 = (rows[:, None] - self.model.centres[None]).square().sum(-1) / self.model.std**2
         nearest, which = d2.min(1)
         dim = self.model.dim
-        # inside: within the radius that holds all but a thousandth of a Gaussian (Wilson and Hilferty 1931)
-        limit = dim * (1 - 2 / (9 * dim) + 3.09 * math.sqrt(2 / (9 * dim))) ** 3
-        inside = (nearest < limit) & (shares[which] >= COUNTS)
-        log_p = (shares.clamp_min(1e-30).log() - d2 / 2).logsumexp(1) - dim * math.log(
-            self.model.std * math.sqrt(2 * math.pi)
-        )
-        drawn = torch.bincount(which[inside], minlength=MODES) / len(x)
+        return which, nearest < dim * (1 - 2 / (9 * dim) + 3.09 * math.sqrt(2 / (9 * dim))) ** 3
+
+    def figures(self, rows: Tensor, case: Case) -> dict[str, float]:
+        shares, dim, std = self.shares(case.prompt), self.model.dim, self.model.std
+        which, inside = self.places(rows)
+        inside = inside & (shares[which] >= COUNTS)
+        d2 = (rows[:, None] - self.model.centres[None]).square().sum(-1) / std**2
+        log_p = (shares.clamp_min(1e-30).log() - d2 / 2).logsumexp(1) - dim * math.log(std * math.sqrt(2 * math.pi))
+        drawn = torch.bincount(which[inside], minlength=MODES) / len(rows)
         return {
             "modes": float(len(set(which[inside].tolist()))),
             "of": float((shares >= COUNTS).sum()),
             "valid": float(inside.float().mean()),
             "log_likelihood": float(log_p.clamp_min(-1e4).mean()) / dim,
             "total_variation": float((drawn - shares).abs().sum() / 2),
-            **common_scores(x),
+            **common_scores(rows),
         }

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
-from kspec_guidance.kernels import GaussianKernel
+from kspec_guidance.kernels import CosineKernel, GaussianKernel
 
 from ..methods import Method
-from ..methods.selection import GroupInference
 
 __all__ = ["Bed", "Case", "common_scores"]
 
@@ -43,8 +42,7 @@ class Bed:
     images: int = 8
     steps: int = 20
     guidance_scale: float = 1.0
-    has_features: ClassVar[bool] = True
-    has_guidance: ClassVar[bool] = True
+    has: ClassVar[frozenset[str]] = frozenset({"features", "guidance", "prompts"})
     pipe: Any
 
     def prompts(self, half: str) -> list[str]:
@@ -57,7 +55,7 @@ class Bed:
 
     def fits(self, method: type[Method]) -> bool:
         """Whether the bed has what a method needs."""
-        return (self.has_features or not method.needs_features) and (self.has_guidance or not method.needs_guidance)
+        return method.needs <= self.has
 
     def noise(self, case: Case, n: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(case.seed * 1000 + k) for k in range(n)]
@@ -72,18 +70,13 @@ class Bed:
     def shape(self) -> tuple[int, ...]:
         return self.pipe.shape
 
+    def start(self, case: Case, n: int) -> Tensor:
+        """Start noises ``[n, ...]``, as :meth:`run` makes them."""
+        return torch.stack([torch.randn(self.shape(), generator=g) for g in self.noise(case, n)])
+
     def sample(self, method: Method, case: Case) -> Tensor:
-        """``images`` samples by a method; one that chooses among start noises gets as many as it asks for."""
         method.generator.manual_seed(case.seed)
-        if hasattr(method, "radius_unit"):
-            method.radius_unit = self.radius_unit()
-        if isinstance(method, GroupInference):
-            m = self.images * method.candidates
-            start = torch.stack([torch.randn(self.shape(), generator=g) for g in self.noise(case, m)])
-            chosen = method.choose(self.pipe, start, lambda x: self.run(case, m, x), self.images)
-            return self.run(case, self.images, chosen)
-        with method.attach(self.pipe):
-            return self.run(case, self.images)
+        return method.sample(self, case)
 
     _unit: float | None = None
 
@@ -98,5 +91,38 @@ class Bed:
             self._unit = sum(found) / len(found)
         return self._unit
 
-    def judge(self, samples: Tensor, case: Case) -> dict[str, float]:
+    def rows(self, samples: Tensor) -> Tensor:
+        """Feature rows ``[n, d]`` of finished samples: what the judge sees."""
         raise NotImplementedError
+
+    def figures(self, rows: Tensor, case: Case) -> dict[str, float]:
+        """The judge's figures of one case's feature rows."""
+        raise NotImplementedError
+
+    def truth(self, prompt: str) -> Tensor:
+        """Feature rows ``[m, d]`` of true samples of a prompt."""
+        raise NotImplementedError
+
+    def judge(self, samples: Tensor, case: Case) -> dict[str, float]:
+        """All figures of one case's samples."""
+        return self.figures(self.rows(samples), case)
+
+    def pooled(self, rows: list[Tensor], cases: list[Case]) -> dict[str, float]:
+        """Scores that need many samples, of the rows of all cases together.
+
+        Conditional RKE and Scendi of unit-norm rows and one-hot prompts; precision, recall, coverage and Frechet distance
+        to true samples, prompt by prompt, averaged.
+        """
+        prompts = list(dict.fromkeys(c.prompt for c in cases))
+        which = torch.tensor([prompts.index(c.prompt) for c, r in zip(cases, rows, strict=True) for _ in r])
+        x = torch.cat(rows).double()
+        unit, t = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.one_hot(which).double()
+        near = [F.fidelity(x[which == k], self.truth(p).double()) for k, p in enumerate(prompts)]
+        said = {
+            n: sum(getattr(f, n) for f in near) / len(near) for n in ("precision", "recall", "coverage", "frechet_distance")
+        }
+        return {
+            "conditional_rke": float(F.conditional_rke_score(unit, t, GaussianKernel(1.0), CosineKernel())),
+            "scendi": float(F.scendi_score(unit, t)),
+            **said,
+        }

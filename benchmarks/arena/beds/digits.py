@@ -25,6 +25,7 @@ class Digits(Bed):
         if steps != 8:
             self.name = f"digits, {steps} steps"
         made, judge = weights("digits"), weights("digit_judge")
+        self.real = weights("digit_truth")["rows"]  # features of 200 real digits of each class
         conditions = Conditions([f"digit {k}" for k in range(10)], made.pop("conditions"))
         unet = digit_unet()
         unet.load_state_dict(made)
@@ -43,33 +44,39 @@ class Digits(Bed):
         return nnf.pixel_shuffle(samples, 2).clamp(-1, 1)
 
     @torch.no_grad()
-    def judge(self, samples: Tensor, case: Case) -> dict[str, float]:
-        f = self.judge_.features(self.pictures(samples))
-        p = self.judge_.head(f).softmax(1)
+    def rows(self, samples: Tensor) -> Tensor:
+        return self.judge_.features(self.pictures(samples))
+
+    def truth(self, prompt: str) -> Tensor:
+        return self.real[int(prompt.split()[-1])] if prompt else self.real.flatten(0, 1)[::5]
+
+    @torch.no_grad()
+    def figures(self, rows: Tensor, case: Case) -> dict[str, float]:
+        p = self.judge_.head(rows).softmax(1)
         if case.prompt:
             k = int(case.prompt.split()[-1])
             right = p[:, k]
         else:
             right = p.amax(1)
         kinds = p.argmax(1)
-        d = (f[:, None] - self.centres[kinds]).norm(dim=-1)
+        d = (rows[:, None] - self.centres[kinds]).norm(dim=-1)
         near, style = d.min(1)
         good = near <= self.radii[kinds]
         if case.prompt:
             good &= kinds == k
             shown = {(k, int(s)) for s in style[good]}
-            occupied = torch.bincount(style[good], minlength=self.shares.shape[1]) / len(f)
+            occupied = torch.bincount(style[good], minlength=self.shares.shape[1]) / len(rows)
             variation = float((occupied - self.shares[k]).abs().sum() / 2)
         else:
             shown = {int(c) for c in kinds[good]}
-            variation = float((torch.bincount(kinds[good], minlength=10) / len(f) - 0.1).abs().sum() / 2)
+            variation = float((torch.bincount(kinds[good], minlength=10) / len(rows) - 0.1).abs().sum() / 2)
         return {
             "modes": float(len(shown)),
             "of": float(self.shares.shape[1] if case.prompt else 10),
             "valid": float((right * good).mean()),
             "agreement": float(right.mean()),
             "total_variation": variation,
-            **common_scores(f),
+            **common_scores(rows),
         }
 
 
@@ -78,7 +85,7 @@ class AnyDigit(Digits):
 
     name = "digits, no prompt"
     guidance_scale = 1.0
-    has_guidance = False
+    has = frozenset({"features"})
 
     def __init__(self):
         super().__init__()
@@ -86,9 +93,6 @@ class AnyDigit(Digits):
 
     def prompts(self, half: str) -> list[str]:
         return [ANY]
-
-    def fits(self, method):
-        return super().fits(method) and method.name not in ("CADS", "seed variance")
 
     def cases(self, half: str, seeds: int) -> list[Case]:
         base = 0 if half == "tune" else 10_000

@@ -73,10 +73,16 @@ class Emoji(Bed):
         ])  # fmt: skip
 
     @torch.no_grad()
-    def judge(self, samples: Tensor, case: Case) -> dict[str, float]:
-        pictures = self.pictures(samples)
-        f = self.judge_.features(pictures)
-        p = {k: head(f).softmax(1) for k, head in self.judge_.heads.items()}
+    def rows(self, samples: Tensor) -> Tensor:
+        return self.judge_.features(self.pictures(samples))
+
+    def truth(self, prompt: str) -> Tensor:
+        kept = weights("emoji_truth")
+        return kept["rows"][self.answers(prompt)[kept["modes"].long()]]
+
+    @torch.no_grad()
+    def figures(self, rows: Tensor, case: Case) -> dict[str, float]:
+        p = {k: head(rows).softmax(1) for k, head in self.judge_.heads.items()}
         code, tone, style = self.places.T
         joint = p["code"][:, code] * p["tone"][:, tone] * p["style"][:, style]  # [n, training pictures]
         meant = self.answers(case.prompt)
@@ -87,5 +93,5 @@ class Emoji(Bed):
             "of": float(meant.sum()),
             "valid": float(best.mean()),
             "agreement": float(agrees.float().mean()),
-            **common_scores(f),
+            **common_scores(rows),
         }

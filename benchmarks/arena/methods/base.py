@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kspec_guidance import moves
 from kspec_guidance.injection import SchedulerHook
-from kspec_guidance.prediction import Prediction, predict
+from kspec_guidance.prediction import predict
 from kspec_guidance.watching import denoiser_of
 
-__all__ = ["Log", "Method", "Moment", "Real", "Whole", "norms", "repulsion"]
+__all__ = ["Log", "Method", "Moment", "Real", "Whole", "norms", "rbf", "repulsion"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class Moment:
     sigma: float
     step: int
     total: int
-    prediction: Prediction
     call: tuple[Any, dict[str, Any]] | None
     pipe: Any
     scheduler: Any
@@ -93,19 +93,23 @@ class Moment:
 
 
 def norms(x: Tensor) -> Tensor:
-    """Euclidean norm of each sample, ``[n, 1, ...]``."""
-    return x.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (x.ndim - 1))
+    """Euclidean norm of each sample, ``[n, 1, ...]``, never 0."""
+    return moves.norms(x).clamp_min(1e-12)
 
 
-def repulsion(x: Tensor) -> tuple[Tensor, Tensor]:
-    """RBF kernel at ``h = median^2 / log n`` and its gradient summed: ``k [n, n]``, ``sum_j 2/h k_ij (x_i - x_j)``."""
-    rows = x.flatten(1)
+def rbf(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared distances, kernel ``exp(-d^2 / h)`` without its diagonal ``[n, n]``, and ``h = median^2 / log n``."""
     d2 = torch.cdist(rows, rows).square()
     n = len(rows)
     h = d2[~torch.eye(n, dtype=torch.bool)].median().clamp_min(1e-12) / torch.log(torch.tensor(max(n, 2.0)))
-    k = torch.exp(-d2 / h)
-    g = 2 / h * (k.sum(1, keepdim=True) * rows - k @ rows)
-    return k, g.view(x.shape)
+    return d2, torch.exp(-d2 / h).fill_diagonal_(0), h
+
+
+def repulsion(x: Tensor) -> Tensor:
+    """Minus the gradient of the summed kernel: ``sum_j 2/h k_ij (x_i - x_j)``."""
+    rows = x.flatten(1)
+    _, k, h = rbf(rows)
+    return (2 / h * (k.sum(1, keepdim=True) * rows - k @ rows)).view(x.shape)
 
 
 @dataclass
@@ -113,15 +117,14 @@ class Method:
     """Base class: does nothing. Subclasses are dataclasses of their parameters.
 
     ``tuned`` names what the optimiser may choose and within what; ``strength`` is the one of them whose sweep makes the
-    front. ``parts`` says which beds have what the method needs.
+    front; ``needs`` what a bed must have for it: ``features`` of the denoiser, classifier-free ``guidance``, ``prompts``.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     tuned: ClassVar[dict[str, Real | Whole]] = {}
     strength: ClassVar[str] = ""
-    needs_features: ClassVar[bool] = False
-    needs_guidance: ClassVar[bool] = False  # classifier-free
+    needs: ClassVar[frozenset[str]] = frozenset()
     falls: ClassVar[bool] = False  # whether a smaller strength is the stronger one
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
@@ -157,6 +160,11 @@ class Method:
 
     def noise_like(self, x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+
+    def sample(self, bed: Any, case: Any) -> Tensor:
+        """A bed's number of samples of one of its cases."""
+        with self.attach(bed.pipe):
+            return bed.run(case, bed.images)
 
     # -- the hooks -------------------------------------------------------------------------------------------------
 
@@ -206,12 +214,12 @@ class Method:
         seen = predict(scheduler, output, t, x, extra)
         alpha, sigma = float(seen.alpha), float(seen.sigma)
         total = len(scheduler.timesteps)
-        m = Moment(seen.x0, x, alpha, sigma, self._step, total, seen, self._call, pipe, scheduler, t)
+        m = Moment(seen.x0, x, alpha, sigma, self._step, total, self._call, pipe, scheduler, t)
         again = self.resample(m)
         if again is not None:
             x, output = again, m.output(again)
             seen = predict(scheduler, output, t, x, extra)
-            m = Moment(seen.x0, x, alpha, sigma, self._step, total, seen, self._call, pipe, scheduler, t)
+            m = Moment(seen.x0, x, alpha, sigma, self._step, total, self._call, pipe, scheduler, t)
         move = self.move(m)
         if move is not None:
             output = seen.moved(output, move)

@@ -7,6 +7,11 @@ from torch import Tensor
 from .base import Method, Real
 
 
+def lowered(free: Tensor, held: Tensor, weight: float, scale: float) -> Tensor:
+    """The unconditional output of which the pipeline, at ``scale``, makes guidance of ``weight``."""
+    return held + (weight - 1) / (scale - 1) * (free - held)
+
+
 @dataclass
 class LowerGuidance(Method):
     """The scale ``w'`` in place of the pipeline's ``w`` (Ho, Salimans 2022, arXiv 2207.12598)."""
@@ -15,12 +20,12 @@ class LowerGuidance(Method):
     paper = "arXiv 2207.12598"
     tuned = {"weight": Real(1.0, 4.0)}
     strength = "weight"
-    needs_guidance = True
+    needs = frozenset({"guidance"})
     falls = True
     weight: float = 2.0
 
     def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        return held + (self.weight - 1) / (scale - 1) * (free - held), held
+        return lowered(free, held, self.weight, scale), held
 
 
 @dataclass
@@ -31,7 +36,7 @@ class Interval(Method):
     paper = "arXiv 2404.07724"
     tuned = {"start": Real(0.0, 0.8), "stop": Real(0.6, 1.0)}
     strength = "start"
-    needs_guidance = True
+    needs = frozenset({"guidance"})
     start: float = 0.3
     stop: float = 1.0
 

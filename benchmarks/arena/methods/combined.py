@@ -11,13 +11,9 @@ from torch import Tensor
 from kspec_guidance.watching import denoiser_of
 
 from .base import Log, Real
+from .cfg import lowered
 from .guides import OursVivid
 from .oscar import OSCAR
-
-
-def lowered(free: Tensor, held: Tensor, weight: float, scale: float) -> Tensor:
-    """The unconditional output of which the pipeline, at ``scale``, makes guidance of ``weight``."""
-    return held + (weight - 1) / (scale - 1) * (free - held)
 
 
 @dataclass
@@ -26,7 +22,7 @@ class OursLowerGuidance(OursVivid):
 
     name = "SPARKE, ours, order 0.5, lower CFG"
     tuned = {"scale": Log(0.05, 10.0), "stop": Real(0.3, 1.0), "weight": Real(1.0, 4.0)}
-    needs_guidance = True
+    needs = frozenset({"guidance"})
     weight: float = 2.0
 
     @contextmanager
@@ -49,7 +45,7 @@ class OSCARLowerGuidance(OSCAR):
 
     name = "OSCAR, lower CFG"
     tuned = {"weight": Log(0.01, 3.0), "noise_weight": Log(0.001, 0.5), "cfg": Real(1.0, 4.0)}
-    needs_guidance = True
+    needs = frozenset({"guidance"})
     cfg: float = 2.0
 
     def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ class CADS(Method):
     paper = "arXiv 2310.17347"
     tuned = {"s": Real(0.0, 1.0), "tau1": Real(0.2, 0.9), "psi": Real(0.0, 1.0)}
     strength = "s"
+    needs = frozenset({"prompts"})
     s: float = 0.25
     tau1: float = 0.6
     tau2: float = 0.9
@@ -42,9 +43,10 @@ class SeedVariance(Method):
 
     name = "seed variance"
     paper = "seed-variance nodes"
-    tuned = {"strength_": Real(0.0, 2.0), "until": Real(0.1, 1.0)}
-    strength = "strength_"
-    strength_: float = 0.5
+    tuned = {"noise": Real(0.0, 2.0), "until": Real(0.1, 1.0)}
+    strength = "noise"
+    needs = frozenset({"prompts"})
+    noise: float = 0.5
     until: float = 0.5
 
     def begin(self) -> None:
@@ -56,4 +58,4 @@ class SeedVariance(Method):
         if self._noise is None:
             self._noise = self.noise_like(states)
         size = states.flatten(1).std(1).view(-1, 1, 1) if states[0].numel() > 1 else torch.ones(1)
-        return states + self.strength_ * size * self._noise
+        return states + self.noise * size * self._noise

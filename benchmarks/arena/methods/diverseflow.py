@@ -50,10 +50,9 @@ class DiverseFlow(Method):
         return gamma * m.sigma / m.alpha * norms(m.noise) * g / norms(g).amax().clamp_min(1e-12)
 
 
+@dataclass
 class DiverseFlowFast(DiverseFlow):
     """The same without the backward pass: the denoiser's Jacobian is taken as a multiple of the identity."""
 
     name = "DiverseFlow, no backward"
-
-    def __init__(self, **more):
-        super().__init__(**(more | {"through": False}))
+    through: bool = False

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Log, Method, Moment, Real, norms
+from .base import Log, Method, Moment, Real, norms, rbf
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -15,11 +15,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def pairs(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """RBF repulsion ``r``, its derivative along ``s`` and its divergence, each in a sample's own coordinates."""
     rows, s = x.flatten(1), s.flatten(1)
-    n, d = rows.shape
-    d2 = torch.cdist(rows, rows).square()
-    h = d2[~torch.eye(n, dtype=torch.bool)].median().clamp_min(1e-12) / torch.log(torch.tensor(max(n, 2.0)))
-    k = 2 / h * torch.exp(-d2 / h)
-    k.fill_diagonal_(0)
+    d2, k, h = rbf(rows)
+    d, k = rows.shape[1], 2 / h * k
     r = k.sum(1, keepdim=True) * rows - k @ rows
     along = (rows * s).sum(1, keepdim=True) - s @ rows.mT  # (x_i - x_j) . s_i
     w = k * along * 2 / h
@@ -65,10 +62,9 @@ class EDDY(Method):
         return self.weight * m.sigma / m.alpha * b * m.sigma**2 / d
 
 
+@dataclass
 class EDDYProjection(EDDY):
     """Its first two terms alone: the repulsion projected off the score, without further calls of the denoiser."""
 
     name = "EDDY, projection only"
-
-    def __init__(self, **more):
-        super().__init__(**(more | {"divergence": False}))
+    divergence: bool = False

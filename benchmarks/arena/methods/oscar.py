@@ -5,12 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kspec_guidance.moves import without
+
 from .base import Log, Method, Moment, norms
-
-
-def without(x: Tensor, direction: Tensor, how: float = 1.0) -> Tensor:
-    u = direction / norms(direction)
-    return x - how * (x * u).flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1)) * u
 
 
 @dataclass

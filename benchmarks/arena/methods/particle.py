@@ -29,8 +29,7 @@ class Particle(Method):
     def move(self, m: Moment) -> Tensor | None:
         if m.fraction >= self.stop or m.alpha < 1e-4:
             return None
-        _, g = repulsion(self.rows(m))
-        g = self.back(g, m)
+        g = self.back(repulsion(self.rows(m)), m)
         largest = norms(g).amax().clamp_min(1e-12)
         return self.weight * m.sigma / m.alpha * norms(m.noise) * g / largest
 

@@ -1,5 +1,6 @@
 """Group inference: more candidates, of which a varied subset is kept."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,18 +42,17 @@ class GroupInference(Method):
 
     def move(self, m: Moment) -> Tensor | None:
         self._seen = m.x0
-        if self._looking and m.step + 1 >= self.look:
+        if m.step + 1 >= self.look:
             raise Enough
         return None
 
-    def begin(self) -> None:
-        self._looking = True
+    def choose(self, bed: Any, case: Any) -> Tensor:
+        """As many start noises ``[n, ...]`` as the bed makes images, out of ``candidates`` times as many."""
+        m = bed.images * self.candidates
+        start = bed.start(case, m)
+        with suppress(Enough), self.attach(bed.pipe):
+            bed.run(case, m, start)
+        return start[varied(self._seen.flatten(1), bed.images)]
 
-    def choose(self, pipe: Any, start: Tensor, run: Any, n: int) -> Tensor:
-        """``n`` of the start noises ``[m, ...]``; ``run(latents)`` samples from them."""
-        try:
-            with self.attach(pipe):
-                run(start)
-        except Enough:
-            pass
-        return start[varied(self._seen.flatten(1), n)]
+    def sample(self, bed: Any, case: Any) -> Tensor:
+        return bed.run(case, bed.images, self.choose(bed, case))

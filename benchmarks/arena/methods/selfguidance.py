@@ -24,7 +24,7 @@ class SelfGuidance(Method):
     paper = "arXiv 2606.27371"
     tuned = {"weight": Log(0.01, 2.0), "stop": Real(0.3, 1.0)}
     strength = "weight"
-    needs_features = True
+    needs = frozenset({"features"})
     weight: float = 0.2
     stop: float = 0.6
 

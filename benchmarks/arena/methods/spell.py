@@ -1,6 +1,7 @@
 """SPELL."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ class SPELL(Method):
     strength = "r"
     r: float = 0.5
     overcompensation: float = 1.0
-    radius_unit: float = 1.0
+    radius_unit: float = field(default=1.0, repr=False)
+
+    def sample(self, bed: Any, case: Any) -> Tensor:
+        self.radius_unit = bed.radius_unit()
+        return super().sample(bed, case)
 
     def move(self, m: Moment) -> Tensor | None:
         rows = m.x0.flatten(1)
