@@ -5,6 +5,7 @@ output, the clean prediction behind the model output, or the sample after the st
 pipeline is left as it was found, whatever happens.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,15 +99,20 @@ def norms(x: Tensor) -> Tensor:
 
 
 def rbf(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared distances, kernel ``exp(-d^2 / h)`` without its diagonal ``[n, n]``, and ``h = median^2 / log n``."""
-    d2 = torch.cdist(rows, rows).square()
+    """Squared distances, kernel ``exp(-d_ij^2 / h_i)`` without its diagonal ``[n, n]``, and ``h_i [n, 1]``.
+
+    ``h_i`` is the squared median distance from i to the others over ``log(n - 1)``, as in the authors' code of particle
+    guidance.
+    """
     n = len(rows)
-    h = d2[~torch.eye(n, dtype=torch.bool)].median().clamp_min(1e-12) / torch.log(torch.tensor(max(n, 2.0)))
+    d2 = torch.cdist(rows, rows).square()
+    others = d2[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
+    h = others.median(1, keepdim=True).values.clamp_min(1e-12) / math.log(max(n - 1, 2))
     return d2, torch.exp(-d2 / h).fill_diagonal_(0), h
 
 
 def repulsion(x: Tensor) -> Tensor:
-    """Minus the gradient of the summed kernel: ``sum_j 2/h k_ij (x_i - x_j)``."""
+    """``sum_j 2/h_i k_ij (x_i - x_j)``: away from the others, as the gradient of each sample's own potential."""
     rows = x.flatten(1)
     _, k, h = rbf(rows)
     return (2 / h * (k.sum(1, keepdim=True) * rows - k @ rows)).view(x.shape)
