@@ -2,9 +2,10 @@
 
     python -m benchmarks.arena.authors --peers FOLDER
 
-FOLDER holds checkouts of particle-guidance (gcorso), ComfyUI-CADS (asagi4) and Contextualized-Vendi-Score-Guidance
-(facebookresearch). Their code is inside pipelines and nodes that need old forks, weights or a user interface, so the
-statements that make the step are taken out of their files by their syntax tree and executed as they stand, on random data.
+FOLDER holds checkouts of particle-guidance (gcorso), ComfyUI-CADS (asagi4), Contextualized-Vendi-Score-Guidance
+(facebookresearch) and sparke-diffusers (mjalali). Their code is inside pipelines and nodes that need old forks, weights or
+a user interface, so the statements that make the step are taken out of their files by their syntax tree and executed as
+they stand, on random data.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import torch
 
 from kspec_guidance import functional as F
 from kspec_guidance.kernels import CosineKernel
+from kspec_guidance.memory import MemoryBank
+from kspec_guidance.objectives import ConditionalRKE, base
 
 from .methods import CADS
 from .methods.base import repulsion
@@ -69,11 +72,36 @@ def vendi(folder: Path) -> float:
     return abs(theirs / float(F.vendi_score(x, CosineKernel())) - 1)
 
 
+def sparke(folder: Path) -> float:
+    """Largest difference of the unit direction in which conditional RKE rises, one image against a memory of 30.
+
+    Their Gaussian form forgets the square of order 2, so the cosine kernel is compared. Of the memory all rows are read here;
+    ours leaves out those that weigh less than a thousandth together.
+    """
+    base.TOLERANCE = 0.0
+    tree = ast.parse((folder / "src/diffusers/pipelines/rke_guidance_utils.py").read_text())
+    body = statements(tree, lambda n: isinstance(n, ast.FunctionDef) and n.name == "get_rank" and [n])
+    rows = torch.randn(31, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    words = torch.nn.functional.normalize(
+        torch.randn(31, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    )
+    x = rows[-1:].clone().requires_grad_()
+    theirs = run(body, {"torch": torch, "F": torch.nn.functional})["get_rank"]
+    me = type("", (), {"algorithm": "cond-rke"})()
+    rank = theirs(me, torch.eye(31), feature_m=torch.cat([rows[:-1], x]), feature_t=words)
+    (g,) = torch.autograd.grad(rank, x)
+    bank = MemoryBank()
+    bank.add(rows[:-1], words[:-1])
+    ours = ConditionalRKE(CosineKernel(), unit=False, prompt_kernel=CosineKernel()).gradient(rows[-1:], words[-1:], bank)
+    return float((g / g.norm() - ours / ours.norm()).abs().max())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, required=True)
     peers = parser.parse_args().peers
-    parts = {"particle-guidance": particle, "ComfyUI-CADS": cads, "Contextualized-Vendi-Score-Guidance": vendi}
+    parts = {"particle-guidance": particle, "ComfyUI-CADS": cads, "Contextualized-Vendi-Score-Guidance": vendi,
+             "sparke-diffusers": sparke}  # fmt: skip
     for name, compare in parts.items():
         folder = peers / name
         print(f"{name:40}" + (f"largest difference {compare(folder):.1e}" if folder.is_dir() else "not there"))

@@ -11,8 +11,8 @@ from .base import Log, Method, Moment, Real, norms, repulsion
 class Particle(Method):
     """A fixed joint potential (Corso and others 2023, arXiv 2310.13102, section 4 and equation 5).
 
-    ``log Phi = -sum_ij exp(-|x_i - x_j|^2 / h_i)``, ``h_i = median_i^2 / log(n - 1)``, on the noisy samples; its gradient is
-    added to the score, so the clean prediction moves by ``weight sigma^2 / alpha`` times it. The kernel's own gradient
+    ``log Phi = -sum_ij exp(-|x_i - x_j|^2 / h_i)``, ``h_i = median_i^2 / log(n - 1)``, on the noisy samples; its gradient
+    is added to the score, so the clean prediction moves by ``weight sigma^2 / alpha`` times it. The kernel's own gradient
     shrinks as distances grow, so it is brought to the size of the score first, which keeps one weight for all noise levels.
     """
 
