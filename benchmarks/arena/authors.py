@@ -75,8 +75,8 @@ def vendi(folder: Path) -> float:
 def sparke(folder: Path) -> float:
     """Largest difference of the unit direction in which conditional RKE rises, one image against a memory of 30.
 
-    Their Gaussian form forgets the square of order 2, so the cosine kernel is compared. Of the memory all rows are read here;
-    ours leaves out those that weigh less than a thousandth together.
+    Their Gaussian form forgets the square of order 2, so the cosine kernel is compared. Of the memory all rows are read
+    here; ours leaves out those that weigh less than a thousandth together.
     """
     base.TOLERANCE = 0.0
     tree = ast.parse((folder / "src/diffusers/pipelines/rke_guidance_utils.py").read_text())

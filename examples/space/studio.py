@@ -1,0 +1,326 @@
+"""The work behind the page: one pipeline, a memory per visitor, plain and guided batches as they form."""
+
+import os
+import queue
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kspec_guidance import (
+    SPARKE,
+    KernelGuidance,
+    MemoryBank,
+    MMDGuidance,
+    NoveltyGuidance,
+    encode_reference,
+    load_demo_pipeline,
+    load_demo_reference,
+)
+from kspec_guidance import functional as F
+from kspec_guidance.embedders import pipeline_embedder
+from kspec_guidance.embedders.base import to_pixels
+from kspec_guidance.kernels import GaussianKernel, median_bandwidth
+from kspec_guidance.objectives import Objective
+from kspec_guidance.plotting import side_by_side
+from kspec_guidance.spectrum import eigenvalues
+from kspec_guidance.statistics import jackknife
+from kspec_guidance.terms import Term
+
+METHODS = ("SPARKE", "SPARKE, order 0.5", "Novelty", "MMD", "SPARKE + MMD")
+REFERENCES = ("twemoji", "noto", "dark-skin-tone", "light-skin-tone")
+MOST_PROMPTS, MOST_EACH, MOST_STEPS = 6, 8, 30
+MOST_MEMORY = 2000  # images that a visitor's memory holds
+PREVIEW_EVERY = 2
+
+
+class Stopped(Exception):
+    """The visitor pressed stop, or left."""
+
+
+class InputError(ValueError):
+    """What was asked for cannot be done; the message is for the visitor."""
+
+
+@dataclass
+class Visitor:
+    """What one visitor has made: nothing of it is seen by another."""
+
+    memory: MemoryBank = field(default_factory=lambda: MemoryBank(limit=MOST_MEMORY))
+    stops: int = 0  # how often stop was pressed: work that began before the last time ends at its next step
+
+
+class Watcher(Objective):
+    """Moves nothing: it is shown the clean predictions of every step."""
+
+    unit = False
+
+    def __init__(self, seen: Any):
+        self.seen = seen
+
+    def gradient(self, x: Tensor, t: Any = None, memory: Any = None, jitter: Any = None) -> Tensor:
+        self.seen(x)
+        return torch.zeros_like(x)
+
+
+@dataclass
+class Panel:
+    """One batch: pictures ``[prompt][image]``, features ``[n, d]``, and the Vendi score within prompts at each step."""
+
+    rows: list[list[Image.Image]] = field(default_factory=list)
+    features: Tensor | None = None
+    curve: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """What there is to show so far."""
+
+    panels: dict[str, Panel]
+    prompts: list[str]
+    text: str
+    done: bool = False
+
+    def picture(self, name: str) -> Image.Image | None:
+        rows = self.panels[name].rows
+        return side_by_side({name: rows}, self.prompts, "") if rows else None
+
+
+def read_prompts(text: str) -> list[str]:
+    """One prompt a line.
+
+    Raises:
+        InputError: without any, or for too many or too long ones.
+    """
+    prompts = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    if not prompts:
+        raise InputError("Write at least one prompt, one on each line.")
+    if len(prompts) > MOST_PROMPTS:
+        raise InputError(f"At most {MOST_PROMPTS} prompts at once; there are {len(prompts)}.")
+    if max(map(len, prompts)) > 300:
+        raise InputError("A prompt has at most 300 characters.")
+    return prompts
+
+
+def within(x: Tensor, prompts: int) -> float:
+    """Mean Vendi score of the images of one prompt, by a Gaussian kernel at the median distance of all."""
+    x = torch.nn.functional.normalize(x.flatten(1).double(), dim=1)
+    kernel = GaussianKernel(median_bandwidth(x))
+    return float(sum(F.vendi_score(part, kernel) for part in x.chunk(prompts)) / prompts)
+
+
+class Studio:
+    """A pipeline, taken by one visitor at a time."""
+
+    def __init__(self, model: str | None = None):
+        self.demo = model is None
+        if self.demo:
+            self.pipe: Any = load_demo_pipeline()
+        else:
+            from diffusers import DiffusionPipeline
+
+            self.pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+            if torch.cuda.is_available():
+                self.pipe.to("cuda")
+        self.pipe.set_progress_bar_config(disable=True)
+        self.embed = pipeline_embedder(self.pipe, 64 if self.demo else 256)
+        self.lock = threading.Lock()
+
+    def reference(self, chosen: str, pictures: list[Image.Image]) -> Tensor:
+        """Latents ``[m, c, h, w]`` of the uploaded pictures, or of the chosen set."""
+        if pictures:
+            if len(pictures) < 4:
+                raise InputError(
+                    f"A reference set needs at least 4 pictures; {len(pictures)} were uploaded. Tens are better."
+                )
+            size = 64 if self.demo else int(self.pipe.vae_scale_factor * self.pipe.unet.config.sample_size)
+            return encode_reference(self.pipe, to_pixels(pictures, size) * 2 - 1)
+        if not self.demo:
+            raise InputError("Upload reference pictures: this model has no sets of its own.")
+        if chosen not in REFERENCES:
+            raise InputError(f"There is no reference set {chosen!r}.")
+        return encode_reference(self.pipe, load_demo_reference(chosen))
+
+    def guide(self, method: str, strength: float, visitor: Visitor, reference: Tensor | None) -> KernelGuidance:
+        memory = visitor.memory
+        if method.startswith("SPARKE, order"):
+            return SPARKE(strength, order=0.5, memory=memory)
+        if method == "SPARKE":
+            return SPARKE(strength, memory=memory)
+        if reference is None:
+            raise InputError(f"{method} needs a reference set.")
+        if method == "Novelty":
+            return NoveltyGuidance(reference, strength)
+        toward = MMDGuidance(reference, 0.7 * strength, memory=memory)
+        if method == "MMD":
+            return toward
+        if method == "SPARKE + MMD":
+            return SPARKE(strength / 2, memory=memory) + toward
+        raise InputError(f"There is no method {method!r}; there are {', '.join(METHODS)}.")
+
+    def generate(
+        self, visitor: Visitor, prompts: list[str], each: int, method: str, strength: float, seed: int, steps: int,
+        reference: Tensor | None, remember: bool,
+    ) -> Iterator[Progress]:  # fmt: skip
+        """Both batches, shown as they form. Stopping or closing the iterator leaves the memory as it was.
+
+        Raises:
+            InputError: for settings out of bounds.
+        """
+        if not 1 <= each <= MOST_EACH or not 1 <= steps <= MOST_STEPS or not 0 <= strength <= 10:
+            raise InputError(f"At most {MOST_EACH} images of a prompt, {MOST_STEPS} steps, and a strength of 0 to 10.")
+        guide = self.guide(method, strength, visitor, reference)
+        guide.remember = remember
+        state = Progress({"plain": Panel(), "guided": Panel()}, prompts, "Waiting for the model")
+        told: queue.Queue = queue.Queue()
+        stop, begun = threading.Event(), visitor.stops
+        stopped = lambda: stop.is_set() or visitor.stops != begun  # noqa: E731
+
+        def work() -> None:
+            try:
+                with self.lock:
+                    for name, terms in (("plain", []), ("guided", guide.terms)):
+                        self._batch(state, name, terms, guide, each, seed, steps, told, stopped)
+                told.put(None)
+            except BaseException as error:
+                told.put(error)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            yield state
+            while (item := told.get()) is not None:
+                if isinstance(item, Stopped):
+                    state.text = f"Stopped. Memory: {len(visitor.memory)} images."
+                    yield state
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield state
+            state.done = True
+            state.text = f"Done: {len(prompts) * each} images of each kind. Memory: {len(visitor.memory)} images."
+            yield state
+        finally:
+            stop.set()
+            worker.join()
+
+    def _batch(
+        self, state: Progress, name: str, terms: list[Term], guide: KernelGuidance, each: int, seed: int, steps: int,
+        told: queue.Queue, stopped: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        panel, count = state.panels[name], len(state.prompts)
+
+        def seen(x0: Tensor) -> None:
+            if stopped():
+                raise Stopped
+            panel.curve.append(within(x0, count) if each > 1 else 1.0)
+            state.text = f"{name}: step {len(panel.curve)} of {steps}"
+            if self.demo and len(panel.curve) % PREVIEW_EVERY == 0:
+                panel.rows = self._decode(x0, each)
+                told.put(state)
+
+        memory = guide.memory if terms else MemoryBank()
+        both = KernelGuidance(terms=[*terms, Term(Watcher(seen), 1.0, chain=(), memory=memory)])
+        both.remember = bool(terms) and guide.remember
+        seeds = [torch.Generator().manual_seed(seed + k) for _ in state.prompts for k in range(each)]
+        with both.attach(self.pipe):
+            made = self.pipe(
+                state.prompts, num_images_per_prompt=each, num_inference_steps=steps, guidance_scale=5.0, generator=seeds
+            ).images
+        panel.rows = [made[k : k + each] for k in range(0, len(made), each)]
+        panel.features = self.embed(made)
+        told.put(state)
+
+    @torch.no_grad()
+    def _decode(self, x0: Tensor, each: int) -> list[list[Image.Image]]:
+        vae = self.pipe.vae
+        side = int((x0.shape[1] / vae.config.latent_channels) ** 0.5)
+        latents = x0.view(len(x0), vae.config.latent_channels, side, side).to(vae.dtype)
+        pictures = self.pipe.image_processor.postprocess(vae.decode(latents / vae.config.scaling_factor).sample)
+        return [pictures[k : k + each] for k in range(0, len(pictures), each)]
+
+
+def score_table(state: Progress, reference: Tensor | None) -> list[list[str]]:
+    """Rows of score, plain, guided; intervals are 95%, by the jackknife."""
+    panels = {name: panel.features.double() for name, panel in state.panels.items() if panel.features is not None}
+    if len(panels) < 2 or len(panels["plain"]) < 2:
+        return []
+    kernel = GaussianKernel(median_bandwidth(panels["plain"]))
+    n = len(panels["plain"])
+    words = torch.eye(len(state.prompts), dtype=torch.float64).repeat_interleave(n // len(state.prompts), 0)
+    scores: dict[str, Any] = {
+        "Vendi score, all images": lambda x, t: F.vendi_score(x, kernel),
+        "RKE, all images": lambda x, t: F.rke_score(x, kernel),
+    }
+    if len(state.prompts) > 1:
+        scores["Conditional Vendi, within prompts"] = lambda x, t: F.conditional_vendi_score(x, t, kernel)
+    table = []
+    for name, score in scores.items():
+        found = [jackknife(score, x, words, groups=min(10, n)) for x in panels.values()]
+        table.append([name, *(f"{i.value:.2f}  [{i.low:.2f}, {i.high:.2f}]" for i in found)])
+    if reference is not None and reference[0].numel() == panels["plain"].shape[1]:
+        rows = reference.flatten(1).double()
+        near = GaussianKernel().fit(rows)
+        table.append(["Squared MMD to the reference", *(f"{float(F.mmd(x, rows, near)):.4f}" for x in panels.values())])
+    return table
+
+
+def spectrum(state: Progress, most: int = 10) -> list[tuple[str, int, float]]:
+    """``(panel, rank, eigenvalue)`` of the kernel matrix over n, largest first."""
+    found, kernel = [], None
+    for name, panel in state.panels.items():
+        if panel.features is None or len(panel.features) < 2:
+            continue
+        x = panel.features.double()
+        kernel = kernel or GaussianKernel(median_bandwidth(x))
+        values = eigenvalues(kernel(x) / len(x)).flip(0)[:most]
+        found += [(name, k + 1, float(v)) for k, v in enumerate(values)]
+    return found
+
+
+def pack(state: Progress, visitor: Visitor) -> str:
+    """A zip of the images and the visitor's memory, in a folder of its own; prompts are in a text file, not in names."""
+    folder = Path(tempfile.mkdtemp(prefix="images-"))
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        lines = []
+        for name, panel in state.panels.items():
+            for p, row in enumerate(panel.rows):
+                for k, image in enumerate(row):
+                    at = f"{name}/{p:02}-{k:02}.png"
+                    with archive.open(at, "w") as file:
+                        image.save(file, "PNG")
+                    lines.append(f"{at}\t{state.prompts[p]}")
+        archive.writestr("prompts.tsv", "\n".join(lines) + "\n")
+        if len(visitor.memory):
+            visitor.memory.save(folder / "memory.safetensors")
+            archive.write(folder / "memory.safetensors", "memory.safetensors")
+            os.unlink(folder / "memory.safetensors")
+    return str(folder / "images.zip")
+
+
+def evaluate(studio: Studio, pictures: list[Image.Image]) -> tuple[list[list[str]], str]:
+    """The scores of a set, and the path of its report page."""
+    from kspec_guidance.evaluation import evaluate_set
+    from kspec_guidance.report_page import write_page
+    from kspec_guidance.sources import load_images
+
+    if len(pictures) < 3:
+        raise InputError(f"Variety is a matter of several pictures: upload at least 3, not {len(pictures)}.")
+    out = Path(tempfile.mkdtemp(prefix="report-")) / "report.html"
+    with tempfile.TemporaryDirectory() as folder:
+        for k, image in enumerate(pictures):
+            image.thumbnail((512, 512))
+            image.save(Path(folder) / f"{k:04}.png")
+        with studio.lock:
+            found = load_images(folder, studio.embed)
+        report = evaluate_set(found, studio.embed)
+        write_page(report, out)
+    between = [s.interval and f"{s.interval[0]:.3f} to {s.interval[1]:.3f}" for s in report.scores]
+    return [[s.score, f"{s.value:.3f}", b or ""] for s, b in zip(report.scores, between, strict=True)], str(out)
