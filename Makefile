@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint oldest support overhead memory synthesis arena arena-small effect clean
+.PHONY: demo test lint space docs oldest support overhead memory synthesis arena arena-small effect clean
 .DEFAULT_GOAL := test
 
 # torch and torchvision first and pinned: they are built for each other, and open_clip_torch would take the newest of either
@@ -24,6 +24,12 @@ lint: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest --durations=8
+
+# the app of examples/space on port 7860, and the site in outputs/site
+space: $(VENV)/.installed
+	$(BIN)/python examples/space/app.py
+docs: $(VENV)/.installed
+	$(BIN)/python -m mkdocs build --strict
 
 # guidance on the oldest diffusers and transformers that pyproject.toml allows, laid over the environment above
 OLDEST := .venv-oldest

@@ -5,7 +5,7 @@ from typing import Any
 from kspec_guidance import functional
 from kspec_guidance.memory import CentroidMemory, MemoryBank, MemoryFileError, RandomFeatureMemory
 
-__version__ = "0.1.0"
+__version__ = "1.0.0rc1"
 _LAZY = {  # what needs diffusers, imported on first use: the mathematics alone stays light
     "SPARKE": "presets",
     "MMDGuidance": "presets",

@@ -194,6 +194,16 @@ def wait_for(page, text, seconds=60):
     )
 
 
+def upload(page, which, files):
+    """Once more if the page was not listening yet."""
+    for _ in range(5):
+        getattr(page.locator("input[type=file][multiple]"), which).set_input_files(files)
+        page.wait_for_timeout(4000)
+        if any(found.is_visible() for found in page.get_by_text(Path(files[-1]).stem).all()):
+            return
+    raise AssertionError("the upload never showed")
+
+
 @pytest.mark.slow
 def test_generating_stopping_and_clearing_in_a_browser(server, tab, tmp_path):
     page = tab
@@ -208,6 +218,8 @@ def test_generating_stopping_and_clearing_in_a_browser(server, tab, tmp_path):
     assert page.locator(".panel img").count() == 2
     assert page.get_by_text("Conditional Vendi, within prompts").count() >= 1
     assert page.locator("a[href*='images.zip']").count() >= 1
+    for name in ("plain", "guided"):  # in the legends of both plots
+        assert page.locator("svg text", has_text=name).count() == 2
     page.screenshot(path=tmp_path / "generated.png", full_page=True)
     page.get_by_role("button", name="Generate").click()
     wait_for(page, "plain: step")
@@ -235,13 +247,12 @@ def test_a_reference_and_a_report_from_uploads_in_a_browser(server, tab, tmp_pat
     page.get_by_role("option", name="Novelty").click()
     page.get_by_text("Reference set, for novelty and MMD").click()
     page.get_by_label("A set of true art").wait_for()
-    page.locator("input[type=file][multiple]").first.set_input_files(files)
-    page.get_by_text("8<b>.png").first.wait_for()
+    upload(page, "first", files)
     page.get_by_role("button", name="Generate").click()
     wait_for(page, "Done: 18 images")
     assert page.get_by_text("Squared MMD to the reference").count() >= 1
     page.get_by_role("tab", name="Evaluate").click()
-    page.locator("input[type=file][multiple]").last.set_input_files(files)
+    upload(page, "last", files)
     page.get_by_role("button", name="Evaluate", exact=True).click()
     report = page.frame_locator("iframe[title=Report]")
     report.get_by_text("Vendi").first.wait_for(timeout=60_000)

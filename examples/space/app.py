@@ -39,6 +39,11 @@ so later batches go on where earlier ones ended.
 STYLE = ".panel img {width: 100%;} @media (max-width: 640px) {.gradio-container {padding: 8px !important;}}"
 
 
+def frame(rows: list[tuple], x: str, y: str) -> pd.DataFrame | None:
+    """For a plot; None as long as there is nothing, since its axes and colours keep to what they met first."""
+    return pd.DataFrame(rows, columns=[x, y, "set"]) if rows else None
+
+
 def build(model: str | None = None) -> gr.Blocks:
     """The page over one pipeline; ``model`` as in ``DiffusionPipeline.from_pretrained``, the embedded one by default."""
     studio = Studio(model)
@@ -47,7 +52,6 @@ def build(model: str | None = None) -> gr.Blocks:
         visitor: Visitor, text: str, each: float, method: str, strength: float, seed: float, steps: float, chosen: str,
         files: list[str] | None, remember: bool,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        empty = pd.DataFrame({"step": [], "score": [], "set": []}), pd.DataFrame({"rank": [], "share": [], "set": []})
         try:
             prompts = read_prompts(text)
             needed = method in ("Novelty", "MMD", "SPARKE + MMD")
@@ -57,13 +61,13 @@ def build(model: str | None = None) -> gr.Blocks:
             )
             try:
                 for now in work:
-                    curve = [(k + 1, v, name) for name, panel in now.panels.items() for k, v in enumerate(panel.curve)]
-                    table, bars, archive = [], empty[1], None
+                    curve = [(k + 1, v, n) for n, p in now.panels.items() for k, v in enumerate(p.curve or [float("nan")])]
+                    table, bars, archive = [], [], None
                     if now.done:
                         table, archive = score_table(now, reference), pack(now, visitor)
-                        bars = pd.DataFrame(spectrum(now), columns=["set", "rank", "share"])
-                    lines = pd.DataFrame(curve, columns=["step", "score", "set"])
-                    yield now.picture("plain"), now.picture("guided"), now.text, table, lines, bars, archive, visitor
+                        bars = spectrum(now)
+                    plots = frame(curve, "step", "score"), frame(bars, "rank", "share")
+                    yield now.picture("plain"), now.picture("guided"), now.text, table, *plots, archive, visitor
             finally:
                 work.close()
         except (InputError, UploadError) as error:
@@ -130,11 +134,11 @@ def build(model: str | None = None) -> gr.Blocks:
             with gr.Row():
                 lines = gr.LinePlot(
                     x="step", y="score", color="set", color_map=COLOURS, title="Vendi score within prompts, at each step",
-                    x_title="denoising step", y_title="effective number of images", height=260,
+                    x_title="denoising step", y_title="effective number of images", height=320,
                 )  # fmt: skip
-                bars = gr.BarPlot(
+                bars = gr.LinePlot(
                     x="rank", y="share", color="set", color_map=COLOURS, title="Spectrum of the kernel matrix",
-                    x_title="rank", y_title="eigenvalue / n", height=260,
+                    x_title="rank", y_title="eigenvalue / n", height=320,
                 )  # fmt: skip
             archive = gr.File(label="Images and memory", interactive=False)
             gr.Markdown(ABOUT)

@@ -272,8 +272,8 @@ def score_table(state: Progress, reference: Tensor | None) -> list[list[str]]:
     return table
 
 
-def spectrum(state: Progress, most: int = 10) -> list[tuple[str, int, float]]:
-    """``(panel, rank, eigenvalue)`` of the kernel matrix over n, largest first."""
+def spectrum(state: Progress, most: int = 10) -> list[tuple[int, float, str]]:
+    """``(rank, eigenvalue, panel)`` of the kernel matrix over n, largest first."""
     found, kernel = [], None
     for name, panel in state.panels.items():
         if panel.features is None or len(panel.features) < 2:
@@ -281,7 +281,7 @@ def spectrum(state: Progress, most: int = 10) -> list[tuple[str, int, float]]:
         x = panel.features.double()
         kernel = kernel or GaussianKernel(median_bandwidth(x))
         values = eigenvalues(kernel(x) / len(x)).flip(0)[:most]
-        found += [(name, k + 1, float(v)) for k, v in enumerate(values)]
+        found += [(k + 1, float(v), name) for k, v in enumerate(values)]
     return found
 
 
