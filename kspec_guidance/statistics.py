@@ -139,8 +139,7 @@ def compare(
         ValueError: for empty sets, different widths, or fewer than one permutation.
 
     Warns:
-        UserWarning: for sets of different sizes without ``matched``, since diversity scores grow with the number of
-        samples.
+        UserWarning: for sets of different sizes without ``matched``, since diversity scores grow with their number.
     """
     check_pair_of_sets(a, b, "b")
     if permutations < 1:

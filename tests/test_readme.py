@@ -13,14 +13,8 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
-PAGES = [
-    "docs/arena.md",
-    "docs/pipelines.md",
-    "docs/support.md",
-    "docs/synthesis.md",
-    "docs/which-method.md",
-    "pipelines/README.md",
-]
+DOCS = (p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "reference")  # the reference holds no code
+PAGES = [*sorted(str(p.relative_to(ROOT)) for p in DOCS), "pipelines/README.md"]
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
 def write_tensors(
     path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], about: dict[str, Any], durable: bool = False
 ) -> None:
+    """Tensors and what they are, as one file; ``durable`` waits until the disk has it."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     said = json.dumps(about)
     header = {"format": FORMAT, "kind": kind, "about": said, "sha256": _digest(tensors, said)}
