@@ -2,9 +2,9 @@
 
     python benchmarks/fuzz.py --inputs 100000
 
-Valid files of each kind are made, then bytes are flipped, inserted, cut out, doubled, or replaced by what confuses parsers; JSON is
-also altered as JSON. Anything but the documented errors, an input that takes over five seconds, or a file that appears outside
-the reader's own folder is a failure. Prints a line for each reader.
+Valid files of each kind are made, then bytes are flipped, inserted, cut out, doubled, or replaced by what confuses
+parsers; JSON is also altered as JSON. Anything but the documented errors, an input that takes over five seconds, or a file
+that appears outside the reader's own folder is a failure. Prints a line for each reader.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from kspec_guidance.sources import SourceError, read_prompts
 from kspec_guidance.synthesis import SynthesisError
 from kspec_guidance.synthesis import prompts as synthesis_prompts
 
-SPITE = [b"\0", b"\xff\xfe", b"../../../etc/passwd", b"1e999", b"-1", b"9" * 400, b"{" * 500, b"[" * 500, b"NaN", b'"', b"\r\n",
+SPITE = [b"\0", b"\xff\xfe",
+         b"../../../etc/passwd", b"1e999", b"-1", b"9" * 400, b"{" * 500, b"[" * 500, b"NaN", b'"', b"\r\n",
          b"\\u0000", b"cos\nsystem\n", (2**63 - 1).to_bytes(8, "little"), b"\x80\x04\x95"]  # fmt: skip
 VALUES: list[Any] = [None, True, -1, 2**70, 1e308, "", "\0", "../x", [], {}, [[]], "NaN", {"a": {}}, "x" * 3000]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -131,7 +132,10 @@ def read_config(source: str | os.PathLike | dict[str, Any]) -> tuple[dict[str, A
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no JSON ({error}); restore it from a copy") from error
         beside = path.parent / TENSORS_NAME
-        tensors = load_file(beside) if beside.is_file() else {}
+        try:
+            tensors = load_file(beside) if beside.is_file() else {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{beside} is no whole safetensors file ({error}); restore it from a copy") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"these are no guide's settings: format {found!r}, expected {FORMAT!r}")

@@ -176,16 +176,21 @@ class KernelGuidance(PipelineCallback):
 
         said, tensors = read_config(config)
         known = {c.__name__: c for c in (KernelGuidance, presets.SPARKE, presets.MMDGuidance, presets.NoveltyGuidance)}
-        terms = []
-        for term in said.get("terms") or ():
-            settings = {k: decode(v, tensors) for k, v in term.items() if k != "space"}
-            terms.append(Term(space=decode({"space": term["space"]}, tensors), **settings))
-        if not terms or said.get("guide") not in known:
+        if not isinstance(said.get("terms"), list) or not said["terms"] or said.get("guide") not in known:
             raise ValueError(
-                f"the settings name guide {said.get('guide')!r} with {len(terms)} terms; known are {', '.join(known)}"
+                f"the settings name guide {said.get('guide')!r}, without terms or unknown; known: {', '.join(known)}"
             )
-        guide = object.__new__(known[said["guide"]])
-        KernelGuidance.__init__(guide, terms=terms, seed=int(said.get("seed", 0)))
+        try:
+            terms = []
+            for term in said["terms"]:
+                settings = {k: decode(v, tensors) for k, v in term.items() if k != "space"}
+                terms.append(Term(space=decode({"space": term["space"]}, tensors), **settings))
+            guide = object.__new__(known[said["guide"]])
+            KernelGuidance.__init__(guide, terms=terms, seed=int(said.get("seed", 0)))
+        except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"the settings are damaged: {type(error).__name__}, {error}; restore them from a copy"
+            ) from error
         return guide
 
     @staticmethod

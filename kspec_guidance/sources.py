@@ -56,25 +56,29 @@ def read_prompts(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise SourceError(f"no prompts file at {path}")
     found = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows: Iterator[Any] = csv.DictReader(file) if path.suffix.lower() == ".csv" else map(_json_row, file)
-        for number, row in enumerate(rows, 1):
-            if row is None and path.suffix.lower() != ".csv":
-                raise SourceError(f"{path} line {number} is no JSON object")
-            name = row.get("file_name")
-            prompt = next((row[k] for k in PROMPT_NAMES if row.get(k) is not None), None)
-            if not name or prompt is None:
-                raise SourceError(
-                    f"{path} entry {number} needs file_name and one of {', '.join(PROMPT_NAMES)}, has {list(row)}"
-                )
-            found[str(name)] = str(prompt)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        table = path.suffix.lower() == ".csv"
+        rows: list[Any] = list(csv.DictReader(io.StringIO(text))) if table else [_json_row(s) for s in text.splitlines()]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if row is None:
+            raise SourceError(f"{path} line {number} is no JSON object")
+        name = row.get("file_name")
+        prompt = next((row[k] for k in PROMPT_NAMES if row.get(k) is not None), None)
+        if not name or prompt is None:
+            raise SourceError(
+                f"{path} entry {number} needs file_name and one of {', '.join(PROMPT_NAMES)}, has {list(row)}"
+            )
+        found[str(name)] = str(prompt)
     return found
 
 
 def _json_row(line: str) -> dict | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

@@ -19,6 +19,11 @@ from kspec_guidance.files import replacing
 __all__ = ["FeatureCache", "embed_files"]
 
 
+def _digest(keys: str, features: Tensor) -> str:
+    about = f"{keys}{features.dtype}{list(features.shape)}".encode()
+    return hashlib.sha256(about + features.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 class FeatureCache:
     """One safetensors file per embedder: rows, and the digests of the files that they belong to.
 
@@ -34,17 +39,18 @@ class FeatureCache:
         if self.path.is_file():
             try:
                 with safe_open(self.path, "pt") as file:
-                    keys, features = json.loads((file.metadata() or {})["keys"]), file.get_tensor("features")
-                if len(keys) == len(features):
-                    self.rows = dict(zip(keys, features, strict=True))
-            except (SafetensorError, OSError, KeyError, ValueError):
+                    header, features = file.metadata() or {}, file.get_tensor("features")
+                if header["sha256"] == _digest(header["keys"], features):
+                    self.rows = dict(zip(json.loads(header["keys"]), features, strict=True))
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError):
                 self.rows = {}  # a damaged cache is only lost time
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         features = torch.stack(list(self.rows.values())).contiguous()
         with replacing(self.path) as fresh:
-            save_file({"features": features}, fresh, metadata={"keys": json.dumps(list(self.rows))})
+            keys = json.dumps(list(self.rows))
+            save_file({"features": features}, fresh, metadata={"keys": keys, "sha256": _digest(keys, features)})
 
 
 class LazyImages(Sequence):

@@ -1,0 +1,101 @@
+"""Many visitors of the Space at once: failed requests, mixed results, waiting times and the server's memory.
+
+    python benchmarks/space_load.py --visitors 20 --minutes 3
+
+Starts the app in a process of its own. Each visitor generates again and again with a number of images of its own, adds to
+memory, clears it now and then, and checks that what comes back is its own: the number of images in the archive and in its
+memory.
+"""
+
+import argparse
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from gradio_client import Client
+
+ROOT = Path(__file__).parents[1]
+
+
+def resident(pid: int) -> float:
+    """Megabytes."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else float("nan")
+
+
+def visit(number: int, url: str, until: float, seen: dict[str, list]) -> None:
+    r, memory = random.Random(number), 0
+    each, prompts = 1 + number % 4, 1 + number % 3
+    here = Client(url, verbose=False)
+    while time.time() < until:
+        began = time.time()
+        try:
+            out = here.predict(
+                "\n".join(["heart", "runner", "flag"][:prompts]), each, "SPARKE", 1.0, number, 4, "noto", None, True,
+                api_name="/generate",
+            )  # fmt: skip
+            memory += each * prompts
+            with zipfile.ZipFile(out[6]) as archive:
+                made = sum(n.endswith(".png") for n in archive.namelist())
+            if made != 2 * each * prompts or f"Memory: {memory} images" not in out[2]:
+                seen["mixed"].append((number, made, out[2], memory))
+            if r.random() < 0.2:
+                here.predict(api_name="/clear")
+                memory = 0
+            seen["seconds"].append(time.time() - began)
+        except Exception as error:
+            seen["failed"].append(f"{type(error).__name__}: {error}"[:200])
+            return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--visitors", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--port", type=int, default=7899)
+    args = parser.parse_args()
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(args.port), "GRADIO_ANALYTICS_ENABLED": "False"}
+    server = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT / "examples" / "space", env=environment)
+    url = f"http://127.0.0.1:{args.port}/"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(url)
+                break
+            except OSError:
+                time.sleep(1)
+        seen: dict[str, list] = {"seconds": [], "failed": [], "mixed": []}
+        until = time.time() + 60 * args.minutes
+        visitors = [threading.Thread(target=visit, args=(k, url, until, seen)) for k in range(args.visitors)]
+        for visitor in visitors:
+            visitor.start()
+        memory = []
+        while any(v.is_alive() for v in visitors):
+            memory.append(resident(server.pid))
+            time.sleep(2)
+        third = max(1, len(memory) // 3)
+        print(f"{args.visitors} visitors, {args.minutes:g} minutes: {len(seen['seconds'])} runs, {len(seen['failed'])} failed, "
+              f"{len(seen['mixed'])} mixed")  # fmt: skip
+        if seen["seconds"]:
+            print(
+                f"seconds a run, with waiting: median {statistics.median(seen['seconds']):.1f}, most {max(seen['seconds']):.1f}"
+            )
+        print(f"server's memory, MB: middle third {statistics.mean(memory[third : 2 * third]):.0f}, last third "
+              f"{statistics.mean(memory[2 * third :]):.0f}, most {max(memory):.0f}")  # fmt: skip
+        for what in seen["failed"][:5] + seen["mixed"][:5]:
+            print("   ", what)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main()
