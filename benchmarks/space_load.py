@@ -82,12 +82,12 @@ def main() -> None:
             memory.append(resident(server.pid))
             time.sleep(2)
         third = max(1, len(memory) // 3)
-        print(f"{args.visitors} visitors, {args.minutes:g} minutes: {len(seen['seconds'])} runs, {len(seen['failed'])} failed, "
-              f"{len(seen['mixed'])} mixed")  # fmt: skip
+        counts = {name: len(found) for name, found in seen.items()}
+        print(f"{args.visitors} visitors, {args.minutes:g} minutes: {counts['seconds']} runs, {counts['failed']} failed, "
+              f"{counts['mixed']} mixed")  # fmt: skip
         if seen["seconds"]:
-            print(
-                f"seconds a run, with waiting: median {statistics.median(seen['seconds']):.1f}, most {max(seen['seconds']):.1f}"
-            )
+            took = seen["seconds"]
+            print(f"seconds a run, with waiting: median {statistics.median(took):.1f}, most {max(took):.1f}")
         print(f"server's memory, MB: middle third {statistics.mean(memory[third : 2 * third]):.0f}, last third "
               f"{statistics.mean(memory[2 * third :]):.0f}, most {max(memory):.0f}")  # fmt: skip
         for what in seen["failed"][:5] + seen["mixed"][:5]:

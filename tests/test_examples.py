@@ -57,8 +57,9 @@ def test_clips_keep_away_from_earlier_ones():
     pipe = tiny.build("WanPipeline")
     pipe.set_progress_bar_config(disable=True)
     said = tiny.call(pipe)
-    said.pop("generator", None)
-    prompt = said.pop("prompt", "a dog")
+    prompt = "a dog"
+    for key in ("generator", "prompt", "negative_prompt"):
+        said.pop(key, None)
     memory = MemoryBank()
     made = video.clips(pipe, prompt, [0, 0, 0], memory, 1.0, {**said, "num_inference_steps": 4, "output_type": "latent"})
     assert len(memory) == 3

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_a_wheel_carries_the_pipeline_and_works_alone(tmp_path):
     built = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-m", "build", "--outdir", tmp_path, ROOT], capture_output=True, text=True, check=False
+    )  # the sdist, and the wheel out of it
     assert built.returncode == 0, built.stderr[-2000:]
-    [wheel] = tmp_path.glob("*.whl")
+    [wheel], [_] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         sizes = {i.filename: i.file_size for i in archive.infolist()}
         archive.extractall(tmp_path / "site")
@@ -46,6 +46,17 @@ def test_importing_the_package_is_light():
     code = f"import sys, kspec_guidance; print([m for m in {heavy} if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_the_version_is_said_once_everywhere():
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+
+    import kspec_guidance
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert kspec_guidance.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}\n" in (ROOT / "docs" / "changelog.md").read_text()
 
 
 def test_no_pickles_and_no_large_files_among_the_assets():

@@ -81,7 +81,7 @@ def _prompt(row: Any, number: int, column: str | None, group_column: str) -> Pro
     else:
         try:
             images = int(images)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise SynthesisError(f"prompt {number} asks for {images!r} images; expected a whole number") from error
         if images < 0:
             raise SynthesisError(f"prompt {number} asks for {images} images; expected 0 or more")
