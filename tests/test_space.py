@@ -131,6 +131,16 @@ def test_visitors_have_memories_of_their_own(server):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "each", "rows"), [("heart", 1, 0), ("heart", 2, 2), ("heart\nflag\nman", 1, 3), ("heart", 3, 2)]
+)
+def test_few_images_have_scores_without_intervals(server, text, each, rows):
+    table = client(server).predict(text=text, api_name="/generate", **(ASK | {"each": each}))[3]["data"]
+    assert len(table) == rows
+    assert not [cell for row in table for cell in row if "[" in cell]
+
+
+@pytest.mark.slow
 def test_no_file_of_the_machine_is_read(server):
     import urllib.error
     import urllib.request

@@ -248,7 +248,7 @@ class Studio:
 
 
 def score_table(state: Progress, reference: Tensor | None) -> list[list[str]]:
-    """Rows of score, plain, guided; intervals are 95%, by the jackknife."""
+    """Rows of score, plain, guided; intervals are 95%, by the jackknife, from four images on."""
     panels = {name: panel.features.double() for name, panel in state.panels.items() if panel.features is not None}
     if len(panels) < 2 or len(panels["plain"]) < 2:
         return []
@@ -263,6 +263,9 @@ def score_table(state: Progress, reference: Tensor | None) -> list[list[str]]:
         scores["Conditional Vendi, within prompts"] = lambda x, t: F.conditional_vendi_score(x, t, kernel)
     table = []
     for name, score in scores.items():
+        if n < 4:
+            table.append([name, *(f"{float(score(x, words)):.2f}" for x in panels.values())])
+            continue
         found = [jackknife(score, x, words, groups=min(10, n)) for x in panels.values()]
         table.append([name, *(f"{i.value:.2f}  [{i.low:.2f}, {i.high:.2f}]" for i in found)])
     if reference is not None and reference[0].numel() == panels["plain"].shape[1]:
