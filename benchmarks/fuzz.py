@@ -28,9 +28,11 @@ from kspec_guidance.sources import SourceError, read_prompts
 from kspec_guidance.synthesis import SynthesisError
 from kspec_guidance.synthesis import prompts as synthesis_prompts
 
-SPITE = [b"\0", b"\xff\xfe",
-         b"../../../etc/passwd", b"1e999", b"-1", b"9" * 400, b"{" * 500, b"[" * 500, b"NaN", b'"', b"\r\n",
-         b"\\u0000", b"cos\nsystem\n", (2**63 - 1).to_bytes(8, "little"), b"\x80\x04\x95"]  # fmt: skip
+SPITE = [
+    b"\0", b"\xff\xfe", b"../../../etc/passwd", b"1e999", b"-1", b"9" * 400, b"{" * 5000, b"[" * 5000, b"x" * 140_000,
+    b"NaN", b'"', b"\r\n", b"\xe2\x80\xa8", b"\\u0000", b"cos\nsystem\n",
+    (2**63 - 1).to_bytes(8, "little"), b"\x80\x04\x95",
+]  # fmt: skip
 VALUES: list[Any] = [None, True, -1, 2**70, 1e308, "", "\0", "../x", [], {}, [[]], "NaN", {"a": {}}, "x" * 3000]
 
 

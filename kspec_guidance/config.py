@@ -129,7 +129,7 @@ def read_config(source: str | os.PathLike | dict[str, Any]) -> tuple[dict[str, A
             raise FileNotFoundError(f"no guide's settings at {path}; guide.save_config(folder) writes them")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is no JSON ({error}); restore it from a copy") from error
         beside = path.parent / TENSORS_NAME
         try:

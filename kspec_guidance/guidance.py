@@ -176,13 +176,15 @@ class KernelGuidance(PipelineCallback):
 
         said, tensors = read_config(config)
         known = {c.__name__: c for c in (KernelGuidance, presets.SPARKE, presets.MMDGuidance, presets.NoveltyGuidance)}
-        if not isinstance(said.get("terms"), list) or not said["terms"] or said.get("guide") not in known:
+        listed = said.get("terms")
+        if not isinstance(listed, list) or not listed or said.get("guide") not in known:
             raise ValueError(
-                f"the settings name guide {said.get('guide')!r}, without terms or unknown; known: {', '.join(known)}"
+                f"the settings name guide {said.get('guide')!r} with terms {str(listed)[:60]}; expected one of "
+                f"{', '.join(known)} with a list of terms"
             )
         try:
             terms = []
-            for term in said["terms"]:
+            for term in listed:
                 settings = {k: decode(v, tensors) for k, v in term.items() if k != "space"}
                 terms.append(Term(space=decode({"space": term["space"]}, tensors), **settings))
             guide = object.__new__(known[said["guide"]])

@@ -57,9 +57,8 @@ def read_prompts(path: Path) -> dict[str, str]:
         raise SourceError(f"no prompts file at {path}")
     found = {}
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        table = path.suffix.lower() == ".csv"
-        rows: list[Any] = list(csv.DictReader(io.StringIO(text))) if table else [_json_row(s) for s in text.splitlines()]
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows: list[Any] = list(csv.DictReader(file) if path.suffix.lower() == ".csv" else map(_json_row, file))
     except (UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from error
     for number, row in enumerate(rows, 1):

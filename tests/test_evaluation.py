@@ -204,3 +204,11 @@ def test_the_commands(folder, tmp_path):
         assert result.exit_code == 2
         assert "error:" in result.stderr
         assert "Traceback" not in result.output
+
+
+def test_a_line_of_metadata_ends_at_its_newline_only(tmp_path):
+    from kspec_guidance.sources import read_prompts
+
+    prompt = "one\u2028two\x0bthree"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"file_name": "a.png", "prompt": prompt}, ensure_ascii=False) + "\n")
+    assert read_prompts(tmp_path / "a.jsonl") == {"a.png": prompt}

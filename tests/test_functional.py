@@ -1,10 +1,10 @@
 import math
 
-import oracles
 import pytest
 import torch
 
 from kspec_guidance import functional as F
+from kspec_guidance import testing as oracles
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel
 from kspec_guidance.spectrum import CovarianceOperator, renyi_entropy, truncate

@@ -2,11 +2,11 @@
 
 import math
 
-import oracles
 import pytest
 import torch
 
 from kspec_guidance import functional as F
+from kspec_guidance import testing as oracles
 from kspec_guidance.features import NystromFeatures, RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel
 

@@ -1,11 +1,11 @@
 import math
 import warnings
 
-import oracles
 import pytest
 import torch
 
 from kspec_guidance import functional as F
+from kspec_guidance import testing as oracles
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.statistics import (
     ScoreRecord,

@@ -129,14 +129,14 @@ def _file(path: Path, name: str) -> Iterator[Any]:
             raise SynthesisError(f"{path} is of no known kind; expected one of {', '.join(KINDS)}")
     except UnicodeDecodeError as error:
         raise SynthesisError(f"{path} is not UTF-8 text ({error.reason}); convert it, or name it by its kind") from error
-    except OSError as error:
+    except (OSError, csv.Error) as error:
         raise SynthesisError(f"cannot read {path}: {error}") from error
 
 
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise SynthesisError(f"{where} is not JSON: {error}") from error
 
 
