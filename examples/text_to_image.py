@@ -9,6 +9,7 @@ Writes OUT/grid.png and OUT/scores.json.
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,8 @@ def generate(pipe: Any, prompts: list[str], n: int, seed: int, guide: KernelGuid
     rows = []
     for prompt in prompts:
         seeds = [torch.Generator().manual_seed(seed + k) for k in range(n)]
-        if guide is None:
+        with nullcontext() if guide is None else guide.attach(pipe):
             rows.append(list(pipe(prompt, num_images_per_prompt=n, generator=seeds, **call).images))
-        else:
-            with guide.attach(pipe):
-                rows.append(list(pipe(prompt, num_images_per_prompt=n, generator=seeds, **call).images))
     return rows
 
 

@@ -2,7 +2,9 @@
 
 import html
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,15 @@ def build(model: str | None = None) -> gr.Blocks:
             work = studio.generate(
                 visitor, prompts, int(each), method, float(strength), int(seed or 0), int(steps), reference, bool(remember)
             )
-            try:
+            with tempfile.TemporaryDirectory() as folder, closing(work):  # gradio copies what is yielded before it goes on
                 for now in work:
                     curve = [(k + 1, v, n) for n, p in now.panels.items() for k, v in enumerate(p.curve or [float("nan")])]
                     table, bars, archive = [], [], None
                     if now.done:
-                        table, archive = score_table(now, reference), pack(now, visitor)
-                        bars = spectrum(now)
+                        table, archive, bars = score_table(now, reference), pack(now, visitor, Path(folder)), spectrum(now)
                     plots = frame(curve, "step", "score"), frame(bars, "rank", "share")
-                    yield now.picture("plain"), now.picture("guided"), now.text, table, *plots, archive, visitor
-            finally:
-                work.close()
+                    pictures = (now.picture(name, Path(folder)) for name in now.panels)
+                    yield *pictures, now.text, table, *plots, archive, visitor
         except (InputError, UploadError) as error:
             raise gr.Error(str(error), duration=10, print_exception=False) from error
 
@@ -80,14 +80,15 @@ def build(model: str | None = None) -> gr.Blocks:
     def halt(visitor: Visitor) -> None:
         visitor.stops += 1  # seen by the work in progress, which holds the same visitor
 
-    def judge(files: list[str] | None) -> tuple[list[list[str]], str, str]:
-        try:
-            rows, path = evaluate(studio, read_uploads(files))
-        except (InputError, UploadError, ValueError) as error:
-            raise gr.Error(str(error), duration=10, print_exception=False) from error
-        page = html.escape(Path(path).read_text(), quote=True)
-        style = "width:100%;height:70vh;border:0;background:white"
-        return rows, path, f'<iframe sandbox="" title="Report" srcdoc="{page}" style="{style}"></iframe>'
+    def judge(files: list[str] | None) -> Iterator[tuple[list[list[str]], str, str]]:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                rows, path = evaluate(studio, read_uploads(files), Path(folder))
+            except ValueError as error:
+                raise gr.Error(str(error), duration=10, print_exception=False) from error
+            page = html.escape(Path(path).read_text(), quote=True)
+            style = "width:100%;height:70vh;border:0;background:white"
+            yield rows, path, f'<iframe sandbox="" title="Report" srcdoc="{page}" style="{style}"></iframe>'
 
     with gr.Blocks(title="Varied images", delete_cache=(600, HOUR)) as page:
         visitor = gr.State(Visitor(), time_to_live=HOUR)
@@ -125,8 +126,8 @@ def build(model: str | None = None) -> gr.Blocks:
                 )
             status = gr.Textbox("Ready.", label="Status", lines=1, interactive=False)
             with gr.Row():
-                left = gr.Image(label="Plain", format="png", interactive=False, elem_classes="panel")
-                right = gr.Image(label="Guided", format="png", interactive=False, elem_classes="panel")
+                left = gr.Image(label="Plain", type="filepath", interactive=False, elem_classes="panel")
+                right = gr.Image(label="Guided", type="filepath", interactive=False, elem_classes="panel")
             table = gr.Dataframe(
                 headers=["score", "plain [95%]", "guided [95%]"], label="Scores with jackknife intervals",
                 interactive=False, wrap=True, column_count=3,
@@ -168,13 +169,7 @@ def build(model: str | None = None) -> gr.Blocks:
 def launch(page: gr.Blocks, **more: Any) -> Any:
     """With limits on uploads, and fonts that need no other host."""
     theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    settings: dict[str, Any] = {
-        "max_file_size": "32mb",
-        "theme": theme,
-        "css": STYLE,
-        "ssr_mode": False,
-        "show_error": False,
-    }
+    settings: dict[str, Any] = {"max_file_size": "32mb", "theme": theme, "css": STYLE, "ssr_mode": False}
     return page.launch(**(settings | more))
 
 

@@ -1,8 +1,6 @@
 """The work behind the page: one pipeline, a memory per visitor, plain and guided batches as they form."""
 
-import os
 import queue
-import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -33,6 +31,7 @@ from kspec_guidance.plotting import side_by_side
 from kspec_guidance.spectrum import eigenvalues
 from kspec_guidance.statistics import jackknife
 from kspec_guidance.terms import Term
+from kspec_guidance.watching import denoiser_of
 
 METHODS = ("SPARKE", "SPARKE, order 0.5", "Novelty", "MMD", "SPARKE + MMD")
 REFERENCES = ("twemoji", "noto", "dark-skin-tone", "light-skin-tone")
@@ -88,9 +87,14 @@ class Progress:
     text: str
     done: bool = False
 
-    def picture(self, name: str) -> Image.Image | None:
+    def picture(self, name: str, folder: Path) -> str | None:
+        """The file of a panel's picture, each time another: one that is being sent is never written again."""
         rows = self.panels[name].rows
-        return side_by_side({name: rows}, self.prompts, "") if rows else None
+        if not rows:
+            return None
+        path = folder / f"{name}-{len(list(folder.iterdir()))}.png"
+        side_by_side({name: rows}, self.prompts, "").save(path)
+        return str(path)
 
 
 def read_prompts(text: str) -> list[str]:
@@ -140,13 +144,16 @@ class Studio:
                 raise InputError(
                     f"A reference set needs at least 4 pictures; {len(pictures)} were uploaded. Tens are better."
                 )
-            size = 64 if self.demo else int(self.pipe.vae_scale_factor * self.pipe.unet.config.sample_size)
-            return encode_reference(self.pipe, to_pixels(pictures, size) * 2 - 1)
+            denoiser: Any = denoiser_of(self.pipe)
+            size = self.pipe.vae_scale_factor * denoiser.config.sample_size
+            with self.lock:
+                return encode_reference(self.pipe, to_pixels(pictures, int(size)) * 2 - 1)
         if not self.demo:
             raise InputError("Upload reference pictures: this model has no sets of its own.")
         if chosen not in REFERENCES:
             raise InputError(f"There is no reference set {chosen!r}.")
-        return encode_reference(self.pipe, load_demo_reference(chosen))
+        with self.lock:
+            return encode_reference(self.pipe, load_demo_reference(chosen))
 
     def guide(self, method: str, strength: float, visitor: Visitor, reference: Tensor | None) -> KernelGuidance:
         memory = visitor.memory
@@ -288,9 +295,8 @@ def spectrum(state: Progress, most: int = 10) -> list[tuple[int, float, str]]:
     return found
 
 
-def pack(state: Progress, visitor: Visitor) -> str:
-    """A zip of the images and the visitor's memory, in a folder of its own; prompts are in a text file, not in names."""
-    folder = Path(tempfile.mkdtemp(prefix="images-"))
+def pack(state: Progress, visitor: Visitor, folder: Path) -> str:
+    """A zip of the images and the visitor's memory; prompts are in a text file, not in names."""
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         lines = []
         for name, panel in state.panels.items():
@@ -304,26 +310,25 @@ def pack(state: Progress, visitor: Visitor) -> str:
         if len(visitor.memory):
             visitor.memory.save(folder / "memory.safetensors")
             archive.write(folder / "memory.safetensors", "memory.safetensors")
-            os.unlink(folder / "memory.safetensors")
     return str(folder / "images.zip")
 
 
-def evaluate(studio: Studio, pictures: list[Image.Image]) -> tuple[list[list[str]], str]:
-    """The scores of a set, and the path of its report page."""
+def evaluate(studio: Studio, pictures: list[Image.Image], folder: Path) -> tuple[list[list[str]], str]:
+    """The scores of a set, and the path of its report page; both pictures and page are written into ``folder``."""
     from kspec_guidance.evaluation import evaluate_set
     from kspec_guidance.report_page import write_page
     from kspec_guidance.sources import load_images
 
     if len(pictures) < 3:
         raise InputError(f"Variety is a matter of several pictures: upload at least 3, not {len(pictures)}.")
-    out = Path(tempfile.mkdtemp(prefix="report-")) / "report.html"
-    with tempfile.TemporaryDirectory() as folder:
-        for k, image in enumerate(pictures):
-            image.thumbnail((512, 512))
-            image.save(Path(folder) / f"{k:04}.png")
-        with studio.lock:
-            found = load_images(folder, studio.embed)
-        report = evaluate_set(found, studio.embed)
-        write_page(report, out)
+    out, shown = folder / "report.html", folder / "pictures"
+    shown.mkdir()
+    for k, image in enumerate(pictures):
+        image.thumbnail((512, 512))
+        image.save(shown / f"{k:04}.png")
+    with studio.lock:
+        found = load_images(shown, studio.embed)
+    report = evaluate_set(found, studio.embed)
+    write_page(report, out)
     between = [s.interval and f"{s.interval[0]:.3f} to {s.interval[1]:.3f}" for s in report.scores]
     return [[s.score, f"{s.value:.3f}", b or ""] for s, b in zip(report.scores, between, strict=True)], str(out)
