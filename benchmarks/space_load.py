@@ -14,6 +14,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -62,7 +63,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--port", type=int, default=7899)
     args = parser.parse_args()
-    environment = {**os.environ, "GRADIO_SERVER_PORT": str(args.port), "GRADIO_ANALYTICS_ENABLED": "False"}
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder  # where the clients put what they fetch
+        load(args, folder)
+
+
+def load(args: argparse.Namespace, folder: str) -> None:
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(args.port), "GRADIO_ANALYTICS_ENABLED": "False",
+                   "GRADIO_TEMP_DIR": f"{folder}/server"}  # fmt: skip
     server = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT / "examples" / "space", env=environment)
     url = f"http://127.0.0.1:{args.port}/"
     try:
