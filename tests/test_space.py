@@ -95,9 +95,9 @@ def test_other_zips_are_refused(tmp_path):
 def server(tmp_path_factory):
     pytest.importorskip("gradio")
     patch = pytest.MonkeyPatch()
-    folder = str(tmp_path_factory.mktemp("gradio"))
-    patch.setenv("GRADIO_TEMP_DIR", folder)
-    patch.setattr("tempfile.tempdir", folder)  # its client leaves an empty folder for each file that it has fetched
+    patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+    # the client leaves an empty folder for each file that it has fetched
+    patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("fetched")))
     patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     import app
 
