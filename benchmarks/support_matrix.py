@@ -1,12 +1,9 @@
 """Which pipelines can be guided, with the evidence: writes docs/support.md and benchmarks/results/support.json.
 
-Every pipeline class that diffusers exports is built from tiny random configurations and run on the processor: plain,
-    at scale 0
-(bit-identical), guided (different and finite), plain again (restored), with guidance by prompt and without, as a
-batch of two
-prompts with two images each where the class takes one, through the callback, ``attach``, the guided subclass and, for
-modular
-pipelines, a block in the loop. Every scheduler class gets a verdict too.
+Every pipeline class that diffusers exports is built from tiny random configurations and run on the processor: plain, at
+scale 0 (bit-identical), guided (different and finite), plain again (restored), with guidance by prompt and without, as a
+batch of two prompts with two images each where the class takes one, through the callback, ``attach``, the guided subclass
+and, for modular pipelines, a block in the loop. Every scheduler class gets a verdict too.
 
     python benchmarks/support_matrix.py [name ...]     a few minutes on two cores; names print verdicts and write nothing
 """
