@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from .analytic import Analytic
 from .base import Bed, Case
-from .digits import AnyDigit, Digits
+from .digits import AnyDigit, Digits, DistilledDigits
 from .emoji import Emoji
 
 BEDS: dict[str, Callable[[], Bed]] = {
@@ -14,6 +14,7 @@ BEDS: dict[str, Callable[[], Bed]] = {
     "mixture-64": lambda: Analytic(64, True),
     "digits": Digits,
     "digits-4": lambda: Digits(4),
+    "digits-distilled": DistilledDigits,
     "digits-any": AnyDigit,
     "emoji": Emoji,
     "emoji-4": lambda: Emoji(4),

@@ -19,12 +19,13 @@ class Digits(Bed):
 
     name = "digits"
     images, steps, guidance_scale = 16, 8, 3.0
+    model = "digits"
 
     def __init__(self, steps: int = 8):
         self.steps = steps
         if steps != 8:
             self.name = f"digits, {steps} steps"
-        made, judge = weights("digits"), weights("digit_judge")
+        made, judge = weights(self.model), weights("digit_judge")
         self.real = weights("digit_truth")["rows"]  # features of 200 real digits of each class
         conditions = Conditions([f"digit {k}" for k in range(10)], made.pop("conditions"))
         unet = digit_unet()
@@ -78,6 +79,18 @@ class Digits(Bed):
             "total_variation": variation,
             **common_scores(rows),
         }
+
+
+class DistilledDigits(Digits):
+    """The same digits by a model distilled to four steps without classifier-free guidance, whose first step decides."""
+
+    model = "digits_distilled"
+    guidance_scale = 1.0
+    has = frozenset({"features", "prompts"})
+
+    def __init__(self):
+        super().__init__(4)
+        self.name = "digits, distilled"
 
 
 class AnyDigit(Digits):
