@@ -22,14 +22,14 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import diffusers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from tiny import checking, families, making, scheduling  # noqa: E402
 
 from kspec_guidance.prediction import UnsupportedSchedulerError, family  # noqa: E402
+from tests.tiny import checking, families, making, scheduling  # noqa: E402
 
 LIMIT = 120  # seconds for one class
 NEEDS = re.compile(r"dummy_(\w+)_objects")
@@ -117,7 +117,7 @@ Ways in: *callback* is `callback_on_step_end=guide`, from the second step on; *c
 images count as one prompt's; *attach* is `with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular
 block* is `insert_guidance(blocks, guide)`. The batch is the number of samples in one call. LoRA, IP-Adapter, several
 ControlNets and the hand-over from a base model to a refiner are run in
-[tests/test_living.py](../tests/test_living.py).
+[tests/test_injection.py](../tests/test_injection.py).
 
 ## Pipelines that were run
 """

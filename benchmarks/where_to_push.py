@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import schedulers
-from mixture import ExactMixture, run
 
 from kspec_guidance import SPARKE, MMDGuidance
 from kspec_guidance.kernels import GaussianKernel, PolynomialKernel
+from tests.mixture import ExactMixture, run
 
 MODEL = ExactMixture()
 

@@ -4,15 +4,15 @@ import threading
 
 import diffusers
 import pytest
-import schedulers
 import torch
-from mixture import ExactMixture, run
 
 from kspec_guidance import SPARKE, KernelGuidance, MemoryBank, MMDGuidance, NoveltyGuidance
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.moves import MoveState, bound, off_score, rescale, tangent
 from kspec_guidance.objectives import RKE
+from tests import schedulers
+from tests.mixture import ExactMixture, run
 
 MODEL = ExactMixture()
 

@@ -1,10 +1,11 @@
 import diffusers
 import pytest
-import schedulers
 import torch
 from diffusers import DDIMInverseScheduler
 
 from kspec_guidance.prediction import UnsupportedSchedulerError, predict, supported_schedulers
+from tests import schedulers
+from tests.tiny import scheduling
 
 
 def model_output(kind, x0, noise, alpha, sigma):
@@ -79,3 +80,14 @@ def test_an_unknown_scheduler_is_named_with_the_known_ones():
     ):
         predict(DDIMInverseScheduler(), torch.ones(1, 1), 0, torch.ones(1, 1))
     assert len(supported_schedulers()) >= 35
+
+
+@pytest.mark.parametrize("name", scheduling.scheduler_names())
+def test_x0_agrees_with_the_scheduler_and_scale_zero_changes_nothing(name):
+    verdict = scheduling.check_scheduler(name)
+    if verdict.evidence == "not applicable":
+        assert len(verdict.reason) > 10
+        return
+    assert verdict.predictions
+    assert verdict.error < 1e-4, verdict
+    assert verdict.identical

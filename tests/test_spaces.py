@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from emoji import draw
-from tiny import making
 
 from kspec_guidance import SPARKE, KernelGuidance, MemoryBank
 from kspec_guidance.layouts import Layout
@@ -21,6 +19,8 @@ from kspec_guidance.spaces import (
     middle_of,
     wanted_rows,
 )
+from tests.emoji import draw
+from tests.tiny import making
 
 # -- layouts -----------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kspec_guidance import SPARKE
 from kspec_guidance.pipelines import guided
-from tiny import making as tiny
+from tests.tiny import making as tiny
 
 
 @dataclass

@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from tiny import rules_clips, rules_images, rules_unet, rules_unfit
-from tiny.rules import Rule
+from tests.tiny import rules_clips, rules_images, rules_unet, rules_unfit
+from tests.tiny.rules import Rule
 
 __all__ = ["Rule", "rule"]
 

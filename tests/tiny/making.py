@@ -8,7 +8,7 @@ import diffusers
 import diffusers.guiders
 import torch
 
-from tiny import encoders, families, inputs, models
+from tests.tiny import encoders, families, inputs, models
 
 SCHEDULERS = {
     "KarrasDiffusionSchedulers": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),

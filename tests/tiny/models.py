@@ -5,7 +5,7 @@ from typing import Any
 import diffusers
 import torch
 
-from tiny.autoencoders import AUTOENCODERS
+from tests.tiny.autoencoders import AUTOENCODERS
 
 BLOCKS = (16, 32)
 HEAD = 16  # per attention head of transformers; rotary axes add up to it

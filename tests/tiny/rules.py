@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tiny import inputs
+from tests.tiny import inputs
 
 PROMPT = "a red heart"
 ONE = {"prompt": PROMPT, "num_images_per_prompt": 1}  # one image of one prompt, for classes that take no more

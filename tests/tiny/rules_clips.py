@@ -1,7 +1,7 @@
 """Clips and sound."""
 
-from tiny import inputs
-from tiny.rules import CLIP, PROMPT, few_frames, picture, when
+from tests.tiny import inputs
+from tests.tiny.rules import CLIP, PROMPT, few_frames, picture, when
 
 CLIPS = (
     r"AnimateDiff|PIA|Video|^Wan|^CogVideoX|^LTX|^Mochi|^Allegro|^Latte|^Cosmos|^SkyReels|^EasyAnimate|^ConsisID|^Helios"

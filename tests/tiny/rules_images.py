@@ -1,7 +1,7 @@
 """Image pipelines on transformers."""
 
-from tiny import autoencoders, inputs
-from tiny.rules import ONE, PROMPT, TWO, mask, picture, when
+from tests.tiny import autoencoders, inputs
+from tests.tiny.rules import ONE, PROMPT, TWO, mask, picture, when
 
 GEMMA = {"text_encoder": "Gemma2PreTrainedModel"}
 

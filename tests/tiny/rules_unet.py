@@ -2,7 +2,7 @@
 
 import torch
 
-from tiny.rules import ONE, PROMPT, TWO, mask, noise, picture, when
+from tests.tiny.rules import ONE, PROMPT, TWO, mask, noise, picture, when
 
 XL = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,

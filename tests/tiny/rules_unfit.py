@@ -1,6 +1,6 @@
 """Classes that cannot be guided, or are not run here, with the reason."""
 
-from tiny.rules import when
+from tests.tiny.rules import when
 
 MEGAPIXEL = "it brings every picture to a megapixel, whatever size is asked for: minutes a run on a processor"
 

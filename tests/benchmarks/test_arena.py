@@ -1,0 +1,204 @@
+"""The arena: exact answers of its beds, of its methods and of its statistics."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.arena.beds.analytic import Analytic
+from benchmarks.arena.beds.base import Case
+from benchmarks.arena.fronts import holm, hypervolume, matched, weights
+from benchmarks.arena.methods import METHODS
+from benchmarks.arena.methods.base import Moment, repulsion
+from benchmarks.arena.methods.diverseflow import dpp
+from benchmarks.arena.methods.eddy import EDDY, pairs
+from benchmarks.arena.methods.oscar import OSCAR
+from benchmarks.arena.methods.selection import varied
+from benchmarks.arena.methods.spell import SPELL
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bed() -> Analytic:
+    return Analytic(8, skewed=True)
+
+
+def moment(x0: torch.Tensor, sigma: float = 0.6, seed: int = 0) -> Moment:
+    alpha = math.sqrt(1 - sigma**2)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype)
+    return Moment(x0, alpha * x0 + sigma * noise, alpha, sigma, 3, 10, None, None, None, None)  # type: ignore[arg-type]
+
+
+def test_exact_denoiser_is_the_score_of_its_mixture(bed: Analytic) -> None:
+    model, t = bed.model.double(), 400
+    abar = float(bed.pipe.scheduler.alphas_cumprod[t])
+    alpha, sigma = abar**0.5, (1 - abar) ** 0.5
+    c = bed.pipe.conditions.rows(["prompt 3"]).detach().double()
+    x = torch.randn(1, 1, 1, 8, dtype=torch.float64, requires_grad=True)
+    variance = (alpha * model.std) ** 2 + sigma**2
+    d2 = (x.flatten(1)[:, None] - alpha * model.centres).square().sum(-1)
+    log_p = (model.log_shares(c[:, 0]) - d2 / (2 * variance)).logsumexp(-1).sum()
+    (score,) = torch.autograd.grad(log_p, x)
+    got = model(x.detach(), torch.tensor(t), c)[0]
+    assert torch.allclose(got, -sigma * score, atol=1e-10)
+    bed.model.float()
+
+
+def test_samples_drawn_from_the_mixture_are_judged_valid_and_complete(bed: Analytic) -> None:
+    case, g = Case("prompt 9", 0), torch.Generator().manual_seed(0)
+    shares = bed.shares(case.prompt)
+    k = torch.multinomial(shares, 4000, replacement=True, generator=g)
+    x = bed.model.centres[k] + bed.model.std * torch.randn(4000, 8, generator=g)
+    said = bed.judge(x.view(-1, 1, 1, 8)[:, :, :, :], case)
+    assert said["valid"] > float(shares[shares >= 0.01].sum()) - 0.01
+    assert said["modes"] == said["of"]
+    assert said["total_variation"] < 0.05
+    far = bed.judge(x.view(-1, 1, 1, 8) + 1.0, case)
+    assert far["valid"] < 0.01
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_method_leaves_the_pipeline_as_it_was(name: str, bed: Analytic) -> None:
+    if not bed.fits(METHODS[name]):
+        pytest.skip("the analytic bed has no denoiser's features")
+    case = Case("prompt 1", 3)
+    before = bed.run(case, 4)
+    bed.sample(METHODS[name](), case)
+    assert torch.equal(bed.run(case, 4), before)
+    with pytest.raises(RuntimeError), METHODS[name]().attach(bed.pipe):
+        raise RuntimeError
+    assert torch.equal(bed.run(case, 4), before)
+    assert not bed.pipe.unet._forward_hooks
+    assert not bed.pipe.unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [("lower CFG", {"weight": 3.0}), ("interval CFG", {"start": 0.0, "stop": 1.0}), ("score rescaling", {"k": 1.0}),
+     ("CADS", {"s": 0.0, "tau1": 1.0}), ("seed variance", {"noise": 0.0}), ("particle guidance", {"weight": 0.0}),
+     ("DiverseFlow", {"weight": 0.0}), ("SPELL", {"r": 0.0}), ("OSCAR", {"weight": 0.0, "noise_weight": 0.0}),
+     ("EDDY", {"weight": 0.0}), ("SPARKE, ours", {"scale": 0.0}), ("SPARKE, published", {"scale": 0.0})],
+)  # fmt: skip
+def test_a_method_without_strength_is_plain_sampling(name: str, off: dict, bed: Analytic) -> None:
+    case = Case("prompt 2", 1)
+    assert torch.allclose(bed.sample(METHODS[name](**off), case), bed.run(case, bed.images), atol=2e-5)
+
+
+def test_lower_guidance_is_the_pipeline_at_that_scale(bed: Analytic) -> None:
+    case = Case("prompt 5", 2)
+    got = bed.sample(METHODS["lower CFG"](weight=1.7), case)
+    right = bed.pipe(case.prompt, bed.images, bed.steps, 1.7, bed.noise(case, bed.images))
+    assert torch.allclose(got, right, atol=1e-4)
+
+
+def test_score_rescaling_samples_a_wider_gaussian() -> None:
+    """One mode: the score of variance ``s^2 / k`` must give samples of that variance."""
+    bed = Analytic(8, skewed=False)
+    bed.model.log_weights = torch.tensor([0.0] + [-1e9] * 23)
+    bed.model.std, bed.images, bed.steps, bed.guidance_scale = 0.5, 400, 100, 1.0
+    method = METHODS["score rescaling"](k=0.5, width=0.5)
+    x = bed.sample(method, Case("", 0)).flatten(1)
+    assert float(x.var(0).mean()) == pytest.approx(0.5**2 / 0.5, rel=0.08)
+
+
+def test_repulsion_is_minus_the_gradient_of_each_samples_own_potential() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = repulsion(x)
+    for i in range(5):
+        others = x[torch.arange(5) != i]
+        h = (x[i] - others).norm(dim=1).median() ** 2 / math.log(4)
+        own = x[i].clone().requires_grad_()
+        (g,) = torch.autograd.grad(-torch.exp(-(own - others).square().sum(1) / h).sum(), own)
+        assert torch.allclose(got[i], g, rtol=1e-6)
+
+
+def test_dpp_of_far_points_is_the_closed_form() -> None:
+    x = torch.eye(4, dtype=torch.float64) * 1e3  # equal distances: L has exp(-h / 2) off its diagonal
+    a, n = math.exp(-30 / 2), 4
+    right = sum(math.log(l) - math.log1p(l) for l in [1 - a + n * a, *[1 - a] * (n - 1)])
+    assert float(dpp(x, 30.0)) == pytest.approx(right, abs=1e-4)
+
+
+def test_eddy_derivatives_are_those_of_autograd() -> None:
+    x, s = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    r, along, div = pairs(x, s)
+    h = (x[0] - x[1:]).norm(dim=1).median() ** 2 / math.log(3)
+
+    def own(xi: torch.Tensor) -> torch.Tensor:
+        away = xi - x[1:]
+        return (2 / h * torch.exp(-away.square().sum(1) / h)[:, None] * away).sum(0)
+
+    jacobian = torch.autograd.functional.jacobian(own, x[0])
+    assert torch.allclose(r[0], own(x[0]), rtol=1e-4)
+    assert torch.allclose(along[0], jacobian @ s[0], rtol=1e-4)
+    assert torch.allclose(div[0, 0], jacobian.trace(), rtol=1e-4)
+
+
+def test_eddy_moves_across_the_score_to_first_order() -> None:
+    m = moment(torch.randn(6, 1, 1, 8))
+    move = EDDY(divergence=False).move(m)
+    assert move is not None
+    inside = (move * m.score).flatten(1).sum(1) / (move.flatten(1).norm(dim=1) * m.score.flatten(1).norm(dim=1))
+    assert inside.abs().max() < 1e-5
+
+
+def test_oscar_moves_across_the_velocity() -> None:
+    m, method = moment(torch.randn(6, 1, 1, 8)), OSCAR(noise_weight=1.0)
+    v = method.velocity(m)
+    with torch.enable_grad():
+        move = method.move(m)
+    assert move is not None
+    for part in (move, method.after(m, m.x) - m.x):
+        cosine = torch.nn.functional.cosine_similarity(part.flatten(1), v.flatten(1))
+        assert cosine.abs().max() < 1e-5
+
+
+def test_spell_parts_two_to_its_radius_and_leaves_far_ones_alone() -> None:
+    x0 = torch.tensor([[0.0, 0.0], [0.3, 0.0], [9.0, 0.0]]).view(3, 1, 1, 2)
+    move = SPELL(r=1.0, radius_unit=1.0).move(moment(x0))
+    assert move is not None
+    moved = (x0 + move).flatten(1)
+    assert float((moved[0] - moved[1]).norm()) == pytest.approx(1.0, abs=1e-5)
+    assert torch.equal(moved[2], x0[2].flatten())
+
+
+def test_greedy_choice_takes_one_of_each_cluster() -> None:
+    rows = torch.randn(4, 3).mul(10).repeat_interleave(5, 0) + 0.01 * torch.randn(20, 3)
+    assert sorted(k // 5 for k in varied(rows, 4)) == [0, 1, 2, 3]
+
+
+def test_volume_gain_and_correction_of_known_fronts() -> None:
+    gain, kept = np.array([[0.5, 1.0, 1.2]]), np.array([[0.0, -0.02, -0.2]])
+    assert hypervolume(gain, kept)[0] == pytest.approx(0.2 * 0.5 + 0.8 * 1.0)
+    assert matched(gain, kept)[0] == pytest.approx(1.0)
+    assert holm([0.001, 0.2]) == [0.002, 0.2]
+
+
+def test_bootstrap_weights_cover_prompts_and_seeds() -> None:
+    prompts = ["a", "b", "c"] * 4
+    w = weights(prompts, 4000)
+    assert np.allclose(w.sum(1), 1)
+    assert np.allclose(w[0], 1 / 12)
+    assert np.allclose(w.mean(0), 1 / 12, atol=0.01)
+
+
+def test_the_small_arena_runs_and_does_not_measure_twice(tmp_path: Path) -> None:
+    beds = ["mixture-32", "digits", "emoji-4"]
+    command = [sys.executable, "-m", "benchmarks.arena", "--small", "--out", str(tmp_path), "--beds", *beds,
+               "--methods", "plain", "OSCAR", "SPARKE, ours", "--page", str(tmp_path / "arena.md")]  # fmt: skip
+    for _ in range(2):
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=500)
+        written = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")}
+    assert len(written) == len(beds)
+    data = json.loads((tmp_path / "emoji--4-steps.json").read_text())
+    assert len(data["methods"]["OSCAR"]["trials"]) == 2
+    assert len(data["methods"]["SPARKE, ours"]["front"]) == 3
+    page = (tmp_path / "arena.md").read_text()
+    assert "OSCAR" in page
+    assert "digits" in page

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from kspec_guidance import functional as F
+from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.kernels import GaussianKernel, PolynomialKernel
+from tests.samples import rows
+
+
+def test_mmd_of_a_linear_kernel_is_the_distance_of_the_means(g):
+    x, y = torch.randn(8, 3, generator=g).double(), torch.randn(10, 3, generator=g).double()
+    linear = PolynomialKernel(1, gamma=1.0, coef=0.0)
+    expected = (x.mean(0) - y.mean(0)).square().sum().item()
+    assert F.mmd(x, y, linear, unbiased=False).item() == pytest.approx(expected)
+    within = x.var(0).sum() / 8 + y.var(0).sum() / 10
+    assert F.mmd(x, y, linear).item() == pytest.approx(expected - within.item())
+
+
+def test_the_unbiased_mmd_is_kid_of_torchmetrics(g):
+    from torchmetrics.image.kid import poly_mmd
+
+    x, y = torch.randn(20, 16, generator=g), torch.randn(20, 16, generator=g) + 0.3
+    assert F.mmd(x, y, PolynomialKernel()).item() == pytest.approx(poly_mmd(x, y).item(), rel=1e-4)
+
+
+def test_kid_of_one_full_subset_is_the_unbiased_mmd():
+    x, y = rows(20, 8), rows(20, 8, 1) + 0.2
+    mean, std = F.kid(x, y, subsets=3)
+    assert mean.item() == pytest.approx(F.mmd(x, y, PolynomialKernel()).item(), rel=1e-9)
+    assert std.item() == pytest.approx(0, abs=1e-12)
+    mean, std = F.kid(x, y, subsets=50, subset_size=10)
+    assert std > 0
+    assert torch.equal(F.kid(x, y, subsets=5, subset_size=4)[0], F.kid(x, y, subsets=5, subset_size=4)[0])
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_mmd_by_features_is_mmd_of_their_kernel(unbiased):
+    x, y = rows(9, 3), rows(7, 3, 1)
+    phi = RandomFourierFeatures(GaussianKernel(1.0), 3, 32)
+    linear = PolynomialKernel(1, gamma=1.0, coef=0.0)
+    expected = F.mmd(phi(x), phi(y), linear, unbiased)
+    assert F.mmd(x, y, feature_map=phi, unbiased=unbiased).item() == pytest.approx(expected.item(), abs=1e-10)
