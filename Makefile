@@ -37,7 +37,7 @@ oldest: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(OLDEST) diffusers==0.35.2 transformers==4.56.2 \
 		tokenizers==0.22.1 huggingface-hub==0.34.6
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_guidance.py tests/test_demo.py tests/test_prediction.py \
-		tests/test_spaces.py tests/test_injection.py tests/test_pipelines.py tests/test_modular.py tests/test_config.py
+		tests/spaces tests/test_layouts.py tests/test_injection.py tests/test_pipelines.py tests/test_modular.py tests/test_config.py
 
 # the support matrix and what guidance costs; `make support` takes four minutes, `make overhead` ten
 support: $(VENV)/.installed

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kspec_guidance.kernels import GaussianKernel, Kernel, LaplacianKernel, as_float
+from kspec_guidance.distances import as_float
+from kspec_guidance.kernels import GaussianKernel, Kernel, LaplacianKernel
 
 __all__ = ["NystromFeatures", "RandomFourierFeatures", "RandomProjection", "tensor_product"]
 

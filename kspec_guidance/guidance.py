@@ -54,8 +54,6 @@ class KernelGuidance(PipelineCallback):
     """
 
     tensor_inputs = ["latents", "prompt_embeds"]
-    _sees_start = _labels_first = _ask_denoiser = False
-    _scene_pipe: Any = None
 
     def __init__(
         self,
@@ -88,6 +86,8 @@ class KernelGuidance(PipelineCallback):
         self._open = True  # whether prompts may still be read for the call at hand
         self._hooks: list[Any] = []
         self._pipe: Any = None
+        self._scene_pipe: Any = None  # of a call that is guided without being attached
+        self._sees_start = self._labels_first = self._ask_denoiser = False
         self._call: tuple[Any, dict[str, Any]] | None = None
         self._report = GuidanceReport()
         self.remember = True  # whether finished samples go into the memory by themselves

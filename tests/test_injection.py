@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kspec_guidance import SPARKE, MemoryBank, MMDGuidance, guided, load_demo_pipeline
+from tests import schedulers
 from tests.emoji import draw
 from tests.tiny import inputs, making
 
@@ -102,8 +103,6 @@ def test_guidance_scales_from_none_to_strong(pipe, scale):
 @pytest.mark.parametrize("name", ["LCM", "TCD", "Euler", "DPM++ 2M"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_few_steps(pipe, name, steps):
-    import schedulers
-
     cls, settings = schedulers.SETTINGS[name]
     before = pipe.scheduler
     pipe.scheduler = getattr(diffusers, cls).from_config(before.config, **settings)

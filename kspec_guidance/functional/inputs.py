@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import CosineKernel, Kernel, as_float
+from kspec_guidance.distances import as_float
+from kspec_guidance.kernels import CosineKernel, Kernel
 
 __all__ = ["FeatureMap", "check_pair_of_sets", "check_paired", "check_samples", "gram", "map_rows", "smaller_matrix"]
 

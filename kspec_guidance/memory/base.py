@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import CosineKernel, as_float
+from kspec_guidance.distances import as_float
+from kspec_guidance.kernels import CosineKernel
 
 __all__ = ["Described"]
 

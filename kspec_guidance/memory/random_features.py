@@ -5,8 +5,9 @@ import os
 import torch
 from torch import Tensor
 
+from kspec_guidance.distances import as_float
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import CosineKernel, as_float
+from kspec_guidance.kernels import CosineKernel
 from kspec_guidance.memory.base import Described
 from kspec_guidance.memory.files import MemoryFileError, read_tensors, write_tensors
 

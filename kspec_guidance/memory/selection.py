@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import Kernel, as_float, far_centre
+from kspec_guidance.distances import as_float, far_centre
+from kspec_guidance.kernels import Kernel
 from kspec_guidance.memory.rows import RowStore
 
 __all__ = ["PromptWeights", "Selection", "prune"]

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kspec_guidance.distances import ROWS, as_float, squared_distances
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import ROWS, GaussianKernel, Kernel, as_float, pairwise_distances, squared_distances
+from kspec_guidance.kernels import GaussianKernel, Kernel, pairwise_distances
 from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory, Selection
 from kspec_guidance.objectives.base import (
     PROMPT_BANDWIDTH,

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.demo import encode_reference, load_demo_reference
+from kspec_guidance.distances import as_float
 from kspec_guidance.embedders.base import to_pixels
-from kspec_guidance.kernels import GaussianKernel, Kernel, as_float
+from kspec_guidance.kernels import GaussianKernel, Kernel
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Objective, natural_rows
 from kspec_guidance.sources import IMAGE_TYPES
