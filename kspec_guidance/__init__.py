@@ -17,7 +17,7 @@ _LAZY = {  # what needs diffusers, imported on first use: the mathematics alone 
     "synthesize": "synthesis",
     "load_demo_pipeline": "demo",
     "load_demo_reference": "demo",
-    "encode_reference": "demo",
+    "encode_reference": "encoding",
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-__all__ = ["encode_reference", "load_demo_pipeline", "load_demo_reference"]
+__all__ = ["load_demo_pipeline", "load_demo_reference"]
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -56,20 +56,3 @@ def load_demo_reference(name: str) -> Tensor:
     size, columns = 64, sheet.shape[1] // 64
     tiles = sheet.view(-1, size, columns, size, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
     return tiles[: sets[name]["count"]].float() / 127.5 - 1
-
-
-@torch.no_grad()
-def encode_reference(pipe: Any, images: Tensor, batch_size: int = 32) -> Tensor:
-    """Images ``[m, 3, h, w]`` in -1..1 as latents ``[m, c, h', w']`` of the pipeline's autoencoder, scaled as in its loop.
-
-    Raises:
-        ValueError: for another shape or range.
-    """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must have shape [m, 3, h, w], got {list(images.shape)}")
-    if not torch.isfinite(images).all() or float(images.min()) < -1.001 or float(images.max()) > 1.001:
-        raise ValueError("images must lie in -1..1; divide 8-bit values by 127.5 and subtract 1")
-    vae = pipe.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    latents = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in images.split(batch_size)]
-    return (torch.cat(latents).float() - shift) * vae.config.scaling_factor

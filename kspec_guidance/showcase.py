@@ -12,8 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 from kspec_guidance import functional as F
-from kspec_guidance.demo import encode_reference, load_demo_pipeline, load_demo_reference
+from kspec_guidance.demo import load_demo_pipeline, load_demo_reference
 from kspec_guidance.embedders import pipeline_embedder
+from kspec_guidance.encoding import encode_reference
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.plotting import plot_scores, side_by_side
 from kspec_guidance.presets import SPARKE, MMDGuidance

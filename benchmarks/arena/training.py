@@ -171,7 +171,7 @@ def train_digits(data: Path, steps: int = 4000, batch: int = 64) -> None:
 
 
 @torch.no_grad()
-def pairs(count: int, steps: int = 20, scale: float = 3.0, batch: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+def pairs(count: int, steps: int = 8, scale: float = 3.0, batch: int = 100) -> tuple[Tensor, Tensor, Tensor]:
     """Start noises, the flow model's guided pictures of them, and their classes."""
     from .beds import BEDS
 
@@ -188,7 +188,7 @@ def pairs(count: int, steps: int = 20, scale: float = 3.0, batch: int = 200) -> 
     return noise, torch.cat(made), labels
 
 
-def train_distilled(data: Path, steps: int = 5000, batch: int = 64, count: int = 12_000) -> None:
+def train_distilled(data: Path, steps: int = 2500, batch: int = 64, count: int = 6000) -> None:
     """The flow model straightened on its own guided pairs: four steps, no classifier-free guidance.
 
     Rectified flow's second round (Liu et al., 2022, arXiv 2209.03003), with guidance distilled into the pairs as InstaFlow

@@ -46,9 +46,9 @@ def frame(rows: list[tuple], x: str, y: str) -> pd.DataFrame | None:
     return pd.DataFrame(rows, columns=[x, y, "set"]) if rows else None
 
 
-def build(model: str | None = None) -> gr.Blocks:
-    """The page over one pipeline; ``model`` as in ``DiffusionPipeline.from_pretrained``, the embedded one by default."""
-    studio = Studio(model)
+def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
+    """The page over one pipeline: see :class:`Studio`."""
+    studio = Studio(model, size)
 
     def run(
         visitor: Visitor, text: str, each: float, method: str, strength: float, seed: float, steps: float, chosen: str,
@@ -174,4 +174,5 @@ def launch(page: gr.Blocks, **more: Any) -> Any:
 
 
 if __name__ == "__main__":
-    launch(build(os.environ.get("KSPEC_MODEL")))
+    size = os.environ.get("KSPEC_SIZE")
+    launch(build(os.environ.get("KSPEC_MODEL"), int(size) if size else None))

@@ -1,5 +1,6 @@
 """The work behind the page: one pipeline, a memory per visitor, plain and guided batches as they form."""
 
+import inspect
 import queue
 import threading
 import zipfile
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -25,13 +27,14 @@ from kspec_guidance import (
 from kspec_guidance import functional as F
 from kspec_guidance.embedders import pipeline_embedder
 from kspec_guidance.embedders.base import to_pixels
+from kspec_guidance.encoding import autoencoder_of, image_size
 from kspec_guidance.kernels import GaussianKernel, median_bandwidth
 from kspec_guidance.objectives import Objective
 from kspec_guidance.plotting import side_by_side
+from kspec_guidance.spaces import Pixels, Scene
 from kspec_guidance.spectrum import eigenvalues
 from kspec_guidance.statistics import jackknife
 from kspec_guidance.terms import Term
-from kspec_guidance.watching import denoiser_of
 
 METHODS = ("SPARKE", "SPARKE, order 0.5", "Novelty", "MMD", "SPARKE + MMD")
 REFERENCES = ("twemoji", "noto", "dark-skin-tone", "light-skin-tone")
@@ -121,21 +124,43 @@ def within(x: Tensor, prompts: int) -> float:
 
 
 class Studio:
-    """A pipeline, taken by one visitor at a time."""
+    """A pipeline, taken by one visitor at a time.
 
-    def __init__(self, model: str | None = None):
+    Args:
+        model: a folder or a hub id with safetensors weights, of a text-to-image pipeline; None for the embedded one.
+        size: height and width of its pictures; None for the model's own.
+
+    Raises:
+        ValueError: for a pipeline of another kind.
+    """
+
+    def __init__(self, model: str | None = None, size: int | None = None):
         self.demo = model is None
-        if self.demo:
+        if model is None:
             self.pipe: Any = load_demo_pipeline()
         else:
-            from diffusers import DiffusionPipeline
-
-            self.pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
-            if torch.cuda.is_available():
-                self.pipe.to("cuda")
+            self.pipe = self._load(model)
         self.pipe.set_progress_bar_config(disable=True)
-        self.embed = pipeline_embedder(self.pipe, 64 if self.demo else 256)
+        self.more: dict[str, Any] = {}
+        if "use_resolution_binning" in inspect.signature(type(self.pipe).__call__).parameters:
+            self.more["use_resolution_binning"] = False  # pictures of the size asked for, as the references are
+        self.side = size or (image_size(self.pipe) or (1024, 1024))[0]  # of the pictures, in pixels
+        self.embed = pipeline_embedder(self.pipe, 64 if self.demo else min(256, self.side))
         self.lock = threading.Lock()
+
+    @staticmethod
+    def _load(model: str) -> Any:
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+        takes = inspect.signature(type(pipe).__call__).parameters
+        missing = {"prompt", "num_images_per_prompt", "height", "width", "generator"} - set(takes)
+        if missing or autoencoder_of(pipe) is None:
+            raise ValueError(
+                f"{model} holds a {type(pipe).__name__}; this page needs a text-to-image pipeline with an autoencoder"
+                + (f", and its call does not take {', '.join(sorted(missing))}" if missing else "")
+            )
+        return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
     def reference(self, chosen: str, pictures: list[Image.Image]) -> Tensor:
         """Latents ``[m, c, h, w]`` of the uploaded pictures, or of the chosen set."""
@@ -144,10 +169,8 @@ class Studio:
                 raise InputError(
                     f"A reference set needs at least 4 pictures; {len(pictures)} were uploaded. Tens are better."
                 )
-            denoiser: Any = denoiser_of(self.pipe)
-            size = self.pipe.vae_scale_factor * denoiser.config.sample_size
             with self.lock:
-                return encode_reference(self.pipe, to_pixels(pictures, int(size)) * 2 - 1)
+                return encode_reference(self.pipe, to_pixels(pictures, self.side) * 2 - 1)
         if not self.demo:
             raise InputError("Upload reference pictures: this model has no sets of its own.")
         if chosen not in REFERENCES:
@@ -229,8 +252,8 @@ class Studio:
                 raise Stopped
             panel.curve.append(within(x0, count) if each > 1 else 1.0)
             state.text = f"{name}: step {len(panel.curve)} of {steps}"
-            if self.demo and len(panel.curve) % PREVIEW_EVERY == 0:
-                panel.rows = self._decode(x0, each)
+            if len(panel.curve) % (PREVIEW_EVERY if self.demo else 5) == 0:
+                panel.rows = self._decode(x0.view(len(x0), *memory.shape), each)
                 told.put(state)
 
         memory = guide.memory if terms else MemoryBank()
@@ -239,18 +262,19 @@ class Studio:
         seeds = [torch.Generator().manual_seed(seed + k) for _ in state.prompts for k in range(each)]
         with both.attach(self.pipe):
             made = self.pipe(
-                state.prompts, num_images_per_prompt=each, num_inference_steps=steps, guidance_scale=5.0, generator=seeds
-            ).images
+                state.prompts, num_images_per_prompt=each, num_inference_steps=steps, guidance_scale=5.0, generator=seeds,
+                height=self.side, width=self.side, **self.more,
+            ).images  # fmt: skip
         panel.rows = [made[k : k + each] for k in range(0, len(made), each)]
         panel.features = self.embed(made)
         told.put(state)
 
     @torch.no_grad()
     def _decode(self, x0: Tensor, each: int) -> list[list[Image.Image]]:
-        vae = self.pipe.vae
-        side = int((x0.shape[1] / vae.config.latent_channels) ** 0.5)
-        latents = x0.view(len(x0), vae.config.latent_channels, side, side).to(vae.dtype)
-        pictures = self.pipe.image_processor.postprocess(vae.decode(latents / vae.config.scaling_factor).sample)
+        scene = Scene(self.pipe, size=(self.side, self.side))
+        pixels = torch.cat([Pixels().pictures(part, scene).float() for part in x0.split(8)])
+        pixels = pixels.squeeze(2) if pixels.ndim == 5 else pixels  # a picture may be a clip of one frame
+        pictures = VaeImageProcessor().postprocess(pixels)
         return [pictures[k : k + each] for k in range(0, len(pictures), each)]
 
 

@@ -25,19 +25,25 @@ def module_embedder(network: Any, size: int, name: str, **settings: Any) -> Imag
 
 
 def pipeline_embedder(pipe: Any, size: int = 64) -> ImageEmbedder:
-    """Latents of a pipeline's own autoencoder: shapes and colours, no semantics."""
-    vae = pipe.vae
+    """Latents of a pipeline's own autoencoder: shapes and colours, no semantics.
 
-    def encode(x: Tensor) -> Tensor:
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        latents = vae.encode(x.to(vae.dtype)).latent_dist.mode().float()
-        return ((latents - shift) * vae.config.scaling_factor).flatten(1)
+    Raises:
+        ValueError: for a pipeline without one.
+    """
+    from kspec_guidance.encoding import autoencoder_of, encode, to_loop
+
+    vae = autoencoder_of(pipe)
+    if vae is None:
+        raise ValueError(f"{type(pipe).__name__} has no autoencoder to embed by; choose an image embedder")
 
     from kspec_guidance.embedders.base import weights_fingerprint
 
     half = (0.5, 0.5, 0.5)
     name = f"{type(vae).__name__} of {type(pipe).__name__}"
-    return ImageEmbedder(encode, size, name, half, half, "squash", vae.device, weights_fingerprint(vae))
+    return ImageEmbedder(
+        lambda x: to_loop(encode(vae, x), pipe, vae).flatten(1), size, name, half, half, "squash", vae.device,
+        weights_fingerprint(vae),
+    )  # fmt: skip
 
 
 def _cached_weights(name: str, tag: str) -> str:

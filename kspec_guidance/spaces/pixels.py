@@ -1,7 +1,5 @@
 """The decoded prediction, and embeddings of it: what the eye compares, at the price of the decoder."""
 
-import inspect
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,32 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from kspec_guidance.encoding import autoencoder_of, from_loop
 from kspec_guidance.spaces.base import FeatureSpace, Pull, Scene, by_autograd
 
 __all__ = ["Embedder", "Pixels"]
-
-
-def to_latents(x: Tensor, vae: Any, scene: Scene) -> Tensor:
-    """Latents of the loop as the decoder wants them: unpacked, unscaled."""
-    config = vae.config
-    if x.ndim == 3:
-        unpack: Any = getattr(scene.pipe, "_unpack_latents", None)
-        known = [] if unpack is None else list(inspect.signature(unpack).parameters)[1:4]
-        factor = getattr(scene.pipe, "vae_scale_factor", 8)
-        side = math.isqrt(x.shape[1])
-        if known != ["height", "width", "vae_scale_factor"] or (scene.size is None and side**2 != x.shape[1]):
-            raise ValueError(
-                f"the packed latents {list(x.shape)} of {type(scene.pipe).__name__} cannot be unpacked here; "
-                "choose space='x0' or 'pooled'"
-            )
-        height, width = scene.size or (side * 2 * factor, side * 2 * factor)
-        x = unpack(x, height, width, factor)
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and std is not None:
-        view = (1, -1, *[1] * (x.ndim - 2))
-        return x * torch.tensor(std).to(x).view(view) + torch.tensor(mean).to(x).view(view)
-    scaling = getattr(config, "scaling_factor", None) or 1.0
-    return x / scaling + (getattr(config, "shift_factor", None) or 0.0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +29,7 @@ class Pixels(FeatureSpace):
     name: ClassVar[str] = "pixels"
 
     def decoder(self, scene: Scene) -> Any:
-        vae = self.vae if self.vae is not None else getattr(scene.pipe, "vae", None) or getattr(scene.pipe, "vqvae", None)
+        vae = self.vae if self.vae is not None else autoencoder_of(scene.pipe)
         if vae is None:
             raise ValueError(
                 f"space={self.name!r} needs a decoder, and {type(scene.pipe).__name__} has no vae; pass vae=, or "
@@ -65,7 +41,7 @@ class Pixels(FeatureSpace):
         """``[n, c, ...]`` in about -1..1."""
         vae = self.decoder(scene)
         dtype = next(vae.parameters()).dtype
-        latents = x if getattr(vae.config, "latent_magnitude", None) else to_latents(x, vae, scene)
+        latents = x if getattr(vae.config, "latent_magnitude", None) else from_loop(x, scene.pipe, vae, scene.size)
         out = vae.decode(latents.to(dtype))
         return getattr(out, "sample", out)
 

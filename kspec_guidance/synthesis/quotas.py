@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kspec_guidance.demo import encode_reference, load_demo_reference
+from kspec_guidance.demo import load_demo_reference
 from kspec_guidance.distances import as_float
 from kspec_guidance.embedders.base import to_pixels
+from kspec_guidance.encoding import autoencoder_of, encode_reference, image_size
 from kspec_guidance.kernels import GaussianKernel, Kernel
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Objective, natural_rows
 from kspec_guidance.sources import IMAGE_TYPES
 from kspec_guidance.synthesis.errors import SynthesisError
-from kspec_guidance.watching import denoiser_of
 
 __all__ = ["Attribute", "Balance", "allot", "read_attribute", "split_quotas"]
 
@@ -47,14 +47,13 @@ def read_attribute(pipe: Any, text: str, size: int | None = None) -> Attribute:
         SynthesisError: if there are no images, or the pipeline has no autoencoder of images.
     """
     source, _, share = text.rpartition(":") if re.fullmatch(r".+:[0-9.]+", text) else (text, "", "1")
-    vae, denoiser = getattr(pipe, "vae", None), denoiser_of(pipe)
-    if not callable(getattr(vae, "encode", None)):
+    if not callable(getattr(autoencoder_of(pipe), "encode", None)):
         raise SynthesisError(f"{type(pipe).__name__} has no autoencoder to encode reference images with")
     if size is None:
-        cells = getattr(getattr(denoiser, "config", None), "sample_size", None)
-        if not isinstance(cells, int):
-            raise SynthesisError("the size of the images is not known; give height")
-        size = cells * int(getattr(pipe, "vae_scale_factor", 8))
+        made = image_size(pipe)
+        if made is None or made[0] != made[1]:
+            raise SynthesisError(f"references are brought to a square, and the pipeline's own size is {made}; give height")
+        size = made[0]
     try:
         if Path(source).exists():
             names = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())

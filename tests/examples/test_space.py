@@ -179,6 +179,35 @@ def test_requests_out_of_bounds_are_refused_in_words(server, more, said):
         client(server).predict(api_name="/generate", **({"text": "heart"} | ASK | more))
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", "QwenImagePipeline", "SanaPipeline"])
+def test_another_model_in_place_of_the_embedded_one(name, tmp_path):
+    from studio import Studio, Visitor, score_table
+
+    from tests.tiny import making
+
+    making.build(name).save_pretrained(tmp_path, safe_serialization=True)
+    studio, visitor = Studio(str(tmp_path), 64), Visitor()
+    colours = [Image.new("RGB", (80, 60), (40 * k, 90, 200 - 40 * k)) for k in range(5)]
+    reference = studio.reference("", colours)
+    shown = 0
+    for now in studio.generate(visitor, ["a cat", "a dog"], 2, "SPARKE + MMD", 1.0, 0, 5, reference, True):
+        shown += bool(now.panels["guided"].rows) and not now.done
+    assert shown >= 2  # a preview, and the end
+    assert [image.size for row in now.panels["guided"].rows for image in row] == [(64, 64)] * 4
+    assert len(visitor.memory) == 4
+    assert score_table(now, None)[0][0] == "Vendi score, all images"
+
+
+def test_models_of_another_kind_are_refused_in_words(tmp_path):
+    from studio import Studio
+
+    from tests.tiny import making
+
+    making.build("WanPipeline").save_pretrained(tmp_path, safe_serialization=True)
+    with pytest.raises(ValueError, match="needs a text-to-image pipeline"):
+        Studio(str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")

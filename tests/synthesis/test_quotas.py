@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from kspec_guidance import load_demo_reference
-from kspec_guidance.demo import encode_reference
+from kspec_guidance.encoding import encode_reference
 from kspec_guidance.synthesis import (
     Attribute,
     Prompt,
