@@ -132,7 +132,8 @@ def generate(
         guide = SPARKE(scale, memory=bank)
         quotas: dict[str, Any] = {name: int(number) for name, number in _pairs(quota, "--quota").items()}
         for name, references in _pairs(attribute, "--attribute").items():
-            quotas[name] = read_attribute(pipe, references, call.get("height"))
+            height = call.get("height")
+            quotas[name] = read_attribute(pipe, references, (height, call.get("width", height)) if height else None)
         if dry_run:
             said = estimate(source, out, pipe, guide, images, batch, call=call, quotas=quotas, memory=keep)
             console.print(str(said), highlight=False, markup=False)

@@ -5,14 +5,20 @@ The two directions are each other's inverse: ``from_loop(to_loop(z)) = z`` for l
 
 import inspect
 import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from kspec_guidance.embedders.base import to_pixels
+from kspec_guidance.sources import IMAGE_TYPES
 from kspec_guidance.watching import denoiser_of
 
-__all__ = ["autoencoder_of", "encode", "encode_reference", "from_loop", "image_size", "to_loop"]
+__all__ = ["autoencoder_of", "encode", "encode_reference", "from_loop", "image_size", "pictures_in", "to_loop"]
 
 PACKS = ["height", "width"]  # the last arguments of ``_pack_latents`` where 2 x 2 blocks become tokens: Flux, Qwen-Image
 
@@ -37,6 +43,27 @@ def image_size(pipe: Any) -> tuple[int, int] | None:
     given = inspect.signature(type(pipe).__call__).parameters
     height, width = (getattr(given.get(k), "default", None) for k in ("height", "width"))
     return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
+def pictures_in(folder: str | os.PathLike) -> list[Image.Image]:
+    """All pictures of a folder, in the order of their names.
+
+    Raises:
+        ValueError: for no folder, no pictures in it, or a broken one, which is named.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder of pictures")
+    names = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
+    if not names:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_TYPES))})")
+    found = []
+    for name in names:
+        try:
+            with Image.open(name) as file:
+                found.append(file.convert("RGBA"))
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+    return found
 
 
 def _parameters(pipe: Any, name: str) -> list[str] | None:
@@ -140,20 +167,36 @@ def _unpacked(x: Tensor, pipe: Any, vae: Any, size: tuple[int, int] | None) -> T
 
 
 @torch.no_grad()
-def encode_reference(pipe: Any, images: Tensor, batch_size: int = 32) -> Tensor:
+def encode_reference(
+    pipe: Any,
+    images: Tensor | Sequence[Image.Image] | str | os.PathLike,
+    batch_size: int = 32,
+    size: int | tuple[int, int] | None = None,
+) -> Tensor:
     """Images as samples of the pipeline's loop ``[m, ...]``, which is what :class:`MMDGuidance` and others are given.
 
-    Give them in the height and width that you generate: ``[m, c, h / 8, w / 8]`` for Stable Diffusion, tokens
+    They must have the height and width that you generate: they become ``[m, c, h / 8, w / 8]`` for Stable Diffusion, tokens
     ``[m, l, c]`` where the loop packs latents, as Flux and Qwen-Image do.
 
     Args:
         pipe: a pipeline with an autoencoder.
-        images: ``[m, 3, h, w]`` in -1..1, or clips ``[m, 3, f, h, w]`` for a pipeline of clips.
+        images: a folder, PIL images, or a tensor ``[m, 3, h, w]`` in -1..1 (clips ``[m, 3, f, h, w]`` for a pipeline of
+            clips), which is taken in the size it has.
         batch_size: images encoded at once.
+        size: side, or height and width in pixels, to which pictures are scaled and cropped; None for the pipeline's own.
 
     Raises:
-        ValueError: for another shape or range, or a pipeline whose latents cannot be made from pictures.
+        ValueError: for another shape or range, a folder without pictures or with a broken one, or a pipeline whose latents
+            cannot be made from pictures.
     """
+    if not isinstance(images, Tensor):
+        size = image_size(pipe) if size is None else size
+        if size is None:
+            raise ValueError(f"{type(pipe).__name__} does not say how large its images are; give size=(height, width)")
+        pictures = pictures_in(images) if isinstance(images, str | os.PathLike) else images
+        images = to_pixels(pictures, size) * 2 - 1
+    elif size is not None:
+        raise ValueError("a tensor is taken in the size it has; leave size out, or give PIL images")
     if images.ndim not in (4, 5) or images.shape[1] != 3:
         raise ValueError(f"images must have shape [m, 3, h, w] (clips [m, 3, f, h, w]), got {list(images.shape)}")
     if not torch.isfinite(images).all() or float(images.min()) < -1.001 or float(images.max()) > 1.001:

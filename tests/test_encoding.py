@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from kspec_guidance import SPARKE, MMDGuidance, encode_reference
 from kspec_guidance.embedders import pipeline_embedder
@@ -71,7 +72,26 @@ def test_sizes_are_read_off_the_pipeline(pipe):
     assert image_size(making.build("ZImagePipeline")) is None  # it says so nowhere but in its code
 
 
+def test_references_are_taken_from_a_folder_and_from_pictures(pipe, tmp_path):
+    made = [Image.new("RGB", (90 + k, 64), (50 * k, 120, 10)) for k in range(4)]
+    for k, image in enumerate(made):
+        image.save(tmp_path / f"{k}.png")
+    found = encode_reference(pipe, tmp_path)
+    assert found.shape == (4, 9, 8, 8)
+    torch.testing.assert_close(encode_reference(pipe, made), found)
+    assert encode_reference(pipe, made, size=(64, 128)).shape == (4, 9, 8, 16)
+    (tmp_path / "z.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"z\.png cannot be read"):
+        encode_reference(pipe, tmp_path)
+    with pytest.raises(ValueError, match="give size="):
+        encode_reference(making.build("ZImagePipeline"), made)
+
+
 def test_bad_references_are_named(pipe):
+    with pytest.raises(ValueError, match="is no folder"):
+        encode_reference(pipe, "nowhere")
+    with pytest.raises(ValueError, match="leave size out"):
+        encode_reference(pipe, torch.zeros(2, 3, 64, 64), size=64)
     with pytest.raises(ValueError, match=r"shape \[m, 3, h, w\]"):
         encode_reference(pipe, torch.zeros(2, 1, 64, 64))
     with pytest.raises(ValueError, match="divide 8-bit values"):

@@ -30,31 +30,31 @@ def weights_fingerprint(module: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def _fit_box(width: int, height: int, size: int, fit: str) -> tuple[int, int]:
+def _fit_box(height: int, width: int, size: tuple[int, int], fit: str) -> tuple[int, int]:
     if fit == "squash":
-        return size, size
-    scale = size / min(width, height)
-    return max(size, round(width * scale)), max(size, round(height * scale))
+        return size
+    scale = max(size[0] / height, size[1] / width)
+    return max(size[0], round(height * scale)), max(size[1], round(width * scale))
 
 
-def _from_pil(image: Image.Image, size: int, fit: str) -> Tensor:
+def _from_pil(image: Image.Image, size: tuple[int, int], fit: str) -> Tensor:
     rgba = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, (255,) * 4), rgba).convert("RGB")
-    w, h = _fit_box(*flat.size, size, fit)
+    h, w = _fit_box(flat.height, flat.width, size, fit)
     flat = flat.resize((w, h), Image.Resampling.BICUBIC)  # Pillow's filters grow with the reduction: no aliasing
-    left, top = (w - size) // 2, (h - size) // 2
-    flat = flat.crop((left, top, left + size, top + size))
+    top, left = (h - size[0]) // 2, (w - size[1]) // 2
+    flat = flat.crop((left, top, left + size[1], top + size[0]))
     return torch.from_numpy(np.asarray(flat, dtype=np.float32)).permute(2, 0, 1) / 255
 
 
-def to_pixels(images: Images, size: int, fit: str = "crop") -> Tensor:
-    """``[n, 3, size, size]`` float32 in 0..1: resized with antialiasing, alpha over white.
+def to_pixels(images: Images, size: int | tuple[int, int], fit: str = "crop") -> Tensor:
+    """``[n, 3, height, width]`` float32 in 0..1: resized with antialiasing, alpha over white.
 
     Args:
         images: PIL images of any mode and size, or a tensor ``[n, 3, h, w]`` (or ``[n, 1, h, w]``, grey): uint8 in
             0..255 or floating point in 0..1.
-        size: of the square, in pixels.
-        fit: ``crop`` scales the shorter side and takes the middle; ``squash`` changes the aspect ratio.
+        size: side of a square, or height and width, in pixels.
+        fit: ``crop`` scales until both sides are covered and takes the middle; ``squash`` changes the aspect ratio.
 
     Raises:
         TypeError: for other types.
@@ -62,16 +62,17 @@ def to_pixels(images: Images, size: int, fit: str = "crop") -> Tensor:
     """
     if fit not in ("crop", "squash"):
         raise ValueError(f"fit must be 'crop' or 'squash', got {fit!r}")
+    size = (size, size) if isinstance(size, int) else size
     if isinstance(images, Tensor):
         return _from_tensor(images, size, fit)
     images = list(images)
     bad = [type(i).__name__ for i in images if not isinstance(i, Image.Image)]
     if bad:
         raise TypeError(f"images must be PIL images or one tensor [n, 3, h, w], got {bad[0]}")
-    return torch.stack([_from_pil(i, size, fit) for i in images]) if images else torch.empty(0, 3, size, size)
+    return torch.stack([_from_pil(i, size, fit) for i in images]) if images else torch.empty(0, 3, *size)
 
 
-def _from_tensor(x: Tensor, size: int, fit: str) -> Tensor:
+def _from_tensor(x: Tensor, size: tuple[int, int], fit: str) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         cure = "; move the channels: images.permute(0, 3, 1, 2)" if x.ndim == 4 and x.shape[-1] in (1, 3) else ""
         raise ValueError(f"images must have shape [n, 3, h, w], got {list(x.shape)}{cure}")
@@ -84,11 +85,11 @@ def _from_tensor(x: Tensor, size: int, fit: str) -> Tensor:
         low, high = float(x.min()), float(x.max())
         cure = "divide by 255" if high > 1.5 else "map -1..1 to 0..1 by images / 2 + 0.5"
         raise ValueError(f"floating-point images must lie in 0..1, got {low:.3g}..{high:.3g}; {cure}")
-    w, h = _fit_box(x.shape[3], x.shape[2], size, fit)
+    h, w = _fit_box(x.shape[2], x.shape[3], size, fit)
     if (h, w) != tuple(x.shape[2:]):
         x = nnf.interpolate(x, size=(h, w), mode="bicubic", antialias=True, align_corners=False)
-    top, left = (h - size) // 2, (w - size) // 2
-    return x[:, :, top : top + size, left : left + size].clamp(0, 1).expand(-1, 3, -1, -1)
+    top, left = (h - size[0]) // 2, (w - size[1]) // 2
+    return x[:, :, top : top + size[0], left : left + size[1]].clamp(0, 1).expand(-1, 3, -1, -1)
 
 
 @contextmanager

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.demo import load_demo_reference
 from kspec_guidance.distances import as_float
-from kspec_guidance.embedders.base import to_pixels
-from kspec_guidance.encoding import autoencoder_of, encode_reference, image_size
+from kspec_guidance.encoding import autoencoder_of, encode_reference
 from kspec_guidance.kernels import GaussianKernel, Kernel
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Objective, natural_rows
-from kspec_guidance.sources import IMAGE_TYPES
 from kspec_guidance.synthesis.errors import SynthesisError
 
 __all__ = ["Attribute", "Balance", "allot", "read_attribute", "split_quotas"]
@@ -36,12 +33,12 @@ class Attribute:
     share: float = 1.0
 
 
-def read_attribute(pipe: Any, text: str, size: int | None = None) -> Attribute:
+def read_attribute(pipe: Any, text: str, size: int | tuple[int, int] | None = None) -> Attribute:
     """An attribute from ``folder`` or ``folder:share``: images of a folder (with its subfolders), encoded by the pipeline's
     autoencoder; or the name of an embedded reference set, such as ``dark-skin-tone``.
 
     Args:
-        size: of the square that is generated, in pixels; the pipeline's own by default.
+        size: side, or height and width, of what is generated, in pixels; the pipeline's own by default.
 
     Raises:
         SynthesisError: if there are no images, or the pipeline has no autoencoder of images.
@@ -49,20 +46,14 @@ def read_attribute(pipe: Any, text: str, size: int | None = None) -> Attribute:
     source, _, share = text.rpartition(":") if re.fullmatch(r".+:[0-9.]+", text) else (text, "", "1")
     if not callable(getattr(autoencoder_of(pipe), "encode", None)):
         raise SynthesisError(f"{type(pipe).__name__} has no autoencoder to encode reference images with")
-    if size is None:
-        made = image_size(pipe)
-        if made is None or made[0] != made[1]:
-            raise SynthesisError(f"references are brought to a square, and the pipeline's own size is {made}; give height")
-        size = made[0]
     try:
         if Path(source).exists():
-            names = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
-            pixels = to_pixels([Image.open(name) for name in names], size) * 2 - 1
+            reference = encode_reference(pipe, source, size=size)
         else:
-            pixels = load_demo_reference(source)
-        if len(pixels) < 2:
-            raise SynthesisError(f"{source} holds {len(pixels)} images; a reference set needs two or more")
-        return Attribute(encode_reference(pipe, pixels), float(share))
+            reference = encode_reference(pipe, load_demo_reference(source))
+        if len(reference) < 2:
+            raise SynthesisError(f"{source} holds {len(reference)} images; a reference set needs two or more")
+        return Attribute(reference, float(share))
     except (OSError, ValueError) as error:
         raise SynthesisError(f"cannot read the reference set {source!r}: {error}") from error
 

@@ -52,7 +52,7 @@ def test_attributes_are_read_from_folders_and_by_name(tmp_path, pipe):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_text("no image")
-    for source, words in (("nothing", "no reference set named"), ("empty", "holds 0 images"), ("broken", "cannot read")):
+    for source, words in (("nothing", "no reference set named"), ("empty", "holds no pictures"), ("broken", "cannot read")):
         with pytest.raises(SynthesisError, match=words):
             read_attribute(pipe, str(tmp_path / source) if (tmp_path / source).exists() else source)
 
