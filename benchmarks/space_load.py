@@ -89,15 +89,14 @@ def load(args: argparse.Namespace, folder: str) -> None:
         while any(v.is_alive() for v in visitors):
             memory.append(resident(server.pid))
             time.sleep(2)
-        third = max(1, len(memory) // 3)
         counts = {name: len(found) for name, found in seen.items()}
         print(f"{args.visitors} visitors, {args.minutes:g} minutes: {counts['seconds']} runs, {counts['failed']} failed, "
               f"{counts['mixed']} mixed")  # fmt: skip
         if seen["seconds"]:
             took = seen["seconds"]
             print(f"seconds a run, with waiting: median {statistics.median(took):.1f}, most {max(took):.1f}")
-        print(f"server's memory, MB: middle third {statistics.mean(memory[third : 2 * third]):.0f}, last third "
-              f"{statistics.mean(memory[2 * third :]):.0f}, most {max(memory):.0f}")  # fmt: skip
+        minutes = [statistics.mean(memory[k : k + 30]) for k in range(0, len(memory), 30)]
+        print("server's memory by minute, MB:", *(f"{m:.0f}" for m in minutes))
         for what in seen["failed"][:5] + seen["mixed"][:5]:
             print("   ", what)
     finally:

@@ -77,8 +77,8 @@ def _statistics(vae: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
     if getattr(vae, "bn", None) is not None:  # Flux 2, of 2 x 2 blocks
         mean, std = vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
     else:
-        owner = vae if isinstance(getattr(vae, "latents_mean", None), Tensor) else vae.config
-        mean, std = getattr(owner, "latents_mean", None), getattr(owner, "latents_std", None)
+        known = dict(vae.named_buffers(recurse=False)) | dict(vae.config)  # LTX keeps them as buffers
+        mean, std = known.get("latents_mean"), known.get("latents_std")
     if mean is None or std is None:
         return None
     return torch.as_tensor(mean).to(x).view(view), torch.as_tensor(std).to(x).view(view)
