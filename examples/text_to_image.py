@@ -3,6 +3,7 @@
     python examples/text_to_image.py "heart" "runner"                        # the embedded emoji pipeline
     python examples/text_to_image.py "a photo of a dog" --model sdxl
     python examples/text_to_image.py "a photo of a dog" --model path/or/hub-id --steps 30 --cfg 5
+    python examples/text_to_image.py "a dog" "a cat" --model sdxl --reference folder/of/pictures   # toward these
 
 Writes OUT/grid.png and OUT/scores.json.
 """
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from kspec_guidance import KernelGuidance, load_demo_pipeline
+from kspec_guidance import KernelGuidance, MMDGuidance, encode_reference, load_demo_pipeline
 from kspec_guidance.plotting import side_by_side
 
 
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cfg", type=float, help="guidance_scale")
     parser.add_argument("--preset", help="default, safe, vivid, few-step or published")
     parser.add_argument("--scale", type=float, help="strength, in place of the preset's")
+    parser.add_argument("--reference", type=Path, help="folder of pictures, tens of them, to be distributed as they are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--offload", action="store_true")
@@ -87,12 +89,15 @@ def main(argv: list[str] | None = None) -> None:
 
     recipe = RECIPES.get(args.model) or Recipe(args.model, 30, 5.0)
     more = {} if args.scale is None else {"scale": args.scale}
-    guide = KernelGuidance.preset(args.preset or recipe.preset, **more)
     call = {
         "num_inference_steps": args.steps or recipe.steps,
         "guidance_scale": recipe.cfg if args.cfg is None else args.cfg,
     }
     pipe = load(recipe, args.device, args.offload)
+    if args.reference is None:
+        guide = KernelGuidance.preset(args.preset or recipe.preset, **more)
+    else:
+        guide = MMDGuidance(encode_reference(pipe, args.reference), **more)
     plain = generate(pipe, args.prompts, args.images, args.seed, None, call)
     reports = {}
     guided = []

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests import tiny
 
@@ -20,6 +21,18 @@ def test_plain_and_guided_images_by_the_script(tmp_path):
     text_to_image.main(["heart", "runner", "--images", "3", "--steps", "4", "--out", str(tmp_path)])
     assert (tmp_path / "grid.png").stat().st_size > 5000
     assert set(json.loads((tmp_path / "scores.json").read_text())) == {"heart", "runner"}
+
+
+def test_toward_a_folder_of_pictures_by_the_script(tmp_path):
+    import text_to_image
+
+    (tmp_path / "few").mkdir()
+    for k in range(6):
+        Image.new("RGB", (70, 64), (40 * k, 200, 90)).save(tmp_path / "few" / f"{k}.png")
+    line = ["heart", "cat face", "--images", "3", "--steps", "4", "--reference", str(tmp_path / "few"), "--out"]
+    text_to_image.main([*line, str(tmp_path / "toward")])
+    said = json.loads((tmp_path / "toward" / "scores.json").read_text())
+    assert all(report["steps_guided"] for report in said.values())
 
 
 @pytest.mark.slow
