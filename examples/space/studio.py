@@ -145,7 +145,7 @@ class Studio:
         if "use_resolution_binning" in inspect.signature(type(self.pipe).__call__).parameters:
             self.more["use_resolution_binning"] = False  # pictures of the size asked for, as the references are
         self.side = size or (image_size(self.pipe) or (1024, 1024))[0]  # of the pictures, in pixels
-        self.embed = pipeline_embedder(self.pipe, 64 if self.demo else min(256, self.side))
+        self.embed = pipeline_embedder(self.pipe, min(256, self.side))
         self.lock = threading.Lock()
 
     @staticmethod

@@ -24,13 +24,16 @@ def module_embedder(network: Any, size: int, name: str, **settings: Any) -> Imag
     return ImageEmbedder(network, size, name, **settings)
 
 
-def pipeline_embedder(pipe: Any, size: int = 64) -> ImageEmbedder:
+def pipeline_embedder(pipe: Any, size: int | None = None) -> ImageEmbedder:
     """Latents of a pipeline's own autoencoder: shapes and colours, no semantics.
+
+    Args:
+        size: side to which pictures are brought, in pixels; by default that of the pipeline's own, at most 256.
 
     Raises:
         ValueError: for a pipeline without one.
     """
-    from kspec_guidance.encoding import autoencoder_of, encode, to_loop
+    from kspec_guidance.encoding import autoencoder_of, encode, image_size, to_loop
 
     vae = autoencoder_of(pipe)
     if vae is None:
@@ -38,6 +41,7 @@ def pipeline_embedder(pipe: Any, size: int = 64) -> ImageEmbedder:
 
     from kspec_guidance.embedders.base import weights_fingerprint
 
+    size = min(256, *(image_size(pipe) or (256,))) if size is None else size
     half = (0.5, 0.5, 0.5)
     name = f"{type(vae).__name__} of {type(pipe).__name__}"
     return ImageEmbedder(
