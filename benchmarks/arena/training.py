@@ -206,9 +206,9 @@ def train_distilled(data: Path, steps: int = 2500, batch: int = 64, count: int =
         s = torch.where(torch.rand(batch, generator=g) < 0.3, torch.ones(()), s)  # the first step bears the most
         return noise[pick], made[pick], labels[pick], s
 
-    seconds = fit_flow("distilled", unet, table, batches, steps, decay=0.0)
-    said = {"steps": steps, "batch": batch, "seconds": seconds, "pairs": count}
-    save("digits_distilled", {**unet.state_dict(), "conditions": table.data}, said)
+    fit_flow("distilled", unet, table, batches, steps, decay=0.0)
+    tensors = {**unet.state_dict(), "conditions": table.data}
+    save("digits_distilled", tensors, {"steps": steps, "batch": batch, "pairs": count})
 
 
 def emoji(data: Path) -> tuple[Tensor, list]:
