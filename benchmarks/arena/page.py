@@ -254,7 +254,7 @@ def overview(data: list[dict[str, Any]], path: Path) -> None:
     full = [by for by in found.values() if len(by) > 0.7 * len(METHODS)] or list(found.values())  # beds that most ran on
     means = {m: mean([by[m] for by in full if m in by] or [0.0]) for m in names}
     names.sort(key=lambda m: means[m])
-    fig = Figure(figsize=(8.2, 0.33 * len(names) + 1.5), layout="constrained")
+    fig = Figure(figsize=(10.4, 0.33 * len(names) + 1.5), layout="constrained")
     FigureCanvasAgg(fig)
     axes = fig.subplots()
     colours = ["#1f5fa8" if m.startswith("SPARKE, ours") else "#c3cad4" for m in names]
@@ -267,8 +267,8 @@ def overview(data: list[dict[str, Any]], path: Path) -> None:
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:+.0%}")
     axes.set_xlabel("more modes than plain sampling, at validity within 0.02 of it")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7.5, frameon=False, loc="lower right")
-    fig.savefig(path, dpi=120)
+    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(1.0, 0.0))
+    fig.savefig(path, dpi=110)
 
 
 def write(folder: Path, page: Path, picture: Path | None) -> None:
