@@ -10,13 +10,12 @@ from typing import Any
 
 from ..pages import fill, table
 from .beds import BEDS
-from .fronts import DEPTH, Summary, points, pooled, summaries
-from .harness import FIDELITY_LOSS, mean, slug
+from .figures import OURS, ablation_panels, fronts, overview
+from .fronts import Summary, pooled, summaries
+from .harness import mean, slug
 from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-OURS = "SPARKE, ours, order 0.5"
-OWN = {"SPARKE, ours": "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59"}  # colours
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -207,70 +206,6 @@ def judges() -> str:
     return table(["judge", "held-out pictures", "right"], rows)
 
 
-def figure(data: list[dict[str, Any]], path: Path) -> None:
-    """Fronts of every bed: up is more modes, right is more fidelity."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = 3 if len(data) > 2 else max(1, len(data))
-    lines = -(-len(data) // columns)
-    fig = Figure(figsize=(4.6 * columns, 3.9 * lines), layout="constrained")
-    FigureCanvasAgg(fig)
-    every = fig.subplots(lines, columns, squeeze=False).flatten()
-    for axes, d in zip(every, data, strict=False):
-        s = d["settings"]
-        base = d["methods"]["plain"][f"report {s['seeds']}"]
-        m0, v0 = mean(base["modes"]), mean(base["valid"])
-        best = [x.method for x in summaries(d, OURS)][:6]
-        palette = iter(["#c4572e", "#3f8f5b", "#8a5fb0", "#b8912b", "#4aa0a8", "#a8506f"])
-        for method in [m for m in d["methods"] if "front" in d["methods"][m]]:
-            front = [{"m": mean(p["cases"]["modes"]), "v": mean(p["cases"]["valid"])} for p in points(d, method)]
-            x, y = [v0, *(p["v"] for p in front)], [m0, *(p["m"] for p in front)]
-            ours, named = method.startswith("SPARKE, ours"), method in best
-            colour = OWN.get(method) or (next(palette, "#888888") if named else "#c9ced6")
-            axes.plot(x, y, "o--" if ours and "lower" in method else "o-", ms=3.5 if ours else 2.5, color=colour,
-                      lw=2.2 if ours else 1.2 if named else 0.7, zorder=3 if ours else 2 if named else 1,
-                      label=method if ours or named else None)  # fmt: skip
-        axes.plot([v0], [m0], "k*", ms=11, zorder=4, label="plain sampling")
-        axes.axvline(v0 - FIDELITY_LOSS, color="#999999", lw=0.8, ls=":")
-        tops = [mean(p["cases"]["modes"]) for m in d["methods"].values() for p in m.get("front", [])]
-        axes.set(xlim=(v0 - 1.6 * DEPTH, v0 + 0.06), ylim=(m0 * 0.8, max([*tops, m0 * 1.2]) * 1.04))
-        axes.set_title(d["bed"], fontsize=10)
-        axes.set(xlabel="fidelity", ylabel="modes found")
-        axes.legend(fontsize=7, frameon=False, loc="lower left")
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in every[len(data):]:  # fmt: skip
-        axes.set_visible(False)
-    fig.savefig(path, dpi=110)
-
-
-def overview(data: list[dict[str, Any]], path: Path) -> None:
-    """One row a method: its gain on every bed, and the mean."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    found = {d["bed"]: {s.method: s.gain for s in summaries(d, OURS)} for d in data}
-    names = [m for m in METHODS if sum(m in by for by in found.values()) > len(found) / 2]
-    full = [by for by in found.values() if len(by) > 0.7 * len(METHODS)] or list(found.values())  # beds that most ran on
-    means = {m: mean([by[m] for by in full if m in by] or [0.0]) for m in names}
-    names.sort(key=lambda m: means[m])
-    fig = Figure(figsize=(10.4, 0.33 * len(names) + 1.5), layout="constrained")
-    FigureCanvasAgg(fig)
-    axes = fig.subplots()
-    colours = ["#1f5fa8" if m.startswith("SPARKE, ours") else "#c3cad4" for m in names]
-    axes.barh(range(len(names)), [means[m] for m in names], color=colours, height=0.66, label=f"mean of {len(full)} beds")
-    marks = ["o", "s", "^", "v", "D", "P", "X", "*", "h"]
-    for mark, (bed, by) in zip(marks, found.items(), strict=False):
-        y = [k for k, m in enumerate(names) if m in by]
-        axes.plot([by[names[k]] for k in y], y, mark, ms=4.5, mfc="none", mew=0.9, color="#333333", ls="", label=bed)
-    axes.set_yticks(range(len(names)), names)
-    axes.xaxis.set_major_formatter(lambda v, _: f"{v:+.0%}")
-    axes.set_xlabel("more modes than plain sampling, at validity within 0.02 of it")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(1.0, 0.0))
-    fig.savefig(path, dpi=110)
-
-
 def write(folder: Path, page: Path, picture: Path | None) -> None:
     data = records(folder)
     parts = {
@@ -280,8 +215,9 @@ def write(folder: Path, page: Path, picture: Path | None) -> None:
     }  # fmt: skip
     fill(page, parts)
     if picture is not None:
-        figure(data, picture)
+        fronts(data, picture)
         overview(data, picture.with_name("which-method.png"))
+        ablation_panels(folder, picture.with_name("arena-ablations.png"))
 
 
 def main() -> None:
