@@ -7,7 +7,6 @@ import inspect
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.embedders.base import to_pixels
-from kspec_guidance.sources import IMAGE_TYPES
+from kspec_guidance.sources import pictures_in
 from kspec_guidance.watching import denoiser_of
 
-__all__ = ["autoencoder_of", "encode", "encode_reference", "from_loop", "image_size", "pictures_in", "to_loop"]
+__all__ = ["autoencoder_of", "encode", "encode_reference", "from_loop", "image_size", "to_loop"]
 
 PACKS = ["height", "width"]  # the last arguments of ``_pack_latents`` where 2 x 2 blocks become tokens: Flux, Qwen-Image
 
@@ -43,27 +42,6 @@ def image_size(pipe: Any) -> tuple[int, int] | None:
     given = inspect.signature(type(pipe).__call__).parameters
     height, width = (getattr(given.get(k), "default", None) for k in ("height", "width"))
     return (height, width) if isinstance(height, int) and isinstance(width, int) else None
-
-
-def pictures_in(folder: str | os.PathLike) -> list[Image.Image]:
-    """All pictures of a folder, in the order of their names.
-
-    Raises:
-        ValueError: for no folder, no pictures in it, or a broken one, which is named.
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no folder of pictures")
-    names = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
-    if not names:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_TYPES))})")
-    found = []
-    for name in names:
-        try:
-            with Image.open(name) as file:
-                found.append(file.convert("RGBA"))
-        except OSError as error:
-            raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-    return found
 
 
 def _parameters(pipe: Any, name: str) -> list[str] | None:
@@ -92,10 +70,10 @@ def _scaling(vae: Any) -> tuple[float, float]:
 def encode(vae: Any, pixels: Tensor) -> Tensor:
     """Latents ``[m, c, ...]`` of pictures ``[m, 3, h, w]`` or clips ``[m, 3, f, h, w]`` in -1..1: the mode, unscaled.
 
-    A picture is a clip of one frame to an autoencoder of clips.
+    A picture is a clip of one frame to an encoder of clips.
     """
     x = pixels.to(vae.device, vae.dtype)
-    if x.ndim == 4 and any(isinstance(m, torch.nn.Conv3d) for m in vae.modules()):
+    if x.ndim == 4 and any(isinstance(m, torch.nn.Conv3d) for m in getattr(vae, "encoder", vae).modules()):
         x = x[:, :, None]
     out = vae.encode(x)
     if getattr(out, "latent_dist", None) is not None:
@@ -202,8 +180,8 @@ def encode_reference(
     if not torch.isfinite(images).all() or float(images.min()) < -1.001 or float(images.max()) > 1.001:
         raise ValueError("images must lie in -1..1; divide 8-bit values by 127.5 and subtract 1")
     vae = autoencoder_of(pipe)
-    if vae is None:
+    if not callable(getattr(vae, "encode", None)):
         raise ValueError(
-            f"{type(pipe).__name__} has no autoencoder; give samples [m, ...] of the shape that its loop has as a reference"
+            f"{type(pipe).__name__} has no autoencoder of images; give a reference [m, ...] in the shape of its loop"
         )
     return torch.cat([to_loop(encode(vae, part), pipe, vae) for part in images.split(batch_size)])

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from kspec_guidance.embedders.base import ImageEmbedder
 from kspec_guidance.embedders.cache import FeatureCache
 
-__all__ = ["ImageSet", "SourceError", "load_images", "read_prompts"]
+__all__ = ["ImageSet", "SourceError", "load_images", "pictures_in", "read_prompts"]
 
 IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PROMPT_NAMES = ("prompt", "caption", "text")
@@ -86,12 +87,36 @@ def _constant(data: bytes) -> Callable[[], bytes]:
     return lambda: data
 
 
+def _image_files(folder: Path) -> list[Path]:
+    """Images of a folder and its subfolders by name; hidden ones are unfinished files or other programs' caches."""
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
+    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+
+
 def _folder(path: Path, prompts: dict[str, str]) -> Iterator[Item]:
-    for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file()):
+    for file in _image_files(path):
         name = file.relative_to(path).as_posix()
-        if any(part.startswith(".") for part in name.split("/")):
-            continue  # hidden: unfinished files, other programs' caches
         yield name, file.read_bytes, prompts.get(name, prompts.get(file.name))
+
+
+def pictures_in(folder: str | os.PathLike) -> list[Image.Image]:
+    """All pictures of a folder and its subfolders, in the order of their names; for sets that fit into memory.
+
+    Raises:
+        SourceError: for no folder, no pictures in it, or a broken one, which is named.
+    """
+    if not Path(folder).is_dir():
+        raise SourceError(f"{folder} is no folder of pictures")
+    found = []
+    for name in _image_files(Path(folder)):
+        try:
+            with Image.open(name) as file:
+                found.append(file.convert("RGBA"))
+        except OSError as error:
+            raise SourceError(f"{name} cannot be read as a picture: {error}") from error
+    if not found:
+        raise SourceError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_TYPES))})")
+    return found
 
 
 def _shards(files: list[Path]) -> Iterator[Item]:

@@ -55,6 +55,11 @@ def test_clips_become_samples_of_the_loop(name):
     assert tuple(found.shape[1:]) == own_shape(pipe)
 
 
+def test_an_encoder_of_pictures_with_a_decoder_of_clips_takes_pictures():
+    vae = making.build("StableVideoDiffusionPipeline").vae
+    assert encode(vae, pictures(2, 3, 16, 16)).ndim == 4
+
+
 def test_scaled_and_shifted_statistics_are_those_of_the_pipeline():
     """SDXL's playground weights have channel statistics beside the scale: the decoder is given ``x std / scale + mean``."""
     pipe = making.build("StableDiffusionXLPipeline")
@@ -80,6 +85,9 @@ def test_references_are_taken_from_a_folder_and_from_pictures(pipe, tmp_path):
     assert found.shape == (4, 9, 8, 8)
     torch.testing.assert_close(encode_reference(pipe, made), found)
     assert encode_reference(pipe, made, size=(64, 128)).shape == (4, 9, 8, 16)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "a.png").write_bytes(b"hidden")
+    assert encode_reference(pipe, tmp_path).shape == found.shape
     (tmp_path / "z.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"z\.png cannot be read"):
         encode_reference(pipe, tmp_path)

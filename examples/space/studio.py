@@ -26,7 +26,6 @@ from kspec_guidance import (
 )
 from kspec_guidance import functional as F
 from kspec_guidance.embedders import pipeline_embedder
-from kspec_guidance.embedders.base import to_pixels
 from kspec_guidance.encoding import autoencoder_of, image_size
 from kspec_guidance.kernels import GaussianKernel, median_bandwidth
 from kspec_guidance.objectives import Objective
@@ -163,14 +162,14 @@ class Studio:
         return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
     def reference(self, chosen: str, pictures: list[Image.Image]) -> Tensor:
-        """Latents ``[m, c, h, w]`` of the uploaded pictures, or of the chosen set."""
+        """Samples of the loop ``[m, ...]`` of the uploaded pictures, or of the chosen set."""
         if pictures:
             if len(pictures) < 4:
                 raise InputError(
                     f"A reference set needs at least 4 pictures; {len(pictures)} were uploaded. Tens are better."
                 )
             with self.lock:
-                return encode_reference(self.pipe, to_pixels(pictures, self.side) * 2 - 1)
+                return encode_reference(self.pipe, pictures, size=self.side)
         if not self.demo:
             raise InputError("Upload reference pictures: this model has no sets of its own.")
         if chosen not in REFERENCES:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kspec_guidance.embedders.base import IMAGENET_MEAN, IMAGENET_STD, ImageEmbedder, quiet_loading
+from kspec_guidance.embedders.base import IMAGENET_MEAN, IMAGENET_STD, ImageEmbedder, quiet_loading, weights_fingerprint
 
 __all__ = [
     "efficientnet_lite",
@@ -33,13 +33,11 @@ def pipeline_embedder(pipe: Any, size: int | None = None) -> ImageEmbedder:
     Raises:
         ValueError: for a pipeline without one.
     """
-    from kspec_guidance.encoding import autoencoder_of, encode, image_size, to_loop
+    from kspec_guidance.encoding import autoencoder_of, encode, image_size, to_loop  # which needs this package
 
     vae = autoencoder_of(pipe)
     if vae is None:
         raise ValueError(f"{type(pipe).__name__} has no autoencoder to embed by; choose an image embedder")
-
-    from kspec_guidance.embedders.base import weights_fingerprint
 
     size = min(256, *(image_size(pipe) or (256,))) if size is None else size
     half = (0.5, 0.5, 0.5)

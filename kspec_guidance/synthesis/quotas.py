@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kspec_guidance.demo import load_demo_reference
 from kspec_guidance.distances import as_float
-from kspec_guidance.encoding import autoencoder_of, encode_reference
+from kspec_guidance.encoding import encode_reference
 from kspec_guidance.kernels import GaussianKernel, Kernel
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Objective, natural_rows
@@ -44,8 +44,6 @@ def read_attribute(pipe: Any, text: str, size: int | tuple[int, int] | None = No
         SynthesisError: if there are no images, or the pipeline has no autoencoder of images.
     """
     source, _, share = text.rpartition(":") if re.fullmatch(r".+:[0-9.]+", text) else (text, "", "1")
-    if not callable(getattr(autoencoder_of(pipe), "encode", None)):
-        raise SynthesisError(f"{type(pipe).__name__} has no autoencoder to encode reference images with")
     try:
         if Path(source).exists():
             reference = encode_reference(pipe, source, size=size)
