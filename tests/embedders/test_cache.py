@@ -1,10 +1,7 @@
 import torch
 from PIL import Image
 
-from kspec_guidance.embedders import (
-    ImageEmbedder,
-    embed_files,
-)
+from kspec_guidance.embedders import ImageEmbedder, embed_files
 
 
 def test_files_are_embedded_once(tmp_path):

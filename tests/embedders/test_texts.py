@@ -1,10 +1,7 @@
 import pytest
 import torch
 
-from kspec_guidance.embedders import (
-    minilm,
-    sentence_embedder,
-)
+from kspec_guidance.embedders import minilm, sentence_embedder
 
 
 def test_minilm_knows_what_is_alike():

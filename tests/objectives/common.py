@@ -3,14 +3,10 @@
 import torch
 
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import (
-    GaussianKernel,
-)
+from kspec_guidance.kernels import GaussianKernel
 from tests.samples import rows
 
 D, P = 6, 3
-
-
 PROMPT = GaussianKernel(1.0)
 
 

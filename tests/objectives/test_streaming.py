@@ -2,9 +2,7 @@ import pytest
 import torch
 
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import (
-    GaussianKernel,
-)
+from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.objectives import MMD, RKE, ConditionalRKE, Novelty
 from tests.objectives.common import FEATURES, PROMPT, D, P, filled, relative_error

@@ -1,8 +1,6 @@
 import torch
 
-from kspec_guidance.kernels import (
-    GaussianKernel,
-)
+from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.memory import CentroidMemory, MemoryBank
 from kspec_guidance.objectives import Vendi
 from tests.objectives.common import PROMPT, D, P

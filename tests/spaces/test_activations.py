@@ -1,9 +1,6 @@
 import torch
 
-from kspec_guidance.spaces import (
-    Activations,
-    Scene,
-)
+from kspec_guidance.spaces import Activations, Scene
 from kspec_guidance.spaces.activations import wanted_rows
 
 

@@ -2,10 +2,7 @@ import torch
 
 from kspec_guidance import KernelGuidance
 from kspec_guidance.objectives import RKE
-from kspec_guidance.spaces import (
-    Pooled,
-    Scene,
-)
+from kspec_guidance.spaces import Pooled, Scene
 from tests.emoji import draw
 
 

@@ -2,10 +2,7 @@ import pytest
 import torch
 
 from kspec_guidance import SPARKE
-from kspec_guidance.spaces import (
-    Pixels,
-    Scene,
-)
+from kspec_guidance.spaces import Pixels, Scene
 from tests.emoji import draw
 from tests.tiny import making
 

@@ -3,17 +3,7 @@ import torch
 
 from kspec_guidance import SPARKE, KernelGuidance, MemoryBank
 from kspec_guidance.objectives import RKE
-from kspec_guidance.spaces import (
-    SPACES,
-    X0,
-    Activations,
-    Embedder,
-    Latents,
-    Pixels,
-    Pooled,
-    Scene,
-    make_space,
-)
+from kspec_guidance.spaces import SPACES, X0, Activations, Embedder, Latents, Pixels, Pooled, Scene, make_space
 from kspec_guidance.spaces.activations import middle_of
 from tests.emoji import draw
 from tests.tiny import making

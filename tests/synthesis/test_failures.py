@@ -7,11 +7,7 @@ import pytest
 import torch
 
 from kspec_guidance import SPARKE
-from kspec_guidance.synthesis import (
-    CheckpointError,
-    SettingsChangedError,
-    SynthesisError,
-)
+from kspec_guidance.synthesis import CheckpointError, SettingsChangedError, SynthesisError
 from tests.synthesis.small_runs import CALL, contents, make, rows_of
 
 # -- what goes wrong -----------------------------------------------------------------------------------------------------

@@ -1,9 +1,6 @@
 import pytest
 
-from kspec_guidance.synthesis import (
-    Prompt,
-    SynthesisError,
-)
+from kspec_guidance.synthesis import Prompt, SynthesisError
 from kspec_guidance.synthesis.jobs import goals, image_seed
 
 

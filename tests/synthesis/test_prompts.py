@@ -2,10 +2,7 @@ import json
 
 import pytest
 
-from kspec_guidance.synthesis import (
-    SynthesisError,
-    read_prompts,
-)
+from kspec_guidance.synthesis import SynthesisError, read_prompts
 
 
 def test_prompts_from_every_kind_of_source(tmp_path):

@@ -8,12 +8,7 @@ from PIL import Image
 from kspec_guidance import SPARKE, MemoryBank
 from kspec_guidance.memory import CentroidMemory
 from kspec_guidance.sources import load_images
-from kspec_guidance.synthesis import (
-    Prompt,
-    SynthesisError,
-    estimate,
-    synthesize,
-)
+from kspec_guidance.synthesis import Prompt, SynthesisError, estimate, synthesize
 from kspec_guidance.synthesis.jobs import image_seed
 from tests.synthesis.small_runs import CALL, PROMPTS, contents, make, rows_of
 

@@ -2,9 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kspec_guidance.synthesis import (
-    SynthesisError,
-)
+from kspec_guidance.synthesis import SynthesisError
 from tests.synthesis.small_runs import make, rows_of
 
 

@@ -1,10 +1,7 @@
 import pytest
 import torch
 
-from kspec_guidance.synthesis import (
-    SynthesisError,
-    Target,
-)
+from kspec_guidance.synthesis import SynthesisError, Target
 from kspec_guidance.synthesis.store import Store
 from tests.synthesis.small_runs import make
 
