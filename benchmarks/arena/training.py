@@ -1,6 +1,6 @@
 """Train what the beds need: the digits' flow model and judge, and the emoji judge.
 
-    python -m benchmarks.arena.training digit-judge digits distilled judge truth   # ten minutes each, the middle three
+    python -m benchmarks.arena.training digit-judge digits distilled judge truth   # an hour and more
 
 Weights go to ``benchmarks/arena/weights`` as float16 safetensors, with what was measured on held-out data beside them.
 """
@@ -114,7 +114,7 @@ def train_digit_judge(data: Path, steps: int = 1500) -> None:
 def fit_flow(
     name: str, unet: nn.Module, table: nn.Parameter, batches: Callable[[], Batch], steps: int, decay: float
 ) -> float:
-    """Regress velocities on batches; keep a moving average of the weights, save it, return the seconds taken.
+    """Regress velocities on batches; leave the moving average of the weights in place, and return the seconds taken.
 
     A batch: start noises ``[n, 4, 14, 14]``, pictures, rows of ``table`` (the classes; 10 for none), and times in 0..1.
     """
