@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from kspec_guidance import SPARKE, CentroidMemory, KernelGuidance, MemoryBank, MemoryFileError, MMDGuidance
-from kspec_guidance.config import read_config
-from kspec_guidance.embedders import ImageEmbedder
-from kspec_guidance.embedders.cache import FeatureCache
-from kspec_guidance.sources import SourceError, read_prompts
+from kspec_guidance.evaluation.embedders import ImageEmbedder
+from kspec_guidance.evaluation.embedders.cache import FeatureCache
+from kspec_guidance.evaluation.image_sets import SourceError, read_prompts
+from kspec_guidance.guidance.config import read_config
 from kspec_guidance.synthesis import SynthesisError
 from kspec_guidance.synthesis import prompts as synthesis_prompts
 

@@ -25,9 +25,9 @@ import torch
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, median_bandwidth
 from kspec_guidance.memory import CentroidMemory, MemoryBank, PromptWeights, RandomFeatureMemory
+from kspec_guidance.memory.reductions import distances_to_some
 from kspec_guidance.objectives import RKE, ConditionalRKE
 from kspec_guidance.objectives.base import weighted_median
-from kspec_guidance.objectives.streaming import distances_to_some
 
 WIDTH = 16_384
 GAUSSIAN = GaussianKernel(0.7)
@@ -221,7 +221,7 @@ def latents(number, folder):
     import data
 
     from kspec_guidance import SPARKE, encode_reference, load_demo_pipeline
-    from kspec_guidance.synthesis.generating import Generator
+    from kspec_guidance.synthesis.generator import Generator
 
     data.download(folder)
     images, entries = data.load(folder)
@@ -315,7 +315,7 @@ def cosines(got, right):
 def predictions(pipe, subjects, texts, number=64):
     """Clean predictions x0 of the embedded pipeline at the middle of runs of 64 prompts, unit rows."""
     from kspec_guidance import SPARKE
-    from kspec_guidance.terms import Term
+    from kspec_guidance.guidance.term import Term
 
     seen, guide = [], SPARKE(1e-6)
     gradient = Term.gradient
@@ -399,9 +399,9 @@ def worker(folder):
     """One process of ``whole``: a synthesis, its parts timed."""
     torch.set_num_threads(1)
     from kspec_guidance.synthesis import synthesize
-    from kspec_guidance.synthesis.engine import Worker
-    from kspec_guidance.synthesis.generating import Generator
-    from kspec_guidance.synthesis.store import Store
+    from kspec_guidance.synthesis.generator import Generator
+    from kspec_guidance.synthesis.records import Store
+    from kspec_guidance.synthesis.worker import Worker
 
     parts = {}
 

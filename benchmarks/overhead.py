@@ -30,7 +30,7 @@ from diffusers import (
 from pages import fill
 
 from kspec_guidance import SPARKE, MemoryBank, load_demo_pipeline
-from kspec_guidance.spaces import Activations, Embedder, Pixels, Pooled
+from kspec_guidance.guidance.spaces import Activations, Embedder, Pixels, Pooled
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

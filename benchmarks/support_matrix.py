@@ -28,7 +28,7 @@ import diffusers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from kspec_guidance.prediction import UnsupportedSchedulerError, family  # noqa: E402
+from kspec_guidance.loop.prediction import UnsupportedSchedulerError, family  # noqa: E402
 from tests.tiny import checking, families, making, scheduling  # noqa: E402
 
 LIMIT = 120  # seconds for one class

@@ -27,12 +27,12 @@ from PIL import Image
 
 from kspec_guidance import SPARKE, MemoryBank, load_demo_pipeline
 from kspec_guidance import functional as F
-from kspec_guidance.embedders import efficientnet_lite
+from kspec_guidance.evaluation.embedders import efficientnet_lite
 from kspec_guidance.kernels import CosineKernel, GaussianKernel
 from kspec_guidance.statistics import jackknife_interval
 from kspec_guidance.synthesis import Prompt, synthesize
-from kspec_guidance.synthesis.engine import back
-from kspec_guidance.synthesis.store import Store
+from kspec_guidance.synthesis.records import Store
+from kspec_guidance.synthesis.worker import back
 
 SHOWN = ("runner", "heart", "bird", "building", "clock face")  # in the picture
 PHRASES = ("{s}, {g}", "{s} {g}", "{g} {s}", "{s}, {g}, {g}")

@@ -7,17 +7,17 @@ from kspec_guidance.memory import CentroidMemory, MemoryBank, MemoryFileError, R
 
 __version__ = "1.0.0rc1"
 _LAZY = {  # what needs diffusers, imported on first use: the mathematics alone stays light
-    "SPARKE": "presets",
-    "MMDGuidance": "presets",
-    "NoveltyGuidance": "presets",
-    "KernelGuidance": "guidance",
-    "guided": "pipelines",
-    "KernelGuidanceBlock": "modular",
-    "insert_guidance": "modular",
+    "SPARKE": "guidance.presets",
+    "MMDGuidance": "guidance.presets",
+    "NoveltyGuidance": "guidance.presets",
+    "KernelGuidance": "guidance.guide",
+    "guided": "integrations.pipelines",
+    "KernelGuidanceBlock": "integrations.modular",
+    "insert_guidance": "integrations.modular",
     "synthesize": "synthesis",
     "load_demo_pipeline": "demo",
     "load_demo_reference": "demo",
-    "encode_reference": "encoding",
+    "encode_reference": "loop.latents",
 }
 
 __all__ = [

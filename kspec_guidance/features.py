@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kspec_guidance.distances import as_float
 from kspec_guidance.kernels import GaussianKernel, Kernel, LaplacianKernel
+from kspec_guidance.kernels.distances import as_float
 
 __all__ = ["NystromFeatures", "RandomFourierFeatures", "RandomProjection", "tensor_product"]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kspec_guidance import functional as F
 from kspec_guidance.guidance import KernelGuidance
+from kspec_guidance.guidance.presets import SPARKE
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, median_bandwidth
-from kspec_guidance.presets import SPARKE
 from kspec_guidance.statistics import Comparison, compare_paired
 
 __all__ = ["Tuning", "TuningPoint", "tune"]
@@ -121,7 +121,7 @@ def tune(
         images: of a batch, at least 2.
         batches: of each prompt and strength.
         embed: image features, a callable on pictures returning ``[n, d]``, such as an
-            :class:`~kspec_guidance.embedders.ImageEmbedder`; the pipeline's own autoencoder by default.
+            :class:`~kspec_guidance.evaluation.embedders.ImageEmbedder`; the pipeline's own autoencoder by default.
         call: arguments of the pipeline's call.
         loss: fidelity, in 0..1, that may be lost.
         seed: image ``k`` of batch ``b`` is made from ``seed + 1000 b + k``.
@@ -136,7 +136,7 @@ def tune(
     if images < 2 or batches < 1 or not scales or scales[0] <= 0:
         raise ValueError(f"need images >= 2, batches >= 1 and scales above 0, got {images}, {batches} and {scales}")
     if embed is None:
-        from kspec_guidance.embedders import pipeline_embedder
+        from kspec_guidance.evaluation.embedders import pipeline_embedder
 
         embed = pipeline_embedder(pipe)
     total, done = len(prompts) * batches * (len(scales) + 2), 0

@@ -39,7 +39,7 @@ class ExactMixture:
 
 def run(model: ExactMixture, scheduler, n: int, steps: int, seed: int) -> Tensor:
     """Sample ``[n, d]`` with any diffusers scheduler, as a pipeline would; the model speaks its prediction type."""
-    from kspec_guidance.prediction import family, levels
+    from kspec_guidance.loop.prediction import family, levels
 
     scheduler.set_timesteps(steps)
     g = torch.Generator().manual_seed(seed)

@@ -23,7 +23,12 @@ def test_a_wheel_carries_the_pipeline_and_works_alone(tmp_path):
     weights = [n for n in sizes if n.endswith(".safetensors")]
     assert len(weights) == 3
     assert sum(sizes[n] for n in weights) < 40e6
-    for name in ("py.typed", "templates/report.html", "assets/MODEL_CARD.md", "assets/references/twemoji.png"):
+    for name in (
+        "py.typed",
+        "evaluation/templates/report.html",
+        "demo/assets/MODEL_CARD.md",
+        "demo/assets/references/twemoji.png",
+    ):
         assert f"kspec_guidance/{name}" in sizes
     assert not [n for n in sizes if n.startswith(("tests", "benchmarks", "runs", "."))]
     assert any(n.endswith("licenses/NOTICE") for n in sizes)
@@ -60,6 +65,6 @@ def test_the_version_is_said_once_everywhere():
 
 
 def test_no_pickles_and_no_large_files_among_the_assets():
-    assets = list((ROOT / "kspec_guidance" / "assets").rglob("*"))
+    assets = list((ROOT / "kspec_guidance" / "demo" / "assets").rglob("*"))
     assert not [f for f in assets if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
     assert sum(f.stat().st_size for f in assets if f.is_file()) < 45e6

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kspec_guidance.moves import without
-from kspec_guidance.spaces import Activations, Scene
+from kspec_guidance.guidance.spaces import Activations, Scene
+from kspec_guidance.guidance.transforms import without
 
 from .beds import BEDS
 from .beds.base import Bed, Case

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kspec_guidance.layouts import Layout
+from kspec_guidance.loop.layouts import Layout
 
 from .beds import BEDS
 from .beds.base import Case

@@ -25,15 +25,15 @@ from kspec_guidance import (
     load_demo_reference,
 )
 from kspec_guidance import functional as F
-from kspec_guidance.embedders import pipeline_embedder
-from kspec_guidance.encoding import autoencoder_of, image_size
+from kspec_guidance.evaluation.embedders import pipeline_embedder
+from kspec_guidance.guidance.spaces import Pixels, Scene
+from kspec_guidance.guidance.term import Term
 from kspec_guidance.kernels import GaussianKernel, median_bandwidth
+from kspec_guidance.kernels.spectrum import eigenvalues
+from kspec_guidance.loop.components import autoencoder_of, image_size
 from kspec_guidance.objectives import Objective
 from kspec_guidance.plotting import side_by_side
-from kspec_guidance.spaces import Pixels, Scene
-from kspec_guidance.spectrum import eigenvalues
 from kspec_guidance.statistics import jackknife
-from kspec_guidance.terms import Term
 
 METHODS = ("SPARKE", "SPARKE, order 0.5", "Novelty", "MMD", "SPARKE + MMD")
 REFERENCES = ("twemoji", "noto", "dark-skin-tone", "light-skin-tone")
@@ -339,8 +339,8 @@ def pack(state: Progress, visitor: Visitor, folder: Path) -> str:
 def evaluate(studio: Studio, pictures: list[Image.Image], folder: Path) -> tuple[list[list[str]], str]:
     """The scores of a set, and the path of its report page; both pictures and page are written into ``folder``."""
     from kspec_guidance.evaluation import evaluate_set
-    from kspec_guidance.report_page import write_page
-    from kspec_guidance.sources import load_images
+    from kspec_guidance.evaluation.image_sets import load_images
+    from kspec_guidance.evaluation.page import write_page
 
     if len(pictures) < 3:
         raise InputError(f"Variety is a matter of several pictures: upload at least 3, not {len(pictures)}.")

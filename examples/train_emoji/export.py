@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(".cache_data"))
     parser.add_argument("--run", type=Path, default=Path("runs/unet"))
-    parser.add_argument("--out", type=Path, default=Path("kspec_guidance/assets/emoji"))
+    parser.add_argument("--out", type=Path, default=Path("kspec_guidance/demo/assets/emoji"))
     args = parser.parse_args()
     pipe, art = assemble(args.data, args.run)
     pipe.to(torch.float16).save_pretrained(args.out, safe_serialization=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kspec_guidance.distances import as_float
 from kspec_guidance.kernels import CosineKernel, Kernel
+from kspec_guidance.kernels.distances import as_float
 
 __all__ = ["FeatureMap", "check_pair_of_sets", "check_paired", "check_samples", "gram", "map_rows", "smaller_matrix"]
 

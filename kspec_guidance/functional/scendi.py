@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kspec_guidance.functional.inputs import FeatureMap, check_paired, check_samples, map_rows
 from kspec_guidance.kernels import CosineKernel
-from kspec_guidance.spectrum import eigenvalues
+from kspec_guidance.kernels.spectrum import eigenvalues
 
 __all__ = ["prompt_vendi_score", "remove_prompt", "scendi_matrices", "scendi_score", "unnormalised_score"]
 

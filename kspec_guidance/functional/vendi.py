@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kspec_guidance.functional.inputs import FeatureMap, check_samples, smaller_matrix
 from kspec_guidance.kernels import CosineKernel, Kernel
-from kspec_guidance.spectrum import check_order, eigenvalues, renyi_entropy, truncate
+from kspec_guidance.kernels.spectrum import check_order, eigenvalues, renyi_entropy, truncate
 
 __all__ = ["entropy_of", "kernel_entropy", "rke_score", "vendi_score"]
 

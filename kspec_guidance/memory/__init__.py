@@ -14,7 +14,7 @@ All are saved as safetensors with a checksum. :func:`choose_memory` picks by a s
 from kspec_guidance.memory.bank import MemoryBank
 from kspec_guidance.memory.centroids import CentroidMemory
 from kspec_guidance.memory.choosing import choose_memory
-from kspec_guidance.memory.files import MemoryFileError
+from kspec_guidance.memory.io import MemoryFileError
 from kspec_guidance.memory.random_features import RandomFeatureMemory
 from kspec_guidance.memory.selection import PromptWeights, Selection
 

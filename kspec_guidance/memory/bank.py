@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kspec_guidance.kernels import CosineKernel
 from kspec_guidance.memory.base import Described
-from kspec_guidance.memory.files import read_tensors, write_tensors
-from kspec_guidance.memory.rows import DTYPES, RowStore
+from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.memory.selection import PromptWeights, Selection, prune
+from kspec_guidance.memory.store import DTYPES, RowStore
 
 __all__ = ["MemoryBank"]
 

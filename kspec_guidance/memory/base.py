@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.distances import as_float
 from kspec_guidance.kernels import CosineKernel
+from kspec_guidance.kernels.distances import as_float
 
 __all__ = ["Described"]
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from kspec_guidance.kernels import CosineKernel
 from kspec_guidance.memory.base import Described
-from kspec_guidance.memory.files import MemoryFileError, read_tensors, write_tensors
-from kspec_guidance.memory.rows import RowStore
+from kspec_guidance.memory.io import MemoryFileError, read_tensors, write_tensors
 from kspec_guidance.memory.selection import PromptWeights, Selection, prune
+from kspec_guidance.memory.store import RowStore
 
 __all__ = ["CentroidMemory"]
 

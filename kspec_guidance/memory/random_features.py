@@ -5,11 +5,11 @@ import os
 import torch
 from torch import Tensor
 
-from kspec_guidance.distances import as_float
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel
+from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.memory.base import Described
-from kspec_guidance.memory.files import MemoryFileError, read_tensors, write_tensors
+from kspec_guidance.memory.io import MemoryFileError, read_tensors, write_tensors
 
 __all__ = ["RandomFeatureMemory"]
 

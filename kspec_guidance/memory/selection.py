@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.distances import as_float, far_centre
 from kspec_guidance.kernels import Kernel
-from kspec_guidance.memory.rows import RowStore
+from kspec_guidance.kernels.distances import as_float, far_centre
+from kspec_guidance.memory.store import RowStore
 
 __all__ = ["PromptWeights", "Selection", "prune"]
 

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.functional.inputs import check_samples
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel
-from kspec_guidance.spectrum import accumulate_gram
+from kspec_guidance.kernels.spectrum import accumulate_gram
 from kspec_guidance.statistics import Interval, jackknife_interval
 
 __all__ = ["StreamMap", "StreamingMetric", "flat_rows"]

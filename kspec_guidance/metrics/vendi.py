@@ -6,8 +6,8 @@ from torch import Tensor
 
 from kspec_guidance.functional.vendi import entropy_of
 from kspec_guidance.kernels import Kernel
+from kspec_guidance.kernels.spectrum import check_order
 from kspec_guidance.metrics.base import StreamingMetric, StreamMap, flat_rows
-from kspec_guidance.spectrum import check_order
 
 __all__ = ["RKEScore", "VendiScore"]
 

@@ -7,8 +7,10 @@ form, and what guidance uses. Both are to be ascended. Pairs inside the batch co
 
 from kspec_guidance.objectives.base import PROMPT_BANDWIDTH, SAMPLE_BANDWIDTH, TOLERANCE, Objective, natural_rows, pull_back
 from kspec_guidance.objectives.mmd import MMD
-from kspec_guidance.objectives.rke import RKE, ConditionalRKE, Novelty
+from kspec_guidance.objectives.novelty import Novelty
+from kspec_guidance.objectives.rke import RKE, ConditionalRKE
 from kspec_guidance.objectives.vendi import Vendi
+from kspec_guidance.objectives.witness import Balance
 
 __all__ = [
     "RKE",
@@ -16,6 +18,7 @@ __all__ = [
     "Novelty",
     "MMD",
     "Vendi",
+    "Balance",
     "Objective",
     "PROMPT_BANDWIDTH",
     "SAMPLE_BANDWIDTH",

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kspec_guidance.distances import as_float, check_pair
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, Kernel
+from kspec_guidance.kernels.distances import as_float, check_pair
 from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, PromptWeights, Selection
 
 __all__ = ["PROMPT_BANDWIDTH", "SAMPLE_BANDWIDTH", "TOLERANCE", "Objective", "natural_rows", "pull_back", "weighted_median"]

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kspec_guidance.distances import as_float
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel, Kernel, PolynomialKernel
+from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory, Selection
+from kspec_guidance.memory.reductions import memory_kernel, memory_vjp
 from kspec_guidance.objectives.base import PROMPT_BANDWIDTH, Objective, need_closed_form, need_prompt_features
-from kspec_guidance.objectives.streaming import memory_kernel, memory_vjp
 
 __all__ = ["MMD"]
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kspec_guidance.distances import as_float, squared_distances
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel
+from kspec_guidance.kernels.distances import as_float, squared_distances
+from kspec_guidance.kernels.spectrum import check_order, renyi_entropy
 from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, PromptWeights
+from kspec_guidance.memory.reductions import nearest_rows
 from kspec_guidance.objectives.base import Objective, need_closed_form, off_diagonal, weighted_median
-from kspec_guidance.objectives.streaming import nearest_rows
-from kspec_guidance.spectrum import check_order, renyi_entropy
 
 __all__ = ["Vendi"]
 

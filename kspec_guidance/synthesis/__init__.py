@@ -6,13 +6,13 @@
 Several processes, resumable at any moment, with one record a batch: see ``docs/synthesis.md``.
 """
 
-from kspec_guidance.synthesis.engine import Progress
+from kspec_guidance.synthesis.api import Synthesis, synthesize
 from kspec_guidance.synthesis.errors import CheckpointError, SettingsChangedError, SynthesisError
-from kspec_guidance.synthesis.estimating import Estimate, estimate
+from kspec_guidance.synthesis.estimate import Estimate, estimate
 from kspec_guidance.synthesis.prompts import Prompt, read_prompts
 from kspec_guidance.synthesis.quotas import Attribute
-from kspec_guidance.synthesis.run import Synthesis, synthesize
-from kspec_guidance.synthesis.stopping import Target
+from kspec_guidance.synthesis.targets import Target
+from kspec_guidance.synthesis.worker import Progress
 
 __all__ = [
     "Attribute",

@@ -53,7 +53,7 @@ def test_every_public_name_exists_and_says_what_it_is():
 def test_mathematics_imports_no_diffusers():
     code = (
         "import sys, kspec_guidance.kernels, kspec_guidance.features, kspec_guidance.functional, kspec_guidance.metrics, "
-        "kspec_guidance.statistics, kspec_guidance.objectives, kspec_guidance.memory, kspec_guidance.moves, "
+        "kspec_guidance.statistics, kspec_guidance.objectives, kspec_guidance.memory, kspec_guidance.guidance.transforms, "
         "kspec_guidance.testing; print([m for m in ('diffusers', 'open_clip') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ from kspec_guidance import functional as F
 from kspec_guidance import testing as oracles
 from kspec_guidance.features import NystromFeatures, RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel
-from kspec_guidance.spectrum import truncate
+from kspec_guidance.kernels.spectrum import truncate
 from tests.samples import rows
 
 ORDERS = [0.5, 1.0, 2.0, 3.7, math.inf]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from kspec_guidance import load_demo_pipeline
-from kspec_guidance.memory.files import read_tensors
+from kspec_guidance.memory.io import read_tensors
 from kspec_guidance.synthesis import synthesize
 
 PROMPTS = ["heart", "red heart", "runner", "cat face", "man"]

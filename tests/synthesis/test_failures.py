@@ -37,7 +37,7 @@ def test_changed_settings_are_shown_and_refused_and_force_goes_on(tmp_path, pipe
 
 
 def test_forcing_on_with_another_space_or_other_features_counts_the_old_images_and_forgets_their_rows(tmp_path, pipe):
-    from kspec_guidance.embedders import module_embedder
+    from kspec_guidance.evaluation.embedders import module_embedder
 
     make(tmp_path, pipe, ["heart", "man"], images=3)
     result = make(tmp_path, pipe, ["heart", "man"], images=5, guide=SPARKE(space="pooled"), force=True)
@@ -50,7 +50,7 @@ def test_forcing_on_with_another_space_or_other_features_counts_the_old_images_a
 
 
 def test_a_run_of_one_process_keeps_nothing_for_others(tmp_path, pipe, monkeypatch):
-    from kspec_guidance.synthesis.engine import Worker
+    from kspec_guidance.synthesis.worker import Worker
 
     seen, real = [], Worker.run
     monkeypatch.setattr(Worker, "run", lambda self: (real(self), seen.append(self)))
@@ -69,7 +69,7 @@ def test_damaged_settings_are_named_and_force_goes_on(tmp_path, pipe):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, pipe):
     code = (
-        "import sys; from pathlib import Path; from kspec_guidance.synthesis.store import Store\n"
+        "import sys; from pathlib import Path; from kspec_guidance.synthesis.records import Store\n"
         "store = Store(Path(sys.argv[1])); store.lock(); print('locked', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -16,7 +16,7 @@ from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.memory import CentroidMemory, MemoryBank, RandomFeatureMemory
 from kspec_guidance.synthesis.exchange import absorb, delta
-from kspec_guidance.synthesis.store import Store
+from kspec_guidance.synthesis.records import Store
 from tests.synthesis.small_runs import contents, rows_of
 
 ROOT = Path(__file__).parents[2]

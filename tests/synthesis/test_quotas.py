@@ -3,9 +3,10 @@ import torch
 from PIL import Image
 
 from kspec_guidance import load_demo_reference
-from kspec_guidance.encoding import encode_reference
+from kspec_guidance.loop.latents import encode_reference
+from kspec_guidance.objectives import Balance
 from kspec_guidance.synthesis import Attribute, Prompt, SynthesisError
-from kspec_guidance.synthesis.quotas import Balance, allot, read_attribute
+from kspec_guidance.synthesis.quotas import allot, read_attribute
 from tests.synthesis.small_runs import make, rows_of
 
 

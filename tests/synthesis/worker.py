@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from kspec_guidance import SPARKE
-from kspec_guidance.synthesis import Prompt, engine
+from kspec_guidance.synthesis import Prompt
+from kspec_guidance.synthesis import worker as engine
 from tests.synthesis.small_runs import make, quiet_pipeline
 
 

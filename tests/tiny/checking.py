@@ -118,7 +118,7 @@ def check(name: str) -> Verdict:
 
 def check_modular(name: str) -> Verdict:
     """The same for a modular pipeline: attached, and with a block in its loop."""
-    from kspec_guidance.modular import insert_guidance
+    from kspec_guidance.integrations.modular import insert_guidance
 
     began = time.perf_counter()
     seen, pipe = Verdict(name), tiny.build_modular(name)

@@ -20,7 +20,7 @@ TEMPLATE = (
     "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-VOCABULARY = Path(kspec_guidance.__file__).parent / "assets" / "emoji" / "tokenizer"
+VOCABULARY = Path(kspec_guidance.__file__).parent / "demo" / "assets" / "emoji" / "tokenizer"
 
 
 @functools.cache

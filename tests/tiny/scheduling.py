@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import SPARKE
-from kspec_guidance.prediction import UNFIT, family, predict
+from kspec_guidance.loop.prediction import UNFIT, family, predict
 
 BASES = {"SchedulerMixin"}
 STEPS = 6

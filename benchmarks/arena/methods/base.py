@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kspec_guidance import moves
-from kspec_guidance.injection import SchedulerHook
-from kspec_guidance.prediction import predict
-from kspec_guidance.watching import denoiser_of
+from kspec_guidance.guidance import transforms as moves
+from kspec_guidance.loop.components import denoiser_of
+from kspec_guidance.loop.prediction import predict
+from kspec_guidance.loop.scheduler_hook import SchedulerHook
 
 __all__ = ["Log", "Method", "Moment", "Real", "Whole", "norms", "rbf", "repulsion"]
 

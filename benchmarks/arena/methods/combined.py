@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.watching import denoiser_of
+from kspec_guidance.loop.components import denoiser_of
 
 from .base import Log, Real
 from .cfg import lowered

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kspec_guidance import SPARKE, KernelGuidance
+from kspec_guidance.guidance.presets import PRESETS
+from kspec_guidance.guidance.spaces import Pixels
 from kspec_guidance.objectives import Vendi
-from kspec_guidance.presets import PRESETS
-from kspec_guidance.spaces import Pixels
 
 from .base import Log, Method, Real, Whole
 

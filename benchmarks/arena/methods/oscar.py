@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.moves import without
+from kspec_guidance.guidance.transforms import without
 
 from .base import Log, Method, Moment, norms
 

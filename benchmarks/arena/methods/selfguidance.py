@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kspec_guidance.guidance.spaces import Activations, Scene
 from kspec_guidance.kernels import CosineKernel, GaussianKernel
 from kspec_guidance.objectives import RKE
-from kspec_guidance.spaces import Activations, Scene
 
 from .base import Log, Method, Moment, Real, norms
 

@@ -1,0 +1,122 @@
+"""The demo: one pipeline, the same prompts and seeds, plain, with SPARKE, and drawn to two reference sets with MMD."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+
+from kspec_guidance import functional as F
+from kspec_guidance.demo import load_demo_pipeline, load_demo_reference
+from kspec_guidance.evaluation.embedders import pipeline_embedder
+from kspec_guidance.guidance.presets import SPARKE, MMDGuidance
+from kspec_guidance.kernels import GaussianKernel
+from kspec_guidance.loop.latents import encode_reference
+from kspec_guidance.plotting import plot_scores, side_by_side
+
+__all__ = ["DemoResult", "run_demo"]
+
+PROMPTS = ["heart", "runner", "health worker", "cat face", "man", "flag"]
+PEOPLE = ["health worker", "man", "farmer", "student", "cook", "runner"]
+TONES = {"dark skin tones": "dark-skin-tone", "light skin tones": "light-skin-tone"}
+GUIDANCE_SCALE = 5.0
+Rows = list[list[Image.Image]]
+
+
+@dataclass
+class DemoResult:
+    """Scores ``[prompt][plain or SPARKE]``, squared MMD ``[panel][reference set]``, and the files written."""
+
+    vendi: dict[str, dict[str, float]]
+    rke: dict[str, dict[str, float]]
+    tones: dict[str, dict[str, float]]
+    files: list[Path] = field(default_factory=list)
+
+    def tables(self) -> list[Table]:
+        """For the terminal."""
+        table = Table(title="Different images among those of one prompt (effective number)")
+        table.add_column("prompt")
+        for name in ("Vendi plain", "Vendi SPARKE", "RKE plain", "RKE SPARKE"):
+            table.add_column(name, justify="right")
+        for prompt in self.vendi:
+            v, r = self.vendi[prompt], self.rke[prompt]
+            table.add_row(prompt, *(f"{s:.2f}" for s in (v["plain"], v["SPARKE"], r["plain"], r["SPARKE"])))
+        distances = Table(title="Squared MMD of people's latents to true art (Gaussian kernel)")
+        distances.add_column("images")
+        for name in TONES:
+            distances.add_column(f"to {name}", justify="right")
+        for panel, row in self.tones.items():
+            distances.add_row(panel, *(f"{row[name]:.4f}" for name in TONES))
+        return [table, distances]
+
+
+def run_demo(
+    out: Path, images: int, scale: float, mmd_scale: float, steps: int, seed: int, tick: Callable[[int, int], None]
+) -> DemoResult:
+    """Generate all rows, score them, write ``sparke.png``, ``mmd.png``, ``scores.png``, ``scores.json`` into ``out``."""
+    pipe = load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    embed = pipeline_embedder(pipe)
+    references = {name: encode_reference(pipe, load_demo_reference(key)) for name, key in TONES.items()}
+    total, done = 2 * len(PROMPTS) + 1 + len(TONES), 0
+    tick(0, total)
+
+    def generate(prompt: str | list[str], each: int, guide: Any) -> list[Image.Image]:
+        nonlocal done
+        n = each if isinstance(prompt, str) else each * len(prompt)
+        settings = {
+            "num_images_per_prompt": each,
+            "num_inference_steps": steps,
+            "guidance_scale": GUIDANCE_SCALE,
+            "generator": [torch.Generator().manual_seed(seed + k % each) for k in range(n)],
+        }
+        if guide is None:
+            made = pipe(prompt, **settings).images
+        else:
+            with guide.attach(pipe):
+                made = pipe(prompt, **settings).images
+        done += 1
+        tick(done, total)
+        return made
+
+    guide = SPARKE(scale)  # one memory for all prompts: only images of similar prompts repel
+    varied = {
+        "plain": [generate(p, images, None) for p in PROMPTS],
+        "SPARKE": [generate(p, images, guide) for p in PROMPTS],
+    }
+    each = max(2, images // 2)
+    guides = {"plain": None} | {f"toward {name}": MMDGuidance(r, mmd_scale) for name, r in references.items()}
+    people = {name: generate(PEOPLE, each, g) for name, g in guides.items()}
+
+    features = {name: [embed(row) for row in panel] for name, panel in varied.items()}
+    vendi = {p: {n: float(F.vendi_score(f[i])) for n, f in features.items()} for i, p in enumerate(PROMPTS)}
+    rke = {p: {n: float(F.rke_score(f[i])) for n, f in features.items()} for i, p in enumerate(PROMPTS)}
+    tones = {panel: distances(embed(row), references) for panel, row in people.items()}
+
+    out.mkdir(parents=True, exist_ok=True)
+    result = DemoResult(vendi, rke, tones, [out / f for f in ("sparke.png", "mmd.png", "scores.png", "scores.json")])
+    mean = {n: sum(v[n] for v in vendi.values()) / len(vendi) for n in varied}
+    notes = {n: f"mean Vendi score {mean[n]:.2f} of {images}" for n in varied}
+    title = "Same prompts, same seeds: plain sampling and SPARKE guidance"
+    side_by_side(varied, PROMPTS, title, notes).save(result.files[0])
+    panels: dict[str, Rows] = {
+        name: [row[i * each : (i + 1) * each] for i in range(len(PEOPLE))] for name, row in people.items()
+    }
+    nearer = {panel: ", ".join(f"{n.split()[0]} {d:.3f}" for n, d in row.items()) for panel, row in tones.items()}
+    title = "Same prompts, same seeds: plain sampling and MMD guidance toward a reference set"
+    side_by_side(panels, PEOPLE, title, {p: f"squared MMD to {text}" for p, text in nearer.items()}).save(result.files[1])
+    plot_scores(vendi, result.files[2], f"Variety of {images} images of one prompt", "Vendi score (effective number)")
+    result.files[3].write_text(json.dumps({"vendi": vendi, "rke": rke, "mmd2": tones}, indent=1) + "\n")
+    return result
+
+
+def distances(x: Tensor, references: dict[str, Tensor]) -> dict[str, float]:
+    """Squared MMD of latents ``[n, d]`` to each reference set, by one Gaussian kernel for all sets."""
+    everything = torch.cat([r.flatten(1) for r in references.values()])
+    kernel = GaussianKernel().fit(everything)
+    return {name: float(F.mmd(x, r.flatten(1), kernel)) for name, r in references.items()}

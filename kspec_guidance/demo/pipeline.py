@@ -1,0 +1,58 @@
+"""The embedded emoji pipeline, trained by this project on Noto Emoji and Twemoji, and its reference sets."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+__all__ = ["load_demo_pipeline", "load_demo_reference"]
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
+    """A Stable Diffusion pipeline for 64 x 64 emoji, from files inside the package: no network.
+
+    Prompts are lower-case emoji names (``runner``, ``cat face``, ``heart``), optionally with ``, woman``,
+    ``, dark skin tone``, ``, noto style`` or ``, twemoji style``. What is left out varies from image to image.
+
+    Args:
+        dtype: of the weights; they are stored in float16.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    from kspec_guidance.utils.progress import quiet_loading
+
+    with quiet_loading():
+        pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji", local_files_only=True, use_safetensors=True)
+    for part in pipe.components.values():  # from_pretrained's argument has another name in older versions
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, dtype)  # diffusers' own method warns, without cause here
+    return pipe
+
+
+def load_demo_reference(name: str) -> Tensor:
+    """A small set of the true art as images ``[m, 3, 64, 64]`` in -1..1, for MMD guidance.
+
+    Args:
+        name: ``twemoji``, ``noto``, ``dark-skin-tone`` or ``light-skin-tone``.
+
+    Raises:
+        ValueError: for another name; the message lists those there are.
+    """
+    import numpy as np
+    from PIL import Image
+
+    sets = json.loads((ASSETS / "references" / "references.json").read_text())
+    if name not in sets:
+        raise ValueError(f"no reference set named {name!r}; there are {', '.join(sets)}")
+    with Image.open(ASSETS / "references" / f"{name}.png") as file:  # a name out of the list above, never the user's
+        sheet = torch.from_numpy(np.asarray(file.convert("RGB")).copy())
+    size, columns = 64, sheet.shape[1] // 64
+    tiles = sheet.view(-1, size, columns, size, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
+    return tiles[: sets[name]["count"]].float() / 127.5 - 1

@@ -1,0 +1,35 @@
+"""Images and prompts as feature rows, with all that is needed to make them again. Nothing is downloaded unasked."""
+
+from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder, weights_fingerprint
+from kspec_guidance.evaluation.embedders.cache import embed_files
+from kspec_guidance.evaluation.embedders.images import (
+    efficientnet_lite,
+    module_embedder,
+    open_clip_embedder,
+    torchvision_embedder,
+    transformers_embedder,
+)
+from kspec_guidance.evaluation.embedders.names import image_embedder, text_embedder
+from kspec_guidance.evaluation.embedders.pipeline import pipeline_embedder
+from kspec_guidance.evaluation.embedders.texts import minilm, one_hot_embedder, open_clip_text_embedder, sentence_embedder
+from kspec_guidance.utils.images import to_pixels
+
+__all__ = [
+    "ImageEmbedder",
+    "TextEmbedder",
+    "image_embedder",
+    "text_embedder",
+    "pipeline_embedder",
+    "open_clip_embedder",
+    "transformers_embedder",
+    "torchvision_embedder",
+    "efficientnet_lite",
+    "module_embedder",
+    "open_clip_text_embedder",
+    "sentence_embedder",
+    "minilm",
+    "one_hot_embedder",
+    "embed_files",
+    "to_pixels",
+    "weights_fingerprint",
+]

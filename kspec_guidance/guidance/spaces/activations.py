@@ -1,0 +1,113 @@
+"""The denoiser's own activations: what the model itself tells apart, at the price of its first half."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from kspec_guidance.guidance.spaces.base import FeatureSpace, Pull, Scene, by_autograd
+
+__all__ = ["Activations"]
+
+
+class _Reached(Exception):
+    """Stops the denoiser where its features have been read."""
+
+
+def middle_of(denoiser: nn.Module) -> nn.Module:
+    """The middle block: ``mid_block`` of a UNet, else the middle one of the longest list of blocks.
+
+    Raises:
+        ValueError: for a network without either.
+    """
+    block = getattr(denoiser, "mid_block", None)
+    if isinstance(block, nn.Module):
+        return block
+    lists = [m for m in denoiser.children() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ValueError(f"no middle block found in {type(denoiser).__name__}; name one: Activations(module='blocks.3')")
+    longest = max(lists, key=len)
+    return longest[len(longest) // 2]
+
+
+def _largest(output: Any) -> Tensor:
+    found = [o for o in (output if isinstance(output, tuple | list) else [output]) if isinstance(o, Tensor)]
+    return max(found, key=Tensor.numel)
+
+
+def wanted_rows(call: dict[str, Any], n: int) -> dict[str, Any]:
+    """The arguments of a denoiser's call for its last ``n`` rows: with classifier-free guidance the wanted half."""
+    rows = next((len(v) for v in call.values() if isinstance(v, Tensor) and v.ndim > 1), n)
+
+    def cut(v: Any) -> Any:
+        if isinstance(v, Tensor) and v.ndim and len(v) == rows and rows > n:
+            return v[rows - n :]
+        if isinstance(v, dict):
+            return {k: cut(w) for k, w in v.items()}
+        if isinstance(v, tuple | list) and v and all(isinstance(w, Tensor) for w in v):
+            return type(v)(cut(w) for w in v)
+        return v
+
+    return {k: cut(v) for k, v in call.items()}
+
+
+@dataclass(frozen=True)
+class Activations(FeatureSpace):
+    """Means over positions of a middle block of the denoiser: what the model itself tells apart (arXiv 2606.27371).
+
+    The denoiser runs again up to that block, with gradients, in the wanted half of its first call at this step. Features at
+    different noise levels are not comparable, so the memory keeps one row of features for each guided step, and step
+    compares with step; a run that breaks off before its last guided step is not remembered.
+
+    Args:
+        module: the block's name in the denoiser, such as ``mid_block`` or ``transformer_blocks.9``; found by itself
+            if None.
+    """
+
+    module: str | None = None
+    name: ClassVar[str] = "activations"
+
+    def features(self, x: Tensor, scene: Scene) -> tuple[Tensor, Pull]:
+        if scene.call is None:
+            raise ValueError(
+                "space='activations' needs a pipeline to attach to: with guide.attach(pipe):, and a denoiser it calls"
+            )
+        denoiser, given = scene.call
+        inner = getattr(denoiser, "_orig_mod", denoiser)
+        block = inner.get_submodule(self.module) if self.module else middle_of(inner)
+        call = wanted_rows(given, len(x))
+        name = next(k for k, v in call.items() if isinstance(v, Tensor) and v.ndim > 1)
+        dtype = next((p.dtype for p in inner.parameters() if p.is_floating_point()), x.dtype)
+
+        def f(leaf: Tensor) -> Tensor:
+            seen: list[Tensor] = []
+
+            def stop(module: nn.Module, args: Any, output: Any) -> None:
+                seen.append(_largest(output))
+                raise _Reached
+
+            handle = block.register_forward_hook(stop)
+            try:
+                inner.forward(**{**call, name: leaf.to(dtype)})
+            except _Reached:
+                pass
+            finally:
+                handle.remove()
+            y = seen[0].float()
+            y = y.view(len(leaf), -1, *y.shape[1:]) if len(y) != len(leaf) else y
+            if y.ndim == 3:
+                return y.mean(1)  # tokens
+            return y.flatten(2).mean(2)
+
+        rows, pull = by_autograd(f, call[name])
+
+        def to_x(g: Tensor) -> Tensor:
+            d = pull(g).float()
+            if d.ndim != x.ndim:
+                return d.flatten(1)[:, : x[0].numel()].view(x.shape)
+            return d[tuple(slice(0, s) for s in x.shape)]  # without the channels or tokens of a condition
+
+        return rows, to_x
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "module": self.module}

@@ -1,0 +1,82 @@
+"""The latents themselves, clean or noisy, and their block means: spaces that cost nothing to speak of."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from kspec_guidance.features import RandomProjection
+from kspec_guidance.guidance.spaces.base import FeatureSpace, Pull, Scene, by_autograd
+
+__all__ = ["Latents", "Pooled", "X0"]
+
+
+@dataclass(frozen=True)
+class X0(FeatureSpace):
+    """The clean prediction itself."""
+
+    name: ClassVar[str] = "x0"
+
+    def features(self, x: Tensor, scene: Scene) -> tuple[Tensor, Pull]:
+        return x.flatten(1), lambda g: g.view(x.shape)
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape[1:])
+
+    def final(self, x: Tensor, scene: Scene) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Latents(X0):
+    """The noisy sample, moved after the step, as the papers do."""
+
+    name: ClassVar[str] = "latents"
+    noisy: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Pooled(FeatureSpace):
+    """Block means of the clean prediction, or a random projection of it: low dimension, where wide kernels work.
+
+    Images and clips become ``grid`` blocks each way (clips over time too); sequences ``grid ** 2`` blocks along the longer
+    axis, which for packed tokens is the raster order of the picture.
+
+    Args:
+        grid: blocks each way.
+        project: numbers per sample of a random projection instead of block means.
+        seed: of the projection.
+    """
+
+    grid: int = 4
+    project: int | None = None
+    seed: int = 0
+    name: ClassVar[str] = "pooled"
+
+    def __post_init__(self) -> None:
+        for what, value in (("grid", self.grid), ("project", self.project)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
+
+    def _map(self, x: Tensor) -> Tensor:
+        if self.project is not None or x.ndim not in (3, 4, 5):
+            rows = x.flatten(1)
+            if self.project is None or self.project >= rows.shape[1]:
+                return rows
+            return RandomProjection(rows.shape[1], self.project, self.seed)(rows)
+        if x.ndim == 3:
+            x = x.mT if x.shape[1] > x.shape[2] else x
+            return nnf.adaptive_avg_pool1d(x, min(self.grid**2, x.shape[2]))
+        size: Any = tuple(min(self.grid, s) for s in x.shape[2:])
+        return nnf.adaptive_avg_pool2d(x, size) if x.ndim == 4 else nnf.adaptive_avg_pool3d(x, size)
+
+    def features(self, x: Tensor, scene: Scene) -> tuple[Tensor, Pull]:
+        return by_autograd(self._map, x)
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        return (self._map(torch.zeros_like(x[:1])).numel(),)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "grid": self.grid, "project": self.project, "seed": self.seed}

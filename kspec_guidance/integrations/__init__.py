@@ -1,0 +1,1 @@
+"""Further ways into diffusers: pipeline subclasses and blocks of modular pipelines."""

@@ -1,0 +1,129 @@
+"""The way into modular pipelines: a block for the denoising loop, thin, because that interface is still moving.
+
+diffusers calls modular pipelines experimental. All that this file uses of them: blocks are called with ``(components,
+block_state, i=, t=)`` inside a loop, and ``inputs`` names what a block may be given.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
+from torch import Tensor
+
+from kspec_guidance.guidance import KernelGuidance
+from kspec_guidance.guidance.presets import SPARKE
+
+__all__ = ["KernelGuidanceBlock", "insert_guidance"]
+
+MODULE = '''"""A kernel guidance block with its settings; written by its save_pretrained."""
+
+import json
+
+from kspec_guidance import KernelGuidance
+from kspec_guidance.modular import KernelGuidanceBlock as Block
+
+SETTINGS = json.loads({settings!r})
+
+
+class KernelGuidanceBlock(Block):
+    def __init__(self, guide=None):
+        super().__init__(KernelGuidance.from_config(SETTINGS) if guide is None else guide)
+'''
+
+
+class KernelGuidanceBlock(ModularPipelineBlocks):
+    """Guides every step of a modular denoising loop; put it before the block that calls the scheduler.
+
+    ``insert_guidance(blocks, guide)`` does so in any modular pipeline's blocks. The guide can be given to the call as well:
+    ``pipe(prompt=..., kspec_guidance=guide)``.
+
+    Args:
+        guide: SPARKE() by default.
+    """
+
+    model_name = None
+
+    def __init__(self, guide: KernelGuidance | None = None):
+        super().__init__()
+        self.guide = SPARKE() if guide is None else guide
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KernelGuidanceBlock":
+        # diffusers copies blocks when it makes a pipeline of them; the guide and its memory stay the user's
+        made = type(self)(self.guide)
+        memo[id(self)] = made
+        return made
+
+    @property
+    def description(self) -> str:
+        return "Moves clean predictions apart, or toward references, before the scheduler's step (kspec-guidance)"
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [
+            InputParam(
+                "kspec_guidance", type_hint=KernelGuidance, description="A guide for this call, in place of the block's."
+            ),
+            InputParam("prompt_embeds", type_hint=Tensor, description="Prompt embeddings, from the text encoder's block."),
+        ]
+
+    def __call__(self, components: Any, block_state: Any, i: int, t: Any) -> tuple[Any, Any]:
+        guide = getattr(block_state, "kspec_guidance", None) or self.guide
+        if not isinstance(guide, KernelGuidance):
+            raise TypeError(f"kspec_guidance must be a guide such as SPARKE(), got {type(guide).__name__}")
+        embeds = getattr(block_state, "prompt_embeds", None)
+        tensors = {"latents": getattr(block_state, "latents", None), "prompt_embeds": embeds}
+        guide.before_step(components, i, len(block_state.timesteps), tensors)
+        return components, block_state
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """What ``save_pretrained`` calls: writes the settings, and a module that imports this one and holds them.
+
+        ``ModularPipelineBlocks.from_pretrained(folder, trust_remote_code=True)`` loads it.
+
+        Raises:
+            ValueError: for a guide with reference tensors, which a module cannot hold.
+        """
+        config, tensors = self.guide.to_config()
+        if tensors:
+            raise ValueError(
+                "a guide with reference tensors cannot be saved inside a block; use guide.save_config(folder), and "
+                "give it to the loaded block: block.guide = KernelGuidance.from_config(folder)"
+            )
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        name = type(self).__module__.rpartition(".")[2].replace("__dynamic__", "")
+        Path(save_directory, f"{name}.py").write_text(MODULE.format(settings=json.dumps(config)), encoding="utf-8")
+
+
+def _loops(blocks: Any) -> list[Any]:
+    inner = list(getattr(blocks, "sub_blocks", {}).values())
+    if isinstance(blocks, LoopSequentialPipelineBlocks):
+        return [blocks]
+    return [loop for block in inner for loop in _loops(block)]
+
+
+def insert_guidance(blocks: Any, guide: KernelGuidance | None = None) -> Any:
+    """A copy of modular blocks with a :class:`KernelGuidanceBlock` in every denoising loop.
+
+    ``insert_guidance(FluxAutoBlocks(), guide).init_pipeline(repo)`` is a guided pipeline. The blocks given are left alone:
+    instances of diffusers' own classes share their inner blocks.
+
+    Args:
+        blocks: such as ``FluxAutoBlocks()``, or ``pipe.blocks``.
+        guide: SPARKE() by default; shared by all loops.
+
+    Raises:
+        ValueError: if there is no denoising loop.
+    """
+    blocks = copy.deepcopy(blocks)
+    loops = _loops(blocks)
+    if not loops:
+        raise ValueError(f"{type(blocks).__name__} has no denoising loop to put a block into")
+    guide = SPARKE() if guide is None else guide
+    for loop in loops:
+        names = list(loop.sub_blocks)
+        place = next((k for k, name in enumerate(names) if name.startswith("after_denoiser")), len(names) - 1)
+        loop.sub_blocks.insert("kernel_guidance", KernelGuidanceBlock(guide), place)
+    return blocks

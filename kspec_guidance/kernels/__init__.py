@@ -1,0 +1,22 @@
+"""Kernels on vectors, distances and bandwidths, and the spectra of kernel matrices. Needs torch alone.
+
+from kspec_guidance.kernels import GaussianKernel, median_bandwidth
+"""
+
+from kspec_guidance.kernels.base import Kernel, ProductKernel
+from kspec_guidance.kernels.distances import gradient_bandwidth, median_bandwidth, pairwise_distances
+from kspec_guidance.kernels.dot_product import CosineKernel, PolynomialKernel
+from kspec_guidance.kernels.stationary import GaussianKernel, LaplacianKernel, RationalQuadraticKernel
+
+__all__ = [
+    "GaussianKernel",
+    "CosineKernel",
+    "PolynomialKernel",
+    "RationalQuadraticKernel",
+    "LaplacianKernel",
+    "ProductKernel",
+    "Kernel",
+    "median_bandwidth",
+    "gradient_bandwidth",
+    "pairwise_distances",
+]

@@ -1,0 +1,135 @@
+"""Kernels on vectors, each with its value and its vector-Jacobian product in closed form.
+
+A kernel takes ``x`` ``[..., n, d]`` and ``y`` ``[..., m, d]`` and returns ``[..., n, m]``. Every quantity of this package
+is a function of such matrices, so the one derivative needed is that of ``sum_ij w_ij k(x_i, y_j)`` in ``x``: that is
+:meth:`Kernel.vjp`. Half precision is computed in float32; float64 stays float64.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.kernels.distances import as_float
+
+__all__ = ["Kernel", "ProductKernel", "Weight"]
+
+Weight = Tensor | Callable[[Tensor], Tensor]
+
+
+def _evaluate(weight: Weight, k: Tensor) -> Tensor:
+    return weight(k) if callable(weight) else weight
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+class Kernel:
+    """Base class: a positive-definite function of two vectors.
+
+    A subclass gives ``__call__`` and, if there is a closed form, ``vjp``. ``fit`` fills in what is to be chosen from
+    data (a bandwidth of ``None`` means the median rule). ``k1 * k2`` is the product kernel.
+    """
+
+    stationary = False  # whether it depends on x - y alone
+
+    @property
+    def open(self) -> bool:
+        """Whether :meth:`fit` has something to choose from data."""
+        return False
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Kernel matrix ``[..., n, m]``; with ``y`` left out, of ``x`` with itself.
+
+        Raises:
+            ValueError: for shapes that do not fit each other.
+        """
+        raise NotImplementedError
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        """``sum_j weight_ij d k(x_i, y_j) / d x_i`` as ``[..., n, d]``, in closed form, ``y`` held fixed.
+
+        ``weight`` ``[..., n, m]`` may be a function of the kernel matrix, so that for a sum of ``f(k)`` one passes ``f'``
+        and the matrix is computed once.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no closed-form gradient; give it a vjp(x, y, weight) method, "
+            "or choose GaussianKernel, CosineKernel, PolynomialKernel, RationalQuadraticKernel or LaplacianKernel"
+        )
+
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The kernel and its derivatives in ``p`` and ``xx``, from inner products ``p`` ``[n, m]`` and squared norms.
+
+        ``xx`` is ``[n, 1]``, ``yy`` ``[m]``. With it a sum over many rows needs one pass over them. The last is None for
+        functions of the distance: it is -1/2 of the one in ``p`` then. None altogether for kernels that are no function of
+        inner products; an open bandwidth must have been fitted.
+        """
+        return None
+
+    def squared(self) -> "Kernel":
+        """``k^2``, in closed form where there is one."""
+        return ProductKernel(self, self)
+
+    def fit(self, x: Tensor, y: Tensor | None = None) -> "Kernel":
+        """This kernel with its open parameters chosen from the rows of ``x`` (against ``y`` when given)."""
+        return self
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        """``k(x_i, x_i)`` ``[..., n]``."""
+        return torch.ones(x.shape[:-1], dtype=as_float(x).dtype, device=x.device)
+
+    def normalised(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """``k(x, y) / sqrt(k(x, x) k(y, y))``: unit diagonal, as entropies need; the kernel itself if it has one."""
+        k = self(x, y)
+        if type(self).diagonal is Kernel.diagonal:
+            return k
+        scale_x = self.diagonal(x).rsqrt()
+        scale_y = scale_x if y is None else self.diagonal(y).rsqrt()
+        return k * scale_x[..., :, None] * scale_y[..., None, :]
+
+    def __mul__(self, other: "Kernel") -> "ProductKernel":
+        return ProductKernel(self, other)
+
+
+@dataclass(frozen=True)
+class ProductKernel(Kernel):
+    """``first(x, y) * second(x, y)`` on the same vectors."""
+
+    first: Kernel
+    second: Kernel
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.first(x, y) * self.second(x, y)
+
+    @property
+    def open(self) -> bool:
+        return self.first.open or self.second.open
+
+    def fit(self, x: Tensor, y: Tensor | None = None) -> "ProductKernel":
+        return ProductKernel(self.first.fit(x, y), self.second.fit(x, y))
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        return self.first.diagonal(x) * self.second.diagonal(x)
+
+    def normalised(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.first.normalised(x, y) * self.second.normalised(x, y)
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        first, second = self.first.fit(x, y), self.second.fit(x, y)
+        a, b = first(x, y), second(x, y)
+        w = _evaluate(weight, a * b)
+        return first.vjp(x, y, w * b) + second.vjp(x, y, w * a)
+
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        one, two = self.first.of_products(p, xx, yy), self.second.of_products(p, xx, yy)
+        if one is None or two is None:
+            return None
+        (a, a_p, a_x), (b, b_p, b_x) = one, two
+        by_square = None
+        if a_x is not None or b_x is not None:
+            by_square = (a_p / -2 if a_x is None else a_x) * b + a * (b_p / -2 if b_x is None else b_x)
+        return a * b, a_p * b + a * b_p, by_square

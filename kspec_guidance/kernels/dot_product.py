@@ -1,0 +1,98 @@
+"""Kernels of inner products: cosine and polynomial."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.kernels.base import Kernel, Weight, _evaluate, _positive
+from kspec_guidance.kernels.distances import as_float, check_pair
+
+__all__ = ["CosineKernel", "PolynomialKernel"]
+
+
+@dataclass(frozen=True)
+class CosineKernel(Kernel):
+    """``x.y / (||x|| ||y||)``; rows of zeros are equal to each other (1) and like nothing else (0)."""
+
+    @staticmethod
+    def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows scaled to norm 1, and the norms ``[..., n, 1]`` (0 is kept as 1)."""
+        norm = x.norm(dim=-1, keepdim=True)
+        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+        return x / norm, norm
+
+    @classmethod
+    def features(cls, x: Tensor) -> Tensor:
+        """Rows whose inner products are the kernel: unit rows, and a further coordinate for zeros if there are any."""
+        zero = (x == 0).all(dim=-1, keepdim=True)
+        u = cls.unit(x)[0]
+        return torch.cat([u, zero.to(u)], dim=-1) if bool(zero.any()) else u
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        x, y = check_pair(x, x if y is None else y)
+        k = self.unit(x)[0] @ self.unit(y)[0].mT
+        zero_x, zero_y = (x == 0).all(dim=-1), (y == 0).all(dim=-1)
+        return k + (zero_x[..., :, None] & zero_y[..., None, :]).to(k) if bool(zero_x.any()) else k
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        x, y = check_pair(x, y)
+        u, norm = self.unit(x)
+        v = self.unit(y)[0]
+        g = _evaluate(weight, u @ v.mT) @ v
+        return (g - (g * u).sum(-1, keepdim=True) * u) / norm
+
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        zero_x, zero_y = xx == 0, yy == 0
+        xx, yy = torch.where(zero_x, 1, xx), torch.where(zero_y, 1, yy)
+        slope = (xx * yy).rsqrt()
+        k = p * slope
+        return k + (zero_x & zero_y).to(k), slope, k / (-2 * xx)
+
+
+@dataclass(frozen=True)
+class PolynomialKernel(Kernel):
+    """``(gamma x.y + coef)^degree``; ``gamma`` of ``None`` is ``1 / d``. Degree 3 with coef 1 is the kernel of KID.
+
+    Its diagonal is not 1; scores of entropy divide it out, MMD takes it as it is.
+    """
+
+    degree: int = 3
+    gamma: float | None = None
+    coef: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.degree, int) or self.degree < 1:
+            raise ValueError(f"degree must be a whole number of at least 1, got {self.degree!r}")
+        _positive("gamma", self.gamma)
+        if not (math.isfinite(self.coef) and self.coef >= 0):
+            raise ValueError(f"coef must be at least 0, or the kernel is not positive definite; got {self.coef!r}")
+
+    def _base(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, float]:
+        x, y = check_pair(x, x if y is None else y)
+        gamma = 1 / x.shape[-1] if self.gamma is None else self.gamma
+        return gamma * (x @ y.mT) + self.coef, gamma
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self._base(x, y)[0].pow(self.degree)
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        x = as_float(x)
+        gamma = 1 / x.shape[-1] if self.gamma is None else self.gamma
+        return (gamma * x.square().sum(-1) + self.coef).pow(self.degree)
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        x, y = check_pair(x, y)
+        base, gamma = self._base(x, y)
+        w = _evaluate(weight, base.pow(self.degree))
+        return (w * base.pow(self.degree - 1) * (self.degree * gamma)) @ y
+
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        if self.gamma is None:  # 1 / d cannot be known from products: fit() puts it in
+            return None
+        base = self.gamma * p + self.coef
+        return base.pow(self.degree), base.pow(self.degree - 1) * (self.degree * self.gamma), torch.zeros_like(xx)
+
+    def fit(self, x: Tensor, y: Tensor | None = None) -> "PolynomialKernel":
+        return self if self.gamma is not None else replace(self, gamma=1 / x.shape[-1])

@@ -1,0 +1,156 @@
+"""Kernels of the difference of two vectors: Gaussian, rational quadratic, Laplacian."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.kernels.base import Kernel, Weight, _evaluate, _positive
+from kspec_guidance.kernels.distances import check_pair, far_centre, median_bandwidth, some_rows, squared_distances
+
+__all__ = ["GaussianKernel", "LaplacianKernel", "RationalQuadraticKernel"]
+
+CHUNK = 1 << 24  # elements of the [n, m, d] differences that the Laplacian kernel holds at once
+
+
+class _Stationary(Kernel):
+    """Kernels with a ``bandwidth``; ``None`` is filled in by ``fit`` with the median rule."""
+
+    bandwidth: float | None
+    stationary = True
+
+    @property
+    def open(self) -> bool:
+        return self.bandwidth is None
+
+    def fit(self, x: Tensor, y: Tensor | None = None) -> "_Stationary":
+        return self if self.bandwidth is not None else replace(self, bandwidth=self._rule(x, y))  # type: ignore[type-var]
+
+    def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The kernel of squared distances, and -2 times its derivative in them; None if they do not determine it."""
+        return None
+
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        found = self.of_distances(torch.sub(xx + yy, p, alpha=2).clamp_min(0))
+        return None if found is None else (*found, None)
+
+    def _rule(self, x: Tensor, y: Tensor | None) -> float:
+        return median_bandwidth(x, y)
+
+    def _width(self, x: Tensor, y: Tensor | None) -> float:
+        return self.bandwidth if self.bandwidth is not None else self._rule(check_pair(x, x)[0], y)
+
+
+def _radial_vjp(x: Tensor, y: Tensor, coefficient: Tensor) -> Tensor:
+    """``sum_j c_ij (x_i - y_j)`` without forming the differences."""
+    if not y.shape[-2]:
+        return torch.zeros_like(x)
+    centre = far_centre(y)
+    if centre is not None:
+        x, y = x - centre, y - centre
+    return coefficient.sum(-1, keepdim=True) * x - coefficient @ y
+
+
+@dataclass(frozen=True)
+class GaussianKernel(_Stationary):
+    """``exp(-||x - y||^2 / (2 bandwidth^2))``; bandwidth in the units of the features, ``None`` for the median rule.
+
+    >>> GaussianKernel(1.0)(torch.zeros(1, 2), torch.tensor([[1.0, 1.0]])).item()  # exp(-1)
+    0.3678794503211975
+    """
+
+    bandwidth: float | None = None
+
+    def __post_init__(self):
+        _positive("bandwidth", self.bandwidth)
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        b = self._width(x, y)
+        return torch.exp(squared_distances(x, y) / (-2 * b * b))
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        x, y = check_pair(x, y)
+        b = self._width(x, y)
+        k = torch.exp(squared_distances(x, y) / (-2 * b * b))
+        return _radial_vjp(x, y, _evaluate(weight, k) * k / (-b * b))
+
+    def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.bandwidth is not None
+        k = torch.exp(d2 * (-0.5 / self.bandwidth**2))
+        return k, k * self.bandwidth**-2
+
+    def squared(self) -> "GaussianKernel":
+        assert self.bandwidth is not None
+        return GaussianKernel(self.bandwidth / math.sqrt(2))
+
+
+@dataclass(frozen=True)
+class RationalQuadraticKernel(_Stationary):
+    """``(1 + ||x - y||^2 / (2 alpha bandwidth^2))^-alpha``: a mixture of Gaussians, with heavier tails."""
+
+    bandwidth: float | None = None
+    alpha: float = 1.0
+
+    def __post_init__(self):
+        _positive("bandwidth", self.bandwidth)
+        _positive("alpha", self.alpha)
+
+    def _base(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, float]:
+        b = self._width(x, y)
+        return 1 + squared_distances(x, y) / (2 * self.alpha * b * b), b
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self._base(x, y)[0].pow(-self.alpha)
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        x, y = check_pair(x, y)
+        base, b = self._base(x, y)
+        k = base.pow(-self.alpha)
+        return _radial_vjp(x, y, _evaluate(weight, k) * k / base / (-b * b))
+
+    def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.bandwidth is not None
+        base = 1 + d2 / (2 * self.alpha * self.bandwidth**2)
+        k = base.pow(-self.alpha)
+        return k, k / base * self.bandwidth**-2
+
+    def squared(self) -> "RationalQuadraticKernel":
+        assert self.bandwidth is not None
+        return RationalQuadraticKernel(self.bandwidth / math.sqrt(2), 2 * self.alpha)
+
+
+@dataclass(frozen=True)
+class LaplacianKernel(_Stationary):
+    """``exp(-||x - y||_1 / bandwidth)`` with the sum of absolute differences, as in Rahimi and Recht (2007).
+
+    The median rule takes the median L1 distance. Where a coordinate of ``x`` and ``y`` agrees, its derivative is 0.
+    """
+
+    bandwidth: float | None = None
+
+    def __post_init__(self):
+        _positive("bandwidth", self.bandwidth)
+
+    def _rule(self, x: Tensor, y: Tensor | None) -> float:
+        x, y = check_pair(some_rows(x.detach()), some_rows((x if y is None else y).detach()))
+        d = torch.cdist(x, y, p=1).flatten()
+        d = d[d > 0]
+        return float(d.median()) if d.numel() else 1.0
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        b = self._width(x, y)
+        x, y = check_pair(x, x if y is None else y)
+        return torch.exp(-torch.cdist(x, y, p=1) / b)
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        x, y = check_pair(x, y)
+        b = self._width(x, y)
+        k = torch.exp(-torch.cdist(x, y, p=1) / b)
+        coefficient = _evaluate(weight, k) * k / -b
+        rows = max(1, CHUNK // max(1, x.shape[-2] * x.shape[-1]))
+        total = torch.zeros_like(x)
+        for part, c in zip(y.split(rows, dim=-2), coefficient.split(rows, dim=-1), strict=True):
+            # [..., n, 1, d] - [..., 1, m, d]
+            total += (c[..., None] * torch.sign(x[..., :, None, :] - part[..., None, :, :])).sum(-2)
+        return total

@@ -1,0 +1,164 @@
+"""Pictures as samples of a pipeline's loop, and back: its autoencoder, with the scale and the packing that its loop has.
+
+The two directions are each other's inverse: ``from_loop(to_loop(z)) = z`` for latents ``z`` of the autoencoder.
+"""
+
+import inspect
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kspec_guidance.loop.components import autoencoder_of, image_size
+from kspec_guidance.utils.images import pictures_in, to_pixels
+
+__all__ = ["encode", "encode_reference", "from_loop", "to_loop"]
+
+PACKS = ["height", "width"]  # the last arguments of ``_pack_latents`` where 2 x 2 blocks become tokens: Flux, Qwen-Image
+
+
+def _parameters(pipe: Any, name: str) -> list[str] | None:
+    function = getattr(pipe, name, None)
+    return None if function is None else list(inspect.signature(function).parameters)
+
+
+def _statistics(vae: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of each channel, shaped for ``x``; None where the autoencoder has none of its own."""
+    view = (1, -1, *[1] * (x.ndim - 2))
+    if getattr(vae, "bn", None) is not None:  # Flux 2, of 2 x 2 blocks
+        mean, std = vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+    else:
+        known = dict(vae.named_buffers(recurse=False)) | dict(vae.config)  # LTX keeps them as buffers
+        mean, std = known.get("latents_mean"), known.get("latents_std")
+    if mean is None or std is None:
+        return None
+    return torch.as_tensor(mean).to(x).view(view), torch.as_tensor(std).to(x).view(view)
+
+
+def _scaling(vae: Any) -> tuple[float, float]:
+    config = vae.config
+    return getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
+
+
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Latents ``[m, c, ...]`` of pictures ``[m, 3, h, w]`` or clips ``[m, 3, f, h, w]`` in -1..1: the mode, unscaled.
+
+    A picture is a clip of one frame to an encoder of clips.
+    """
+    x = pixels.to(vae.device, vae.dtype)
+    if x.ndim == 4 and any(isinstance(m, torch.nn.Conv3d) for m in getattr(vae, "encoder", vae).modules()):
+        x = x[:, :, None]
+    out = vae.encode(x)
+    if getattr(out, "latent_dist", None) is not None:
+        return out.latent_dist.mode().float()
+    found = next((getattr(out, k) for k in ("latents", "latent") if getattr(out, k, None) is not None), out)
+    return found.float()
+
+
+def to_loop(latents: Tensor, pipe: Any, vae: Any = None) -> Tensor:
+    """Latents of the autoencoder ``[m, c, ...]`` as the pipeline's loop has them: scaled, packed.
+
+    Raises:
+        ValueError: where the loop packs them in a way that is not known here.
+    """
+    vae = autoencoder_of(pipe) if vae is None else vae
+    packs = _parameters(pipe, "_pack_latents")
+    if getattr(vae, "bn", None) is not None:
+        latents = pipe._patchify_latents(latents)
+    scaling, shift = _scaling(vae)
+    found = _statistics(vae, latents)
+    latents = (latents - shift) * scaling if found is None else (latents - found[0]) / found[1] * scaling
+    if type(vae).__name__ == "AutoencoderKLCogVideoX":
+        return latents.transpose(1, 2)  # its loop has frames before channels
+    if packs is None:
+        return latents
+    if packs == ["latents"]:
+        return pipe._pack_latents(latents)
+    if packs[-2:] == PACKS:
+        return pipe._pack_latents(latents, len(latents), latents.shape[1], *latents.shape[-2:])
+    if "patch_size_t" in packs:
+        return pipe._pack_latents(latents, pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size)
+    raise ValueError(f"the latents of {type(pipe).__name__} are packed by {packs}, which is not known here")
+
+
+def from_loop(x: Tensor, pipe: Any, vae: Any = None, size: tuple[int, int] | None = None) -> Tensor:
+    """Samples of the loop ``[n, ...]`` as the decoder wants them: unpacked, unscaled.
+
+    Args:
+        size: height and width in pixels, for packed latents that are not square.
+
+    Raises:
+        ValueError: for latents packed in a way that is not known here.
+    """
+    vae = autoencoder_of(pipe) if vae is None else vae
+    if x.ndim == 3:
+        x = _unpacked(x, pipe, vae, size)
+    elif type(vae).__name__ == "AutoencoderKLCogVideoX":
+        x = x.transpose(1, 2)
+    scaling, shift = _scaling(vae)
+    found = _statistics(vae, x)
+    x = x / scaling + shift if found is None else x / scaling * found[1] + found[0]
+    return pipe._unpatchify_latents(x) if getattr(vae, "bn", None) is not None else x
+
+
+def _unpacked(x: Tensor, pipe: Any, vae: Any, size: tuple[int, int] | None) -> Tensor:
+    factor, side = getattr(pipe, "vae_scale_factor", 8), math.isqrt(x.shape[1])
+    known = _parameters(pipe, "_unpack_latents")
+    blocks = getattr(vae, "bn", None) is not None
+    by_size = blocks or (known is not None and known[1:4] == ["height", "width", "vae_scale_factor"])
+    if not by_size or (size is None and side**2 != x.shape[1]):
+        raise ValueError(
+            f"the packed latents {list(x.shape)} of {type(pipe).__name__} cannot be unpacked here; "
+            "choose space='x0' or 'pooled'"
+        )
+    height, width = size or (side * 2 * factor, side * 2 * factor)
+    if blocks:
+        return x.mT.reshape(len(x), x.shape[2], height // (2 * factor), width // (2 * factor))
+    return pipe._unpack_latents(x, height, width, factor)
+
+
+@torch.no_grad()
+def encode_reference(
+    pipe: Any,
+    images: Tensor | Sequence[Image.Image] | str | os.PathLike,
+    batch_size: int = 32,
+    size: int | tuple[int, int] | None = None,
+) -> Tensor:
+    """Images as samples of the pipeline's loop ``[m, ...]``, which is what :class:`MMDGuidance` and others are given.
+
+    They must have the height and width that you generate: they become ``[m, c, h / 8, w / 8]`` for Stable Diffusion, tokens
+    ``[m, l, c]`` where the loop packs latents, as Flux and Qwen-Image do.
+
+    Args:
+        pipe: a pipeline with an autoencoder.
+        images: a folder, PIL images, or a tensor ``[m, 3, h, w]`` in -1..1 (clips ``[m, 3, f, h, w]`` for a pipeline of
+            clips), which is taken in the size it has.
+        batch_size: images encoded at once.
+        size: side, or height and width in pixels, to which pictures are scaled and cropped; None for the pipeline's own.
+
+    Raises:
+        ValueError: for another shape or range, a folder without pictures or with a broken one, or a pipeline whose latents
+            cannot be made from pictures.
+    """
+    if not isinstance(images, Tensor):
+        size = image_size(pipe) if size is None else size
+        if size is None:
+            raise ValueError(f"{type(pipe).__name__} does not say how large its images are; give size=(height, width)")
+        pictures = pictures_in(images) if isinstance(images, str | os.PathLike) else images
+        images = to_pixels(pictures, size) * 2 - 1
+    elif size is not None:
+        raise ValueError("a tensor is taken in the size it has; leave size out, or give PIL images")
+    if images.ndim not in (4, 5) or images.shape[1] != 3:
+        raise ValueError(f"images must have shape [m, 3, h, w] (clips [m, 3, f, h, w]), got {list(images.shape)}")
+    if not torch.isfinite(images).all() or float(images.min()) < -1.001 or float(images.max()) > 1.001:
+        raise ValueError("images must lie in -1..1; divide 8-bit values by 127.5 and subtract 1")
+    vae = autoencoder_of(pipe)
+    if not callable(getattr(vae, "encode", None)):
+        raise ValueError(
+            f"{type(pipe).__name__} has no autoencoder of images; give a reference [m, ...] in the shape of its loop"
+        )
+    return torch.cat([to_loop(encode(vae, part), pipe, vae) for part in images.split(batch_size)])

@@ -1,0 +1,80 @@
+"""Prompt features out of what a pipeline's own encoder returns."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["condition_of", "first_tensor", "masked_mean", "token_mask", "wanted_half"]
+
+PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+
+
+def token_mask(ids: Tensor, bos: int | None = None) -> Tensor:
+    """Which tokens ``[n, l]`` carry the prompt: not the start token, and of the trailing run of equal ones the first.
+
+    >>> token_mask(torch.tensor([[0, 7, 9, 1, 1, 1]]), bos=0).int().tolist()
+    [[0, 1, 1, 1, 0, 0]]
+    """
+    differs = ids != ids[:, -1:]
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    last = torch.where(differs, place, -1).amax(1, keepdim=True)
+    mask = place <= last + 1
+    if bos is not None:
+        mask = mask & ~((ids == bos) & (place == 0) & (mask.sum(1, keepdim=True) > 1))
+    return mask
+
+
+def masked_mean(embeds: Tensor, mask: Tensor | None) -> Tensor:
+    """Unit-norm mean over tokens: ``[n, l, c]`` and ``[n, l]`` to ``[n, c]``; ``[n, c]`` is only normalised."""
+    embeds = embeds.detach().float()
+    if embeds.ndim > 2:
+        embeds = embeds.flatten(1, -2)
+        if mask is None:
+            embeds = embeds.mean(1)
+        else:
+            weight = mask.to(embeds)[..., None]
+            embeds = (embeds * weight).sum(1) / weight.sum(1).clamp_min(1)
+    return embeds / embeds.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def first_tensor(result: Any) -> Tensor | None:
+    """The prompt embeddings in what an ``encode_prompt`` returns: the first tensor ``[n, ...]``, or the means of a list."""
+    first = result
+    while isinstance(first, tuple | list) and len(first):
+        if all(isinstance(p, Tensor) and p.ndim == 2 for p in first) and isinstance(result, tuple) and first is not result:
+            return torch.stack([p.float().mean(0) for p in first])  # one [l, c] for each prompt, of different lengths
+        first = first[0]
+    return first if isinstance(first, Tensor) and first.ndim >= 2 and first.is_floating_point() else None
+
+
+def wanted_half(features: Tensor, signature: inspect.Signature, args: tuple, kwargs: dict) -> Tensor:
+    """Without the negative prompts, where an encoder returns them first in one tensor (AudioLDM, Kandinsky, unCLIP)."""
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return features
+    prompt = given.get("prompt")
+    n = 1 if isinstance(prompt, str) else len(prompt) if isinstance(prompt, list) else None
+    per = next((given[k] for k in PER_PROMPT if isinstance(given.get(k), int)), 1)
+    doubled = given.get("do_classifier_free_guidance", False)
+    if n is not None and doubled and len(features) in (2 * n, 2 * n * per) and len(features) != n * per:
+        return features[len(features) // 2 :]
+    return features
+
+
+def condition_of(module: nn.Module, given: dict[str, Any]) -> tuple[Tensor, bool] | None:
+    """Prompt features in a denoiser's arguments, for pipelines without any ``encode_prompt``, and whether they are labels.
+
+    Means of ``encoder_hidden_states`` ``[n, c]``, else class labels, one-hot; None where there are neither. In a batch with
+    its negatives the wanted prompts come last, but wanted labels come first.
+    """
+    states, labels = given.get("encoder_hidden_states"), given.get("class_labels")
+    states = None if states is None else first_tensor((states,))
+    if states is not None:
+        return masked_mean(states, None), False
+    if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 1:
+        known = getattr(getattr(module, "config", None), "num_embeds_ada_norm", None) or 1000
+        return nn.functional.one_hot(labels, max(int(labels.max()), known) + 1).float(), True
+    return None

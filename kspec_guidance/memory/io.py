@@ -1,0 +1,82 @@
+"""Memory files: safetensors with a checksum over everything in them."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kspec_guidance.utils.atomic_io import replacing
+
+__all__ = ["MemoryFileError", "read_tensors", "write_tensors"]
+
+FORMAT = "kspec-guidance memory 2"
+
+
+class MemoryFileError(ValueError):
+    """A memory file that is cut off, altered, of another format, or made for something else."""
+
+
+def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # the bytes themselves, not a copy
+    return digest.hexdigest()
+
+
+def write_tensors(
+    path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], about: dict[str, Any], durable: bool = False
+) -> None:
+    """Tensors and what they are, as one file; ``durable`` waits until the disk has it."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    said = json.dumps(about)
+    header = {"format": FORMAT, "kind": kind, "about": said, "sha256": _digest(tensors, said)}
+    with replacing(path, durable) as fresh:
+        save_file(tensors, fresh, metadata=header)
+
+
+def read_about(path: str | os.PathLike, kind: str) -> dict[str, Any]:
+    """What a file says of itself, without its tensors, and unchecked."""
+    return json.loads(_header(path, kind)["about"])
+
+
+def _header(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor] | None = None) -> dict[str, str]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no memory file at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if tensors is not None:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MemoryFileError(f"{path} is no whole safetensors file ({error}); restore it from a copy") from error
+    if header.get("format") != FORMAT:
+        raise MemoryFileError(
+            f"{path} holds {header.get('format', 'no format name')!r}, not {FORMAT!r}; was it saved by memory.save?"
+        )
+    if header.get("kind") != kind:
+        raise MemoryFileError(f"{path} holds a {header.get('kind')!r}, expected a {kind!r}; load it with that class")
+    return header
+
+
+def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and what the file says of itself.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        MemoryFileError: if it is cut off, altered, or of another kind.
+    """
+    tensors: dict[str, Tensor] = {}
+    header = _header(path, kind, tensors)
+    if header.get("sha256") != _digest(tensors, header.get("about", "")):
+        raise MemoryFileError(f"{path} was altered after it was written (checksum differs); restore it from a copy")
+    return tensors, json.loads(header["about"])

@@ -1,0 +1,33 @@
+import torch
+
+from kspec_guidance.guidance.spaces import Activations, Scene
+from kspec_guidance.guidance.spaces.activations import wanted_rows
+
+
+def test_activation_gradients_agree_with_autograd_through_the_denoiser(pipe):
+    unet, g = pipe.unet, torch.Generator().manual_seed(0)
+    h = torch.randn(4, 9, 8, 8, generator=g)  # with classifier-free guidance: the wanted half comes last
+    states = torch.randn(4, 16, unet.config.cross_attention_dim, generator=g)
+    call = {"sample": h, "timestep": torch.tensor(500), "encoder_hidden_states": states, "return_dict": False}
+    rows, pull = Activations().features(h[2:], Scene(pipe, (unet, call)))
+    seen = []
+    handle = unet.mid_block.register_forward_hook(lambda m, a, o: seen.append(o))
+    leaf = h[2:].clone().requires_grad_()
+    with torch.enable_grad():
+        unet(leaf, 500, states[2:])
+        y = seen[0].flatten(2).mean(2)
+        w = torch.randn(rows.shape, generator=g)
+        (expected,) = torch.autograd.grad(y, leaf, w)
+    handle.remove()
+    torch.testing.assert_close(rows, y.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pull(w), expected, atol=1e-6, rtol=1e-3)
+
+
+def test_the_wanted_rows_of_a_call_are_its_last(g):
+    x = torch.randn(4, 3, generator=g)
+    cut = wanted_rows({"sample": x, "timestep": torch.tensor(3), "more": {"text_embeds": x}, "parts": (x, x)}, 2)
+    assert torch.equal(cut["sample"], x[2:])
+    assert torch.equal(cut["more"]["text_embeds"], x[2:])
+    assert torch.equal(cut["parts"][1], x[2:])
+    assert cut["timestep"].ndim == 0
+    assert torch.equal(wanted_rows({"sample": x}, 4)["sample"], x)

@@ -1,0 +1,27 @@
+import torch
+
+from kspec_guidance import KernelGuidance
+from kspec_guidance.guidance.spaces import Pooled, Scene
+from kspec_guidance.objectives import RKE
+from tests.emoji import draw
+
+
+def test_pooled_features_are_block_means(g):
+    x = torch.randn(2, 3, 8, 8, generator=g)
+    expected = x.unflatten(3, (2, 4)).unflatten(2, (2, 4)).mean((3, 5)).flatten(1)
+    torch.testing.assert_close(Pooled(2).features(x, Scene())[0], expected)
+    clip = x[:, :, None].expand(-1, -1, 6, -1, -1)
+    torch.testing.assert_close(Pooled(2).features(clip, Scene())[0].unflatten(1, (3, 2, 4))[:, :, 0].flatten(1), expected)
+
+
+def test_random_features_work_in_pooled_space(pipe):
+    from kspec_guidance.features import RandomFourierFeatures
+    from kspec_guidance.kernels import GaussianKernel
+
+    phi = RandomFourierFeatures(GaussianKernel(1.3), 144, 2048)
+    guide = KernelGuidance(RKE(GaussianKernel(1.3), phi), 0.6, space="pooled", stop=0.6)
+    moved = draw(pipe, guide=guide)
+    exact = draw(pipe, guide=KernelGuidance(RKE(GaussianKernel(1.3)), 0.6, space="pooled", stop=0.6))
+    plain = draw(pipe)
+    assert (moved - exact).norm() < 0.5 * (exact - plain).norm()
+    assert guide.memory.total.numel() == 2048

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from kspec_guidance import SPARKE, KernelGuidance, MemoryBank
+from kspec_guidance.guidance.spaces import SPACES, X0, Activations, Embedder, Latents, Pixels, Pooled, Scene, make_space
+from kspec_guidance.guidance.spaces.activations import middle_of
+from kspec_guidance.objectives import RKE
+from tests.emoji import draw
+from tests.tiny import making
+
+
+@pytest.mark.parametrize("space", [X0(), Latents(), Pooled(2), Pooled(3), Pooled(project=7)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 12), (3, 40, 6), (3, 6, 40), (3, 4, 8, 8), (3, 4, 5, 6, 6), (2, 1, 2, 3, 4, 5)], ids=str
+)
+def test_the_pull_back_is_the_adjoint_of_the_features(space, shape, g):
+    x, v = torch.randn(2, *shape, generator=g, dtype=torch.float64)
+    rows, pull = space.features(x, Scene())
+    assert rows.shape[0] == shape[0]
+    if space.shape(x) is not None:
+        assert rows.shape[1] == torch.Size(space.shape(x)).numel()
+    w = torch.randn(rows.shape, generator=g, dtype=torch.float64)
+    ahead = space.features(x + v, Scene())[0] - rows  # these spaces are linear
+    assert float((ahead * w).sum()) == pytest.approx(float((v * pull(w).view(v.shape)).sum()), rel=1e-4, abs=1e-6)
+
+
+def tiny_embedder():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, 8), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(256, 8))
+
+
+MADE = {
+    "x0": lambda: "x0",
+    "latents": lambda: "latents",
+    "pooled": lambda: "pooled",
+    "projected": lambda: Pooled(project=64),
+    "pixels": lambda: "pixels",
+    "embedder": lambda: Embedder(embedder=tiny_embedder(), size=64),
+    "activations": lambda: "activations",
+    "activations of a named block": lambda: Activations("down_blocks.1"),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_space_guides_fills_its_memory_and_meets_it_again(pipe, name):
+    plain = draw(pipe)
+    assert torch.equal(draw(pipe, guide=SPARKE(0.0, space=MADE[name]())), plain)
+    guide = SPARKE(0.6, space=MADE[name]())
+    moved = draw(pipe, guide=guide)
+    assert torch.isfinite(moved).all()
+    assert not torch.equal(moved, plain)
+    assert len(guide.memory) == 3
+    assert not torch.equal(draw(pipe, guide=guide), moved)  # the first images keep the second ones away
+    assert len(guide.memory) == 6
+    assert guide.memory.space == guide.terms[0].space.name
+    assert not any(p.grad is not None for m in (pipe.unet, pipe.vae) for p in m.parameters())
+    assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("name", ["pooled", "pixels", "embedder", "activations"])
+def test_guidance_in_a_space_spreads_that_space(pipe, name):
+    from kspec_guidance import functional as F
+    from kspec_guidance.kernels import GaussianKernel, median_bandwidth
+
+    idle, guide = (SPARKE(s, space=MADE[name](), stop=1.0) for s in (1e-9, 1.0))  # the first too weak to be seen
+    draw(pipe, n=6, guide=idle)
+    draw(pipe, n=6, guide=guide)
+    rows = [m.memory.x for m in (idle, guide)]
+    if name == "activations":
+        rows = [r.unflatten(1, (6, -1))[:, -1] for r in rows]
+    unit = [r / r.norm(dim=1, keepdim=True) for r in rows]
+    kernel = GaussianKernel(median_bandwidth(unit[0]))
+    assert F.vendi_score(unit[1], kernel) > F.vendi_score(unit[0], kernel)
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "WanPipeline",
+"LTXPipeline", "StableAudioPipeline"])  # fmt: skip
+@pytest.mark.parametrize("space", ["pooled", "activations"])
+def test_spaces_work_on_sequences_clips_and_sound(name, space):
+    pipe = making.build(name)
+    guide = SPARKE(1.0, space=space, stop=1.0)
+    with guide.attach(pipe):
+        pipe(**making.call(pipe))
+    assert guide.report().steps_guided == 4
+    assert len(guide.memory) in (2, 4)
+
+
+def test_memories_of_different_spaces_are_kept_apart(pipe):
+    bank = MemoryBank()
+    draw(pipe, guide=SPARKE(0.3, memory=bank))
+    with pytest.raises(ValueError, match=r"features of shape \(9, 8, 8\), this pipeline makes \(144,\)"):
+        draw(pipe, guide=SPARKE(0.3, space="pooled", memory=bank))
+    both = SPARKE(0.3) + SPARKE(0.3, space="pooled")
+    assert len(both.memories) == 2
+    draw(pipe, guide=both)
+    assert [m.space for m in both.memories] == ["x0", "pooled"]
+
+
+def test_errors_say_what_a_space_needs(pipe):
+    with pytest.raises(ValueError, match="unknown space 'pixel'"):
+        make_space("pixel")
+    with pytest.raises(ValueError, match="needs a network"):
+        make_space("embedder")
+    with pytest.raises(ValueError, match="differentiable callable"):
+        Embedder()
+    with pytest.raises(ValueError, match="grid must be a whole number"):
+        Pooled(0)
+    with pytest.raises(ValueError, match="has no vae"):
+        Pixels().features(torch.zeros(1, 3, 4, 4), Scene())
+    with pytest.raises(ValueError, match="needs a pipeline to attach to"):
+        Activations().features(torch.zeros(1, 3, 4, 4), Scene())
+    with pytest.raises(ValueError, match="no middle block"):
+        middle_of(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="give start= and stop= instead of sigma_interval="):
+        KernelGuidance(RKE(), space="activations", sigma_interval=(0.1, 1.0))
+    assert set(SPACES) == {"x0", "latents", "pooled", "pixels", "embedder", "activations"}
