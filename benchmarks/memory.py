@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 
 import torch
+from kspec_guidance.memory.reductions import distances_to_some
 
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import CosineKernel, GaussianKernel, median_bandwidth
+from kspec_guidance.kernels import GaussianKernel, l2_normalize, median_bandwidth
 from kspec_guidance.memory import CentroidMemory, MemoryBank, PromptWeights, RandomFeatureMemory
-from kspec_guidance.memory.reductions import distances_to_some
 from kspec_guidance.objectives import RKE, ConditionalRKE
 from kspec_guidance.objectives.base import weighted_median
 
@@ -53,7 +53,7 @@ def peak_mb():
 
 
 def unit(*size, seed=0):
-    return CosineKernel.unit(torch.randn(*size, generator=torch.Generator().manual_seed(seed)))[0]
+    return l2_normalize(torch.randn(*size, generator=torch.Generator().manual_seed(seed)))
 
 
 def filled(n, dtype=torch.float32, prompts=None, width=WIDTH):
@@ -76,7 +76,7 @@ def step(n=10_000):
         floor = median_ms(lambda rows=rows, matrix=matrix: matrix @ rows)
         ours = median_ms(lambda x=x: objective.gradient(x, None, bank))
         found[f"batch {batch}"] = {"floor_ms": floor, "first_ms": first, "gradient_ms": ours, "ratio": ours / floor}
-    found["bytes_beside"] = bank.nbytes_beside / (n * WIDTH * 4)
+    found["bytes_beside"] = bank.overhead_bytes / (n * WIDTH * 4)
     found["bytes_reserved"] = bank.nbytes / (n * WIDTH * 4) - 1
     x, before = unit(1, WIDTH, seed=99), peak_mb()
     objective.gradient(x, None, bank)
@@ -113,13 +113,13 @@ def prompts(n=100_000, number=1000):
     for topic, mixed in ((5, False), (40, False), (5, True), (40, True)):
         centres = unit(number // topic, 64, seed=1)
         g = torch.Generator().manual_seed(3)
-        texts = CosineKernel.unit(centres.repeat_interleave(topic, 0) + 0.03 * torch.randn(number, 64, generator=g))[0]
+        texts = l2_normalize(centres.repeat_interleave(topic, 0) + 0.03 * torch.randn(number, 64, generator=g))
         order = torch.randperm(number, generator=g)  # similar prompts do not follow each other
         which = torch.randint(number, (n,), generator=g) if mixed else order.repeat_interleave(n // number)
         bank = filled(n, prompts=texts[which])
         name = f"{topic} similar prompts, {'mixed' if mixed else 'prompt by prompt'}"
         found |= {f"{name}, {k}": v for k, v in over_prompts(bank, texts).items()}
-        found["bytes_beside"] = bank.nbytes_beside / (n * WIDTH * 4)
+        found["bytes_beside"] = bank.overhead_bytes / (n * WIDTH * 4)
         del bank
     return found
 
@@ -251,7 +251,7 @@ def direction(folder, largest=100_000):
     found["bandwidth of 128 rows over that of all, median and deciles"] = ratios.quantile(
         torch.tensor([0.5, 0.1, 0.9])
     ).tolist()
-    return found | directions(pooled(x), t, CosineKernel.unit(pooled(queries))[0], of, (largest,), "pooled")
+    return found | directions(pooled(x), t, l2_normalize(pooled(queries)), of, (largest,), "pooled")
 
 
 def bandwidth_ratio(bank, x, t):
@@ -273,7 +273,7 @@ def directions(x, t, queries, of, sizes, space):
         exact.add(x[:n], t[:n])
         for memory in memories.values():
             memory.add(x[done:n], t[done:n])
-        done, some = n, median_bandwidth(CosineKernel.unit(x[:n])[0])
+        done, some = n, median_bandwidth(l2_normalize(x[:n]))
         for label, bandwidth in (("half a median", 0.5 * some), ("one median", some), ("two medians", 2 * some)):
             kernel = GaussianKernel(bandwidth)
             right = ConditionalRKE(kernel).gradient(queries, of, exact)
@@ -299,8 +299,8 @@ def sums(memory, x, t):
     total = torch.zeros(memory.total.shape, dtype=torch.float64)
     for a, b in zip(x.split(4096), t.split(4096), strict=True):
         phi, psi = (
-            memory.features(CosineKernel.unit(a.double())[0]),
-            memory.prompt_features(CosineKernel.unit(b.double())[0]),
+            memory.features(l2_normalize(a.double())),
+            memory.prompt_features(l2_normalize(b.double())),
         )
         total += phi.T @ psi
     return (total * SCALE).round().to(torch.int64)
@@ -332,7 +332,7 @@ def predictions(pipe, subjects, texts, number=64):
             pipe(names, num_inference_steps=10, output_type="latent", generator=generators)
     finally:
         Term.gradient = gradient
-    return CosineKernel.unit(seen[len(seen) // 2].flatten(1))[0], texts[[subjects.index(n) for n in names]]
+    return l2_normalize(seen[len(seen) // 2].flatten(1)), texts[[subjects.index(n) for n in names]]
 
 
 def whole(images=2000, plain_images=240):
@@ -441,9 +441,9 @@ def scale(bandwidth=20e9):
         sampled = min(total // 100, 20_000)  # prompts that are really placed: some of the shards, each of its full size
         times = total // 100 / sampled
         g = torch.Generator().manual_seed(total)
-        topics = CosineKernel.unit(torch.randn(max(1, sampled // 50), 64, generator=g))[0]
+        topics = l2_normalize(torch.randn(max(1, sampled // 50), 64, generator=g))
         spread = 0.03 * torch.randn(sampled, 64, generator=g)
-        texts = CosineKernel.unit(topics[torch.randint(len(topics), (sampled,), generator=g)] + spread)[0]
+        texts = l2_normalize(topics[torch.randint(len(topics), (sampled,), generator=g)] + spread)
         shards = min(world, max(1, round(sampled * world / (total // 100))))  # as many prompts in each as there would be
         owner = torch.tensor(shard(texts, [100] * sampled, shards))
         similar = torch.stack([(weigh(p[None], texts) > 1e-3).sum() for p in texts[:200]]).float().mean()

@@ -28,7 +28,7 @@ from PIL import Image
 from kspec_guidance import SPARKE, MemoryBank, load_demo_pipeline
 from kspec_guidance import functional as F
 from kspec_guidance.evaluation.embedders import efficientnet_lite
-from kspec_guidance.kernels import CosineKernel, GaussianKernel
+from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.statistics import jackknife_interval
 from kspec_guidance.synthesis import Prompt, synthesize
 from kspec_guidance.synthesis.records import Store
@@ -70,7 +70,7 @@ def make(pipe, prompts, guide, memory, args):
             t.append(found[1])
         pictures = [np.asarray(Image.open(Path(folder, row["file_name"])).convert("RGB")) for row in rows]
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return images, CosineKernel.unit(torch.cat(x))[0], torch.cat(t), rows, seconds, done.guidance_seconds
+    return images, l2_normalize(torch.cat(x)), torch.cat(t), rows, seconds, done.guidance_seconds
 
 
 def leave_prompts_out(score, groups, number=20):
@@ -94,7 +94,7 @@ def judge(made, base, art, embed):
         per.append({"vendi": float(F.vendi_score(x[mine], KERNEL)), **art.judge(images[mine], name)})
     found = {n: interval(torch.tensor([p[n] for p in per], dtype=torch.float64)) for n in per[0]}
     features = embed([Image.fromarray((i.permute(1, 2, 0) * 255).byte().numpy()) for i in images], 64).double()
-    features, texts = CosineKernel.unit(features)[0], CosineKernel.unit(t.double())[0]
+    features, texts = l2_normalize(features), l2_normalize(t.double())
     prompt_kernel = GaussianKernel(0.35)
     found["conditional_rke"] = leave_prompts_out(
         lambda m: F.conditional_rke_score(x[m].double(), texts[m], KERNEL, prompt_kernel), places
@@ -134,9 +134,9 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     print("set".ljust(28) + "".join(f"{c:>23}" for c in COLUMNS), flush=True)
-    for name in (part for part in args.parts if part in PARTS):
+    for name in (part for part in args.parts if part in TRANSFORMS):
         kept = {k: v for k, v in vars(args).items() if k not in ("data", "out", "plot", "parts")}
-        results[name] = {"settings": kept, **PARTS[name](pipe, art, embed, args)}
+        results[name] = {"settings": kept, **TRANSFORMS[name](pipe, art, embed, args)}
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.plot is not None:
         draw(pipe, args.plot, args)
@@ -180,14 +180,14 @@ def phrases(pipe, art, embed, args):
     return results
 
 
-PARTS = {"memory": over_a_run, "phrases": phrases}
+TRANSFORMS = {"memory": over_a_run, "phrases": phrases}
 
 
 def weights(t, rows, base, bandwidth):
     """Mean squared prompt kernel of two images of one subject asked for in different ways, and of different subjects."""
     texts = {row["prompt"]: t[k] for k, row in enumerate(rows)}
     prompts = list(texts)
-    k = GaussianKernel(bandwidth)(CosineKernel.unit(torch.stack([texts[p] for p in prompts]))[0]).square()
+    k = GaussianKernel(bandwidth)(l2_normalize(torch.stack([texts[p] for p in prompts]))).square()
     same = torch.tensor([[base[a] == base[b] and a != b for b in prompts] for a in prompts])
     other = torch.tensor([[base[a] != base[b] for b in prompts] for a in prompts])
     return float(k[same].mean()), float(k[other].mean())

@@ -60,8 +60,8 @@ def main() -> None:
     narrow = GaussianKernel(0.7)
     chains = {
         "default chain": lambda s: SPARKE(s),
-        "papers' step on x0, every step": lambda s: SPARKE(s, narrow, stop=1.0, chain=("rescale",)),
-        "papers' step, first 60%": lambda s: SPARKE(s, narrow, chain=("rescale",)),
+        "papers' step on x0, every step": lambda s: SPARKE(s, narrow, stop=1.0, transforms=("rescale",)),
+        "papers' step, first 60%": lambda s: SPARKE(s, narrow, transforms=("rescale",)),
         "SPARKE.published (latents, every 10th)": lambda s: SPARKE.published(s),
     }
     found = {"plain": variety(lambda: None, args.seeds)}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from kspec_guidance import KernelGuidance, MMDGuidance, encode_reference, load_demo_pipeline
+from kspec_guidance import SPARKE, KernelGuidance, MMDGuidance, encode_reference, load_demo_pipeline
 from kspec_guidance.plotting import side_by_side
 
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     pipe = load(recipe, args.device, args.offload)
     if args.reference is None:
-        guide = KernelGuidance.preset(args.preset or recipe.preset, **more)
+        guide = SPARKE.preset(args.preset or recipe.preset, **more)
     else:
         guide = MMDGuidance(encode_reference(pipe, args.reference), **more)
     plain = generate(pipe, args.prompts, args.images, args.seed, None, call)

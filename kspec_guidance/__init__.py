@@ -8,6 +8,7 @@ from kspec_guidance.memory import CentroidMemory, MemoryBank, MemoryFileError, R
 __version__ = "1.0.0rc1"
 _LAZY = {  # what needs diffusers, imported on first use: the mathematics alone stays light
     "SPARKE": "guidance.presets",
+    "VendiGuidance": "guidance.presets",
     "MMDGuidance": "guidance.presets",
     "NoveltyGuidance": "guidance.presets",
     "KernelGuidance": "guidance.guide",
@@ -22,6 +23,7 @@ _LAZY = {  # what needs diffusers, imported on first use: the mathematics alone 
 
 __all__ = [
     "SPARKE",
+    "VendiGuidance",
     "MMDGuidance",
     "NoveltyGuidance",
     "KernelGuidance",

@@ -139,7 +139,7 @@ def tensor_product(a: Tensor, b: Tensor) -> Tensor:
     return (a[..., :, None] * b[..., None, :]).flatten(-2)
 
 
-class NystromFeatures:
+class NystromFeatures(nn.Module):
     """``phi(x) = k(x, Z) K_ZZ^(-1/2)`` of landmarks ``Z``: exact on their span, close where the kernel matrix has low rank.
 
     Williams, Seeger (2001). With t landmarks it is the other route to the t-truncated Vendi score (Ospanov, Farnia 2024,
@@ -153,16 +153,20 @@ class NystromFeatures:
         ValueError: without landmarks.
     """
 
+    landmarks: Tensor
+    whiten: Tensor
+
     def __init__(self, kernel: Kernel, landmarks: Tensor):
+        super().__init__()
         if landmarks.ndim != 2 or not len(landmarks):
             raise ValueError(f"landmarks must have shape [m, d] with m of at least 1, got {list(landmarks.shape)}")
-        self.landmarks = landmarks.detach().double()
+        self.register_buffer("landmarks", landmarks.detach().double())
         self.kernel = kernel.fit(self.landmarks)
         l, v = torch.linalg.eigh(self.kernel.normalised(self.landmarks))
         keep = l > len(l) * 1e-14 * l.max()
-        self.whiten = v[:, keep] * l[keep].rsqrt()
+        self.register_buffer("whiten", v[:, keep] * l[keep].rsqrt())
         self.num_features = int(keep.sum())
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``[n, d]`` to ``[n, num_features]``, float64."""
         return self.kernel.normalised(x.double(), self.landmarks) @ self.whiten

@@ -122,5 +122,5 @@ def check_objective(objective: Objective, d: int = 6, p: int = 3) -> None:
         ):  # fmt: skip
             x = _rows(n, d, n).requires_grad_()
             (expected,) = torch.autograd.grad(objective.value(x, t, memory), x)
-            found = objective.gradient(x.detach(), t, memory)
+            found = objective.gradient(x.detach(), t, memory).rows
             _same(found, expected, f"gradient is the derivative of value, {name}, n = {n}", 1e-5, 1e-9)

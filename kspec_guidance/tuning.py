@@ -17,7 +17,7 @@ from torch import Tensor
 from kspec_guidance import functional as F
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.guidance.presets import SPARKE
-from kspec_guidance.kernels import CosineKernel, GaussianKernel, median_bandwidth
+from kspec_guidance.kernels import GaussianKernel, l2_normalize, median_bandwidth
 from kspec_guidance.statistics import Comparison, compare_paired
 
 __all__ = ["Tuning", "TuningPoint", "tune"]
@@ -155,7 +155,7 @@ def tune(
                         made = pipe(prompt, **arguments).images
                 else:
                     made = pipe(prompt, **arguments).images
-                rows.append(CosineKernel.unit(embed(made).double())[0])
+                rows.append(l2_normalize(embed(made).double()))
                 pictures.setdefault(prompt, list(made))
                 done += 1
                 if tick is not None:

@@ -39,18 +39,18 @@ class ExactMixture:
 
 def run(model: ExactMixture, scheduler, n: int, steps: int, seed: int) -> Tensor:
     """Sample ``[n, d]`` with any diffusers scheduler, as a pipeline would; the model speaks its prediction type."""
-    from kspec_guidance.loop.prediction import family, levels
+    from kspec_guidance.loop.prediction import parametrisation_of
 
     scheduler.set_timesteps(steps)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, model.dim, generator=g).view(n, 1, 1, model.dim) * getattr(scheduler, "init_noise_sigma", 1.0)
-    kind, kwargs = family(scheduler), {}
+    parametrisation, kwargs = parametrisation_of(scheduler), {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         kwargs["generator"] = g
     for t in scheduler.timesteps:
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(x, t)
-        alpha, sigma = levels(scheduler, t, kind)
+        alpha, sigma = parametrisation.levels(scheduler, t, {})
         x0 = model.x0(x.flatten(1), alpha, sigma).view_as(x)
         noise = (x - alpha * x0) / max(sigma, 1e-8)
         prediction = getattr(scheduler.config, "prediction_type", "flow")

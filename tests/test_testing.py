@@ -7,7 +7,7 @@ import torch
 
 from kspec_guidance import functional as F
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel, RationalQuadraticKernel
-from kspec_guidance.objectives import MMD, RKE, ConditionalRKE, Vendi
+from kspec_guidance.objectives import MMD, RKE, ConditionalRKE, Gradient, Vendi
 from kspec_guidance.testing import check_kernel, check_objective, check_score
 
 
@@ -73,16 +73,16 @@ def test_a_wrong_score_is_told_which_law_it_breaks(score, law):
 
 def test_objectives_pass_and_a_wrong_one_does_not():
     for objective in (
-        RKE(Inverse(), unit=False),
-        ConditionalRKE(GaussianKernel(2.0), unit=False, prompt_kernel=GaussianKernel(1.0)),
+        RKE(Inverse(), normalize=False),
+        ConditionalRKE(GaussianKernel(2.0), normalize=False, prompt_kernel=GaussianKernel(1.0)),
         MMD(torch.randn(9, 6, dtype=torch.float64), GaussianKernel(2.0)),
-        Vendi(GaussianKernel(2.0), unit=False),
+        Vendi(GaussianKernel(2.0), normalize=False),
     ):
         check_objective(objective)
 
     class Half(RKE):
-        def gradient(self, *args):
-            return super().gradient(*args) / 2
+        def gradient(self, *args, **kwargs):
+            return Gradient(super().gradient(*args, **kwargs).rows / 2)
 
     with pytest.raises(AssertionError, match="alone, n = 2"):
-        check_objective(Half(GaussianKernel(2.0), unit=False))
+        check_objective(Half(GaussianKernel(2.0), normalize=False))

@@ -256,7 +256,7 @@ class Studio:
                 told.put(state)
 
         memory = guide.memory if terms else MemoryBank()
-        both = KernelGuidance(terms=[*terms, Term(Watcher(seen), 1.0, chain=(), memory=memory)])
+        both = KernelGuidance(terms=[*terms, Term(Watcher(seen), 1.0, transforms=(), memory=memory)])
         both.remember = bool(terms) and guide.remember
         seeds = [torch.Generator().manual_seed(seed + k) for _ in state.prompts for k in range(each)]
         with both.attach(self.pipe):

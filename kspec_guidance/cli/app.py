@@ -180,8 +180,8 @@ def tune(
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
 ) -> None:
     """Find a strength for your pipeline by short runs, diversity against fidelity; or hear that guidance does not help."""
+    from kspec_guidance import SPARKE
     from kspec_guidance.evaluation.embedders import image_embedder
-    from kspec_guidance.guidance.presets import make_preset
     from kspec_guidance.plotting import side_by_side
     from kspec_guidance.synthesis.errors import SynthesisError
     from kspec_guidance.synthesis.prompts import read_prompts
@@ -193,12 +193,12 @@ def tune(
             raise ValueError("give prompts either in quotes or by --prompts")
         texts = list(prompt or []) if prompts is None else [p.text for p in read_prompts(prompts)]
         pipe = _pipeline(model, dtype, device)
-        make_preset(preset, 0.1)  # refuse an unknown name before anything is generated
+        SPARKE.preset(preset, scale=0.1)  # refuse an unknown name before anything is generated
         call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **_options(option)}
         with _ticking("batches") as tick:
             embed = None if embedder == "own" else image_embedder(embedder)
             result = find(
-                pipe, texts, lambda s: make_preset(preset, s), scale or SCALES, images, batches, embed=embed, call=call,
+                pipe, texts, lambda s: SPARKE.preset(preset, scale=s), scale or SCALES, images, batches, embed=embed, call=call,
                 loss=loss, seed=seed, tick=tick,
             )  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def tune(
         panels = {name: [by[t][:6] for t in names] for name, by in shown.items()}
         side_by_side(panels, names, "The same prompts and seeds").save(out / "pictures.png")
         if result.scale is not None:
-            make_preset(preset, result.scale).save_config(out / "guide")
+            SPARKE.preset(preset, scale=result.scale).save_config(out / "guide")
     except (SynthesisError, ValueError, OSError) as error:
         raise _fail(str(error)) from error
     table = Table(title="strength against plain sampling", caption="diversity: Vendi of a batch; fidelity: precision")

@@ -14,7 +14,7 @@ from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
 from kspec_guidance.evaluation.image_sets import ImageSet
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.functional.inputs import smaller_matrix
-from kspec_guidance.kernels import CosineKernel, GaussianKernel, median_bandwidth
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, l2_normalize, median_bandwidth
 from kspec_guidance.kernels.spectrum import eigenvalues
 from kspec_guidance.statistics import Comparison, Curve, ScoreRecord, bandwidth_curve, compare, convergence_curve, jackknife
 
@@ -107,7 +107,7 @@ class ComparisonReport:
 
 
 def unit(x: Tensor) -> Tensor:
-    return CosineKernel.unit(x.double())[0]
+    return l2_normalize(x.double())
 
 
 class _Recorder:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.functional.inputs import FeatureMap, check_paired, check_samples, map_rows
-from kspec_guidance.kernels import CosineKernel
+from kspec_guidance.kernels import CosineKernel, l2_normalize
 from kspec_guidance.kernels.spectrum import eigenvalues
 
 __all__ = ["prompt_vendi_score", "remove_prompt", "scendi_matrices", "scendi_score", "unnormalised_score"]
@@ -89,10 +89,10 @@ def remove_prompt(x: Tensor, t: Tensor, fit: tuple[Tensor, Tensor] | None = None
         fit: a larger set of pairs ``(x, t)`` to estimate the moments from; by default the pairs themselves.
     """
     x, t = check_paired(x, t)
-    a, b = CosineKernel.unit(x.double())[0], CosineKernel.unit(t.double())[0]
+    a, b = l2_normalize(x.double()), l2_normalize(t.double())
     if fit is None:
         p, q = a, b
     else:
-        p, q = (CosineKernel.unit(check_samples(z, "fit").double())[0] for z in check_paired(*fit))
+        p, q = (l2_normalize(check_samples(z, "fit").double()) for z in check_paired(*fit))
     w = regression(p.mT @ q, q.mT @ q)
     return (a - b @ w.mT).to(x.dtype)

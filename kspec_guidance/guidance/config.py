@@ -1,6 +1,6 @@
 """A guide's settings as JSON, and its reference tensors as safetensors beside it: nothing that could run code.
 
-The memory is saved apart, by ``guide.memory.save(path)``: settings are small and shared, memories are large and grow.
+The memory is saved separately, by ``guide.memory.save(path)``: settings are small and shared, memories are large and grow.
 """
 
 import dataclasses
@@ -17,14 +17,17 @@ from torch import Tensor
 from kspec_guidance import kernels, objectives
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.guidance.spaces import SPACES, FeatureSpace
+from kspec_guidance.guidance.term import Term
 from kspec_guidance.kernels import Kernel
 from kspec_guidance.objectives import Objective
 from kspec_guidance.utils.atomic_io import replacing
 
-__all__ = ["CONFIG_NAME", "TENSORS_NAME", "decode", "encode", "read_config", "write_config"]
+__all__ = ["CONFIG_NAME", "TENSORS_NAME", "decode", "decode_terms", "encode", "read_config", "write_config"]
 
 CONFIG_NAME, TENSORS_NAME = "kspec_guidance.json", "kspec_guidance.safetensors"
-FORMAT = "kspec-guidance settings 1"
+SETTINGS_FORMAT = "kspec-guidance settings 2"
+FORMAT_1 = "kspec-guidance settings 1"
+RENAMED = {"features": "feature_map", "prompt_features": "prompt_feature_map", "unit": "normalize"}  # since format 1
 KERNELS = {name: getattr(kernels, name) for name in kernels.__all__ if name.endswith("Kernel")}
 OBJECTIVES = {
     name: found
@@ -59,7 +62,7 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"space": value.describe()}
     if isinstance(value, RandomFourierFeatures):
         settings = {k: getattr(value, k) for k in ("input_dim", "num_features", "orthogonal", "seed")}
-        return {"features": settings | {"kernel": encode(value.kernel, tensors)}}
+        return {"random_features": settings | {"kernel": encode(value.kernel, tensors)}}
     raise TypeError(
         f"{type(value).__name__} cannot be saved as settings: only this package's own kernels, objectives, spaces and "
         "random features can; build the guide in code instead"
@@ -80,23 +83,58 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         if value["tensor"] not in tensors:
             raise ValueError(f"the settings name a tensor {value['tensor']!r} that is not in {TENSORS_NAME}")
         return tensors[value["tensor"]]
-    rest = {k: decode(v, tensors) for k, v in value.items() if k not in ("kernel", "objective", "space", "features")}
-    for what, known in (("kernel", KERNELS), ("objective", OBJECTIVES)):
-        if isinstance(value.get(what), str):
-            if value[what] not in known:
-                raise ValueError(f"unknown {what} {value[what]!r} in the settings; known are {', '.join(sorted(known))}")
-            inner = {k: decode(v, tensors) for k, v in value.items() if k != what}
-            return known[value[what]](**inner)
+    for kind, known in (("kernel", KERNELS), ("objective", OBJECTIVES)):
+        if isinstance(value.get(kind), str):
+            if value[kind] not in known:
+                raise ValueError(f"unknown {kind} {value[kind]!r} in the settings; known are {', '.join(sorted(known))}")
+            arguments = {k: decode(v, tensors) for k, v in value.items() if k != kind}
+            return known[value[kind]](**arguments)
     if "space" in value:
         settings = dict(value["space"])
         name = settings.pop("name", None)
         if name not in SPACES:
             raise ValueError(f"unknown space {name!r} in the settings; known are {', '.join(SPACES)}")
         return SPACES[name](**settings)
-    if "features" in value:
-        settings = {k: decode(v, tensors) for k, v in value["features"].items()}
+    if "random_features" in value:
+        settings = {k: decode(v, tensors) for k, v in value["random_features"].items()}
         return RandomFourierFeatures(**settings)
-    return rest
+    return {k: decode(v, tensors) for k, v in value.items()}
+
+
+def decode_terms(listed: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Term]:
+    """The terms of a guide.
+
+    Raises:
+        ValueError: for a name that is not this package's own.
+        TypeError, KeyError, AttributeError: for damaged settings.
+    """
+    terms = []
+    for term in listed:
+        settings = {k: decode(v, tensors) for k, v in term.items() if k != "space"}
+        terms.append(Term(space=decode({"space": term["space"]}, tensors), **settings))
+    return terms
+
+
+def _from_format_1(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of version 1.0.0rc1 with today's names."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        if set(value) == {"features"}:
+            return {"random_features": renamed(value["features"])}
+        names = RENAMED if isinstance(value.get("objective"), str) else {}
+        return {names.get(k, k): renamed(v) for k, v in value.items()}
+
+    terms, guide = config.get("terms"), config.get("guide")
+    if isinstance(terms, list) and all(isinstance(term, dict) for term in terms):
+        terms = [{("transforms" if k == "chain" else k): renamed(v) for k, v in term.items()} for term in terms]
+        kinds = [term["objective"].get("objective") for term in terms if isinstance(term.get("objective"), dict)]
+        if guide == "SPARKE" and kinds == ["Vendi"]:  # SPARKE(order=...) has become a class of its own
+            guide = "VendiGuidance"
+    return {**config, "format": SETTINGS_FORMAT, "guide": guide, "terms": terms}
 
 
 def write_config(folder: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -107,7 +145,7 @@ def write_config(folder: str | os.PathLike, config: dict[str, Any], tensors: dic
         with replacing(folder / TENSORS_NAME) as fresh:
             save_file(tensors, fresh)
     with replacing(folder / CONFIG_NAME) as fresh:
-        fresh.write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n", encoding="utf-8")
+        fresh.write_text(json.dumps({"format": SETTINGS_FORMAT, **config}, indent=2) + "\n", encoding="utf-8")
     if not tensors:
         (folder / TENSORS_NAME).unlink(missing_ok=True)
     return folder / CONFIG_NAME
@@ -136,9 +174,11 @@ def read_config(source: str | os.PathLike | dict[str, Any]) -> tuple[dict[str, A
             tensors = load_file(beside) if beside.is_file() else {}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{beside} is no whole safetensors file ({error}); restore it from a copy") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if isinstance(config, dict) and config.get("format") == FORMAT_1:
+        config = _from_format_1(config)
+    if not isinstance(config, dict) or config.get("format") != SETTINGS_FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"these are no guide's settings: format {found!r}, expected {FORMAT!r}")
+        raise ValueError(f"these are no guide's settings: format {found!r}, expected {SETTINGS_FORMAT!r}")
     if any(not torch.isfinite(t).all() for t in tensors.values()):
         raise ValueError(f"{TENSORS_NAME} holds NaN or infinite values; restore it from a copy")
     return config, tensors

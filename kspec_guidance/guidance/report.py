@@ -1,75 +1,98 @@
 """What a guided run did, in numbers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
-from kspec_guidance.kernels import GaussianKernel, median_bandwidth
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, median_bandwidth
+from kspec_guidance.loop.context import StepContext
 from kspec_guidance.memory import MemoryBank
-from kspec_guidance.objectives import PROMPT_BANDWIDTH, natural_rows
+from kspec_guidance.objectives import natural_rows
 
 __all__ = ["GuidanceReport", "StepRecord"]
 
-ROWS = 512  # newest memory rows that take part in the scores
+MEMORY_ROWS = 512  # newest memory rows that take part in the scores
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One guided step: its place in the run, mean move relative to the norm of what was moved, and noise-to-signal."""
+    """One guided step.
+
+    Attributes:
+        step: index in the run.
+        relative_move: norm of the move over the norm of what was moved, mean over the samples.
+        noise_to_signal: ``sigma / alpha``.
+    """
 
     step: int
     relative_move: float
     noise_to_signal: float
 
 
-@dataclass
 class GuidanceReport:
     """The last run of a guide.
 
     ``before`` and ``after`` hold ``vendi`` and ``conditional_rke`` of the batch with the memory it met (the newest 512
     rows), on the clean predictions of the last guided step without and with its move; ``final`` those of the finished
     samples. All three use one Gaussian kernel, at the median distance of the unmoved predictions, on rows of norm 1.
+
+    Attributes:
+        total_steps: of the run.
+        scheduler: name of its class.
+        layout: of the samples, see :mod:`kspec_guidance.loop.layouts`.
     """
 
-    steps: list[StepRecord] = field(default_factory=list)
-    total_steps: int = 0
-    seconds: float = 0.0
-    scheduler: str = ""
-    layout: str = ""
-    _latest: tuple[Tensor, Tensor] | None = None
-    _final: Tensor | None = None
-    _prompts: Tensor | None = None
-    _old: Tensor | None = None
-    _old_prompts: Tensor | None = None
+    def __init__(self, total_steps: int = 0, scheduler: str = "", layout: str = ""):
+        self.total_steps, self.scheduler, self.layout = total_steps, scheduler, layout
+        # what the run notes; nothing is computed from it before it is asked for
+        self.context: StepContext | None = None
+        self.moves: list[tuple[int, Tensor, float]] = []  # step, relative moves [n], noise-to-signal
+        self.latest: tuple[Tensor, Tensor] | None = None  # what was moved in the last guided step, and the move
+        self.finished: Tensor | None = None
+        self.memory_rows: tuple[Tensor, Tensor | None] | None = None  # that the run met, and their prompts
 
-    def note(self, target: Tensor, move: Tensor, prompts: Tensor | None, memory: object) -> None:
-        self._latest, self._prompts = (target, move), prompts
-        if self._old is None and isinstance(memory, MemoryBank) and len(memory):
-            self._old, self._old_prompts = memory.newest(ROWS)
+    @classmethod
+    def of(cls, context: StepContext, memory: Any) -> "GuidanceReport":
+        """The report of a pass that begins, with this memory."""
+        report = cls(context.total, type(context.scheduler).__name__, context.layout.kind)
+        report.context = context
+        if isinstance(memory, MemoryBank) and len(memory):
+            report.memory_rows = memory.newest(MEMORY_ROWS)
+        return report
 
-    def finish(self, final: Tensor) -> None:
-        self._final = final
+    @property
+    def steps(self) -> list[StepRecord]:
+        """The guided steps, in order."""
+        return [StepRecord(step, float(relative.mean()), noise) for step, relative, noise in self.moves]
 
     @property
     def steps_guided(self) -> int:
-        return len(self.steps)
+        """Number of guided steps."""
+        return len(self.moves)
+
+    @property
+    def seconds(self) -> float:
+        """Time that guidance took, the denoiser and the scheduler not counted."""
+        return 0.0 if self.context is None else self.context.seconds
 
     @property
     def mean_relative_move(self) -> float:
         """Mean over guided steps and samples; 0 if none was guided."""
-        return sum(s.relative_move for s in self.steps) / len(self.steps) if self.steps else 0.0
+        steps = self.steps
+        return sum(s.relative_move for s in steps) / len(steps) if steps else 0.0
 
     def _scores(self, x: Tensor | None) -> dict[str, float]:
-        if x is None or self._latest is None:
+        if x is None or self.latest is None:
             return {}
-        rows, t = natural_rows(x, unit=True), self._prompts
-        first = natural_rows(self._latest[0], unit=True)
-        if self._old is not None and self._old.shape[1] == rows.shape[1]:
-            old = natural_rows(self._old, unit=True).to(rows)
+        rows, first = natural_rows(x, normalize=True), natural_rows(self.latest[0], normalize=True)
+        t = None if self.context is None else self.context.prompts
+        if self.memory_rows is not None and self.memory_rows[0].shape[1] == rows.shape[1]:
+            old, old_prompts = natural_rows(self.memory_rows[0], normalize=True).to(rows), self.memory_rows[1]
             rows, first = torch.cat([rows, old]), torch.cat([first, old])
-            t = None if t is None or self._old_prompts is None else torch.cat([t, self._old_prompts.to(t)])
+            t = None if t is None or old_prompts is None else torch.cat([t, old_prompts.to(t)])
         kernel = GaussianKernel(median_bandwidth(first))
         t = torch.ones(len(rows), 1, device=rows.device) if t is None else t
         return {
@@ -79,17 +102,20 @@ class GuidanceReport:
 
     @property
     def before(self) -> dict[str, float]:
-        return self._scores(None if self._latest is None else self._latest[0])
+        """Scores of the last guided step's predictions, unmoved."""
+        return self._scores(None if self.latest is None else self.latest[0])
 
     @property
     def after(self) -> dict[str, float]:
-        return self._scores(None if self._latest is None else self._latest[0] + self._latest[1])
+        """Scores of the last guided step's predictions, moved."""
+        return self._scores(None if self.latest is None else self.latest[0] + self.latest[1])
 
     @property
     def final(self) -> dict[str, float]:
-        return self._scores(self._final)
+        """Scores of the finished samples."""
+        return self._scores(self.finished)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
         return {
             "steps_guided": self.steps_guided,
@@ -103,8 +129,14 @@ class GuidanceReport:
             "layout": self.layout,
         }
 
+    def __repr__(self) -> str:
+        return (
+            f"GuidanceReport(steps_guided={self.steps_guided}, total_steps={self.total_steps}, "
+            f"mean_relative_move={self.mean_relative_move:.3g}, seconds={self.seconds:.3g}, scheduler={self.scheduler!r})"
+        )
+
     def __str__(self) -> str:
-        if not self.steps:
+        if not self.moves:
             return f"no step of {self.total_steps} was guided (scale 0, or outside the interval); {self.seconds:.3f} s"
         before, after = self.before, self.after
         return (

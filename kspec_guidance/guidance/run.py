@@ -1,151 +1,189 @@
-"""Run: one pass through a scheduler's timesteps, and what guidance does in it."""
+"""Run: a guide at work on a pipeline. A guided step is :meth:`Run.step`, all of it on this page."""
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kspec_guidance.guidance.report import GuidanceReport, StepRecord
-from kspec_guidance.guidance.spaces import Activations, Scene
+from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.term import Term
-from kspec_guidance.loop.layouts import Layout
+from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, row_dots
+from kspec_guidance.loop.context import StepContext
 from kspec_guidance.loop.prediction import Prediction
-from kspec_guidance.loop.scheduler_hook import ThreadOwner
 from kspec_guidance.memory import Memory, MemoryBank
+from kspec_guidance.objectives import Gradient, Objective
 
-__all__ = ["Run", "jitter"]
+if TYPE_CHECKING:
+    from kspec_guidance.guidance.guide import KernelGuidance
+
+__all__ = ["Finished", "Run", "ascent_direction"]
 
 
-def jitter(x: Tensor, step: int, seed: int) -> Tensor:
-    """Rows ``[n, d]`` of norm 0.01 that part exact duplicates, the same at every call."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    noise = torch.randn(len(x), x[0].numel(), generator=generator)
-    return (noise / noise.norm(dim=1, keepdim=True) * 1e-2).to(x.device)
+class Finished(NamedTuple):
+    """Finished samples: the memory that they belong to, their features ``[n, ...]`` and their prompts' ``[n, p]``."""
+
+    memory: Memory
+    features: Tensor
+    prompts: Tensor | None
+
+
+@dataclass(eq=False)
+class TermState:
+    """A term in one pass through the timesteps: the steps that it guides, and what is fixed for all of them."""
+
+    term: Term
+    steps: frozenset[int]
+    pairs: Any = None
+    prepared: bool = False
+    kept: list[Tensor] = field(default_factory=list)  # features of each guided step, where steps cannot be compared
+
+
+def jitter(n: int, d: int, seed: int) -> Tensor:
+    """Rows ``[n, d]`` of norm 0.01, to move exact duplicates apart; the same for the same seed."""
+    noise = torch.randn(n, d, generator=torch.Generator().manual_seed(seed % 2**63))
+    return noise / noise.norm(dim=1, keepdim=True) * 1e-2
+
+
+def ascent_direction(
+    objective: Objective, rows: Tensor, prompts: Tensor | None, memory: Memory | None, seed: int, pairs: Any = None
+) -> tuple[Tensor, Gradient]:
+    """Ascent direction ``[n, d]`` in feature rows ``[n, d]``, before any scaling, and the gradient that it is made of.
+
+    Args:
+        objective: to be ascended.
+        rows: features in float32 or float64, not normalised.
+        prompts: their prompts' features ``[n, p]``, of norm 1.
+        memory: what was generated before.
+        seed: of the noise that separates coincident rows.
+        pairs: see :meth:`Objective.pairs`.
+    """
+    size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
+    u = rows / size if objective.normalize else rows
+    found = objective.gradient(u, prompts, memory, pairs=pairs)
+    if found.coincident is not None and bool(found.coincident.any()):
+        noise = jitter(len(u), u.shape[1], seed).to(u)
+        found = objective.gradient(u, prompts, memory, pairs=pairs, jitter=noise if objective.normalize else noise * size)
+    g = found.rows
+    if objective.normalize:  # through x / |x|
+        g = torch.addcmul(g, u, row_dots(g, u), value=-1).div_(size)
+    return g, found
 
 
 class Run:
-    """One pass through a scheduler's timesteps.
+    """What a guide does in the calls of one pipeline; a :class:`~kspec_guidance.loop.context.StepHandler`.
 
     Args:
-        scheduler, timestep, sample: of the first step.
-        place: step and number of steps, where they are known.
-        layout: of the samples.
-        total: number of steps, where the pipeline says it.
-        terms, seed, encoder: the guide's, and the name of what made the prompt features.
+        guide: whose terms, seed and memory are used.
     """
 
-    def __init__(
-        self,
-        scheduler: Any,
-        timestep: Any,
-        sample: Any,
-        place: tuple[int, int] | None,
-        layout: Layout,
-        total: int | None,
-        terms: list[Term],
-        seed: int,
-        encoder: str | None,
-    ):
-        self.shapes = _shapes(sample)
-        self.terms, self.seed, self.encoder = terms, seed, encoder
-        self.scheduler, self.timesteps = scheduler, scheduler.timesteps
-        self.owner = ThreadOwner()
-        if place is None:  # image-to-image starts inside the list, and a base model may leave its end to a refiner
-            first = getattr(scheduler, "begin_index", None)
-            if first is None:
-                at = torch.as_tensor(timestep).flatten()[:1]
-                where = (self.timesteps == at.to(self.timesteps)).nonzero()
-                first = int(where[0]) if len(where) else 0
-            left = len(self.timesteps) - int(first)
-            place = 0, min(left, total) if total else left
-        self.step, self.total = place
-        self.layout = layout
-        self.seconds = 0.0
-        self.final: Any = None
-        self.prompts: Tensor | None = None
-        self.kept: dict[int, list[Tensor]] = {}  # activations of the guided steps, by term
-        self.finished: list[tuple[Memory, Tensor, Tensor | None]] = []
-        self.done = False
-        packed = layout.pack(sample)
-        for term in terms:
-            shape = term.feature_space.shape(packed)
-            if shape is not None and term.memory is not None:
-                term.memory.bind(shape, term.feature_space.name, encoder)
-        self.report = GuidanceReport(total_steps=self.total, scheduler=type(scheduler).__name__, layout=layout.kind)
+    def __init__(self, guide: "KernelGuidance"):
+        self.guide = guide
+        self.report = GuidanceReport()
+        self.finished: list[Finished] = []  # of the last pass
+        self.attachment: Any = None
+        self._states: list[TermState] = []
+        self.needs_denoiser_call = any(term.space.needs_denoiser_call for term in guide.terms)
 
-    def continues(self, scheduler: Any, sample: Any) -> bool:
-        same = scheduler is self.scheduler and scheduler.timesteps is self.timesteps and _shapes(sample) == self.shapes
-        return same and not self.done and self.step < self.total
+    def begin(self, context: StepContext, sample: Any) -> None:
+        packed, encoder = context.layout.pack(sample), context.call.encoder
+        self.report = GuidanceReport.of(context, self.guide.memory)
+        self.finished = []
+        self._states = [TermState(term, term.guided_steps(context.total)) for term in self.guide.terms]
+        for term in self.guide.terms:
+            shape = term.space.shape(packed)
+            if shape is not None:
+                term.memory.bind(shape, term.space.name, encoder)
 
-    def _gradient(self, term: Term, target: Tensor, t: Tensor | None, scene: Scene) -> Tensor:
-        """The ascent direction in the samples: through the term's space."""
-        rows, pull = term.feature_space.features(target, scene)
-        memory = term.memory
-        assert memory is not None
-        if isinstance(term.space, Activations):
-            kept = self.kept.setdefault(id(term), [])
-            memory = _of_step(memory, len(kept), (term.due_in(self.total), rows.shape[1]), self.encoder)
-            kept.append(rows)
-        elif term.feature_space.shape(target) is None:
-            memory.bind((rows.shape[1],), term.feature_space.name, self.encoder)
-        g = term.gradient(rows, t, jitter(rows, self.step, self.seed), memory)
-        return pull(g).view(target.shape).to(target.dtype)
+    def step(self, prediction: Prediction, context: StepContext) -> Any | None:
+        """The move of x0: the sum over terms of transform(gradient), in the layout of the loop."""
+        layout = context.layout
+        x0 = prediction.x0 if layout.trivial else layout.pack(prediction.x0)
+        if not bool(torch.isfinite(torch.linalg.vector_norm(x0.flatten(1), dim=1)).all()):
+            raise ValueError(
+                f"NaN or infinite values in the prediction at step {context.step + 1} of {context.total}; the memory was "
+                "not changed. Lower guidance_scale or scale, or use float32 if the model overflows in half precision"
+            )
+        move = self._move(x0, prediction, context, noisy=False)
+        return move if move is None or layout.trivial else layout.unpack(move)
 
-    def move(self, terms: list[Term], target: Tensor, seen: Prediction, t: Tensor | None, scene: Scene) -> Tensor | None:
-        if not terms:
+    def after_step(self, latents: Any, prediction: Prediction, context: StepContext) -> Any | None:
+        """The latents after the step, moved by the terms that work on noisy samples."""
+        if not any(state.term.space.noisy for state in self._states):
             return None
-        score, fraction = self.layout.pack(seen.score), self.step / self.total
-        moves = [term.move(target, self._gradient(term, target, t, scene), score, fraction, t) for term in terms]
-        move = torch.stack(moves).sum(0)
-        relative = move.flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1).clamp_min(1e-12)
-        self.report.steps.append(StepRecord(self.step, float(relative.mean()), seen.noise_to_signal))
-        self.report.note(target, move, t, terms[0].memory)
-        return move
+        move = self._move(context.layout.pack(latents).float(), prediction, context, noisy=True)
+        return None if move is None else latents + context.layout.unpack(move).to(latents.dtype)
 
-    def move_latents(self, terms: list[Term], result: Any, seen: Prediction, t: Tensor | None, scene: Scene) -> Any:
-        if not terms:
-            return result
-        latents = result[0]
-        move = self.move(terms, self.layout.pack(latents).float(), seen, t, scene)
-        assert move is not None
-        moved = latents + self.layout.unpack(move).to(latents.dtype)
-        if isinstance(result, tuple):
-            return (moved, *result[1:])
-        result.prev_sample = moved
-        return result
+    def _move(self, x: Tensor, prediction: Prediction, context: StepContext, noisy: bool) -> Tensor | None:
+        """The move of packed samples ``[n, ...]`` by all terms that are active at this step; None without any."""
+        target, score, total, noise_to_signal = x.flatten(1), None, None, prediction.noise_to_signal
+        for state in self._states:
+            term = state.term
+            if term.space.noisy is not noisy or context.step not in state.steps:
+                continue
+            if term.sigma_interval is not None and not term.sigma_interval[0] <= noise_to_signal <= term.sigma_interval[1]:
+                continue
+            if score is None and "off_score" in term.transforms:
+                score = prediction.score
+                score = (score if context.layout.trivial else context.layout.pack(score)).flatten(1)
+            move, found = self._gradient(state, x, context)
+            values = TransformState(
+                target,
+                score,
+                context.step / context.total,
+                (term.start, term.stop),
+                float(term.scale),
+                found.effective_count,
+            )
+            for name in term.transforms:
+                move = TRANSFORMS[name](move, values)
+            total = move if total is None else total + move
+        if total is None:
+            return None
+        relative = torch.linalg.vector_norm(total, dim=1) / torch.linalg.vector_norm(target, dim=1).clamp_min(1e-12)
+        self.report.moves.append((context.step, relative, noise_to_signal))
+        self.report.latest = target, total
+        return total.view(x.shape)
 
-    def finish(self, scene: Scene, remember: bool = True) -> None:
-        self.done = True
-        with torch.no_grad():
-            final, t = self.layout.pack(self.final), self.prompts
-            self.report.finish(final)
-            added: set[int] = set()
-            for term in self.terms:
-                if term.memory is None or id(term.memory) in added:
-                    continue
-                kept = self.kept.get(id(term), [])
-                if isinstance(term.space, Activations):
-                    whole = len(kept) and len(kept) == term.due_in(self.total)
-                    features = torch.stack(kept, dim=1) if whole else None
-                else:
-                    features = term.feature_space.final(final, scene)
-                if features is not None:
-                    self.finished.append((term.memory, features, t))
-                    added.add(id(term.memory))
-            if remember:
-                for memory, features, t in self.finished:
-                    memory.add(features, t)
+    def _gradient(self, state: TermState, x: Tensor, context: StepContext) -> tuple[Tensor, Gradient]:
+        """Ascent direction of one term in the samples ``[n, d]``: through its space."""
+        term, memory, space = state.term, state.term.memory, state.term.space
+        rows, pullback = (x.flatten(1), None) if space.direct else space.features(x, context.call, context.denoiser_call)
+        if space.step_by_step:
+            memory = _memory_of_step(term, len(state.kept), (len(state.steps), rows.shape[1]), context.call.encoder)
+            state.kept.append(rows)
+        elif not state.prepared:
+            if space.shape(x) is None:
+                memory.bind((rows.shape[1],), space.name, context.call.encoder)
+            state.pairs, state.prepared = term.objective.pairs(rows, context.prompts, memory), True
+        seed = self.guide.seed * 1_000_003 + context.step
+        g, found = ascent_direction(term.objective, rows, context.prompts, memory, seed, state.pairs)
+        return (g if pullback is None else pullback(g).flatten(1).to(x.dtype)), found
+
+    def finish(self, context: StepContext) -> None:
+        """Finished samples are listed, and remembered once in each memory."""
+        final = context.layout.pack(context.final)
+        self.report.finished = final
+        for state in self._states:
+            term = state.term
+            if any(done.memory is term.memory for done in self.finished):
+                continue
+            if term.space.step_by_step:  # one row of features for each guided step, of whole runs only
+                features = torch.stack(state.kept, dim=1) if state.kept and len(state.kept) == len(state.steps) else None
+            else:
+                features = term.space.final(final, context.call)
+            if features is not None:
+                self.finished.append(Finished(term.memory, features, context.prompts))
+        if self.guide.remember:
+            for memory, features, prompts in self.finished:
+                memory.add(features, prompts)
 
 
-def _shapes(sample: Any) -> Any:
-    return sample.shape if isinstance(sample, Tensor) else [s.shape for s in sample]
-
-
-def _of_step(memory: Memory, k: int, shape: tuple[int, int], encoder: str | None) -> Memory:
-    """The part of an activations memory ``[n, steps, c]`` that belongs to the ``k``-th guided step."""
-    memory.bind(shape, Activations.name, encoder)
-    if not isinstance(memory, MemoryBank) or not len(memory) or k >= shape[0]:
-        return MemoryBank()
-    part = MemoryBank(Activations.name, encoder)
-    part.add(memory.x.view(len(memory), *shape)[:, k], memory.prompts)
+def _memory_of_step(term: Term, k: int, shape: tuple[int, int], encoder: str | None) -> Memory:
+    """The part of a memory of features ``[n, steps, d]`` that belongs to the ``k``-th guided step."""
+    memory, part = term.memory, MemoryBank(term.space.name, encoder)
+    memory.bind(shape, term.space.name, encoder)
+    if isinstance(memory, MemoryBank) and len(memory) and k < shape[0]:
+        part.add(memory.x.view(len(memory), *shape)[:, k], memory.prompts)
     return part

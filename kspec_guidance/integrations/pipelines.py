@@ -106,7 +106,7 @@ def named(guide_class: type[KernelGuidance], pipeline_class: Any, name: str, mod
 
     def own(self: Any) -> KernelGuidance:
         if "_kspec_guide" not in self.__dict__:
-            self.__dict__["_kspec_guide"] = guide_class()
+            self.__dict__["_kspec_guide"] = guide_class()  # type: ignore[call-arg]
         return self.__dict__["_kspec_guide"]
 
     def put(self: Any, guide: KernelGuidance) -> None:

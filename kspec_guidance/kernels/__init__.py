@@ -4,7 +4,7 @@ from kspec_guidance.kernels import GaussianKernel, median_bandwidth
 """
 
 from kspec_guidance.kernels.base import Kernel, ProductKernel
-from kspec_guidance.kernels.distances import gradient_bandwidth, median_bandwidth, pairwise_distances
+from kspec_guidance.kernels.distances import PROMPT_BANDWIDTH, l2_normalize, median_bandwidth, pairwise_distances
 from kspec_guidance.kernels.dot_product import CosineKernel, PolynomialKernel
 from kspec_guidance.kernels.stationary import GaussianKernel, LaplacianKernel, RationalQuadraticKernel
 
@@ -17,6 +17,7 @@ __all__ = [
     "ProductKernel",
     "Kernel",
     "median_bandwidth",
-    "gradient_bandwidth",
     "pairwise_distances",
+    "l2_normalize",
+    "PROMPT_BANDWIDTH",
 ]

@@ -5,7 +5,6 @@ is a function of such matrices, so the one derivative needed is that of ``sum_ij
 :meth:`Kernel.vjp`. Half precision is computed in float32; float64 stays float64.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,13 +18,9 @@ __all__ = ["Kernel", "ProductKernel", "Weight"]
 Weight = Tensor | Callable[[Tensor], Tensor]
 
 
-def _evaluate(weight: Weight, k: Tensor) -> Tensor:
+def evaluate(weight: Weight, k: Tensor) -> Tensor:
+    """A weight that may be a function of the kernel matrix."""
     return weight(k) if callable(weight) else weight
-
-
-def _positive(name: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 
 class Kernel:
@@ -61,12 +56,19 @@ class Kernel:
             "or choose GaussianKernel, CosineKernel, PolynomialKernel, RationalQuadraticKernel or LaplacianKernel"
         )
 
-    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """The kernel and its derivatives in ``p`` and ``xx``, from inner products ``p`` ``[n, m]`` and squared norms.
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The kernel and its derivatives in ``p`` and in ``xx`` ``[n, m]``, from inner products and squared norms.
 
-        ``xx`` is ``[n, 1]``, ``yy`` ``[m]``. With it a sum over many rows needs one pass over them. The last is None for
-        functions of the distance: it is -1/2 of the one in ``p`` then. None altogether for kernels that are no function of
-        inner products; an open bandwidth must have been fitted.
+        With it a sum over many rows needs one pass over them: the derivative of ``k(x_i, y_j)`` in ``x_i`` is
+        ``dk/dp y_j + 2 dk/dxx x_i``.
+
+        Args:
+            p: inner products ``x_i . y_j`` ``[n, m]``.
+            xx: squared norms of the ``x_i`` ``[n, 1]``.
+            yy: squared norms of the ``y_j`` ``[m]``.
+
+        Returns:
+            None for kernels that are no function of inner products; an open bandwidth must have been fitted.
         """
         return None
 
@@ -106,6 +108,10 @@ class ProductKernel(Kernel):
         return self.first(x, y) * self.second(x, y)
 
     @property
+    def stationary(self) -> bool:  # type: ignore[override]
+        return self.first.stationary and self.second.stationary
+
+    @property
     def open(self) -> bool:
         return self.first.open or self.second.open
 
@@ -121,15 +127,12 @@ class ProductKernel(Kernel):
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         first, second = self.first.fit(x, y), self.second.fit(x, y)
         a, b = first(x, y), second(x, y)
-        w = _evaluate(weight, a * b)
+        w = evaluate(weight, a * b)
         return first.vjp(x, y, w * b) + second.vjp(x, y, w * a)
 
-    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        one, two = self.first.of_products(p, xx, yy), self.second.of_products(p, xx, yy)
-        if one is None or two is None:
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        first, second = self.first.of_products(p, xx, yy), self.second.of_products(p, xx, yy)
+        if first is None or second is None:
             return None
-        (a, a_p, a_x), (b, b_p, b_x) = one, two
-        by_square = None
-        if a_x is not None or b_x is not None:
-            by_square = (a_p / -2 if a_x is None else a_x) * b + a * (b_p / -2 if b_x is None else b_x)
-        return a * b, a_p * b + a * b_p, by_square
+        (a, a_p, a_x), (b, b_p, b_x) = first, second
+        return a * b, a_p * b + a * b_p, a_x * b + a * b_x

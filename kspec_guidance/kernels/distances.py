@@ -1,34 +1,36 @@
 """Distances between rows that keep their digits far from the origin, and the bandwidths they suggest."""
 
-import math
-
 import torch
 from torch import Tensor
 
 __all__ = [
+    "PROMPT_BANDWIDTH",
     "as_float",
     "check_pair",
+    "evenly_spaced",
     "far_centre",
-    "gradient_bandwidth",
+    "l2_normalize",
     "median_bandwidth",
     "pairwise_distances",
-    "some_rows",
+    "row_norms",
     "squared_distances",
+    "weighted_median",
 ]
 
-ROWS = 2048  # that the median rule looks at
+MEDIAN_ROWS = 2048  # rows that the median rule looks at
+PROMPT_BANDWIDTH = 0.35  # of unit-norm prompt features, as published; benchmarks/prompts.py shows what it separates
 
 
 def as_float(x: Tensor) -> Tensor:
-    """float32 for half precision and integers; float32 and float64 as they are."""
+    """float32 for half precision and integers; float32 and float64 are returned unchanged."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def check_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float matrices of one width.
+    """Both as matrices of one width and one floating-point type.
 
     Raises:
-        TypeError: if either is no tensor.
+        TypeError: if either is not a tensor.
         ValueError: if either has fewer than two dimensions, or their last dimensions differ.
     """
     for name, z in (("x", x), ("y", y)):
@@ -43,6 +45,30 @@ def check_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
+def row_norms(x: Tensor) -> Tensor:
+    """Euclidean norms ``[..., n, 1]`` of rows ``[..., n, d]``; 1 for rows of zeros, so that they can be divided by."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 0, norm, 1.0)
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Rows ``[..., n, d]`` scaled to norm 1; rows of zeros stay zeros.
+
+    >>> l2_normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    return x / row_norms(x)
+
+
+def evenly_spaced(n: int, k: int) -> Tensor:
+    """At most ``k`` of the indices ``0 .. n - 1``, evenly spaced, the first and the last among them, ascending.
+
+    >>> evenly_spaced(7, 3).tolist(), evenly_spaced(2, 3).tolist()
+    ([0, 3, 6], [0, 1])
+    """
+    return torch.arange(n) if n <= k else torch.linspace(0, n - 1, k).round().long()
+
+
 def _squared_norms(x: Tensor) -> Tensor:
     """``[..., n, 1]``; without a gradient in one pass, where squaring first would write a copy of all rows."""
     if x.requires_grad and torch.is_grad_enabled():
@@ -52,14 +78,14 @@ def _squared_norms(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def far_centre(y: Tensor) -> Tensor | None:
-    """A point amid the rows, where they lie so far from the origin that differences of squares would lose digits.
+    """A point amid the rows ``[..., n, d]``, where they lie so far from the origin that ``|x|^2 + |y|^2 - 2 x.y`` cancels.
 
-    None otherwise, since subtracting it writes a copy of all rows. It is judged by some 64 of them: where their mean holds
-    less than 95% of their squared norm, at most 20 times the rounding error is at stake.
+    None otherwise, since subtracting it writes a copy of all rows. Some 64 rows decide: where their mean holds less
+    than 95% of their squared norm, at most 20 times the rounding error is lost.
     """
-    some = y[..., :: max(1, y.shape[-2] // 64), :]
-    centre = some.mean(dim=-2, keepdim=True)
-    near = centre.square().sum() <= 0.95 * some.square().sum(-1).mean(-1).sum()
+    sample = y[..., :: max(1, y.shape[-2] // 64), :]
+    centre = sample.mean(dim=-2, keepdim=True)
+    near = centre.square().sum() <= 0.95 * sample.square().sum(-1).mean(-1).sum()
     return None if bool(near) else centre
 
 
@@ -93,10 +119,10 @@ def pairwise_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
     return d.flatten()
 
 
-def some_rows(x: Tensor) -> Tensor:
-    """At most ``ROWS`` rows, evenly spaced."""
+def median_rows(x: Tensor) -> Tensor:
+    """The rows ``[..., k, d]`` that the median rule looks at: at most 2,048, evenly spaced."""
     n = x.shape[-2]
-    return x if n <= ROWS else x[..., torch.linspace(0, n - 1, ROWS, device=x.device).round().long(), :]
+    return x if n <= MEDIAN_ROWS else x[..., evenly_spaced(n, MEDIAN_ROWS).to(x.device), :]
 
 
 @torch.no_grad()
@@ -106,22 +132,31 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
     With nothing to measure (one point, or all points equal) it is 1. Of more than 2,048 rows, as many evenly spaced ones
     are measured: two million pairs settle a median.
 
+    Args:
+        x: rows ``[n, d]``.
+        y: rows ``[m, d]``: the pairs are then those of ``x`` with ``y``.
+
     >>> median_bandwidth(torch.tensor([[0.0], [1.0], [4.0]]))
     3.0
     """
-    x, y = some_rows(x), None if y is None else some_rows(y)
+    x, y = median_rows(x), None if y is None else median_rows(y)
     d = pairwise_distances(x, y)
     scale = max(float(z.abs().max()) for z in (x, x if y is None else y)) if d.numel() else 1.0
     d = d[d > 1e-6 * scale]
     return float(d.median()) if d.numel() else 1.0
 
 
-@torch.no_grad()
-def gradient_bandwidth(x: Tensor, y: Tensor | None = None, power: float = 2.0) -> float:
-    """The Gaussian bandwidth at which ``k(x, y)^power`` has its largest gradient at the median distance.
+def weighted_median(values: Tensor, weights: Tensor) -> float | None:
+    """The value at which half of the weight is reached; None if all weights are 0.
 
-    ``|grad exp(-p r^2 / 2 b^2)|`` is proportional to ``r exp(-p r^2 / 2 b^2) / b^2``; in units of the bandwidth it
-    peaks at ``r = b / sqrt(p)``. A bandwidth much below ``sqrt(p)`` medians leaves typical pairs without any gradient:
-    at the published 0.6 to 0.8 on unit vectors (median distance 1.4) the squared kernel is below 0.05.
+    Args:
+        values, weights: of one shape.
+
+    >>> weighted_median(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 1.0, 9.0]))
+    5.0
     """
-    return math.sqrt(power) * median_bandwidth(x, y)
+    values, order = values.flatten().sort()
+    total = weights.flatten()[order].cumsum(0)
+    if not len(total) or total[-1] <= 0:
+        return None
+    return float(values[int(torch.searchsorted(total, total[-1] / 2).clamp(max=len(total) - 1))])

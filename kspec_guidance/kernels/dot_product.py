@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels.base import Kernel, Weight, _evaluate, _positive
-from kspec_guidance.kernels.distances import as_float, check_pair
+from kspec_guidance.kernels.base import Kernel, Weight, evaluate
+from kspec_guidance.kernels.distances import as_float, check_pair, l2_normalize, row_norms
 
 __all__ = ["CosineKernel", "PolynomialKernel"]
 
@@ -17,33 +17,26 @@ class CosineKernel(Kernel):
     """``x.y / (||x|| ||y||)``; rows of zeros are equal to each other (1) and like nothing else (0)."""
 
     @staticmethod
-    def unit(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows scaled to norm 1, and the norms ``[..., n, 1]`` (0 is kept as 1)."""
-        norm = x.norm(dim=-1, keepdim=True)
-        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-        return x / norm, norm
-
-    @classmethod
-    def features(cls, x: Tensor) -> Tensor:
+    def features(x: Tensor) -> Tensor:
         """Rows whose inner products are the kernel: unit rows, and a further coordinate for zeros if there are any."""
         zero = (x == 0).all(dim=-1, keepdim=True)
-        u = cls.unit(x)[0]
+        u = l2_normalize(x)
         return torch.cat([u, zero.to(u)], dim=-1) if bool(zero.any()) else u
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         x, y = check_pair(x, x if y is None else y)
-        k = self.unit(x)[0] @ self.unit(y)[0].mT
+        k = l2_normalize(x) @ l2_normalize(y).mT
         zero_x, zero_y = (x == 0).all(dim=-1), (y == 0).all(dim=-1)
         return k + (zero_x[..., :, None] & zero_y[..., None, :]).to(k) if bool(zero_x.any()) else k
 
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         x, y = check_pair(x, y)
-        u, norm = self.unit(x)
-        v = self.unit(y)[0]
-        g = _evaluate(weight, u @ v.mT) @ v
+        norm = row_norms(x)
+        u, v = x / norm, l2_normalize(y)
+        g = evaluate(weight, u @ v.mT) @ v
         return (g - (g * u).sum(-1, keepdim=True) * u) / norm
 
-    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         zero_x, zero_y = xx == 0, yy == 0
         xx, yy = torch.where(zero_x, 1, xx), torch.where(zero_y, 1, yy)
         slope = (xx * yy).rsqrt()
@@ -65,7 +58,8 @@ class PolynomialKernel(Kernel):
     def __post_init__(self):
         if not isinstance(self.degree, int) or self.degree < 1:
             raise ValueError(f"degree must be a whole number of at least 1, got {self.degree!r}")
-        _positive("gamma", self.gamma)
+        if self.gamma is not None and not (isinstance(self.gamma, int | float) and 0 < self.gamma < math.inf):
+            raise ValueError(f"gamma must be a positive finite number, got {self.gamma!r}")
         if not (math.isfinite(self.coef) and self.coef >= 0):
             raise ValueError(f"coef must be at least 0, or the kernel is not positive definite; got {self.coef!r}")
 
@@ -85,14 +79,14 @@ class PolynomialKernel(Kernel):
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         x, y = check_pair(x, y)
         base, gamma = self._base(x, y)
-        w = _evaluate(weight, base.pow(self.degree))
+        w = evaluate(weight, base.pow(self.degree))
         return (w * base.pow(self.degree - 1) * (self.degree * gamma)) @ y
 
-    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.gamma is None:  # 1 / d cannot be known from products: fit() puts it in
             return None
         base = self.gamma * p + self.coef
-        return base.pow(self.degree), base.pow(self.degree - 1) * (self.degree * self.gamma), torch.zeros_like(xx)
+        return base.pow(self.degree), base.pow(self.degree - 1) * (self.degree * self.gamma), torch.zeros_like(base)
 
     def fit(self, x: Tensor, y: Tensor | None = None) -> "PolynomialKernel":
         return self if self.gamma is not None else replace(self, gamma=1 / x.shape[-1])

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["CovarianceOperator", "accumulate_gram", "check_order", "eigenvalues", "renyi_entropy", "truncate"]
+__all__ = ["accumulate_gram", "check_order", "eigenvalues", "renyi_entropy", "truncate"]
 
 BLOCK = 512  # columns of the product that are formed at once when only half of a symmetric matrix is needed
 
@@ -78,49 +78,3 @@ def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None) -> None:
         total[i : i + BLOCK, i:] += block
         if i + BLOCK < a.shape[1]:
             total[i + BLOCK :, i : i + BLOCK] += block[:, BLOCK:].mT
-
-
-class CovarianceOperator:
-    """Streaming second moment ``1/n sum_i phi_i phi_i'`` of feature rows ``[n, D]``; state independent of ``n``.
-
-    ``add``, ``merge`` and ``subtract`` are sums, so any batching and order give the same result up to rounding in float64.
-    """
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.count = 0
-
-    def add(self, features: Tensor) -> "CovarianceOperator":
-        d = features.shape[1]
-        if self.total is None:
-            self.total = torch.zeros(d, d, dtype=torch.float64, device=features.device)
-        accumulate_gram(self.total, features.detach())
-        self.count += features.shape[0]
-        return self
-
-    def _combine(self, other: "CovarianceOperator", sign: int) -> "CovarianceOperator":
-        if other.total is not None:
-            if self.total is not None and self.total.shape != other.total.shape:
-                raise ValueError(f"cannot combine moments of {self.total.shape[0]} and {other.total.shape[0]} features")
-            self.total = sign * other.total if self.total is None else self.total + sign * other.total
-            self.count += sign * other.count
-        return self
-
-    def merge(self, other: "CovarianceOperator") -> "CovarianceOperator":
-        return self._combine(other, 1)
-
-    def subtract(self, other: "CovarianceOperator") -> "CovarianceOperator":
-        """Take out samples that were added before."""
-        return self._combine(other, -1)
-
-    def matrix(self) -> Tensor:
-        """
-        Raises:
-            ValueError: if nothing was added.
-        """
-        if self.total is None or self.count <= 0:
-            raise ValueError("no samples: add at least one row of features first")
-        return self.total / self.count
-
-    def eigenvalues(self) -> Tensor:
-        return eigenvalues(self.matrix())

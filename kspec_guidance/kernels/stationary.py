@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels.base import Kernel, Weight, _evaluate, _positive
-from kspec_guidance.kernels.distances import check_pair, far_centre, median_bandwidth, some_rows, squared_distances
+from kspec_guidance.kernels.base import Kernel, Weight, evaluate
+from kspec_guidance.kernels.distances import check_pair, far_centre, median_bandwidth, median_rows, squared_distances
 
 __all__ = ["GaussianKernel", "LaplacianKernel", "RationalQuadraticKernel"]
 
@@ -20,26 +20,33 @@ class _Stationary(Kernel):
     bandwidth: float | None
     stationary = True
 
+    def __post_init__(self):
+        b = self.bandwidth
+        if b is not None and not (isinstance(b, int | float) and 0 < b < math.inf):
+            raise ValueError(f"bandwidth must be a positive finite number, got {b!r}")
+
     @property
     def open(self) -> bool:
         return self.bandwidth is None
 
     def fit(self, x: Tensor, y: Tensor | None = None) -> "_Stationary":
-        return self if self.bandwidth is not None else replace(self, bandwidth=self._rule(x, y))  # type: ignore[type-var]
+        return self if self.bandwidth is not None else replace(self, bandwidth=self._median(x, y))  # type: ignore[type-var]
 
     def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor] | None:
         """The kernel of squared distances, and -2 times its derivative in them; None if they do not determine it."""
         return None
 
-    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         found = self.of_distances(torch.sub(xx + yy, p, alpha=2).clamp_min(0))
-        return None if found is None else (*found, None)
+        return None if found is None else (*found, found[1] / -2)
 
-    def _rule(self, x: Tensor, y: Tensor | None) -> float:
+    def _median(self, x: Tensor, y: Tensor | None) -> float:
+        """The median rule."""
         return median_bandwidth(x, y)
 
     def _width(self, x: Tensor, y: Tensor | None) -> float:
-        return self.bandwidth if self.bandwidth is not None else self._rule(check_pair(x, x)[0], y)
+        """The bandwidth that is set, or that of the median rule."""
+        return self.bandwidth if self.bandwidth is not None else self._median(check_pair(x, x)[0], y)
 
 
 def _radial_vjp(x: Tensor, y: Tensor, coefficient: Tensor) -> Tensor:
@@ -62,9 +69,6 @@ class GaussianKernel(_Stationary):
 
     bandwidth: float | None = None
 
-    def __post_init__(self):
-        _positive("bandwidth", self.bandwidth)
-
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         b = self._width(x, y)
         return torch.exp(squared_distances(x, y) / (-2 * b * b))
@@ -73,7 +77,7 @@ class GaussianKernel(_Stationary):
         x, y = check_pair(x, y)
         b = self._width(x, y)
         k = torch.exp(squared_distances(x, y) / (-2 * b * b))
-        return _radial_vjp(x, y, _evaluate(weight, k) * k / (-b * b))
+        return _radial_vjp(x, y, evaluate(weight, k) * k / (-b * b))
 
     def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor]:
         assert self.bandwidth is not None
@@ -93,8 +97,9 @@ class RationalQuadraticKernel(_Stationary):
     alpha: float = 1.0
 
     def __post_init__(self):
-        _positive("bandwidth", self.bandwidth)
-        _positive("alpha", self.alpha)
+        super().__post_init__()
+        if not (isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf):
+            raise ValueError(f"alpha must be a positive finite number, got {self.alpha!r}")
 
     def _base(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, float]:
         b = self._width(x, y)
@@ -107,7 +112,7 @@ class RationalQuadraticKernel(_Stationary):
         x, y = check_pair(x, y)
         base, b = self._base(x, y)
         k = base.pow(-self.alpha)
-        return _radial_vjp(x, y, _evaluate(weight, k) * k / base / (-b * b))
+        return _radial_vjp(x, y, evaluate(weight, k) * k / base / (-b * b))
 
     def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor]:
         assert self.bandwidth is not None
@@ -129,11 +134,8 @@ class LaplacianKernel(_Stationary):
 
     bandwidth: float | None = None
 
-    def __post_init__(self):
-        _positive("bandwidth", self.bandwidth)
-
-    def _rule(self, x: Tensor, y: Tensor | None) -> float:
-        x, y = check_pair(some_rows(x.detach()), some_rows((x if y is None else y).detach()))
+    def _median(self, x: Tensor, y: Tensor | None) -> float:
+        x, y = check_pair(median_rows(x.detach()), median_rows((x if y is None else y).detach()))
         d = torch.cdist(x, y, p=1).flatten()
         d = d[d > 0]
         return float(d.median()) if d.numel() else 1.0
@@ -147,7 +149,7 @@ class LaplacianKernel(_Stationary):
         x, y = check_pair(x, y)
         b = self._width(x, y)
         k = torch.exp(-torch.cdist(x, y, p=1) / b)
-        coefficient = _evaluate(weight, k) * k / -b
+        coefficient = evaluate(weight, k) * k / -b
         rows = max(1, CHUNK // max(1, x.shape[-2] * x.shape[-1]))
         total = torch.zeros_like(x)
         for part, c in zip(y.split(rows, dim=-2), coefficient.split(rows, dim=-1), strict=True):

@@ -12,6 +12,7 @@
 A clip counts as one sample: distances are over the whole clip, not frame by frame.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 __all__ = ["Layout"]
 
-KINDS = {2: "vector", 3: "sequence", 4: "image", 5: "video"}
+KIND_BY_DIMENSIONS = {2: "vector", 3: "sequence", 4: "image", 5: "video"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,12 @@ class Layout:
             raise ValueError(f"a sample must be a tensor [n, ...], got {got}")
         if count and len(sample) > count and len(sample) % count == 0:
             return cls("frames", len(sample) // count)
-        return cls(KINDS.get(sample.ndim, "other"))
+        return cls(KIND_BY_DIMENSIONS.get(sample.ndim, "other"))
+
+    @functools.cached_property
+    def trivial(self) -> bool:
+        """Whether samples are one tensor with a row for each image or clip, so that packing changes nothing."""
+        return self.group == 1 and self.kind != "several"
 
     def count(self, sample: Any) -> int:
         """How many images or clips the sample holds."""
@@ -65,6 +71,7 @@ class Layout:
 
     @staticmethod
     def device(sample: Any) -> torch.device:
+        """Where the sample lies."""
         return (sample if isinstance(sample, Tensor) else sample[0]).device
 
     def pack(self, sample: Any) -> Tensor:

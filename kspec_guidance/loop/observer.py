@@ -1,7 +1,4 @@
-"""What a guide reads off a pipeline as it works: prompts, the number of samples, beginning and end of a call.
-
-Nothing is tokenised or encoded twice: prompt features are means of what the pipeline's own encoder returns.
-"""
+"""PipelineObserver: what a guide reads off a pipeline as it works, without a second tokenisation or encoding."""
 
 import inspect
 from collections.abc import Callable
@@ -10,149 +7,183 @@ from typing import Any
 from torch import Tensor, nn
 
 from kspec_guidance.loop.components import denoiser_of, sub_pipelines
-from kspec_guidance.loop.prompts import first_tensor, masked_mean, token_mask, wanted_half
-from kspec_guidance.loop.scheduler_hook import Hook
+from kspec_guidance.loop.context import CallContext, DenoiserCall
+from kspec_guidance.loop.prompts import condition_of, masked_mean, prompt_tensor, token_mask, wanted_half
+from kspec_guidance.loop.scheduler_hook import Function, MethodPatch
 from kspec_guidance.utils.hashing import fingerprint
 
-__all__ = [
-    "CallWatch",
-    "DenoiserWatch",
-    "PromptWatch",
-]
+__all__ = ["DenoiserWatch", "PipelineObserver"]
 
-ENCODE = ("encode_prompt", "_encode_prompt", "_encode_text_prompt")
+ENCODE_METHODS = ("encode_prompt", "_encode_prompt", "_encode_text_prompt")
 
 
-class CallWatch:
-    """Says when a pipeline begins a call, how many samples it makes noise for and of what size, and when it is done."""
+class PipelineObserver:
+    """Collects what a pipeline's own methods say of a call, and makes one :class:`CallContext` of it.
+
+    It patches ``check_inputs`` (a call begins), ``encode_prompt`` (prompts), ``prepare_latents`` (number and size of the
+    samples) and ``maybe_free_model_hooks`` (a call ends), and hooks the denoiser where its arguments are needed.
+
+    Args:
+        pipe: classic or modular.
+        on_call: called when a call begins, or its prompts are read, before anything is noted.
+        on_end: called when a call ends.
+        denoiser_calls: whether to keep the arguments of the denoiser's first call at each step.
+        tag: see :class:`MethodPatch`.
+
+    Raises:
+        ValueError: if the pipeline is observed under another tag.
+    """
 
     def __init__(
         self,
         pipe: Any,
-        on_start: Callable[[], None],
-        on_count: Callable[[int, tuple[int, int] | None], None],
+        on_call: Callable[[], None],
         on_end: Callable[[], None],
+        denoiser_calls: bool,
         tag: Any,
     ):
-        self.hooks: list[Hook] = []
+        self.pipe, self.on_call, self.on_end, self.tag = pipe, on_call, on_end, tag
+        self._patches: list[MethodPatch] = []
+        self._denoiser: DenoiserWatch | None = None
+        self._token_ids: list[tuple[Tensor, Tensor | None, int | None]] = []
+        self._forget()
         try:
-            for inner in sub_pipelines(pipe):
-                self._hook(inner, "prepare_latents", self._after(on_count), tag)
-            self._hook(pipe, "check_inputs", self._before(on_start), tag)
-            self._hook(pipe, "maybe_free_model_hooks", self._before(on_end), tag)
+            self._install(denoiser_calls)
         except BaseException:
             self.remove()
             raise
 
-    def _hook(self, owner: Any, name: str, wrap: Any, tag: Any) -> None:
+    def _install(self, denoiser_calls: bool) -> None:
+        for inner in sub_pipelines(self.pipe):
+            encode = next((n for n in ENCODE_METHODS if callable(getattr(inner, n, None))), None)
+            if encode is not None:
+                self._patch(inner, encode, self._around_encode)
+        self._encodes = bool(self._patches)
+        for inner in sub_pipelines(self.pipe):
+            self._patch(inner, "prepare_latents", self._around_latents)
+        self._sees_start = self._patch(self.pipe, "check_inputs", self._around_start)
+        self._patch(self.pipe, "maybe_free_model_hooks", self._around_end)
+        if denoiser_calls or not self._encodes:
+            self._denoiser = DenoiserWatch(self.pipe, None if self._encodes else self._note_condition, denoiser_calls)
+
+    def _patch(self, owner: Any, name: str, wrap: Callable[[Function], Function]) -> bool:
         if callable(getattr(owner, name, None)):
-            self.hooks.append(Hook(owner, name, wrap, tag))
-
-    @property
-    def sees_start(self) -> bool:
-        return any(hook.name == "check_inputs" for hook in self.hooks)
-
-    @staticmethod
-    def _before(told: Callable[[], None]) -> Any:
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                told()
-                return original(*args, **kwargs)
-
-            return call
-
-        return wrap
-
-    @staticmethod
-    def _after(told: Callable[[int, tuple[int, int] | None], None]) -> Any:
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            signature = inspect.signature(original)
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                result = original(*args, **kwargs)
-                first = result[0] if isinstance(result, tuple | list) else result
-                given = signature.bind(*args, **kwargs).arguments
-                height, width = given.get("height"), given.get("width")
-                size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
-                if isinstance(first, Tensor) and first.ndim > 1:
-                    told(len(first), size)
-                return result
-
-            return call
-
-        return wrap
+            self._patches.append(MethodPatch(owner, name, wrap, self.tag))
+            return True
+        return False
 
     def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        """Take every patch away."""
+        for patch in self._patches:
+            patch.remove()
+        if self._denoiser is not None:
+            self._denoiser.remove()
+        self._patches, self._denoiser = [], None
 
+    def _forget(self) -> None:
+        """Whatever was noted of an earlier call."""
+        self._prompts: Tensor | None = None
+        self._encoder: str | None = None
+        self._count: int | None = None
+        self._size: tuple[int, int] | None = None
+        self._class_labels, self._open = False, True  # whether prompts may still be read for the call at hand
 
-class PromptWatch:
-    """Reads prompt features off the pipeline's own ``encode_prompt``.
+    def context(self) -> CallContext:
+        """All that is known of the call in progress."""
+        steps = getattr(self.pipe, "num_timesteps", None)
+        return CallContext(
+            self.pipe, self._prompts, self._encoder, self._class_labels, self._count, self._size,
+            steps if isinstance(steps, int) else None,
+        )  # fmt: skip
 
-    ``on_prompt(features, encoder)`` is called with unit-norm rows ``[n, c]``, the wanted prompts' half only, one row for
-    each prompt or each image, and the fingerprint of what made them.
-    """
+    def denoiser_call(self) -> DenoiserCall | None:
+        """The denoiser's first call since this was last asked; None where calls are not kept."""
+        return None if self._denoiser is None else self._denoiser.take()
 
-    def __init__(self, pipe: Any, on_prompt: Callable[[Tensor, str], None], tag: Any):
-        self.pipe, self.on_prompt = pipe, on_prompt
-        self.seen: list[tuple[Tensor, Tensor | None, int | None]] = []
-        self.hooks: list[Hook] = []
-        try:
-            for inner in sub_pipelines(pipe):
-                name = next((n for n in ENCODE if callable(getattr(inner, n, None))), None)
-                if name is not None:
-                    self.hooks.append(Hook(inner, name, self._wrap, tag))
-        except BaseException:
-            self.remove()
-            raise
+    # -- the patches -------------------------------------------------------------------------------------------------
 
-    def __bool__(self) -> bool:
-        return bool(self.hooks)
+    def _around_start(self, original: Function) -> Function:
+        def check_inputs(*args: Any, **kwargs: Any) -> Any:
+            self.on_call()
+            self._forget()
+            return original(*args, **kwargs)
 
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        return check_inputs
 
-    def _encoders(self) -> list[nn.Module]:
-        parts = getattr(self.pipe, "components", {})
-        return [m for name, m in parts.items() if "text_encoder" in name and isinstance(m, nn.Module)]
+    def _around_end(self, original: Function) -> Function:
+        def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
+            if not getattr(self.pipe, "interrupt", False):
+                self.on_end()
+            self._open = True
+            return original(*args, **kwargs)
 
-    def _note(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point():
-            self.seen.append((ids, kwargs.get("attention_mask"), getattr(module.config, "bos_token_id", None)))
+        return maybe_free_model_hooks
 
-    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _around_latents(self, original: Function) -> Function:
+        signature = inspect.signature(original)
+
+        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            first = result[0] if isinstance(result, tuple | list) else result
+            given = signature.bind(*args, **kwargs).arguments
+            height, width = given.get("height"), given.get("width")
+            if isinstance(first, Tensor) and first.ndim > 1:
+                self._count = len(first)
+                self._size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
+            return result
+
+        return prepare_latents
+
+    def _around_encode(self, original: Function) -> Function:
         signature = inspect.signature(original)
 
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            self.seen.clear()
-            handles = [m.register_forward_hook(self._note, with_kwargs=True) for m in self._encoders()]
+            self._token_ids.clear()
+            handles = [m.register_forward_hook(self._note_tokens, with_kwargs=True) for m in self._encoders()]
             try:
                 result = original(*args, **kwargs)
             finally:
                 for handle in handles:
                     handle.remove()
-            embeds = first_tensor(result)
+            embeds = prompt_tensor(result)
             if embeds is not None:
-                features = masked_mean(embeds, self._mask(embeds, result))
-                self.on_prompt(wanted_half(features, signature, args, kwargs), self.encoder_name())
+                self._note_prompts(wanted_half(masked_mean(embeds, self._mask(embeds, result)), signature, args, kwargs))
             return result
 
         return encode_prompt
 
-    def encoder_name(self) -> str:
+    def _note_prompts(self, features: Tensor) -> None:
+        if self._sees_start and not self._open:
+            return  # the same call again, for the negative prompts or for a second encoder
+        self.on_call()
         encoders = self._encoders()
-        return fingerprint(encoders[0]) if encoders else "given"
+        self._prompts, self._encoder = features, fingerprint(encoders[0]) if encoders else "given"
+        self._open = False
+
+    def _note_condition(self, call: DenoiserCall) -> None:
+        found = condition_of(call) if self._open else None
+        if found is not None:
+            self._prompts, self._class_labels = found
+            self._encoder = "labels" if self._class_labels else "the denoiser's condition"
+            self._open = False
+
+    def _encoders(self) -> list[nn.Module]:
+        parts = getattr(self.pipe, "components", {})
+        return [m for name, m in parts.items() if "text_encoder" in name and isinstance(m, nn.Module)]
+
+    def _note_tokens(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point():
+            self._token_ids.append((ids, kwargs.get("attention_mask"), getattr(module.config, "bos_token_id", None)))
 
     def _mask(self, embeds: Tensor, result: Any) -> Tensor | None:
+        """Which tokens ``[n, l]`` of the embeddings carry the prompt; None where that is unknown."""
         if embeds.ndim != 3:
             return None
         for part in result if isinstance(result, tuple | list) else ():
             if isinstance(part, Tensor) and part.shape == embeds.shape[:2] and not part.is_floating_point():
                 return part
-        for ids, attention, bos in self.seen:
+        for ids, attention, bos in self._token_ids:
             mask = token_mask(ids, bos) if attention is None else attention
             if mask.shape[1] == embeds.shape[1] and embeds.shape[0] % len(mask) == 0:
                 return mask.repeat_interleave(embeds.shape[0] // len(mask), dim=0).to(embeds.device)
@@ -160,24 +191,41 @@ class PromptWatch:
 
 
 class DenoiserWatch:
-    """Sees every call of the denoiser: ``on_call(module, arguments)``, the arguments by name, the caller's own tensors."""
+    """Sees every call of a pipeline's denoiser, and keeps the first since it was last asked.
 
-    def __init__(self, pipe: Any, on_call: Callable[[nn.Module, dict[str, Any]], None]):
-        self.module, self.handle = denoiser_of(pipe), None
-        if self.module is None:
+    Args:
+        pipe: whose denoiser is watched; without one nothing is.
+        on_call: called with each call.
+        keep: whether to keep calls for :meth:`take`.
+    """
+
+    def __init__(self, pipe: Any, on_call: Callable[[DenoiserCall], None] | None = None, keep: bool = True):
+        self.kept: DenoiserCall | None = None
+        self._handle: Any = None
+        denoiser = denoiser_of(pipe)
+        if denoiser is None:
             return
-        signature = inspect.signature(getattr(self.module, "_orig_mod", self.module).forward)
+        signature = inspect.signature(getattr(denoiser, "_orig_mod", denoiser).forward)
 
         def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
             try:
-                given = signature.bind_partial(*args, **kwargs).arguments
+                call = DenoiserCall(module, dict(signature.bind_partial(*args, **kwargs).arguments))
             except TypeError:
                 return
-            on_call(module, dict(given))
+            if keep and self.kept is None:
+                self.kept = call
+            if on_call is not None:
+                on_call(call)
 
-        self.handle = self.module.register_forward_pre_hook(look, with_kwargs=True)
+        self._handle = denoiser.register_forward_pre_hook(look, with_kwargs=True)
+
+    def take(self) -> DenoiserCall | None:
+        """The first call since the last time; it is then forgotten."""
+        kept, self.kept = self.kept, None
+        return kept
 
     def remove(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+        """Stop watching."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None

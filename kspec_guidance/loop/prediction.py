@@ -1,118 +1,57 @@
 """The clean prediction x0 behind a model output, for every supported scheduler.
 
-Each relation is linear, ``x0 = A x + B m`` for noisy sample ``x`` and model output ``m``, so a moved x0 goes back into the
-model output as ``m + move / B``. Which A and B is the scheduler's parametrisation alone; noisy samples are
-``x = alpha x0 + sigma noise``.
+Noisy samples of a scheduler are ``x = alpha x0 + sigma noise``, and each prediction type is linear, ``x0 = A x + B m``
+for noisy sample ``x`` and model output ``m``, so a moved x0 goes back into the model output as ``m + move / B``. A
+:class:`Parametrisation` knows alpha, sigma, A and B; :data:`PARAMETRISATIONS` says which one a scheduler class uses.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Prediction", "UnsupportedSchedulerError", "predict", "supported_schedulers"]
+__all__ = [
+    "PARAMETRISATIONS",
+    "Parametrisation",
+    "Prediction",
+    "UnsupportedSchedulerError",
+    "parametrisation_of",
+    "predict",
+    "supported_schedulers",
+]
 
-# How each scheduler class writes its noisy samples. Matched by name along the class hierarchy, so subclasses count.
-KINDS: dict[str, set[str]] = {
-    # variance preserving, alphas_cumprod[timestep]
-    "timestep": {
-        "DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "PNDMScheduler", "LCMScheduler",
-        "TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "UnCLIPScheduler", "RePaintScheduler",
-    },
-    # variance preserving, sigmas[step_index]; flow with use_flow_sigmas
-    "vp": {
-        "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler",
-        "SASolverScheduler",
-    },
-    # x = x0 + sigma noise
-    "ve": {
-        "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
-        "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler",
-    },
-    # x = x0 + sigma noise, the output preconditioned as by Karras et al. 2022, arXiv 2206.00364, table 1
-    "edm": {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"},
-    # the same with the boundary condition at sigma_min, Song et al. 2023, arXiv 2303.01469, equation 5
-    "consistency": {"CMStochasticIterativeScheduler"},
-    # x = (1 - sigma) x0 + sigma noise, the output a velocity toward noise
-    "flow": {
-        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
-        "LTXEulerAncestralRFScheduler", "HeliosScheduler", "FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler",
-    },
-    # the same, with time and velocity running toward the data
-    "dataward": {"MiniMaxH3Scheduler", "RFD4ProteinaScheduler"},
-    # x = cos(t) x0 + sin(t) noise: TrigFlow, Lu and Song 2024, arXiv 2410.11081, and what IPNDM does
-    "angle": {"SCMScheduler", "IPNDMScheduler"},
-    # alpha-bar as a function of a time in 0..1
-    "continuous": {"DDPMWuerstchenScheduler"},
-    # x = x0 + sigma noise: the output is the score, or noise at a raised noise level
-    "score": {"ScoreSdeVeScheduler"},
-    "stochastic": {"KarrasVeScheduler"},
-}  # fmt: skip
-UNFIT = {  # what no hook can guide, with the reason
-    **dict.fromkeys(
-        (
-            "AmusedScheduler",
-            "VQDiffusionScheduler",
-            "BlockRefinementScheduler",
-            "DiscreteDDIMScheduler",
-            "EntropyBoundScheduler",
-        ),
-        "it samples discrete tokens, which have no gradient",
-    ),
-    **dict.fromkeys(("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"), "it runs from images to noise"),
-    "PiflowScheduler": "its model returns a policy that is rolled out inside the step, not a prediction",
-}
+Level = float | Tensor  # a tensor where tokens differ in noise level
+Arguments = Mapping[str, Any]  # the further arguments of ``scheduler.step``, by name
 
 
 class UnsupportedSchedulerError(ValueError):
     """The scheduler's parametrisation is not known, so x0 cannot be formed."""
 
 
-def supported_schedulers() -> list[str]:
-    """Names of the scheduler classes that guidance works with."""
-    return sorted(set().union(*KINDS.values()))
-
-
-def family(scheduler: Any) -> str:
-    """The key of :data:`KINDS` that the scheduler's class, or its nearest known ancestor, stands under.
-
-    Raises:
-        UnsupportedSchedulerError: naming the scheduler and those that are supported.
-    """
-    for cls in type(scheduler).__mro__:
-        for kind, group in KINDS.items():
-            if cls.__name__ in group:
-                inverted = kind == "flow" and getattr(scheduler.config, "invert_sigmas", False)  # OmniGen
-                return "dataward" if inverted else kind
-        if cls.__name__ in UNFIT:
-            raise UnsupportedSchedulerError(f"{type(scheduler).__name__} cannot be guided: {UNFIT[cls.__name__]}")
-    raise UnsupportedSchedulerError(
-        f"{type(scheduler).__name__} is not supported; use one of {', '.join(supported_schedulers())}, "
-        "e.g. pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)"
-    )
-
-
 @dataclass(frozen=True)
 class Prediction:
-    """x0 and what is needed to change it: ``x = alpha x0 + sigma noise`` and ``d m / d x0 = 1 / slope``."""
+    """x0 and what is needed to change it: ``x = alpha x0 + sigma noise``, and ``slope`` is ``d x0 / d m``."""
 
     x0: Any
     sample: Any
-    alpha: float | Tensor
-    sigma: float | Tensor
-    slope: float | Tensor
+    alpha: Level
+    sigma: Level
+    slope: Level
 
     def moved(self, model_output: Any, move: Any) -> Any:
-        """The model output whose x0 is ``x0 + move``; further channels (a learned variance) stay."""
+        """The model output whose x0 is ``x0 + move``; further channels (a learned variance) are unchanged."""
         if isinstance(model_output, list | tuple):
             return type(model_output)(self.moved(m, d) for m, d in zip(model_output, move, strict=True))
-        if isinstance(self.slope, Tensor):  # tokens without noise, as of an image to go on from, stay where they are
+        if isinstance(self.slope, Tensor):  # tokens without noise, such as those of a condition image, do not move
             shift = torch.where(self.slope.abs() > 1e-6, move / self.slope, 0).to(model_output.dtype)
-        elif abs(self.slope) > 1e-6:
-            shift = (move / self.slope).to(model_output.dtype)
-        else:
+        elif abs(self.slope) <= 1e-6:
             return model_output
+        elif move.shape == model_output.shape and move.dtype == model_output.dtype:
+            return torch.add(model_output, move, alpha=1 / self.slope)
+        else:
+            shift = (move / self.slope).to(model_output.dtype)
         channels = move.shape[1]
         if model_output.shape[1] == channels:
             return model_output + shift
@@ -120,27 +59,43 @@ class Prediction:
 
     @property
     def score(self) -> Any:
-        """A direction parallel to the score at the sample: ``alpha x0 - x = -sigma noise``."""
+        """The direction of the score at the sample, up to its sign: ``x - alpha x0 = sigma noise``."""
         if isinstance(self.x0, list):
-            return [self.alpha * x0 - x for x0, x in zip(self.x0, self.sample, strict=True)]
-        return self.alpha * self.x0 - self.sample
+            return [x - self.alpha * x0 for x0, x in zip(self.x0, self.sample, strict=True)]
+        return _combine(1.0, self.sample, -self.alpha, self.x0)
 
     @property
     def noise_to_signal(self) -> float:
         """``sigma / alpha``: the noise level as the Euler family counts it; infinite for pure noise."""
-        alpha, sigma = (float(v.mean()) if isinstance(v, Tensor) else v for v in (self.alpha, self.sigma))
+        alpha, sigma = self.alpha, self.sigma
+        if isinstance(alpha, Tensor) or isinstance(sigma, Tensor):
+            alpha, sigma = float(torch.as_tensor(alpha).mean()), float(torch.as_tensor(sigma).mean())
         return sigma / alpha if alpha > 0 else float("inf")
 
 
-def _step_index(scheduler: Any, timestep: Tensor | float) -> int:
-    """The scheduler's own position; set up as its ``step`` would, if this is the first step."""
-    if scheduler.step_index is None:
-        scheduler._init_step_index(timestep)
-    return int(scheduler.step_index)
+def _combine(a: Level, x: Tensor, b: Level, y: Tensor) -> Tensor:
+    """``a x + b y``."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a * x + b * y
+    return torch.add(x, y, alpha=b) if a == 1 else (a * x).add_(y, alpha=b)
+
+
+# -- the noise level of a step -----------------------------------------------------------------------------------------
+
+
+def _first(timestep: Tensor | float) -> float:
+    return float(torch.as_tensor(timestep).flatten()[0])
 
 
 def _at(values: Tensor, index: int) -> float:
     return float(values[index].double())
+
+
+def _step_index(scheduler: Any, timestep: Tensor | float) -> int:
+    """The scheduler's own position; initialised as its ``step`` would do it, if this is the first step."""
+    if scheduler.step_index is None:
+        scheduler._init_step_index(timestep)
+    return int(scheduler.step_index)
 
 
 def _sigma(scheduler: Any, timestep: Tensor | float) -> float:
@@ -154,98 +109,269 @@ def _sigma(scheduler: Any, timestep: Tensor | float) -> float:
     return _at(sigmas, index)
 
 
-def _flow_sigma(scheduler: Any, timestep: Tensor | float, extra: dict[str, Any]) -> float | Tensor:
-    if extra.get("per_token_timesteps") is not None:  # image conditions: every token [n, l] has its own noise level
-        return extra["per_token_timesteps"].float()[..., None] / scheduler.config.num_train_timesteps
-    if extra.get("dmd_sigmas") is not None:  # Helios, distilled
-        times = extra["dmd_timesteps"].double()
-        return _at(extra["dmd_sigmas"], int((times - float(timestep)).abs().argmin()))
-    if type(scheduler).__name__ == "FlowMapEulerDiscreteScheduler":  # its step looks times up, wherever it stands
+def _flow_sigma(scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> Level:
+    if arguments.get("per_token_timesteps") is not None:  # with a condition image each token [n, l] has its own level
+        return arguments["per_token_timesteps"].float()[..., None] / scheduler.config.num_train_timesteps
+    if arguments.get("dmd_sigmas") is not None:  # Helios, distilled
+        times = arguments["dmd_timesteps"].double()
+        return _at(arguments["dmd_sigmas"], int((times - float(timestep)).abs().argmin()))
+    if type(scheduler).__name__ == "FlowMapEulerDiscreteScheduler":  # its step looks the time up, whatever its position
         index = scheduler.index_for_timestep(timestep)
         if index is None:
-            return float(torch.as_tensor(timestep).flatten()[0]) / scheduler.config.num_train_timesteps
+            return _first(timestep) / scheduler.config.num_train_timesteps
         return _at(scheduler.sigmas, int(torch.as_tensor(index).flatten()[0]))
     return _sigma(scheduler, timestep)
 
 
-def levels(
-    scheduler: Any, timestep: Tensor | float, kind: str, extra: dict[str, Any] | None = None
-) -> tuple[float | Tensor, float | Tensor]:
-    """``alpha`` and ``sigma`` of the sample that the model saw at this step; tensors where tokens differ in noise level.
+# -- parametrisations ----------------------------------------------------------------------------------------------------
 
-    ``extra`` holds the further arguments of ``scheduler.step``.
+
+class Parametrisation:
+    """How a family of schedulers writes its noisy samples.
+
+    A subclass gives :meth:`levels`, and :meth:`coefficients` where the prediction types below do not apply.
     """
-    first = float(torch.as_tensor(timestep).flatten()[0])
-    if kind == "timestep":
+
+    default_prediction_type = "epsilon"
+
+    def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
+        """``alpha`` and ``sigma`` of the sample that the model was given at this step.
+
+        Args:
+            scheduler: before its step.
+            timestep: as given to ``scheduler.step``.
+            arguments: the further arguments of ``scheduler.step``, by name.
+        """
+        raise NotImplementedError
+
+    def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
+        """A and B of ``x0 = A x + B m``.
+
+        Raises:
+            UnsupportedSchedulerError: for an unknown prediction type.
+        """
+        if prediction_type in ("sample", "original_sample"):
+            return 0.0, 1.0
+        if prediction_type == "flow_prediction":
+            return 1.0, -sigma
+        if prediction_type == "epsilon":
+            return 1 / alpha, -sigma / alpha
+        if prediction_type == "v_prediction":
+            return alpha, -sigma
+        raise UnsupportedSchedulerError(
+            f"prediction_type {prediction_type!r} is not supported; use epsilon, v_prediction, sample or flow_prediction"
+        )
+
+
+class VariancePreserving(Parametrisation):
+    """``alphas_cumprod[timestep]``."""
+
+    def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
         last = len(scheduler.alphas_cumprod) - 1
-        abar = _at(scheduler.alphas_cumprod, min(max(int(first), 0), last))
+        abar = _at(scheduler.alphas_cumprod, min(max(int(_first(timestep)), 0), last))
         return abar**0.5, (1 - abar) ** 0.5
-    if kind == "continuous":
-        abar = float(scheduler._alpha_cumprod(torch.tensor([first], dtype=torch.float64), "cpu"))
+
+
+class VariancePreservingSigma(Parametrisation):
+    """``sigmas[step_index]``, turned into alpha and sigma by the scheduler; a flow with ``use_flow_sigmas``."""
+
+    def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
+        level = torch.tensor(_sigma(scheduler, timestep), dtype=torch.float64)
+        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(level)
+        return float(alpha), float(sigma)
+
+
+class VariancePreservingTime(Parametrisation):
+    """alpha-bar as a function of a time in 0..1."""
+
+    def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
+        time = torch.tensor([_first(timestep)], dtype=torch.float64)
+        abar = float(scheduler._alpha_cumprod(time, "cpu"))
         return abar**0.5, (1 - abar) ** 0.5
-    if kind == "angle":
-        if hasattr(scheduler, "alphas"):
-            index = _step_index(scheduler, timestep)
-            return _at(scheduler.alphas, index), _at(scheduler.betas, index)
-        angle = torch.tensor(first, dtype=torch.float64)
-        return float(angle.cos()), float(angle.sin())
-    if kind == "dataward":
-        if getattr(scheduler.config, "invert_sigmas", False):
-            first = _sigma(scheduler, timestep)
-        return first, 1 - first
-    if kind == "score":
-        return 1.0, _at(scheduler.discrete_sigmas, int(first * (len(scheduler.timesteps) - 1)))
-    if kind == "stochastic":
-        return 1.0, first
-    if kind == "flow":
-        sigma = _flow_sigma(scheduler, timestep, extra or {})
-        return 1 - sigma, sigma
-    if kind == "vp":
-        at = torch.tensor(_sigma(scheduler, timestep), dtype=torch.float64)
-        alpha, sigma = (float(v) for v in scheduler._sigma_to_alpha_sigma_t(at))
-        return alpha, sigma
-    return 1.0, _sigma(scheduler, timestep)
 
 
-def coefficients(prediction_type: str, kind: str, alpha: Any, sigma: Any, scheduler: Any = None) -> tuple[Any, Any]:
-    """A and B of ``x0 = A x + B m``.
+class VarianceExploding(Parametrisation):
+    """``x = x0 + sigma noise``; a v-prediction is that of ``x / sqrt(sigma^2 + 1)``."""
 
-    Raises:
-        UnsupportedSchedulerError: for a prediction type that is not known.
-    """
-    if kind == "edm":
+    def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
+        return 1.0, _sigma(scheduler, timestep)
+
+    def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
+        if prediction_type == "v_prediction":
+            scale = sigma * sigma + 1
+            return 1 / scale, -sigma / scale**0.5
+        return super().coefficients(scheduler, prediction_type, alpha, sigma)
+
+
+class EDM(VarianceExploding):
+    """``x = x0 + sigma noise``, the output preconditioned (Karras et al. 2022, arXiv 2206.00364, table 1)."""
+
+    def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
         data = scheduler.config.sigma_data
         size = (sigma**2 + data**2) ** 0.5
         return data**2 / size**2, (-sigma if prediction_type == "v_prediction" else sigma) * data / size
-    if kind == "consistency":
+
+
+class Consistency(VarianceExploding):
+    """EDM with the boundary condition at sigma_min (Song et al. 2023, arXiv 2303.01469, equation 5)."""
+
+    def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
         data, above = scheduler.config.sigma_data, sigma - scheduler.config.sigma_min
         return data**2 / (above**2 + data**2), above * data / (sigma**2 + data**2) ** 0.5
-    if kind == "angle":
-        return alpha, -sigma
-    if kind == "dataward":
-        return 1.0, sigma
-    if kind == "score":
-        return 1.0, sigma**2
-    if kind == "stochastic":
-        return 1.0, sigma
-    if prediction_type in ("sample", "original_sample"):
-        return 0.0, 1.0
-    if kind == "flow" or prediction_type == "flow_prediction":
+
+
+class Flow(Parametrisation):
+    """``x = (1 - sigma) x0 + sigma noise``, the output a velocity toward noise."""
+
+    default_prediction_type = "flow_prediction"
+
+    def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
+        sigma = _flow_sigma(scheduler, timestep, arguments)
+        return 1 - sigma, sigma
+
+    def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
+        if prediction_type in ("sample", "original_sample"):
+            return 0.0, 1.0
         return 1.0, -sigma
-    if prediction_type == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    if prediction_type == "v_prediction":
-        if kind == "ve":
-            scale = sigma * sigma + 1
-            return 1 / scale, -sigma / scale**0.5
+
+
+class FlowTowardData(Parametrisation):
+    """The same, with time and velocity running toward the data."""
+
+    def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
+        inverted = getattr(scheduler.config, "invert_sigmas", False)  # OmniGen
+        time = _sigma(scheduler, timestep) if inverted else _first(timestep)
+        return time, 1 - time
+
+    def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
+        return 1.0, sigma
+
+
+class TrigFlow(Parametrisation):
+    """``x = cos(t) x0 + sin(t) noise`` (Lu and Song 2024, arXiv 2410.11081); IPNDM does the same."""
+
+    def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
+        if hasattr(scheduler, "alphas"):
+            index = _step_index(scheduler, timestep)
+            return _at(scheduler.alphas, index), _at(scheduler.betas, index)
+        angle = torch.tensor(_first(timestep), dtype=torch.float64)
+        return float(angle.cos()), float(angle.sin())
+
+    def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
         return alpha, -sigma
+
+
+class Score(Parametrisation):
+    """``x = x0 + sigma noise``, the output the score."""
+
+    def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
+        return 1.0, _at(scheduler.discrete_sigmas, int(_first(timestep) * (len(scheduler.timesteps) - 1)))
+
+    def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
+        return 1.0, sigma**2
+
+
+class KarrasVe(Parametrisation):
+    """``x = x0 + sigma noise`` at a raised noise level, the output noise with the opposite sign."""
+
+    def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
+        return 1.0, _first(timestep)
+
+    def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
+        return 1.0, sigma
+
+
+_vp, _vp_sigma, _ve, _edm, _flow = VariancePreserving(), VariancePreservingSigma(), VarianceExploding(), EDM(), Flow()
+_toward_data, _trig = FlowTowardData(), TrigFlow()
+
+# By class name along a scheduler's class hierarchy, so subclasses count.
+PARAMETRISATIONS: dict[str, Parametrisation] = {
+    "DDPMScheduler": _vp,
+    "DDIMScheduler": _vp,
+    "DDPMParallelScheduler": _vp,
+    "DDIMParallelScheduler": _vp,
+    "PNDMScheduler": _vp,
+    "LCMScheduler": _vp,
+    "TCDScheduler": _vp,
+    "CogVideoXDDIMScheduler": _vp,
+    "CogVideoXDPMScheduler": _vp,
+    "UnCLIPScheduler": _vp,
+    "RePaintScheduler": _vp,
+    "DDPMWuerstchenScheduler": VariancePreservingTime(),
+    "DPMSolverMultistepScheduler": _vp_sigma,
+    "DPMSolverSinglestepScheduler": _vp_sigma,
+    "DEISMultistepScheduler": _vp_sigma,
+    "UniPCMultistepScheduler": _vp_sigma,
+    "SASolverScheduler": _vp_sigma,
+    "EulerDiscreteScheduler": _ve,
+    "EulerAncestralDiscreteScheduler": _ve,
+    "HeunDiscreteScheduler": _ve,
+    "LMSDiscreteScheduler": _ve,
+    "KDPM2DiscreteScheduler": _ve,
+    "KDPM2AncestralDiscreteScheduler": _ve,
+    "DPMSolverSDEScheduler": _ve,
+    "EDMEulerScheduler": _edm,
+    "EDMDPMSolverMultistepScheduler": _edm,
+    "CosineDPMSolverMultistepScheduler": _edm,
+    "CMStochasticIterativeScheduler": Consistency(),
+    "FlowMatchEulerDiscreteScheduler": _flow,
+    "FlowMatchHeunDiscreteScheduler": _flow,
+    "FlowMatchLCMScheduler": _flow,
+    "FlowMapEulerDiscreteScheduler": _flow,
+    "LTXEulerAncestralRFScheduler": _flow,
+    "HeliosScheduler": _flow,
+    "HeliosDMDScheduler": _flow,
+    "MiniMaxH3Scheduler": _toward_data,
+    "RFD4ProteinaScheduler": _toward_data,
+    "SCMScheduler": _trig,
+    "IPNDMScheduler": _trig,
+    "ScoreSdeVeScheduler": Score(),
+    "KarrasVeScheduler": KarrasVe(),
+}
+_DISCRETE, _INVERSE = "it samples discrete tokens, which have no gradient", "it runs from images to noise"
+UNGUIDABLE = {  # schedulers that no hook can guide, with the reason
+    "AmusedScheduler": _DISCRETE,
+    "VQDiffusionScheduler": _DISCRETE,
+    "BlockRefinementScheduler": _DISCRETE,
+    "DiscreteDDIMScheduler": _DISCRETE,
+    "EntropyBoundScheduler": _DISCRETE,
+    "DDIMInverseScheduler": _INVERSE,
+    "DPMSolverMultistepInverseScheduler": _INVERSE,
+    "PiflowScheduler": "its model returns a policy that is rolled out inside the step, not a prediction",
+}
+
+
+def supported_schedulers() -> list[str]:
+    """Names of the scheduler classes that guidance works with."""
+    return sorted(PARAMETRISATIONS)
+
+
+def parametrisation_of(scheduler: Any) -> Parametrisation:
+    """The parametrisation of the scheduler's class, or of its nearest known ancestor.
+
+    Raises:
+        UnsupportedSchedulerError: naming the scheduler and those that are supported.
+    """
+    for cls in type(scheduler).__mro__:
+        found = PARAMETRISATIONS.get(cls.__name__)
+        if found is not None:
+            inverted = isinstance(found, Flow) and getattr(scheduler.config, "invert_sigmas", False)
+            return _toward_data if inverted else found
+        if cls.__name__ in UNGUIDABLE:
+            raise UnsupportedSchedulerError(f"{type(scheduler).__name__} cannot be guided: {UNGUIDABLE[cls.__name__]}")
     raise UnsupportedSchedulerError(
-        f"prediction_type {prediction_type!r} is not supported; known are epsilon, v_prediction, sample, flow_prediction"
+        f"{type(scheduler).__name__} is not supported; use one of {', '.join(supported_schedulers())}, "
+        "e.g. pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)"
     )
 
 
 def predict(
-    scheduler: Any, model_output: Any, timestep: Tensor | float, sample: Any, extra: dict[str, Any] | None = None
+    scheduler: Any,
+    model_output: Any,
+    timestep: Tensor | float,
+    sample: Any,
+    arguments: Arguments | None = None,
+    parametrisation: Parametrisation | None = None,
 ) -> Prediction:
     """Form x0 (float32 or wider) of a scheduler step about to be taken.
 
@@ -254,24 +380,28 @@ def predict(
         model_output: ``[n, c, ...]``, or ``[n, 2c, ...]`` with a learned variance in the second half.
         timestep: as given to ``scheduler.step``.
         sample: noisy ``[n, c, ...]``; or lists of both, for a state of several tensors at one noise level.
-        extra: the further arguments of ``scheduler.step``, by name.
+        arguments: the further arguments of ``scheduler.step``, by name.
+        parametrisation: of the scheduler, where it was looked up before.
+
+    Raises:
+        UnsupportedSchedulerError: for an unknown scheduler or prediction type.
     """
+    found, arguments = parametrisation or parametrisation_of(scheduler), arguments or {}
     if isinstance(sample, list | tuple):
-        parts = [predict(scheduler, m, timestep, x, extra) for m, x in zip(model_output, sample, strict=True)]
-        one = parts[0]
-        return Prediction([p.x0 for p in parts], [p.sample for p in parts], one.alpha, one.sigma, one.slope)
-    kind = family(scheduler)
-    alpha, sigma = levels(scheduler, timestep, kind, extra)
+        parts = [predict(scheduler, m, timestep, x, arguments, found) for m, x in zip(model_output, sample, strict=True)]
+        first = parts[0]
+        return Prediction([p.x0 for p in parts], [p.sample for p in parts], first.alpha, first.sigma, first.slope)
+    alpha, sigma = found.levels(scheduler, timestep, arguments)
     if isinstance(sigma, Tensor) and sigma.ndim > sample.ndim:
         sigma = sigma.flatten(0, sigma.ndim - sample.ndim)
         alpha = 1 - sigma
-    if extra and extra.get("pred_original_sample") is not None:  # the pipeline has formed x0 itself and hands it over
-        a, b = 0.0, 1.0
-    else:
-        name = getattr(scheduler.config, "prediction_type", "flow_prediction" if kind == "flow" else "epsilon")
-        a, b = coefficients(name, kind, alpha, sigma, scheduler)
+    a: Level = 0.0
+    b: Level = 1.0  # a pipeline that has formed x0 itself hands it over
+    if arguments.get("pred_original_sample") is None:
+        name = getattr(scheduler.config, "prediction_type", found.default_prediction_type)
+        a, b = found.coefficients(scheduler, name, alpha, sigma)
     x = sample if sample.dtype == torch.float64 else sample.float()
     m = model_output.to(x.dtype)
     if m.shape != x.shape:
         m = m[:, : x.shape[1]]
-    return Prediction(a * x + b * m, x, alpha, sigma, b)
+    return Prediction(_combine(a, x, b, m), x, alpha, sigma, b)

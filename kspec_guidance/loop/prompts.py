@@ -1,12 +1,23 @@
 """Prompt features out of what a pipeline's own encoder returns."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["condition_of", "first_tensor", "masked_mean", "token_mask", "wanted_half"]
+from kspec_guidance.loop.context import DenoiserCall
+
+__all__ = [
+    "condition_of",
+    "masked_mean",
+    "prompt_tensor",
+    "prompts_of_samples",
+    "repeat_rows",
+    "token_mask",
+    "wanted_half",
+]
 
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
@@ -39,7 +50,7 @@ def masked_mean(embeds: Tensor, mask: Tensor | None) -> Tensor:
     return embeds / embeds.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-def first_tensor(result: Any) -> Tensor | None:
+def prompt_tensor(result: Any) -> Tensor | None:
     """The prompt embeddings in what an ``encode_prompt`` returns: the first tensor ``[n, ...]``, or the means of a list."""
     first = result
     while isinstance(first, tuple | list) and len(first):
@@ -64,17 +75,52 @@ def wanted_half(features: Tensor, signature: inspect.Signature, args: tuple, kwa
     return features
 
 
-def condition_of(module: nn.Module, given: dict[str, Any]) -> tuple[Tensor, bool] | None:
-    """Prompt features in a denoiser's arguments, for pipelines without any ``encode_prompt``, and whether they are labels.
+def condition_of(call: DenoiserCall) -> tuple[Tensor, bool] | None:
+    """Prompt features in a denoiser's arguments, for pipelines without ``encode_prompt``; whether they are labels.
 
-    Means of ``encoder_hidden_states`` ``[n, c]``, else class labels, one-hot; None where there are neither. In a batch with
-    its negatives the wanted prompts come last, but wanted labels come first.
+    Means of ``encoder_hidden_states`` ``[rows, c]``, else class labels, one-hot; None where there are neither.
     """
-    states, labels = given.get("encoder_hidden_states"), given.get("class_labels")
-    states = None if states is None else first_tensor((states,))
+    states, labels = call.arguments.get("encoder_hidden_states"), call.arguments.get("class_labels")
+    states = None if states is None else prompt_tensor((states,))
     if states is not None:
         return masked_mean(states, None), False
     if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 1:
-        known = getattr(getattr(module, "config", None), "num_embeds_ada_norm", None) or 1000
+        known = getattr(getattr(call.module, "config", None), "num_embeds_ada_norm", None) or 1000
         return nn.functional.one_hot(labels, max(int(labels.max()), known) + 1).float(), True
     return None
+
+
+def repeat_rows(prompts: Tensor, n: int) -> Tensor:
+    """One row for each of ``n`` samples, of prompt features ``[rows, p]``: prompts are repeated for their images.
+
+    Raises:
+        ValueError: if ``n`` is no multiple of the number of rows.
+    """
+    if n % len(prompts):
+        raise ValueError(
+            f"{n} samples cannot be shared out over {len(prompts)} prompts; give one prompt row for each sample"
+        )
+    return prompts if len(prompts) == n else prompts.repeat_interleave(n // len(prompts), dim=0)
+
+
+def prompts_of_samples(prompts: Tensor | None, n: int, device: torch.device, class_labels: bool = False) -> Tensor | None:
+    """Prompt features ``[n, p]`` of ``n`` samples, of what a pipeline encoded ``[rows, p]``.
+
+    Warns:
+        UserWarning: if the rows do not fit the samples; the result is then None.
+    """
+    if prompts is None:
+        return None
+    rows = len(prompts)
+    if rows == 2 * n:  # a batch with its negatives: they come first, but of class labels they come last
+        prompts = prompts[:n] if class_labels else prompts[n:]
+    elif rows > n and rows % n == 0:  # one row for each frame
+        prompts = prompts.unflatten(0, (n, -1)).mean(1)
+    if n % len(prompts):
+        warnings.warn(
+            f"the pipeline encoded {rows} prompts for {n} samples, so prompts are not told apart in this run: all samples "
+            "count as one prompt's",
+            stacklevel=2,
+        )
+        return None
+    return repeat_rows(prompts.to(device), n)

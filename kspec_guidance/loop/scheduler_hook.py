@@ -1,37 +1,93 @@
-"""Ways into a pipeline: a reversible hook on the scheduler's step, and an eye on what the pipeline does around it.
+"""The hook on ``scheduler.step``: forms the clean prediction, asks a handler for a move, and takes the step.
 
-A hook is an instance attribute that shadows the class's method; removing it leaves the object as it was, to the last
+A hook is an instance attribute in place of the class's method; removing it leaves the object as it was, to the last
 attribute. Nothing of diffusers is copied or subclassed, and nothing is put inside the denoiser.
 """
 
 import functools
 import inspect
 import threading
+import time
 import types
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from kspec_guidance.loop.prediction import family
+from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, StepHandler
+from kspec_guidance.loop.layouts import Layout
+from kspec_guidance.loop.prediction import parametrisation_of, predict
+from kspec_guidance.loop.prompts import prompts_of_samples
 
-__all__ = [
-    "Hook",
-    "SchedulerHook",
-    "ThreadOwner",
-]
+__all__ = ["MethodPatch", "SchedulerHook"]
 
 Function = Callable[..., Any]
 
+# Their loops call the step up to three times at one noise level: the first two only to turn outputs into predictions.
+REPEATED_STEPS = {"CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"}
+ARGUMENT_NAMES = {"sample_hat": "sample", "sigma_hat": "timestep"}  # KarrasVe's names
 
-class Shadow:
-    """A callable in place of a method. Copies and pickles of its owner get the method itself, unhooked."""
 
-    def __init__(self, owner: Any, name: str, function: Function, tag: Any):
-        self.owner, self.name, self.function, self.kspec_tag = owner, name, function, tag
+class MethodPatch:
+    """A callable in place of one object's method, until :meth:`remove`.
+
+    Patches come off in any order, also when another program has wrapped the method since: a removed patch passes calls
+    through to what it replaced. Copies and pickles of the owner get the method itself.
+
+    Args:
+        owner: the object.
+        name: of the method.
+        wrap: makes the replacement from a callable that does what the method did before.
+        tag: who patches; the patches of two tags on one method are refused.
+
+    Raises:
+        ValueError: if the method is patched under another tag.
+    """
+
+    owner: Any
+    name: str
+    tag: Any
+    active: bool
+    _patches: "ClassVar[weakref.WeakSet[MethodPatch]]" = weakref.WeakSet()
+
+    def __init__(self, owner: Any, name: str, wrap: Callable[[Function], Function], tag: Any):
+        for other in list(self._patches):
+            if other.active and other.owner is owner and other.name == name and other.tag is not tag:
+                raise ValueError(
+                    f"this {type(owner).__name__} is already guided by another guide; combine the two with `guide + "
+                    "other`, or detach() the first"
+                )
+        self.owner, self.name, self.tag, self.active = owner, name, tag, True
+        self.replaced_attribute, self.original = _live(owner, name)
+        functools.update_wrapper(self, self.original, updated=())
+        below = functools.update_wrapper(lambda *args, **kwargs: self.original(*args, **kwargs), self.original, updated=())
+        self.function = wrap(below)
+        object.__setattr__(owner, name, self)
+        self._patches.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
+        return (self.function if self.active else self.original)(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Undo; harmless the second time."""
+        if not self.active:
+            return
+        self.active = False
+        top = self.owner.__dict__.get(self.name)
+        if top is self:
+            attribute, original = _live(self.owner, self.name)
+            if attribute:
+                object.__setattr__(self.owner, self.name, original)
+            else:
+                object.__delattr__(self.owner, self.name)
+            return
+        while isinstance(top, MethodPatch):  # ours or another guide's, put on top since
+            if top.original is self:
+                top.replaced_attribute, top.original = self.replaced_attribute, self.original
+                return
+            top = top.original
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self.owner))  # None where only the owner's attributes are copied, to be put back later
@@ -41,88 +97,181 @@ class Shadow:
         return getattr, (self.owner, self.name)
 
 
-class Hook:
-    """Shadow the method ``name`` of one object by ``wrap(original)``, until :meth:`remove`."""
-
-    def __init__(self, owner: Any, name: str, wrap: Callable[[Function], Function], tag: Any):
-        present = owner.__dict__.get(name)
-        if getattr(present, "kspec_tag", None) not in (None, tag):
-            raise ValueError(
-                f"this {type(owner).__name__} is already guided by another guide; combine the two with `guide + other`, "
-                "or detach() the first"
-            )
-        self.owner, self.name, self.had, self.before = owner, name, name in owner.__dict__, present
-        original = getattr(owner, name)
-        self.wrapper = functools.update_wrapper(Shadow(owner, name, wrap(original), tag), original)
-        object.__setattr__(owner, name, self.wrapper)
-
-    def remove(self) -> None:
-        """Undo; harmless the second time, and when someone else has put a hook of theirs on top."""
-        if self.owner.__dict__.get(self.name) is not self.wrapper:
-            return
-        if self.had:
-            object.__setattr__(self.owner, self.name, self.before)
-        else:
-            object.__delattr__(self.owner, self.name)
-
-
-# Their loops call the step up to three times at one noise level: the first two only to turn outputs into predictions.
-TWICE = {"CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"}
+def _live(owner: Any, name: str) -> tuple[bool, Function]:
+    """Whether the method is an instance attribute, and the method itself; removed patches do not count."""
+    attribute, method = name in owner.__dict__, getattr(owner, name)
+    while isinstance(method, MethodPatch) and not method.active:
+        attribute, method = method.replaced_attribute, method.original
+    return attribute, method
 
 
 class SchedulerHook:
-    """Calls ``on_step(scheduler, step, model_output, timestep, sample, extra)`` in place of ``scheduler.step``.
+    """Puts a handler into a scheduler's steps.
 
-    ``step(model_output, sample)`` is the scheduler's own, with all other arguments as the pipeline gave them; ``extra``
-    holds those by name. Where a pipeline hands over an x0 of its own, that is the model output.
+    Args:
+        scheduler: to be hooked.
+        handler: what is told and asked.
+        call: what is known of the pipeline call, asked for when a pass through the timesteps begins.
+        tag: see :class:`MethodPatch`.
+        pipe: whose loop calls the step, where it is known.
+        denoiser_call: the denoiser's first call since the last step, asked for at every step.
+
+    Raises:
+        UnsupportedSchedulerError: naming the scheduler and those that are supported.
+        ValueError: if the scheduler is hooked under another tag.
     """
 
-    NAMES = {"sample_hat": "sample", "sigma_hat": "timestep"}  # what KarrasVe calls them
+    def __init__(
+        self,
+        scheduler: Any,
+        handler: StepHandler,
+        call: Callable[[], CallContext],
+        tag: Any,
+        pipe: Any = None,
+        denoiser_call: Callable[[], DenoiserCall | None] | None = None,
+    ):
+        self.parametrisation = parametrisation_of(scheduler)  # refuses what cannot be guided before anything is touched
+        self.scheduler, self.handler, self.call, self.tag = scheduler, handler, call, tag
+        self.denoiser_call = denoiser_call
+        self.context: StepContext | None = None  # of the pass in progress; None while a step is taken, and if it failed
+        self.entered: StepContext | None = None  # the same, during its steps too
+        self._repeated = not REPEATED_STEPS.isdisjoint(cls.__name__ for cls in type(pipe).__mro__)
+        self._patch: MethodPatch | None = None
+        self._once: tuple[int, int] | None = None
+        self._timesteps: Any = None
 
-    def __init__(self, scheduler: Any, on_step: Function, tag: Any, pipe: Any = None):
-        twice = not TWICE.isdisjoint(cls.__name__ for cls in type(pipe).__mro__)
-        family(scheduler)  # refuse what cannot be guided before anything is touched
-        name = "step" if hasattr(scheduler, "step") else "step_pred"
-        signature = inspect.signature(getattr(scheduler, name))
+    def install(self, once: tuple[int, int] | None = None) -> None:
+        """Hook the scheduler.
 
-        def wrap(original: Function) -> Function:
-            def step(*args: Any, **kwargs: Any) -> Any:
-                given = signature.bind(*args, **kwargs)
-                a = given.arguments
-                key = {self.NAMES.get(k, k): k for k in a}
-                output = "pred_original_sample" if a.get("pred_original_sample") is not None else "model_output"
-
-                def proceed(model_output: Tensor, sample: Tensor) -> Any:
-                    a[output], a[key["sample"]] = model_output, sample
-                    return original(*given.args, **given.kwargs)
-
-                if twice and output == "model_output":
-                    return original(*args, **kwargs)
-                extra = {k: v for k, v in a.items() if k not in ("model_output", "kwargs")}
-                return on_step(scheduler, proceed, a[output], a[key["timestep"]], a[key["sample"]], extra)
-
-            return step
-
-        self.scheduler = scheduler
-        self.hook = Hook(scheduler, name, wrap, tag)
+        Args:
+            once: step index and number of steps, to hook the next step alone: the hook then comes off by itself.
+        """
+        self.remove()
+        name = "step" if hasattr(self.scheduler, "step") else "step_pred"
+        self._once, self._timesteps = once, getattr(self.scheduler, "timesteps", None)
+        self._patch = MethodPatch(self.scheduler, name, self._wrap, self.tag)
 
     def remove(self) -> None:
-        self.hook.remove()
+        """Unhook it; harmless if it is not hooked."""
+        if self._patch is not None:
+            self._patch.remove()
+            self._patch = None
 
+    def forget(self) -> None:
+        """The next step begins a new pass."""
+        self.context = self.entered = None
 
-class ThreadOwner:
-    """Remembers which thread is inside a run."""
-
-    def __init__(self) -> None:
-        self.thread = threading.current_thread()
-
-    def check(self) -> None:
+    def check_thread(self) -> None:
         """
         Raises:
-            RuntimeError: from another thread, while the owner is still alive.
+            RuntimeError: if another thread is in the midst of a pass.
         """
-        if threading.current_thread() is not self.thread and self.thread.is_alive():
-            raise RuntimeError(
-                "one guide is being used by two threads at once; give each thread its own pipeline and its own guide, and "
-                "join their memories afterwards with memory.merge(other)"
-            )
+        if self.entered is not None:
+            self.entered.check_thread()
+
+    def end(self) -> None:
+        """The call is over: a pass that has not reached its last step is finished as it stands."""
+        if self.context is not None and not self.context.done and self.context.final is not None:
+            self._finish(self.context)
+
+    def _wrap(self, original: Function) -> Function:
+        signature = inspect.signature(getattr(type(self.scheduler), "step", None) or type(self.scheduler).step_pred)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(self.scheduler, *args, **kwargs)
+            given = bound.arguments
+            if self._once is not None:
+                self.remove()
+                if self.scheduler.timesteps is not self._timesteps:  # left over from a run that was aborted
+                    return original(*args, **kwargs)
+            output = "pred_original_sample" if given.get("pred_original_sample") is not None else "model_output"
+            if self._repeated and output == "model_output":
+                return original(*args, **kwargs)
+            names = {ARGUMENT_NAMES.get(k, k): k for k in given}
+
+            def proceed(model_output: Any, sample: Any) -> Any:
+                given[output], given[names["sample"]] = model_output, sample
+                return original(*bound.args[1:], **bound.kwargs)
+
+            return self._step(proceed, given[output], given[names["timestep"]], given[names["sample"]], given)
+
+        return step
+
+    def _step(self, proceed: Function, model_output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> Any:
+        """One guided step."""
+        context = self.context
+        if (
+            context is None
+            or context.done
+            or context.timesteps is not self.scheduler.timesteps
+            or shapes_of(sample) != context.shapes
+        ):
+            context = self._begin(timestep, sample)
+        elif context.thread is not threading.current_thread():
+            context.check_thread()
+        self.context = None  # until this step has succeeded: an aborted pass is not continued
+        context.denoiser_call = None if self.denoiser_call is None else self.denoiser_call()
+        began = time.perf_counter()
+        with torch.no_grad():
+            prediction = predict(self.scheduler, model_output, timestep, sample, arguments, self.parametrisation)
+            move = self.handler.step(prediction, context)
+            if move is not None:
+                model_output = prediction.moved(model_output, move)
+        context.seconds += time.perf_counter() - began
+        result = proceed(model_output, sample)
+        began = time.perf_counter()
+        with torch.no_grad():
+            latents = self.handler.after_step(result[0], prediction, context)
+            if latents is not None:
+                result = _with_sample(result, latents)
+            context.step += 1
+            context.final = result[0]
+            if context.step >= context.total:
+                self._finish(context)
+        context.seconds += time.perf_counter() - began
+        self.context = context
+        return result
+
+    def _begin(self, timestep: Any, sample: Any) -> StepContext:
+        call, scheduler = self.call(), self.scheduler
+        if self._once is not None:
+            step, total = self._once
+        else:
+            step, total = 0, len(scheduler.timesteps) - first_index(scheduler, timestep)
+            if call.steps is not None:  # a base model may leave the end of the list to a refiner
+                total = min(total, call.steps)
+        layout = Layout.of(sample, call.count)
+        prompts = prompts_of_samples(call.prompts, layout.count(sample), layout.device(sample), call.class_labels)
+        context = StepContext(call, scheduler, scheduler.timesteps, layout, shapes_of(sample), total, prompts, step)
+        self.entered = context
+        with torch.no_grad():
+            self.handler.begin(context, sample)
+        return context
+
+    def _finish(self, context: StepContext) -> None:
+        context.done, self.entered = True, None
+        with torch.no_grad():
+            self.handler.finish(context)
+
+
+def _with_sample(result: Any, latents: Tensor) -> Any:
+    """A scheduler's result with another sample in it."""
+    if isinstance(result, tuple):
+        return (latents, *result[1:])
+    result.prev_sample = latents
+    return result
+
+
+def shapes_of(sample: Any) -> Any:
+    """Shape of a sample, or a list of the shapes of its parts."""
+    return sample.shape if isinstance(sample, Tensor) else [s.shape for s in sample]
+
+
+def first_index(scheduler: Any, timestep: Any) -> int:
+    """Where in its timesteps a scheduler begins: image-to-image starts inside the list."""
+    begin = getattr(scheduler, "begin_index", None)
+    if begin is not None:
+        return int(begin)
+    at = torch.as_tensor(timestep).flatten()[:1]
+    found = (scheduler.timesteps == at.to(scheduler.timesteps)).nonzero()
+    return int(found[0]) if len(found) else 0

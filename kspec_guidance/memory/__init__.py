@@ -12,6 +12,7 @@ All are saved as safetensors with a checksum. :func:`choose_memory` picks by a s
 """
 
 from kspec_guidance.memory.bank import MemoryBank
+from kspec_guidance.memory.base import Memory
 from kspec_guidance.memory.centroids import CentroidMemory
 from kspec_guidance.memory.choosing import choose_memory
 from kspec_guidance.memory.io import MemoryFileError
@@ -28,5 +29,3 @@ __all__ = [
     "Selection",
     "choose_memory",
 ]
-
-Memory = MemoryBank | RandomFeatureMemory | CentroidMemory

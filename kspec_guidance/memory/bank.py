@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import CosineKernel
-from kspec_guidance.memory.base import Described
+from kspec_guidance.memory.base import Memory
 from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.memory.selection import PromptWeights, Selection, prune
 from kspec_guidance.memory.store import DTYPES, RowStore
@@ -17,22 +16,22 @@ from kspec_guidance.memory.store import DTYPES, RowStore
 __all__ = ["MemoryBank"]
 
 FORGETTING = ("window", "reservoir")
+SETTINGS = ("dtype", "device", "folder", "limit", "forget", "half_life", "seed")
 
 
-class MemoryBank(Described):
+class MemoryBank(Memory):
     """Every finished sample as one row, with its prompt's features: the exact memory.
 
-    Rows lie in chunks that never move, so adding one costs the same however many there are, and beside them there are only
-    a norm and three whole numbers for each row and the features of each *distinct* prompt. What a guided step reads is
-    :meth:`select`: the rows whose prompts matter.
+    Rows lie in chunks that never move, so adding one costs the same however many there are. Beside the rows there are only
+    a norm and three integers for each row, and the features of each *distinct* prompt. A guided step reads what
+    :meth:`select` returns: the rows whose prompts matter.
 
     Args:
         space: the name of the space its entries live in; set by the first guide that uses it.
-        prompt_encoder: fingerprint of what made the prompt features; likewise.
-        dtype: of the rows as they are kept: float32, float16 or bfloat16. Sums are taken in float32 at least.
-        device: where rows are kept; that of the first add by default. Rows elsewhere travel block by block when used.
-        pinned: keep them in page-locked host memory, for a GPU that reads them from there.
-        folder: keep them in unnamed files of this folder, mapped into memory: more rows than RAM.
+        prompt_encoder: fingerprint of the network that made the prompt features; likewise.
+        dtype: of the stored rows: float32, float16 or bfloat16. Sums are taken in float32 at least.
+        device: of the stored rows; that of the first samples by default. Rows on another device are copied block by block.
+        folder: keep the rows in unnamed files of this folder, mapped into memory: more rows than RAM.
         limit: most rows to keep; None for all.
         forget: which to drop when ``limit`` is reached: ``window`` the oldest, ``reservoir`` any, so that those kept
             are a uniform sample of all that were added.
@@ -55,7 +54,6 @@ class MemoryBank(Described):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        pinned: bool = False,
         folder: str | os.PathLike | None = None,
         limit: int | None = None,
         forget: str = "window",
@@ -71,13 +69,9 @@ class MemoryBank(Described):
             raise ValueError(f"forget must be one of {', '.join(FORGETTING)}, got {forget!r}")
         if half_life is not None and not half_life > 0:
             raise ValueError(f"half_life must be a positive number of samples, got {half_life!r}")
-        if (pinned or folder is not None) and device is not None and torch.device(device).type != "cpu":
-            raise ValueError(f"pinned and mapped rows live on the host, not on {device}; leave device out")
-        if pinned and folder is not None:
-            raise ValueError("rows are kept either in page-locked memory or in a folder; give one of pinned and folder")
-        if pinned and not torch.cuda.is_available():
-            raise ValueError("pinned=True needs a CUDA device, and there is none; leave it out")
-        self.dtype, self.device, self.pinned, self.folder = dtype, device, pinned, folder
+        if folder is not None and device is not None and torch.device(device).type != "cpu":
+            raise ValueError(f"mapped rows live on the host, not on {device}; leave device out")
+        self.dtype, self.device, self.folder = dtype, device, folder
         self.limit, self.forget, self.half_life, self.seed = limit, forget, half_life, seed
         self.clear()
 
@@ -86,23 +80,21 @@ class MemoryBank(Described):
         self._store: RowStore | None = None
         self._norms, self._order = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
         self._ids = torch.empty(0, dtype=torch.int32)  # number of each row's prompt
-        self._distinct = torch.empty(0, 0)
+        self._distinct = torch.empty(0, 0)  # features of the distinct prompts
         self._known: dict[bytes, int] = {}
-        self._count = self._prompts = self._seen = self._version = 0
-        self._selected: dict[Any, tuple[int, Tensor | None, Selection]] = {}
+        self._count = self._prompts = self._added = 0
         self.shape = self.prompt_dim = None
 
     def _settings(self) -> dict[str, Any]:
-        names = ("dtype", "device", "pinned", "folder", "limit", "forget", "half_life", "seed")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SETTINGS}
 
     @property
-    def plain(self) -> bool:
+    def default_settings(self) -> bool:
         """Whether it was made without settings."""
         return self._settings() == MemoryBank()._settings()
 
     def empty_copy(self) -> "MemoryBank":
-        """A bank of the same settings that holds nothing."""
+        """A bank with the same settings and no entries."""
         return type(self)(self.space, self.prompt_encoder, **self._settings())
 
     def __len__(self) -> int:
@@ -112,9 +104,9 @@ class MemoryBank(Described):
         return f"MemoryBank({len(self)} entries, shape={self.shape}, prompt_dim={self.prompt_dim}, space={self.space!r})"
 
     @property
-    def seen(self) -> int:
+    def total_added(self) -> int:
         """Samples that were ever added, kept or not."""
-        return self._seen
+        return self._added
 
     @property
     def nbytes(self) -> int:
@@ -122,11 +114,11 @@ class MemoryBank(Described):
         return 0 if self._store is None else self._store.nbytes
 
     @property
-    def nbytes_beside(self) -> int:
-        """Bytes of everything else: norms, prompts, places, and the rows of the image at hand where they were copied."""
-        kept = (self._norms, self._ids, self._order, self._distinct)
+    def overhead_bytes(self) -> int:
+        """Bytes of everything else: norms, prompts, indices, and scratch rows of the run at hand."""
+        tensors = (self._norms, self._ids, self._order, self._distinct)
         scratch = 0 if self._store is None else self._store.scratch_bytes
-        return sum(t.numel() * t.element_size() for t in kept) + 150 * len(self._known) + scratch
+        return sum(t.numel() * t.element_size() for t in tensors) + 150 * len(self._known) + scratch
 
     @property
     def x(self) -> Tensor:
@@ -143,19 +135,14 @@ class MemoryBank(Described):
             return None
         return self._distinct[self._ids[: self._count].long()]
 
-    def unit(self) -> Tensor:
-        """Entries scaled to norm 1 ``[n, d]``; a copy."""
-        return CosineKernel.unit(self.x)[0]
-
-    def newest(self, most: int) -> tuple[Tensor, Tensor | None]:
+    def newest(self, max_rows: int) -> tuple[Tensor, Tensor | None]:
         """The entries added last ``[k, d]``, oldest of them first, and their prompts."""
         if self._store is None:
             return self.x, None
-        places = self._order[: self._count].argsort()[-most:]
-        rows, order = places.sort()
-        back = order.argsort()
-        prompts = None if self.prompt_dim is None else self._distinct[self._ids[places].long()]
-        return self._store.gather(rows).float()[back], prompts
+        by_age = self._order[: self._count].argsort()[-max_rows:]
+        indices, order = by_age.sort()
+        prompts = None if self.prompt_dim is None else self._distinct[self._ids[by_age].long()]
+        return self._store.gather(indices).float()[order.argsort()], prompts
 
     # -- adding ----------------------------------------------------------------------------------------------------
 
@@ -169,38 +156,37 @@ class MemoryBank(Described):
         """
         self._append(*self._check(x, prompt_features))
 
-    def _append(self, rows: Tensor, t: Tensor | None, shape: tuple[int, ...]) -> None:
+    def _append(self, rows: Tensor, prompt_features: Tensor | None, shape: tuple[int, ...]) -> None:
         if self._store is None:
-            where = "cpu" if self.pinned or self.folder is not None else self.device or rows.device
-            self._store = RowStore(rows.shape[1], self.dtype, where, self.pinned, self.folder)
-        store, room = self._store, self.limit or 2**62
-        n = min(self._count + len(rows), room)
+            device = "cpu" if self.folder is not None else self.device or rows.device
+            self._store = RowStore(rows.shape[1], self.dtype, device, self.folder)
+        store, limit = self._store, self.limit or 2**62
+        n = min(self._count + len(rows), limit)
         store.reserve(n, self.limit)
-        self.shape, self.prompt_dim = shape, None if t is None else t.shape[1]
-        ids = None if t is None else self._number(t)
+        self.shape, self.prompt_dim = shape, None if prompt_features is None else prompt_features.shape[1]
+        ids = None if prompt_features is None else self._prompt_ids(prompt_features)
         self._grow(n)
         fresh = min(len(rows), n - self._count)
         if fresh:
-            self._put(self._count, rows[:fresh], None if ids is None else ids[:fresh], self._seen)
+            self._put(self._count, rows[:fresh], None if ids is None else ids[:fresh], self._added)
         self._count += fresh
         for k in range(fresh, len(rows)):  # the bank is full: each further row takes the place of another, or none
-            seen = self._seen + k
-            place = seen % room
+            added = self._added + k
+            index = added % limit
             if self.forget == "reservoir":
-                place = random.Random(f"{self.seed}/{seen}").randrange(seen + 1)
-            if place < room:
-                self._put(place, rows[k : k + 1], None if ids is None else ids[k : k + 1], seen)
-        self._seen += len(rows)
-        self._version += 1
-        store.changed()
+                index = random.Random(f"{self.seed}/{added}").randrange(added + 1)
+            if index < limit:
+                self._put(index, rows[k : k + 1], None if ids is None else ids[k : k + 1], added)
+        self._added += len(rows)
 
-    def _put(self, place: int, rows: Tensor, ids: Tensor | None, seen: int) -> None:
+    def _put(self, index: int, rows: Tensor, ids: Tensor | None, added: int) -> None:
+        """Write rows from ``index`` on; ``added`` is the number of samples that were added before them."""
         assert self._store is not None
-        self._store.write(place, rows)
-        span = slice(place, place + len(rows))
-        kept = rows.to(self.dtype)  # norms of the rows as they are kept
-        self._norms[span] = torch.linalg.vector_norm(kept, dim=1, dtype=torch.float64).cpu()
-        self._order[span] = torch.arange(seen, seen + len(rows))
+        self._store.write(index, rows)
+        span = slice(index, index + len(rows))
+        stored = rows.to(self.dtype)  # norms of the rows as they are kept
+        self._norms[span] = torch.linalg.vector_norm(stored, dim=1, dtype=torch.float64).cpu()
+        self._order[span] = torch.arange(added, added + len(rows))
         if ids is not None:
             self._ids[span] = ids
 
@@ -213,74 +199,57 @@ class MemoryBank(Described):
         if len(self._norms) < n:
             self._norms, self._order, self._ids = larger(self._norms), larger(self._order), larger(self._ids)
 
-    def _number(self, t: Tensor) -> Tensor:
-        """Numbers of the prompts among the distinct ones; new ones are added."""
-        t = t.float().cpu()
-        numbers = []
-        for row in t:
+    def _prompt_ids(self, prompt_features: Tensor) -> Tensor:
+        """Numbers ``[n]`` of the prompts among the distinct ones; new ones are added."""
+        prompt_features = prompt_features.float().cpu()
+        ids = []
+        for row in prompt_features:
             key = hashlib.blake2b(row.numpy(), digest_size=16).digest()
             number = self._known.get(key)
             if number is None:
                 number = self._known[key] = self._prompts
-                if self._distinct.shape[1] != t.shape[1]:
-                    self._distinct = t.new_empty(0, t.shape[1])
+                if self._distinct.shape[1] != len(row):
+                    self._distinct = row.new_empty(0, len(row))
                 if len(self._distinct) <= number:
-                    more = t.new_zeros(max(16, 2 * len(self._distinct)), t.shape[1])
-                    more[:number] = self._distinct[:number]
-                    self._distinct = more
+                    larger = row.new_zeros(max(16, 2 * len(self._distinct)), len(row))
+                    larger[:number] = self._distinct[:number]
+                    self._distinct = larger
                 self._distinct[number] = row
                 self._prompts += 1
-            numbers.append(number)
-        return torch.tensor(numbers, dtype=torch.int32)
+            ids.append(number)
+        return torch.tensor(ids, dtype=torch.int32)
 
-    def prompts_at(self, places: Tensor) -> Tensor | None:
-        """Prompt features ``[k, p]`` of the rows at ``places`` of the store; None where there are no prompts."""
-        return None if self.prompt_dim is None else self._distinct[self._ids[places].long()]
+    # -- what a run reads --------------------------------------------------------------------------------------------
 
-    # -- what a guided step reads ----------------------------------------------------------------------------------
+    def prompts_at(self, indices: Tensor) -> Tensor | None:
+        """Prompt features ``[k, p]`` of the rows at ``indices``; None where there are no prompts."""
+        return None if self.prompt_dim is None else self._distinct[self._ids[indices].long()]
 
     def select(
-        self, t: Tensor | None = None, weigh: PromptWeights | None = None, tolerance: float = 0.0, unit: bool = True
+        self,
+        prompt_features: Tensor | None = None,
+        prompt_weights: PromptWeights | None = None,
+        tolerance: float = 0.0,
+        normalize: bool = True,
     ) -> Selection:
-        """The rows that matter to samples of prompts ``t`` ``[n, p]``, with their weights; kept until something is added.
-
-        Args:
-            weigh: of prompts; None lets all rows count alike.
-            tolerance: rows that are left out weigh together at most this part of all, see :func:`prune`.
-            unit: whether rows are to be taken at norm 1.
-        """
-        if weigh is None or self.prompt_dim is None:
-            t = None
-        key = (weigh, tolerance, unit)
-        found = self._selected.get(key)
-        if found is not None and found[0] == self._version and _same(found[1], t):
-            return found[2]
-        selection = self._select(t, weigh, tolerance, unit)
-        self._selected = {k: v for k, v in list(self._selected.items())[-3:] if v[0] == self._version}
-        self._selected[key] = (self._version, t, selection)
-        return selection
-
-    def _select(self, t: Tensor | None, weigh: PromptWeights | None, tolerance: float, unit: bool) -> Selection:
+        """The rows that matter to samples of these prompts ``[n, p]``; arguments as of :meth:`Memory.select`."""
         n, age = self._count, None
         if self.half_life is not None:
-            age = torch.exp2((self._order[:n] + 1 - self._seen).double() / self.half_life)
+            age = torch.exp2((self._order[:n] + 1 - self._added).double() / self.half_life)
         norms = self._norms[:n]
-        if t is None or weigh is None:
-            weights = None if age is None else age.float()[None]
-            return Selection(self._store, None, weights, norms, unit)
+        if prompt_features is None or prompt_weights is None or self.prompt_dim is None:
+            return Selection(self._store, None, None if age is None else age.float()[None], norms, normalize)
         ids = self._ids[:n].long()
-        weights = weigh(t, self._distinct[: self._prompts].to(t))
+        weights = prompt_weights(prompt_features, self._distinct[: self._prompts].to(prompt_features))
         counts = torch.bincount(ids, age, minlength=self._prompts)
         keep = prune(weights, counts, tolerance)
-        if bool(keep.all()):
-            places, ids_kept, norms_kept = None, ids, norms
-        else:
-            places = keep[ids].nonzero().squeeze(1)
-            ids_kept, norms_kept = ids[places], norms[places]
-        weights = weights[:, ids_kept.to(weights.device)]
+        indices = None if bool(keep.all()) else keep[ids].nonzero().squeeze(1)
+        if indices is not None:
+            ids, norms, age = ids[indices], norms[indices], None if age is None else age[indices]
+        weights = weights[:, ids.to(weights.device)]
         if age is not None:
-            weights = weights * (age if places is None else age[places]).to(weights)
-        return Selection(self._store, places, weights, norms_kept, unit)
+            weights = weights * age.to(weights)
+        return Selection(self._store, indices, weights, norms, normalize)
 
     # -- together and on disk --------------------------------------------------------------------------------------
 
@@ -288,16 +257,17 @@ class MemoryBank(Described):
         """Append another bank's entries.
 
         Raises:
+            TypeError: for a memory of another class.
             ValueError: if the two hold different things.
         """
-        self._match(other)
+        self._check_mergeable(other)
         if len(other) and other._store is not None:
             assert other.shape is not None
-            t, shape, at = other.prompts, other.shape, 0
+            prompts, shape, start = other.prompts, other.shape, 0
             for part in other._store.view(0, len(other)):
                 part = part.clone() if other is self else part
-                self._append(part.float(), None if t is None else t[at : at + len(part)], shape)
-                at += len(part)
+                self._append(part.float(), None if prompts is None else prompts[start : start + len(part)], shape)
+                start += len(part)
             self._adopt(other)
         return self
 
@@ -309,14 +279,15 @@ class MemoryBank(Described):
             tensors |= {"order": self._order[:n]}
         if self.prompt_dim is not None and n:
             tensors |= {"prompts": self._distinct[: self._prompts], "ids": self._ids[:n]}
-        kept = {"limit": self.limit, "forget": self.forget, "half_life": self.half_life, "seed": self.seed}
-        write_tensors(path, "rows", tensors, {**self._about(), **kept, "seen": self._seen})
+        settings = {name: getattr(self, name) for name in ("limit", "forget", "half_life", "seed")}
+        write_tensors(path, "rows", tensors, {**self._description(), **settings, "seen": self._added})
 
     @classmethod
     def load(cls, path: str | os.PathLike, **settings: Any) -> "MemoryBank":
-        """
+        """The bank that :meth:`save` wrote.
+
         Args:
-            settings: ``dtype``, ``device``, ``pinned``, ``folder`` of the new bank; what it forgets is in the file.
+            settings: ``dtype``, ``device`` and ``folder`` of the new bank; what it forgets is in the file.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -326,28 +297,22 @@ class MemoryBank(Described):
         parts = [tensors[name] for name in sorted(tensors) if name.startswith("x")]
         if parts and "dtype" not in settings:
             settings["dtype"] = parts[0].dtype
-        kept = {k: about[k] for k in ("limit", "forget", "half_life", "seed")}
-        bank = cls(about["space"], about["prompt_encoder"], **kept | settings)
+        saved = {name: about[name] for name in ("limit", "forget", "half_life", "seed")}
+        bank = cls(about["space"], about["prompt_encoder"], **saved | settings)
         if about["shape"] is None or not parts:
             return bank
         n, ids = sum(map(len, parts)), tensors.get("ids")
-        bank._store = RowStore(parts[0].shape[1], bank.dtype, bank.device or "cpu", bank.pinned, bank.folder)
+        bank._store = RowStore(parts[0].shape[1], bank.dtype, bank.device or "cpu", bank.folder)
         bank._store.reserve(n, bank.limit)
         bank.shape = tuple(about["shape"])
         bank._grow(n)
         if ids is not None:
             bank.prompt_dim = tensors["prompts"].shape[1]
-            bank._number(tensors["prompts"])
+            bank._prompt_ids(tensors["prompts"])
         for part in parts:
-            at = bank._count
-            bank._put(at, part, None if ids is None else ids[at : at + len(part)], 0)
+            start = bank._count
+            bank._put(start, part, None if ids is None else ids[start : start + len(part)], 0)
             bank._count += len(part)
         bank._order[:n] = tensors["order"]
-        bank._seen = about["seen"]
+        bank._added = about["seen"]
         return bank
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and a.device == b.device and bool(torch.equal(a, b))

@@ -1,17 +1,21 @@
-"""What all memories share: the description of their entries, and the refusal of what cannot be compared with them."""
+"""Memory: the base class of all memories, what they know of their entries, and the refusal of what does not fit."""
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import CosineKernel
+from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.kernels.distances import as_float
 
-__all__ = ["Described"]
+if TYPE_CHECKING:
+    from kspec_guidance.memory.selection import PromptWeights, Selection
+
+__all__ = ["Memory"]
 
 
-def _rows(x: Tensor, what: str) -> Tensor:
+def _check_rows(x: Tensor, what: str) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] == 0:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{what} must be a tensor [n, ...] with n of at least 1, got {got}")
@@ -20,8 +24,18 @@ def _rows(x: Tensor, what: str) -> Tensor:
     return as_float(x.detach()).flatten(1)
 
 
-class Described:
-    """What a memory knows of its entries; it refuses entries that cannot be compared with them."""
+class Memory:
+    """Base class: what has been generated so far, in a form that objectives can sum over.
+
+    A subclass gives ``add``, ``merge``, ``clear``, ``save``, ``empty_copy`` and ``__len__``, and one of :meth:`select`
+    (rows) and :meth:`coefficients` (one sum of random features).
+
+    Attributes:
+        shape: of one entry; None until the first is added.
+        space: the name of the space that entries live in; set by the first guide that uses the memory.
+        prompt_encoder: fingerprint of the network that made the prompt features; likewise.
+        prompt_dim: width of the prompt features; None without any.
+    """
 
     shape: tuple[int, ...] | None
     space: str | None
@@ -35,11 +49,66 @@ class Described:
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:
+        """Add samples ``[n, ...]`` and their prompt features ``[n, p]``; on an error nothing is changed."""
+        raise NotImplementedError
+
+    def merge(self, other: Any) -> "Memory":
+        """Add the entries of another memory of the same class."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        raise NotImplementedError
+
+    def empty_copy(self) -> "Memory":
+        """A memory with the same settings and no entries."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file with a checksum; the file appears whole or not at all."""
+        raise NotImplementedError
+
+    def select(
+        self,
+        prompt_features: Tensor | None = None,
+        prompt_weights: "PromptWeights | None" = None,
+        tolerance: float = 0.0,
+        normalize: bool = True,
+    ) -> "Selection":
+        """The rows that matter to samples of these prompts, with their weights.
+
+        Args:
+            prompt_features: ``[n, p]`` of norm 1; None lets all rows count alike.
+            prompt_weights: weight of a row by its prompt; None lets all rows count alike.
+            tolerance: rows that are left out weigh together at most this part of all, see :func:`prune`.
+            normalize: whether rows are taken at norm 1.
+
+        Raises:
+            TypeError: for a memory that keeps no rows.
+        """
+        raise TypeError(
+            f"{type(self).__name__} keeps no rows, so an objective without feature_map= cannot use it; give it a "
+            "MemoryBank or a CentroidMemory"
+        )
+
+    def coefficients(self, prompt_features: Tensor | None, like: Tensor) -> Tensor:
+        """``sum_i k_T(t, s_i) phi(m_i)`` ``[n or 1, D]`` for prompt features ``[n, p]``, in the dtype of ``like``.
+
+        Raises:
+            TypeError: for a memory that keeps rows.
+        """
+        raise TypeError(f"feature_map= needs a RandomFeatureMemory, got {type(self).__name__}")
+
+    def prompts_at(self, indices: Tensor) -> Tensor | None:
+        """Prompt features ``[k, p]`` of the rows at ``indices``; None where there are none."""
+        return None
+
     def bind(self, shape: tuple[int, ...], space: str, prompt_encoder: str | None) -> None:
         """Claim the memory for a pipeline; what is still unknown is filled in.
 
         Raises:
-            ValueError: if the memory was filled by something whose entries mean something else.
+            ValueError: if the memory holds entries of another shape, space or prompt encoder.
         """
         shape = tuple(shape)
         if len(self):
@@ -55,23 +124,25 @@ class Described:
         self.shape, self.space = shape, space
         self.prompt_encoder = prompt_encoder if prompt_encoder is not None else self.prompt_encoder
 
-    def _check(self, x: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-        rows, shape = _rows(x, "samples"), tuple(x.shape[1:])
+    def _check(self, x: Tensor, prompt_features: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+        """Rows ``[n, d]``, unit prompt features ``[n, p]`` and the shape of one sample."""
+        rows, shape = _check_rows(x, "samples"), tuple(x.shape[1:])
         if self.shape is not None and self.shape != shape:
             raise ValueError(f"memory holds features of shape {self.shape}, got {shape}; use a memory of its own for them")
-        if t is not None:
-            t = CosineKernel.unit(_rows(t, "prompt features"))[0]
-            if len(t) != len(rows):
-                raise ValueError(f"{len(rows)} samples but {len(t)} prompt features; one row for each sample")
+        if prompt_features is not None:
+            prompt_features = l2_normalize(_check_rows(prompt_features, "prompt features"))
+            if len(prompt_features) != len(rows):
+                raise ValueError(f"{len(rows)} samples but {len(prompt_features)} prompt features; one row for each sample")
         if len(self):
-            width = None if t is None else t.shape[1]
+            width = None if prompt_features is None else prompt_features.shape[1]
             if self.prompt_dim != width:
                 holds = "no prompts" if self.prompt_dim is None else f"prompt features of width {self.prompt_dim}"
                 got = "no prompts" if width is None else f"width {width}"
                 raise ValueError(f"memory holds {holds}, got {got}; use a separate memory, or clear() this one")
-        return rows, t, shape
+        return rows, prompt_features, shape
 
-    def _about(self) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
+        """What a file says of the entries."""
         return {
             "shape": self.shape,
             "space": self.space,
@@ -79,20 +150,19 @@ class Described:
             "prompt_dim": self.prompt_dim,
         }
 
-    def _match(self, other: "Described") -> None:
+    def _check_mergeable(self, other: "Memory") -> None:
         if type(self) is not type(other):
             raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
+        if not (len(self) and len(other)):
+            return
         for name in ("shape", "space", "prompt_encoder", "prompt_dim"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if (
-                len(self)
-                and len(other)
-                and mine != theirs
-                and (name in ("shape", "prompt_dim") or None not in (mine, theirs))
-            ):
+            unknown = name in ("space", "prompt_encoder") and None in (mine, theirs)
+            if mine != theirs and not unknown:
                 raise ValueError(f"memories differ in {name}: {mine} here, {theirs} there; they cannot be merged")
 
-    def _adopt(self, other: "Described") -> None:
+    def _adopt(self, other: "Memory") -> None:
+        """Take over what is known of ``other``'s entries and unknown here."""
         for name in ("shape", "space", "prompt_encoder", "prompt_dim"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(other, name))

@@ -1,12 +1,12 @@
-"""The memory of at most so many weighted means."""
+"""A memory of weighted means, of constant size."""
 
 import os
 
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import CosineKernel
-from kspec_guidance.memory.base import Described
+from kspec_guidance.kernels import l2_normalize
+from kspec_guidance.memory.base import Memory
 from kspec_guidance.memory.io import MemoryFileError, read_tensors, write_tensors
 from kspec_guidance.memory.selection import PromptWeights, Selection, prune
 from kspec_guidance.memory.store import RowStore
@@ -14,7 +14,7 @@ from kspec_guidance.memory.store import RowStore
 __all__ = ["CentroidMemory"]
 
 
-class CentroidMemory(Described):
+class CentroidMemory(Memory):
     """At most ``capacity`` weighted means of samples that are near each other, in image and prompt: constant cost.
 
     When it is full, every further sample either joins the mean that it is nearest to or, if that costs more, the two means
@@ -27,7 +27,7 @@ class CentroidMemory(Described):
         capacity: most means to keep.
         spread: distance of samples that counts as much as ``prompt_spread`` does between prompts.
         prompt_spread: for unit-norm prompt features; the bandwidth of the prompt kernel.
-        unit: whether samples are scaled to norm 1 first, as most objectives compare them.
+        normalize: whether samples are scaled to norm 1 first, as most objectives compare them.
         space, prompt_encoder: see :class:`MemoryBank`.
 
     Raises:
@@ -39,7 +39,7 @@ class CentroidMemory(Described):
         capacity: int = 1024,
         spread: float = 0.7,
         prompt_spread: float = 0.35,
-        unit: bool = True,
+        normalize: bool = True,
         space: str | None = None,
         prompt_encoder: str | None = None,
     ):
@@ -48,26 +48,28 @@ class CentroidMemory(Described):
             raise ValueError(f"capacity must be a whole number of means, at least 2, got {capacity!r}")
         if not (spread > 0 and prompt_spread > 0):
             raise ValueError(f"spread and prompt_spread must be positive, got {spread!r} and {prompt_spread!r}")
-        self.capacity, self.spread, self.prompt_spread, self.unit = capacity, spread, prompt_spread, unit
+        self.capacity, self.spread, self.prompt_spread, self.normalize = capacity, spread, prompt_spread, normalize
         self.clear()
 
     def clear(self) -> None:
         """Forget all entries."""
         self._store: RowStore | None = None
-        self._t: Tensor | None = None
+        self._prompts: Tensor | None = None
         self._weights, self._squares = torch.zeros(self.capacity), torch.zeros(self.capacity)
         self._norms = torch.zeros(self.capacity)  # squared, of the means themselves
         self._cost = torch.full((self.capacity, self.capacity), float("inf"))
         self._best, self._mate = torch.full((self.capacity,), float("inf")), torch.zeros(self.capacity, dtype=torch.int64)
-        self._used = self._seen = 0
+        self._used = self._added = 0
         self.shape = self.prompt_dim = None
 
     def empty_copy(self) -> "CentroidMemory":
         """A memory of the same settings that holds nothing."""
-        return CentroidMemory(self.capacity, self.spread, self.prompt_spread, self.unit, self.space, self.prompt_encoder)
+        return CentroidMemory(
+            self.capacity, self.spread, self.prompt_spread, self.normalize, self.space, self.prompt_encoder
+        )
 
     def __len__(self) -> int:
-        return self._seen
+        return self._added
 
     def __repr__(self) -> str:
         return f"CentroidMemory({len(self)} entries in {self._used} means, shape={self.shape})"
@@ -80,7 +82,7 @@ class CentroidMemory(Described):
     @property
     def prompts(self) -> Tensor | None:
         """Mean prompt features ``[c, p]``, or None."""
-        return None if self._t is None else self._t[: self._used]
+        return None if self._prompts is None else self._prompts[: self._used]
 
     @property
     def weights(self) -> Tensor:
@@ -98,63 +100,69 @@ class CentroidMemory(Described):
         Raises:
             ValueError: for what does not fit; nothing is changed then.
         """
-        rows, t, shape = self._check(x, prompt_features)
-        rows = CosineKernel.unit(rows)[0] if self.unit else rows
-        self._ready(rows.shape[1], None if t is None else t.shape[1])
-        self.shape, self.prompt_dim = shape, None if t is None else t.shape[1]
+        rows, prompt, shape = self._check(x, prompt_features)
+        rows = l2_normalize(rows) if self.normalize else rows
+        self._ready(rows.shape[1], None if prompt is None else prompt.shape[1])
+        self.shape, self.prompt_dim = shape, None if prompt is None else prompt.shape[1]
         for i in range(len(rows)):
             row = rows[i].float().cpu()
-            self._insert(row, None if t is None else t[i].float().cpu(), float(row.square().sum()), 1.0)
-        self._seen += len(rows)
+            self._insert(row, None if prompt is None else prompt[i].float().cpu(), float(row.square().sum()), 1.0)
+        self._added += len(rows)
 
-    def _costs(self, row: Tensor, t: Tensor | None, weight: float) -> Tensor:
+    def _costs(self, row: Tensor, prompt: Tensor | None, weight: float) -> Tensor:
         """What merging with each mean would cost ``[c]``."""
         w = self.weights
         d2 = (self._norms[: self._used] + row.square().sum() - 2 * (self.x @ row)).clamp_min(0) / self.spread**2
-        if t is not None and self._t is not None:
-            d2 = d2 + (self._t[: self._used] - t).square().sum(1) / self.prompt_spread**2
+        if prompt is not None and self._prompts is not None:
+            d2 = d2 + (self._prompts[: self._used] - prompt).square().sum(1) / self.prompt_spread**2
         return d2 * w * weight / (w + weight)
 
-    def _set(self, place: int, row: Tensor, t: Tensor | None, square: float, weight: float) -> None:
+    def _set(self, index: int, row: Tensor, prompt: Tensor | None, square: float, weight: float) -> None:
         x = self._store.chunks[0] if self._store is not None else row[None]
-        x[place], self._squares[place], self._weights[place] = row, square, weight
-        self._norms[place] = row.square().sum()
-        if t is not None and self._t is not None:
-            self._t[place] = t
-        costs = self._costs(row, t, weight)
-        costs[place] = float("inf")
+        x[index], self._squares[index], self._weights[index] = row, square, weight
+        self._norms[index] = row.square().sum()
+        if prompt is not None and self._prompts is not None:
+            self._prompts[index] = prompt
+        costs = self._costs(row, prompt, weight)
+        costs[index] = float("inf")
         c = self._used
-        self._cost[place, :c] = costs
-        self._cost[:c, place] = costs
+        self._cost[index, :c] = costs
+        self._cost[:c, index] = costs
         # a lower bound of each mean's cheapest merge: it is only looked at again when it is the lowest of all
         nearer = costs < self._best[:c]
         self._best[:c] = torch.where(nearer, costs, self._best[:c])
-        self._mate[:c][nearer] = place
-        self._best[place], self._mate[place] = costs.min(0)
+        self._mate[:c][nearer] = index
+        self._best[index], self._mate[index] = costs.min(0)
 
-    def _mean(self, a: int, row: Tensor, t: Tensor | None, square: float, weight: float) -> None:
+    def _mean(self, a: int, row: Tensor, prompt: Tensor | None, square: float, weight: float) -> None:
         """Merge an item into mean ``a``."""
         share = weight / float(self._weights[a] + weight)
-        new_t = None if t is None or self._t is None else self._t[a] + share * (t - self._t[a])
+        new_prompt = (
+            None if prompt is None or self._prompts is None else self._prompts[a] + share * (prompt - self._prompts[a])
+        )
         new = self.x[a] + share * (row - self.x[a])
         self._set(
-            a, new, new_t, float(self._squares[a] + share * (square - self._squares[a])), float(self._weights[a] + weight)
+            a,
+            new,
+            new_prompt,
+            float(self._squares[a] + share * (square - self._squares[a])),
+            float(self._weights[a] + weight),
         )
 
-    def _insert(self, row: Tensor, t: Tensor | None, square: float, weight: float) -> None:
+    def _insert(self, row: Tensor, prompt: Tensor | None, square: float, weight: float) -> None:
         if self._used < self.capacity:
             self._used += 1
-            self._set(self._used - 1, row, t, square, weight)
+            self._set(self._used - 1, row, prompt, square, weight)
             return
-        costs = self._costs(row, t, weight)
+        costs = self._costs(row, prompt, weight)
         nearest = int(costs.argmin())
         a, b = self._cheapest()
         if float(costs[nearest]) <= float(self._cost[a, b]):
-            self._mean(nearest, row, t, square, weight)
+            self._mean(nearest, row, prompt, square, weight)
             return
-        old_t = None if self._t is None else self._t[b].clone()
-        self._mean(a, self.x[b].clone(), old_t, float(self._squares[b]), float(self._weights[b]))
-        self._set(b, row, t, square, weight)
+        old_prompt = None if self._prompts is None else self._prompts[b].clone()
+        self._mean(a, self.x[b].clone(), old_prompt, float(self._squares[b]), float(self._weights[b]))
+        self._set(b, row, prompt, square, weight)
 
     def _cheapest(self) -> tuple[int, int]:
         """The two means that are cheapest to merge."""
@@ -165,33 +173,39 @@ class CentroidMemory(Described):
                 return a, b
             self._best[a], self._mate[a] = self._cost[a].min(0)
 
-    def prompts_at(self, places: Tensor) -> Tensor | None:
-        """Mean prompt features ``[k, p]`` of the means at ``places``; None where there are no prompts."""
-        return None if self._t is None else self._t[places]
+    def prompts_at(self, indices: Tensor) -> Tensor | None:
+        """Mean prompt features ``[k, p]`` of the means at ``indices``; None where there are no prompts."""
+        return None if self._prompts is None else self._prompts[indices]
 
     def select(
-        self, t: Tensor | None = None, weigh: PromptWeights | None = None, tolerance: float = 0.0, unit: bool = True
+        self,
+        prompt_features: Tensor | None = None,
+        prompt_weights: PromptWeights | None = None,
+        tolerance: float = 0.0,
+        normalize: bool = True,
     ) -> Selection:
-        """The means that matter to samples of prompts ``t``; arguments as of :meth:`MemoryBank.select`.
+        """The means that matter to samples of these prompts ``[n, p]``; arguments as of :meth:`Memory.select`.
 
         Raises:
             ValueError: if samples are compared in another way than the means were made for.
         """
-        if unit != self.unit:
-            raise ValueError(f"this memory was made with unit={self.unit}, the objective compares with unit={unit}")
+        if normalize != self.normalize:
+            raise ValueError(
+                f"this memory was made with normalize={self.normalize}, the objective compares with normalize={normalize}"
+            )
         c, norms = self._used, torch.ones(self._used)
-        if t is None or weigh is None or self._t is None:
+        if prompt_features is None or prompt_weights is None or self._prompts is None:
             return Selection(self._store, None, self.weights[None], norms, False, self._squares[:c])
-        weights = weigh(t, self._t[:c].to(t))
+        weights = prompt_weights(prompt_features, self._prompts[:c].to(prompt_features))
         keep = prune(weights, self.weights, tolerance)
-        places = keep.nonzero().squeeze(1)
+        indices = keep.nonzero().squeeze(1)
         weights = (weights * self.weights.to(weights))[:, keep.to(weights.device)]
-        return Selection(self._store, places, weights, norms[places], False, self._squares[:c][places])
+        return Selection(self._store, indices, weights, norms[indices], False, self._squares[:c][indices])
 
-    def newest(self, most: int) -> tuple[Tensor, Tensor | None]:
+    def newest(self, max_rows: int) -> tuple[Tensor, Tensor | None]:
         """The heaviest means ``[k, d]`` and their prompts: this memory knows no order of time."""
-        order = self.weights.argsort(descending=True)[:most]
-        return self.x[order], None if self._t is None else self._t[order]
+        order = self.weights.argsort(descending=True)[:max_rows]
+        return self.x[order], None if self._prompts is None else self._prompts[order]
 
     def merge(self, other: "CentroidMemory") -> "CentroidMemory":
         """Add another memory's means, with their weights.
@@ -199,14 +213,16 @@ class CentroidMemory(Described):
         Raises:
             ValueError: if the two hold different things.
         """
-        self._match(other)
-        if self.unit != other.unit:
-            raise ValueError(f"memories differ in unit: {self.unit} here, {other.unit} there; they cannot be merged")
+        self._check_mergeable(other)
+        if self.normalize != other.normalize:
+            raise ValueError(
+                f"memories differ in normalize: {self.normalize} here, {other.normalize} there; they cannot be merged"
+            )
         if other._used:
-            t = None if other.prompts is None else other.prompts.clone()
-            squares, weights, seen = other._squares[: other._used].clone(), other.weights.clone(), len(other)
-            self.absorb(other.x.clone(), t, squares, weights)
-            self._seen += seen - round(float(weights.sum()))
+            prompt = None if other.prompts is None else other.prompts.clone()
+            squares, weights, added = other._squares[: other._used].clone(), other.weights.clone(), len(other)
+            self.absorb(other.x.clone(), prompt, squares, weights)
+            self._added += added - round(float(weights.sum()))
         self._adopt(other)
         return self
 
@@ -215,15 +231,15 @@ class CentroidMemory(Described):
         self._ready(x.shape[1], None if prompts is None else prompts.shape[1])
         for i in range(len(x)):
             self._insert(x[i], None if prompts is None else prompts[i], float(squares[i]), float(weights[i]))
-        self._seen += round(float(weights.sum()))
+        self._added += round(float(weights.sum()))
 
     def _ready(self, width: int, prompt_width: int | None) -> None:
         if self._store is None:
             self._store = RowStore(width)
             self._store.reserve(self.capacity)
             self._store.chunks[0].zero_()
-        if prompt_width is not None and self._t is None:
-            self._t = torch.zeros(self.capacity, prompt_width)
+        if prompt_width is not None and self._prompts is None:
+            self._prompts = torch.zeros(self.capacity, prompt_width)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with a checksum."""
@@ -232,8 +248,9 @@ class CentroidMemory(Described):
             tensors = {"x": self.x, "weights": self.weights, "squares": self._squares[: self._used]}
         if self.prompts is not None:
             tensors["prompts"] = self.prompts
-        kept = {"capacity": self.capacity, "spread": self.spread, "prompt_spread": self.prompt_spread, "unit": self.unit}
-        write_tensors(path, "centroids", tensors, {**self._about(), **kept, "seen": self._seen})
+        settings = {name: getattr(self, name) for name in ("capacity", "spread", "prompt_spread")}
+        settings["unit"] = self.normalize  # its name in format 2
+        write_tensors(path, "centroids", tensors, {**self._description(), **settings, "seen": self._added})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CentroidMemory":
@@ -243,13 +260,13 @@ class CentroidMemory(Described):
             MemoryFileError: if it is cut off, altered, or another kind of memory.
         """
         tensors, about = read_tensors(path, "centroids")
-        kept = {k: about[k] for k in ("capacity", "spread", "prompt_spread", "unit", "space", "prompt_encoder")}
-        memory = cls(**kept)
+        saved = {name: about[name] for name in ("capacity", "spread", "prompt_spread", "space", "prompt_encoder")}
+        memory = cls(**saved, normalize=about["unit"])
         if not tensors:
             return memory
         if len(tensors["x"]) > memory.capacity:
             raise MemoryFileError(f"{path} holds {len(tensors['x'])} means, more than its capacity {memory.capacity}")
         memory.shape, memory.prompt_dim = tuple(about["shape"]), about["prompt_dim"]
         memory.absorb(tensors["x"], tensors.get("prompts"), tensors["squares"], tensors["weights"])
-        memory._seen = about["seen"]
+        memory._added = about["seen"]
         return memory

@@ -1,35 +1,24 @@
 """Memory files: safetensors with a checksum over everything in them."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kspec_guidance.utils.atomic_io import replacing
+from kspec_guidance.utils.hashing import hash_tensors
 
 __all__ = ["MemoryFileError", "read_tensors", "write_tensors"]
 
-FORMAT = "kspec-guidance memory 2"
+MEMORY_FORMAT = "kspec-guidance memory 2"
 
 
 class MemoryFileError(ValueError):
     """A memory file that is cut off, altered, of another format, or made for something else."""
-
-
-def _digest(tensors: dict[str, Tensor], about: str) -> str:
-    digest = hashlib.sha256(about.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # the bytes themselves, not a copy
-    return digest.hexdigest()
 
 
 def write_tensors(
@@ -37,8 +26,8 @@ def write_tensors(
 ) -> None:
     """Tensors and what they are, as one file; ``durable`` waits until the disk has it."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    said = json.dumps(about)
-    header = {"format": FORMAT, "kind": kind, "about": said, "sha256": _digest(tensors, said)}
+    text = json.dumps(about)
+    header = {"format": MEMORY_FORMAT, "kind": kind, "about": text, "sha256": hash_tensors(tensors, text)}
     with replacing(path, durable) as fresh:
         save_file(tensors, fresh, metadata=header)
 
@@ -59,9 +48,9 @@ def _header(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor] | Non
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError, ValueError) as error:
         raise MemoryFileError(f"{path} is no whole safetensors file ({error}); restore it from a copy") from error
-    if header.get("format") != FORMAT:
+    if header.get("format") != MEMORY_FORMAT:
         raise MemoryFileError(
-            f"{path} holds {header.get('format', 'no format name')!r}, not {FORMAT!r}; was it saved by memory.save?"
+            f"{path} holds {header.get('format', 'no format name')!r}, not {MEMORY_FORMAT!r}; was it saved by memory.save?"
         )
     if header.get("kind") != kind:
         raise MemoryFileError(f"{path} holds a {header.get('kind')!r}, expected a {kind!r}; load it with that class")
@@ -77,6 +66,6 @@ def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor],
     """
     tensors: dict[str, Tensor] = {}
     header = _header(path, kind, tensors)
-    if header.get("sha256") != _digest(tensors, header.get("about", "")):
+    if header.get("sha256") != hash_tensors(tensors, header.get("about", "")):
         raise MemoryFileError(f"{path} was altered after it was written (checksum differs); restore it from a copy")
     return tensors, json.loads(header["about"])

@@ -1,23 +1,25 @@
-"""Selection: the rows of a memory that matter to the prompts at hand, and one pass over them."""
+"""Selection: the rows of a memory that matter to the prompts at hand, and sums of kernels over them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import Kernel
-from kspec_guidance.kernels.distances import as_float, far_centre
+from kspec_guidance.kernels import GaussianKernel, Kernel, RationalQuadraticKernel
+from kspec_guidance.kernels.distances import as_float, evenly_spaced, far_centre
 from kspec_guidance.memory.store import RowStore
 
 __all__ = ["PromptWeights", "Selection", "prune"]
 
 BLOCK_BYTES = 4 << 20  # rows read at once on a CPU: they are used twice, the second time out of its cache
 BLOCK_BYTES_GPU = 64 << 20
-NEAR_SHARE, NEAR_BYTES = 0.05, 512 << 20  # of a store that a selection of its rows may copy, and the most
-RUN = 16  # rows side by side from which they are read as they lie
-CENTRE = 32  # rows by which it is judged whether all lie far from the origin
+GATHER_SHARE, GATHER_BYTES = 0.05, 512 << 20  # share of a store that a selection may copy, and the most bytes
+MIN_RUN = 16  # contiguous rows from which a run is read in place
+CENTRE_ROWS = 32  # rows that decide whether all lie far from the origin
+BANDWIDTH_ROWS = 128  # rows that set an open bandwidth: their median is within about 2% of that of all
+ALIKE = 0.5  # weight above which a row counts as one of the sample's own prompt
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class PromptWeights:
     power: int = 2
 
     def __call__(self, t: Tensor, s: Tensor) -> Tensor:
+        """Weights ``[n, m]`` of prompt features ``t`` ``[n, p]`` and ``s`` ``[m, p]``."""
         return self.kernel(t, s).pow(self.power)
 
 
@@ -38,31 +41,31 @@ def prune(weights: Tensor, counts: Tensor, tolerance: float) -> Tensor:
     one row of weight 1 if all weigh less. Since a gradient is a sum over rows, it changes by at most so much times the
     steepest slope of one row: for ``k^2`` of a Gaussian of bandwidth b that is ``sqrt(2 / e) / b``.
     """
-    every = weights.double() * counts.to(weights.device)
-    allowed = tolerance * every.sum(1).min().clamp_min(1.0)
-    mass, order = every.amax(0).sort()
-    keep = torch.ones(len(mass), dtype=torch.bool, device=mass.device)
-    keep[order[mass.cumsum(0) <= allowed]] = False
+    totals = weights.double() * counts.to(weights.device)
+    allowed = tolerance * totals.sum(1).min().clamp_min(1.0)
+    largest, order = totals.amax(0).sort()
+    keep = torch.ones(len(largest), dtype=torch.bool, device=largest.device)
+    keep[order[largest.cumsum(0) <= allowed]] = False
     return keep.cpu()
 
 
-def _spans(store: RowStore, places: Tensor) -> list[int] | None:
-    """Lengths of the runs of rows that lie side by side, where such runs are long enough to be read as they lie."""
-    if len(places) < RUN:
+def _run_lengths(store: RowStore, indices: Tensor) -> list[int] | None:
+    """Lengths of the runs of contiguous rows; None where they are too short to be read in place."""
+    if len(indices) < MIN_RUN:
         return None
-    ends = torch.cat([(places.diff() != 1).nonzero().squeeze(1) + 1, torch.tensor([len(places)])])
-    if len(places) / len(ends) < RUN:
+    ends = torch.cat([(indices.diff() != 1).nonzero().squeeze(1) + 1, torch.tensor([len(indices)])])
+    if len(indices) / len(ends) < MIN_RUN:
         return None
-    spans, start = [], 0
+    lengths, start = [], 0
     for end in ends.tolist():
-        first = int(places[start])
-        spans += [len(view) for view in store.view(first, first + end - start)]
+        first = int(indices[start])
+        lengths += [len(view) for view in store.view(first, first + end - start)]
         start = end
-    return spans
+    return lengths
 
 
-def _evenly(n: int, about: int) -> list[int]:
-    """Parts of about so many, as even as can be: short runs are not cut into a block and a rest."""
+def _even_parts(n: int, about: int) -> list[int]:
+    """Sizes of parts of ``n`` of about so many, as equal as possible: a short run is not cut into a block and a rest."""
     parts = max(1, n // about)
     return [n // parts + (k < n % parts) for k in range(parts)]
 
@@ -72,136 +75,266 @@ class Selection:
 
     Args:
         store: holds the rows.
-        places: of the rows ``[m]``, sorted, on the host; None for the first ``len(norms)`` rows.
+        indices: of the rows ``[m]``, sorted, on the host; None for the first ``len(norms)`` rows.
         weights: ``[n, m]``, ``[1, m]`` where they are the same for all samples, or None where all rows count alike.
         norms: of the rows as stored ``[m]``, on the host.
-        unit: whether rows are to be taken at norm 1.
-        squares: mean squared norms ``[m]`` of what the rows are means of; their own if None.
+        normalize: whether rows are taken at norm 1.
+        squares: mean squared norms ``[m]`` of the samples that the rows are means of; None for rows that are samples.
     """
 
     def __init__(
         self,
         store: RowStore | None,
-        places: Tensor | None,
+        indices: Tensor | None,
         weights: Tensor | None,
         norms: Tensor,
-        unit: bool,
+        normalize: bool,
         squares: Tensor | None = None,
     ):
-        self.store, self.places, self.weights, self.unit = store, places, weights, unit
+        self.store, self.indices, self.weights, self.normalize = store, indices, weights, normalize
         self.means = squares is not None
-        self._near: object = None
-        self._spans = None if store is None or places is None else _spans(store, places)
+        self._runs = None if store is None or indices is None else _run_lengths(store, indices)
         self._centre: tuple[Tensor | None] | None = None
-        alive = norms > 0
-        self.scale = torch.where(alive, 1 / torch.where(alive, norms, 1), 1) if unit else None
-        self.squares = squares if squares is not None else alive.to(norms) if unit else norms.square()
+        self._plans: dict[object, tuple[list[int], Sequence[Tensor] | None]] = {}
+        self._samples: dict[object, tuple[Tensor, int]] = {}
+        self._vectors: dict[object, tuple[Tensor | None, Tensor, Tensor | None]] = {}
+        nonzero = norms > 0
+        self.scale = torch.where(nonzero, 1 / torch.where(nonzero, norms, 1), 1) if normalize else None
+        self.squares = squares if squares is not None else nonzero.to(norms) if normalize else norms.square()
 
     def __len__(self) -> int:
         return len(self.squares)
 
     def of(self, samples: Tensor) -> "Selection":
-        """The same rows, for some of the samples (a mask or places ``[n]``)."""
+        """The same rows, for some of the samples (a mask or indices ``[n]``)."""
         part = copy.copy(self)
+        part._vectors = {}
         if self.weights is not None and len(self.weights) > 1:  # one row of weights is for all samples
             part.weights = self.weights[samples]
         return part
 
-    def mass(self, n: int) -> Tensor:
+    def effective_count(self, n: int) -> Tensor:
         """Sum of the weights for each of ``n`` samples ``[n]``."""
         if self.weights is None:
             return torch.full((n,), float(len(self)))
-        return self.weights.sum(1)
+        return self.weights.sum(1).expand(n)
 
-    def near(self, like: Tensor) -> Tensor | None:
-        """The rows side by side ``[m, d]``, in the dtype and on the device of ``like``, not scaled; None if too many.
+    # -- reading rows ------------------------------------------------------------------------------------------------
 
-        Few rows out of many are copied once for each image, at its first guided step: at most 5% of the store, and 512 MB.
+    def vectors(self, like: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Scales ``[m]``, squared norms ``[m]`` and weights ``[n or 1, m]`` in the dtype and on the device of ``like``."""
+        key = like.dtype, like.device
+        found = self._vectors.get(key)
+        if found is None:
+            scale = None if self.scale is None else self.scale.to(like)
+            weights = None if self.weights is None else self.weights.to(like)
+            found = self._vectors[key] = scale, self.squares.to(like), weights
+        return found
+
+    def rows(self, like: Tensor, indices: Tensor | None = None) -> Tensor:
+        """All rows, or those at sorted ``indices`` of the selection, as they are compared: a copy ``[k, d]``."""
+        if self.store is None or not len(self):
+            return like.new_empty(0, like.shape[-1])
+        chosen = torch.arange(len(self)) if indices is None else indices
+        stored = chosen if self.indices is None else self.indices[chosen]
+        rows = self.store.gather(stored).to(as_float(like))
+        return rows if self.scale is None else rows * self.scale[chosen, None].to(rows)
+
+    def _gathered(self, like: Tensor) -> Tensor | None:
+        """The rows ``[m, d]`` as one copy, not scaled, in the dtype and on the device of ``like``; None if too many.
+
+        Few rows out of many are copied once for each run: at most 5% of the store, and 512 MB.
         """
-        if self.store is None or self.places is None or self._spans is not None:
+        store = self.store
+        if store is None or self.indices is None or self._runs is not None:
             return None
-        like, store = as_float(like), self.store
-        if len(self) * store.width * like.element_size() > min(NEAR_BYTES, NEAR_SHARE * store.nbytes):
+        if len(self) * store.width * like.element_size() > min(GATHER_BYTES, GATHER_SHARE * store.nbytes):
             return None
-        near = store.room("near", len(self), like.dtype, like.device)
-        if store.near_of is not self or self._near != (like.dtype, like.device):
-            store.near_of, self._near = None, (like.dtype, like.device)
-            same = store.dtype == like.dtype and store.device == like.device
-            rows = store.gather(self.places, near if same else None)
-            if rows.data_ptr() != near.data_ptr():
-                near.copy_(rows)
-            store.near_of = self
-        return near
+        return store.gather(self.indices).to(like)
 
-    def strided(self, like: Tensor, most: int) -> tuple[Tensor, slice]:
-        """About ``most`` evenly spaced rows, not scaled, and their places; without a copy where rows lie side by side."""
-        step = max(1, round(len(self) / most))
-        near = self.near(like)
-        if near is not None:
-            return near[::step], slice(None, None, step)
-        places = torch.arange(0, len(self), step)
-        assert self.store is not None
-        where = places if self.places is None else self.places[places]
-        room = self.store.room("some", len(where), self.store.dtype, self.store.device)
-        return self.store.gather(where, room).to(as_float(like)), slice(None, None, step)
-
-    def centre(self, like: Tensor) -> Tensor | None:
-        """A point amid the rows as they are compared, if they lie so far from the origin that digits would be lost."""
-        if self._centre is None or (self._centre[0] is not None and self._centre[0].device != like.device):
-            self._centre = (far_centre(self.rows(like, self.some(CENTRE))),)
-        found = self._centre[0]
-        return None if found is None else found.to(as_float(like))
-
-    def _most(self, like: Tensor) -> int:
+    def _block_rows(self, like: Tensor) -> int:
         """Rows in a block."""
         assert self.store is not None
         room = BLOCK_BYTES_GPU if like.device.type != "cpu" else BLOCK_BYTES // (2 if len(like) > 3 else 1)
-        return max(4, room // (self.store.width * as_float(like).element_size()))
+        return max(4, room // (self.store.width * like.element_size()))
 
     def sizes(self, like: Tensor) -> list[int]:
         """How many rows each of the :meth:`blocks` has."""
-        if self.store is None or not len(self):
-            return []
-        spans = self._spans or [len(self)]
-        if self.places is None:
-            spans = [len(view) for view in self.store.view(0, len(self))]
-        return [size for span in spans for size in _evenly(span, self._most(like))]
+        return self._plan(like)[0]
 
-    def blocks(self, like: Tensor) -> Iterator[Tensor]:
-        """The rows in order, not scaled, in blocks ``[k, d]`` in the dtype and on the device of ``like``. A block is good
-        until the next one is asked for.
+    def blocks(self, like: Tensor) -> Iterable[Tensor]:
+        """The rows in order, not scaled, in blocks ``[k, d]`` in the dtype and on the device of ``like``.
+
+        A block is good until the next one is asked for.
         """
-        sizes = self.sizes(like)
-        if not sizes or self.store is None:
-            return
-        like, store, near = as_float(like), self.store, self.near(like)
-        if near is not None:
-            yield from near.split(sizes)
-            return
-        if self.places is None:
+        sizes, blocks = self._plan(like)
+        return self._copied_blocks(like, sizes) if blocks is None else blocks
+
+    def _plan(self, like: Tensor) -> tuple[list[int], Sequence[Tensor] | None]:
+        """Sizes of the blocks, and the blocks themselves where they can be kept: views of the store, or one copy."""
+        key = like.dtype, like.device, len(like) > 3
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = self._make_plan(like)
+        return found
+
+    def _make_plan(self, like: Tensor) -> tuple[list[int], Sequence[Tensor] | None]:
+        store = self.store
+        if store is None or not len(self):
+            return [], []
+        if self.indices is None:
             views = store.view(0, len(self))
-            parts: Iterator[Tensor] = (b for view in views for b in view.split(_evenly(len(view), self._most(like))))
-        else:
-            room = store.room("gathered", max(sizes), store.dtype, store.device)
-            parts = (store.gather(places, room) for places in self.places.split(sizes))
-        if store.dtype == like.dtype and store.device == like.device:
-            yield from parts
-            return
-        converted = store.room("converted", max(sizes), like.dtype, like.device)
-        for part in parts:
-            yield converted[: len(part)].copy_(part, non_blocking=store.pinned)
+            sizes = [size for view in views for size in _even_parts(len(view), self._block_rows(like))]
+            if store.dtype != like.dtype or store.device != like.device:
+                return sizes, None
+            return sizes, [b for view in views for b in view.split(_even_parts(len(view), self._block_rows(like)))]
+        sizes = [size for run in self._runs or [len(self)] for size in _even_parts(run, self._block_rows(like))]
+        gathered = self._gathered(like)
+        return sizes, None if gathered is None else gathered.split(sizes)
 
-    def rows(self, like: Tensor, places: Tensor | None = None) -> Tensor:
-        """All rows, or those at ``places`` of the selection (sorted), as they are compared: a copy ``[k, d]``."""
-        if self.store is None or not len(self):
-            return like.new_empty(0, like.shape[-1])
-        index = torch.arange(len(self)) if places is None else places
-        where = index if self.places is None else self.places[index]
-        rows = self.store.gather(where).to(as_float(like))
-        return rows if self.scale is None else rows * self.scale[index, None].to(rows)
+    def _copied_blocks(self, like: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+        """Blocks that are gathered or converted one by one."""
+        store = self.store
+        assert store is not None
+        indices = torch.arange(len(self)) if self.indices is None else self.indices
+        buffer = store.buffer("block", max(sizes), store.dtype, store.device)
+        same = store.dtype == like.dtype and store.device == like.device
+        converted = buffer if same else store.buffer("converted", max(sizes), like.dtype, like.device)
+        for part in indices.split(sizes):
+            rows = store.gather(part, buffer)
+            yield rows if same else converted[: len(rows)].copy_(rows)
 
-    def some(self, most: int) -> Tensor:
-        """At most so many places of the selection, evenly spaced."""
-        if len(self) <= most:
+    def _strided(self, like: Tensor, max_rows: int) -> tuple[Tensor, int]:
+        """About ``max_rows`` evenly spaced rows, not scaled, and their stride; copied at most once."""
+        key = like.dtype, like.device, max_rows
+        found = self._samples.get(key)
+        if found is None:
+            stride = max(1, round(len(self) / max_rows))
+            chosen = torch.arange(0, len(self), stride)
+            assert self.store is not None
+            rows = self.store.gather(chosen if self.indices is None else self.indices[chosen])
+            found = self._samples[key] = rows.to(like), stride
+        return found
+
+    def centre(self, like: Tensor) -> Tensor | None:
+        """A point amid the rows as they are compared, where they lie so far from the origin that digits would be lost."""
+        if self._centre is None or (self._centre[0] is not None and self._centre[0].device != like.device):
+            self._centre = (far_centre(self.rows(like, evenly_spaced(len(self), CENTRE_ROWS))),)
+        found = self._centre[0]
+        return None if found is None else found.to(like)
+
+    # -- sums over the rows ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def distances(self, x: Tensor, max_rows: int = BANDWIDTH_ROWS) -> tuple[Tensor, Tensor]:
+        """Distances ``[n, k]`` of ``x`` to evenly spaced rows, and their weights ``[n or 1, k]``, scaled up to all rows."""
+        if not len(self):
+            return x.new_empty(len(x), 0), x.new_empty(1, 0)
+        rows, stride = self._strided(x, max_rows)
+        scale, squares, weights = self.vectors(x)
+        p = x @ rows.mT
+        if scale is not None:
+            p = p * scale[::stride]
+        d = (x.square().sum(-1, keepdim=True) + squares[::stride]).sub_(p, alpha=2).clamp_min_(0).sqrt_()
+        share = len(self) / d.shape[1]
+        return d, x.new_full((1, d.shape[1]), share) if weights is None else weights[:, ::stride] * share
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor, max_rows: int) -> Tensor:
+        """Sorted indices of the at most ``max_rows`` rows nearest to any of ``x``, rows of unlike prompts being farther.
+
+        A weight ``w`` counts as a squared distance greater by ``-log w`` times the mean one, as it does in the exponent of
+        a Gaussian kernel times it.
+        """
+        if len(self) <= max_rows:
             return torch.arange(len(self))
-        return torch.linspace(0, len(self) - 1, most).round().long()
+        scale, squares, weights = self.vectors(x)
+        p = torch.cat([x @ rows.mT for rows in self.blocks(x)], 1)
+        if scale is not None:
+            p = p * scale
+        d2 = x.square().sum(-1, keepdim=True) + squares - 2 * p
+        if weights is not None:
+            d2 = d2 - weights.clamp_min(1e-12).log() * d2.mean()
+        return d2.amin(0).topk(max_rows, largest=False).indices.sort().values.cpu()
+
+    @torch.no_grad()
+    def largest_cosine(self, x: Tensor) -> Tensor:
+        """Of each row of ``x`` ``[n, d]``, at norm 1, with the rows of a normalised selection ``[n]``; -1 without any."""
+        scale = self.vectors(x)[0]
+        if scale is None or not len(self):
+            return x.new_full((len(x),), -1.0)
+        parts = [(x @ rows.mT * s).amax(1) for rows, s in zip(self.blocks(x), scale.split(self.sizes(x)), strict=True)]
+        return torch.stack(parts).amax(0)
+
+    def kernel(self, kernel: Kernel, x: Tensor) -> Tensor:
+        """``k(x_i, m_j)`` ``[n, m]``, differentiable in ``x``."""
+        rows = self.rows(x)
+        xx = x.square().sum(-1, keepdim=True)
+        yy = self.squares.to(x) if self.means else rows.square().sum(-1)
+        found = kernel.of_products(x @ rows.mT, xx, yy)
+        return kernel(x, rows) if found is None else found[0]
+
+    @torch.no_grad()
+    def kernel_gradient(self, kernel: Kernel, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``sum_j w_ij d k(x_i, m_j) / d x_i`` ``[n, d]``, reading every row once, and the largest kernel ``[n]`` with
+        a row whose weight exceeds 1/2.
+
+        Rows come in blocks that fit the processor's cache: their products with ``x`` give the kernel, and the same block
+        then takes part in the sum. The rows' norms are known, so no scaled copy is needed. Rows that lie far from the
+        origin are centred block by block, where differences of squares would lose digits.
+        """
+        if not len(self):
+            return torch.zeros_like(x), x.new_zeros(len(x))
+        centre = self.centre(x) if kernel.stationary else None
+        if isinstance(kernel, GaussianKernel | RationalQuadraticKernel) and centre is None:
+            g, k = self._radial_gradient(kernel, x)
+        else:
+            g, k = self._product_gradient(kernel, x, centre)
+        weights = self.vectors(x)[2]
+        return g, (k if weights is None else torch.where(weights > ALIKE, k, 0)).amax(-1)
+
+    def _radial_gradient(self, kernel: GaussianKernel | RationalQuadraticKernel, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The fast path, for functions of the distance; what can be done for all rows at once is outside of the loop."""
+        assert kernel.bandwidth is not None
+        scale, squares, weights = self.vectors(x)
+        weights = x.new_ones(1, len(self)) if weights is None else weights
+        scale = torch.ones_like(squares) if scale is None else scale
+        scaled, fold, gaussian = weights * scale, 1.0, isinstance(kernel, GaussianKernel)
+        d2 = x.square().sum(-1, keepdim=True) + squares  # less 2 x.m, which is subtracted block by block
+        if gaussian:  # the exponent at once: five calls a block
+            fold = -0.5 / kernel.bandwidth**2
+            scaled, d2 = scaled * kernel.bandwidth**-2, d2.mul_(fold)
+        total, sizes = torch.zeros_like(x), self.sizes(x)
+        parts = zip(d2.split(sizes, 1), scale.split(sizes), scaled.split(sizes, 1), self.blocks(x), strict=True)
+        for block, block_scale, weight, rows in parts:
+            block.addcmul_(x @ rows.mT, block_scale, value=-2 * fold)
+            slope = torch.exp(block) if gaussian else kernel.of_distances(block)[1]
+            total.addmm_(slope.mul_(weight), rows)
+        k, slope = kernel.of_distances(d2.div_(fold).clamp_min_(0))
+        return total - (slope * weights).sum(-1, keepdim=True) * x, k
+
+    def _product_gradient(self, kernel: Kernel, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Kernels that are no function of the distance, and rows that must be centred."""
+        scale, squares, weights = self.vectors(x)
+        x = x if centre is None else x - centre
+        total, along, k = torch.zeros_like(x), x.new_zeros(len(x), 1), x.new_empty(len(x), len(self))
+        xx, sizes, start = x.square().sum(-1, keepdim=True), self.sizes(x), 0
+        for size, rows in zip(sizes, self.blocks(x), strict=True):
+            part = slice(start, start + size)
+            start += size
+            w, yy = x.new_ones(1, size) if weights is None else weights[:, part], squares[part]
+            if scale is not None:
+                rows = rows * scale[part, None]
+            if centre is not None:  # about the centre, a mean keeps the scatter of what it stands for
+                scatter = (yy - rows.square().sum(-1)).clamp_min(0) if self.means else 0
+                rows = rows - centre
+                yy = rows.square().sum(-1) + scatter
+            found = kernel.of_products(x @ rows.mT, xx, yy)
+            if found is None:
+                k[:, part] = kernel(x, rows)
+                total += kernel.vjp(x, rows, w.expand(len(x), size))
+                continue
+            k[:, part], by_product, by_square = found
+            along += (w * by_square).sum(-1, keepdim=True)
+            total.addmm_(w * by_product, rows)
+        return total + 2 * along * x, k

@@ -13,12 +13,12 @@ from torch import Tensor
 
 __all__ = ["RowStore"]
 
-CHUNK_BYTES = 32 << 20  # of the largest chunk that growing makes: what may be reserved and not yet used
+CHUNK_BYTES = 32 << 20  # of the largest chunk that growing makes: the most that is reserved and not yet used
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _allocate(handle: int, size: int) -> None:
-    """Claim the disk's room: a full disk is an error here, where a write through the mapping would be a signal."""
+    """Reserve disk space: a full disk is an error here, where a write through the mapping would be a signal."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
     else:
@@ -31,10 +31,9 @@ class RowStore:
     Args:
         width: numbers in a row.
         dtype: float32, float16 or bfloat16.
-        device: where the chunks live.
-        pinned: page-locked host memory, which a GPU reads by itself.
-        folder: the chunks live in files of this folder, mapped into memory; the system keeps what is used in RAM. The files
-            have no name, so nothing is left behind when the process ends, however it ends.
+        device: of the chunks.
+        folder: keep the chunks in files of this folder, mapped into memory, so that there can be more rows than RAM. The
+            files have no name: nothing is left behind when the process ends, however it ends.
     """
 
     def __init__(
@@ -42,50 +41,37 @@ class RowStore:
         width: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        pinned: bool = False,
         folder: str | os.PathLike | None = None,
     ):
         self.width, self.dtype, self.device = width, dtype, torch.device(device)
-        self.pinned, self.folder = pinned, None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder)
         self.chunks: list[Tensor] = []
         self.starts: list[int] = []
         self.capacity = 0
-        self._rooms: dict[tuple[int, str], Tensor] = {}
-        self._near: dict[int, object] = {}
+        self._buffers: dict[tuple[int, str], Tensor] = {}
 
-    def room(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Scratch rows ``[n, width]`` by name, the same memory again and again: fresh pages cost more than filling them.
+    def buffer(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Scratch rows ``[n, width]`` by name, reused: fresh pages cost more than filling them.
 
         Each thread has its own, since several pipelines may read one memory.
         """
         key = threading.get_ident(), name
-        room = self._rooms.get(key)
-        if room is None or len(room) < n or room.dtype != dtype or room.device != device:
-            room = self._rooms[key] = torch.empty(n, self.width, dtype=dtype, device=device)
-        return room[:n]
-
-    @property
-    def near_of(self) -> object:
-        """What this thread's room "near" was filled for."""
-        return self._near.get(threading.get_ident())
-
-    @near_of.setter
-    def near_of(self, value: object) -> None:
-        self._near[threading.get_ident()] = value
-
-    def changed(self) -> None:
-        """Rows were written: what lies in any room "near" is out of date."""
-        self._near.clear()
+        buffer = self._buffers.get(key)
+        if buffer is None or len(buffer) < n or buffer.dtype != dtype or buffer.device != device:
+            buffer = self._buffers[key] = torch.empty(n, self.width, dtype=dtype, device=device)
+        return buffer[:n]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rooms": {}, "_near": {}}  # scratch is not copied or pickled
+        return {**self.__dict__, "_buffers": {}}  # scratch is not copied or pickled
 
     @property
     def scratch_bytes(self) -> int:
-        return sum(room.numel() * room.element_size() for room in self._rooms.values())
+        """Bytes of all buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row."""
         return self.width * self.dtype.itemsize
 
     @property
@@ -94,7 +80,7 @@ class RowStore:
         return self.capacity * self.row_bytes
 
     def reserve(self, n: int, limit: int | None = None) -> None:
-        """Room for ``n`` rows. Chunks grow up to 32 MB; ``limit`` is the number of rows that there will ever be."""
+        """Make space for ``n`` rows. Chunks grow up to 32 MB; ``limit`` is the most rows that there will be."""
         short = n - self.capacity
         if short <= 0:
             return
@@ -108,7 +94,7 @@ class RowStore:
 
     def _chunk(self, size: int) -> Tensor:
         if self.folder is None:
-            return torch.empty(size, self.width, dtype=self.dtype, device=self.device, pin_memory=self.pinned)
+            return torch.empty(size, self.width, dtype=self.dtype, device=self.device)
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix="kspec-rows-", dir=self.folder)
         try:
@@ -120,7 +106,7 @@ class RowStore:
         return flat.view(size, self.width)
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Rows from place ``start`` on."""
+        """Write rows from index ``start`` on."""
         done = 0
         for chunk, inside, stop in self._spans(start, start + len(rows)):
             chunk[inside:stop] = rows[done : done + stop - inside].to(chunk)
@@ -138,24 +124,24 @@ class RowStore:
             yield chunk, start - offset, end - offset
             start, number = end, number + 1
 
-    def gather(self, places: Tensor, out: Tensor | None = None) -> Tensor:
-        """The rows at sorted ``places`` (on the host) ``[k, width]``; a view where they lie side by side in one chunk."""
-        if not len(places):
+    def gather(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
+        """The rows ``[k, width]`` at sorted ``indices`` on the host; a view where they are contiguous in one chunk."""
+        if not len(indices):
             return torch.empty(0, self.width, dtype=self.dtype, device=self.device)
-        first, last = int(places[0]), int(places[-1])
+        first, last = int(indices[0]), int(indices[-1])
         number = bisect.bisect_right(self.starts, first) - 1
         chunk, offset = self.chunks[number], self.starts[number]
         if last < offset + len(chunk):
-            if last - first + 1 == len(places):
+            if last - first + 1 == len(indices):
                 return chunk[first - offset : last - offset + 1]
-            where = (places - offset).to(chunk.device)
-            return torch.index_select(chunk, 0, where, **({} if out is None else {"out": out[: len(places)]}))
-        parts = out[: len(places)] if out is not None else chunk.new_empty(len(places), self.width)
-        edges = torch.searchsorted(places, torch.tensor([*self.starts[number + 1 :], self.capacity])).tolist()
+            local = (indices - offset).to(chunk.device)
+            return torch.index_select(chunk, 0, local, **({} if out is None else {"out": out[: len(indices)]}))
+        rows = out[: len(indices)] if out is not None else chunk.new_empty(len(indices), self.width)
+        edges = torch.searchsorted(indices, torch.tensor([*self.starts[number + 1 :], self.capacity])).tolist()
         done = 0
         for k, edge in enumerate(edges):
             if edge > done:
-                c, o = self.chunks[number + k], self.starts[number + k]
-                torch.index_select(c, 0, (places[done:edge] - o).to(c.device), out=parts[done:edge])
+                chunk, offset = self.chunks[number + k], self.starts[number + k]
+                torch.index_select(chunk, 0, (indices[done:edge] - offset).to(chunk.device), out=rows[done:edge])
             done = edge
-        return parts
+        return rows

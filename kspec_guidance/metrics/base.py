@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.functional.inputs import check_samples
-from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel, l2_normalize
 from kspec_guidance.kernels.spectrum import accumulate_gram
 from kspec_guidance.statistics import Interval, jackknife_interval
 
@@ -49,7 +49,7 @@ class StreamMap:
     def __call__(self, x: Tensor) -> Tensor:
         """``[n, D]`` in float32, or float64 for float64 samples."""
         if isinstance(self.kernel, CosineKernel):
-            u = CosineKernel.unit(x.double())[0]
+            u = l2_normalize(x.double())
             return torch.cat([u, (x == 0).all(dim=1, keepdim=True).to(u)], dim=1)  # rows of zeros are alike
         width = x.shape[1]
         if width not in self._maps:

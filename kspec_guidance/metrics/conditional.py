@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kspec_guidance.functional.inputs import check_paired
 from kspec_guidance.functional.vendi import entropy_of
-from kspec_guidance.kernels import CosineKernel, GaussianKernel
+from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.kernels.spectrum import check_order
 from kspec_guidance.metrics.base import StreamingMetric, StreamMap, flat_rows
 
@@ -59,8 +59,8 @@ class _PromptMetric(StreamingMetric):
         if len(x) == 0 == len(t):
             return
         x, t = check_paired(x, t)
-        a = CosineKernel.unit(x)[0] / self._widths[0]
-        b = CosineKernel.unit(t)[0] / self._widths[1]
+        a = l2_normalize(x) / self._widths[0]
+        b = l2_normalize(t) / self._widths[1]
         parts = {"moment_samples": a, "moment_prompts": b, "moment_both": torch.cat([a, b.to(a)], dim=1)}
         for name in self.sums:
             self._accumulate(name, "count", self.map(parts[name]))

@@ -1,11 +1,12 @@
-"""Guidance objectives: what is to grow, and the direction in which it grows.
+"""Guidance objectives: what guidance increases, and the direction in which it increases.
 
-An objective sees the feature rows of the batch being made, ``x`` ``[n, d]``, their prompts' features ``t`` ``[n, p]`` (rows
-of norm 1) or None, and the memory. ``value`` is differentiable by autograd; ``gradient`` is the same derivative in closed
+An objective is given the feature rows of the batch being made ``[n, d]``, the features of their prompts ``[n, p]`` (rows of
+norm 1) or None, and the memory. ``value`` is differentiable by autograd; ``gradient`` is the same derivative in closed
 form, and what guidance uses. Both are to be ascended. Pairs inside the batch count as much as pairs with the memory.
 """
 
-from kspec_guidance.objectives.base import PROMPT_BANDWIDTH, SAMPLE_BANDWIDTH, TOLERANCE, Objective, natural_rows, pull_back
+from kspec_guidance.kernels import PROMPT_BANDWIDTH
+from kspec_guidance.objectives.base import SAMPLE_BANDWIDTH, TOLERANCE, Gradient, Objective, Pairs, natural_rows
 from kspec_guidance.objectives.mmd import MMD
 from kspec_guidance.objectives.novelty import Novelty
 from kspec_guidance.objectives.rke import RKE, ConditionalRKE
@@ -20,9 +21,10 @@ __all__ = [
     "Vendi",
     "Balance",
     "Objective",
+    "Gradient",
+    "Pairs",
     "PROMPT_BANDWIDTH",
     "SAMPLE_BANDWIDTH",
     "TOLERANCE",
     "natural_rows",
-    "pull_back",
 ]

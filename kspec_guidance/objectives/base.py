@@ -1,115 +1,169 @@
-"""What all objectives share."""
+"""What all objectives share: their interface, their gradient, and the pairs of samples that count."""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import CosineKernel, Kernel
-from kspec_guidance.kernels.distances import as_float, check_pair
-from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, PromptWeights, Selection
+from kspec_guidance.kernels import Kernel, l2_normalize
+from kspec_guidance.kernels.distances import as_float
+from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, Selection
 
-__all__ = ["PROMPT_BANDWIDTH", "SAMPLE_BANDWIDTH", "TOLERANCE", "Objective", "natural_rows", "pull_back", "weighted_median"]
+__all__ = ["SAMPLE_BANDWIDTH", "TOLERANCE", "Gradient", "Objective", "Pairs", "natural_rows"]
 
 # Bandwidth of samples, in median distances of the pairs at hand, where it is left open. At 1 every pair pushes about
 # alike; at one half it is the near pairs that part: more modes at the same share of valid samples
 # (benchmarks/where_to_push.py, effect.py).
 SAMPLE_BANDWIDTH = 0.5
-PROMPT_BANDWIDTH = 0.35  # of unit-norm prompt features, as published; benchmarks/prompts.py shows what it separates
-
 TOLERANCE = 1e-3  # memory rows left out weigh together at most this part of all, or of one row of the sample's own prompt
 
 
-def _empty(x: Tensor) -> Tensor:
-    return x.new_empty(0, x.shape[-1])
+class Gradient(NamedTuple):
+    """The derivative of an objective in the rows of a batch, and what a move needs to know beside it.
+
+    Attributes:
+        rows: ascent direction ``[n, d]``.
+        effective_count: how many samples of its own prompt each row is compared with ``[n]``; None where that has no
+            meaning.
+        coincident: rows ``[n]`` (bool) that coincide with another entry, so that their direction is undefined; None where
+            that cannot be. Given a ``jitter`` they are moved apart first.
+    """
+
+    rows: Tensor
+    effective_count: Tensor | None = None
+    coincident: Tensor | None = None
 
 
-def off_diagonal(n: int, like: Tensor) -> Tensor:
-    return 1 - torch.eye(n, dtype=like.dtype, device=like.device)
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of samples that an objective sums over, with their weights: fixed for a run, as prompts and memory are.
 
+    Attributes:
+        inside: weights of the pairs inside the batch ``[n, n]``.
+        selection: the memory rows that matter, with their weights; None without any.
+        reference: the same of a reference set.
+        coefficients: of the random features of the memory ``[n or 1, D]``, for objectives that use them.
+        effective_count: see :class:`Gradient`.
+        size: of batch and memory together.
+    """
 
-def weighted_median(values: Tensor, weights: Tensor) -> float | None:
-    """The value at which half of the weight is reached; None without any weight."""
-    values, order = values.flatten().sort()
-    mass = weights.flatten()[order].cumsum(0)
-    if not len(mass) or mass[-1] <= 0:
-        return None
-    return float(values[int(torch.searchsorted(mass, mass[-1] / 2).clamp(max=len(mass) - 1))])
-
-
-def need_closed_form(kernel: Kernel) -> None:
-    if type(kernel).vjp is Kernel.vjp:
-        kernel.vjp(torch.empty(0, 1), torch.empty(0, 1), torch.empty(0, 0))  # raises with the cure
-
-
-def need_prompt_features(name: str, features: RandomFourierFeatures | None) -> RandomFourierFeatures:
-    if features is None:
-        raise ValueError(
-            f"{name} with features= also needs prompt_features=RandomFourierFeatures(prompt_kernel, width, ...)"
-        )
-    return features
+    inside: Tensor
+    selection: Selection | None = None
+    reference: Selection | None = None
+    coefficients: Tensor | None = None
+    effective_count: Tensor | None = None
+    size: int = 0
 
 
 class Objective:
-    """Base class. ``unit`` says whether features are rows of norm 1 (so that moves turn, and do not scale, a sample)."""
+    """Base class: a function of the feature rows of a batch, to be ascended.
 
-    unit: bool = True
-    conditional: bool = False  # whether prompts are used
+    A subclass gives ``value`` and ``gradient``; ``pairs`` only if some of the work depends on prompts and memory alone.
+
+    Attributes:
+        normalize: whether rows are scaled to norm 1 before they are compared, so that moves turn a sample and do not
+            scale it.
+        conditional: whether prompts are used.
+    """
+
+    normalize: bool = True
+    conditional: bool = False
 
     def make_memory(self) -> Memory:
+        """An empty memory that this objective can use."""
         return MemoryBank()
 
-    def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
-        """Scalar to be ascended, differentiable in ``x``."""
+    def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Any:
+        """What of :meth:`gradient` depends on prompts and memory alone; made once a run.
+
+        Args:
+            x: rows ``[n, d]``, for their number, type and device.
+            prompt_features: ``[n, p]`` of norm 1.
+            memory: what was generated before.
+        """
+        return None
+
+    def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+        """Scalar to be ascended, differentiable in ``x``; arguments as of :meth:`gradient`."""
         raise NotImplementedError
 
     def gradient(
-        self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None, jitter: Tensor | None = None
-    ) -> Tensor:
-        """``d value / d x`` ``[n, d]``; a row that coincides with another entry is first moved by its ``jitter`` row."""
+        self,
+        x: Tensor,
+        prompt_features: Tensor | None = None,
+        memory: Memory | None = None,
+        *,
+        jitter: Tensor | None = None,
+        pairs: Any = None,
+    ) -> Gradient:
+        """The derivative of :meth:`value` in ``x``, in closed form.
+
+        Args:
+            x: feature rows ``[n, d]``, of norm 1 if ``normalize``.
+            prompt_features: of the rows' prompts ``[n, p]``, of norm 1.
+            memory: what was generated before.
+            jitter: ``[n, d]``, added to rows that coincide with another entry.
+            pairs: what :meth:`pairs` made of the same prompts and memory, to save making it again.
+        """
         raise NotImplementedError
 
-    def _prompts(self, t: Tensor | None) -> Tensor | None:
-        return t if self.conditional else None
+    def __repr__(self) -> str:
+        if not is_dataclass(self):
+            return f"{type(self).__name__}()"
+        values = [(f.name, getattr(self, f.name)) for f in fields(self) if f.init]
+        shown = [f"{name}={_short(value)}" for name, value in values if value is not None]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
-    def mass(self, n: int, t: Tensor | None = None, memory: Memory | None = None) -> Tensor | None:
-        """How many samples of its own prompt each of ``n`` is held against ``[n]``; None where that has no meaning."""
-        return None
+    def _prompts(self, prompt_features: Tensor | None) -> Tensor | None:
+        return prompt_features if self.conditional else None
 
-    def _mass(self, n: int, t: Tensor | None, memory: Memory | None, kernel: Kernel | None) -> Tensor:
-        """The squared prompt kernel summed over batch and memory ``[n]``, a sample's own left out; all count 1 without."""
-        t = self._prompts(t)
-        inside = off_diagonal(n, torch.empty(n, 1) if t is None else t)
-        if t is not None and kernel is not None:
-            inside = inside * kernel(t, t).square()
-        selection = self._select(t, memory, None if kernel is None else PromptWeights(kernel))
-        mass = inside.sum(1).cpu()
-        return mass if selection is None else mass + selection.mass(n).to(mass)
-
-    def _select(self, t: Tensor | None, memory: Memory | None, weigh: PromptWeights | None) -> Selection | None:
+    def _select(
+        self, prompt_features: Tensor | None, memory: Memory | None, prompt_weights: PromptWeights | None
+    ) -> Selection | None:
         """The memory rows that matter; None without any."""
         if memory is None or not len(memory):
             return None
-        if not isinstance(memory, MemoryBank | CentroidMemory):
-            raise TypeError(
-                f"{type(self).__name__} without features= needs a MemoryBank or CentroidMemory, got {type(memory).__name__}"
-            )
-        return memory.select(t, weigh, TOLERANCE, self.unit)
-
-    def _memory_rows(self, x: Tensor, memory: Memory | None) -> Tensor:
-        selection = self._select(None, memory, None)
-        return _empty(x) if selection is None else selection.rows(x)
+        return memory.select(prompt_features, prompt_weights, TOLERANCE, self.normalize)
 
 
-def natural_rows(x: Tensor, unit: bool) -> Tensor:
+def _short(value: Any) -> str:
+    """A value on one line: of tensors the shape."""
+    if isinstance(value, Tensor):
+        return f"Tensor{list(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_short, value))}]"
+    return repr(value)
+
+
+def off_diagonal(n: int, like: Tensor) -> Tensor:
+    """``[n, n]``: 0 on the diagonal and 1 elsewhere."""
+    return 1 - torch.eye(n, dtype=like.dtype, device=like.device)
+
+
+def check_closed_form(kernel: Kernel) -> None:
+    """
+    Raises:
+        TypeError: for a kernel without a closed-form gradient.
+    """
+    if type(kernel).vjp is Kernel.vjp:
+        kernel.vjp(torch.empty(0, 1), torch.empty(0, 1), torch.empty(0, 0))
+
+
+def need_prompt_feature_map(name: str, feature_map: RandomFourierFeatures | None) -> RandomFourierFeatures:
+    """
+    Raises:
+        ValueError: if there is none.
+    """
+    if feature_map is None:
+        raise ValueError(
+            f"{name} with feature_map= also needs prompt_feature_map=RandomFourierFeatures(prompt_kernel, width, ...)"
+        )
+    return feature_map
+
+
+def natural_rows(x: Tensor, normalize: bool) -> Tensor:
     """Samples ``[n, ...]`` as feature rows ``[n, d]``, scaled to norm 1 if asked."""
     rows = as_float(x).flatten(1)
-    return CosineKernel.unit(rows)[0] if unit else rows
-
-
-def pull_back(x: Tensor, g: Tensor, unit: bool) -> Tensor:
-    """The gradient in ``x`` ``[n, ...]`` from that in its feature rows ``[n, d]``."""
-    if unit:
-        u, norm = CosineKernel.unit(as_float(x).flatten(1))
-        u, g = check_pair(u, g)
-        g = (g - (g * u).sum(-1, keepdim=True) * u) / norm
-    return g.view(x.shape)
+    return l2_normalize(rows) if normalize else rows

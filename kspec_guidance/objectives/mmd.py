@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import GaussianKernel, Kernel, PolynomialKernel
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, PolynomialKernel
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory, Selection
-from kspec_guidance.memory.reductions import memory_kernel, memory_vjp
-from kspec_guidance.objectives.base import PROMPT_BANDWIDTH, Objective, need_closed_form, need_prompt_features
+from kspec_guidance.objectives.base import Gradient, Objective, Pairs, check_closed_form, need_prompt_feature_map
 
 __all__ = ["MMD"]
 
 
-@dataclass
+@dataclass(repr=False)
 class MMD(Objective):
     """Toward a reference set: descend the biased squared MMD between it and all that was generated, batch and memory.
 
@@ -24,102 +23,113 @@ class MMD(Objective):
     memory. ``value`` is ``-MMD^2``; terms that do not depend on the batch are left out.
 
     Args:
-        reference: ``[m, ...]`` samples of the same space as what is generated; 16 and more.
-        kernel: the cubic polynomial kernel (KID's) by default.
+        reference: ``[m, ...]`` samples of the same space as what is generated; 16 or more.
+        kernel: the cubic polynomial kernel (KID's) by default; an open bandwidth is fitted to the reference set.
         reference_prompts: prompt features ``[m, p]``: the kernel becomes the product with ``prompt_kernel``, and each
             prompt is drawn to the references of similar prompts.
-        features: random features of the kernel (Gaussian or Laplacian): memory and reference become one sum each.
-        prompt_features: random features of the prompt kernel; needed with ``features`` and ``reference_prompts``.
-        unit: whether samples are scaled to norm 1 first.
+        prompt_kernel: by default Gaussian with bandwidth 0.35, on unit-norm prompt features.
+        feature_map: random features of the kernel (Gaussian or Laplacian): memory and reference become one sum each.
+        prompt_feature_map: random features of the prompt kernel; needed with ``feature_map`` and ``reference_prompts``.
+        normalize: whether samples are scaled to norm 1 first.
+
+    Raises:
+        TypeError: for a kernel without a closed-form gradient.
+        ValueError: by ``gradient``, for samples of another width than the references.
     """
 
     reference: Tensor
     kernel: Kernel = field(default_factory=PolynomialKernel)
     reference_prompts: Tensor | None = None
     prompt_kernel: Kernel = field(default_factory=lambda: GaussianKernel(PROMPT_BANDWIDTH))
-    features: RandomFourierFeatures | None = None
-    prompt_features: RandomFourierFeatures | None = None
-    unit: bool = False
+    feature_map: RandomFourierFeatures | None = None
+    prompt_feature_map: RandomFourierFeatures | None = None
+    normalize: bool = False
 
     def __post_init__(self):
-        need_closed_form(self.kernel)
+        check_closed_form(self.kernel)
         self.conditional = self.reference_prompts is not None
-        if self.features is not None and self.conditional:
-            need_prompt_features("a prompt-aware MMD", self.prompt_features)
+        if self.feature_map is not None and self.conditional:
+            need_prompt_feature_map("a prompt-aware MMD", self.prompt_feature_map)
         self._reference = self.make_memory()
         self._reference.add(self.reference, self.reference_prompts)
         self.fitted: Kernel | None = None
 
     def make_memory(self) -> Memory:
-        if self.features is None:
+        if self.feature_map is None:
             return MemoryBank()
-        return RandomFeatureMemory(self.features, self.prompt_features if self.conditional else None, self.unit)
+        return RandomFeatureMemory(self.feature_map, self.prompt_feature_map if self.conditional else None, self.normalize)
 
-    def _check_batch(self, x: Tensor, t: Tensor | None) -> None:
+    def _check_batch(self, x: Tensor, prompt_features: Tensor | None) -> None:
         width = math.prod(self._reference.shape or ())
         if x.shape[-1] != width:
             raise ValueError(
                 f"the reference set holds rows of {width} numbers, samples have {x.shape[-1]}; encode the references with "
                 "this pipeline's autoencoder at the resolution that is generated"
             )
-        if self.conditional and t is None:
+        if self.conditional and prompt_features is None:
             raise ValueError("a prompt-aware MMD needs prompt features, which this call lacks; leave reference_prompts out")
 
-    def _parts(self, x: Tensor, t: Tensor | None, memory: Memory | None):
-        """The kernel, the rows of memory and reference that matter, and the weights of the pairs inside the batch."""
-        self._check_batch(x, t)
-        weigh = PromptWeights(self.prompt_kernel, 1) if self.conditional else None
-        reference = self._select(t, self._reference, weigh)
+    def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Pairs:
+        """Pairs inside the batch, with the memory and with the reference set; of random features, their coefficients."""
+        self._check_batch(x, prompt_features)
+        t = self._prompts(prompt_features)
+        size = len(x) + (0 if memory is None else len(memory))
+        inside = torch.ones(len(x), len(x), dtype=x.dtype, device=x.device)
+        if self.feature_map is not None:
+            if self.prompt_feature_map is not None and t is not None:
+                psi = self.prompt_feature_map(t)
+                inside = (psi @ psi.mT).to(x)
+            toward = self._reference.coefficients(t, x) / (len(self._reference) * size)
+            away = memory.coefficients(t, x) / size**2 if memory is not None and len(memory) else 0.0
+            return Pairs(inside, coefficients=toward - away, size=size)
+        if t is not None:
+            inside = self.prompt_kernel(t, t).to(x)
+        prompt_weights = PromptWeights(self.prompt_kernel, 1) if self.conditional else None
+        reference = self._select(t, self._reference, prompt_weights)
         assert reference is not None
-        if self.fitted is None:  # chosen once, from the reference set: a fixed target needs a fixed yardstick
-            self.fitted = self.kernel.fit(self._memory_rows(x, self._reference))
-        inside = self.prompt_kernel(t, t) if self.conditional and t is not None else torch.ones_like(x[:, :1])
-        return self.fitted, self._select(t, memory, weigh), reference, inside
+        if self.fitted is None:  # once, from the reference set: a fixed target needs a fixed bandwidth
+            every_reference = self._select(None, self._reference, None)
+            assert every_reference is not None
+            self.fitted = self.kernel.fit(every_reference.rows(x))
+        return Pairs(inside, self._select(t, memory, prompt_weights), reference, size=size)
 
-    def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+    def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         x = as_float(x)
-        if self.features is not None:
-            phi, inside, old, target, n = self._feature_parts(x, t, memory)
-            return 2 * (phi * target).sum() / n - ((inside * (phi @ phi.mT)).sum() + 2 * (phi * old).sum()) / n**2
-        kernel, rows, reference, inside = self._parts(x, t, memory)
-        n, m = len(x) + (0 if memory is None else len(memory)), len(self._reference)
+        pairs = self.pairs(x, prompt_features, memory)
+        n, m = pairs.size, len(self._reference)
+        if self.feature_map is not None:
+            phi = self.feature_map(x)
+            return 2 * (phi * pairs.coefficients).sum() - (pairs.inside * (phi @ phi.mT)).sum() / n**2
+        kernel = self.fitted
+        assert kernel is not None
 
         def total(selection: Selection | None) -> Tensor:
             if selection is None:
                 return x.new_zeros(())
-            weights = 1.0 if selection.weights is None else selection.weights.to(x)
-            return (memory_kernel(kernel, x, selection) * weights).sum()
+            weights = selection.vectors(x)[2]
+            return (selection.kernel(kernel, x) * (1.0 if weights is None else weights)).sum()
 
-        own = (kernel(x, x) * inside).sum() + 2 * total(rows)
-        return -own / n**2 + 2 * total(reference) / (n * m)
+        inside = (kernel(x, x) * pairs.inside).sum() + 2 * total(pairs.selection)
+        return -inside / n**2 + 2 * total(pairs.reference) / (n * m)
 
     def gradient(
-        self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None, jitter: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        prompt_features: Tensor | None = None,
+        memory: Memory | None = None,
+        *,
+        jitter: Tensor | None = None,
+        pairs: Pairs | None = None,
+    ) -> Gradient:
         x = as_float(x)
-        if self.features is not None:
-            phi, inside, old, target, n = self._feature_parts(x, t, memory)
-            return self.features.vjp(x, 2 * (target / n - (inside @ phi + old) / n**2))
-        kernel, rows, reference, inside = self._parts(x, t, memory)
-        n, m = len(x) + (0 if memory is None else len(memory)), len(self._reference)
-
-        g = 2 / (n * m) * memory_vjp(kernel, x, reference)[0] - 2 / n**2 * kernel.vjp(x, x, inside.expand(len(x), len(x)))
-        return g if rows is None else g - 2 / n**2 * memory_vjp(kernel, x, rows)[0]
-
-    def _feature_parts(
-        self, x: Tensor, t: Tensor | None, memory: Memory | None
-    ) -> tuple[Tensor, Tensor, Tensor | float, Tensor, int]:
-        """Features of the batch, its own pair weights, coefficients of memory and references, and the number made."""
-        self._check_batch(x, t)
-        assert self.features is not None
-        assert isinstance(self._reference, RandomFeatureMemory)
-        inside, n = torch.ones(len(x), len(x), dtype=x.dtype, device=x.device), len(x)
-        old: Tensor | float = 0.0
-        if self.conditional and self.prompt_features is not None and t is not None:
-            psi = self.prompt_features(t)
-            inside = (psi @ psi.mT).to(x)
-        if memory is not None and len(memory):
-            if not isinstance(memory, RandomFeatureMemory):
-                raise TypeError(f"features= needs a RandomFeatureMemory, got {type(memory).__name__}")
-            old, n = memory.coefficients(t, x), n + len(memory)
-        return self.features(x), inside, old, self._reference.coefficients(t, x) / len(self._reference), n
+        pairs = self.pairs(x, prompt_features, memory) if pairs is None else pairs
+        n, m = pairs.size, len(self._reference)
+        if self.feature_map is not None:
+            return Gradient(self.feature_map.vjp(x, 2 * (pairs.coefficients - pairs.inside @ self.feature_map(x) / n**2)))
+        assert self.fitted is not None
+        assert pairs.reference is not None
+        g = 2 / (n * m) * pairs.reference.kernel_gradient(self.fitted, x)[0]
+        g = g - 2 / n**2 * self.fitted.vjp(x, x, pairs.inside)
+        if pairs.selection is not None:
+            g = g - 2 / n**2 * pairs.selection.kernel_gradient(self.fitted, x)[0]
+        return Gradient(g)

@@ -1,4 +1,4 @@
-"""RKE, conditional RKE (SPARKE) and novelty: sums of squared kernels, descended."""
+"""RKE and conditional RKE (SPARKE): sums of squared kernels, descended."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -7,172 +7,194 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import GaussianKernel, Kernel, pairwise_distances
-from kspec_guidance.kernels.distances import ROWS, as_float, squared_distances
-from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory, Selection
-from kspec_guidance.memory.reductions import distances_to_some, memory_kernel, memory_vjp
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, pairwise_distances
+from kspec_guidance.kernels.distances import MEDIAN_ROWS, as_float, evenly_spaced, weighted_median
+from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory
+from kspec_guidance.memory.selection import ALIKE
 from kspec_guidance.objectives.base import (
-    PROMPT_BANDWIDTH,
     SAMPLE_BANDWIDTH,
+    Gradient,
     Objective,
-    need_closed_form,
-    need_prompt_features,
+    Pairs,
+    check_closed_form,
+    need_prompt_feature_map,
     off_diagonal,
-    weighted_median,
 )
 
-__all__ = [
-    "RKE",
-    "ConditionalRKE",
-]
+__all__ = ["RKE", "ConditionalRKE"]
+
+COINCIDENT = 1 - 2e-4  # squared kernel from which two entries count as one point
+DISTINCT = 1e-3  # of the largest distance: rounding keeps exact duplicates from distance 0
 
 
-@dataclass
+@dataclass(repr=False)
 class RKE(Objective):
     """Order-2 Renyi entropy of batch and memory together: descend ``E = sum over pairs of k(x_i, x_j)^2``.
 
-    RKE is ``n^2 / ||K||_F^2`` (Jalali et al. 2023), so its ascent is the descent of the squared kernel's sum; pairs within
-    the memory are constant. ``value`` is ``-E``, each pair counted once.
+    RKE is ``n^2 / ||K||_F^2`` (Jalali et al. 2023, arXiv 2310.11714), so its ascent is the descent of the squared kernel's
+    sum; pairs within the memory are constant. ``value`` is ``-E``, each pair counted once.
 
     Args:
-        kernel: with a closed form; Gaussian at half the median distance of the pairs at hand by default.
-        features: random Fourier features of the same kernel: the memory then has constant size.
+        kernel: with a closed-form gradient; by default Gaussian, at half the median distance of the pairs at hand.
+        feature_map: random Fourier features of the same kernel: the memory then has constant size.
+        normalize: whether rows are scaled to norm 1 first.
+
+    Raises:
+        TypeError: for a kernel without a closed-form gradient.
     """
 
     kernel: Kernel = field(default_factory=GaussianKernel)
-    features: RandomFourierFeatures | None = None
-    unit: bool = True
+    feature_map: RandomFourierFeatures | None = None
+    normalize: bool = True
     prompt_kernel: Kernel | None = field(default=None, init=False)
-    prompt_features: RandomFourierFeatures | None = field(default=None, init=False)
+    prompt_feature_map: RandomFourierFeatures | None = field(default=None, init=False)
 
     def __post_init__(self):
-        need_closed_form(self.kernel)
-        self._squared = None if self.features is None else self.features.power(2)
-        self._squared_prompts = None
+        check_closed_form(self.kernel)
+        self._squared_map = None if self.feature_map is None else self.feature_map.power(2)
+        self._squared_prompt_map: RandomFourierFeatures | None = None
         self._warned = False
 
     def make_memory(self) -> Memory:
-        if self._squared is None:
+        if self._squared_map is None:
             return MemoryBank()
-        return RandomFeatureMemory(self._squared, self._squared_prompts, self.unit)
+        return RandomFeatureMemory(self._squared_map, self._squared_prompt_map, self.normalize)
 
-    def _weights(self, t: Tensor | None, s: Tensor | None) -> Tensor | float:
-        """``k_T(t, s)^2`` ``[n, m]``."""
-        if self.prompt_kernel is None or t is None:
-            return 1.0
-        return self.prompt_kernel(t, s).square()
-
-    def _check_prompts(self, t: Tensor | None, memory: Memory | None) -> Tensor | None:
-        t = self._prompts(t)
+    def _check_prompts(self, prompt_features: Tensor | None, memory: Memory | None) -> Tensor | None:
+        prompt_features = self._prompts(prompt_features)
         known = memory.prompt_dim if memory is not None and len(memory) else None
-        if t is not None and known is not None and t.shape[-1] != known:
+        if prompt_features is not None and known is not None and prompt_features.shape[-1] != known:
             raise ValueError(
-                f"prompt features have width {t.shape[-1]}, those in memory {known}; "
+                f"prompt features have width {prompt_features.shape[-1]}, those in memory {known}; "
                 "use one text encoder with one memory, or clear() the memory"
             )
-        return t
+        return prompt_features
 
-    def _terms(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> tuple[Selection | None, Tensor]:
-        """The memory rows that matter, with their weights, and the weights of the pairs inside the batch."""
-        weigh = None if self.prompt_kernel is None else PromptWeights(self.prompt_kernel)
-        inside = self._weights(t, t) if len(x) > 1 else 1.0
-        return self._select(t, memory, weigh), inside * off_diagonal(len(x), x)
+    def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Pairs:
+        """The weights ``k_T(t_i, t_j)^2`` of all pairs; all are 1 without prompts."""
+        t, inside = self._check_prompts(prompt_features, memory), off_diagonal(len(x), x)
+        if self._squared_map is not None:
+            return self._feature_pairs(x, t, memory, inside)
+        if t is not None and self.prompt_kernel is not None:
+            inside = inside * self.prompt_kernel(t, t).square().to(x)
+        prompt_weights = None if self.prompt_kernel is None else PromptWeights(self.prompt_kernel)
+        selection, count = self._select(t, memory, prompt_weights), inside.sum(1)
+        if selection is not None:
+            count = count + selection.effective_count(len(x)).to(count)
+        return Pairs(inside, selection, effective_count=count)
 
-    def mass(self, n: int, t: Tensor | None = None, memory: Memory | None = None) -> Tensor | None:
-        return (
-            None if self._squared is not None else self._mass(n, self._check_prompts(t, memory), memory, self.prompt_kernel)
-        )
+    def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+        x = as_float(x)
+        pairs = self.pairs(x, prompt_features, memory)
+        if self._squared_map is not None:
+            phi = self._squared_map(x)
+            outside = 0.0 if pairs.coefficients is None else (phi * pairs.coefficients).sum()
+            return -outside - (pairs.inside * (phi @ phi.mT)).sum() / 2
+        kernel = self._fit(x, _products(x.detach())[1], pairs)
+        inside = -(kernel(x).square() * pairs.inside).sum() / 2
+        if pairs.selection is None:
+            return inside
+        weights = pairs.selection.vectors(x)[2]
+        return inside - (pairs.selection.kernel(kernel, x).square() * (1.0 if weights is None else weights)).sum()
 
-    def _fit(self, x: Tensor, selection: Selection | None, inside: Tensor) -> Kernel:
-        """The kernel, its open bandwidth set to half the median distance of pairs, weighted as the pairs are.
+    def gradient(
+        self,
+        x: Tensor,
+        prompt_features: Tensor | None = None,
+        memory: Memory | None = None,
+        *,
+        jitter: Tensor | None = None,
+        pairs: Pairs | None = None,
+    ) -> Gradient:
+        if pairs is None:
+            x = as_float(x)
+            pairs = self.pairs(x, prompt_features, memory)
+        if self._squared_map is not None:
+            if not self._warned and len(x) > 1:
+                self._warned = True
+                self._warn_if_unreliable(self._squared_map, float(pairwise_distances(x.detach()).median()))
+            return Gradient(self._feature_gradient(self._squared_map, x, pairs))
+        centred, products = _products(x)
+        kernel = self._fit(x, products, pairs).squared()
+        g, largest = self._descent(kernel, x, centred, products, pairs)
+        coincident = largest > COINCIDENT
+        if jitter is not None:
+            moved = x + jitter * coincident[:, None]
+            g = torch.where(coincident[:, None], self._descent(kernel, moved, *_products(moved), pairs)[0], g)
+        return Gradient(g, pairs.effective_count, coincident)
 
-        Of a large memory 128 evenly spaced rows are measured.
+    def _fit(self, x: Tensor, products: Tensor, pairs: Pairs) -> Kernel:
+        """The kernel, an open Gaussian at half the median distance of pairs, weighted as the pairs are.
+
+        Of a memory of more than 128 rows, about 128 evenly spaced ones are measured; by other open kernels 2,048.
         """
         if not self.kernel.open:
             return self.kernel.fit(x.detach())
         if not isinstance(self.kernel, GaussianKernel):
-            rows = x[:0] if selection is None else selection.rows(x, selection.some(ROWS))
+            selection = pairs.selection
+            rows = x[:0] if selection is None else selection.rows(x, evenly_spaced(len(selection), MEDIAN_ROWS))
             return self.kernel.fit(torch.cat([x, rows]).detach())
         with torch.no_grad():
-            d, w = squared_distances(x).sqrt() if len(x) > 1 else torch.zeros_like(inside), inside
-            if selection is not None:
-                d_out, w_out = distances_to_some(x, selection)
-                d, w = torch.cat([d, d_out], 1), torch.cat([w, torch.as_tensor(w_out).to(d_out).expand_as(d_out)], 1)
-            median = weighted_median(d, w * (d > 1e-3 * d.max()))  # rounding keeps duplicates from distance 0
+            xx = products.diagonal()
+            d, w = (xx[:, None] + xx - 2 * products).clamp_min(0).sqrt(), pairs.inside
+            if pairs.selection is not None:
+                d_memory, w_memory = pairs.selection.distances(x)
+                d, w = torch.cat([d, d_memory], 1), torch.cat([w, w_memory.expand_as(d_memory)], 1)
+            median = weighted_median(d, w * (d > DISTINCT * d.max()))
         return GaussianKernel(SAMPLE_BANDWIDTH * (median or 1.0))
 
-    def value(self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None) -> Tensor:
-        x, t = as_float(x), self._check_prompts(t, memory)
-        if self._squared is not None:
-            return self._feature_value(x, t, memory)
-        selection, inside = self._terms(x, t, memory)
-        kernel = self._fit(x, selection, inside)
-        own = -(kernel(x).square() * inside).sum() / 2
-        if selection is None:
-            return own
-        weights = 1.0 if selection.weights is None else selection.weights.to(x)
-        return own - (memory_kernel(kernel, x, selection).square() * weights).sum()
+    def _descent(
+        self, squared: Kernel, x: Tensor, centred: Tensor, products: Tensor, pairs: Pairs
+    ) -> tuple[Tensor, Tensor]:
+        """``-dE/dx`` ``[n, d]`` and each row's largest squared kernel with an entry of its own prompt ``[n]``."""
+        z = centred if squared.stationary else x
+        products = products if squared.stationary else x @ x.mT
+        xx = products.diagonal()
+        found = squared.of_products(products, xx[:, None], xx)
+        if found is None:
+            k, g = squared(x), -squared.vjp(x, x, pairs.inside)
+        else:
+            k, by_product, by_square = found
+            g = -(pairs.inside * by_product + torch.diag(2 * (pairs.inside * by_square).sum(1))) @ z
+        largest = torch.where(pairs.inside > ALIKE, k, 0).amax(1)
+        if pairs.selection is not None:
+            memory_gradient, memory_largest = pairs.selection.kernel_gradient(squared, x)
+            g, largest = g - memory_gradient, torch.maximum(largest, memory_largest)
+        return g, largest
 
-    def gradient(
-        self, x: Tensor, t: Tensor | None = None, memory: Memory | None = None, jitter: Tensor | None = None
-    ) -> Tensor:
-        x, t = as_float(x), self._check_prompts(t, memory)
-        if self._squared is not None:
-            return self._feature_gradient(x, t, memory)
-        selection, inside = self._terms(x, t, memory)
-        kernel = self._fit(x, selection, inside)
-        squared = kernel.squared()
-        g, near = torch.zeros_like(x), x.new_zeros(len(x))
-        if len(x) > 1:
-            g, near = -squared.vjp(x, x, inside), torch.where(inside > 0.5, squared(x), 0).amax(-1)
-        if selection is not None:
-            away, nearest = memory_vjp(squared, x, selection)
-            g, near = g - away, torch.maximum(near, nearest)
-        stuck = near > 1 - 2e-4
-        if jitter is not None and bool(stuck.any()):
-            moved = x + jitter * stuck[:, None]
-            g[stuck] = -squared.vjp(moved[stuck], moved, inside[stuck])
-            if selection is not None:
-                g[stuck] -= memory_vjp(squared, moved[stuck], selection.of(stuck))[0]
-        return g
-
-    def _feature_pull(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> tuple[Tensor, Tensor | float, Tensor]:
-        """Features, the memory's coefficients for each row, and the batch's own pair weights."""
-        assert self._squared is not None
-        outside: Tensor | float = 0.0
-        if memory is not None and len(memory):
-            if not isinstance(memory, RandomFeatureMemory):
-                raise TypeError(f"features= needs a RandomFeatureMemory, got {type(memory).__name__}")
-            outside = memory.coefficients(t, x)
-        inside = off_diagonal(len(x), x)
-        if self._squared_prompts is not None and t is not None:
-            psi = self._squared_prompts(t)
+    def _feature_pairs(self, x: Tensor, t: Tensor | None, memory: Memory | None, inside: Tensor) -> Pairs:
+        assert self._squared_map is not None
+        coefficients = None if memory is None or not len(memory) else memory.coefficients(t, x)
+        if self._squared_prompt_map is not None and t is not None:
+            psi = self._squared_prompt_map(t)
             inside = inside * (psi @ psi.mT).to(x)
-        if not self._warned and len(x) > 1:
-            self._warned = True
-            with torch.no_grad():
-                typical = float(pairwise_distances(x).median())
-            if not self._squared.reliable(typical):
-                b, d, r = self._squared.kernel.bandwidth or 0.0, self._squared.input_dim, self._squared.num_features
-                warnings.warn(
-                    f"{r} random features in {d} dimensions at bandwidth {b:.2g} (of the squared kernel; typical distance "
-                    f"{typical:.2g}) give poor gradients; leave features=None for the exact sum, or use at least {8 * d} "
-                    f"features and a kernel bandwidth of at least {1.3 * typical:.2g}, or features of lower dimension",
-                    stacklevel=4,
-                )
-        return self._squared(x), outside, inside
+        return Pairs(inside, coefficients=coefficients)
 
-    def _feature_value(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> Tensor:
-        phi, outside, inside = self._feature_pull(x, t, memory)
-        return -(phi * outside).sum() - (inside * (phi @ phi.mT)).sum() / 2
+    @staticmethod
+    def _feature_gradient(squared_map: RandomFourierFeatures, x: Tensor, pairs: Pairs) -> Tensor:
+        total = pairs.inside @ squared_map(x)
+        return squared_map.vjp(x, -(total if pairs.coefficients is None else total + pairs.coefficients))
 
-    def _feature_gradient(self, x: Tensor, t: Tensor | None, memory: Memory | None) -> Tensor:
-        phi, outside, inside = self._feature_pull(x, t, memory)
-        assert self._squared is not None
-        return self._squared.vjp(x, -(outside + inside @ phi))
+    @staticmethod
+    def _warn_if_unreliable(squared_map: RandomFourierFeatures, typical: float) -> None:
+        if squared_map.reliable(typical):
+            return
+        b, d, r = squared_map.kernel.bandwidth or 0.0, squared_map.input_dim, squared_map.num_features
+        warnings.warn(
+            f"{r} random features in {d} dimensions at bandwidth {b:.2g} (of the squared kernel; typical distance "
+            f"{typical:.2g}) give poor gradients; leave feature_map=None for the exact sum, or use at least {8 * d} "
+            f"features and a kernel bandwidth of at least {1.3 * typical:.2g}, or features of lower dimension",
+            stacklevel=4,
+        )
 
 
-@dataclass
+def _products(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[n, d]`` about their mean, where differences of squares keep their digits, and their inner products."""
+    centred = x - x.mean(0)
+    return centred, centred @ centred.mT
+
+
+@dataclass(repr=False)
 class ConditionalRKE(RKE):
     """SPARKE: conditional RKE, ``E = sum over pairs of k(x_i, x_j)^2 k_T(t_i, t_j)^2`` descended.
 
@@ -180,15 +202,16 @@ class ConditionalRKE(RKE):
     features it is :class:`RKE`.
 
     Args:
-        prompt_kernel: Gaussian of bandwidth 0.35 on unit-norm prompt features by default.
-        prompt_features: random features of the prompt kernel; needed with ``features``.
+        kernel, feature_map, normalize: see :class:`RKE`.
+        prompt_kernel: by default Gaussian with bandwidth 0.35, on unit-norm prompt features.
+        prompt_feature_map: random features of the prompt kernel; needed with ``feature_map``.
     """
 
     prompt_kernel: Kernel = field(default_factory=lambda: GaussianKernel(PROMPT_BANDWIDTH))  # type: ignore[assignment]
-    prompt_features: RandomFourierFeatures | None = None
+    prompt_feature_map: RandomFourierFeatures | None = None
     conditional = True
 
     def __post_init__(self):
         super().__post_init__()
-        if self.features is not None:
-            self._squared_prompts = need_prompt_features("ConditionalRKE", self.prompt_features).power(2)
+        if self.feature_map is not None:
+            self._squared_prompt_map = need_prompt_feature_map("ConditionalRKE", self.prompt_feature_map).power(2)

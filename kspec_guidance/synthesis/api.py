@@ -157,7 +157,7 @@ def synthesize(
     try:
         if attributes:
             balance = Balance([a.reference for a in attributes.values()])
-            drawn = KernelGuidance(balance, 0.7, stop=0.6, chain=("off_score", "rescale"))
+            drawn = KernelGuidance(balance, 0.7, stop=0.6, transforms=("off_score", "rescale"))
             working = guide + drawn
         else:
             working = guide
@@ -368,9 +368,9 @@ def _pipeline(pipe: Any) -> dict[str, Any]:
 def _meaning(pipe: Any, guide: KernelGuidance, call: dict[str, Any], embedder: ImageEmbedder | None) -> dict[str, Any]:
     """What decides how the tensors of a record are to be read."""
     try:
-        space: Any = guide.terms[0].feature_space.describe()
+        space: Any = guide.terms[0].space.describe()
     except TypeError:  # a space of someone's own
-        space = guide.terms[0].feature_space.name
+        space = guide.terms[0].space.name
     return {
         "pipeline": [type(pipe).__name__, _pipeline(pipe)["denoiser"]],
         "space": json.loads(json.dumps(space, default=str)),

@@ -21,13 +21,14 @@ def delta(memory: Memory, x: Tensor, t: Tensor | None) -> Tensor:
     if isinstance(memory, MemoryBank):
         return torch.cat([rows, text], 1)
     if isinstance(memory, CentroidMemory):
-        means = CentroidMemory(max(2, min(MEANS, memory.capacity)), memory.spread, memory.prompt_spread, memory.unit)
+        means = CentroidMemory(max(2, min(MEANS, memory.capacity)), memory.spread, memory.prompt_spread, memory.normalize)
         if not len(rows):
             return rows.new_zeros(0, rows.shape[1] + text.shape[1] + 2)
         means.add(rows, None if t is None else text)
         text = rows[:0, :0].expand(len(means.x), 0) if means.prompts is None else means.prompts
         return torch.cat([means.x, text, means._squares[: len(means.x), None], means.weights[:, None]], 1)
-    part = RandomFeatureMemory(memory.features, memory.prompt_features, memory.unit)
+    assert isinstance(memory, RandomFeatureMemory)
+    part = memory.empty_copy()
     if len(rows):
         part.add(rows, None if t is None else text)
     return torch.cat([part.total.flatten(), torch.tensor([len(part)])])[None]
@@ -39,12 +40,11 @@ def absorb(memory: Memory, told: Tensor, shape: tuple[int, ...], prompt_dim: int
     if not len(told):
         return
     if isinstance(memory, RandomFeatureMemory):
-        memory.total = memory.total + told[0, :-1].view_as(memory.total)
-        memory._count += int(told[0, -1])
+        memory.add_total(told[0, :-1].view_as(memory.total), int(told[0, -1]))
         return
     text = told[:, width : width + p] if p else None
     if isinstance(memory, MemoryBank):
         memory.add(told[:, :width].reshape(-1, *shape), text)
-    else:
+    elif isinstance(memory, CentroidMemory):
         memory.shape, memory.prompt_dim = shape, prompt_dim
         memory.absorb(told[:, :width], text, told[:, -2], told[:, -1])

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from kspec_guidance.kernels import CosineKernel
+from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.synthesis.errors import SynthesisError
 
-__all__ = ["Screen", "largest_cosine", "load_filter"]
+__all__ = ["Screen", "load_filter"]
 
 Filter = Callable[[Image.Image, dict[str, Any]], Any]
 
@@ -40,21 +39,6 @@ def load_filter(name: str) -> Filter:
     return found
 
 
-def largest_cosine(bank: MemoryBank, x: Tensor) -> Tensor:
-    """Of rows ``x`` ``[n, d]`` with all rows of a bank ``[n]``; -1 without any."""
-    best = x.new_full((len(x),), -1.0)
-    selection = bank.select()
-    u = CosineKernel.unit(x)[0]
-    if selection.scale is None:
-        return best
-    done = 0
-    for rows in selection.blocks(u):
-        scale = selection.scale[done : done + len(rows)].to(u)
-        best = torch.maximum(best, ((u @ rows.mT) * scale).amax(1))
-        done += len(rows)
-    return best
-
-
 class Screen:
     """Says of each image of a batch why it is to be dropped, or nothing.
 
@@ -77,8 +61,8 @@ class Screen:
     def reasons(self, images: list[Image.Image], rows: list[dict[str, Any]], features: Tensor) -> list[str | None]:
         """One for each image; None keeps it."""
         reasons: list[str | None] = []
-        u = CosineKernel.unit(features.float())[0]
-        alike = None if self.duplicates is None else largest_cosine(self.kept, features.float())
+        u = l2_normalize(features.float())
+        alike = None if self.duplicates is None else self.kept.select().largest_cosine(u)
         for k, (image, row) in enumerate(zip(images, rows, strict=True)):
             reason = "blank" if _blank(image) else None
             if reason is None and self.duplicates is not None and alike is not None:

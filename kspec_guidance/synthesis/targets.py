@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
-from kspec_guidance.kernels import CosineKernel, GaussianKernel
+from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.statistics import jackknife
 from kspec_guidance.synthesis.errors import SynthesisError
 
@@ -21,7 +21,7 @@ BANDWIDTH = 0.5  # of features of norm 1: one yardstick for all prompts and the 
 
 def prompt_score(x: Tensor, score: str = "vendi", bandwidth: float = BANDWIDTH) -> float:
     """A score of the images of one prompt, from features ``[n, d]``, scaled here to norm 1."""
-    return float(SCORES[score](CosineKernel.unit(x.double())[0], GaussianKernel(bandwidth)))
+    return float(SCORES[score](l2_normalize(x.double()), GaussianKernel(bandwidth)))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Target:
         """
         if len(x) < 8:  # too few for an interval
             return None
-        rows, kernel = CosineKernel.unit(x.double())[0], GaussianKernel(self.bandwidth)
+        rows, kernel = l2_normalize(x.double()), GaussianKernel(self.bandwidth)
         score = SCORES[self.score]
         interval = jackknife(lambda z: score(z, kernel), rows, groups=min(20, len(rows)))
         if interval.low >= self.value:
@@ -90,4 +90,4 @@ def nearest(x: Tensor, others: Tensor) -> Tensor:
     """Largest cosine of each row of ``x`` ``[n, d]`` with ``others`` ``[m, d]``; NaN without any."""
     if not len(others):
         return torch.full((len(x),), float("nan"))
-    return (CosineKernel.unit(x.float())[0] @ CosineKernel.unit(others.float())[0].T).amax(1)
+    return (l2_normalize(x.float()) @ l2_normalize(others.float()).T).amax(1)

@@ -123,13 +123,11 @@ class Worker:
     @property
     def _default(self) -> bool:
         """Whether the guide's memory is one that was made without a thought, so that another may take its place."""
-        return isinstance(self.own, MemoryBank) and type(self.own) is MemoryBank and self.own.plain
+        return isinstance(self.own, MemoryBank) and type(self.own) is MemoryBank and self.own.default_settings
 
     def _make(self, shape: tuple[int, ...]) -> Memory:
         kind = self.settings.memory
         if kind == "guide" or not self._default:
-            if isinstance(self.own, RandomFeatureMemory):
-                return self.guide.terms[0].objective.make_memory()
             return self.own.empty_copy()
         if kind == "auto":
             made: Memory = choose_memory(self.settings.images_expected, shape)

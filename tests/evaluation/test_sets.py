@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from kspec_guidance import load_demo_reference
 from kspec_guidance.cli import app
-from kspec_guidance.evaluation.embedders import module_embedder, one_hot_embedder
+from kspec_guidance.evaluation.embedders import ImageEmbedder, one_hot_embedder
 from kspec_guidance.evaluation.image_sets import SourceError, load_images, read_prompts
 from kspec_guidance.evaluation.page import write_page
 from kspec_guidance.evaluation.sets import compare_sets, evaluate_set, near_duplicates, prompt_ranking
 
-PIXELS = module_embedder(lambda x: torch.nn.functional.avg_pool2d(x, 8).flatten(1), 64, "8 x 8 pixels", fit="squash")
+PIXELS = ImageEmbedder(lambda x: torch.nn.functional.avg_pool2d(x, 8).flatten(1), 64, "8 x 8 pixels", fit="squash")
 EVIL = "<script>alert(1)</script>"
 
 
@@ -140,11 +140,10 @@ def test_prompts_are_ranked_from_least_to_most_varied(g):
 
 
 def test_many_images_go_by_random_features_and_agree(monkeypatch, folder):
-    from kspec_guidance import evaluation
 
     images = load_images(folder, PIXELS)
     exact = {s.score: s.value for s in evaluate_set(images, PIXELS).scores}
-    monkeypatch.setattr(evaluation, "EXACT", 20)
+    monkeypatch.setattr("kspec_guidance.evaluation.sets.EXACT", 20)
     streamed = {s.score: s for s in evaluate_set(images, PIXELS).scores}
     assert streamed["Vendi"].features == "random Fourier, 1024"
     for name in ("Vendi", "RKE", "Conditional-Vendi", "Conditional RKE"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from kspec_guidance import SPARKE
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +45,6 @@ def test_toward_a_folder_of_pictures_by_the_script(tmp_path):
 def test_every_class_of_the_recipes_runs_from_tiny_weights(name):
     import text_to_image
 
-    from kspec_guidance import KernelGuidance
-
     pipe = tiny.build(name)
     pipe.set_progress_bar_config(disable=True)
     said = tiny.call(pipe)
@@ -54,7 +53,7 @@ def test_every_class_of_the_recipes_runs_from_tiny_weights(name):
         said.pop(key, None)
     call = {**said, "num_inference_steps": 4, "output_type": "latent"}
     prompt = prompt[0] if isinstance(prompt, list) else prompt
-    guide = KernelGuidance.preset("few-step")
+    guide = SPARKE.preset("few-step")
     plain = text_to_image.generate(pipe, [prompt], 2, 0, None, call)
     guided = text_to_image.generate(pipe, [prompt], 2, 0, guide, call)
     assert guide.report().steps_guided >= 2

@@ -17,8 +17,8 @@ GUIDES = {
     "product kernel": lambda: KernelGuidance(RKE(GaussianKernel(0.5)), 0.2, sigma_interval=(0.1, 5.0)),
     "pooled, random features": lambda: SPARKE(
         space=Pooled(2),
-        features=RandomFourierFeatures(GaussianKernel(1.2), 12, 64, seed=3),
-        prompt_features=RandomFourierFeatures(GaussianKernel(0.5), 4, 32),
+        feature_map=RandomFourierFeatures(GaussianKernel(1.2), 12, 64, seed=3),
+        prompt_feature_map=RandomFourierFeatures(GaussianKernel(0.5), 4, 32),
     ),
     "mmd": lambda: MMDGuidance(REFERENCE, kernel=PolynomialKernel(), reference_prompts=torch.randn(5, 4)),
     "novelty": lambda: NoveltyGuidance(REFERENCE, 0.3),
@@ -35,7 +35,7 @@ def test_saved_settings_make_the_same_guide(name, tmp_path, g):
     assert type(again) is type(guide)
     assert (again.seed, len(again.terms)) == (guide.seed, len(guide.terms))
     for a, b in zip(guide.terms, again.terms, strict=True):
-        for k in ("scale", "space", "start", "stop", "every", "sigma_interval", "chain"):
+        for k in ("scale", "space", "start", "stop", "every", "sigma_interval", "transforms"):
             assert getattr(a, k) == getattr(b, k)
     x, t = torch.randn(4, 3, 2, 2, generator=g), torch.randn(4, 4, generator=g)
     assert torch.equal(guide.gradient(x, t), again.gradient(x, t))
@@ -60,7 +60,7 @@ def test_settings_that_are_none_are_refused_with_what_was_found(tmp_path):
             return x
 
     with pytest.raises(TypeError, match="Mine cannot be saved"):
-        KernelGuidance(RKE(Mine())).save_config(tmp_path)
+        KernelGuidance(RKE(Mine()), 0.3).save_config(tmp_path)
     for space in (Embedder(embedder=torch.nn.Flatten()), Pixels(vae=torch.nn.Flatten())):  # networks are not settings
         with pytest.raises(TypeError, match="cannot be saved as settings; build it in code"):
             SPARKE(space=space).save_config(tmp_path)

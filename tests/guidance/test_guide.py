@@ -8,7 +8,6 @@ import torch
 
 from kspec_guidance import SPARKE, KernelGuidance, MemoryBank, MMDGuidance, NoveltyGuidance
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.guidance.transforms import MoveState, bound, off_score, rescale, tangent
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.objectives import RKE
 from tests import schedulers
@@ -46,7 +45,7 @@ def test_sparke_finds_more_modes_and_stays_on_the_data():
 
 
 def test_the_published_step_on_x0_destroys_samples_that_the_default_keeps():
-    published = found(lambda: SPARKE(0.3, GaussianKernel(0.7), chain=("rescale",), stop=1.0), seeds=2)
+    published = found(lambda: SPARKE(0.3, GaussianKernel(0.7), transforms=("rescale",), stop=1.0), seeds=2)
     assert published[1] < 0.2
     assert found(lambda: SPARKE(0.3), seeds=2)[1] > 0.99
 
@@ -196,20 +195,6 @@ def test_gradient_is_the_ascent_direction_in_the_samples_shape(g):
     assert guide.gradient(x[:1].half(), t[:1]).dtype == torch.float16
 
 
-def test_parts_do_what_their_names_say(g):
-    move, target, score = torch.randn(3, 4, 1, 2, 2, generator=g)
-    state = MoveState(target, score, 0.0, (0.0, 1.0), 0.2)
-    inner = lambda a, b: (a * b).flatten(1).sum(1)  # noqa: E731
-    assert inner(tangent(move, state), target).abs().max() < 1e-5
-    assert inner(off_score(move, state), score).abs().max() < 1e-5
-    size = target.flatten(1).norm(dim=1)
-    torch.testing.assert_close(rescale(move, state).flatten(1).norm(dim=1), 0.2 * size)
-    bounded = bound(move, state).flatten(1).norm(dim=1) / size
-    assert bounded.amax().item() == pytest.approx(0.2, rel=1e-5)
-    assert bounded.amin() < 0.2
-    assert bound(torch.zeros_like(move), state).abs().max() == 0
-
-
 # -- nothing is left behind --------------------------------------------------------------------------------------------
 
 
@@ -316,7 +301,7 @@ def test_a_batch_of_one_with_an_empty_memory_works():
         ({"stop": 1.5}, "fractions of the run"),
         ({"space": "pixel"}, "unknown space 'pixel'; choose one of x0, latents"),
         ({"every": 0}, "at least 1"),
-        ({"chain": ("sideways",)}, "unknown parts"),
+        ({"transforms": ("sideways",)}, "unknown transforms"),
         ({"sigma_interval": (3.0, 1.0)}, "low <= high"),
     ],
 )

@@ -1,21 +1,22 @@
+import re
+
 import pytest
 import torch
 
-from kspec_guidance import SPARKE, KernelGuidance
-from kspec_guidance.guidance.presets import PRESETS
+from kspec_guidance import SPARKE, KernelGuidance, MMDGuidance, VendiGuidance
 from kspec_guidance.objectives import ConditionalRKE, Vendi
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
 
 
-@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("name", list(SPARKE.PRESETS))
 def test_every_preset_moves_images_and_is_saved_and_loaded(name, pipe, tmp_path):
     def run(guide):
         with guide.attach(pipe):
             generators = [torch.Generator().manual_seed(k) for k in range(3)]
             return pipe("heart", num_images_per_prompt=3, generator=generators, output_type="latent", **CALL).images
 
-    guide = KernelGuidance.preset(name)
+    guide = SPARKE.preset(name)
     made = run(guide)
     assert guide.report().steps_guided > 0
     guide.save_config(tmp_path)
@@ -23,19 +24,36 @@ def test_every_preset_moves_images_and_is_saved_and_loaded(name, pipe, tmp_path)
 
 
 def test_presets_take_other_settings_and_name_themselves_when_unknown():
-    assert KernelGuidance.preset("vivid", scale=0.25).terms[0].scale == 0.25
-    assert isinstance(KernelGuidance.preset("vivid").terms[0].objective, Vendi)
+    assert SPARKE.preset("vivid", scale=0.25).terms[0].scale == 0.25
+    assert isinstance(SPARKE.preset("vivid").terms[0].objective, Vendi)
     with pytest.raises(ValueError, match="choose one of default, safe, vivid, few-step, published"):
-        KernelGuidance.preset("loud")
+        SPARKE.preset("loud")
 
 
-def test_order_two_is_conditional_rke_and_others_are_entropies():
+def test_sparke_is_conditional_rke_and_other_orders_are_vendi_guidance():
     assert isinstance(SPARKE().terms[0].objective, ConditionalRKE)
-    objective = SPARKE(order=0.5).terms[0].objective
+    objective = VendiGuidance(order=0.5).terms[0].objective
     assert isinstance(objective, Vendi)
     assert objective.order == 0.5
     assert objective.conditional
+    assert type(SPARKE.preset("vivid")) is VendiGuidance
     with pytest.raises(ValueError, match="order"):
-        SPARKE(order=-1.0)
-    with pytest.raises(ValueError, match="order 2"):
-        SPARKE(order=1.0, features=object())
+        VendiGuidance(order=-1.0)
+    with pytest.raises(TypeError, match=r"SPARKE\(\) has no argument 'order'; .*use VendiGuidance\(order=...\)"):
+        SPARKE(order=0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: SPARKE(strength=1), "SPARKE() has no argument 'strength'; did you mean scale=?"),
+        (lambda: SPARKE(chain=("bound",)), "did you mean transforms=?"),
+        (lambda: SPARKE(prompt_kernels=None), "did you mean prompt_kernel=?"),
+        (lambda: VendiGuidance(features=None), "VendiGuidance() has no argument 'features'; did you mean feature_map=?"),
+        (lambda: MMDGuidance(torch.ones(2, 3), bandwidth=1.0), "kernel=GaussianKernel(bandwidth)"),
+        (lambda: SPARKE(xyzzy=1), "its arguments are scale, kernel"),
+    ],
+)
+def test_unknown_arguments_name_the_one_that_was_meant(make, words):
+    with pytest.raises(TypeError, match=re.escape(words)):
+        make()

@@ -12,7 +12,6 @@ from kspec_guidance.kernels import (
     LaplacianKernel,
     PolynomialKernel,
     RationalQuadraticKernel,
-    gradient_bandwidth,
     median_bandwidth,
 )
 
@@ -89,14 +88,6 @@ def test_median_bandwidth_counts_distinct_pairs_only():
     assert median_bandwidth(torch.tensor([[0.0], [0.0], [2.0]])) == pytest.approx(2.0, rel=1e-6)
     assert median_bandwidth(torch.zeros(3, 2)) == 1.0
     assert median_bandwidth(torch.zeros(1, 2)) == 1.0
-
-
-def test_gradient_bandwidth_puts_the_median_pair_where_the_squared_kernel_is_steepest():
-    x, y = torch.tensor([[0.0]], dtype=torch.float64), torch.tensor([[3.0]], dtype=torch.float64)
-    best = gradient_bandwidth(torch.cat([x, y]))
-    r = torch.linspace(0.1, 9, 2000, dtype=torch.float64)[:, None]
-    slope = GaussianKernel(best).vjp(r, x, lambda k: 2 * k).abs()
-    assert r[slope.argmax()].item() == pytest.approx(3.0, abs=0.01)
 
 
 @pytest.mark.parametrize("kernel", [GaussianKernel(), RationalQuadraticKernel(), LaplacianKernel()], ids=str)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler
 
-from kspec_guidance.loop.prediction import UnsupportedSchedulerError, predict, supported_schedulers
+from kspec_guidance.loop.prediction import UnsupportedSchedulerError, parametrisation_of, predict, supported_schedulers
 from tests import schedulers
 from tests.tiny import scheduling
 
@@ -22,11 +22,9 @@ def test_x0_is_recovered_at_every_step_and_agrees_with_the_scheduler(name, kind,
     scheduler.set_timesteps(8)
     x0, noise = torch.randn(2, 2, 3, 4, 4, generator=g)
     x = noise * scheduler.init_noise_sigma
-    from kspec_guidance.loop.prediction import family, levels
-
     for t in scheduler.timesteps:
         scheduler.scale_model_input(x, t)
-        alpha, sigma = levels(scheduler, t, family(scheduler))
+        alpha, sigma = parametrisation_of(scheduler).levels(scheduler, t, {})
         if sigma == 0:
             continue
         x = alpha * x0 + sigma * noise
@@ -48,14 +46,12 @@ def test_flow_matching_x0(cls, g):
     scheduler = getattr(diffusers, cls)()
     scheduler.set_timesteps(6)
     x0, noise = torch.randn(2, 2, 3, 4, 4, generator=g)
-    from kspec_guidance.loop.prediction import levels
-
     for t in scheduler.timesteps:
-        _, sigma = levels(scheduler, t, "flow")
+        _, sigma = parametrisation_of(scheduler).levels(scheduler, t, {})
         x = (1 - sigma) * x0 + sigma * noise
         seen = predict(scheduler, noise - x0, t, x)
         torch.testing.assert_close(seen.x0, x0, atol=1e-4, rtol=0)
-        torch.testing.assert_close(seen.score, -sigma * noise, atol=1e-4, rtol=0)
+        torch.testing.assert_close(seen.score, sigma * noise, atol=1e-4, rtol=0)
         scheduler.step(noise - x0, t, x)
 
 

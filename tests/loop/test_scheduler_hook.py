@@ -2,7 +2,6 @@
 LoRA, threads."""
 
 import threading
-import warnings
 
 import diffusers
 import numpy as np
@@ -329,17 +328,6 @@ def test_a_scheduler_that_cannot_be_guided_is_named(fresh):
         SPARKE().attach(fresh)
     with pytest.raises(ValueError, match="has no scheduler named 'audio' to guide; it has scheduler"):
         SPARKE().attach(fresh, scheduler="audio")
-
-
-def test_prompts_that_cannot_be_matched_count_as_one_with_a_word(fresh):
-    guide = SPARKE(0.0)
-    guide.attach(fresh)
-    guide._on_prompt(torch.randn(5, 160), "someone")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert guide._prompts_for(3, torch.device("cpu")) is None
-    guide.detach()
-    assert "encoded 5 prompts for 3 samples" in str(caught[0].message)
 
 
 def test_mmd_and_sums_guide_packed_tokens_too():

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from kspec_guidance import MemoryBank, MemoryFileError
+from kspec_guidance import MemoryBank
 from kspec_guidance.kernels import GaussianKernel
-from kspec_guidance.memory import CentroidMemory
+from kspec_guidance.memory import CentroidMemory, MemoryFileError
 from kspec_guidance.objectives import RKE, ConditionalRKE
 from tests.memory.banks import filled
 from tests.samples import clustered, unit
@@ -22,7 +22,7 @@ def test_below_capacity_centroids_are_the_exact_memory(g):
     means, _, _ = means_of(60, 64)
     z = unit(x[:3] + 0.5 * torch.randn(3, 24, generator=g))
     for objective in (ConditionalRKE(GaussianKernel(0.6)), RKE(GaussianKernel(0.6))):
-        right, found = objective.gradient(z, t[:3], exact), objective.gradient(z, t[:3], means)
+        right, found = objective.gradient(z, t[:3], exact).rows, objective.gradient(z, t[:3], means).rows
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
         assert float(objective.value(z, t[:3], means)) == pytest.approx(float(objective.value(z, t[:3], exact)), rel=1e-4)
 
@@ -45,7 +45,9 @@ def test_few_centroids_point_the_right_way(capacity, least, g):
     means, _, _ = means_of(900, capacity)
     z = unit(x[:9] + 0.5 * torch.randn(9, 24, generator=g))
     objective = ConditionalRKE(GaussianKernel(0.6))
-    alike = torch.cosine_similarity(objective.gradient(z, t[:9], means), objective.gradient(z, t[:9], exact), dim=1)
+    alike = torch.cosine_similarity(
+        objective.gradient(z, t[:9], means).rows, objective.gradient(z, t[:9], exact).rows, dim=1
+    )
     assert alike.min() > least
 
 
@@ -73,10 +75,10 @@ def test_centroids_merge_and_come_back_from_disk(tmp_path):
     torch.testing.assert_close(again._cost, a._cost, rtol=1e-2, atol=1e-3)
     with pytest.raises(MemoryFileError, match="expected a 'rows'"):
         MemoryBank.load(tmp_path / "c")
-    with pytest.raises(ValueError, match="unit"):
-        a.merge(CentroidMemory(16, unit=False))
-    with pytest.raises(ValueError, match="unit=False"):
-        a.select(unit=False)
+    with pytest.raises(ValueError, match="normalize"):
+        a.merge(CentroidMemory(16, normalize=False))
+    with pytest.raises(ValueError, match="normalize=False"):
+        a.select(normalize=False)
     CentroidMemory().save(tmp_path / "empty")
     assert len(CentroidMemory.load(tmp_path / "empty")) == 0
 

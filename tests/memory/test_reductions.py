@@ -12,17 +12,22 @@ PSI = RandomFourierFeatures(PROMPT, P, 32)
 
 
 BY_FEATURES = {
-    "rke": lambda: RKE(FEATURES.kernel, FEATURES, unit=False),
+    "rke": lambda: RKE(FEATURES.kernel, FEATURES, normalize=False),
     "conditional": lambda: ConditionalRKE(
-        FEATURES.kernel, FEATURES, unit=False, prompt_features=RandomFourierFeatures(PROMPT, P, 32)
+        FEATURES.kernel, FEATURES, normalize=False, prompt_feature_map=RandomFourierFeatures(PROMPT, P, 32)
     ),
-    "novelty": lambda: Novelty(FEATURES.kernel, FEATURES, unit=False, reference=rows(9, D, 3)),
-    "mmd": lambda: MMD(rows(9, D, 3), FEATURES.kernel, features=FEATURES),
+    "novelty": lambda: Novelty(FEATURES.kernel, FEATURES, normalize=False, reference=rows(9, D, 3)),
+    "mmd": lambda: MMD(rows(9, D, 3), FEATURES.kernel, feature_map=FEATURES),
     "prompt-aware novelty": lambda: Novelty(
-        FEATURES.kernel, FEATURES, unit=False, prompt_features=PSI, reference=rows(9, D, 3), reference_prompts=rows(9, P, 4)
+        FEATURES.kernel,
+        FEATURES,
+        normalize=False,
+        prompt_feature_map=PSI,
+        reference=rows(9, D, 3),
+        reference_prompts=rows(9, P, 4),
     ),
     "prompt-aware mmd": lambda: MMD(
-        rows(9, D, 3), FEATURES.kernel, rows(9, P, 4), PROMPT, features=FEATURES, prompt_features=PSI
+        rows(9, D, 3), FEATURES.kernel, rows(9, P, 4), PROMPT, feature_map=FEATURES, prompt_feature_map=PSI
     ),
 }
 
@@ -37,10 +42,10 @@ def test_the_random_feature_form_equals_its_autograd(name):
 @pytest.mark.filterwarnings("ignore:.*random features in")
 def test_random_features_approach_the_exact_gradient():
     kernel, x = GaussianKernel(3.0), rows(5, D, 0)
-    exact, memory = RKE(kernel, unit=False), filled(MemoryBank(), 50)
-    coarse = RKE(kernel, RandomFourierFeatures(kernel, D, 16384), unit=False)
-    found = coarse.gradient(x, None, filled(coarse.make_memory(), 50)).flatten()
-    expected = exact.gradient(x, None, memory).flatten()
+    exact, memory = RKE(kernel, normalize=False), filled(MemoryBank(), 50)
+    coarse = RKE(kernel, RandomFourierFeatures(kernel, D, 16384), normalize=False)
+    found = coarse.gradient(x, None, filled(coarse.make_memory(), 50)).rows.flatten()
+    expected = exact.gradient(x, None, memory).rows.flatten()
     assert torch.cosine_similarity(found, expected, dim=0) > 0.99
 
 
@@ -51,14 +56,14 @@ def test_prompt_aware_random_features_approach_the_exact_gradient(kind):
     reference, prompts = rows(20, D, 3), rows(20, P, 4)
     phi, psi = RandomFourierFeatures(kernel, D, 8192), RandomFourierFeatures(PROMPT, P, 2048)
     make = {
-        "conditional": lambda **f: ConditionalRKE(kernel, unit=False, prompt_kernel=PROMPT, **f),
+        "conditional": lambda **f: ConditionalRKE(kernel, normalize=False, prompt_kernel=PROMPT, **f),
         "novelty": lambda **f: Novelty(
-            kernel, unit=False, prompt_kernel=PROMPT, reference=reference, reference_prompts=prompts, **f
+            kernel, normalize=False, prompt_kernel=PROMPT, reference=reference, reference_prompts=prompts, **f
         ),
         "mmd": lambda **f: MMD(reference, kernel, prompts, PROMPT, **f),
     }[kind]
-    exact, coarse = make(), make(features=phi, prompt_features=psi)
-    expected = exact.gradient(x, t, filled(exact.make_memory(), 20)).flatten()
-    found = coarse.gradient(x, t, filled(coarse.make_memory(), 20)).flatten()
+    exact, coarse = make(), make(feature_map=phi, prompt_feature_map=psi)
+    expected = exact.gradient(x, t, filled(exact.make_memory(), 20)).rows.flatten()
+    found = coarse.gradient(x, t, filled(coarse.make_memory(), 20)).rows.flatten()
     assert torch.cosine_similarity(found, expected, dim=0) > 0.98
     assert found.norm().item() == pytest.approx(expected.norm().item(), rel=0.15)

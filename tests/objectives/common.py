@@ -13,7 +13,7 @@ PROMPT = GaussianKernel(1.0)
 def relative_error(objective, memory):
     x, t = rows(5, D, 0).requires_grad_(), rows(5, P, 1)
     (expected,) = torch.autograd.grad(objective.value(x, t, memory), x)
-    found = objective.gradient(x.detach(), t, memory)
+    found = objective.gradient(x.detach(), t, memory).rows
     return ((found - expected).norm() / expected.norm()).item()
 
 

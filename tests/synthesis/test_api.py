@@ -105,7 +105,7 @@ def test_a_centroid_memory_of_the_guide_itself(tmp_path, pipe):
 def test_a_bank_with_settings_is_taken_as_it_is(tmp_path, pipe):
     guide = SPARKE(memory=MemoryBank(limit=3))
     make(tmp_path / "a", pipe, ["heart"], guide=guide, images=8)
-    assert (len(guide.memory), guide.memory.seen) == (3, 8)
+    assert (len(guide.memory), guide.memory.total_added) == (3, 8)
     guide = SPARKE()
     make(tmp_path / "b", pipe, ["heart"], guide=guide, images=2)
     assert len(guide.memory) == 0  # an empty one without settings is left alone
@@ -120,7 +120,7 @@ def test_random_features_repel_over_a_run_and_come_back(tmp_path, pipe):
     def guide():
         kernel, prompts = GaussianKernel(1.0), GaussianKernel(0.35)
         phi, psi = RandomFourierFeatures(kernel, 576, 256), RandomFourierFeatures(prompts, 160, 64)
-        return SPARKE(kernel=kernel, prompt_kernel=prompts, features=phi, prompt_features=psi)
+        return SPARKE(kernel=kernel, prompt_kernel=prompts, feature_map=phi, prompt_feature_map=psi)
 
     make(tmp_path / "whole", pipe, ["heart", "runner"], guide=guide())
     stopped = iter([True] * 5 + [None])
@@ -170,9 +170,9 @@ def test_shards_hold_the_same_images_also_after_a_break(tmp_path, pipe, kind):
         assert [p.stat().st_size for p in sorted((tmp_path / "cut").glob("*.tar"))] == [
             p.stat().st_size for p in sorted((tmp_path / "whole").glob("*.tar"))
         ]
-    from kspec_guidance.evaluation.embedders import module_embedder
+    from kspec_guidance.evaluation.embedders import ImageEmbedder
 
-    pixels = module_embedder(torch.nn.Flatten(), 8, "pixels")
+    pixels = ImageEmbedder(torch.nn.Flatten(), 8, "pixels")
     sets = [load_images(tmp_path / name, pixels) for name in ("folder", "whole", "cut")]
     for found in sets[1:]:
         assert found.prompts == sets[0].prompts
@@ -182,7 +182,7 @@ def test_shards_hold_the_same_images_also_after_a_break(tmp_path, pipe, kind):
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
 def test_shards_of_an_epoch_that_was_broken_off_hold_all_its_images(tmp_path, pipe, kind):
-    from kspec_guidance.evaluation.embedders import module_embedder
+    from kspec_guidance.evaluation.embedders import ImageEmbedder
 
     left = iter([True] * 11 + [None])
     with pytest.raises(SynthesisError, match="returned nothing"):
@@ -190,12 +190,12 @@ def test_shards_of_an_epoch_that_was_broken_off_hold_all_its_images(tmp_path, pi
     with pytest.raises(SynthesisError, match="another folder for another"):
         make(tmp_path, pipe, force=True)
     result = make(tmp_path, pipe, images=6, format=kind, shard_size=5, force=True)
-    found = load_images(tmp_path, module_embedder(torch.nn.Flatten(), 8, "pixels"))
+    found = load_images(tmp_path, ImageEmbedder(torch.nn.Flatten(), 8, "pixels"))
     assert len(found) == result.images == 30
     assert not list((tmp_path / ".kspec").rglob("*.png"))
     assert sum("rest" in path.name for path in tmp_path.glob("shard-00-*")) == 1
     make(tmp_path, pipe, images=6, format=kind, shard_size=5)
-    assert len(load_images(tmp_path, module_embedder(torch.nn.Flatten(), 8, "pixels"))) == 30
+    assert len(load_images(tmp_path, ImageEmbedder(torch.nn.Flatten(), 8, "pixels"))) == 30
 
 
 def test_an_estimate_writes_nothing_and_is_near_what_happens(tmp_path, pipe):

@@ -37,12 +37,12 @@ def test_changed_settings_are_shown_and_refused_and_force_goes_on(tmp_path, pipe
 
 
 def test_forcing_on_with_another_space_or_other_features_counts_the_old_images_and_forgets_their_rows(tmp_path, pipe):
-    from kspec_guidance.evaluation.embedders import module_embedder
+    from kspec_guidance.evaluation.embedders import ImageEmbedder
 
     make(tmp_path, pipe, ["heart", "man"], images=3)
     result = make(tmp_path, pipe, ["heart", "man"], images=5, guide=SPARKE(space="pooled"), force=True)
     assert (result.images, result.made) == (10, 4)
-    pixels = module_embedder(torch.nn.Flatten(), 8, "pixels")
+    pixels = ImageEmbedder(torch.nn.Flatten(), 8, "pixels")
     result = make(tmp_path, pipe, ["heart", "man"], images=9, embedder=pixels, duplicates=1.0, force=True)
     assert (result.images, result.made) == (18, 8)
     assert len({row["file_name"] for row in rows_of(tmp_path)}) == 18

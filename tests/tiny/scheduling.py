@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import SPARKE
-from kspec_guidance.loop.prediction import UNFIT, family, predict
+from kspec_guidance.loop.prediction import UNGUIDABLE, parametrisation_of, predict
 
 BASES = {"SchedulerMixin"}
 STEPS = 6
@@ -228,10 +228,10 @@ def check_prediction(name: str, prediction: str | None) -> tuple[str, float]:
 def check_scheduler(name: str) -> SchedulerVerdict:
     """The verdict on one class; ``evidence`` is ``not applicable`` with the reason where no hook can guide it."""
     verdict = SchedulerVerdict(name)
-    if name in UNFIT:
-        verdict.evidence, verdict.reason = "not applicable", UNFIT[name]
+    if name in UNGUIDABLE:
+        verdict.evidence, verdict.reason = "not applicable", UNGUIDABLE[name]
         return verdict
-    verdict.kind = family(make(name))
+    verdict.kind = type(parametrisation_of(make(name))).__name__
     takes = "prediction_type" in inspect.signature(getattr(diffusers, name).__init__).parameters
     takes = takes and not name.startswith("Helios")  # velocities only, whatever the argument
     for prediction in PREDICTIONS if takes else (None,):

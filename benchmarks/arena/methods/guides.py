@@ -82,4 +82,4 @@ class ContextualVendi(Guided):
 
     def guide(self, pipe: Any) -> KernelGuidance:
         space = Pixels(chunk=16) if getattr(pipe, "vae", None) is not None else "x0"
-        return KernelGuidance(Vendi(), self.scale, space, every=self.every, chain=("rescale",))
+        return KernelGuidance(Vendi(), self.scale, space, every=self.every, transforms=("rescale",))

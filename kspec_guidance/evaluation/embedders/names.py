@@ -1,7 +1,9 @@
 """Embedders by name, for the command line: ``demo``, ``efficientnet-lite0``, ``open_clip:NAME:FILE`` and so on."""
 
+from kspec_guidance.demo import load_demo_pipeline
 from kspec_guidance.evaluation.embedders import images, texts
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
+from kspec_guidance.evaluation.embedders.pipeline import pipeline_embedder
 
 __all__ = ["IMAGE_NAMES", "TEXT_NAMES", "image_embedder", "text_embedder"]
 
@@ -19,9 +21,7 @@ def image_embedder(name: str, device: str = "cpu") -> ImageEmbedder:
     kind, _, rest = name.partition(":")
     model, _, weights = rest.partition(":")
     if name == "demo":
-        from kspec_guidance.demo import load_demo_pipeline
-
-        return images.pipeline_embedder(load_demo_pipeline())
+        return pipeline_embedder(load_demo_pipeline())
     if name == "efficientnet-lite0":
         return images.efficientnet_lite(device)
     if kind == "open_clip" and weights:

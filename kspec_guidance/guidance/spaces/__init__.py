@@ -1,16 +1,16 @@
-"""Where samples are compared: the latents themselves, block means, pixels, an embedding, or the denoiser's own activations.
+"""Where samples are compared: the latents themselves, block means, pixels, an embedding, or the denoiser's activations.
 
-A space turns what the loop holds into feature rows and pulls a gradient in those rows back. ``latents``, ``x0`` and
-``pooled`` cost nothing to speak of; ``pixels`` and ``embedder`` decode; ``activations`` runs the first half of the denoiser
+A space makes feature rows of what the loop holds, and pulls a gradient in those rows back. ``latents``, ``x0`` and
+``pooled`` have negligible cost; ``pixels`` and ``embedder`` decode; ``activations`` runs the first half of the denoiser
 again.
 """
 
 from kspec_guidance.guidance.spaces.activations import Activations
-from kspec_guidance.guidance.spaces.base import FeatureSpace, Scene
+from kspec_guidance.guidance.spaces.base import FeatureSpace
 from kspec_guidance.guidance.spaces.latents import X0, Latents, Pooled
 from kspec_guidance.guidance.spaces.pixels import Embedder, Pixels
 
-__all__ = ["SPACES", "Activations", "Embedder", "FeatureSpace", "Latents", "Pixels", "Pooled", "Scene", "X0", "make_space"]
+__all__ = ["SPACES", "Activations", "Embedder", "FeatureSpace", "Latents", "Pixels", "Pooled", "X0", "make_space"]
 
 SPACES: dict[str, type[FeatureSpace]] = {
     "x0": X0,

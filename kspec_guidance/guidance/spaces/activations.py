@@ -1,11 +1,12 @@
-"""The denoiser's own activations: what the model itself tells apart, at the price of its first half."""
+"""The denoiser's own activations, at the cost of running its first half again."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kspec_guidance.guidance.spaces.base import FeatureSpace, Pull, Scene, by_autograd
+from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback, by_autograd
+from kspec_guidance.loop.context import CallContext, DenoiserCall
 
 __all__ = ["Activations"]
 
@@ -35,9 +36,9 @@ def _largest(output: Any) -> Tensor:
     return max(found, key=Tensor.numel)
 
 
-def wanted_rows(call: dict[str, Any], n: int) -> dict[str, Any]:
+def wanted_rows(arguments: dict[str, Any], n: int) -> dict[str, Any]:
     """The arguments of a denoiser's call for its last ``n`` rows: with classifier-free guidance the wanted half."""
-    rows = next((len(v) for v in call.values() if isinstance(v, Tensor) and v.ndim > 1), n)
+    rows = next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.ndim > 1), n)
 
     def cut(v: Any) -> Any:
         if isinstance(v, Tensor) and v.ndim and len(v) == rows and rows > n:
@@ -48,12 +49,12 @@ def wanted_rows(call: dict[str, Any], n: int) -> dict[str, Any]:
             return type(v)(cut(w) for w in v)
         return v
 
-    return {k: cut(v) for k, v in call.items()}
+    return {k: cut(v) for k, v in arguments.items()}
 
 
 @dataclass(frozen=True)
 class Activations(FeatureSpace):
-    """Means over positions of a middle block of the denoiser: what the model itself tells apart (arXiv 2606.27371).
+    """Means over positions of a middle block of the denoiser (arXiv 2606.27371).
 
     The denoiser runs again up to that block, with gradients, in the wanted half of its first call at this step. Features at
     different noise levels are not comparable, so the memory keeps one row of features for each guided step, and step
@@ -66,43 +67,44 @@ class Activations(FeatureSpace):
 
     module: str | None = None
     name: ClassVar[str] = "activations"
+    step_by_step: ClassVar[bool] = True
+    needs_denoiser_call: ClassVar[bool] = True
 
-    def features(self, x: Tensor, scene: Scene) -> tuple[Tensor, Pull]:
-        if scene.call is None:
+    def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
+        if denoiser_call is None:
             raise ValueError(
                 "space='activations' needs a pipeline to attach to: with guide.attach(pipe):, and a denoiser it calls"
             )
-        denoiser, given = scene.call
-        inner = getattr(denoiser, "_orig_mod", denoiser)
-        block = inner.get_submodule(self.module) if self.module else middle_of(inner)
-        call = wanted_rows(given, len(x))
-        name = next(k for k, v in call.items() if isinstance(v, Tensor) and v.ndim > 1)
-        dtype = next((p.dtype for p in inner.parameters() if p.is_floating_point()), x.dtype)
+        denoiser = getattr(denoiser_call.module, "_orig_mod", denoiser_call.module)
+        block = denoiser.get_submodule(self.module) if self.module else middle_of(denoiser)
+        arguments = wanted_rows(denoiser_call.arguments, len(x))
+        name = next(k for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim > 1)
+        dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), x.dtype)
 
         def f(leaf: Tensor) -> Tensor:
-            seen: list[Tensor] = []
+            outputs: list[Tensor] = []
 
             def stop(module: nn.Module, args: Any, output: Any) -> None:
-                seen.append(_largest(output))
+                outputs.append(_largest(output))
                 raise _Reached
 
             handle = block.register_forward_hook(stop)
             try:
-                inner.forward(**{**call, name: leaf.to(dtype)})
+                denoiser.forward(**{**arguments, name: leaf.to(dtype)})
             except _Reached:
                 pass
             finally:
                 handle.remove()
-            y = seen[0].float()
+            y = outputs[0].float()
             y = y.view(len(leaf), -1, *y.shape[1:]) if len(y) != len(leaf) else y
             if y.ndim == 3:
                 return y.mean(1)  # tokens
             return y.flatten(2).mean(2)
 
-        rows, pull = by_autograd(f, call[name])
+        rows, pullback = by_autograd(f, arguments[name])
 
         def to_x(g: Tensor) -> Tensor:
-            d = pull(g).float()
+            d = pullback(g).float()
             if d.ndim != x.ndim:
                 return d.flatten(1)[:, : x[0].numel()].view(x.shape)
             return d[tuple(slice(0, s) for s in x.shape)]  # without the channels or tokens of a condition

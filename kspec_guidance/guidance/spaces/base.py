@@ -1,31 +1,20 @@
-"""FeatureSpace: feature rows of samples, and the way back of a gradient in them."""
+"""FeatureSpace: feature rows of samples, and the pull-back of a gradient in them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["FeatureSpace", "Pull", "Scene", "by_autograd"]
+from kspec_guidance.loop.context import CallContext, DenoiserCall
 
-Pull = Callable[[Tensor], Tensor]
+__all__ = ["FeatureSpace", "Pullback", "by_autograd"]
 
-
-@dataclass
-class Scene:
-    """What a space may look at beside the prediction.
-
-    ``pipe`` is None where a bare scheduler is guided; ``call`` is the denoiser with the arguments of its first call at this
-    step, ``size`` the height and width asked for.
-    """
-
-    pipe: Any = None
-    call: tuple[nn.Module, dict[str, Any]] | None = None
-    size: tuple[int, int] | None = None
+Pullback = Callable[[Tensor], Tensor]
 
 
-def by_autograd(f: Callable[[Tensor], Tensor], x: Tensor, chunk: int | None = None) -> tuple[Tensor, Pull]:
+def by_autograd(f: Callable[[Tensor], Tensor], x: Tensor, chunk: int | None = None) -> tuple[Tensor, Pullback]:
     """Rows ``f(x)`` ``[n, d]`` and the map from a gradient in them to one in ``x``, ``chunk`` samples at a time.
 
     Nothing is kept between the two: each chunk runs again when its gradient is asked for, so that the graph of one chunk
@@ -35,38 +24,60 @@ def by_autograd(f: Callable[[Tensor], Tensor], x: Tensor, chunk: int | None = No
     with torch.no_grad():
         rows = torch.cat([f(p).flatten(1).float() for p in parts])
 
-    def pull(g: Tensor) -> Tensor:
+    def pullback(g: Tensor) -> Tensor:
         out = []
-        for p, w in zip(parts, g.split(chunk or len(x)), strict=True):
+        for part, cotangent in zip(parts, g.split(chunk or len(x)), strict=True):
             with torch.enable_grad():
-                leaf = p.clone().requires_grad_()
+                leaf = part.clone().requires_grad_()
                 y = f(leaf).flatten(1)
-                (d,) = torch.autograd.grad(y, leaf, w.to(y))
+                (d,) = torch.autograd.grad(y, leaf, cotangent.to(y))
             out.append(d)
         return torch.cat(out)
 
-    return rows, pull
+    return rows, pullback
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """Base class. ``noisy`` spaces move the noisy sample after the step, the others the clean prediction before it."""
+    """Base class: where samples are compared.
+
+    Attributes:
+        name: by which guides and settings know it.
+        direct: whether samples are their own features, flattened.
+        noisy: whether it moves the noisy sample after the step, rather than the clean prediction before it.
+        step_by_step: whether features of different steps cannot be compared, so that the memory keeps one row of features
+            for each guided step.
+        needs_denoiser_call: whether it uses the arguments of the denoiser's call.
+    """
 
     name: ClassVar[str] = ""
+    direct: ClassVar[bool] = False
     noisy: ClassVar[bool] = False
+    step_by_step: ClassVar[bool] = False
+    needs_denoiser_call: ClassVar[bool] = False
 
-    def features(self, x: Tensor, scene: Scene) -> tuple[Tensor, Pull]:
-        """Feature rows ``[n, d]`` of packed samples ``[n, ...]``, and the pull-back of a gradient."""
+    def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
+        """Feature rows ``[n, d]`` of packed samples ``[n, ...]``, and the pull-back of a gradient in them.
+
+        Args:
+            x: samples.
+            call: the pipeline call at hand.
+            denoiser_call: the denoiser's first call at this step, where the space needs it.
+        """
         raise NotImplementedError
 
     def shape(self, x: Tensor) -> tuple[int, ...] | None:
-        """Shape of one sample's features, where it is known without work."""
+        """Shape of one sample's features; None where it is not known before they are formed."""
         return None
 
-    def final(self, x: Tensor, scene: Scene) -> Tensor:
+    def final(self, x: Tensor, call: CallContext) -> Tensor:
         """What the memory keeps of finished samples ``[n, ...]``."""
-        return self.features(x, scene)[0]
+        return self.features(x, call)[0]
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings, ready for JSON."""
+        """Name and settings, ready for JSON.
+
+        Raises:
+            TypeError: for a space whose settings cannot be written.
+        """
         return {"name": self.name}

@@ -1,4 +1,4 @@
-"""The latents themselves, clean or noisy, and their block means: spaces that cost nothing to speak of."""
+"""The latents themselves, clean or noisy, and their block means: spaces of negligible cost."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from kspec_guidance.features import RandomProjection
-from kspec_guidance.guidance.spaces.base import FeatureSpace, Pull, Scene, by_autograd
+from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback, by_autograd
+from kspec_guidance.loop.context import CallContext, DenoiserCall
 
 __all__ = ["Latents", "Pooled", "X0"]
 
@@ -18,14 +19,15 @@ class X0(FeatureSpace):
     """The clean prediction itself."""
 
     name: ClassVar[str] = "x0"
+    direct: ClassVar[bool] = True
 
-    def features(self, x: Tensor, scene: Scene) -> tuple[Tensor, Pull]:
+    def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
         return x.flatten(1), lambda g: g.view(x.shape)
 
     def shape(self, x: Tensor) -> tuple[int, ...]:
         return tuple(x.shape[1:])
 
-    def final(self, x: Tensor, scene: Scene) -> Tensor:
+    def final(self, x: Tensor, call: CallContext) -> Tensor:
         return x
 
 
@@ -42,7 +44,7 @@ class Pooled(FeatureSpace):
     """Block means of the clean prediction, or a random projection of it: low dimension, where wide kernels work.
 
     Images and clips become ``grid`` blocks each way (clips over time too); sequences ``grid ** 2`` blocks along the longer
-    axis, which for packed tokens is the raster order of the picture.
+    axis, which for packed tokens is the raster order of the image.
 
     Args:
         grid: blocks each way.
@@ -56,9 +58,9 @@ class Pooled(FeatureSpace):
     name: ClassVar[str] = "pooled"
 
     def __post_init__(self) -> None:
-        for what, value in (("grid", self.grid), ("project", self.project)):
+        for name, value in (("grid", self.grid), ("project", self.project)):
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
     def _map(self, x: Tensor) -> Tensor:
         if self.project is not None or x.ndim not in (3, 4, 5):
@@ -72,7 +74,7 @@ class Pooled(FeatureSpace):
         size: Any = tuple(min(self.grid, s) for s in x.shape[2:])
         return nnf.adaptive_avg_pool2d(x, size) if x.ndim == 4 else nnf.adaptive_avg_pool3d(x, size)
 
-    def features(self, x: Tensor, scene: Scene) -> tuple[Tensor, Pull]:
+    def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
         return by_autograd(self._map, x)
 
     def shape(self, x: Tensor) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The decoded prediction, and embeddings of it: what the eye compares, at the price of the decoder."""
+"""The decoded prediction, and embeddings of it: compared as images, at the cost of the decoder."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from kspec_guidance.guidance.spaces.base import FeatureSpace, Pull, Scene, by_autograd
+from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback, by_autograd
 from kspec_guidance.loop.components import autoencoder_of
+from kspec_guidance.loop.context import CallContext, DenoiserCall
 from kspec_guidance.loop.latents import from_loop
 
 __all__ = ["Embedder", "Pixels"]
@@ -16,11 +17,11 @@ __all__ = ["Embedder", "Pixels"]
 
 @dataclass(frozen=True)
 class Pixels(FeatureSpace):
-    """The decoded prediction: what the eye compares. The gradient goes through the decoder, one chunk at a time.
+    """The decoded prediction. The gradient goes through the decoder, one chunk at a time.
 
     Args:
         vae: a decoder in place of the pipeline's, e.g. an ``AutoencoderTiny`` for the same latents (faster, smaller).
-        size: side in pixels to which pictures are averaged down before they are compared; None keeps them whole.
+        size: side in pixels to which images are averaged before they are compared; None keeps their size.
         chunk: samples decoded at once.
     """
 
@@ -29,25 +30,30 @@ class Pixels(FeatureSpace):
     chunk: int = 1
     name: ClassVar[str] = "pixels"
 
-    def decoder(self, scene: Scene) -> Any:
-        vae = self.vae if self.vae is not None else autoencoder_of(scene.pipe)
+    def decoder(self, call: CallContext) -> Any:
+        """The decoder in use.
+
+        Raises:
+            ValueError: if the pipeline has none and none was given.
+        """
+        vae = self.vae if self.vae is not None else autoencoder_of(call.pipe)
         if vae is None:
             raise ValueError(
-                f"space={self.name!r} needs a decoder, and {type(scene.pipe).__name__} has no vae; pass vae=, or "
+                f"space={self.name!r} needs a decoder, and {type(call.pipe).__name__} has no vae; pass vae=, or "
                 "use space='x0'"
             )
         return vae
 
-    def pictures(self, x: Tensor, scene: Scene) -> Tensor:
-        """``[n, c, ...]`` in about -1..1."""
-        vae = self.decoder(scene)
+    def decode(self, x: Tensor, call: CallContext) -> Tensor:
+        """Images ``[n, c, h, w]`` or clips ``[n, c, f, h, w]`` of samples ``[n, ...]``, in about -1..1."""
+        vae = self.decoder(call)
         dtype = next(vae.parameters()).dtype
-        latents = x if getattr(vae.config, "latent_magnitude", None) else from_loop(x, scene.pipe, vae, scene.size)
+        latents = x if getattr(vae.config, "latent_magnitude", None) else from_loop(x, call.pipe, vae, call.size)
         out = vae.decode(latents.to(dtype))
         return getattr(out, "sample", out)
 
-    def _map(self, x: Tensor, scene: Scene) -> Tensor:
-        y = self.pictures(x, scene)
+    def _map(self, x: Tensor, call: CallContext) -> Tensor:
+        y = self.decode(x, call)
         if self.size is None:
             return y
         if y.ndim == 5:  # a clip: frames are pooled one by one and compared together
@@ -55,8 +61,8 @@ class Pixels(FeatureSpace):
         size: Any = tuple(min(self.size, s) for s in y.shape[2:])
         return nnf.adaptive_avg_pool2d(y, size) if y.ndim == 4 else y
 
-    def features(self, x: Tensor, scene: Scene) -> tuple[Tensor, Pull]:
-        return by_autograd(lambda p: self._map(p, scene), x, self.chunk)
+    def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
+        return by_autograd(lambda p: self._map(p, call), x, self.chunk)
 
     def describe(self) -> dict[str, Any]:
         if self.vae is not None:
@@ -73,7 +79,7 @@ class Embedder(Pixels):
     Args:
         embedder: a differentiable callable on ``[n, 3, size, size]`` in 0..1 returning ``[n, d]``, or an
             :class:`~kspec_guidance.evaluation.embedders.ImageEmbedder`, whose network and normalisation are used.
-        size: side to which pictures are brought for it.
+        size: side in pixels of the embedder's input.
         vae, chunk: see :class:`Pixels`.
     """
 
@@ -85,8 +91,8 @@ class Embedder(Pixels):
         if not callable(self.embedder) and not hasattr(self.embedder, "network"):
             raise ValueError("space Embedder needs embedder=, a differentiable callable on [n, 3, h, w] in 0..1")
 
-    def _map(self, x: Tensor, scene: Scene) -> Tensor:
-        y = (self.pictures(x, scene).float() / 2 + 0.5).clamp(0, 1)
+    def _map(self, x: Tensor, call: CallContext) -> Tensor:
+        y = (self.decode(x, call).float() / 2 + 0.5).clamp(0, 1)
         frames = 1
         if y.ndim == 5:
             frames = y.shape[2]

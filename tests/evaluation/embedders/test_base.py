@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from kspec_guidance.evaluation.embedders import (
+    ImageEmbedder,
     image_embedder,
-    module_embedder,
     one_hot_embedder,
     open_clip_embedder,
     text_embedder,
@@ -20,7 +20,7 @@ def test_other_bad_input_is_named():
     with pytest.raises(ValueError, match="'crop' or 'squash'"):
         to_pixels([], 8, "pad")
     with pytest.raises(ValueError, match="infinite features for images 0 to 1"):
-        module_embedder(lambda x: x.mean((2, 3)) / 0, 8, "broken")(torch.ones(1, 3, 8, 8))
+        ImageEmbedder(lambda x: x.mean((2, 3)) / 0, 8, "broken")(torch.ones(1, 3, 8, 8))
     with pytest.raises(TypeError, match="list of strings"):
         one_hot_embedder()("a dog")
     for call in (image_embedder, text_embedder):

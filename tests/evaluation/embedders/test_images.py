@@ -5,8 +5,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from kspec_guidance.evaluation.embedders import (
+    ImageEmbedder,
     efficientnet_lite,
-    module_embedder,
     open_clip_embedder,
     open_clip_text_embedder,
     torchvision_embedder,
@@ -16,7 +16,7 @@ from kspec_guidance.utils.images import to_pixels
 
 
 def mean_colour():
-    return module_embedder(lambda x: x.mean((2, 3)), 16, "mean colour", mean=(0, 0, 0), std=(1, 1, 1))
+    return ImageEmbedder(lambda x: x.mean((2, 3)), 16, "mean colour", mean=(0, 0, 0), std=(1, 1, 1))
 
 
 def stripes(size=256):

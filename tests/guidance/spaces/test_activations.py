@@ -1,7 +1,8 @@
 import torch
 
-from kspec_guidance.guidance.spaces import Activations, Scene
+from kspec_guidance.guidance.spaces import Activations
 from kspec_guidance.guidance.spaces.activations import wanted_rows
+from kspec_guidance.loop.context import CallContext, DenoiserCall
 
 
 def test_activation_gradients_agree_with_autograd_through_the_denoiser(pipe):
@@ -9,7 +10,7 @@ def test_activation_gradients_agree_with_autograd_through_the_denoiser(pipe):
     h = torch.randn(4, 9, 8, 8, generator=g)  # with classifier-free guidance: the wanted half comes last
     states = torch.randn(4, 16, unet.config.cross_attention_dim, generator=g)
     call = {"sample": h, "timestep": torch.tensor(500), "encoder_hidden_states": states, "return_dict": False}
-    rows, pull = Activations().features(h[2:], Scene(pipe, (unet, call)))
+    rows, pullback = Activations().features(h[2:], CallContext(pipe), DenoiserCall(unet, call))
     seen = []
     handle = unet.mid_block.register_forward_hook(lambda m, a, o: seen.append(o))
     leaf = h[2:].clone().requires_grad_()
@@ -20,7 +21,7 @@ def test_activation_gradients_agree_with_autograd_through_the_denoiser(pipe):
         (expected,) = torch.autograd.grad(y, leaf, w)
     handle.remove()
     torch.testing.assert_close(rows, y.detach(), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(pull(w), expected, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(pullback(w), expected, atol=1e-6, rtol=1e-3)
 
 
 def test_the_wanted_rows_of_a_call_are_its_last(g):

@@ -1,7 +1,8 @@
 import torch
 
 from kspec_guidance import KernelGuidance
-from kspec_guidance.guidance.spaces import Pooled, Scene
+from kspec_guidance.guidance.spaces import Pooled
+from kspec_guidance.loop.context import CallContext
 from kspec_guidance.objectives import RKE
 from tests.emoji import draw
 
@@ -9,9 +10,11 @@ from tests.emoji import draw
 def test_pooled_features_are_block_means(g):
     x = torch.randn(2, 3, 8, 8, generator=g)
     expected = x.unflatten(3, (2, 4)).unflatten(2, (2, 4)).mean((3, 5)).flatten(1)
-    torch.testing.assert_close(Pooled(2).features(x, Scene())[0], expected)
+    torch.testing.assert_close(Pooled(2).features(x, CallContext())[0], expected)
     clip = x[:, :, None].expand(-1, -1, 6, -1, -1)
-    torch.testing.assert_close(Pooled(2).features(clip, Scene())[0].unflatten(1, (3, 2, 4))[:, :, 0].flatten(1), expected)
+    torch.testing.assert_close(
+        Pooled(2).features(clip, CallContext())[0].unflatten(1, (3, 2, 4))[:, :, 0].flatten(1), expected
+    )
 
 
 def test_random_features_work_in_pooled_space(pipe):

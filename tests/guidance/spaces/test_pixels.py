@@ -2,14 +2,15 @@ import pytest
 import torch
 
 from kspec_guidance import SPARKE
-from kspec_guidance.guidance.spaces import Pixels, Scene
+from kspec_guidance.guidance.spaces import Pixels
+from kspec_guidance.loop.context import CallContext
 from tests.emoji import draw
 from tests.tiny import making
 
 
 def test_pixel_gradients_agree_with_autograd_through_the_decoder(pipe):
     x = draw(pipe)
-    rows, pull = Pixels(size=8, chunk=2).features(x, Scene(pipe))
+    rows, pullback = Pixels(size=8, chunk=2).features(x, CallContext(pipe))
     w = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
     leaf = x.clone().requires_grad_()
     with torch.enable_grad():
@@ -17,7 +18,7 @@ def test_pixel_gradients_agree_with_autograd_through_the_decoder(pipe):
         y = torch.nn.functional.adaptive_avg_pool2d(shown, 8).flatten(1)
         (expected,) = torch.autograd.grad(y, leaf, w)
     torch.testing.assert_close(rows, y.detach())
-    torch.testing.assert_close(pull(w), expected)
+    torch.testing.assert_close(pullback(w), expected)
 
 
 def test_a_tiny_decoder_stands_in_for_the_pipelines_own(pipe):

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from kspec_guidance import SPARKE, KernelGuidance, MemoryBank
-from kspec_guidance.guidance.spaces import SPACES, X0, Activations, Embedder, Latents, Pixels, Pooled, Scene, make_space
+from kspec_guidance.guidance.spaces import SPACES, X0, Activations, Embedder, Latents, Pixels, Pooled, make_space
 from kspec_guidance.guidance.spaces.activations import middle_of
+from kspec_guidance.loop.context import CallContext
 from kspec_guidance.objectives import RKE
 from tests.emoji import draw
 from tests.tiny import making
@@ -15,13 +16,13 @@ from tests.tiny import making
 )
 def test_the_pull_back_is_the_adjoint_of_the_features(space, shape, g):
     x, v = torch.randn(2, *shape, generator=g, dtype=torch.float64)
-    rows, pull = space.features(x, Scene())
+    rows, pullback = space.features(x, CallContext())
     assert rows.shape[0] == shape[0]
     if space.shape(x) is not None:
         assert rows.shape[1] == torch.Size(space.shape(x)).numel()
     w = torch.randn(rows.shape, generator=g, dtype=torch.float64)
-    ahead = space.features(x + v, Scene())[0] - rows  # these spaces are linear
-    assert float((ahead * w).sum()) == pytest.approx(float((v * pull(w).view(v.shape)).sum()), rel=1e-4, abs=1e-6)
+    ahead = space.features(x + v, CallContext())[0] - rows  # these spaces are linear
+    assert float((ahead * w).sum()) == pytest.approx(float((v * pullback(w).view(v.shape)).sum()), rel=1e-4, abs=1e-6)
 
 
 def tiny_embedder():
@@ -106,11 +107,11 @@ def test_errors_say_what_a_space_needs(pipe):
     with pytest.raises(ValueError, match="grid must be a whole number"):
         Pooled(0)
     with pytest.raises(ValueError, match="has no vae"):
-        Pixels().features(torch.zeros(1, 3, 4, 4), Scene())
+        Pixels().features(torch.zeros(1, 3, 4, 4), CallContext())
     with pytest.raises(ValueError, match="needs a pipeline to attach to"):
-        Activations().features(torch.zeros(1, 3, 4, 4), Scene())
+        Activations().features(torch.zeros(1, 3, 4, 4), CallContext())
     with pytest.raises(ValueError, match="no middle block"):
         middle_of(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="give start= and stop= instead of sigma_interval="):
-        KernelGuidance(RKE(), space="activations", sigma_interval=(0.1, 1.0))
+        KernelGuidance(RKE(), 0.3, space="activations", sigma_interval=(0.1, 1.0))
     assert set(SPACES) == {"x0", "latents", "pooled", "pixels", "embedder", "activations"}
