@@ -1,9 +1,9 @@
-"""Diversity-controlled dataset synthesis: prompts in, a folder of varied images with their metadata out.
+"""Dataset synthesis with controlled diversity: prompts in, a folder of varied images with their metadata out.
 
     from kspec_guidance.synthesis import synthesize
-    synthesize(["heart", "runner"], "outputs/set", images=16)
+    synthesize(["heart", "runner"], "outputs/set", images_per_prompt=16)
 
-Several processes, resumable at any moment, with one record a batch: see ``docs/synthesis.md``.
+A run can be stopped and resumed at any time and can use several processes: see ``docs/synthesis.md``.
 """
 
 from kspec_guidance.synthesis.api import Synthesis, synthesize
@@ -11,7 +11,7 @@ from kspec_guidance.synthesis.errors import CheckpointError, SettingsChangedErro
 from kspec_guidance.synthesis.estimate import Estimate, estimate
 from kspec_guidance.synthesis.prompts import Prompt, read_prompts
 from kspec_guidance.synthesis.quotas import Attribute
-from kspec_guidance.synthesis.targets import Target
+from kspec_guidance.synthesis.schedule import Target
 from kspec_guidance.synthesis.worker import Progress
 
 __all__ = [

@@ -1,47 +1,51 @@
-"""What can go wrong, in words."""
+"""Errors of a run; every message says what to do."""
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["CheckpointError", "SettingsChangedError", "SynthesisError", "explained"]
+__all__ = ["CheckpointError", "SettingsChangedError", "SynthesisError", "disk_errors"]
 
 
 class SynthesisError(RuntimeError):
-    """A run that cannot begin or go on, with what to do about it. Finished images are never lost."""
+    """A run cannot start or continue. Finished images are never lost."""
 
 
 class CheckpointError(SynthesisError):
-    """A record of finished images that was damaged after it was written."""
+    """Finished images, their records or their settings were damaged or lost after they were written."""
 
 
 class SettingsChangedError(SynthesisError):
-    """A folder whose images were made with other settings; ``differences`` lists them."""
+    """The images of a folder were made with other settings.
+
+    Attributes:
+        differences: one line for each setting that differs.
+    """
 
     def __init__(self, out: Path, differences: list[str], images: int):
         self.differences = differences
-        listed = "\n  ".join(differences)
+        lines = "\n  ".join(differences)
         super().__init__(
-            f"{out} holds {images} images that were made with other settings:\n  {listed}\n"
-            "give the old settings to go on, another folder to begin anew, or force=True (--force), which keeps the "
+            f"{out} holds {images} images that were made with other settings:\n  {lines}\n"
+            "give the old settings to continue, another folder to start anew, or force=True (--force), which keeps the "
             "finished images, counts them, and makes the rest with the new settings"
         )
 
 
 @contextmanager
-def explained(out: Path) -> Iterator[None]:
-    """Errors of the file system, in words."""
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn errors of the file system into a :class:`SynthesisError` that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise SynthesisError(
                 f"no space left for {out} ({error.strerror}); finished images are safe: free some space and run the same "
-                "command again, it goes on where it stopped"
+                "command again, it continues where it stopped"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise SynthesisError(
-                f"cannot write to {out} ({error.strerror}); choose another folder or change its rights"
+                f"cannot write to {out} ({error.strerror}); choose another folder or change its permissions"
             ) from error
         raise

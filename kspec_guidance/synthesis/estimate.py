@@ -1,4 +1,4 @@
-"""What a run would do, how long, and with how much memory and disk: measured on one batch, with nothing written."""
+"""estimate: how long a run would take, with how much memory and disk, measured on one batch."""
 
 import time
 from collections.abc import Mapping
@@ -11,22 +11,38 @@ import torch
 
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.memory import CentroidMemory, choose_memory
+from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.generator import Generator
-from kspec_guidance.synthesis.jobs import make_jobs, next_batch
-from kspec_guidance.synthesis.processes import Processes
 from kspec_guidance.synthesis.prompts import read_prompts
-from kspec_guidance.synthesis.quotas import split_quotas
+from kspec_guidance.synthesis.quotas import Attribute, split_quotas
 from kspec_guidance.synthesis.records import Store
-from kspec_guidance.synthesis.worker import png
+from kspec_guidance.synthesis.schedule import make_jobs, next_batch
+from kspec_guidance.synthesis.worker import encode_png
+from kspec_guidance.utils.arguments import renamed_arguments
 
 __all__ = ["Estimate", "estimate"]
 
-MEASURED = 5.0  # seconds under which a first batch is warming up, and a second one is timed
+WARM_UP_SECONDS = 5.0  # a first batch that takes no longer is a warm-up, and a second one is timed
+ROW_BYTES, RECORD_BYTES = 600, 2000  # on the disk: metadata of an image, and a record without its tensors
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Numbers of a run that has not been made; bytes and seconds."""
+    """What a run would take.
+
+    Attributes:
+        prompts: distinct prompts.
+        images: in the whole set.
+        finished: of these, those that the folder already holds.
+        batches: left to make.
+        processes: that share them.
+        seconds: until the end.
+        batch_seconds: of one batch.
+        memory: kind of the memory.
+        memory_bytes: of each process, at most.
+        disk_bytes: for images and records that are left to make.
+        free_bytes: on the disk.
+    """
 
     prompts: int
     images: int
@@ -41,14 +57,14 @@ class Estimate:
     free_bytes: int
 
     def __str__(self) -> str:
-        short = f", more than the {_size(self.free_bytes)} that are free" if self.disk_bytes > self.free_bytes else ""
-        there = f", {self.finished} of them finished" if self.finished else ""
-        each = f"{self.processes} processes" if self.processes > 1 else "one process"
+        excess = f", more than the {_size(self.free_bytes)} that are free" if self.disk_bytes > self.free_bytes else ""
+        finished = f", {self.finished} of them finished" if self.finished else ""
+        processes = f"{self.processes} processes" if self.processes > 1 else "one process"
         return (
-            f"{self.images} images of {self.prompts} prompts{there}, {self.batches} batches on {each}\n"
+            f"{self.images} images of {self.prompts} prompts{finished}, {self.batches} batches on {processes}\n"
             f"about {timedelta(seconds=round(self.seconds))} at {self.batch_seconds:.2f} s a batch, as one batch took now\n"
             f"memory of each process: up to {_size(self.memory_bytes)} ({self.memory})\n"
-            f"disk: about {_size(self.disk_bytes)}{short}\n"
+            f"disk: about {_size(self.disk_bytes)}{excess}\n"
             "nothing was written"
         )
 
@@ -61,55 +77,82 @@ def _size(n: float) -> str:
     return f"{n:.3g} TB"
 
 
+@renamed_arguments(images="images_per_prompt", batch="batch_size")
 def estimate(
     prompts: Any,
     out: str | Path,
     pipe: Any,
     guide: KernelGuidance,
-    images: int = 8,
-    batch: int = 8,
+    images_per_prompt: int = 8,
+    batch_size: int = 8,
     *,
     call: Mapping[str, Any] | None = None,
-    quotas: Mapping[str, Any] | None = None,
+    quotas: Mapping[str, int | Attribute] | None = None,
     memory: str = "auto",
     processes: int | None = None,
 ) -> Estimate:
-    """Arguments as of :func:`synthesize`; ``processes`` is the number that will be started, this run's own by default."""
-    found, (counts, _) = read_prompts(prompts), split_quotas(quotas)
-    jobs = make_jobs(found, images, counts)
+    """Estimate a run of :func:`synthesize` from one or two batches; nothing is written.
+
+    Args:
+        prompts: a list, a file or a dataset, see :func:`read_prompts`.
+        out: the folder of the run; finished images in it are counted.
+        pipe: a text-to-image pipeline.
+        guide: of the run.
+        images_per_prompt: number of images of each prompt.
+        batch_size: images made at once.
+        call: arguments of every pipeline call.
+        quotas: as in :func:`synthesize`; attributes are not used.
+        memory: kind of the memory, as in :func:`synthesize`.
+        processes: number of processes of the run; those of this program by default.
+
+    Raises:
+        SynthesisError: for prompts, quotas or arguments of the call that cannot work.
+    """
+    prompt_list, (counts, _) = read_prompts(prompts), split_quotas(quotas)
+    jobs = make_jobs(prompt_list, images_per_prompt, counts)
     total = sum(job.goal for job in jobs)
     store = Store(Path(out))
     finished = sum(len(record.rows) for record in store.records()) if store.state.exists() else 0
-    world = processes or Processes().world
-    samples = next_batch(jobs, batch, 0, lambda job: None)
+    world_size = processes or Processes().world_size
+    samples = next_batch(jobs, batch_size, 0, lambda job: None)
     if not samples:
-        return Estimate(len(found), total, finished, 0, world, 0.0, 0.0, "none", 0, 0, store.free)
+        return Estimate(len(prompt_list), total, finished, 0, world_size, 0.0, 0.0, "none", 0, 0, store.free_bytes)
     remember = guide.remember
     generator = Generator(pipe, guide, dict(call or {}))
     try:
         with guide.attach(pipe):
             for _ in range(2):
-                began = time.perf_counter()
-                made = generator.make(samples)
-                seconds = time.perf_counter() - began
-                if seconds > MEASURED:
+                start = time.perf_counter()
+                batch = generator.make(samples)
+                batch_seconds = time.perf_counter() - start
+                if batch_seconds > WARM_UP_SECONDS:
                     break
     finally:
         guide.remember = remember
-    row = made.x[0].numel() * 4
-    text = 0 if made.t is None else made.t.shape[1] * 4
-    picture = sum(len(png(image)) for image in made.images) / len(made.images)
-    bank: Any = choose_memory(total, tuple(made.x.shape[1:])) if memory == "auto" else None
-    kind, size = "exact rows", total * row
+    sample_bytes = batch.x[0].numel() * 4
+    prompt_bytes = 0 if batch.prompt_features is None else batch.prompt_features.shape[1] * 4
+    image_bytes = sum(len(encode_png(image)) for image in batch.images) / len(batch.images)
+    bank: Any = choose_memory(total, tuple(batch.x.shape[1:])) if memory == "auto" else None
+    kind, memory_bytes = "exact rows", total * sample_bytes
     if memory == "centroids" or isinstance(bank, CentroidMemory):
         bank = bank or CentroidMemory()
-        kind, size = f"{bank.capacity} weighted means", min(bank.capacity, total) * (row + text)
+        kind = f"{bank.capacity} weighted means"
+        memory_bytes = min(bank.capacity, total) * (sample_bytes + prompt_bytes)
     elif bank is not None and bank.dtype == torch.float16:
-        kind, size = "exact rows in float16", total * row // 2
+        kind, memory_bytes = "exact rows in float16", total * sample_bytes // 2
     left = max(0, total - finished)
-    batches = -(-left // batch)
-    disk = int(left * (picture + row + 600) + batches * (text + 2000))
-    rounds = -(-batches // world)
+    batches = -(-left // batch_size)
+    disk_bytes = left * (image_bytes + sample_bytes + ROW_BYTES) + batches * (prompt_bytes + RECORD_BYTES)
     return Estimate(
-        len(found), total, finished, batches, world, rounds * seconds, seconds, kind, int(size), disk, store.free
+        prompts=len(prompt_list),
+        images=total,
+        finished=finished,
+        batches=batches,
+        processes=world_size,
+        seconds=-(-batches // world_size) * batch_seconds,
+        batch_seconds=batch_seconds,
+        memory=kind,
+        memory_bytes=int(memory_bytes),
+        disk_bytes=int(disk_bytes),
+        free_bytes=store.free_bytes,
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kspec_guidance.synthesis.errors import SynthesisError, explained
+from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
 from kspec_guidance.synthesis.records import Record, Store
 from kspec_guidance.utils.atomic_io import replacing
 
@@ -16,7 +16,7 @@ FORMATS = ("imagefolder", "webdataset", "parquet")
 Row = dict[str, Any]
 
 
-def _tar(path: Path, rows: list[Row], read: Callable[[Row], bytes]) -> None:
+def _write_tar(path: Path, rows: list[Row], read: Callable[[Row], bytes]) -> None:
     import webdataset
 
     with path.open("wb") as file, webdataset.TarWriter(file, mtime=0, user="", group="") as tar:
@@ -25,7 +25,7 @@ def _tar(path: Path, rows: list[Row], read: Callable[[Row], bytes]) -> None:
             tar.write({"__key__": key, "png": read(row), "txt": row["prompt"], "json": json.dumps(row).encode()})
 
 
-def _parquet(path: Path, rows: list[Row], read: Callable[[Row], bytes]) -> None:
+def _write_parquet(path: Path, rows: list[Row], read: Callable[[Row], bytes]) -> None:
     import datasets
 
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -37,62 +37,71 @@ def _parquet(path: Path, rows: list[Row], read: Callable[[Row], bytes]) -> None:
 
 
 class Packer:
-    """Packs the images of one process, so many to a shard, in the order in which they were finished.
+    """Packs the images of one process into shards of ``size``, in the order in which they were finished.
 
-    Images wait beside the records until a shard is full; a shard appears whole, and only then are they deleted. Which
-    images are in which shard depends on the records alone.
+    Images are kept beside the records until a shard is full; a shard appears whole, and only then are they deleted. Which
+    images are in which shard depends on the records only.
+
+    Args:
+        store: of the run.
+        kind: ``webdataset`` or ``parquet``.
+        size: images in a shard.
+
+    Raises:
+        SynthesisError: if the library that writes this format is not installed.
     """
 
     def __init__(self, store: Store, kind: str, size: int):
         self.store, self.kind, self.size = store, kind, size
-        self.waiting: list[Row] = []
-        self.done = 0
+        self.pending: list[Row] = []
+        self.shards = 0
         try:
             __import__("webdataset" if kind == "webdataset" else "datasets")
         except ImportError as error:
             raise SynthesisError(f"format {kind!r} needs: pip install 'kspec-guidance[data]'") from error
 
     def path(self, epoch: int, rank: int, number: int | str) -> Path:
-        ending = "tar" if self.kind == "webdataset" else "parquet"
+        """The file of one shard."""
+        suffix = "tar" if self.kind == "webdataset" else "parquet"
         name = number if isinstance(number, str) else f"{number:06d}"
-        return self.store.out / f"shard-{epoch:02d}-{rank:04d}-{name}.{ending}"
+        return self.store.out / f"shard-{epoch:02d}-{rank:04d}-{name}.{suffix}"
 
     def add(self, record: Record) -> None:
-        """The rows of a finished batch; full shards are written."""
-        self.waiting += record.rows
-        while len(self.waiting) >= self.size:
-            rows, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
-            self._pack(rows, self.path(record.epoch, record.rank, self.done))
-            self.done += 1
+        """Add the images of a finished batch, and write the shards that are full."""
+        self.pending += record.rows
+        while len(self.pending) >= self.size:
+            rows, self.pending = self.pending[: self.size], self.pending[self.size :]
+            self._pack(rows, self.path(record.epoch, record.rank, self.shards))
+            self.shards += 1
 
     def finish(self, epoch: int, rank: int) -> None:
-        """What is left becomes a smaller shard."""
-        if self.waiting:
-            self._pack(self.waiting, self.path(epoch, rank, self.done))
-            self.waiting, self.done = [], self.done + 1
+        """Write the remaining images as a smaller shard."""
+        if self.pending:
+            self._pack(self.pending, self.path(epoch, rank, self.shards))
+            self.pending, self.shards = [], self.shards + 1
 
     def finish_earlier(self) -> None:
-        """Images of epochs that ended before their last shard was full, in a shard ``rest`` of each process."""
+        """Write images of epochs that ended before their last shard was full, as one shard ``rest`` of each process."""
         for epoch in self.store.epochs():
             if epoch == self.store.epoch:
                 continue
             size = self.store.settings(epoch).get("format", [None, self.size])[1]
             for rank in self.store.ranks(epoch):
                 rows = [row for r in self.store.records([epoch]) if r.rank == rank for row in r.rows]
-                done = 0
-                while self.path(epoch, rank, done).exists():
-                    done += 1
-                if len(rows) > done * size:
-                    self._pack(rows[done * size :], self.path(epoch, rank, "rest"))
-                self._drop(rows)
+                shards = 0
+                while self.path(epoch, rank, shards).exists():
+                    shards += 1
+                if len(rows) > shards * size:
+                    self._pack(rows[shards * size :], self.path(epoch, rank, "rest"))
+                self._delete_images(rows)
 
     def _pack(self, rows: list[Row], path: Path) -> None:
         if not path.exists():
-            write = _tar if self.kind == "webdataset" else _parquet
-            with explained(self.store.out), replacing(path, durable=True) as fresh:
+            write = _write_tar if self.kind == "webdataset" else _write_parquet
+            with disk_errors(self.store.out), replacing(path, durable=True) as fresh:
                 write(fresh, rows, lambda row: (self.store.images / row["file_name"]).read_bytes())
-        self._drop(rows)
+        self._delete_images(rows)
 
-    def _drop(self, rows: list[Row]) -> None:
+    def _delete_images(self, rows: list[Row]) -> None:
         for row in rows:
             (self.store.images / row["file_name"]).unlink(missing_ok=True)

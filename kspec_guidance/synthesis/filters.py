@@ -1,4 +1,4 @@
-"""What is dropped: failures, near duplicates, and what the user's own function says."""
+"""Which images are dropped: blank ones, near-duplicates, and those that the user's function rejects."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,16 @@ from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.synthesis.errors import SynthesisError
 
-__all__ = ["Screen", "load_filter"]
+__all__ = ["Filter", "Screen", "load_filter"]
 
 Filter = Callable[[Image.Image, dict[str, Any]], Any]
 
 
 def load_filter(name: str) -> Filter:
-    """A function by ``module:function``; the module is imported from the current folder or the environment.
+    """Import a function named ``module:function``, from the current folder or the environment.
 
     Raises:
-        SynthesisError: if there is none.
+        SynthesisError: if there is no such function.
     """
     import importlib
     import sys
@@ -40,51 +40,61 @@ def load_filter(name: str) -> Filter:
 
 
 class Screen:
-    """Says of each image of a batch why it is to be dropped, or nothing.
+    """Decides for each image of a batch whether it is dropped, and why.
 
     Args:
-        duplicates: cosine of features from which an image counts as a duplicate of one that this process kept.
-        user: called with the image and its row; True keeps it, False or a reason drops it.
+        duplicates: cosine of features from which an image is a near-duplicate of one that this process kept.
+        user_filter: called with an image and its row; True keeps it, False or a reason drops it.
+
+    Raises:
+        SynthesisError: for a cosine outside of (0, 1].
     """
 
-    def __init__(self, duplicates: float | None, user: Filter | None):
+    def __init__(self, duplicates: float | None, user_filter: Filter | None):
         if duplicates is not None and not 0 < duplicates <= 1:
             raise SynthesisError(f"duplicates is a cosine in (0, 1], e.g. 0.98, got {duplicates!r}")
-        self.duplicates, self.user = duplicates, user
+        self.duplicates, self.user_filter = duplicates, user_filter
         self.kept = MemoryBank()
 
-    def learn(self, features: Tensor) -> None:
-        """Features ``[k, d]`` of kept images."""
+    def add(self, features: Tensor) -> None:
+        """Add features ``[k, d]`` of kept images."""
         if self.duplicates is not None and len(features):
             self.kept.add(features)
 
     def reasons(self, images: list[Image.Image], rows: list[dict[str, Any]], features: Tensor) -> list[str | None]:
-        """One for each image; None keeps it."""
+        """Why each image is dropped; None keeps it.
+
+        Args:
+            images: of one batch.
+            rows: their metadata.
+            features: ``[n, d]``.
+        """
         reasons: list[str | None] = []
         u = l2_normalize(features.float())
-        alike = None if self.duplicates is None else self.kept.select().largest_cosine(u)
+        cosines = None if self.duplicates is None else self.kept.select().largest_cosine(u)
         for k, (image, row) in enumerate(zip(images, rows, strict=True)):
-            reason = "blank" if _blank(image) else None
-            if reason is None and self.duplicates is not None and alike is not None:
-                before = [j for j in range(k) if reasons[j] is None]
-                inside = float((u[before] @ u[k]).max()) if before else -1.0
-                if max(inside, float(alike[k])) >= self.duplicates:
+            reason = "blank" if _is_blank(image) else None
+            if reason is None and self.duplicates is not None and cosines is not None:
+                earlier = [j for j in range(k) if reasons[j] is None]
+                in_batch = float((u[earlier] @ u[k]).max()) if earlier else -1.0
+                if max(in_batch, float(cosines[k])) >= self.duplicates:
                     reason = "near duplicate"
-            if reason is None and self.user is not None:
-                reason = _verdict(self.user(image, dict(row)))
+            if reason is None and self.user_filter is not None:
+                reason = _reason_of(self.user_filter(image, dict(row)))
             reasons.append(reason)
         return reasons
 
 
-def _blank(image: Image.Image) -> bool:
+def _is_blank(image: Image.Image) -> bool:
     bounds: Any = image.getextrema()
     bounds = bounds if isinstance(bounds[0], tuple) else (bounds,)
     return all(low == high for low, high in bounds)
 
 
-def _verdict(said: Any) -> str | None:
-    if isinstance(said, str):
-        return said or "filter"
-    if said is None:
+def _reason_of(verdict: Any) -> str | None:
+    """The reason to drop an image, of what the user's function returned."""
+    if isinstance(verdict, str):
+        return verdict or "filter"
+    if verdict is None:
         raise SynthesisError("the filter returned nothing; return True to keep an image, False or a reason to drop it")
-    return None if said else "filter"
+    return None if verdict else "filter"

@@ -1,4 +1,4 @@
-"""Attributes in wanted shares: each image is drawn to the reference set of one attribute, and away from the others'."""
+"""Quotas: numbers of images by group, and attributes in wanted shares."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,12 @@ __all__ = ["Attribute", "allot", "read_attribute", "split_quotas"]
 
 @dataclass(frozen=True)
 class Attribute:
-    """A wanted share of all images.
+    """An attribute, given by reference samples, and its share of all images.
+
+    Guidance moves each image towards the references of one attribute, and away from those of the others.
 
     Args:
-        reference: ``[m, ...]`` samples that show the attribute, in the guide's space (:func:`encode_reference` makes them).
+        reference: samples ``[m, ...]`` that show the attribute, in the guide's space; see :func:`encode_reference`.
         share: of the images; the shares of all attributes are scaled to sum to 1.
     """
 
@@ -29,14 +31,16 @@ class Attribute:
 
 
 def read_attribute(pipe: Any, text: str, size: int | tuple[int, int] | None = None) -> Attribute:
-    """An attribute from ``folder`` or ``folder:share``: images of a folder (with its subfolders), encoded by the pipeline's
-    autoencoder; or the name of an embedded reference set, such as ``dark-skin-tone``.
+    """Read an attribute from images, encoded by the pipeline's autoencoder.
 
     Args:
-        size: side, or height and width, of what is generated, in pixels; the pipeline's own by default.
+        pipe: a pipeline with an autoencoder.
+        text: ``folder`` or ``folder:share``, subfolders included; or the name of an embedded reference set, such as
+            ``dark-skin-tone``, in place of the folder.
+        size: side, or height and width, of the generated images, in pixels; the pipeline's default otherwise.
 
     Raises:
-        SynthesisError: if there are no images, or the pipeline has no autoencoder of images.
+        SynthesisError: if there are fewer than two images, or the pipeline has no autoencoder of images.
     """
     source, _, share = text.rpartition(":") if re.fullmatch(r".+:[0-9.]+", text) else (text, "", "1")
     try:
@@ -52,10 +56,10 @@ def read_attribute(pipe: Any, text: str, size: int | tuple[int, int] | None = No
 
 
 def split_quotas(quotas: Mapping[str, "int | Attribute"] | None) -> tuple[dict[str, int], dict[str, Attribute]]:
-    """Numbers of images by group, and attributes.
+    """Split quotas into numbers of images by group, and attributes by name.
 
     Raises:
-        SynthesisError: for anything else, and for fewer than two attributes.
+        SynthesisError: for any other value, a single attribute, or a share that is not positive.
     """
     counts, attributes = {}, {}
     for name, quota in (quotas or {}).items():
@@ -68,20 +72,28 @@ def split_quotas(quotas: Mapping[str, "int | Attribute"] | None) -> tuple[dict[s
     if len(attributes) == 1:
         raise SynthesisError("attributes are balanced against each other: give two reference sets or more")
     if any(not a.share > 0 for a in attributes.values()):
-        raise SynthesisError("the share of an attribute must be positive; leave out what is not wanted")
+        raise SynthesisError("the share of an attribute must be positive; leave out attributes that are not wanted")
     return counts, attributes
 
 
 def allot(counts: Sequence[int], shares: Sequence[float], n: int) -> list[int]:
-    """Attributes for ``n`` further samples: each goes to the one that is furthest behind its share.
+    """Assign ``n`` further samples to attributes, each to the one that is furthest behind its share.
+
+    Args:
+        counts: images of each attribute so far.
+        shares: of the attributes; they need not sum to 1.
+        n: number of samples.
+
+    Returns:
+        The index of the attribute of each sample.
 
     >>> allot([3, 0], [0.5, 0.5], 5)
     [1, 1, 1, 0, 1]
     """
-    counts, total, out = list(counts), sum(shares), []
+    counts, total, assigned = list(counts), sum(shares), []
     for _ in range(n):
-        made = sum(counts) + 1
-        behind = [made * share / total - count for share, count in zip(shares, counts, strict=True)]
-        out.append(behind.index(max(behind)))
-        counts[out[-1]] += 1
-    return out
+        images = sum(counts) + 1
+        deficits = [images * share / total - count for share, count in zip(shares, counts, strict=True)]
+        assigned.append(deficits.index(max(deficits)))
+        counts[assigned[-1]] += 1
+    return assigned

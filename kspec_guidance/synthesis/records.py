@@ -1,12 +1,12 @@
-"""Store: the folder of a run. One record a batch says what is finished; everything else can be made again from records.
+"""Store: the folder of a run. One record for each batch lists what is finished; all else is derived from the records.
 
-A batch is committed in this order: its images, each written beside its place and renamed into it, then its record, a
-safetensors file with a checksum that holds the rows of the metadata and what the memory is to learn. Where a run ends
-between the two, images without a record are deleted and made again, from the same seeds and the same memory.
+A batch is committed in this order: its images, each written to a temporary file and renamed into place, then its record, a
+safetensors file with a checksum that holds the rows of the metadata and the tensors that the memory adds. If a run ends
+between the two, images without a record are deleted and made again, from the same seeds and with the same memory.
 
-    out/metadata.jsonl                          one line an image, for datasets.load_dataset("imagefolder")
+    out/metadata.jsonl                          one line for each image, for datasets.load_dataset("imagefolder")
     out/0000/000012-0003.png                    prompt 12, attempt 3
-    out/.kspec/epoch-000/settings.json          what the run was made with
+    out/.kspec/epoch-000/settings.json          settings of the run; other settings begin a new epoch
     out/.kspec/epoch-000/rank-0001/000042.safetensors
 """
 
@@ -16,71 +16,95 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 from torch import Tensor
 
 from kspec_guidance.memory.io import MemoryFileError, read_about, read_tensors, write_tensors
-from kspec_guidance.synthesis.errors import CheckpointError, SettingsChangedError, SynthesisError, explained
+from kspec_guidance.synthesis.errors import CheckpointError, SettingsChangedError, SynthesisError, disk_errors
+from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.utils.atomic_io import replace_all, replacing
 
-__all__ = ["Record", "Store", "differences"]
+__all__ = ["Record", "RecordTensors", "Store", "pack_tensors", "unpack_tensors"]
 
 IMAGE = re.compile(r"\d{6,}-\d{4,}\.png")
-LEFT_OVER = re.compile(r"\..+\.\d+\.tmp")
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 @dataclass
 class Record:
-    """One finished batch."""
+    """One finished batch.
+
+    Attributes:
+        epoch, rank, batch_index: which batch of which process it is.
+        rows: metadata of the images that were kept.
+        rejected: prompt, attempt and reason of those that were dropped.
+        tensors: see :func:`pack_tensors`.
+    """
 
     epoch: int
     rank: int
-    unit: int
+    batch_index: int
     rows: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def without(self, gone: set[str]) -> "Record":
-        """The record, with some images counted as rejected."""
-        keep = [k for k, row in enumerate(self.rows) if row["file_name"] not in gone]
-        lost = [
+    def without(self, lost: set[str]) -> "Record":
+        """A copy in which the images with these file names count as rejected."""
+        keep = [k for k, row in enumerate(self.rows) if row["file_name"] not in lost]
+        rejected = [
             {"prompt": row["prompt"], "attempt": row["attempt"], "reason": "lost"}
             for row in self.rows
-            if row["file_name"] in gone
+            if row["file_name"] in lost
         ]
         tensors = {name: t[keep] if len(t) == len(self.rows) else t for name, t in self.tensors.items()}
-        return Record(self.epoch, self.rank, self.unit, [self.rows[k] for k in keep], self.rejected + lost, tensors)
+        rows = [self.rows[k] for k in keep]
+        return Record(self.epoch, self.rank, self.batch_index, rows, self.rejected + rejected, tensors)
 
 
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Where two nested settings differ, one line each.
+class RecordTensors(NamedTuple):
+    """The tensors of a record.
 
-    >>> differences({"seed": 0, "call": {"steps": 20}}, {"seed": 0, "call": {"steps": 30}, "batch": 8})
-    ['batch: none before, now 8', 'call.steps: 20 before, now 30']
+    Attributes:
+        x: samples ``[k, ...]`` in the guide's space.
+        prompt_features: of their prompts ``[k, p]``; None without any.
+        features: that scores are computed from ``[k, f]``.
     """
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted({*old, *new}, key=str):
-            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
-        return found
-    if old == new:
-        return []
-    said = ["none" if v is None else json.dumps(v) if not isinstance(v, str) else v for v in (old, new)]
-    return [f"{name}: {_short(said[0])} before, now {_short(said[1])}"]
+
+    x: Tensor
+    prompt_features: Tensor | None
+    features: Tensor
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+def pack_tensors(x: Tensor, prompt_features: Tensor | None, features: Tensor | None) -> dict[str, Tensor]:
+    """What a record stores: prompt features once if all are the same, features only if they are not the samples."""
+    tensors = {"x": x.float().cpu()}
+    if prompt_features is not None:
+        t = prompt_features.float().cpu()
+        tensors["prompts"] = t[:1] if len(t) and bool((t == t[:1]).all()) else t
+    if features is not None:
+        tensors["features"] = features.float()
+    return tensors
+
+
+def unpack_tensors(tensors: dict[str, Tensor]) -> RecordTensors:
+    """The inverse of :func:`pack_tensors`."""
+    x, t = tensors["x"], tensors.get("prompts")
+    if t is not None and len(t) != len(x):
+        t = t.expand(len(x), -1)
+    return RecordTensors(x, t, tensors.get("features", x.flatten(1)))
 
 
 class Store:
-    """See the module's first lines.
+    """The folder of a run, as this module describes it.
 
     Args:
-        out: the folder; made if it is not there.
-        images: the folder that images go to; ``out`` itself, or one beside the records from which they are packed.
+        out: the folder; created if it does not exist.
+        images: the folder of the images: ``out``, or one beside the records from which they are packed into shards.
+
+    Attributes:
+        epoch: the one that batches are committed to.
     """
 
     def __init__(self, out: Path, images: Path | None = None):
@@ -89,15 +113,15 @@ class Store:
         self.epoch = 0
         self._lock: filelock.BaseFileLock | None = None
 
-    # -- opening ---------------------------------------------------------------------------------------------------
+    # -- opening -------------------------------------------------------------------------------------------------------
 
     def lock(self) -> None:
-        """Claim the folder for this run; the system lets it go when the process ends, however it ends.
+        """Claim the folder for this run; the system releases it when the process ends in any way.
 
         Raises:
-            SynthesisError: if another run has it, or it cannot be written to, or holds something else.
+            SynthesisError: if another run holds it, if it cannot be written to, or if it holds other data.
         """
-        with explained(self.out):
+        with disk_errors(self.out):
             if (self.out / "metadata.jsonl").exists() and not self.state.exists():
                 raise SynthesisError(
                     f"{self.out} holds a metadata.jsonl that no run of this program wrote; choose an empty folder"
@@ -112,45 +136,55 @@ class Store:
                 ) from error
 
     def unlock(self) -> None:
+        """Release the folder."""
         if self._lock is not None:
             self._lock.release()
 
     def folder(self, epoch: int, rank: int | None = None) -> Path:
+        """The folder of an epoch, or of one process in it."""
         path = self.state / f"epoch-{epoch:03d}"
         return path if rank is None else path / f"rank-{rank:04d}"
 
     def epochs(self) -> list[int]:
+        """All epochs, in order."""
         return sorted(int(p.parent.name[6:]) for p in self.state.glob("epoch-*/settings.json"))
 
     def begin(self, settings: dict[str, Any], force: bool) -> list[dict[str, Any]]:
-        """Go on with the last epoch if its settings are these, or begin a new one. Done by one process.
+        """Continue the last epoch if its settings are the same, or begin a new one. One process does this.
+
+        Args:
+            settings: of the run.
+            force: begin a new epoch if settings changed, and leave out what is damaged or lost.
 
         Returns:
             The rows of all finished images, in the order of prompts and attempts.
 
         Raises:
-            SettingsChangedError, CheckpointError: without ``force``, see there.
+            SettingsChangedError: if the settings changed, without ``force``.
+            CheckpointError: if records, images or settings are damaged or lost, without ``force``.
+            SynthesisError: if the set has another format.
         """
         epochs = self.epochs()
         self.epoch = epochs[-1] if epochs else 0
-        rows, damaged = self._read_all(force)
+        rows, damaged = self._read_rows(force)
         missing = [
             row["file_name"] for row in rows if self.images == self.out and not (self.out / row["file_name"]).exists()
         ]
         if missing and not force:
             raise CheckpointError(
-                f"{len(missing)} finished images are gone from {self.out}, {missing[0]} for one; put them back, or give "
-                "force=True (--force), which makes as many anew"
+                f"{len(missing)} finished images are missing from {self.out}, for instance {missing[0]}; restore them, or "
+                "give force=True (--force), which makes as many new ones"
             )
         old = self.settings(self.epoch) if epochs else {}
         if epochs and not old and not force:
             raise CheckpointError(
                 f"{self.folder(self.epoch) / 'settings.json'} is damaged; restore it from a copy, or give force=True "
-                "(--force), which keeps the finished images and goes on with the settings given now"
+                "(--force), which keeps the finished images and continues with the settings given now"
             )
         if old and old["format"][0] != settings["format"][0]:
             raise SynthesisError(
-                f"{self.out} holds a set in format {old['format'][0]!r}; choose another folder for another"
+                f"{self.out} holds a set in format {old['format'][0]!r}; choose another folder for format "
+                f"{settings['format'][0]!r}"
             )
         changed = differences(old, settings)
         if epochs and changed and not force:
@@ -161,18 +195,18 @@ class Store:
 
     def _new_epoch(self, number: int, settings: dict[str, Any], missing: list[str]) -> None:
         self.epoch = number
-        with explained(self.out):
+        with disk_errors(self.out):
             self.folder(number).mkdir(parents=True, exist_ok=True)
         if missing:
             self._write_json(self.folder(number) / "gone.json", missing)
         self._write_json(self.folder(number) / "settings.json", settings)
 
-    def _read_all(self, force: bool) -> tuple[list[dict[str, Any]], bool]:
-        """All rows, every record checked, and whether some cannot be read; with force these are set aside."""
-        rows, damaged, gone = [], False, self.gone()
-        for epoch, rank, path in list(self._every()):
+    def _read_rows(self, force: bool) -> tuple[list[dict[str, Any]], bool]:
+        """All rows, with all records checked, and whether some are damaged; ``force`` renames those and leaves them out."""
+        rows, damaged, lost = [], False, self.lost_images()
+        for epoch, rank, path in list(self._all_paths()):
             try:
-                rows += self.read(path, epoch, rank, gone).rows
+                rows += self.read(path, epoch, rank, lost).rows
             except CheckpointError as error:
                 if not force:
                     raise CheckpointError(
@@ -184,27 +218,27 @@ class Store:
         return rows, damaged
 
     def settings(self, epoch: int) -> dict[str, Any]:
-        """What an epoch was made with; empty if that cannot be read."""
+        """The settings of an epoch; empty if they cannot be read."""
         try:
             return json.loads((self.folder(epoch) / "settings.json").read_text())
         except (OSError, ValueError):
             return {}
 
     def clean(self, keep: set[str]) -> None:
-        """Delete what a killed run left: images without a record, and unfinished files."""
-        with explained(self.out):
+        """Delete what a killed run left: images that are not in ``keep``, and temporary files."""
+        with disk_errors(self.out):
             for folder in (self.images, *self.images.glob("[0-9]*")):
                 for path in folder.iterdir() if folder.is_dir() else ():
-                    whole = IMAGE.fullmatch(path.name) and f"{path.parent.name}/{path.name}" not in keep
-                    if path.is_file() and (whole or LEFT_OVER.fullmatch(path.name)):
+                    unlisted = IMAGE.fullmatch(path.name) and f"{path.parent.name}/{path.name}" not in keep
+                    if path.is_file() and (unlisted or TEMPORARY.fullmatch(path.name)):
                         path.unlink()
             for path in self.state.rglob(".*.tmp"):
                 path.unlink()
 
-    # -- reading ---------------------------------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------------------------------
 
     def paths(self, epoch: int, rank: int) -> list[Path]:
-        """Records of one process, in order, up to the first that is missing."""
+        """Records of one process, in order; in the current epoch, up to the first that is missing."""
         found: list[Path] = []
         for path in sorted(self.folder(epoch, rank).glob("*.safetensors")):
             if epoch == self.epoch and int(path.stem) != len(found):
@@ -213,80 +247,92 @@ class Store:
         return found
 
     def ranks(self, epoch: int) -> list[int]:
+        """The processes of an epoch."""
         return sorted(int(p.name[5:]) for p in self.folder(epoch).glob("rank-*"))
 
-    def _every(self) -> Iterator[tuple[int, int, Path]]:
+    def _all_paths(self) -> Iterator[tuple[int, int, Path]]:
         for epoch in self.epochs():
             for rank in self.ranks(epoch):
                 for path in self.paths(epoch, rank):
                     yield epoch, rank, path
 
     def records(self, epochs: list[int] | None = None, tensors: bool = False) -> Iterator[Record]:
-        """All records, or those of some epochs, by epoch, rank and number; with ``tensors`` they are read whole, and
-        checked."""
-        gone = self.gone()
-        for epoch, rank, path in self._every():
+        """Records by epoch, rank and number.
+
+        Args:
+            epochs: those to read; all by default.
+            tensors: read the tensors as well, and verify the checksum.
+        """
+        lost = self.lost_images()
+        for epoch, rank, path in self._all_paths():
             if epochs is None or epoch in epochs:
-                yield self.read(path, epoch, rank, gone, tensors)
+                yield self.read(path, epoch, rank, lost, tensors)
 
-    def of_process(self, rank: int, first: int = 0, last: int | None = None) -> Iterator[Record]:
-        """Records of one process in this epoch, or some of them, whole."""
-        gone = self.gone()
+    def process_records(self, rank: int, first: int = 0, last: int | None = None) -> Iterator[Record]:
+        """Records ``first:last`` of one process in this epoch, with tensors."""
+        lost = self.lost_images()
         for path in self.paths(self.epoch, rank)[first:last]:
-            yield self.read(path, self.epoch, rank, gone)
+            yield self.read(path, self.epoch, rank, lost)
 
-    def read(self, path: Path, epoch: int, rank: int, gone: set[str], whole: bool = True) -> Record:
-        try:
-            tensors, about = read_tensors(path, "batch") if whole else ({}, read_about(path, "batch"))
-        except MemoryFileError as error:
-            raise CheckpointError(str(error)) from error
-        record = Record(epoch, rank, int(path.stem), about["rows"], about["rejected"], tensors)
-        return record.without(gone) if any(row["file_name"] in gone for row in record.rows) else record
-
-    def gone(self) -> set[str]:
-        """Images that were lost after they were finished, and given up by ``force``."""
-        return {name for path in self.state.glob("epoch-*/gone.json") for name in json.loads(path.read_text())}
-
-    # -- writing ---------------------------------------------------------------------------------------------------
-
-    def commit(self, record: Record, images: dict[str, bytes]) -> None:
-        """Write images, then the record that says they are there.
+    def read(self, path: Path, epoch: int, rank: int, lost: set[str], tensors: bool = True) -> Record:
+        """Read one record; images in ``lost`` count as rejected.
 
         Raises:
-            SynthesisError: if the disk is full or cannot be written to; the batch then does not count.
+            CheckpointError: if it is damaged. Without ``tensors`` the checksum is not verified.
         """
-        with explained(self.out):
-            replace_all({self.images / name: data for name, data in images.items()})
-            folder = self.folder(record.epoch, record.rank)
-            folder.mkdir(parents=True, exist_ok=True)
-            about = {"rows": record.rows, "rejected": record.rejected}
-            write_tensors(folder / f"{record.unit:06d}.safetensors", "batch", record.tensors, about, durable=True)
+        try:
+            data, about = read_tensors(path, "batch") if tensors else ({}, read_about(path, "batch"))
+        except MemoryFileError as error:
+            raise CheckpointError(str(error)) from error
+        record = Record(epoch, rank, int(path.stem), about["rows"], about["rejected"], data)
+        return record.without(lost) if any(row["file_name"] in lost for row in record.rows) else record
 
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Metadata of a batch, at the end of the file, in one write; :meth:`finish` sorts it."""
-        with explained(self.out), open(self.out / "metadata.jsonl", "ab", buffering=0) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    def lost_images(self) -> set[str]:
+        """File names of images that were lost after they were finished; ``force`` makes others instead."""
+        return {name for path in self.state.glob("epoch-*/gone.json") for name in json.loads(path.read_text())}
 
-    def finish(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """All rows in the order of prompts and attempts."""
         rows = [row for record in self.records() for row in record.rows]
         return sorted(rows, key=lambda row: row["file_name"])
 
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def commit(self, record: Record, images: dict[str, bytes]) -> None:
+        """Write the images of a batch, by file name, then its record.
+
+        Raises:
+            SynthesisError: if the disk is full or cannot be written to; the batch then does not count.
+        """
+        with disk_errors(self.out):
+            replace_all({self.images / name: data for name, data in images.items()})
+            folder = self.folder(record.epoch, record.rank)
+            folder.mkdir(parents=True, exist_ok=True)
+            about = {"rows": record.rows, "rejected": record.rejected}
+            write_tensors(folder / f"{record.batch_index:06d}.safetensors", "batch", record.tensors, about, durable=True)
+
+    def append_metadata(self, rows: list[dict[str, Any]]) -> None:
+        """Append the rows of a batch to the metadata in one write; they are sorted at the end of the run."""
+        with disk_errors(self.out), open(self.out / "metadata.jsonl", "ab", buffering=0) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
     def write_metadata(self, rows: list[dict[str, Any]]) -> None:
-        with explained(self.out), replacing(self.out / "metadata.jsonl", durable=True) as fresh, fresh.open("w") as file:
+        """Replace ``metadata.jsonl``."""
+        with disk_errors(self.out), replacing(self.out / "metadata.jsonl", durable=True) as fresh, fresh.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    def write_summary(self, value: dict[str, Any]) -> None:
-        self._write_json(self.out / "summary.json", value)
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace ``summary.json``."""
+        self._write_json(self.out / "summary.json", summary)
 
     def _write_json(self, path: Path, value: Any) -> None:
-        with explained(self.out), replacing(path, durable=True) as fresh:
+        with disk_errors(self.out), replacing(path, durable=True) as fresh:
             fresh.write_text(json.dumps(value, indent=1) + "\n")
 
     @property
-    def free(self) -> int:
+    def free_bytes(self) -> int:
         """Bytes left on the disk."""
-        place = self.out
-        while not place.exists():
-            place = place.parent
-        return shutil.disk_usage(place).free
+        path = self.out
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free

@@ -1,4 +1,4 @@
-"""report.html at the end of a run: the page of `evaluate`, with what the run dropped and why it stopped."""
+"""report.html at the end of a run: the page of `evaluate`, with what was dropped and why prompts ended."""
 
 from pathlib import Path
 from typing import Any
@@ -7,25 +7,36 @@ from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 
 __all__ = ["write_report"]
 
-MOST = 5000  # images that are scored
+MAX_IMAGES = 5000  # that are scored
 
 
-def write_report(out: Path, rows: list[dict[str, Any]], said: dict[str, Any], embedder: ImageEmbedder | None) -> Path:
-    """Score the set, or 5,000 evenly spaced images of it, by ``embedder`` or the embedded autoencoder."""
+def write_report(out: Path, rows: list[dict[str, Any]], summary: dict[str, Any], embedder: ImageEmbedder | None) -> Path:
+    """Score the set, or 5,000 evenly spaced images of it, and write the page.
+
+    Args:
+        out: the folder of the run.
+        rows: metadata of all images.
+        summary: what ``summary.json`` holds.
+        embedder: features of the images; those of the embedded autoencoder by default.
+
+    Returns:
+        The path of the page.
+    """
     from kspec_guidance.evaluation import evaluate_set
     from kspec_guidance.evaluation.embedders import image_embedder
     from kspec_guidance.evaluation.image_sets import load_images
     from kspec_guidance.evaluation.page import write_page
 
     names = [row["file_name"] for row in rows]
-    some = names if len(names) <= MOST else names[:: -(-len(names) // MOST)]
-    only = set(some) | {name.rpartition("/")[2] for name in some}
+    sample = names if len(names) <= MAX_IMAGES else names[:: -(-len(names) // MAX_IMAGES)]
+    only = set(sample) | {name.rpartition("/")[2] for name in sample}
     embed = embedder or image_embedder("demo")
-    found = load_images(out, embed, only=only)
-    notes = [f"{said['images']} images"] if len(some) == len(names) else [f"{len(some)} of {said['images']} images scored"]
-    for name, words in (("rejected", "dropped"), ("stopped", "prompts ended"), ("attributes", "attributes")):
-        if said[name]:
-            notes.append(f"{words}: " + ", ".join(f"{k} {v}" for k, v in sorted(said[name].items())))
+    images = load_images(out, embed, only=only)
+    total = summary["images"]
+    notes = [f"{total} images"] if len(sample) == len(names) else [f"{len(sample)} of {total} images scored"]
+    for name, label in (("rejected", "dropped"), ("stopped", "prompts ended"), ("attributes", "attributes")):
+        if summary[name]:
+            notes.append(f"{label}: " + ", ".join(f"{k} {v}" for k, v in sorted(summary[name].items())))
     path = out / "report.html"
-    write_page(evaluate_set(found, embed), path, notes)
+    write_page(evaluate_set(images, embed), path, notes)
     return path

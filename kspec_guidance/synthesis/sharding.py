@@ -9,45 +9,53 @@ from kspec_guidance.memory import PromptWeights
 
 __all__ = ["groups_of", "relevant", "shard", "shard_groups"]
 
-ALIKE = 0.5  # squared distance of unit-norm prompt features within which a prompt joins a group: weight 0.017 at 0.35
-LARGEST = 0.05  # of a shard that one group may take; larger groups are parted, so that shards are even
+GROUP_DISTANCE = 0.5  # squared, of unit-norm prompt features: at bandwidth 0.35 the weight is 0.017
+MAX_GROUP_SHARE = 0.05  # of a shard; larger groups are split, so that shards are even
 
 
-def groups_of(features: Tensor, within: float = ALIKE, block: int = 1024) -> list[int]:
-    """A group for each prompt: it joins the nearest founder of one within a squared distance, or founds one.
+def groups_of(features: Tensor, within: float = GROUP_DISTANCE, block: int = 1024) -> list[int]:
+    """Group similar prompts: each joins the group of the nearest founder, or founds a group.
 
-    One pass in order, against the founders only. Deterministic.
+    One pass in order, which compares prompts with the founders only. Deterministic.
+
+    Args:
+        features: of the prompts ``[n, p]``.
+        within: largest squared distance of a prompt to the founder of its group.
+        block: prompts that are compared at once.
     """
     founders = features[:0]
-    owner: list[int] = []
+    groups: list[int] = []
     for part in features.split(block):
         d2, nearest = torch.cdist(part, founders).square().min(1) if len(founders) else (None, None)
         start = len(founders)
-        fresh: list[Tensor] = []
+        new: list[Tensor] = []
         for k, row in enumerate(part):
-            best, where = (float("inf"), -1) if d2 is None or nearest is None else (float(d2[k]), int(nearest[k]))
-            if fresh:
-                near, place = (torch.stack(fresh) - row).square().sum(1).min(0)
-                if float(near) < best:
-                    best, where = float(near), start + int(place)
+            best, group = (float("inf"), -1) if d2 is None or nearest is None else (float(d2[k]), int(nearest[k]))
+            if new:
+                distance, index = (torch.stack(new) - row).square().sum(1).min(0)
+                if float(distance) < best:
+                    best, group = float(distance), start + int(index)
             if best > within:
-                where = start + len(fresh)
-                fresh.append(row)
-            owner.append(where)
-        founders = torch.cat([founders, torch.stack(fresh)]) if fresh else founders
-    return owner
+                group = start + len(new)
+                new.append(row)
+            groups.append(group)
+        founders = torch.cat([founders, torch.stack(new)]) if new else founders
+    return groups
 
 
 def shard(features: Tensor, sizes: Sequence[int], parts: int) -> list[int]:
-    """The part of each prompt, so that parts are equally large and similar prompts lie in one.
+    """Assign each prompt to a process, so that loads are equal and similar prompts are together.
 
-    Prompts are gathered into groups of similar ones, which stay together unless they are large. Groups are halved along
-    the direction in which their means vary most, at the middle of the images, and each half again. Deterministic.
+    Prompts form groups of similar ones, which stay together unless they are large. Groups are split in two along the
+    direction in which their means vary most, at the middle of the images, and so on with each half. Deterministic.
 
     Args:
         features: of the prompts ``[n, p]``.
         sizes: images of each prompt.
-        parts: how many processes.
+        parts: number of processes.
+
+    Raises:
+        ValueError: if the numbers of features and of sizes differ.
 
     >>> shard(torch.tensor([[0.0], [5.0], [0.1], [5.1]]), [1, 1, 1, 1], 2)
     [0, 1, 0, 1]
@@ -57,30 +65,35 @@ def shard(features: Tensor, sizes: Sequence[int], parts: int) -> list[int]:
     if parts == 1:
         return [0] * len(sizes)
     features = features.double()
-    bundles = _bundles(groups_of(features), sizes, LARGEST * sum(sizes) / parts)
+    bundles = _bundles(groups_of(features), sizes, MAX_GROUP_SHARE * sum(sizes) / parts)
     centres = torch.stack([features[b].mean(0) for b in bundles]) if bundles else features
     loads = [sum(sizes[i] for i in b) for b in bundles]
-    owner = [0] * len(sizes)
+    owners = [0] * len(sizes)
     pending = [(list(range(len(bundles))), 0, parts)]
     while pending:
         members, first, count = pending.pop()
         if count == 1 or not members:
             for i in (i for b in members for i in bundles[b]):
-                owner[i] = first
+                owners[i] = first
             continue
-        order = [members[k] for k in torch.argsort(_along(centres[members]), stable=True).tolist()]
+        order = [members[k] for k in torch.argsort(_principal_coordinates(centres[members]), stable=True).tolist()]
         half, total = count // 2, sum(loads[b] for b in members)
-        cut, reached = 0, 0
-        while cut < len(order) and reached + loads[order[cut]] / 2 <= total * half / count:
-            reached += loads[order[cut]]
+        cut, load = 0, 0
+        while cut < len(order) and load + loads[order[cut]] / 2 <= total * half / count:
+            load += loads[order[cut]]
             cut += 1
         pending.append((sorted(order[:cut]), first, half))
         pending.append((sorted(order[cut:]), first + half, count - half))
-    return owner
+    return owners
 
 
 def shard_groups(groups: Sequence[str | None], sizes: Sequence[int], parts: int) -> list[int]:
-    """The part of each prompt, every group in one part: the largest group first, each to the part that has least.
+    """Assign each prompt to a process, whole groups at a time: the largest first, each to the process with least load.
+
+    Args:
+        groups: of the prompts.
+        sizes: images of each prompt.
+        parts: number of processes.
 
     >>> shard_groups(["a", "b", "a", "c"], [3, 4, 3, 1], 2)
     [0, 1, 0, 1]
@@ -88,23 +101,23 @@ def shard_groups(groups: Sequence[str | None], sizes: Sequence[int], parts: int)
     totals: dict[str | None, int] = {}
     for group, size in zip(groups, sizes, strict=True):
         totals[group] = totals.get(group, 0) + size
-    loads, owner = [0] * parts, {}
+    loads, owners = [0] * parts, {}
     for group, total in sorted(totals.items(), key=lambda item: -item[1]):
-        owner[group] = loads.index(min(loads))
-        loads[owner[group]] += total
-    return [owner[group] for group in groups]
+        owners[group] = loads.index(min(loads))
+        loads[owners[group]] += total
+    return [owners[group] for group in groups]
 
 
-def _bundles(groups: Sequence[int], sizes: Sequence[int], largest: float) -> list[list[int]]:
-    """Members of each group, in pieces of at most so many images, of single prompts at least."""
+def _bundles(groups: Sequence[int], sizes: Sequence[int], max_images: float) -> list[list[int]]:
+    """Prompts of each group, in pieces of at most ``max_images`` images, but of one prompt at least."""
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
     pieces = []
-    for whole in members.values():
+    for prompts in members.values():
         piece: list[int] = []
-        for i in whole:
-            if piece and sum(sizes[k] for k in piece) + sizes[i] > largest:
+        for i in prompts:
+            if piece and sum(sizes[k] for k in piece) + sizes[i] > max_images:
                 pieces.append(piece)
                 piece = []
             piece.append(i)
@@ -112,8 +125,8 @@ def _bundles(groups: Sequence[int], sizes: Sequence[int], largest: float) -> lis
     return pieces
 
 
-def _along(rows: Tensor) -> Tensor:
-    """Coordinates along the first principal direction, its sign fixed by its largest entry."""
+def _principal_coordinates(rows: Tensor) -> Tensor:
+    """Coordinates along the first principal direction, whose largest entry is positive."""
     centred = rows - rows.mean(0)
     if len(rows) < 2 or not centred.abs().sum() > 0:
         return torch.arange(len(rows)).double()
@@ -122,8 +135,19 @@ def _along(rows: Tensor) -> Tensor:
     return (centred @ direction * direction[direction.abs().argmax()].sign()).round(decimals=9)
 
 
-def relevant(mine: Tensor, theirs: Tensor, weigh: PromptWeights, least: float) -> Tensor:
-    """Which prompts ``mine`` ``[n, p]`` weigh more than ``least`` for any of ``theirs`` ``[m, p]``; bool ``[n]``."""
-    if not len(theirs):
-        return torch.zeros(len(mine), dtype=torch.bool)
-    return torch.cat([(weigh(part, theirs) > least).any(1) for part in mine.split(1024)])
+def relevant(prompt_features: Tensor, other_features: Tensor, prompt_weights: PromptWeights, min_weight: float) -> Tensor:
+    """Which prompts have a weight above ``min_weight`` for any of the other prompts.
+
+    Args:
+        prompt_features: ``[n, p]``.
+        other_features: ``[m, p]``.
+        prompt_weights: of a prompt for another.
+        min_weight: in 0..1.
+
+    Returns:
+        bool ``[n]``.
+    """
+    if not len(other_features):
+        return torch.zeros(len(prompt_features), dtype=torch.bool)
+    parts = prompt_features.split(1024)
+    return torch.cat([(prompt_weights(part, other_features) > min_weight).any(1) for part in parts])

@@ -1,9 +1,9 @@
-"""Worker: one process of a run. Makes batches, commits them, remembers them, and tells the others."""
+"""Worker: one process of a run. It makes batches, commits them, and exchanges samples with the other processes."""
 
 import io
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,32 +12,34 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
+from kspec_guidance.evaluation.neighbours import largest_cosine
 from kspec_guidance.guidance import KernelGuidance
-from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, PromptWeights, RandomFeatureMemory, choose_memory
-from kspec_guidance.objectives import TOLERANCE, Balance
-from kspec_guidance.synthesis.errors import SynthesisError
-from kspec_guidance.synthesis.exchange import absorb, delta
+from kspec_guidance.objectives import Balance
+from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.export import Packer
 from kspec_guidance.synthesis.filters import Screen
-from kspec_guidance.synthesis.generator import Generator, Made
-from kspec_guidance.synthesis.jobs import Job, Sample, next_batch
-from kspec_guidance.synthesis.processes import Processes
+from kspec_guidance.synthesis.generator import GeneratedBatch, Generator
+from kspec_guidance.synthesis.memories import RunMemories
 from kspec_guidance.synthesis.quotas import allot
-from kspec_guidance.synthesis.records import Record, Store
-from kspec_guidance.synthesis.sharding import relevant
-from kspec_guidance.synthesis.targets import Target, nearest, prompt_score
+from kspec_guidance.synthesis.records import Record, Store, pack_tensors, unpack_tensors
+from kspec_guidance.synthesis.schedule import Job, Sample, next_batch, prompt_score
+from kspec_guidance.synthesis.settings import FEATURE_KEYS, SAMPLE_KEYS, Settings
 
-__all__ = ["Progress", "Worker"]
-
-MEMORIES = ("auto", "exact", "centroids", "guide")
-SAMPLES = ("pipeline", "space", "size")  # settings by which samples of two epochs can be compared
-FEATURES = ("embedder", *SAMPLES)  # and the features that scores are taken of
+__all__ = ["Progress", "Worker", "encode_png"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: images of all processes, images per second, seconds left, and the mean Vendi score of finished
-    prompts as a share of their images."""
+    """Progress of a run.
+
+    Attributes:
+        done: images of all processes so far.
+        total: images wanted.
+        rejected: images that this process dropped.
+        rate: images per second, of all processes.
+        remaining: seconds left; infinite before the first image.
+        diversity: mean over finished prompts of the Vendi score divided by the number of images; None before the first.
+    """
 
     done: int
     total: int
@@ -47,27 +49,33 @@ class Progress:
     diversity: float | None
 
 
-@dataclass
-class Settings:
-    """What a worker needs to know besides its jobs."""
-
-    batch: int
-    seed: int
-    memory: str
-    memory_by: str
-    exchange: int
-    target: Target | None
-    digest: str
-    images_expected: int
-
-
 class Worker:
-    """See the module's first line.
+    """Makes the images of this process's jobs.
 
     Args:
+        generator: makes the batches.
+        guide: attached to the pipeline during :meth:`run`.
         jobs: of this process.
-        shares: wanted of each attribute, by name; with ``balance``.
-        texts: features of each process's prompts ``[n, p]``; with several processes only.
+        settings: of the run.
+        store: the folder of the run.
+        processes: of the run.
+        screen: decides which images are dropped.
+        embedder: features for scores and duplicates; the samples themselves by default.
+        packer: writes shards.
+        balance: the objective that moves images towards attributes.
+        shares: of each attribute, by name; with ``balance``.
+        prompt_features: of the prompts of each process ``[n, p]``, by rank; None if nothing is exchanged.
+        progress_callback: called with a :class:`Progress` after each batch and each exchange.
+
+    Attributes:
+        batch_index: of the next batch of this process.
+        exchanges: that have taken place.
+        made: images of this process in this epoch.
+        earlier_images: of this process's prompts in earlier epochs.
+        total_images: of all processes, as of the last exchange.
+        attributes: images of each attribute.
+        rejected: dropped images of each reason.
+        scores: Vendi score and number of images of each finished prompt, by number.
     """
 
     def __init__(
@@ -83,80 +91,33 @@ class Worker:
         packer: Packer | None = None,
         balance: Balance | None = None,
         shares: dict[str, float] | None = None,
-        texts: list[Tensor] | None = None,
-        tick: Callable[[Progress], None] | None = None,
+        prompt_features: list[Tensor] | None = None,
+        progress_callback: Callable[[Progress], None] | None = None,
     ):
         self.generator, self.guide, self.jobs, self.settings = generator, guide, jobs, settings
         self.store, self.processes, self.screen = store, processes, screen
         self.embedder, self.packer, self.balance, self.shares = embedder, packer, balance, shares or {}
-        self.texts, self.tick = texts, tick
-        self.by_text = {job.prompt.text: job for job in jobs}
-        self.unit = self.exchanges = 0
-        self.fresh: list[tuple[Tensor, Tensor | None]] = []  # kept since the last exchange
+        self.progress_callback = progress_callback
+        self.memories = RunMemories(guide, settings, processes.rank, prompt_features)
+        self.job_of = {job.prompt.text: job for job in jobs}
+        self.batch_index = self.exchanges = 0
+        self.made = self.earlier_images = self.total_images = 0
         self.rejected: Counter[str] = Counter()
         self.attributes = dict.fromkeys(self.shares, 0)
         self.scores: dict[int, tuple[float, int]] = {}
-        self.made = 0
-        self.base_total = self.everyone = 0
-        self.own = guide.memory
-        self.terms = [term for term in guide.terms if term.memory is self.own]
-        self.banks: dict[str | None, Memory] = {}
-        self.shape: tuple[int, ...] | None = None
-        self.prompt_dim: int | None = None
 
-    # -- memory ----------------------------------------------------------------------------------------------------
+    # -- one batch -----------------------------------------------------------------------------------------------------
 
-    def _group(self, job: Job) -> str | None:
-        return job.prompt.group if self.settings.memory_by == "group" else None
+    def next_batch(self) -> list[Sample]:
+        """Samples of the next batch, which share one memory; empty if all jobs are finished."""
+        return next_batch(self.jobs, self.settings.batch_size, self.settings.seed, self._memory_key)
 
-    def _bank(self, group: str | None, shape: tuple[int, ...]) -> Memory:
-        """The memory of a group, made when its first images come."""
-        bank = self.banks.get(group)
-        if bank is None:
-            if group is None and (self.settings.memory == "guide" or len(self.own) or not self._default):
-                bank = self.own
-            else:
-                bank = self._make(shape)
-            self.banks[group] = bank
-        return bank
-
-    @property
-    def _default(self) -> bool:
-        """Whether the guide's memory is one that was made without a thought, so that another may take its place."""
-        return isinstance(self.own, MemoryBank) and type(self.own) is MemoryBank and self.own.default_settings
-
-    def _make(self, shape: tuple[int, ...]) -> Memory:
-        kind = self.settings.memory
-        if kind == "guide" or not self._default:
-            return self.own.empty_copy()
-        if kind == "auto":
-            made: Memory = choose_memory(self.settings.images_expected, shape)
-        else:
-            made = CentroidMemory() if kind == "centroids" else MemoryBank()
-        made.space, made.prompt_encoder = self.own.space, self.own.prompt_encoder
-        return made
-
-    def _remember(self, group: str | None, x: Tensor, t: Tensor | None) -> None:
-        device = self.generator.device
-        self._bank(group, tuple(x.shape[1:])).add(x.to(device), None if t is None else t.to(device))
-
-    def _use(self, group: str | None) -> None:
-        """Let the guide work with the memory of a group."""
-        bank = self.banks.get(group)
-        if bank is None and group is not None:
-            bank = self._make(self.shape or ())  # nothing of this group yet
-        for term in self.terms:
-            if bank is not None:
-                term.memory = bank
-
-    # -- one batch -------------------------------------------------------------------------------------------------
-
-    def next(self) -> list[Sample]:
-        return next_batch(self.jobs, self.settings.batch, self.settings.seed, self._group)
+    def _memory_key(self, job: Job) -> str | None:
+        return self.memories.key(job.prompt.group)
 
     def step(self, batch: list[Sample]) -> None:
-        """Make, screen, commit and remember one batch."""
-        self._use(self._group(batch[0].job))
+        """Make, screen, commit and add one batch."""
+        self.memories.use(self._memory_key(batch[0].job))
         if self.balance is not None:
             self.balance.wanted = allot(list(self.attributes.values()), list(self.shares.values()), len(batch))
         made = self.generator.make(batch)
@@ -164,26 +125,26 @@ class Worker:
         rows = [self._row(sample) for sample in batch]
         reasons = self.screen.reasons(made.images, rows, features)
         keep = [k for k, reason in enumerate(reasons) if reason is None]
-        self._describe(batch, keep, rows, features, made)
-        record = Record(
-            self.store.epoch,
-            self.processes.rank,
-            self.unit,
-            [rows[k] for k in keep],
-            [
-                {"prompt": s.job.prompt.text, "attempt": s.attempt, "reason": reason}
-                for s, reason in zip(batch, reasons, strict=True)
-                if reason is not None
-            ],
-            _tensors(made.x[keep], None if made.t is None else made.t[keep], features[keep], self.embedder is not None),
+        self._add_scores(batch, keep, rows, features, made)
+        rejected = [
+            {"prompt": sample.job.prompt.text, "attempt": sample.attempt, "reason": reason}
+            for sample, reason in zip(batch, reasons, strict=True)
+            if reason is not None
+        ]
+        tensors = pack_tensors(
+            made.x[keep],
+            None if made.prompt_features is None else made.prompt_features[keep],
+            None if self.embedder is None else features[keep],
         )
-        self.store.commit(record, {rows[k]["file_name"]: png(made.images[k]) for k in keep})
+        record = Record(self.store.epoch, self.processes.rank, self.batch_index, [rows[k] for k in keep], rejected, tensors)
+        self.store.commit(record, {rows[k]["file_name"]: encode_png(made.images[k]) for k in keep})
         if self.packer is None:
-            self.store.append(record.rows)
-        self.take(record)
+            self.store.append_metadata(record.rows)
+        self.apply(record)
 
     def _row(self, sample: Sample) -> dict[str, Any]:
-        job, first = sample.job, self.guide.terms[0]
+        """The metadata of an image, without its scores."""
+        job, term = sample.job, self.guide.terms[0]
         row: dict[str, Any] = {"file_name": sample.file_name, "prompt": job.prompt.text}
         if job.prompt.group is not None:
             row["group"] = job.prompt.group
@@ -191,249 +152,177 @@ class Worker:
             "seed": sample.seed,
             "attempt": sample.attempt,
             "prompt_number": job.number,
-            "guide": type(first.objective).__name__ if first.scale else "none",
-            "scale": first.scale,
+            "guide": type(term.objective).__name__ if term.scale else "none",
+            "scale": term.scale,
             "settings": self.settings.digest,
         }
         return {**{k: v for k, v in job.prompt.extra.items() if k not in row}, **row}
 
-    def _describe(
-        self, batch: list[Sample], keep: list[int], rows: list[dict[str, Any]], features: Tensor, made: Made
+    def _add_scores(
+        self, batch: list[Sample], keep: list[int], rows: list[dict[str, Any]], features: Tensor, made: GeneratedBatch
     ) -> None:
-        """Scores of the images that are kept: how near the nearest earlier one of the prompt is, and their Vendi score."""
+        """Add to the rows of kept images the largest cosine to an earlier image of the prompt, and the prompt's score."""
         assigned = None
         if self.balance is not None:
             assigned = [list(self.shares)[a] for a in self.balance.assign(made.x.cpu())]
         for job in dict.fromkeys(sample.job for sample in (batch[k] for k in keep)):
-            mine = [k for k in keep if batch[k].job is job]
-            before = torch.cat(job.features) if job.features else features[:0]
-            every = torch.cat([before, features[mine]])
-            score = round(prompt_score(every), 4)
-            for place, k in enumerate(mine):
-                cosine = float(nearest(features[k : k + 1], every[: len(before) + place])[0])
+            kept = [k for k in keep if batch[k].job is job]
+            earlier = torch.cat(job.features) if job.features else features[:0]
+            all_features = torch.cat([earlier, features[kept]])
+            score = round(prompt_score(all_features), 4)
+            for position, k in enumerate(kept):
+                cosine = float(largest_cosine(features[k : k + 1], all_features[: len(earlier) + position])[0])
                 rows[k]["nearest"] = round(cosine, 4) if cosine == cosine else None
                 rows[k]["vendi"] = score
                 if assigned is not None:
                     rows[k]["attribute"] = assigned[k]
 
-    def take(self, record: Record) -> None:
-        """Everything that follows from a committed batch of this process."""
+    # -- what follows from a record ------------------------------------------------------------------------------------
+
+    def apply(self, record: Record) -> None:
+        """Update all state by a committed batch of this process."""
         self.count(record)
         self.learn(record)
 
-    def count(self, record: Record, base: bool = False) -> None:
-        """Jobs, scores and filters after a batch; ``base`` for one of an earlier epoch, which may hold others' prompts."""
-        _, _, features = back(record.tensors)
-        if base and not self._like_now(record.epoch, FEATURES):
+    def count(self, record: Record, earlier: bool = False) -> None:
+        """Update jobs, scores and filters; a record of an ``earlier`` epoch may hold prompts of other processes."""
+        features = unpack_tensors(record.tensors).features
+        if earlier and not self._comparable(record.epoch, FEATURE_KEYS):
             features = features[:, :0]
-        if not base:
-            self.unit = record.unit + 1
-        places: dict[str, list[int]] = {}
+        if not earlier:
+            self.batch_index = record.batch_index + 1
+        kept: dict[str, list[int]] = {}  # indices of the rows of each prompt
         for k, row in enumerate(record.rows):
-            if row["prompt"] in self.by_text:
-                places.setdefault(row["prompt"], []).append(k)
+            if row["prompt"] in self.job_of:
+                kept.setdefault(row["prompt"], []).append(k)
                 if row.get("attribute") in self.attributes:
                     self.attributes[row["attribute"]] += 1
         for row in record.rejected:
-            if row["prompt"] in self.by_text:
-                places.setdefault(row["prompt"], [])
+            if row["prompt"] in self.job_of:
+                kept.setdefault(row["prompt"], [])
                 self.rejected[row["reason"]] += 1
         for row in (*record.rows, *record.rejected):
-            if row["prompt"] in places:
-                job = self.by_text[row["prompt"]]
+            if row["prompt"] in kept:
+                job = self.job_of[row["prompt"]]
                 job.attempts = max(job.attempts, row["attempt"] + 1)
-        kept = sum(map(len, places.values()))
-        self.made, self.base_total = (self.made, self.base_total + kept) if base else (self.made + kept, self.base_total)
-        for text, mine in places.items():
-            self._progress_of(self.by_text[text], len(mine), features[mine])
+        images = sum(map(len, kept.values()))
+        if earlier:
+            self.earlier_images += images
+        else:
+            self.made += images
+        for text, indices in kept.items():
+            job = self.job_of[text]
+            score = job.update(len(indices), features[indices], self.settings.target)
+            if score is not None:
+                self.scores[job.number] = score
         if features.shape[1]:
-            self.screen.learn(features)
-        if self.packer is not None and not base:
+            self.screen.add(features)
+        if self.packer is not None and not earlier:
             self.packer.add(record)
 
-    def learn(self, record: Record, base: bool = False) -> None:
-        """The memory after a batch; of an earlier epoch what can be compared with the samples made now."""
-        x, t, _ = back(record.tensors)
-        groups = [row.get("group") if self.settings.memory_by == "group" else None for row in record.rows]
-        if base:
-            if not self._like_now(record.epoch, SAMPLES):
-                return
-            if t is not None and self.texts is not None and (weigh := self._weigh()) is not None:
-                keep = relevant(t, self.texts[self.processes.rank], weigh, TOLERANCE)
-                x, t, groups = x[keep], t[keep], [g for g, k in zip(groups, keep.tolist(), strict=True) if k]
-        self.shape, self.prompt_dim = tuple(x.shape[1:]), None if t is None else t.shape[1]
-        for group in dict.fromkeys(groups):
-            mine = [k for k, g in enumerate(groups) if g == group]
-            self._remember(group, x[mine], None if t is None else t[mine])
-        if len(x) and not base and not self.alone:
-            self.fresh.append((x, t))
+    def learn(self, record: Record, earlier: bool = False) -> None:
+        """Add the samples to the memory; those of an ``earlier`` epoch if they can be compared with the samples now."""
+        if earlier and not self._comparable(record.epoch, SAMPLE_KEYS):
+            return
+        x, prompt_features, _ = unpack_tensors(record.tensors)
+        self.memories.add(x, prompt_features, [row.get("group") for row in record.rows], self.generator.device, earlier)
 
-    def _like_now(self, epoch: int, keys: tuple[str, ...]) -> bool:
-        """Whether an earlier epoch's settings agree with this one's in what decides how its tensors are to be read."""
+    def _comparable(self, epoch: int, keys: Iterable[str]) -> bool:
+        """Whether the settings of an earlier epoch and of this one agree in ``keys``."""
         old, now = (self.store.settings(e).get("samples", {}) for e in (epoch, self.store.epoch))
         return all(old.get(key) == now.get(key) for key in keys)
 
-    def _progress_of(self, job: Job, kept: int, features: Tensor) -> None:
-        job.kept += kept
-        if kept and features.shape[1]:
-            job.features.append(features)
-            if self.settings.target is not None and not job.over:
-                job.stopped = self.settings.target.reached(torch.cat(job.features), kept) or ""
-        if not job.over and job.attempts >= job.patience:
-            job.stopped = "too many rejected"
-        if job.over and job.features:
-            every = torch.cat(job.features)
-            if not job.stopped:
-                job.stopped = "all images made"
-                if self.settings.target is not None:
-                    job.stopped = self.settings.target.reached(every, 0) or "most images made"
-            self.scores[job.number] = (prompt_score(every), len(every))
-            job.features = []
+    # -- exchanges -----------------------------------------------------------------------------------------------------
 
-    # -- with the other processes ----------------------------------------------------------------------------------
+    def exchange(self, finished: bool) -> bool:
+        """Exchange samples with the other processes.
 
-    @property
-    def alone(self) -> bool:
-        return self.processes.world == 1 or self.settings.memory_by == "group"
+        Args:
+            finished: whether this process has finished its jobs.
 
-    def outgoing(self, rank: int, fresh: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
-        """What process ``rank`` tells of its images since the last exchange: those of prompts that matter to others."""
-        if self.alone or not fresh or self.texts is None:
-            return None
-        x = torch.cat([part for part, _ in fresh])
-        t = None if fresh[0][1] is None else torch.cat([part for _, part in fresh if part is not None])
-        weigh = self._weigh()
-        if t is not None and weigh is not None:
-            others = torch.cat([text for r, text in enumerate(self.texts) if r != rank])
-            keep = relevant(t.float(), others, weigh, TOLERANCE)
-            x, t = x[keep], t[keep]
-        return delta(self._bank(None, tuple(x.shape[1:])), x, t)
-
-    def _weigh(self) -> PromptWeights | None:
-        kernel = getattr(self.guide.terms[0].objective, "prompt_kernel", None)
-        return PromptWeights(kernel) if kernel is not None and self.guide.terms[0].objective.conditional else None
-
-    def incoming(self, told: list[Tensor]) -> None:
-        """Add what the others told, in the order of ranks; of exact rows only those that matter to this one's prompts."""
-        if self.alone or self.shape is None:
-            return
-        weigh = self._weigh()
-        bank = self._bank(None, self.shape)
-        for rank, rows in enumerate(told):
-            if rank == self.processes.rank or not len(rows):
-                continue
-            if isinstance(bank, MemoryBank) and self.prompt_dim and weigh is not None and self.texts is not None:
-                rows = rows[relevant(rows[:, -self.prompt_dim :], self.texts[self.processes.rank], weigh, TOLERANCE)]
-            absorb(bank, rows, self.shape, self.prompt_dim)
-
-    def exchange(self, over: bool) -> bool:
-        """Tell and be told; whether all processes are over."""
-        told = self.outgoing(self.processes.rank, self.fresh)
-        self.fresh.clear()
-        heads = self.processes.numbers(int(over), self.base_total + self.made, 0 if told is None else told.shape[1])
-        width = max(head[2] for head in heads)
+        Returns:
+            Whether all processes have.
+        """
+        message = self.memories.message(self.processes.rank, self.memories.unsent)
+        self.memories.unsent.clear()
+        states = self.processes.gather_integers(
+            int(finished), self.earlier_images + self.made, 0 if message is None else message.shape[1]
+        )
+        width = max(state[2] for state in states)
         if width:
-            dtype = torch.int64 if isinstance(self.own, RandomFeatureMemory) else torch.float32
-            self.incoming(self.processes.gather(torch.zeros(0, width, dtype=dtype) if told is None else told))
+            empty = torch.zeros(0, width, dtype=self.memories.message_dtype)
+            self.memories.receive(self.processes.gather(empty if message is None else message))
         self.exchanges += 1
-        self.everyone = sum(head[1] for head in heads)
-        return all(head[0] for head in heads)
-
-    # -- the run ---------------------------------------------------------------------------------------------------
+        self.total_images = sum(state[1] for state in states)
+        return all(state[0] for state in states)
 
     def resume(self) -> None:
-        """Read back what is committed, with the exchanges that had taken place."""
-        store, rank, every = self.store, self.processes.rank, self.settings.exchange
+        """Restore the state from the records of all epochs, with the exchanges that have taken place."""
+        store, rank, interval = self.store, self.processes.rank, self.settings.exchange
         for record in store.records([e for e in store.epochs() if e != store.epoch], tensors=True):
-            self.count(record, base=True)
-            self.learn(record, base=True)
-        for record in store.of_process(rank):
+            self.count(record, earlier=True)
+            self.learn(record, earlier=True)
+        for record in store.process_records(rank):
             self.count(record)
-        done = 0
-        if self.processes.world > 1:
-            heads = self.processes.numbers(int(all(job.over for job in self.jobs)), self.unit)
-            going = [unit // every for over, unit in heads if not over]
-            done = min(going) if going else -(-max(unit for _, unit in heads) // every)
-        for k, record in enumerate(store.of_process(rank)):
-            while self.exchanges < done and k >= (self.exchanges + 1) * every:
-                self._replay()
+        exchanges = 0
+        if self.processes.world_size > 1:
+            states = self.processes.gather_integers(int(all(job.finished for job in self.jobs)), self.batch_index)
+            unfinished = [batches // interval for finished, batches in states if not finished]
+            exchanges = min(unfinished) if unfinished else -(-max(batches for _, batches in states) // interval)
+        for k, record in enumerate(store.process_records(rank)):
+            while self.exchanges < exchanges and k >= (self.exchanges + 1) * interval:
+                self._replay_exchange()
             self.learn(record)
-        while self.exchanges < done:
-            self._replay()
+        while self.exchanges < exchanges:
+            self._replay_exchange()
 
-    def _replay(self) -> None:
-        """An exchange that took place before this process was started, from the records of the others."""
-        every, k, told = self.settings.exchange, self.exchanges, []
-        for rank in range(self.processes.world):
-            found = None
-            if rank != self.processes.rank and not self.alone:
-                part = (back(r.tensors)[:2] for r in self.store.of_process(rank, k * every, (k + 1) * every))
-                found = self.outgoing(rank, [p for p in part if len(p[0])])
-            told.append(torch.zeros(0, 0) if found is None else found)
-        self.incoming(told)
-        self.fresh.clear()
+    def _replay_exchange(self) -> None:
+        """Repeat an exchange from the records of the other processes."""
+        first, messages = self.exchanges * self.settings.exchange, []
+        for rank in range(self.processes.world_size):
+            message = None
+            if rank != self.processes.rank and self.memories.prompt_features is not None:
+                records = self.store.process_records(rank, first, first + self.settings.exchange)
+                samples = [unpack_tensors(record.tensors)[:2] for record in records]
+                message = self.memories.message(rank, [sample for sample in samples if len(sample[0])])
+            messages.append(torch.zeros(0, 0) if message is None else message)
+        self.memories.receive(messages)
+        self.memories.unsent.clear()
         self.exchanges += 1
 
+    # -- the run -------------------------------------------------------------------------------------------------------
+
     def run(self) -> None:
-        """All batches that are left."""
-        began, before = time.monotonic(), self.made
+        """Make all remaining batches."""
+        start, made_before = time.monotonic(), self.made
         with self.guide.attach(self.generator.pipe):
             while True:
-                batch = self.next()
-                if self.processes.world > 1 and (not batch or self.unit >= (self.exchanges + 1) * self.settings.exchange):
+                batch = self.next_batch()
+                exchange_due = self.batch_index >= (self.exchanges + 1) * self.settings.exchange
+                if self.processes.world_size > 1 and (not batch or exchange_due):
                     if self.exchange(not batch):
                         break
-                    self._tell(began, before)
-                    continue
-                if not batch:
+                elif not batch:
                     break
-                self.step(batch)
-                self._tell(began, before)
+                else:
+                    self.step(batch)
+                self._report_progress(time.monotonic() - start, self.made - made_before)
 
-    def _tell(self, began: float, before: int) -> None:
-        if self.tick is None:
+    def _report_progress(self, seconds: float, made: int) -> None:
+        if self.progress_callback is None:
             return
-        world, seconds = self.processes.world, time.monotonic() - began
-        done = self.base_total + self.made if world == 1 else max(self.everyone, self.base_total + self.made)
-        rate = (self.made - before) * world / max(seconds, 1e-9)
-        left = max(0, self.settings.images_expected - done)
+        world_size, total = self.processes.world_size, self.settings.expected_images
+        own = self.earlier_images + self.made
+        done = own if world_size == 1 else max(self.total_images, own)
+        rate = made * world_size / max(seconds, 1e-9)
+        remaining = max(0, total - done) / rate if rate else float("inf")
         shares = [score / n for score, n in self.scores.values() if n > 1]
         diversity = sum(shares) / len(shares) if shares else None
-        remaining = left / rate if rate else float("inf")
-        self.tick(Progress(done, self.settings.images_expected, sum(self.rejected.values()), rate, remaining, diversity))
+        self.progress_callback(Progress(done, total, sum(self.rejected.values()), rate, remaining, diversity))
 
 
-def png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
-
-
-def _tensors(x: Tensor, t: Tensor | None, features: Tensor, separate: bool) -> dict[str, Tensor]:
-    """What a record keeps; prompt features once if they are all the same."""
-    found = {"x": x.float().cpu()}
-    if t is not None:
-        t = t.float().cpu()
-        found["prompts"] = t[:1] if len(t) and bool((t == t[:1]).all()) else t
-    if separate:
-        found["features"] = features.float()
-    return found
-
-
-def back(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Samples, their prompt features, and the features that scores are taken of."""
-    x, t = tensors["x"], tensors.get("prompts")
-    if t is not None and len(t) != len(x):
-        t = t.expand(len(x), -1)
-    return x, t, tensors.get("features", x.flatten(1))
-
-
-def check_memory(kind: Any, by: str) -> None:
-    """
-    Raises:
-        SynthesisError: for unknown names.
-    """
-    if kind not in MEMORIES:
-        raise SynthesisError(f"memory must be one of {', '.join(MEMORIES)}, got {kind!r}")
-    if by not in ("all", "group"):
-        raise SynthesisError(f"memory_by must be 'all' or 'group', got {by!r}")
+def encode_png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()

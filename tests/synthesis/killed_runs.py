@@ -1,10 +1,9 @@
-"""Kill a run of `synthesize` with SIGKILL again and again, let it finish, and compare it with one that was left alone.
+"""Kill a run of `synthesize` with SIGKILL repeatedly, let it finish, and compare it with an uninterrupted one.
 
     python -m tests.synthesis.killed_runs FOLDER
 
-Children are forked from a process that has loaded the pipeline, so that a kill costs no second start. Twenty are killed
-after a random time; then, in a fresh folder, one at each of the first steps that touch the disk: fsync and rename.
-Prints what happened as JSON.
+Children are forked from a process that has loaded the pipeline, so that they start fast. Twenty are killed after a random
+time; then, in a new folder, one at each of the first 30 disk operations (fsync and rename). Prints the result as JSON.
 """
 
 import json
@@ -20,22 +19,26 @@ import torch
 
 from tests.synthesis.small_runs import contents, make, quiet_pipeline, rows_of
 
-RANDOM, STEPS = 20, 30
-SETTINGS = {"prompts": ["heart", "red heart", "runner", "cat face", "man", "dog face"], "images": 16, "batch": 3}
+RANDOM_KILLS, DISK_OPERATIONS = 20, 30
+SETTINGS = {
+    "prompts": ["heart", "red heart", "runner", "cat face", "man", "dog face"],
+    "images_per_prompt": 16,
+    "batch_size": 3,
+}
 
 
-def _deadly(real, budget):
+def _killing(function, budget):
     def call(*args):
         budget[0] -= 1
         if budget[0] < 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args)
+        return function(*args)
 
     return call
 
 
 def child(pipe, out, die_at=None):
-    """Fork a run; it kills itself at its ``die_at``-th fsync or rename."""
+    """Fork a run, which kills itself at its ``die_at``-th fsync or rename."""
     pid = os.fork()
     if pid:
         return pid
@@ -43,7 +46,7 @@ def child(pipe, out, die_at=None):
         if die_at is not None:
             budget = [die_at]
             for name in ("fsync", "replace"):
-                setattr(os, name, _deadly(getattr(os, name), budget))
+                setattr(os, name, _killing(getattr(os, name), budget))
         make(out, pipe, **SETTINGS)
     finally:
         os._exit(0)
@@ -62,37 +65,37 @@ def main():
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
     folder, pipe, rng = Path(sys.argv[1]), quiet_pipeline(), random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     shutil.rmtree(folder, ignore_errors=True)
-    began = time.monotonic()
+    start = time.monotonic()
     finish(pipe, folder / "whole")
-    whole, seconds = contents(folder / "whole"), time.monotonic() - began
+    whole, seconds = contents(folder / "whole"), time.monotonic() - start
 
-    kills, seen = [], []
-    while len(kills) < RANDOM:
+    kills, states = [], []
+    while len(kills) < RANDOM_KILLS:
         pid = child(pipe, folder / "random")
-        time.sleep(rng.uniform(0.05, 1.5 * seconds / RANDOM))
+        time.sleep(rng.uniform(0.05, 1.5 * seconds / RANDOM_KILLS))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         kills.append(os.WIFSIGNALED(status))
-        seen.append(state(folder / "random"))
+        states.append(state(folder / "random"))
     finish(pipe, folder / "random")
 
-    stages = []
-    for k in range(STEPS):
+    kills_at_steps = []
+    for k in range(DISK_OPERATIONS):
         _, status = os.waitpid(child(pipe, folder / "steps", die_at=k), 0)
-        stages.append(os.WIFSIGNALED(status))
+        kills_at_steps.append(os.WIFSIGNALED(status))
     finish(pipe, folder / "steps")
 
     found = {
-        "killed": sum(kills), "states": seen, "killed_at_steps": sum(stages), "seconds": round(seconds, 1),
+        "killed": sum(kills), "states": states, "killed_at_steps": sum(kills_at_steps), "seconds": round(seconds, 1),
         "images": len(rows_of(folder / "whole")),
     }  # fmt: skip
     for name in ("random", "steps"):
-        other = contents(folder / name)
+        files = contents(folder / name)
         found[name] = {
-            "same": other == whole,
-            "differ": [n for n in whole if n in other and other[n] != whole[n]][:5],
-            "missing": [n for n in whole if n not in other][:5],
-            "extra": [n for n in other if n not in whole][:5],
+            "same": files == whole,
+            "differ": [n for n in whole if n in files and files[n] != whole[n]][:5],
+            "missing": [n for n in whole if n not in files][:5],
+            "extra": [n for n in files if n not in whole][:5],
             "twice": len(rows_of(folder / name)) - len({row["file_name"] for row in rows_of(folder / name)}),
         }
     print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Small runs of `synthesize` for the tests: the embedded pipeline, few steps, and what must not differ between two runs."""
+"""Small runs of `synthesize` for the tests: the embedded pipeline with few steps, and digests of what a run writes."""
 
 import hashlib
 import json
@@ -18,8 +18,11 @@ def quiet_pipeline():
     return pipe
 
 
-def make(out, pipe=None, prompts=PROMPTS, images=5, batch=3, call=CALL, report=False, **more):
-    return synthesize(prompts, out, pipe or quiet_pipeline(), images=images, batch=batch, call=call, report=report, **more)
+def make(out, pipe=None, prompts=PROMPTS, images_per_prompt=5, batch_size=3, **kwargs):
+    settings = {"call": CALL, "report": False, **kwargs}
+    return synthesize(
+        prompts, out, pipe or quiet_pipeline(), images_per_prompt=images_per_prompt, batch_size=batch_size, **settings
+    )
 
 
 def rows_of(out):
@@ -27,8 +30,8 @@ def rows_of(out):
 
 
 def contents(out):
-    """Digests of all files of a run; records by what they hold, since safetensors orders its header at will."""
-    found = {}
+    """Digests of all files of a run; of records those of their contents, since safetensors does not fix the header."""
+    digests = {}
     for path in sorted(Path(out).rglob("*")):
         name = path.relative_to(out).as_posix()
         if not path.is_file() or path.name in ("lock", "report.html", "report.json"):
@@ -38,5 +41,5 @@ def contents(out):
             data = json.dumps(about).encode() + b"".join(tensors[k].contiguous().numpy().tobytes() for k in sorted(tensors))
         else:
             data = path.read_bytes()
-        found[name] = hashlib.sha256(data).hexdigest()
-    return found
+        digests[name] = hashlib.sha256(data).hexdigest()
+    return digests

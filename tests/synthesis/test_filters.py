@@ -3,18 +3,19 @@ import torch
 from PIL import Image
 
 from kspec_guidance.synthesis import SynthesisError
+from kspec_guidance.synthesis.filters import Screen, load_filter
 from tests.synthesis.small_runs import make, rows_of
 
 
-def test_what_a_filter_drops_is_made_again_and_counted(tmp_path, pipe):
-    seen = []
+def test_dropped_images_are_made_again_and_counted(tmp_path, pipe):
+    calls = []
 
-    def every_other(image, row):
-        seen.append(row["file_name"])
+    def drop_half(image, row):
+        calls.append(row["file_name"])
         assert image.size == (64, 64)
-        return "odd one" if len(seen) % 2 else True
+        return "odd one" if len(calls) % 2 else True
 
-    result = make(tmp_path, pipe, ["heart"], images=4, batch=4, filter=every_other, report=True)
+    result = make(tmp_path, pipe, ["heart"], images_per_prompt=4, batch_size=4, filter=drop_half, report=True)
     assert result.images == 4
     assert result.rejected == {"odd one": 4}
     assert [r["attempt"] for r in rows_of(tmp_path)] == [1, 3, 5, 7]
@@ -23,36 +24,32 @@ def test_what_a_filter_drops_is_made_again_and_counted(tmp_path, pipe):
 
 
 def test_near_duplicates_and_blank_images_are_dropped(tmp_path, pipe):
-    result = make(tmp_path / "a", pipe, ["heart"], images=6, batch=3, duplicates=0.2)
+    result = make(tmp_path / "a", pipe, ["heart"], images_per_prompt=6, batch_size=3, duplicates=0.2)
     assert result.rejected["near duplicate"] > 0
     rows = rows_of(tmp_path / "a")
     assert all(r["nearest"] is None or r["nearest"] < 0.2 for r in rows)
-    again = make(tmp_path / "b", pipe, ["heart"], images=4, batch=2, duplicates=1.0)
-    assert again.rejected == {}
-    from kspec_guidance.synthesis.filters import Screen
-
-    white, picture = Image.new("RGB", (8, 8), "white"), Image.effect_noise((8, 8), 50)
-    assert Screen(None, None).reasons([white, picture], [{}, {}], torch.randn(2, 3)) == ["blank", None]
+    result = make(tmp_path / "b", pipe, ["heart"], images_per_prompt=4, batch_size=2, duplicates=1.0)
+    assert result.rejected == {}
+    white, noise = Image.new("RGB", (8, 8), "white"), Image.effect_noise((8, 8), 50)
+    assert Screen(None, None).reasons([white, noise], [{}, {}], torch.randn(2, 3)) == ["blank", None]
 
 
 def test_a_prompt_whose_images_are_all_dropped_is_given_up(tmp_path, pipe):
-    result = make(tmp_path, pipe, ["heart", "man"], images=2, batch=2, filter=lambda image, row: row["prompt"] == "man")
+    result = make(tmp_path, pipe, ["heart", "man"], 2, 2, filter=lambda image, row: row["prompt"] == "man")
     assert result.stopped == {"all images made": 1, "too many rejected": 1}
     assert result.images == 2
     with pytest.raises(SynthesisError, match="returned nothing"):
-        make(tmp_path / "none", pipe, images=1, filter=lambda image, row: None)
+        make(tmp_path / "none", pipe, images_per_prompt=1, filter=lambda image, row: None)
 
 
-def test_filters_are_found_by_name(tmp_path, monkeypatch):
-    from kspec_guidance.synthesis.filters import load_filter
-
+def test_filters_are_imported_by_name(tmp_path, monkeypatch):
     (tmp_path / "my_filter_of_a_test.py").write_text("def keep(image, row):\n    return row['attempt'] > 0\nnumber = 3\n")
     monkeypatch.chdir(tmp_path)
     assert load_filter("my_filter_of_a_test:keep")(None, {"attempt": 1})
-    for name, words in (
+    for name, message in (
         ("my_filter_of_a_test:number", "not a function"),
         ("x", "module:function"),
         ("os:nothing", "import"),
     ):
-        with pytest.raises(SynthesisError, match=words):
+        with pytest.raises(SynthesisError, match=message):
             load_filter(name)

@@ -33,23 +33,23 @@ def test_prompts_from_every_kind_of_source(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("name", "text", "message"),
     [
         ("none.txt", None, "no prompts file"),
         ("empty.txt", "\n \n", "no prompts in"),
         ("p.jsonl", '{"prompt": "a"}\nnot json\n', "line 2 is not JSON"),
         ("p.csv", "name,words\na,b\n", "no column prompt, caption, text; its columns are name, words"),
         ("p.json", '{"prompt": "a"}', "holds a dict; expected a list"),
-        ("p.csv", "prompt,images\na,many\n", "asks for 'many' images"),
-        ("p.jsonl", '{"prompt": "a", "images": -1}\n', "asks for -1 images"),
-        ("p.docx", "x", "of no known kind"),
-        ("p.parquet", "x", "no Parquet file"),
+        ("p.csv", "prompt,images\na,many\n", "prompt 1 has 'many' images; expected an integer"),
+        ("p.jsonl", '{"prompt": "a", "images": -1}\n', "prompt 1 has -1 images; expected 0 or more"),
+        ("p.docx", "x", "unknown suffix; expected one of .txt"),
+        ("p.parquet", "x", "not a Parquet file"),
     ],
 )
-def test_prompts_that_cannot_be_read_are_refused(tmp_path, name, text, words):
+def test_unreadable_prompts_are_refused(tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(SynthesisError, match=words):
+    with pytest.raises(SynthesisError, match=message):
         read_prompts(tmp_path / name)
     with pytest.raises(SynthesisError, match="row with a column of prompts"):
         read_prompts([3])

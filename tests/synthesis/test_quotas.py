@@ -12,18 +12,18 @@ from tests.synthesis.small_runs import make, rows_of
 
 def test_quotas_by_group(tmp_path, pipe):
     prompts = [Prompt("heart", "a"), Prompt("red heart", "a"), Prompt("man", "b"), Prompt("runner")]
-    result = make(tmp_path, pipe, prompts, images=2, quotas={"a": 5, "b": 3})
+    result = make(tmp_path, pipe, prompts, images_per_prompt=2, quotas={"a": 5, "b": 3})
     assert result.images == 10
     counts = [sum(r["prompt"] == p.text for r in rows_of(tmp_path)) for p in prompts]
     assert counts == [3, 2, 3, 2]
 
 
-def test_attributes_come_out_in_the_wanted_shares(tmp_path, pipe):
+def test_attributes_have_about_the_wanted_shares(tmp_path, pipe):
     call = {"num_inference_steps": 10, "guidance_scale": 5.0}
     dark, light = (encode_reference(pipe, load_demo_reference(f"{n}-skin-tone")) for n in ("dark", "light"))
     quotas = {"dark": Attribute(dark, 3.0), "light": Attribute(light, 1.0)}
     prompts = ["man", "farmer", "student", "health worker"]
-    result = make(tmp_path / "a", pipe, prompts, images=8, batch=8, call=call, quotas=quotas)
+    result = make(tmp_path / "a", pipe, prompts, images_per_prompt=8, batch_size=8, call=call, quotas=quotas)
     assert sum(result.attributes.values()) == 32
     assert 20 <= result.attributes["dark"] <= 28  # 24 wanted
     with pytest.raises(SynthesisError, match="two reference sets or more"):
@@ -42,15 +42,19 @@ def test_attributes_are_read_from_folders_and_by_name(tmp_path, pipe):
         Image.fromarray(pixels).save(tmp_path / "dark" / ("more" if k % 2 else ".") / f"{k}.png")
     found = read_attribute(pipe, f"{tmp_path / 'dark'}:0.25")
     assert found.share == 0.25
-    order = [0, 2, 1, 3]  # the folder first, then what is in it
+    order = [0, 2, 1, 3]  # files of the folder, then of its subfolders
     torch.testing.assert_close(found.reference, encode_reference(pipe, images)[order], rtol=1e-3, atol=0.05)
     named = read_attribute(pipe, "light-skin-tone")
     torch.testing.assert_close(named.reference, encode_reference(pipe, load_demo_reference("light-skin-tone")))
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_text("no image")
-    for source, words in (("nothing", "no reference set named"), ("empty", "holds no pictures"), ("broken", "cannot read")):
-        with pytest.raises(SynthesisError, match=words):
+    for source, message in (
+        ("nothing", "no reference set named"),
+        ("empty", "holds no images"),
+        ("broken", "cannot read"),
+    ):
+        with pytest.raises(SynthesisError, match=message):
             read_attribute(pipe, str(tmp_path / source) if (tmp_path / source).exists() else source)
 
 

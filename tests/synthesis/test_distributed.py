@@ -1,4 +1,4 @@
-"""Synthesis that is killed, and synthesis by several real processes (gloo, under torchrun and accelerate)."""
+"""Runs that are killed, runs of several processes (gloo, under torchrun and accelerate), and their messages."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.memory import CentroidMemory, MemoryBank, RandomFeatureMemory
-from kspec_guidance.synthesis.exchange import absorb, delta
+from kspec_guidance.synthesis.distributed import add_message, encode_message
 from kspec_guidance.synthesis.records import Store
 from tests.synthesis.small_runs import contents, rows_of
 
@@ -27,9 +27,9 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
 
 
-def torchrun(out, processes, *more):
+def torchrun(out, processes, *arguments):
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
-            environment()["MASTER_PORT"], "-m", "tests.synthesis.worker", str(out), *more]  # fmt: skip
+            environment()["MASTER_PORT"], "-m", "tests.synthesis.one_process", str(out), *arguments]  # fmt: skip
     return subprocess.Popen(
         line,
         cwd=ROOT,
@@ -41,23 +41,24 @@ def torchrun(out, processes, *more):
     )
 
 
-def run(out, processes, *more):
-    started = torchrun(out, processes, *more)
+def run(out, processes, *arguments):
+    started = torchrun(out, processes, *arguments)
     text, _ = started.communicate(timeout=300)
     assert started.returncode == 0, text[-3000:]
-    said = [json.loads(p.read_text()) for p in sorted(Path(out).glob("said-*.json"))]
-    for path in Path(out).glob("said-*.json"):
+    paths = sorted(Path(out).glob("result-*.json"))
+    results = [json.loads(path.read_text()) for path in paths]
+    for path in paths:
         path.unlink()
-    return said
+    return results
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_and_at_every_step_to_the_disk_it_ends_with_the_same_set(tmp_path):
+def test_runs_killed_at_random_times_and_at_each_disk_operation_end_with_the_same_set(tmp_path):
     line = [sys.executable, "-m", "tests.synthesis.killed_runs", str(tmp_path / "runs")]
     found = json.loads(subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True, env=environment()).stdout)
     assert found["killed"] == 20
     assert found["killed_at_steps"] == 30
-    assert found["states"][0][0] < found["states"][-1][0]  # it came further from kill to kill
+    assert found["states"][0][0] < found["states"][-1][0]  # each run continued the last one
     for name in ("random", "steps"):
         assert found[name] == {"same": True, "differ": [], "missing": [], "extra": [], "twice": 0}
 
@@ -69,25 +70,25 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_set_and_repel_each_others_images(two):
-    out, said = two
+def test_two_processes_make_the_set_and_exchange_their_images(two):
+    out, results = two
     rows = rows_of(out)
     assert len(rows) == 48
     assert len({row["file_name"] for row in rows}) == 48
-    assert [s["made"] for s in said] == [24, 24]
-    assert {s["images"] for s in said} == {48}
-    for s in said:
-        assert s["exchanges"] >= 4
-        assert s["told"][-1][1] > s["made"]  # its memory holds images of the other one
+    assert [r["made"] for r in results] == [24, 24]
+    assert {r["images"] for r in results} == {48}
+    for r in results:
+        assert r["exchanges"] >= 4
+        assert r["received"][-1][1] > r["made"]  # its memory holds images of the other process
     store = Store(out)
     assert store.ranks(0) == [0, 1]
     owners = {row["prompt"]: record.rank for record in store.records() for row in record.rows}
     assert owners["heart"] == owners["red heart"]
-    assert len({owner for prompt, owner in owners.items() if "runner" in prompt}) == 2  # six of eight must be parted
+    assert len({owner for prompt, owner in owners.items() if "runner" in prompt}) == 2  # six of eight prompts must be split
 
 
 @pytest.mark.slow
-def test_the_result_depends_on_the_seed_and_the_number_of_processes_only(two, tmp_path):
+def test_two_processes_are_reproducible(two, tmp_path):
     assert len(run(tmp_path / "again", 2)) == 2
     assert contents(tmp_path / "again") == contents(two[0])
 
@@ -98,8 +99,8 @@ def test_two_processes_killed_and_resumed_end_with_the_same_set(two, tmp_path):
     progress = []
     for _ in range(4):
         started = torchrun(out, 2)
-        seen, waited = len(list(out.glob(".kspec/*/*/0*.safetensors"))), time.monotonic()
-        while len(list(out.glob(".kspec/*/*/0*.safetensors"))) <= seen and time.monotonic() - waited < 60:
+        before, waited = len(list(out.glob(".kspec/*/*/0*.safetensors"))), time.monotonic()
+        while len(list(out.glob(".kspec/*/*/0*.safetensors"))) <= before and time.monotonic() - waited < 60:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 1.0))
         os.killpg(started.pid, signal.SIGKILL)
@@ -114,20 +115,20 @@ def test_two_processes_killed_and_resumed_end_with_the_same_set(two, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kind"), [(1, "exact"), (4, "exact"), (2, "centroids")])
 def test_other_numbers_of_processes_and_other_memories(tmp_path, processes, kind):
-    said = run(tmp_path / "set", processes, kind)
+    results = run(tmp_path / "set", processes, kind)
     assert len(rows_of(tmp_path / "set")) == 48
-    assert len(said) == processes
-    assert sum(s["made"] for s in said) == 48
-    assert max(s["made"] for s in said) <= 48 // processes + 6
+    assert len(results) == processes
+    assert sum(r["made"] for r in results) == 48
+    assert max(r["made"] for r in results) <= 48 // processes + 6
 
 
 @pytest.mark.slow
-def test_a_group_with_a_memory_of_its_own_stays_in_one_process(tmp_path):
-    said = run(tmp_path / "set", 2, "groups")
-    assert sorted(s["made"] for s in said) == [12, 36]
+def test_a_group_with_its_own_memory_stays_in_one_process(tmp_path):
+    results = run(tmp_path / "set", 2, "groups")
+    assert sorted(r["made"] for r in results) == [12, 36]
     owners = {(row["group"], record.rank) for record in Store(tmp_path / "set").records() for row in record.rows}
     assert len(owners) == 2
-    assert all(s["told"] == [] for s in said)
+    assert all(r["received"] == [] for r in results)
 
 
 @pytest.mark.slow
@@ -137,7 +138,7 @@ def test_accelerate_launches_the_command_line(tmp_path):
             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
             "--main_process_port", environment()["MASTER_PORT"],
             "-m", "kspec_guidance", "generate", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "set"),
-            "--images", "4", "--batch", "2", "--steps", "3", "--no-report"]  # fmt: skip
+            "--images", "4", "--batch-size", "2", "--steps", "3", "--no-report"]  # fmt: skip
     done = subprocess.run(line, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("16 images in") == 1
@@ -145,7 +146,7 @@ def test_accelerate_launches_the_command_line(tmp_path):
     assert Store(tmp_path / "set").ranks(0) == [0, 1]
 
 
-# -- what is told --------------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------------------
 
 
 def memories():
@@ -154,21 +155,21 @@ def memories():
 
 
 @pytest.mark.parametrize("kind", ["rows", "means", "sum"])
-def test_what_is_told_is_as_good_as_having_made_it(kind, g):
+def test_a_message_adds_what_the_samples_themselves_would(kind, g):
     make = memories()[kind]
     x, t = torch.randn(20, 3, 2, 2, generator=g), torch.randn(20, 3, generator=g)
     t = t / t.norm(dim=1, keepdim=True)
-    mine, whole = make(), make()
-    mine.add(x[:12], t[:12])
+    part, whole = make(), make()
+    part.add(x[:12], t[:12])
     whole.add(x, t)
-    told = delta(make(), x[12:], t[12:])
-    absorb(mine, told, (3, 2, 2), 3)
-    assert len(mine) == len(whole) == 20
+    message = encode_message(make(), x[12:], t[12:])
+    add_message(part, message, (3, 2, 2), 3)
+    assert len(part) == len(whole) == 20
     if kind == "sum":
-        assert torch.equal(mine.total, whole.total)
-        assert told.shape == (1, 64 * 16 + 1)
+        assert torch.equal(part.total, whole.total)
+        assert message.shape == (1, 64 * 16 + 1)
     else:
-        torch.testing.assert_close(mine.x, whole.x)
-        torch.testing.assert_close(mine.prompts, whole.prompts)
-    absorb(mine, delta(make(), x[:0], t[:0]), (3, 2, 2), 3)
-    assert len(mine) == 20
+        torch.testing.assert_close(part.x, whole.x)
+        torch.testing.assert_close(part.prompts, whole.prompts)
+    add_message(part, encode_message(make(), x[:0], t[:0]), (3, 2, 2), 3)
+    assert len(part) == 20

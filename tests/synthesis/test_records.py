@@ -1,0 +1,112 @@
+"""Damaged and lost files, full disks, folders in use, and what force=True does."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kspec_guidance.synthesis import CheckpointError, SynthesisError
+from kspec_guidance.synthesis.records import Record, pack_tensors, unpack_tensors
+from tests.synthesis.small_runs import contents, make
+
+
+def test_packed_tensors_are_restored(g):
+    x, prompts, features = torch.randn(3, 2, 4, generator=g), torch.randn(3, 5, generator=g), torch.randn(3, 6)
+    for t, stored in ((prompts, 3), (prompts[:1].expand(3, -1), 1)):
+        tensors = pack_tensors(x, t, features)
+        assert len(tensors["prompts"]) == stored
+        for restored, original in zip(unpack_tensors(tensors), (x, t, features), strict=True):
+            assert torch.equal(restored, original)
+    restored = unpack_tensors(pack_tensors(x, None, None))
+    assert restored.prompt_features is None
+    assert torch.equal(restored.features, x.flatten(1))
+
+
+def test_lost_images_count_as_rejected():
+    rows = [{"file_name": f"{k}.png", "prompt": "heart", "attempt": k} for k in range(2)]
+    record = Record(0, 0, 7, rows, [], {"x": torch.eye(2)}).without({"0.png"})
+    assert (record.batch_index, record.rows) == (7, rows[1:])
+    assert record.rejected == [{"prompt": "heart", "attempt": 0, "reason": "lost"}]
+    assert torch.equal(record.tensors["x"], torch.eye(2)[1:])
+
+
+def test_damaged_settings_are_reported_and_force_continues(tmp_path, pipe):
+    make(tmp_path, pipe, ["heart"])
+    (tmp_path / ".kspec" / "epoch-000" / "settings.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"settings.json is damaged"):
+        make(tmp_path, pipe, ["heart"])
+    assert make(tmp_path, pipe, ["heart"], force=True).images == 5
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, pipe):
+    code = (
+        "import sys; from pathlib import Path; from kspec_guidance.synthesis.records import Store\n"
+        "store = Store(Path(sys.argv[1])); store.lock(); print('locked', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"locked\n"
+    with pytest.raises(SynthesisError, match="another run is writing"):
+        make(tmp_path, pipe, images_per_prompt=1)
+    holder.kill()
+    holder.wait()
+    assert make(tmp_path, pipe, images_per_prompt=1).images == 5
+
+
+def test_a_damaged_record_is_reported_and_force_makes_its_images_again(tmp_path, pipe):
+    make(tmp_path, pipe)
+    whole = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*.png")}
+    record = tmp_path / ".kspec" / "epoch-000" / "rank-0000" / "000002.safetensors"
+    data = bytearray(record.read_bytes())
+    data[-5] ^= 1
+    record.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"000002.safetensors was altered.*--force"):
+        make(tmp_path, pipe)
+    result = make(tmp_path, pipe, force=True)
+    assert result.images == 25
+    assert 1 <= result.made <= 3
+    repaired = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*.png")}
+    assert len(repaired) == 25
+    assert sum(repaired.get(name) == data for name, data in whole.items()) >= 22
+    assert make(tmp_path, pipe).made == 0
+
+
+def test_missing_images_are_reported_and_force_makes_as_many(tmp_path, pipe):
+    make(tmp_path, pipe)
+    (tmp_path / "0000" / "000001-0002.png").unlink()
+    with pytest.raises(CheckpointError, match=r"1 finished images are missing.*000001-0002"):
+        make(tmp_path, pipe)
+    assert make(tmp_path, pipe, force=True).images == 25
+    assert len(list(tmp_path.rglob("*.png"))) == 25
+
+
+@pytest.mark.parametrize("batches", [1, 4, 8, 15])
+def test_a_full_disk_loses_nothing(tmp_path, pipe, monkeypatch, batches):
+    make(tmp_path / "whole", pipe)
+    fsync, calls = os.fsync, 0
+
+    def full(handle):
+        nonlocal calls
+        calls += 1
+        if calls > 3 * batches:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SynthesisError, match=r"no space left.*finished images are safe"):
+            make(tmp_path / "cut", pipe)
+    assert not list((tmp_path / "cut").rglob("*.tmp"))
+    make(tmp_path / "cut", pipe)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_unusable_folders_are_refused(tmp_path, pipe):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SynthesisError, match="cannot write to"):
+        make(tmp_path / "file" / "set", pipe)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metadata.jsonl").write_text("{}")
+    with pytest.raises(SynthesisError, match="that no run of this program wrote"):
+        make(tmp_path / "other", pipe)
