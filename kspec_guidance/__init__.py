@@ -1,12 +1,12 @@
-"""Kernel-spectral diversity, novelty and distribution-matching guidance for diffusers, and the scores that judge it."""
+"""Kernel-spectral diversity, novelty and distribution-matching guidance for diffusers, and diversity scores."""
 
 from typing import Any
 
 from kspec_guidance import functional
-from kspec_guidance.memory import CentroidMemory, MemoryBank, MemoryFileError, RandomFeatureMemory
+from kspec_guidance.memory import CentroidMemory, MemoryBank, RandomFeatureMemory
 
-__version__ = "1.0.0rc1"
-_LAZY = {  # what needs diffusers, imported on first use: the mathematics alone stays light
+__version__ = "1.0.0rc2"
+_LAZY = {  # modules that need diffusers are imported on first use
     "SPARKE": "guidance.presets",
     "VendiGuidance": "guidance.presets",
     "MMDGuidance": "guidance.presets",
@@ -30,7 +30,6 @@ __all__ = [
     "MemoryBank",
     "CentroidMemory",
     "RandomFeatureMemory",
-    "MemoryFileError",
     "functional",
     "guided",
     "KernelGuidanceBlock",

@@ -1,4 +1,4 @@
-"""``python -m kspec_guidance``, for launchers of several processes that take a module."""
+"""``python -m kspec_guidance``, for multi-process launchers that run a module."""
 
 from kspec_guidance.cli import app
 

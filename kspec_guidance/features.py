@@ -1,4 +1,4 @@
-"""Random Fourier features and other explicit maps ``phi`` with ``phi(x) @ phi(y).T`` close to ``k(x, y)``."""
+"""Explicit feature maps ``phi`` with ``phi(x) @ phi(y).T`` close to ``k(x, y)``, such as random Fourier features."""
 
 import math
 
@@ -16,17 +16,17 @@ class RandomFourierFeatures(nn.Module):
 
     For the Gaussian kernel the rows of ``W`` are ``N(0, I / bandwidth^2)``, made orthogonal in blocks of ``d`` by default
     (Yu et al. 2016, arXiv 1610.09072: less variance at the same cost). For the Laplacian kernel each coordinate is a Cauchy
-    variable, drawn independently: its distribution has no rotations to make orthogonal. Rows of the result have
-    norm 1, so ``k(x, x) = 1`` exactly, and the error of ``k`` falls as ``num_features ** -0.5``.
+    variable, drawn independently: its distribution is not invariant to rotations, so rows are not orthogonal. Rows of the
+    result have norm 1, so ``k(x, x) = 1`` exactly, and the error of ``k`` decreases as ``num_features ** -0.5``.
 
-    Values are good at any bandwidth; *gradients* need a wide kernel and low dimension: see :meth:`reliable`.
+    Values are accurate at any bandwidth; *gradients* need a wide kernel and low dimension: see :meth:`reliable`.
 
     Args:
-        kernel: a Gaussian or Laplacian kernel with its bandwidth given.
+        kernel: a Gaussian or Laplacian kernel with a bandwidth.
         input_dim: features per row of ``x``.
         num_features: length of ``phi(x)``, cosines and sines together; even.
         orthogonal: orthogonal blocks of frequencies (Gaussian only).
-        seed: of the map's own generator; the global random state is neither read nor written.
+        seed: seed of the map's own generator; the global random state is neither read nor written.
 
     Raises:
         ValueError: for an odd or non-positive ``num_features``, another kernel, or a bandwidth of ``None``.
@@ -49,9 +49,9 @@ class RandomFourierFeatures(nn.Module):
     ):
         super().__init__()
         if not isinstance(kernel, GaussianKernel | LaplacianKernel):
-            raise ValueError(f"random features are known here for GaussianKernel and LaplacianKernel, not {kernel!r}")
+            raise ValueError(f"random features support GaussianKernel and LaplacianKernel, got {kernel!r}")
         if kernel.bandwidth is None:
-            raise ValueError("the kernel of random features needs a bandwidth; pass kernel.fit(x), for instance")
+            raise ValueError("the kernel of random features needs a bandwidth; pass for example kernel.fit(x)")
         if num_features < 2 or num_features % 2:
             raise ValueError(f"num_features counts cosines and sines, so it must be even and positive; got {num_features}")
         if input_dim < 1:
@@ -59,7 +59,7 @@ class RandomFourierFeatures(nn.Module):
         self.kernel, self.input_dim, self.num_features = kernel, input_dim, num_features
         self.orthogonal, self.seed = orthogonal, seed
         generator = torch.Generator().manual_seed(seed)
-        # Drawn at bandwidth 1 in float64 and divided afterwards: one seed means one map at every bandwidth.
+        # Drawn at bandwidth 1 in float64 and divided afterwards, so that one seed gives the same map at all bandwidths.
         self.register_buffer("frequencies", self._draw(num_features // 2, generator) / kernel.bandwidth)
 
     def _draw(self, r: int, generator: torch.Generator) -> Tensor:
@@ -73,7 +73,7 @@ class RandomFourierFeatures(nn.Module):
         blocks = []
         for _ in range(math.ceil(r / d)):
             q, upper = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
-            blocks.append((q * upper.diagonal().sign()).T)  # the signs make q uniform over rotations
+            blocks.append((q * upper.diagonal().sign()).T)  # with these signs q is uniform over orthogonal matrices
         return torch.cat(blocks)[:r] * gaussian.norm(dim=1, keepdim=True)
 
     def power(self, p: int) -> "RandomFourierFeatures":
@@ -86,7 +86,7 @@ class RandomFourierFeatures(nn.Module):
     def _phase(self, x: Tensor) -> Tensor:
         x = as_float(x)
         if x.shape[-1] != self.input_dim:
-            raise ValueError(f"these features are for rows of {self.input_dim} numbers, got {x.shape[-1]}")
+            raise ValueError(f"the feature map has input_dim={self.input_dim}, got rows of length {x.shape[-1]}")
         return x @ self.frequencies.to(x).mT
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,10 +101,11 @@ class RandomFourierFeatures(nn.Module):
         return ((s * phase.cos() - c * phase.sin()) * (self.num_features / 2) ** -0.5) @ self.frequencies.to(phase)
 
     def reliable(self, typical_distance: float) -> bool:
-        """Whether gradients of kernel sums by these features point the right way (cosine above 0.9).
+        """Whether gradients of kernel sums by these features have the right direction (cosine above 0.9).
 
-        Measured rule: at least 8 features per input dimension, and a bandwidth of at least 0.9 typical distances.
-        At 2,048 features in 256 dimensions it is 0.99 at one median distance and 0.77 at 0.4 (benchmarks/gradients.py).
+        Empirical rule: at least 8 features per input dimension, and a bandwidth of at least 0.9 typical distances. With
+        2,048 features in 256 dimensions the cosine is 0.99 at one median distance and 0.77 at 0.4
+        (benchmarks/gradients.py).
         """
         b = self.kernel.bandwidth or 0.0
         return self.num_features >= 8 * self.input_dim and b >= 0.9 * typical_distance
@@ -114,7 +115,7 @@ class RandomFourierFeatures(nn.Module):
 
 
 class RandomProjection(nn.Module):
-    """``x @ P`` to ``output_dim`` numbers with a seeded Gaussian ``P``; keeps distances to about ``output_dim ** -0.5``."""
+    """``x @ P`` with a seeded Gaussian ``P``; preserves distances to a relative error of about ``output_dim ** -0.5``."""
 
     matrix: Tensor
 
@@ -142,12 +143,12 @@ def tensor_product(a: Tensor, b: Tensor) -> Tensor:
 class NystromFeatures(nn.Module):
     """``phi(x) = k(x, Z) K_ZZ^(-1/2)`` of landmarks ``Z``: exact on their span, close where the kernel matrix has low rank.
 
-    Williams, Seeger (2001). With t landmarks it is the other route to the t-truncated Vendi score (Ospanov, Farnia 2024,
-    arXiv 2410.21719).
+    Williams, Seeger (2001). With t landmarks it is the alternative method for the t-truncated Vendi score (Ospanov,
+    Farnia 2024, arXiv 2410.21719).
 
     Args:
-        kernel: any; an open bandwidth is fitted to the landmarks. A diagonal other than 1 is divided out.
-        landmarks: ``[m, d]``, for instance a random part of the samples.
+        kernel: any kernel, normalised to diagonal 1; an open bandwidth is fitted to the landmarks.
+        landmarks: ``[m, d]``, for instance a random subset of the samples.
 
     Raises:
         ValueError: without landmarks.

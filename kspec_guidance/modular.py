@@ -1,4 +1,4 @@
-"""The place that saved modular blocks import: see :mod:`kspec_guidance.integrations.modular`."""
+"""Import path of saved modular blocks: see :mod:`kspec_guidance.integrations.modular`."""
 
 from kspec_guidance.integrations.modular import KernelGuidanceBlock, insert_guidance
 

@@ -1,15 +1,13 @@
-"""How sure a score is: intervals, comparisons of two sets, and how scores depend on sample size and bandwidth.
+"""Uncertainty of scores: intervals, comparisons of two sets, and dependence on sample size and bandwidth.
 
-Drawing samples with replacement, as the usual bootstrap does, puts exact duplicates into the set and so lowers every
-score of diversity by itself. Intervals here come from the jackknife, which only leaves samples out, and tests from
-permutations.
+The bootstrap draws samples with replacement, which puts exact duplicates into the set and so lowers every diversity
+score. Intervals here come from the jackknife, which only leaves samples out, and tests from permutations.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +20,6 @@ __all__ = [
     "Comparison",
     "Curve",
     "Interval",
-    "ScoreRecord",
     "bandwidth_curve",
     "compare",
     "compare_paired",
@@ -36,7 +33,7 @@ Score = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Interval:
-    """A score with its standard error and confidence interval."""
+    """A score with its standard error and its confidence interval ``low`` to ``high`` at ``level``."""
 
     value: float
     low: float
@@ -54,10 +51,12 @@ def _check_level(level: float) -> None:
 
 
 def jackknife_interval(value: Tensor, left_out: Tensor, level: float = 0.95) -> Interval:
-    """Interval from the scores ``left_out`` ``[g]`` of the set without each of its g groups (Efron, Tibshirani 1993,
-    ch. 11).
+    """Interval from the scores ``left_out`` ``[g]`` of the set without each of g groups (Efron, Tibshirani 1993, ch. 11).
 
-    ``se^2 = (g - 1) / g sum (s_i - mean s)^2``; the interval is the value with a Student quantile of ``g - 1`` degrees.
+    ``se^2 = (g - 1) / g sum (s_i - mean s)^2``, times the Student quantile of ``g - 1`` degrees of freedom.
+
+    Raises:
+        ValueError: for a level outside (0, 1).
     """
     from scipy.stats import t
 
@@ -75,7 +74,8 @@ def jackknife(score: Score, *sets: Tensor, groups: int = 20, level: float = 0.95
         score: a function of one or more tensors with the same number of rows, e.g. ``F.vendi_score`` or
             ``lambda x, t: F.scendi_score(x, t)``.
         sets: ``[n, ...]`` each.
-        groups: at most n; each left out once.
+        groups: number of groups, at most n; each is left out once.
+        level: of the interval.
         seed: of the grouping.
 
     Raises:
@@ -100,7 +100,14 @@ def jackknife(score: Score, *sets: Tensor, groups: int = 20, level: float = 0.95
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores of two sets, and the chance of so large a difference if both came from one source."""
+    """Scores of two sets, and the p-value of their difference.
+
+    Attributes:
+        a, b: the scores.
+        p_value: probability of a difference at least as large if both sets came from one distribution.
+        n: sizes of the sets.
+        test: which test.
+    """
 
     a: float
     b: float
@@ -125,21 +132,22 @@ def compare(
     permutations: int = 200,
     seed: int = 0,
 ) -> Comparison:
-    """Do two sets differ in a score? A permutation test: rows are dealt out anew to two sets of the same sizes.
+    """Permutation test of whether two sets differ in a score: rows are reassigned to two sets of the same sizes.
 
     Args:
-        a, b: ``[n, d]`` and ``[m, d]``.
-        score: of one set; the Vendi score with the cosine kernel by default. A kernel with open bandwidth is fitted to each
-            set by itself: give one with a bandwidth.
-        matched: first draw as many rows from the larger set as the smaller one has.
-        permutations: the smallest p-value is 1 over one more than these.
+        a: ``[n, d]``.
+        b: ``[m, d]``.
+        score: a function of one set; the Vendi score with the cosine kernel by default. Give kernels a bandwidth: an unset
+            one would be fitted to each set separately.
+        matched: first subsample the larger set to the size of the smaller one.
+        permutations: number of permutations; the smallest p-value is ``1 / (permutations + 1)``.
         seed: of all draws.
 
     Raises:
         ValueError: for empty sets, different widths, or fewer than one permutation.
 
     Warns:
-        UserWarning: for sets of different sizes without ``matched``, since diversity scores grow with their number.
+        UserWarning: for sets of different sizes without ``matched``, since diversity scores increase with it.
     """
     check_pair_of_sets(a, b, "b")
     if permutations < 1:
@@ -150,7 +158,7 @@ def compare(
         a, b = (z[torch.randperm(len(z), generator=g)[:n]] for z in (a, b))
     elif len(a) != len(b):
         warnings.warn(
-            f"the sets hold {len(a)} and {len(b)} samples, and diversity scores grow with their number; pass matched=True",
+            f"the sets hold {len(a)} and {len(b)} samples, and diversity scores increase with size; pass matched=True",
             stacklevel=2,
         )
     both = torch.cat([a, b.to(a)])
@@ -165,16 +173,16 @@ def compare(
 
 
 def compare_paired(a: Sequence[float], b: Sequence[float], permutations: int = 10_000, seed: int = 0) -> Comparison:
-    """Do two lists of scores of the same things, prompt by prompt say, differ in the mean? A sign-flip permutation test.
+    """Sign-flip permutation test of whether paired scores, such as one per prompt, differ in the mean.
 
-    Exact, by all sign patterns, when there are no more of them than ``permutations``.
+    Exact when there are at most ``permutations`` sign patterns.
 
     Raises:
-        ValueError: for lists of different lengths, or empty ones.
+        ValueError: for lists of different lengths, or empty lists.
     """
     x, y = torch.tensor(list(a), dtype=torch.float64), torch.tensor(list(b), dtype=torch.float64)
     if len(x) != len(y) or not len(x):
-        raise ValueError(f"paired scores must be two lists of one length, got {len(x)} and {len(y)}")
+        raise ValueError(f"paired scores must be two non-empty lists of the same length, got {len(x)} and {len(y)}")
     d = y - x
     if 2 ** len(d) <= permutations:
         bits = torch.arange(2 ** len(d))[:, None] >> torch.arange(len(d)) & 1
@@ -190,7 +198,7 @@ def compare_paired(a: Sequence[float], b: Sequence[float], permutations: int = 1
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores against something: ``x`` values under the name ``axis``, and one mean and spread per score and value."""
+    """Scores as functions of ``x``: their mean and standard deviation at each value, by name of the score."""
 
     axis: str
     x: list[float]
@@ -214,16 +222,17 @@ def convergence_curve(
     truncation: int | None = None,
     seed: int = 0,
 ) -> Curve:
-    """Vendi, truncated Vendi and RKE of random subsets against their size: has the score settled?
+    """Vendi, truncated Vendi and RKE of random subsets against their size: has the score converged?
 
-    The Vendi score may go on growing for as long as there are samples; RKE and the truncated score settle.
+    The Vendi score may keep increasing with the number of samples; RKE and the truncated score converge.
 
     Args:
         x: ``[n, d]``.
-        kernel: cosine by default; an open bandwidth is fitted once, to all samples.
-        sizes: from 8 to n by doubling, n included, by default.
-        repeats: subsets of each size.
+        kernel: cosine by default; an unset bandwidth is fitted once, to all samples.
+        sizes: of the subsets; by default 8, 16, ... and n.
+        repeats: number of subsets of each size.
         truncation: eigenvalues of the truncated score, ``max(4, n // 16)`` by default.
+        seed: of the subsets.
 
     Raises:
         ValueError: for sizes outside 1..n.
@@ -253,32 +262,16 @@ def convergence_curve(
 
 
 def bandwidth_curve(x: Tensor, factors: Sequence[float] = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)) -> Curve:
-    """Vendi and RKE with Gaussian kernels of several bandwidths, as multiples of the median rule's.
+    """Vendi and RKE with Gaussian kernels of several bandwidths, as multiples of the median distance.
 
-    A score near 1 or near n at the chosen bandwidth says more about the bandwidth than about the set.
+    A score near 1 or near n reflects the bandwidth rather than the set.
+
+    Args:
+        x: ``[n, d]``.
+        factors: of the median distance.
     """
     x = check_samples(x)
     base = median_bandwidth(x)
     kernels = [GaussianKernel(base * f) for f in factors]
     draws = [[{"Vendi": float(F.vendi_score(x, k)), "RKE": float(F.rke_score(x, k))}] for k in kernels]
     return _curve("bandwidth", [base * f for f in factors], draws)
-
-
-@dataclass(frozen=True)
-class ScoreRecord:
-    """A score with all that is needed to repeat it."""
-
-    score: str
-    value: float
-    n: int
-    kernel: str
-    order: float | None = None
-    features: str = "exact"
-    seed: int | None = None
-    embedder: str | None = None
-    fingerprint: str | None = None
-    interval: tuple[float, float] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)

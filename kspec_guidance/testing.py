@@ -1,9 +1,9 @@
-"""Checks for kernels, scores and objectives of your own, and inputs whose answers are known in closed form.
+"""Checks for user-defined kernels, scores and objectives, and inputs whose scores are known in closed form.
 
     from kspec_guidance.testing import check_kernel
     check_kernel(MyKernel(0.5))
 
-Each check raises AssertionError naming the law that is broken; nothing else is needed, pytest least of all.
+Each check raises an AssertionError that names the property that does not hold. pytest is not needed.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ WIDTHS = (1, 3, 7)
 
 
 def clusters(groups: int, each: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``groups`` orthogonal points, each ``each`` times ``[groups * each, groups]``.
+    """``groups`` orthogonal points, each repeated ``each`` times ``[groups * each, groups]``.
 
-    Every order's Vendi score by the cosine kernel is ``groups``: the spectrum is ``1 / groups`` that many times.
+    The Vendi score of every order with the cosine kernel is ``groups``: the spectrum is ``1 / groups``, ``groups`` times.
 
     >>> from kspec_guidance import functional as F
     >>> round(float(F.vendi_score(clusters(5, 3), order=0.5)), 6)
@@ -33,7 +33,7 @@ def clusters(groups: int, each: int, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def two_points(cosine: float) -> tuple[Tensor, tuple[float, float]]:
-    """Two unit vectors ``[2, 2]`` with that cosine, and the eigenvalues ``(1 -+ cosine) / 2`` of ``K / 2``."""
+    """Two unit vectors ``[2, 2]`` with the given cosine, and the eigenvalues ``(1 -+ cosine) / 2`` of ``K / 2``."""
     x = torch.tensor([[1.0, 0.0], [cosine, (1 - cosine**2) ** 0.5]], dtype=torch.float64)
     return x, ((1 - cosine) / 2, (1 + cosine) / 2)
 
@@ -49,13 +49,16 @@ def _same(a: Tensor, b: Tensor, law: str, rtol: float = 1e-7, atol: float = 1e-1
 
 
 def check_kernel(kernel: Kernel, d: int = 6) -> None:
-    """Symmetric, positive semi-definite, its diagonal and its square as it says, and ``vjp`` the derivative by autograd.
+    """Check symmetry, positive semi-definiteness, ``diagonal``, ``squared`` and ``vjp`` (against autograd).
+
+    An unset bandwidth is fitted first.
 
     Args:
-        d: width of the rows that it is tried on, in float64.
+        kernel: the kernel to check.
+        d: width of the random rows, in float64.
 
     Raises:
-        AssertionError: naming the law that is broken.
+        AssertionError: naming the property that does not hold.
     """
     kernel = kernel.fit(_rows(20, d, 0))
     for n in WIDTHS:
@@ -67,7 +70,7 @@ def check_kernel(kernel: Kernel, d: int = 6) -> None:
         _same(kernel.squared()(x, y), kernel(x, y) ** 2, "squared() is k^2")
         lowest = float(torch.linalg.eigvalsh(k)[0])
         if lowest < -1e-9 * float(k.abs().max()) * n:
-            raise AssertionError(f"the kernel matrix has no negative eigenvalue: found {lowest:.2e}")
+            raise AssertionError(f"the kernel matrix is positive semi-definite: its smallest eigenvalue is {lowest:.2e}")
         if type(kernel).vjp is not Kernel.vjp:
             weight, leaf = _rows(n, n + 2, 9), x.clone().requires_grad_()
             (expected,) = torch.autograd.grad((weight * kernel(leaf, y)).sum(), leaf)
@@ -77,13 +80,13 @@ def check_kernel(kernel: Kernel, d: int = 6) -> None:
 
 
 def check_score(score: Callable[[Tensor], Tensor | float]) -> None:
-    """What an effective number obeys: copies are 1, k far groups are k, order and repetition change nothing.
+    """Check an effective number: 1 for copies, k for k distant groups, invariant to order and to repetition of the set.
 
     Args:
-        score: of rows ``[n, d]``.
+        score: a function of rows ``[n, d]``.
 
     Raises:
-        AssertionError: naming the law that is broken.
+        AssertionError: naming the property that does not hold.
     """
 
     def of(x: Tensor) -> float:
@@ -93,23 +96,23 @@ def check_score(score: Callable[[Tensor], Tensor | float]) -> None:
         if not abs(found - expected) <= 1e-4 * max(1.0, abs(expected)):
             raise AssertionError(f"{law}: expected {expected:g}, found {found:g}")
 
-    need(of(torch.ones(5, 4, dtype=torch.float64)), 1.0, "copies of one sample count as one")
+    need(of(torch.ones(5, 4, dtype=torch.float64)), 1.0, "copies of one sample have score 1")
     for groups in (2, 5):
-        need(
-            of(1e3 * clusters(groups, 3)), groups, f"{groups} groups of copies, far apart and orthogonal, count as {groups}"
-        )
+        need(of(1e3 * clusters(groups, 3)), groups, f"{groups} distant orthogonal groups of copies have score {groups}")
     x = _rows(9, 4, 0)
     need(of(x.flip(0)), of(x), "the order of samples does not matter")
-    need(of(torch.cat([x, x])), of(x), "every sample twice changes nothing")
+    need(of(torch.cat([x, x])), of(x), "repeating the whole set does not change the score")
 
 
 def check_objective(objective: Objective, d: int = 6, p: int = 3) -> None:
-    """``gradient`` is the derivative of ``value`` by autograd: alone, given prompts, and with a memory.
+    """Check ``gradient`` against autograd of ``value``: alone, with prompts, and with a memory.
 
-    Fix open bandwidths first: a bandwidth that follows the data is held fixed by ``gradient`` and not by autograd.
+    Set the bandwidths first: ``gradient`` treats a fitted bandwidth as a constant, autograd does not.
 
     Args:
-        d, p: widths of samples and of prompt features.
+        objective: the objective to check.
+        d: width of the random samples, in float64.
+        p: width of the random prompt features.
 
     Raises:
         AssertionError: naming the case.

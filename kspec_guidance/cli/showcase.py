@@ -1,4 +1,4 @@
-"""The demo: one pipeline, the same prompts and seeds, plain, with SPARKE, and drawn to two reference sets with MMD."""
+"""The run of `kspec-guidance demo`: plain images, SPARKE, and MMD guidance toward two reference sets, with scores."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,13 @@ Rows = list[list[Image.Image]]
 
 @dataclass
 class DemoResult:
-    """Scores ``[prompt][plain or SPARKE]``, squared MMD ``[panel][reference set]``, and the files written."""
+    """The result of :func:`run_demo`.
+
+    Attributes:
+        vendi, rke: scores ``[prompt][plain or SPARKE]``.
+        tones: squared MMD ``[panel][reference set]``.
+        files: written files.
+    """
 
     vendi: dict[str, dict[str, float]]
     rke: dict[str, dict[str, float]]
@@ -38,7 +44,7 @@ class DemoResult:
     files: list[Path] = field(default_factory=list)
 
     def tables(self) -> list[Table]:
-        """For the terminal."""
+        """Tables for the terminal."""
         table = Table(title="Different images among those of one prompt (effective number)")
         table.add_column("prompt")
         for name in ("Vendi plain", "Vendi SPARKE", "RKE plain", "RKE SPARKE"):
@@ -56,15 +62,31 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, images: int, scale: float, mmd_scale: float, steps: int, seed: int, tick: Callable[[int, int], None]
+    out: Path,
+    images_per_prompt: int,
+    scale: float,
+    mmd_scale: float,
+    steps: int,
+    seed: int,
+    progress_callback: Callable[[int, int], None],
 ) -> DemoResult:
-    """Generate all rows, score them, write ``sparke.png``, ``mmd.png``, ``scores.png``, ``scores.json`` into ``out``."""
+    """Generate and score all images; write ``sparke.png``, ``mmd.png``, ``scores.png``, ``scores.json`` into ``out``.
+
+    Args:
+        out: the folder.
+        images_per_prompt: images per prompt with SPARKE; half as many with MMD.
+        scale: scale of SPARKE.
+        mmd_scale: scale of MMD guidance.
+        steps: number of denoising steps.
+        seed: image k of every prompt uses ``seed + k``.
+        progress_callback: called with the number of finished pipeline calls and their total.
+    """
     pipe = load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     embed = pipeline_embedder(pipe)
     references = {name: encode_reference(pipe, load_demo_reference(key)) for name, key in TONES.items()}
     total, done = 2 * len(PROMPTS) + 1 + len(TONES), 0
-    tick(0, total)
+    progress_callback(0, total)
 
     def generate(prompt: str | list[str], each: int, guide: Any) -> list[Image.Image]:
         nonlocal done
@@ -81,15 +103,15 @@ def run_demo(
             with guide.attach(pipe):
                 made = pipe(prompt, **settings).images
         done += 1
-        tick(done, total)
+        progress_callback(done, total)
         return made
 
     guide = SPARKE(scale)  # one memory for all prompts: only images of similar prompts repel
     varied = {
-        "plain": [generate(p, images, None) for p in PROMPTS],
-        "SPARKE": [generate(p, images, guide) for p in PROMPTS],
+        "plain": [generate(p, images_per_prompt, None) for p in PROMPTS],
+        "SPARKE": [generate(p, images_per_prompt, guide) for p in PROMPTS],
     }
-    each = max(2, images // 2)
+    each = max(2, images_per_prompt // 2)
     guides = {"plain": None} | {f"toward {name}": MMDGuidance(r, mmd_scale) for name, r in references.items()}
     people = {name: generate(PEOPLE, each, g) for name, g in guides.items()}
 
@@ -101,7 +123,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     result = DemoResult(vendi, rke, tones, [out / f for f in ("sparke.png", "mmd.png", "scores.png", "scores.json")])
     mean = {n: sum(v[n] for v in vendi.values()) / len(vendi) for n in varied}
-    notes = {n: f"mean Vendi score {mean[n]:.2f} of {images}" for n in varied}
+    notes = {n: f"mean Vendi score {mean[n]:.2f} of {images_per_prompt}" for n in varied}
     title = "Same prompts, same seeds: plain sampling and SPARKE guidance"
     side_by_side(varied, PROMPTS, title, notes).save(result.files[0])
     panels: dict[str, Rows] = {
@@ -110,13 +132,15 @@ def run_demo(
     nearer = {panel: ", ".join(f"{n.split()[0]} {d:.3f}" for n, d in row.items()) for panel, row in tones.items()}
     title = "Same prompts, same seeds: plain sampling and MMD guidance toward a reference set"
     side_by_side(panels, PEOPLE, title, {p: f"squared MMD to {text}" for p, text in nearer.items()}).save(result.files[1])
-    plot_scores(vendi, result.files[2], f"Variety of {images} images of one prompt", "Vendi score (effective number)")
+    plot_scores(
+        vendi, result.files[2], f"Diversity of {images_per_prompt} images of one prompt", "Vendi score (effective number)"
+    )
     result.files[3].write_text(json.dumps({"vendi": vendi, "rke": rke, "mmd2": tones}, indent=1) + "\n")
     return result
 
 
 def distances(x: Tensor, references: dict[str, Tensor]) -> dict[str, float]:
     """Squared MMD of latents ``[n, d]`` to each reference set, by one Gaussian kernel for all sets."""
-    everything = torch.cat([r.flatten(1) for r in references.values()])
-    kernel = GaussianKernel().fit(everything)
+    all_rows = torch.cat([r.flatten(1) for r in references.values()])
+    kernel = GaussianKernel().fit(all_rows)
     return {name: float(F.mmd(x, r.flatten(1), kernel)) for name, r in references.items()}

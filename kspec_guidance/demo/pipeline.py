@@ -1,4 +1,4 @@
-"""The embedded emoji pipeline, trained by this project on Noto Emoji and Twemoji, and its reference sets."""
+"""The embedded emoji pipeline, trained by this project on Noto Emoji and Twemoji, and reference sets."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPi
     """A Stable Diffusion pipeline for 64 x 64 emoji, from files inside the package: no network.
 
     Prompts are lower-case emoji names (``runner``, ``cat face``, ``heart``), optionally with ``, woman``,
-    ``, dark skin tone``, ``, noto style`` or ``, twemoji style``. What is left out varies from image to image.
+    ``, dark skin tone``, ``, noto style`` or ``, twemoji style``. What the prompt leaves open varies from image to image.
 
     Args:
         dtype: of the weights; they are stored in float16.
@@ -30,28 +30,28 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPi
 
     with quiet_loading():
         pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji", local_files_only=True, use_safetensors=True)
-    for part in pipe.components.values():  # from_pretrained's argument has another name in older versions
+    for part in pipe.components.values():  # older diffusers name from_pretrained's argument differently
         if isinstance(part, torch.nn.Module):
-            torch.nn.Module.to(part, dtype)  # diffusers' own method warns, without cause here
+            torch.nn.Module.to(part, dtype)  # diffusers' own method warns about float16 on the CPU
     return pipe
 
 
 def load_demo_reference(name: str) -> Tensor:
-    """A small set of the true art as images ``[m, 3, 64, 64]`` in -1..1, for MMD guidance.
+    """A small set of original emoji images ``[m, 3, 64, 64]`` in -1..1, for MMD guidance.
 
     Args:
         name: ``twemoji``, ``noto``, ``dark-skin-tone`` or ``light-skin-tone``.
 
     Raises:
-        ValueError: for another name; the message lists those there are.
+        ValueError: for an unknown name; the message lists the known ones.
     """
     import numpy as np
     from PIL import Image
 
     sets = json.loads((ASSETS / "references" / "references.json").read_text())
     if name not in sets:
-        raise ValueError(f"no reference set named {name!r}; there are {', '.join(sets)}")
-    with Image.open(ASSETS / "references" / f"{name}.png") as file:  # a name out of the list above, never the user's
+        raise ValueError(f"no reference set named {name!r}; choose from {', '.join(sets)}")
+    with Image.open(ASSETS / "references" / f"{name}.png") as file:  # the name is a key of references.json
         sheet = torch.from_numpy(np.asarray(file.convert("RGB")).copy())
     size, columns = 64, sheet.shape[1] // 64
     tiles = sheet.view(-1, size, columns, size, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, size, size)

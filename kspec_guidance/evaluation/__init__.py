@@ -1,4 +1,4 @@
-"""Image sets, embedders, scores of sets, and the page that shows them."""
+"""Image sets, embedders, scores of sets, and report pages."""
 
 from kspec_guidance.evaluation.image_sets import ImageSet, load_images
 from kspec_guidance.evaluation.page import write_page

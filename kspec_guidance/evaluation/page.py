@@ -1,4 +1,4 @@
-"""`evaluate` and `compare` as one self-contained HTML page: pictures and plots inside, no scripts, no network."""
+"""HTML pages of `evaluate` and `compare`: self-contained, with images and plots, without scripts or network access."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ def _number(value: float) -> str:
 
 
 def _short(kernel: str) -> str:
-    """The kernel with four digits; the JSON beside the page has them all."""
+    """The kernel with four significant digits; the JSON file has all digits."""
     return re.sub(r"\d+\.\d{4,}", lambda m: f"{float(m[0]):.4g}", kernel)
 
 
@@ -55,7 +55,7 @@ def _svg(draw: Any, title: str, xlabel: str, ylabel: str, log: bool = False) -> 
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
     label = f'<svg role="img" aria-label="{title}"'
-    return Markup(text.replace("<svg", label, 1))  # our own drawing: no text of users in it
+    return Markup(text.replace("<svg", label, 1))  # safe: generated here, without text of users
 
 
 def _curve(axes: Any, curve: Curve) -> None:
@@ -83,25 +83,17 @@ def _plots(e: Evaluation) -> list[Any]:
     ]
 
 
-class _Pictures:
-    def __init__(self, images: ImageSet):
-        self.names = images.names
-        self._thumbs = images.thumbs
-
-    @property
-    def pictures(self) -> "_Pictures":
-        return self
-
-    def __getitem__(self, i: int) -> str:
-        return "data:image/jpeg;base64," + base64.b64encode(self._thumbs[i]).decode()
+def _data_uri(images: ImageSet, i: int) -> str:
+    """The thumbnail of an image, for its ``src``."""
+    return "data:image/jpeg;base64," + base64.b64encode(images.thumbnails[i]).decode()
 
 
 def _part(name: str, e: Evaluation) -> dict[str, Any]:
-    return {"name": name, "evaluation": e, "images": _Pictures(e.images), "plots": _plots(e)}
+    return {"name": name, "evaluation": e, "plots": _plots(e)}
 
 
 def _names(a: Path, b: Path) -> tuple[str, str]:
-    """The shortest endings of both paths that tell them apart."""
+    """The shortest suffixes of two paths that differ."""
     for k in range(1, 1 + max(len(a.parts), len(b.parts))):
         names = "/".join(a.parts[-k:]), "/".join(b.parts[-k:])
         if names[0] != names[1]:
@@ -110,13 +102,19 @@ def _names(a: Path, b: Path) -> tuple[str, str]:
 
 
 def write_page(result: Evaluation | ComparisonReport, path: str | Path, notes: Sequence[str] = ()) -> None:
-    """Write the page, and beside it the same numbers as JSON; ``notes`` stand below its title."""
+    """Write the page, and a JSON file with the same numbers.
+
+    Args:
+        result: result of :func:`evaluate_set` or :func:`compare_sets`.
+        path: path of the page; the JSON file has the same name with another suffix.
+        notes: lines below the title.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     from kspec_guidance import __version__
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
-    environment.filters |= {"number": _number, "short": _short}
+    environment.filters |= {"number": _number, "short": _short, "data_uri": _data_uri}
     if isinstance(result, Evaluation):
         comparison, parts = None, [_part(result.images.path.name, result)]
         title = f"How varied is {result.images.path.resolve().name}?"

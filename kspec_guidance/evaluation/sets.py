@@ -1,7 +1,6 @@
-"""Everything that `evaluate` and `compare` report, computed from features; no files, no pages."""
+"""Evaluation and comparison of image sets from their features, for `evaluate` and `compare`; without files or pages."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,34 +8,34 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
-from kspec_guidance import metrics
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
+from kspec_guidance.evaluation.embedders.texts import one_hot_embedder
 from kspec_guidance.evaluation.image_sets import ImageSet
+from kspec_guidance.evaluation.neighbours import Duplicate, near_duplicates
+from kspec_guidance.evaluation.scores import EXACT_ROWS, NUM_FEATURES, ScoreRecord, ScoreRecorder
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.functional.inputs import smaller_matrix
-from kspec_guidance.kernels import CosineKernel, GaussianKernel, l2_normalize, median_bandwidth
+from kspec_guidance.kernels import GaussianKernel, l2_normalize, median_bandwidth
+from kspec_guidance.kernels.distances import evenly_spaced
 from kspec_guidance.kernels.spectrum import eigenvalues
-from kspec_guidance.statistics import Comparison, Curve, ScoreRecord, bandwidth_curve, compare, convergence_curve, jackknife
+from kspec_guidance.statistics import Comparison, Curve, bandwidth_curve, compare, convergence_curve
 
-__all__ = ["ComparisonReport", "Duplicate", "Evaluation", "PromptScore", "compare_sets", "evaluate_set"]
+__all__ = ["ComparisonReport", "Evaluation", "PromptScore", "compare_sets", "evaluate_set"]
 
-EXACT = 1500  # samples up to which scores come from the n x n kernel matrix
-GROUPS = 10  # of the jackknife
-PROMPT_BANDWIDTH = 0.35  # of unit-norm prompt features, as in guidance
-
-
-@dataclass(frozen=True)
-class Duplicate:
-    """Two images and the cosine of their features."""
-
-    first: int
-    second: int
-    cosine: float
+TEST_ROWS = 400  # rows of each set in a permutation test
+MODE_ROWS = 1000  # rows of each set in the search for modes that the other set lacks
+CURVE_ROWS = 500  # rows in the curve over bandwidths
 
 
 @dataclass(frozen=True)
 class PromptScore:
-    """Variety among the images of one prompt."""
+    """Diversity among the images of one prompt.
+
+    Attributes:
+        prompt: text of the prompt.
+        images: indices of the images.
+        vendi: Vendi score.
+    """
 
     prompt: str
     images: list[int]
@@ -50,7 +49,19 @@ class PromptScore:
 
 @dataclass
 class Evaluation:
-    """One set, scored."""
+    """Scores of one set.
+
+    Attributes:
+        images: the set.
+        embedder: name, fingerprint, input size and width of the embedder.
+        scores: scores with their intervals.
+        spectrum: the largest 100 eigenvalues of ``K / n``, descending.
+        convergence: scores against the number of samples.
+        bandwidths: scores against the bandwidth.
+        modes: modes, largest first.
+        duplicates: near-duplicates, most similar first.
+        prompts: scores of prompts, from the least to the most diverse.
+    """
 
     images: ImageSet
     embedder: dict[str, Any]
@@ -63,7 +74,7 @@ class Evaluation:
     prompts: list[PromptScore] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; pictures and features left out."""
+        """Plain values, ready for JSON; images and features left out."""
         names = self.images.names
         return {
             "path": str(self.images.path),
@@ -81,7 +92,14 @@ class Evaluation:
 
 @dataclass
 class ComparisonReport:
-    """Two sets, scored together on as many images of each."""
+    """Comparison of two sets.
+
+    Attributes:
+        a, b: evaluation of each set.
+        tests: permutation tests of the difference in each score, on equal numbers of images.
+        scores: scores of ``a`` with ``b`` as reference.
+        only_in_a, only_in_b: modes that are more frequent in one set than in the other.
+    """
 
     a: Evaluation
     b: Evaluation
@@ -106,101 +124,16 @@ class ComparisonReport:
         }
 
 
-def unit(x: Tensor) -> Tensor:
-    return l2_normalize(x.double())
-
-
-class _Recorder:
-    """Scores with intervals, each with what is needed to repeat it."""
-
-    def __init__(self, n: int, embedder: ImageEmbedder | None, seed: int):
-        self.n, self.seed, self.records = n, seed, list[ScoreRecord]()
-        self.name = None if embedder is None else embedder.name
-        self.fingerprint = None if embedder is None else embedder.fingerprint
-
-    def exact(
-        self, name: str, score: Callable[..., Tensor], sets: tuple[Tensor, ...], kernel: str, order: float | None
-    ) -> None:
-        if self.n >= 8:
-            found = jackknife(score, *sets, groups=GROUPS, seed=self.seed)
-            value, bounds = found.value, (found.low, found.high)
-        else:
-            value, bounds = float(score(*sets)), None
-        self._add(name, value, bounds, kernel, order, "exact", None)
-
-    def stream(self, name: str, metric: metrics.VendiScore | metrics.ConditionalVendiScore | Any, *sets: Tensor) -> None:
-        for start in range(0, self.n, 4096):
-            metric.update(*(s[start : start + 4096] for s in sets))
-        found, about = metric.interval(), metric.record()
-        kernel = " x ".join(str(about[k]) for k in ("kernel", "prompt_kernel") if k in about)
-        self._add(name, found.value, (found.low, found.high), kernel, about.get("order"), about["features"], about["seed"])
-
-    def plain(self, name: str, value: float, kernel: str = "-", bounds: tuple[float, float] | None = None) -> None:
-        self._add(name, value, bounds, kernel, None, "exact", None)
-
-    def _add(self, name: str, value: float, bounds: Any, kernel: str, order: Any, features: str, seed: Any) -> None:
-        self.records.append(
-            ScoreRecord(name, value, self.n, kernel, order, features, seed, self.name, self.fingerprint, bounds)
-        )
-
-
-def _diversity(record: _Recorder, x: Tensor, kernel: GaussianKernel) -> None:
-    cosine = CosineKernel()
-    if len(x) <= EXACT:
-        record.exact("Vendi", lambda z: F.vendi_score(z, kernel), (x,), repr(kernel), 1.0)
-        record.exact("RKE", lambda z: F.rke_score(z, kernel), (x,), repr(kernel), 2.0)
-    else:
-        record.stream("Vendi", metrics.VendiScore(kernel, num_features=1024, groups=GROUPS), x)
-        record.stream("RKE", metrics.RKEScore(kernel, num_features=1024, groups=GROUPS), x)
-    record.exact("Vendi, cosine", lambda z: F.vendi_score(z, cosine), (x,), repr(cosine), 1.0)
-    record.exact("RKE, cosine", lambda z: F.rke_score(z, cosine), (x,), repr(cosine), 2.0)
-
-
-def _conditional(record: _Recorder, x: Tensor, t: Tensor, kernel: GaussianKernel) -> None:
-    kt = GaussianKernel(PROMPT_BANDWIDTH)
-    both = f"{kernel} x {kt}"
-    exact = {
-        "Conditional-Vendi": (F.conditional_vendi_score, 1.0),
-        "Information-Vendi": (F.information_vendi_score, 1.0),
-        "Conditional RKE": (F.conditional_rke_score, 2.0),
-    }
-    streams = {
-        "Conditional-Vendi": metrics.ConditionalVendiScore,
-        "Information-Vendi": metrics.InformationVendiScore,
-        "Conditional RKE": metrics.ConditionalRKEScore,
-    }
-    for name, (score, order) in exact.items():
-        if len(x) <= EXACT:
-            record.exact(name, lambda z, s, score=score: score(z, s, kernel, kt), (x, t), both, order)
-        else:
-            record.stream(name, streams[name](kernel, kt, num_features=1024, groups=GROUPS), x, t)
-    if t.shape[1] < len(x):
-        record.exact("Scendi, images' own part", F.scendi_score, (x, t), "CosineKernel()", 1.0)
-        record.exact("Scendi, prompts' part", F.prompt_vendi_score, (x, t), "CosineKernel()", 1.0)
-
-
-def near_duplicates(x: Tensor, pairs: int = 12, at_least: float = 0.9) -> list[Duplicate]:
-    """The pairs of rows with the largest cosines, most alike first."""
-    u, found = unit(x), []
-    for start in range(0, len(u), 1024):
-        block = u[start : start + 1024] @ u.T
-        i = torch.arange(start, start + len(block))[:, None]
-        block = block.masked_fill(torch.arange(len(u))[None] <= i, -1.0)
-        values, places = block.flatten().topk(min(pairs, block.numel()))
-        rows, columns = places // len(u) + start, places % len(u)
-        found += [
-            Duplicate(a, b, v)
-            for a, b, v in zip(rows.tolist(), columns.tolist(), values.tolist(), strict=True)
-            if v >= at_least
-        ]
-    return sorted(found, key=lambda d: -d.cosine)[:pairs]
-
-
 def prompt_ranking(x: Tensor, prompts: list[str]) -> list[PromptScore]:
-    """Prompts with two images and more, from the least to the most varied per image (cosine kernel)."""
+    """Prompts with at least two images, from the least to the most diverse per image.
+
+    Args:
+        x: unit features ``[n, d]``; compared by one Gaussian kernel at the median distance of all.
+        prompts: prompt of each image.
+    """
     groups: dict[str, list[int]] = {}
-    for i, p in enumerate(prompts):
-        groups.setdefault(p, []).append(i)
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
     kernel = GaussianKernel(median_bandwidth(x))
     scores = [PromptScore(p, i, float(F.vendi_score(x[i], kernel))) for p, i in groups.items() if len(i) > 1]
     return sorted(scores, key=lambda s: s.share)
@@ -215,85 +148,70 @@ def evaluate_set(
 ) -> Evaluation:
     """Score one set: diversity, diversity given prompts, and fidelity and novelty against a reference.
 
-    Gaussian kernels work on features of norm 1 and take the median rule; the record of each score says the bandwidth. Above
-    1,500 images they go by 1,024 random features, in one pass.
+    Gaussian kernels use features of norm 1 and the median distance as bandwidth, which the score records contain. Above
+    1,500 images they use 1,024 random features, in one pass.
+
+    Args:
+        images: the set.
+        embedder: embedder of its features.
+        text_embedder: embedder of its prompts; by default distinct prompts are unrelated.
+        reference: a second set.
+        seed: seed of random subsets.
 
     Raises:
-        ValueError: for a reference embedded with another model.
+        ValueError: for a reference whose features have another width.
     """
-    x = unit(images.features)
+    x = l2_normalize(images.features.double())
     kernel = GaussianKernel(median_bandwidth(x))
-    record = _Recorder(len(x), embedder, seed)
-    _diversity(record, x, kernel)
-    ranking = []
+    recorder = ScoreRecorder(len(x), embedder, seed)
+    recorder.diversity(x, kernel)
     if images.prompts is not None and len(set(images.prompts)) > 1:
-        from kspec_guidance.evaluation.embedders.texts import one_hot_embedder
-
         encoder = text_embedder or one_hot_embedder()
-        t = unit(encoder(images.prompts))
-        _conditional(record, x, t, kernel)
+        t = l2_normalize(encoder(images.prompts).double())
+        recorder.conditional(x, t, kernel)
         if encoder.name == embedder.name and t.shape[1] == x.shape[1]:
-            record.plain("CLIP score", float(100 * (x * t).sum(1).clamp_min(0).mean()), "CosineKernel()")
-    if images.prompts is not None:
-        ranking = prompt_ranking(x, images.prompts)
+            recorder.add("CLIP score", float(100 * (x * t).sum(1).clamp_min(0).mean()), "CosineKernel()")
     if reference is not None:
-        _against(record, images.features, reference.features)
-    if len(x) <= EXACT:
+        recorder.against(images.features, reference.features)
+    if len(x) <= EXACT_ROWS:
         spectrum, modes = eigenvalues(smaller_matrix(x, kernel, None)), F.top_modes(x, kernel, 8, 10)
     else:
-        phi = RandomFourierFeatures(kernel, x.shape[1], 1024)
-        rows = phi(x.float())
+        rows = RandomFourierFeatures(kernel, x.shape[1], NUM_FEATURES)(x.float())
         spectrum, modes = eigenvalues(smaller_matrix(x, None, rows)), F.top_modes(x, None, 8, 10, rows)
-    some = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:EXACT]]
+    subset = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:EXACT_ROWS]]
     about = {"name": embedder.name, "fingerprint": embedder.fingerprint, "input size": embedder.size, "width": x.shape[1]}
     return Evaluation(
         images,
         about,
-        record.records,
+        recorder.records,
         spectrum.flip(0)[:100].tolist(),
-        convergence_curve(some, kernel, repeats=3, seed=seed),
-        bandwidth_curve(some[:500]),
+        convergence_curve(subset, kernel, repeats=3, seed=seed),
+        bandwidth_curve(subset[:CURVE_ROWS]),
         modes,
         near_duplicates(x),
-        ranking,
+        [] if images.prompts is None else prompt_ranking(x, images.prompts),
     )
-
-
-def _against(record: _Recorder, features: Tensor, reference: Tensor) -> None:
-    x, y = features.double(), reference.double()
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"the reference has {y.shape[1]} features per image, the set {x.shape[1]}; embed both alike")
-    if min(len(x), len(y)) > 5:
-        f = F.fidelity(x, y)
-        for name in ("frechet_distance", "precision", "recall", "density", "coverage"):
-            record.plain(name.replace("_", " ").capitalize(), getattr(f, name))
-    if min(len(x), len(y)) > 1:
-        mean, deviation = F.kid(x, y, subset_size=min(len(x), len(y), 500), subsets=50)
-        bounds = (float(mean - 2 * deviation), float(mean + 2 * deviation))
-        record.plain("KID", float(mean), "PolynomialKernel()", bounds)
-    a, b = _few(unit(x)), _few(unit(y))
-    record.plain("KEN, novelty against the reference", float(F.ken_score(a, b)), "CosineKernel()")
-    record.plain("KEN, what the reference has more of", float(F.ken_score(b, a)), "CosineKernel()")
-
-
-def _few(x: Tensor, most: int = EXACT) -> Tensor:
-    """At most so many rows, evenly spaced."""
-    return x if len(x) <= most else x[torch.linspace(0, len(x) - 1, most).round().long()]
 
 
 def compare_sets(
     a: ImageSet, b: ImageSet, embedder: ImageEmbedder, text_embedder: TextEmbedder | None = None, seed: int = 0
 ) -> ComparisonReport:
-    """Do two sets differ, and in what? Tests on equally many images of each, novel modes both ways, distances.
+    """Compare two sets: tests on equal numbers of images, modes that are more frequent in one set, and distances.
+
+    Args:
+        a: the first set.
+        b: the second set.
+        embedder: embedder of the features of both.
+        text_embedder: see :func:`evaluate_set`.
+        seed: seed of the tests.
 
     Raises:
-        ValueError: for sets embedded with different models.
+        ValueError: for sets whose features have different widths.
     """
-    x, y = unit(a.features), unit(b.features)
+    x, y = l2_normalize(a.features.double()), l2_normalize(b.features.double())
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"the sets have {x.shape[1]} and {y.shape[1]} features per image; embed both alike")
-    kernel = GaussianKernel(median_bandwidth(torch.cat([_few(x), _few(y)])))
-    few_x, few_y = _few(x, 400), _few(y, 400)
+        raise ValueError(f"the sets have {x.shape[1]} and {y.shape[1]} features per image; embed both with the same model")
+    kernel = GaussianKernel(median_bandwidth(torch.cat([_subset(x, EXACT_ROWS), _subset(y, EXACT_ROWS)])))
     tests = {}
     for name, score in {
         "Vendi": lambda z: F.vendi_score(z, kernel),
@@ -301,25 +219,28 @@ def compare_sets(
     }.items():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            tests[name] = compare(few_x, few_y, score, matched=True, permutations=199, seed=seed)
-    record = _Recorder(min(len(x), len(y)), embedder, seed)
-    _against(record, a.features, b.features)
-    ex, ey = _few(x, 1000), _few(y, 1000)
-    only_a = _renumber(F.novel_modes(ex, ey, kernel, modes=6), len(x), len(ex))
-    only_b = _renumber(F.novel_modes(ey, ex, kernel, modes=6), len(y), len(ey))
+            tests[name] = compare(
+                _subset(x, TEST_ROWS), _subset(y, TEST_ROWS), score, matched=True, permutations=199, seed=seed
+            )
+    recorder = ScoreRecorder(min(len(x), len(y)), embedder, seed)
+    recorder.against(a.features, b.features)
     return ComparisonReport(
         evaluate_set(a, embedder, text_embedder, seed=seed),
         evaluate_set(b, embedder, text_embedder, seed=seed),
         tests,
-        record.records,
-        only_a,
-        only_b,
+        recorder.records,
+        _novel_modes(x, y, kernel),
+        _novel_modes(y, x, kernel),
     )
 
 
-def _renumber(modes: list[F.Mode], n: int, few: int) -> list[F.Mode]:
-    """Places among the few rows as places among all."""
-    if few == n:
-        return modes
-    place = torch.linspace(0, n - 1, few).round().long().tolist()
-    return [F.Mode(m.share, [place[i] for i in m.samples], m.values) for m in modes]
+def _subset(x: Tensor, max_rows: int) -> Tensor:
+    """At most ``max_rows`` evenly spaced rows."""
+    return x[evenly_spaced(len(x), max_rows)]
+
+
+def _novel_modes(x: Tensor, reference: Tensor, kernel: GaussianKernel) -> list[F.Mode]:
+    """Modes of ``x`` that the reference lacks, from a subset of each set, with indices into ``x``."""
+    indices = evenly_spaced(len(x), MODE_ROWS).tolist()
+    modes = F.novel_modes(x[indices], _subset(reference, MODE_ROWS), kernel, modes=6)
+    return [F.Mode(m.share, [indices[i] for i in m.samples], m.values) for m in modes]

@@ -1,8 +1,8 @@
 """Every score as a pure function of tensors, differentiable in the samples.
 
-Samples are rows: ``x`` ``[..., n, d]``, prompts ``t`` ``[..., n, p]``; leading dimensions are batches. Results are float64
-``[...]`` and are scores (effective numbers of modes) unless the name says entropy. Half precision is computed in float32,
-spectra in float64.
+Samples are rows ``x`` ``[..., n, d]`` and their prompts rows ``prompt_features`` ``[..., n, p]``; leading dimensions are
+batches. Results are float64 ``[...]``: scores (effective numbers of modes), or nats where the name says entropy. Inputs in
+half precision are converted to float32; spectra are computed in float64.
 """
 
 from kspec_guidance.functional.conditional import (
@@ -12,7 +12,7 @@ from kspec_guidance.functional.conditional import (
     information_vendi_score,
 )
 from kspec_guidance.functional.discrepancy import kid, mmd
-from kspec_guidance.functional.fidelity import FidelityScores, fidelity, frechet_distance, precision
+from kspec_guidance.functional.fidelity import FidelityScores, fidelity_scores, frechet_distance, precision_score
 from kspec_guidance.functional.modes import Mode, novel_modes, top_modes
 from kspec_guidance.functional.novelty import ken_score
 from kspec_guidance.functional.scendi import prompt_vendi_score, remove_prompt, scendi_matrices, scendi_score
@@ -37,7 +37,7 @@ __all__ = [
     "top_modes",
     "novel_modes",
     "FidelityScores",
-    "fidelity",
+    "fidelity_scores",
     "frechet_distance",
-    "precision",
+    "precision_score",
 ]

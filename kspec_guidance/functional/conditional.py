@@ -13,15 +13,15 @@ FeatureMaps = tuple[FeatureMap, FeatureMap]
 
 
 def _joint(
-    x: Tensor, t: Tensor, kernel: Kernel | None, prompt_kernel: Kernel | None, maps: FeatureMaps | None
+    x: Tensor, prompt_features: Tensor, kernel: Kernel | None, prompt_kernel: Kernel | None, maps: FeatureMaps | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Matrices with the spectra of ``K / n``, of ``K_T / n``, and of both together, the Hadamard product over ``n``."""
-    x, t = check_paired(x, t)
+    """Matrices with the spectra of ``K / n``, of ``K_T / n``, and of their Hadamard product over ``n``."""
+    x, prompt_features = check_paired(x, prompt_features)
     n = x.shape[-2]
     if maps is None:
-        k, kt = gram(x, kernel), gram(t, prompt_kernel)
+        k, kt = gram(x, kernel), gram(prompt_features, prompt_kernel)
         return k / n, kt / n, k * kt / n
-    a, b = map_rows(maps[0], x), map_rows(maps[1], t)
+    a, b = map_rows(maps[0], x), map_rows(maps[1], prompt_features)
     if a.shape[-1] * b.shape[-1] < n:
         both = second_moment(tensor_product(a, b))
     else:
@@ -31,20 +31,20 @@ def _joint(
 
 def conditional_entropy(
     x: Tensor,
-    t: Tensor,
+    prompt_features: Tensor,
     kernel: Kernel | None = None,
     prompt_kernel: Kernel | None = None,
     order: float = 1.0,
     feature_map: FeatureMaps | None = None,
 ) -> Tensor:
     """``H_q(X | T) = H_q(K o K_T / n) - H_q(K_T / n)`` in nats ``[...]`` (Jalali et al. 2024, arXiv 2411.02817)."""
-    _, kt, joint = _joint(x, t, kernel, prompt_kernel, feature_map)
+    _, kt, joint = _joint(x, prompt_features, kernel, prompt_kernel, feature_map)
     return entropy_of(joint, order) - entropy_of(kt, order)
 
 
 def conditional_vendi_score(
     x: Tensor,
-    t: Tensor,
+    prompt_features: Tensor,
     kernel: Kernel | None = None,
     prompt_kernel: Kernel | None = None,
     order: float = 1.0,
@@ -52,51 +52,52 @@ def conditional_vendi_score(
 ) -> Tensor:
     """Conditional-Vendi: the effective number of distinct samples *per prompt*, at least 1 for ``order >= 1``.
 
-    The exponential of :func:`conditional_entropy`. With one prompt for all it is the Vendi score of ``x``; with prompts
-    that are orthogonal, one for each sample, it is 1.
+    The exponential of :func:`conditional_entropy`. With the same prompt for every sample it is the Vendi score of
+    ``x``; with a different, orthogonal prompt for each sample it is 1.
 
     Args:
         x: samples ``[..., n, d]``.
-        t: prompt features ``[..., n, p]``.
-        kernel, prompt_kernel: cosine by default.
+        prompt_features: prompt features ``[..., n, p]``.
+        kernel: of the samples; cosine by default.
+        prompt_kernel: of the prompt features; cosine by default.
         order: q in (0, inf].
-        feature_map: one map (or its rows) for ``x`` and one for ``t``, instead of the kernels.
+        feature_map: one map (or its rows) for ``x`` and one for ``prompt_features``, instead of the kernels.
 
     Raises:
-        ValueError: for no samples, NaN, different numbers of samples and prompts, or an order outside (0, inf].
+        ValueError: for an empty set, NaN, different numbers of samples and prompts, or an order outside (0, inf].
 
     >>> import torch
     >>> round(conditional_vendi_score(torch.eye(4), torch.ones(4, 2)).item(), 6)
     4.0
     """
-    return conditional_entropy(x, t, kernel, prompt_kernel, order, feature_map).exp()
+    return conditional_entropy(x, prompt_features, kernel, prompt_kernel, order, feature_map).exp()
 
 
 def information_vendi_score(
     x: Tensor,
-    t: Tensor,
+    prompt_features: Tensor,
     kernel: Kernel | None = None,
     prompt_kernel: Kernel | None = None,
     order: float = 1.0,
     feature_map: FeatureMaps | None = None,
 ) -> Tensor:
-    """Information-Vendi ``exp(H(X) + H(T) - H(X, T))``: how much of the variety the prompts explain.
+    """Information-Vendi ``exp(H(X) + H(T) - H(X, T))``: the part of the diversity that the prompts explain.
 
     The Vendi score of ``x`` is Conditional-Vendi times this one (Jalali et al. 2024, arXiv 2411.02817).
     """
-    k, kt, joint = _joint(x, t, kernel, prompt_kernel, feature_map)
+    k, kt, joint = _joint(x, prompt_features, kernel, prompt_kernel, feature_map)
     return (entropy_of(k, order) + entropy_of(kt, order) - entropy_of(joint, order)).exp()
 
 
 def conditional_rke_score(
     x: Tensor,
-    t: Tensor,
+    prompt_features: Tensor,
     kernel: Kernel | None = None,
     prompt_kernel: Kernel | None = None,
     feature_map: FeatureMaps | None = None,
 ) -> Tensor:
     """Conditional RKE ``||K_T||_F^2 / ||K o K_T||_F^2``: Conditional-Vendi of order 2, without eigenvalues.
 
-    The objective that SPARKE ascends (Jalali, Lei, Gohari, Farnia 2025, arXiv 2506.10173).
+    SPARKE maximises it (Jalali, Lei, Gohari, Farnia 2025, arXiv 2506.10173).
     """
-    return conditional_vendi_score(x, t, kernel, prompt_kernel, 2.0, feature_map)
+    return conditional_vendi_score(x, prompt_features, kernel, prompt_kernel, 2.0, feature_map)

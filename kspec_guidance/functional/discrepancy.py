@@ -1,4 +1,4 @@
-"""Squared maximum mean discrepancy, and KID."""
+"""Maximum mean discrepancy (MMD), and KID."""
 
 import torch
 from torch import Tensor
@@ -10,29 +10,40 @@ __all__ = ["kid", "mmd"]
 
 
 def mmd(
-    x: Tensor, y: Tensor, kernel: Kernel | None = None, unbiased: bool = True, feature_map: FeatureMap | None = None
+    x: Tensor,
+    y: Tensor,
+    kernel: Kernel | None = None,
+    unbiased: bool = True,
+    feature_map: FeatureMap | None = None,
+    squared: bool = True,
 ) -> Tensor:
-    """Squared maximum mean discrepancy ``[...]`` of samples ``x`` ``[..., n, d]`` and ``y`` ``[..., m, d]``.
+    """Maximum mean discrepancy ``[...]`` between two sets of samples: its square by default.
 
-    Gretton et al. (2012), equation 3 (unbiased; can be below 0) or 5 (biased). With ``PolynomialKernel()`` on Inception
+    Gretton et al. (2012), equation 3 (unbiased; can be negative) or 5 (biased). With ``PolynomialKernel()`` on Inception
     features the unbiased value is KID.
 
     Args:
-        kernel: cubic polynomial by default; an open bandwidth takes the median rule over both sets.
-        feature_map: a map whose inner products are the kernel: O(n + m) time.
+        x: ``[..., n, d]``.
+        y: ``[..., m, d]``.
+        kernel: cubic polynomial by default; an unset bandwidth is the median distance over both sets.
+        unbiased: equation 3 instead of 5.
+        feature_map: a map whose inner products are the kernel, instead of ``kernel``: O(n + m) time.
+        squared: False returns the discrepancy itself, 0 where the unbiased square is below 0.
 
     Raises:
-        ValueError: for different widths, or if the unbiased estimate is asked for with fewer than two samples on a side.
+        ValueError: for different widths, or fewer than two samples in a set for the unbiased estimate.
     """
     x, y = check_pair_of_sets(x, y, "y")
     n, m = x.shape[-2], y.shape[-2]
     if unbiased and min(n, m) < 2:
-        raise ValueError(f"the unbiased MMD needs two samples on each side, got {n} and {m}; pass unbiased=False")
+        raise ValueError(f"the unbiased MMD needs at least two samples in each set, got {n} and {m}; pass unbiased=False")
     if feature_map is not None:
         if isinstance(feature_map, Tensor):
-            raise ValueError("mmd maps two sets, so feature_map must be a function, not rows")
+            raise ValueError("feature_map must be a function for mmd, since it maps two sets; got rows")
         a, b = map_rows(feature_map, x), map_rows(feature_map, y)
-        return from_sums(a.sum(-2), a.square().sum((-2, -1)), n, b.sum(-2), b.square().sum((-2, -1)), m, unbiased)
+        sums = a.sum(-2), a.square().sum((-2, -1)), n, b.sum(-2), b.square().sum((-2, -1)), m
+        mmd2 = from_sums(*sums, unbiased)
+        return mmd2 if squared else mmd2.clamp_min(0).sqrt()
     kernel = (kernel or PolynomialKernel()).fit(torch.cat([x, y], dim=-2).detach())
     kxx, kyy, kxy = kernel(x), kernel(y), kernel(x, y)
 
@@ -41,11 +52,12 @@ def mmd(
             return k.mean((-2, -1))
         return (k.sum((-2, -1)) - k.diagonal(dim1=-2, dim2=-1).sum(-1)) / (count * (count - 1))
 
-    return mean(kxx, n) + mean(kyy, m) - 2 * kxy.mean((-2, -1))
+    mmd2 = mean(kxx, n) + mean(kyy, m) - 2 * kxy.mean((-2, -1))
+    return mmd2 if squared else mmd2.clamp_min(0).sqrt()
 
 
 def from_sums(a: Tensor, aa: Tensor, n: int, b: Tensor, bb: Tensor, m: int, unbiased: bool) -> Tensor:
-    """MMD from sums of feature rows ``[..., D]`` and of their squared norms ``[...]``."""
+    """Squared MMD from sums of feature rows ``[..., D]`` and of their squared norms ``[...]``."""
 
     def own(total: Tensor, squares: Tensor, count: int) -> Tensor:
         s = total.square().sum(-1)
@@ -62,12 +74,15 @@ def kid(
     With the cubic polynomial kernel, the default, this is the kernel inception distance of the given features.
 
     Args:
-        x, y: features ``[n, d]`` and ``[m, d]``.
-        subset_size: samples a side in each subset; cut to the smaller set, with replacement between subsets only.
-        seed: of the subsets' own generator.
+        x: features ``[n, d]``.
+        y: features ``[m, d]``.
+        kernel: cubic polynomial by default.
+        subsets: number of subsets.
+        subset_size: samples of each set in a subset; at most the size of the smaller set. Drawn without replacement.
+        seed: seed of the generator that draws the subsets.
 
     Raises:
-        ValueError: for fewer than two samples a side, or fewer than one subset.
+        ValueError: for fewer than two samples in a set, or fewer than one subset.
     """
     if subsets < 1:
         raise ValueError(f"subsets must be at least 1, got {subsets}")

@@ -1,4 +1,4 @@
-"""What all scores share: checks of their input, and the matrices that they are spectra of."""
+"""Input checks, and the matrices whose spectra the scores are functions of."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def check_samples(x: Tensor, name: str = "x") -> Tensor:
     """``x`` in float32 or float64.
 
     Raises:
-        TypeError: for what is no tensor.
+        TypeError: if it is not a tensor.
         ValueError: for fewer than two dimensions, no rows, or values that are not finite.
     """
     if not isinstance(x, Tensor):
@@ -26,22 +26,25 @@ def check_samples(x: Tensor, name: str = "x") -> Tensor:
     if x.ndim < 2:
         raise ValueError(f"{name} must have shape [n, d], got {list(x.shape)}; flatten each sample to one row")
     if x.shape[-2] == 0:
-        raise ValueError(f"{name} holds no samples; a score needs at least one row")
+        raise ValueError(f"{name} has no samples; a score needs at least one row")
     if not torch.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinite values; remove those rows first")
+        raise ValueError(f"{name} contains NaN or infinite values; remove those rows")
     return as_float(x)
 
 
-def check_paired(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples and their prompts, one row each.
+def check_paired(x: Tensor, prompt_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples and their prompt features, one row each.
 
     Raises:
         ValueError: as :func:`check_samples`, or if their numbers differ.
     """
-    x, t = check_samples(x), check_samples(t, "t")
-    if x.shape[:-1] != t.shape[:-1]:
-        raise ValueError(f"x has {list(x.shape[:-1])} samples and t has {list(t.shape[:-1])}; one prompt row per sample")
-    return x, t
+    x, prompt_features = check_samples(x), check_samples(prompt_features, "prompt_features")
+    if x.shape[:-1] != prompt_features.shape[:-1]:
+        raise ValueError(
+            f"x has {list(x.shape[:-1])} samples and prompt_features has {list(prompt_features.shape[:-1])} rows; "
+            "give one row of prompt features per sample"
+        )
+    return x, prompt_features
 
 
 def check_pair_of_sets(x: Tensor, y: Tensor, name: str = "reference") -> tuple[Tensor, Tensor]:
@@ -62,16 +65,18 @@ def map_rows(feature_map: FeatureMap, x: Tensor) -> Tensor:
     """Feature rows ``[..., n, D]`` in float64.
 
     Raises:
-        ValueError: if rows were given and their number is not that of the samples.
+        ValueError: if the number of rows is not the number of samples.
     """
     phi = feature_map if isinstance(feature_map, Tensor) else feature_map(x)
     if phi.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"feature_map gives rows {list(phi.shape[:-1])} for samples {list(x.shape[:-1])}; one row each")
+        raise ValueError(
+            f"feature_map returned rows {list(phi.shape[:-1])} for samples {list(x.shape[:-1])}; return one row per sample"
+        )
     return phi.double()
 
 
 def gram(x: Tensor, kernel: Kernel | None) -> Tensor:
-    """Kernel matrix ``[..., n, n]`` in float64 with unit diagonal; float32 rounding would look like further modes."""
+    """Kernel matrix ``[..., n, n]`` in float64 with unit diagonal: rounding in float32 would add spurious modes."""
     return (kernel or CosineKernel()).normalised(x.double())
 
 

@@ -1,4 +1,4 @@
-"""The modes behind a score, each with the samples that show it best."""
+"""The modes behind a score, each with its most typical samples."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,13 @@ __all__ = ["Mode", "novel_modes", "top_modes"]
 
 @dataclass(frozen=True)
 class Mode:
-    """One eigenvalue (the share of the set), and the samples in which its eigenfunction is largest, best first."""
+    """One mode: its eigenvalue, and the samples at which its eigenfunction is largest.
+
+    Attributes:
+        share: the eigenvalue, the share of the set in this mode.
+        samples: indices, largest value first.
+        values: of the eigenfunction at these samples.
+    """
 
     share: float
     samples: list[int]
@@ -22,7 +28,7 @@ class Mode:
 
 
 def _largest(values: Tensor, shares: Tensor, per_mode: int) -> list[Mode]:
-    """Modes from columns of values at the samples; the sign of an eigenvector is free, so the heavier side is up."""
+    """Modes from columns of values at the samples; the sign of an eigenvector is arbitrary: the larger side is positive."""
     modes = []
     for share, v in zip(shares.tolist(), values.unbind(-1), strict=True):
         v = v if v.clamp_min(0).square().sum() >= v.clamp_max(0).square().sum() else -v
@@ -43,8 +49,11 @@ def top_modes(
     """The largest modes of ``x`` ``[n, d]``: eigenvectors of ``K / n``, or of the features' second moment (FKEA).
 
     Args:
-        modes, per_mode: how many, and how many samples of each.
-        kernel, feature_map: as for :func:`~kspec_guidance.functional.vendi_score`.
+        x: ``[n, d]``.
+        kernel: as for :func:`~kspec_guidance.functional.vendi_score`.
+        modes: number of modes.
+        per_mode: number of samples listed for each mode.
+        feature_map: as for :func:`~kspec_guidance.functional.vendi_score`.
     """
     x = check_samples(x)
     n = len(x)
@@ -72,7 +81,7 @@ def novel_modes(
     """The modes of ``x`` ``[n, d]`` that are more than ``eta`` times as frequent as in ``reference`` ``[m, d]``.
 
     The positive eigenvalues behind :func:`~kspec_guidance.functional.ken_score`, largest first; fewer than ``modes`` if
-    there are no more. Exchange the sets to see what is missing.
+    fewer are positive. Swap the sets to find the modes that ``x`` lacks.
     """
     l, vectors = differential_spectrum(x, reference, kernel, eta, feature_map)
     best = l.argsort(descending=True)[:modes]

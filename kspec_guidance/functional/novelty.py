@@ -1,4 +1,4 @@
-"""KEN: how much of a set is more frequent than in a reference set."""
+"""KEN: the modes of a set that are more frequent than in a reference set."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from kspec_guidance.kernels import CosineKernel, Kernel
 __all__ = ["differential_spectrum", "entropy_of_mass", "ken_score"]
 
 
-WELL_CONDITIONED = 1e-9  # smallest squared pivot, to the largest, at which Cholesky's factor is as good as the root
+WELL_CONDITIONED = 1e-9  # smallest squared pivot, to the largest, for which the Cholesky factor is used
 
 
 def _factor(g: Tensor) -> Tensor:
-    """``R`` with ``R R' = G``: Cholesky's where that is accurate, else the symmetric root with rounding noise cut off."""
+    """``R`` with ``R R' = G``: the Cholesky factor if it is accurate, else the symmetric root."""
     r, failed = torch.linalg.cholesky_ex(g)
     pivots = r.diagonal(dim1=-2, dim2=-1).square()
     if not bool(failed.any()) and bool((pivots.amin(-1) > WELL_CONDITIONED * pivots.amax(-1)).all()):
@@ -29,8 +29,8 @@ class _SignedSpectrum(torch.autograd.Function):
     """Eigenvalues of ``G S`` for a positive semi-definite ``G`` and a diagonal ``S`` of signs, with its eigenvectors.
 
     They are those of the symmetric ``R' S R`` with ``R R' = G``. With ``R' S R w = l w`` of unit ``w``,
-    ``d l / d G = S R w w' R' S / l``: no differences of eigenvalues, so equal ones do no harm. The eigenvectors are empty
-    unless asked for, or needed for the gradient.
+    ``d l / d G = S R w w' R' S / l``: no differences of eigenvalues, so repeated eigenvalues are no problem. The
+    eigenvectors are empty unless requested or needed for the gradient.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ class _SignedSpectrum(torch.autograd.Function):
 
 def _check_eta(eta: float) -> None:
     if not eta >= 0:
-        raise ValueError(f"eta weighs the reference set and must be at least 0, got {eta}")
+        raise ValueError(f"eta is the weight of the reference set and must be at least 0, got {eta}")
 
 
 def differential_spectrum(
@@ -69,11 +69,10 @@ def differential_spectrum(
     feature_map: FeatureMap | None = None,
     vectors: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of ``C_X - eta C_ref``, ascending, and each one's values at the samples of both sets, as columns.
+    """Eigenvalues of ``C_X - eta C_ref``, ascending, and each eigenfunction's values at the samples of both sets.
 
-    By kernels: with ``G`` the kernel matrix of both sets, rows weighed by ``n^-1/2`` and ``(eta / m)^1/2``, and ``S`` the
-    signs of the two sets, ``G S`` has the same non-zero eigenvalues. It is symmetrised by ``G^1/2``, so they are
-    exactly real.
+    With ``G`` the kernel matrix of both sets, rows weighted by ``n^-1/2`` and ``(eta / m)^1/2``, and ``S`` the signs of
+    the two sets, ``G S`` has the same non-zero eigenvalues. It is symmetrised by a root of ``G``, so they are real.
 
     Returns:
         ``[..., n + m]`` and ``[..., n + m, n + m]``.
@@ -96,7 +95,7 @@ def differential_spectrum(
 
 
 def entropy_of_mass(l: Tensor) -> Tensor:
-    """``(sum l) H(l / sum l)`` ``[...]`` over the positive ones of ``l`` ``[..., n]``; 0 if there are none."""
+    """``(sum l) H(l / sum l)`` ``[...]`` over the positive values of ``l`` ``[..., n]``; 0 if there are none."""
     positive = l > l.shape[-1] * torch.finfo(l.dtype).eps * l.abs().amax(-1, keepdim=True)
     safe = torch.where(positive, l, 1.0)
     mass = torch.where(positive, l, 0.0).sum(-1, keepdim=True)
@@ -115,9 +114,9 @@ def ken_score(
     Args:
         x: samples ``[..., n, d]``.
         reference: ``[..., m, d]``.
-        kernel: cosine by default; an open bandwidth takes the median rule over both sets.
-        eta: how many times as frequent.
-        feature_map: a map for both sets, with random Fourier features the route of FINC (arXiv 2412.02700);
+        kernel: cosine by default; an unset bandwidth is the median distance over both sets.
+        eta: factor by which a mode must be more frequent, at least 0.
+        feature_map: a map for both sets; with random Fourier features this is FINC (arXiv 2412.02700);
             :class:`~kspec_guidance.metrics.KENScore` streams.
 
     Raises:

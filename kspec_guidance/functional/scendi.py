@@ -1,4 +1,4 @@
-"""Scendi: what of the images' variety is their own, and what their prompts explain, by a Schur complement."""
+"""Scendi: diversity of images that their prompts do not explain, by a Schur complement."""
 
 import torch
 from torch import Tensor
@@ -9,27 +9,27 @@ from kspec_guidance.kernels.spectrum import eigenvalues
 
 __all__ = ["prompt_vendi_score", "remove_prompt", "scendi_matrices", "scendi_score", "unnormalised_score"]
 
-CUTOFF = 1e-10  # eigenvalues of C_TT below this share of the largest are dependencies between features, not prompts
+CUTOFF = 1e-10  # smaller eigenvalues of C_TT, relative to the largest, are treated as 0
 
 
 def unnormalised_score(matrix: Tensor) -> Tensor:
-    """``exp(-sum l log(l / sum l))`` ``[...]``: the weights are the eigenvalues, which may sum to less than 1."""
+    """``exp(-sum l log(l / sum l))`` ``[...]``: weighted by the eigenvalues, which may sum to less than 1."""
     l = eigenvalues(matrix)
     mass = l.sum(-1, keepdim=True)
-    alive = l > l.shape[-1] * torch.finfo(l.dtype).eps
-    safe = torch.where(alive, l, 1.0)
-    share = torch.where(alive, safe / torch.where(mass > 0, mass, 1.0), 1.0)
-    return (-torch.where(alive, safe * share.log(), 0.0).sum(-1)).exp()
+    nonzero = l > l.shape[-1] * torch.finfo(l.dtype).eps
+    safe = torch.where(nonzero, l, 1.0)
+    share = torch.where(nonzero, safe / torch.where(mass > 0, mass, 1.0), 1.0)
+    return (-torch.where(nonzero, safe * share.log(), 0.0).sum(-1)).exp()
 
 
-def _features(x: Tensor, t: Tensor, feature_map: FeatureMap | tuple[FeatureMap, FeatureMap] | None):
-    x, t = check_paired(x, t)
+def _features(x: Tensor, prompt_features: Tensor, feature_map: FeatureMap | tuple[FeatureMap, FeatureMap] | None):
+    x, prompt_features = check_paired(x, prompt_features)
     if feature_map is None:
-        return CosineKernel.features(x.double()), CosineKernel.features(t.double())
+        return CosineKernel.features(x.double()), CosineKernel.features(prompt_features.double())
     maps = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
     if isinstance(feature_map, Tensor):
-        raise ValueError("feature_map as rows needs a pair (rows of x, rows of t)")
-    return map_rows(maps[0], x), map_rows(maps[1], t)
+        raise ValueError("feature_map as rows needs a pair (rows of x, rows of prompt_features)")
+    return map_rows(maps[0], x), map_rows(maps[1], prompt_features)
 
 
 def regression(c_xt: Tensor, c_tt: Tensor) -> Tensor:
@@ -44,52 +44,56 @@ def schur_parts(c_xx: Tensor, c_xt: Tensor, c_tt: Tensor) -> tuple[Tensor, Tenso
 
 
 def scendi_matrices(
-    x: Tensor, t: Tensor, feature_map: FeatureMap | tuple[FeatureMap, FeatureMap] | None = None
+    x: Tensor, prompt_features: Tensor, feature_map: FeatureMap | tuple[FeatureMap, FeatureMap] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The images' own part and the prompts' part ``[..., d, d]`` of the second moment of ``x``; they add up to it.
+    """The second moment of ``x`` in two parts ``[..., d, d]``: not explained by the prompts, and explained.
 
-    Args: as :func:`scendi_score`.
+    Arguments and errors are those of :func:`scendi_score`.
     """
-    a, b = _features(x, t, feature_map)
+    a, b = _features(x, prompt_features, feature_map)
     n = a.shape[-2]
     return schur_parts(a.mT @ a / n, a.mT @ b / n, b.mT @ b / n)
 
 
-def scendi_score(x: Tensor, t: Tensor, feature_map: FeatureMap | tuple[FeatureMap, FeatureMap] | None = None) -> Tensor:
-    """Scendi ``[...]``: variety of the images that the prompts do not explain (Ospanov et al. 2024, arXiv 2412.18645).
+def scendi_score(
+    x: Tensor, prompt_features: Tensor, feature_map: FeatureMap | tuple[FeatureMap, FeatureMap] | None = None
+) -> Tensor:
+    """Scendi ``[...]``: diversity of the images that the prompts do not explain (Ospanov et al. 2024, arXiv 2412.18645).
 
-    ``exp(-sum l log(l / sum l))`` over the eigenvalues of ``S = C_XX - C_XT C_TT^+ C_TX``, the matrices being second
+    ``exp(-sum l log(l / sum l))`` over the eigenvalues of ``S = C_XX - C_XT C_TT^+ C_TX``, where the matrices are second
     moments. It is 1 when the prompts determine the images, and the Vendi score of ``x`` when both are uncorrelated.
 
     Args:
-        x, t: image and prompt features ``[..., n, d]`` and ``[..., n, p]``.
-        feature_map: unit rows of ``x`` and ``t`` by default (for CLIP-like embeddings); one map for both, or a pair of maps
-            or rows, e.g. random Fourier features.
+        x: image features ``[..., n, d]``.
+        prompt_features: ``[..., n, p]``.
+        feature_map: by default rows scaled to norm 1, for embeddings such as CLIP's; else one map for both, or a pair of
+            maps or rows, such as random Fourier features.
 
     Raises:
-        ValueError: for no samples, NaN, or different numbers of samples and prompts.
+        ValueError: for an empty set, NaN, or different numbers of samples and prompts.
     """
-    return unnormalised_score(scendi_matrices(x, t, feature_map)[0])
+    return unnormalised_score(scendi_matrices(x, prompt_features, feature_map)[0])
 
 
 def prompt_vendi_score(
-    x: Tensor, t: Tensor, feature_map: FeatureMap | tuple[FeatureMap, FeatureMap] | None = None
+    x: Tensor, prompt_features: Tensor, feature_map: FeatureMap | tuple[FeatureMap, FeatureMap] | None = None
 ) -> Tensor:
-    """The same score of ``C_XT C_TT^+ C_TX``: the variety of the images that comes from their prompts."""
-    return unnormalised_score(scendi_matrices(x, t, feature_map)[1])
+    """The score of ``C_XT C_TT^+ C_TX``: diversity of the images that their prompts explain."""
+    return unnormalised_score(scendi_matrices(x, prompt_features, feature_map)[1])
 
 
-def remove_prompt(x: Tensor, t: Tensor, fit: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Image embeddings with their prompts' influence taken out: ``x - C_XT C_TT^+ t`` on unit rows, ``[..., n, d]``.
+def remove_prompt(x: Tensor, prompt_features: Tensor, fit: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Image embeddings ``[..., n, d]`` without what their prompts predict: ``x - C_XT C_TT^+ t`` on rows of norm 1.
 
-    What remains is uncorrelated with the prompts.
+    The result is uncorrelated with the prompt embeddings ``t``.
 
     Args:
-        x, t: image and prompt embeddings of the pairs to be cleaned.
-        fit: a larger set of pairs ``(x, t)`` to estimate the moments from; by default the pairs themselves.
+        x: image embeddings ``[..., n, d]``.
+        prompt_features: prompt embeddings ``[..., n, p]``.
+        fit: a larger set ``(x, prompt_features)`` to estimate the moments from; by default the same pairs.
     """
-    x, t = check_paired(x, t)
-    a, b = l2_normalize(x.double()), l2_normalize(t.double())
+    x, prompt_features = check_paired(x, prompt_features)
+    a, b = l2_normalize(x.double()), l2_normalize(prompt_features.double())
     if fit is None:
         p, q = a, b
     else:

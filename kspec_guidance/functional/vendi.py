@@ -9,11 +9,11 @@ from kspec_guidance.kernels.spectrum import check_order, eigenvalues, renyi_entr
 
 __all__ = ["entropy_of", "kernel_entropy", "rke_score", "vendi_score"]
 
-ROWS = 1024  # of the kernel matrix that RKE holds at once
+BLOCK_ROWS = 1024  # rows of the kernel matrix that RKE computes at once
 
 
 def entropy_of(matrix: Tensor, order: float = 1.0, truncation: int | None = None) -> Tensor:
-    """Renyi entropy of a semi-definite matrix ``[..., n, n]``, its trace taken as 1; order 2 needs no eigenvalues."""
+    """Renyi entropy of a semi-definite matrix ``[..., n, n]`` scaled to trace 1; order 2 needs no eigenvalues."""
     if check_order(order) == 2 and truncation is None:
         return -(matrix.square().sum((-2, -1)) / matrix.diagonal(dim1=-2, dim2=-1).sum(-1).square()).log()
     spectrum = eigenvalues(matrix)
@@ -29,19 +29,19 @@ def kernel_entropy(
     truncation: int | None = None,
     feature_map: FeatureMap | None = None,
 ) -> Tensor:
-    """Renyi entropy ``H_q(K / n)`` in nats ``[...]``: the logarithm of :func:`vendi_score`, same arguments."""
+    """Renyi entropy ``H_q(K / n)`` in nats ``[...]``: the logarithm of :func:`vendi_score`, with its arguments."""
     x = check_samples(x)
     wide = feature_map is None and not (isinstance(kernel, CosineKernel | None) and x.shape[-1] < x.shape[-2])
-    if check_order(order) == 2 and truncation is None and wide and x.shape[-2] > 4 * ROWS:
+    if check_order(order) == 2 and truncation is None and wide and x.shape[-2] > 4 * BLOCK_ROWS:
         return _collision_entropy(x, kernel or CosineKernel())
     return entropy_of(smaller_matrix(x, kernel, feature_map), order, truncation)
 
 
 def _collision_entropy(x: Tensor, kernel: Kernel) -> Tensor:
-    """``-log(||K||_F^2 / n^2)`` by blocks of rows on and above the diagonal: never n x n numbers at once."""
+    """``-log(||K||_F^2 / n^2)`` from blocks on and above the diagonal, so the matrix is never held whole."""
     x, n = x.double(), x.shape[-2]
     kernel, total = kernel.fit(x.detach()), torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
-    parts = x.split(ROWS, dim=-2)
+    parts = x.split(BLOCK_ROWS, dim=-2)
     for i, a in enumerate(parts):
         for b in parts[i:]:
             squares = kernel.normalised(a, b).square().sum((-2, -1))
@@ -64,14 +64,14 @@ def vendi_score(
 
     Args:
         x: samples ``[..., n, d]``.
-        kernel: cosine by default, by the smaller of ``n x n`` and ``d x d``; a kernel with open bandwidth takes the median
-            rule. A diagonal other than 1 is divided out.
+        kernel: cosine by default, computed from the smaller of ``n x n`` and ``d x d``. An unset bandwidth is the median
+            distance. Kernels are normalised to a unit diagonal.
         order: q in (0, inf].
-        truncation: keep this many eigenvalues (Ospanov, Farnia 2024, arXiv 2410.21719).
-        feature_map: maps ``x`` to rows ``[..., n, D]`` whose products are the kernel, or those rows; O(n) time.
+        truncation: number of eigenvalues kept (Ospanov, Farnia 2024, arXiv 2410.21719).
+        feature_map: map of ``x`` to rows ``[..., n, D]`` whose inner products are the kernel, or those rows; O(n) time.
 
     Raises:
-        ValueError: for no samples, NaN, or an order outside (0, inf].
+        ValueError: for an empty set, NaN, or an order outside (0, inf].
 
     >>> round(vendi_score(torch.eye(5)).item(), 6)
     5.0
@@ -82,7 +82,8 @@ def vendi_score(
 def rke_score(x: Tensor, kernel: Kernel | None = None, feature_map: FeatureMap | None = None) -> Tensor:
     """Renyi kernel entropy score ``n^2 / ||K||_F^2`` (Jalali, Li, Farnia 2023, arXiv 2310.11714): Vendi of order 2.
 
-    Needs no eigenvalues, and no more than a block of the kernel matrix at a time.
+    Needs no eigenvalues, and holds only a block of a large kernel matrix. Arguments and errors are those of
+    :func:`vendi_score`.
 
     >>> round(rke_score(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])).item(), 6)  # 9 / 5
     1.8

@@ -1,4 +1,4 @@
-"""Guides: when, where and how strongly an objective's gradient moves the samples of a running pipeline."""
+"""Guides: apply the gradients of objectives to the samples of a running pipeline."""
 
 from kspec_guidance.guidance.guide import KernelGuidance
 from kspec_guidance.guidance.presets import SPARKE, MMDGuidance, NoveltyGuidance, VendiGuidance

@@ -1,4 +1,4 @@
-"""A guide's settings as JSON, and its reference tensors as safetensors beside it: nothing that could run code.
+"""Settings of guides as JSON, with reference tensors as safetensors; loading never executes code.
 
 The memory is saved separately, by ``guide.memory.save(path)``: settings are small and shared, memories are large and grow.
 """
@@ -41,10 +41,10 @@ def _fields(value: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A kernel, objective, space, feature map or plain value for JSON; tensors go into ``tensors`` under a fresh name.
+    """Encode a kernel, objective, space, feature map or plain value for JSON; tensors are added to ``tensors``.
 
     Raises:
-        TypeError: for what has no settings that could be written, such as a kernel of the user's own.
+        TypeError: for a value without settings that can be saved, such as a user-defined kernel.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -64,8 +64,8 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         settings = {k: getattr(value, k) for k in ("input_dim", "num_features", "orthogonal", "seed")}
         return {"random_features": settings | {"kernel": encode(value.kernel, tensors)}}
     raise TypeError(
-        f"{type(value).__name__} cannot be saved as settings: only this package's own kernels, objectives, spaces and "
-        "random features can; build the guide in code instead"
+        f"{type(value).__name__} cannot be saved as settings: only this package's kernels, objectives, spaces and random "
+        "features can; build the guide in code instead"
     )
 
 
@@ -73,7 +73,7 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     """The inverse of :func:`encode`.
 
     Raises:
-        ValueError: for a name that is not this package's own.
+        ValueError: for an unknown name, or a missing tensor.
     """
     if isinstance(value, list):
         return tuple(decode(v, tensors) for v in value)
@@ -81,7 +81,7 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if set(value) == {"tensor"}:
         if value["tensor"] not in tensors:
-            raise ValueError(f"the settings name a tensor {value['tensor']!r} that is not in {TENSORS_NAME}")
+            raise ValueError(f"the settings refer to tensor {value['tensor']!r}, which is not in {TENSORS_NAME}")
         return tensors[value["tensor"]]
     for kind, known in (("kernel", KERNELS), ("objective", OBJECTIVES)):
         if isinstance(value.get(kind), str):
@@ -102,10 +102,10 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode_terms(listed: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Term]:
-    """The terms of a guide.
+    """Decode the terms of a guide.
 
     Raises:
-        ValueError: for a name that is not this package's own.
+        ValueError: for an unknown name, or a missing tensor.
         TypeError, KeyError, AttributeError: for damaged settings.
     """
     terms = []
@@ -116,7 +116,7 @@ def decode_terms(listed: list[dict[str, Any]], tensors: dict[str, Tensor]) -> li
 
 
 def _from_format_1(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of version 1.0.0rc1 with today's names."""
+    """Settings of version 1.0.0rc1 with the current names."""
 
     def renamed(value: Any) -> Any:
         if isinstance(value, list):
@@ -132,13 +132,13 @@ def _from_format_1(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(terms, list) and all(isinstance(term, dict) for term in terms):
         terms = [{("transforms" if k == "chain" else k): renamed(v) for k, v in term.items()} for term in terms]
         kinds = [term["objective"].get("objective") for term in terms if isinstance(term.get("objective"), dict)]
-        if guide == "SPARKE" and kinds == ["Vendi"]:  # SPARKE(order=...) has become a class of its own
+        if guide == "SPARKE" and kinds == ["Vendi"]:  # SPARKE(order=...) is a separate class now
             guide = "VendiGuidance"
     return {**config, "format": SETTINGS_FORMAT, "guide": guide, "terms": terms}
 
 
 def write_config(folder: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write both files into ``folder``; the settings last, so that they never name what is not there."""
+    """Write both files into ``folder``, the settings last, so that they never refer to missing tensors."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tensors:
@@ -152,11 +152,11 @@ def write_config(folder: str | os.PathLike, config: dict[str, Any], tensors: dic
 
 
 def read_config(source: str | os.PathLike | dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and tensors of a folder, of a JSON file, or of a dictionary.
+    """Read settings and tensors from a folder, a JSON file, or a dictionary.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds something else.
+        ValueError: if the content is not the settings of a guide.
     """
     if isinstance(source, dict):
         config, tensors = source, {}
@@ -164,21 +164,21 @@ def read_config(source: str | os.PathLike | dict[str, Any]) -> tuple[dict[str, A
         path = Path(source)
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"no guide's settings at {path}; guide.save_config(folder) writes them")
+            raise FileNotFoundError(f"no guide settings at {path}; write them with guide.save_config(folder)")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is no JSON ({error}); restore it from a copy") from error
-        beside = path.parent / TENSORS_NAME
+            raise ValueError(f"{path} is not valid JSON ({error}); restore it from a copy") from error
+        tensors_path = path.parent / TENSORS_NAME
         try:
-            tensors = load_file(beside) if beside.is_file() else {}
+            tensors = load_file(tensors_path) if tensors_path.is_file() else {}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{beside} is no whole safetensors file ({error}); restore it from a copy") from error
+            raise ValueError(f"{tensors_path} is not a valid safetensors file ({error}); restore it from a copy") from error
     if isinstance(config, dict) and config.get("format") == FORMAT_1:
         config = _from_format_1(config)
     if not isinstance(config, dict) or config.get("format") != SETTINGS_FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"these are no guide's settings: format {found!r}, expected {SETTINGS_FORMAT!r}")
+        raise ValueError(f"not the settings of a guide: format {found!r}, expected {SETTINGS_FORMAT!r}")
     if any(not torch.isfinite(t).all() for t in tensors.values()):
-        raise ValueError(f"{TENSORS_NAME} holds NaN or infinite values; restore it from a copy")
+        raise ValueError(f"{TENSORS_NAME} contains NaN or infinite values; restore it from a copy")
     return config, tensors

@@ -1,4 +1,4 @@
-"""KernelGuidance: guides a diffusers pipeline by the gradients of kernel objectives."""
+"""KernelGuidance: guides a diffusers pipeline with the gradients of kernel objectives."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ from kspec_guidance.utils.arguments import unknown_arguments
 __all__ = ["KernelGuidance"]
 
 Guide = TypeVar("Guide", bound="KernelGuidance")
-HINTS = {  # for arguments that are likely to be tried
+HINTS = {  # suggestions for unknown arguments
     "strength": "scale",
     "guidance_scale": "scale",
     "weight": "scale",
@@ -36,13 +36,15 @@ HINTS = {  # for arguments that are likely to be tried
     "chain": "transforms",
     "features": "feature_map",
     "prompt_features": "prompt_feature_map",
-    "bandwidth": "give the kernel its bandwidth: kernel=GaussianKernel(bandwidth)",
+    "bandwidth": "set the bandwidth of the kernel: kernel=GaussianKernel(bandwidth)",
     "order": "SPARKE is conditional RKE, of order 2; for another order use VendiGuidance(order=...)",
 }
 
 
 class KernelGuidance(PipelineCallback):
-    """Guide a diffusers pipeline by kernel objectives. Use it in any of these ways::
+    """Guide a diffusers pipeline with kernel objectives.
+
+    Use it in any of these ways::
 
         with guide.attach(pipe):                       # any pipeline that calls scheduler.step
             images = pipe("runner", num_images_per_prompt=8).images
@@ -50,21 +52,21 @@ class KernelGuidance(PipelineCallback):
         guided(type(pipe))(**pipe.components)("runner", kspec_guidance=guide)   # as an argument of the call
 
     The important arguments are ``objective`` and ``scale``; the others are for tuning, see :class:`Term`.
-    ``guide + other`` guides by both in one pass. Finished samples go into ``guide.memory``, once for each image; with
-    ``guide.remember = False`` they are only listed in ``guide.finished``, for the caller to add what is to be kept.
+    ``guide + other`` applies both in one pass. Finished samples are added to ``guide.memory``, once per image; with
+    ``guide.remember = False`` they are only listed in ``guide.finished``, and the caller adds those to keep.
 
-    Images of one batch repel or attract each other, so an image depends on the whole batch and on the memory, not on its
-    own seed alone; the same seeds in the same order with the same memory give the same images.
+    Images of one batch repel or attract each other, so an image depends on the whole batch and on the memory, not only on
+    its seed; the same seeds in the same order with the same memory give the same images.
 
     Subclasses are registered by name, so that settings saved by :meth:`save_config` load as the class that saved them.
 
     Args:
         objective: an :class:`~kspec_guidance.objectives.Objective`.
         scale, space, start, stop, every, sigma_interval, transforms, memory: see :class:`Term`.
-        seed: of the noise that separates exact duplicates; the global random state is never used.
+        seed: seed of the noise that separates exact duplicates; the global random state is not used.
 
     Raises:
-        TypeError: for an unknown argument, naming the one that was probably meant.
+        TypeError: for an unknown argument; the message suggests a known one.
         ValueError: for settings outside their ranges.
     """
 
@@ -95,12 +97,12 @@ class KernelGuidance(PipelineCallback):
 
     @classmethod
     def from_terms(cls: type[Guide], terms: Sequence[Term], seed: int = 0) -> Guide:
-        """A guide of several terms, without the defaults of the class.
+        """Create a guide from terms, without the defaults of the class.
 
-        A subclass with attributes of its own that it sets in ``__init__`` has to set them here as well.
+        A subclass that sets attributes in ``__init__`` must set them here as well.
 
         Raises:
-            ValueError: without any term.
+            ValueError: if there are no terms.
         """
         guide = cls.__new__(cls)
         guide._set_up(terms, seed)
@@ -118,7 +120,7 @@ class KernelGuidance(PipelineCallback):
 
     @property
     def memory(self) -> Any:
-        """The (first) memory: what later images are kept away from, or counted with."""
+        """The memory of the first term: the earlier samples that new ones are compared with."""
         return self.terms[0].memory
 
     @property
@@ -128,28 +130,28 @@ class KernelGuidance(PipelineCallback):
 
     @property
     def finished(self) -> list[Finished]:
-        """What the last run made: memory, features and prompts."""
+        """Finished samples of the last run: memory, features and prompts."""
         return self._run.finished
 
     def report(self) -> GuidanceReport:
-        """What the last run did: see :class:`~kspec_guidance.guidance.report.GuidanceReport`."""
+        """The report of the last run, a :class:`~kspec_guidance.guidance.report.GuidanceReport`."""
         return self._run.report
 
     def gradient(self, x: Tensor, prompt_features: Tensor | None = None) -> Tensor:
-        """The ascent direction on the objective at ``x``, given the memory, before any scaling or projection.
+        """The ascent direction of the objective at ``x``, given the memory, before any scaling or projection.
 
         Args:
-            x: samples ``[n, ...]``, or what the guide's space makes of them: features as the memory holds them.
-            prompt_features: ``[n, p]`` or one row for each group of samples; scaled to norm 1 here.
+            x: samples ``[n, ...]``, or their features in the guide's space, in the shape of memory entries.
+            prompt_features: ``[n, p]``, or one row per group of consecutive samples; scaled to norm 1 here.
 
         Raises:
             ValueError: for NaN, too few dimensions, or prompt features that do not match.
         """
         if not isinstance(x, Tensor) or x.ndim < 2 or not len(x):
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be a tensor [n, ...] of at least one sample, got {got}")
+            raise ValueError(f"x must be a tensor [n, ...] with at least one sample, got {got}")
         if not torch.isfinite(x).all():
-            raise ValueError("x holds NaN or infinite values")
+            raise ValueError("x contains NaN or infinite values")
         with torch.no_grad():
             prompts = None
             if prompt_features is not None:
@@ -167,7 +169,7 @@ class KernelGuidance(PipelineCallback):
             return torch.stack(found).sum(0).view(x.shape).to(x.dtype)
 
     def __add__(self, other: "KernelGuidance") -> "KernelGuidance":
-        """Both guides' objectives in one pass; exact memories of one space are shared, the first one's entries counting."""
+        """Combine both guides in one pass; an empty exact memory is replaced by the first exact memory of its space."""
         if not isinstance(other, KernelGuidance):
             return NotImplemented
         terms = [copy.copy(term) for term in (*self.terms, *other.terms)]
@@ -182,20 +184,20 @@ class KernelGuidance(PipelineCallback):
         parts = [f"scale={t.scale:g}, objective={t.objective!r}, memory={t.memory!r}" for t in self.terms]
         return f"{type(self).__name__}({'; '.join(parts)})"
 
-    # -- ways into a pipeline ----------------------------------------------------------------------------------------
+    # -- attachment to a pipeline ------------------------------------------------------------------------------------
 
     def attach(self, pipe: Any, scheduler: str | None = None) -> AbstractContextManager["KernelGuidance"]:
-        """Hook ``pipe`` (or a bare scheduler) until the ``with`` block ends, or until :meth:`detach`.
+        """Attach the guide to ``pipe`` (or a bare scheduler) until the ``with`` block ends, or until :meth:`detach`.
 
-        Attaching the same guide twice is harmless. After the block, or an exception in it, the pipeline is as it was; where
-        another program has wrapped the scheduler's step since, the guide's hook is taken out from under it.
+        Attaching the same guide again has no effect. After the block, or an exception in it, the pipeline is restored; if
+        other code has wrapped ``scheduler.step`` since, its wrapper stays, and the pipeline is no longer guided.
 
         Args:
             pipe: a pipeline, classic or modular, or a scheduler.
-            scheduler: the name of the component to hook, for pipelines with several.
+            scheduler: name of the scheduler component to hook, for pipelines with several schedulers.
 
         Raises:
-            UnsupportedSchedulerError: naming the scheduler and those that are supported.
+            UnsupportedSchedulerError: if the pipeline has no supported scheduler.
             ValueError: if another guide is attached to this pipeline.
         """
         attachment = self._run.attachment
@@ -216,16 +218,16 @@ class KernelGuidance(PipelineCallback):
             self.detach()
 
     def detach(self) -> None:
-        """Take every hook away; harmless when nothing is attached. Memory and report stay."""
+        """Remove all hooks, if any. Memory and report are kept."""
         if self._run.attachment is not None:
             self._run.attachment.remove()
             self._run.attachment = None
 
     def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """diffusers' ``callback_on_step_end``: hooks the *next* step only, so that no hook outlives a run.
+        """The ``callback_on_step_end`` of diffusers: hooks the *next* step only, so that no hook remains after a run.
 
-        The model output is not among a callback's tensors and the step is already over, so guidance begins at the
-        second step. An attached guide ignores the callback: the step is not taken twice.
+        A callback runs after its step and without the model output, so guidance begins at the second step. An attached
+        guide ignores the callback, so no step is guided twice.
         """
         if self._is_attached_to(pipeline):
             return callback_kwargs
@@ -238,12 +240,13 @@ class KernelGuidance(PipelineCallback):
         return callback_kwargs
 
     def before_step(self, pipeline: Any, step_index: int, total: int, tensors: dict[str, Any]) -> None:
-        """Guide the scheduler step that comes next, and that one only: what a block in a denoising loop calls.
+        """Guide the next scheduler step only; called by a block in a denoising loop.
 
         Args:
-            pipeline: with a ``scheduler``.
-            step_index, total: place in the run.
-            tensors: ``prompt_embeds`` and ``latents``, where they are known; read at the first step.
+            pipeline: a pipeline with a ``scheduler``.
+            step_index: index of the step.
+            total: number of steps.
+            tensors: ``prompt_embeds`` and ``latents``, if available; read at the first step.
         """
         if not self._is_attached_to(pipeline):
             self._stepwise(pipeline, step_index == 0, tensors).before_step(step_index, total)
@@ -253,7 +256,7 @@ class KernelGuidance(PipelineCallback):
         return isinstance(attachment, Attachment) and attachment.pipe is pipeline
 
     def _stepwise(self, pipeline: Any, first: bool, tensors: dict[str, Any]) -> StepwiseAttachment:
-        """The attachment that takes part in single steps of a pipeline, told of a call that begins."""
+        """The attachment for single steps of a pipeline; ``first`` begins a call."""
         found = self._run.attachment
         if not isinstance(found, StepwiseAttachment) or found.pipe is not pipeline:
             self.detach()
@@ -266,10 +269,10 @@ class KernelGuidance(PipelineCallback):
     # -- settings ----------------------------------------------------------------------------------------------------
 
     def to_config(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """All settings, ready for JSON, and the tensors they name; the memory is not among them.
+        """All settings, ready for JSON, and the tensors that they refer to; the memory is not included.
 
         Raises:
-            TypeError: for a kernel, objective or space that is not this package's own.
+            TypeError: for a user-defined kernel or objective, or a space whose settings cannot be saved.
         """
         tensors: dict[str, Tensor] = {}
         names = ("scale", "start", "stop", "every", "sigma_interval", "transforms", "objective")
@@ -280,27 +283,27 @@ class KernelGuidance(PipelineCallback):
         return {"format": SETTINGS_FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}, tensors
 
     def save_config(self, save_directory: str | os.PathLike) -> None:
-        """Write the settings into a folder: ``kspec_guidance.json``, and ``kspec_guidance.safetensors`` for references."""
+        """Write the settings into a folder: ``kspec_guidance.json``, and ``kspec_guidance.safetensors`` for tensors."""
         write_config(save_directory, *self.to_config())
 
     @classmethod
     def from_config(cls, config: str | os.PathLike | dict[str, Any]) -> "KernelGuidance":
-        """A guide of saved settings, of the class that saved them, with an empty memory of its own.
+        """Create a guide from saved settings, of the class that saved them, with an empty memory.
 
         Args:
             config: the folder, the JSON file, or a dictionary.
 
         Raises:
-            FileNotFoundError: if there are no settings there.
-            ValueError: if they are damaged, or of a class that is not known; its module has to be imported first.
+            FileNotFoundError: if there are no settings at this path.
+            ValueError: if the settings are damaged or of an unknown class, whose module must be imported first.
         """
         settings, tensors = read_config(config)
         known: dict[str, type[KernelGuidance]] = {"KernelGuidance": KernelGuidance, **cls._registry}
         name, listed = settings.get("guide"), settings.get("terms")
         if not isinstance(listed, list) or not listed or name not in known:
             raise ValueError(
-                f"the settings name guide {name!r} with terms {str(listed)[:60]}; expected one of {', '.join(known)} with "
-                "a list of terms; import the module that defines the guide before its settings are loaded"
+                f"the settings are of guide {name!r} with terms {str(listed)[:60]}; expected one of {', '.join(known)} "
+                "with a list of terms; import the module that defines the guide before loading its settings"
             )
         try:
             return known[name].from_terms(decode_terms(listed, tensors), int(settings.get("seed", 0)))

@@ -1,4 +1,4 @@
-"""The guides by name: SPARKE, VendiGuidance, MMDGuidance and NoveltyGuidance, and the settings their papers used."""
+"""Guides with default objectives: SPARKE, VendiGuidance, MMDGuidance and NoveltyGuidance, and their published settings."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -17,26 +17,26 @@ __all__ = ["SPARKE", "MMDGuidance", "NoveltyGuidance", "VendiGuidance"]
 
 
 class SPARKE(KernelGuidance):
-    """More variety: every image away from the others, and from earlier ones, *of similar prompts*.
+    """Increases diversity: images repel each other, and earlier images, *of similar prompts*.
 
     Ascends conditional RKE (Jalali, Lei, Gohari, Farnia 2025, arXiv 2506.10173), the conditional Renyi entropy of order 2:
-    a sum over every memory row that matters, whatever the kind of memory. For other orders see :class:`VendiGuidance`.
+    a sum over all relevant memory rows, for any kind of memory. For other orders see :class:`VendiGuidance`.
 
     Args:
-        scale: largest move of a step relative to the norm of the prediction, at the start of the guided interval, from
-            where it fades. See docs/arena.md for what it buys, and ``kspec-guidance tune`` to find it for a pipeline.
-        kernel: of samples scaled to norm 1; by default Gaussian at half the median distance of the pairs at hand.
-        prompt_kernel: of prompt features of norm 1; by default Gaussian with bandwidth 0.35.
+        scale: largest move of a step relative to the norm of the prediction, at the start of the guided interval, after
+            which it fades. See docs/arena.md for its effect; ``kspec-guidance tune`` finds a value for a pipeline.
+        kernel: kernel of samples scaled to norm 1; by default Gaussian at half the median distance of the pairs.
+        prompt_kernel: kernel of unit-norm prompt features; by default Gaussian with bandwidth 0.35.
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.
         feature_map, prompt_feature_map: random Fourier features of the two kernels, for a memory of constant size.
         kwargs: ``sigma_interval`` and ``seed``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
-        TypeError: for an unknown argument, naming the one that was probably meant.
+        TypeError: for an unknown argument; the message suggests a known one.
         ValueError: for settings outside their ranges.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {  # docs/which-method.md says what each is for
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {  # compared in docs/which-method.md
         "default": {},
         "safe": {"scale": 0.5},
         "vivid": {"order": 0.5, "scale": 1.5},
@@ -70,27 +70,28 @@ class SPARKE(KernelGuidance):
 
     @classmethod
     def published(cls, scale: float = 0.1, **kwargs: Any) -> "SPARKE":
-        """The paper's chain: noisy latents, fixed bandwidths, the gradient rescaled to the norm at every 10th step.
+        """The paper's settings: noisy latents, fixed bandwidths, the gradient rescaled to the norm at every 10th step.
 
         Args:
-            scale: of the move, relative to the norm of the latents.
-            kwargs: settings that take the place of the paper's.
+            scale: size of the move, relative to the norm of the latents.
+            kwargs: settings that replace the paper's.
         """
         settings: dict[str, Any] = {"space": "latents", "stop": 1.0, "every": 10, "transforms": ("rescale",)}
         return cls(scale, GaussianKernel(0.7), GaussianKernel(0.35), **(settings | kwargs))
 
     @staticmethod
     def preset(name: str, **kwargs: Any) -> KernelGuidance:
-        """A guide by the name of its purpose: ``default``, ``safe``, ``vivid``, ``few-step`` or ``published``.
+        """Create a guide from a preset: ``default``, ``safe``, ``vivid``, ``few-step`` or ``published``.
 
-        What each buys and costs was measured side by side with other methods: docs/which-method.md. ``vivid`` and
-        ``few-step`` are of order 0.5, so they are :class:`VendiGuidance`.
+        docs/which-method.md compares them with each other and with other methods. ``vivid`` and ``few-step`` have order
+        0.5, so they are :class:`VendiGuidance`.
 
         Args:
-            kwargs: settings that take the place of the preset's.
+            name: name of the preset.
+            kwargs: settings that replace the preset's.
 
         Raises:
-            ValueError: for another name; the message lists those there are.
+            ValueError: for an unknown name; the message lists the known ones.
         """
         if name not in SPARKE.PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(SPARKE.PRESETS)}")
@@ -101,19 +102,19 @@ class SPARKE(KernelGuidance):
 
 
 class VendiGuidance(KernelGuidance):
-    """More variety, by the Vendi score of any order, given prompts: :class:`SPARKE` is its order 2, without eigenvalues.
+    """Increases diversity: the Vendi score of any order, given prompts. :class:`SPARKE` is order 2, without eigenvalues.
 
     Ascends the conditional Renyi entropy of order q of the batch and the 128 memory rows nearest to it. Order 0.5 finds
-    more modes than order 2 (docs/arena.md), at the cost of an eigendecomposition a step.
+    more modes than order 2 (docs/arena.md), at the cost of an eigendecomposition per step.
 
     Args:
         scale: see :class:`SPARKE`.
         order: q in (0, inf].
-        kernel: of samples scaled to norm 1; by default Gaussian at the median distance of the pairs at hand.
+        kernel: kernel of samples scaled to norm 1; by default Gaussian at the median distance of the pairs.
         prompt_kernel, space, start, stop, every, memory, transforms, kwargs: see :class:`SPARKE`.
 
     Raises:
-        TypeError: for an unknown argument, naming the one that was probably meant.
+        TypeError: for an unknown argument; the message suggests a known one.
         ValueError: for settings outside their ranges.
     """
 
@@ -137,26 +138,26 @@ class VendiGuidance(KernelGuidance):
 
 
 class MMDGuidance(KernelGuidance):
-    """Toward a reference set: the distribution of what is generated, memory included, approaches the references'.
+    """Moves the distribution of generated images, memory included, toward that of a reference set.
 
-    Descends the squared maximum mean discrepancy (Sani, Jamali, Jalali, Farnia 2026). That compares whole distributions:
+    Descends the squared maximum mean discrepancy (Sani, Jamali, Jalali, Farnia 2026), which compares whole distributions:
     for a batch of one prompt against references of many subjects the gradient first increases the diversity within the
     batch. To move a style or a domain, generate several prompts in one batch, or share one memory over many calls.
 
     Args:
-        reference: ``[m, ...]`` samples in the pipeline's own latent space (:func:`encode_reference` makes them).
-        scale: move per step, relative to the norm of the prediction.
-        kernel: by default Gaussian at the median distance of the references; the paper's is ``PolynomialKernel()``.
-        reference_prompts: prompt features ``[m, p]`` of the references; each prompt is then drawn to those of similar
-            prompts.
-        prompt_kernel: for these; by default Gaussian with bandwidth 0.35.
+        reference: samples ``[m, ...]`` in the pipeline's latent space, see :func:`encode_reference`.
+        scale: size of the move per step, relative to the norm of the prediction.
+        kernel: by default Gaussian at the median distance of the references; the paper uses ``PolynomialKernel()``.
+        reference_prompts: prompt features ``[m, p]`` of the references; each prompt then moves toward references of
+            similar prompts.
+        prompt_kernel: kernel of unit-norm prompt features; by default Gaussian with bandwidth 0.35.
         feature_map, prompt_feature_map: random Fourier features of the two kernels (Gaussian or Laplacian), for a memory of
             constant size.
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.
         kwargs: ``sigma_interval`` and ``seed``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
-        TypeError: for an unknown argument, naming the one that was probably meant.
+        TypeError: for an unknown argument; the message suggests a known one.
         ValueError: for settings outside their ranges.
     """
 
@@ -190,12 +191,12 @@ class MMDGuidance(KernelGuidance):
 
     @classmethod
     def published(cls, reference: Tensor, scale: float = 1e-3, **kwargs: Any) -> "MMDGuidance":
-        """The paper's chain: cubic kernel, noisy latents, the gradient rescaled to the norm at every step.
+        """The paper's settings: cubic kernel, noisy latents, the gradient rescaled to the norm at every step.
 
         Args:
             reference: see :class:`MMDGuidance`.
-            scale: of the move, relative to the norm of the latents.
-            kwargs: settings that take the place of the paper's.
+            scale: size of the move, relative to the norm of the latents.
+            kwargs: settings that replace the paper's.
         """
         settings: dict[str, Any] = {
             "space": "latents",
@@ -207,17 +208,17 @@ class MMDGuidance(KernelGuidance):
 
 
 class NoveltyGuidance(KernelGuidance):
-    """Away from a fixed reference set: what must not be repeated.
+    """Moves images away from a fixed reference set, which they must not repeat.
 
     Args:
-        reference: ``[m, ...]`` samples in the pipeline's own latent space.
+        reference: samples ``[m, ...]`` in the pipeline's latent space, see :func:`encode_reference`.
         reference_prompts: prompt features ``[m, p]`` of the references; only those of similar prompts then repel.
         scale, kernel, prompt_kernel, feature_map, prompt_feature_map: see :class:`SPARKE`.
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.
         kwargs: ``sigma_interval`` and ``seed``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
-        TypeError: for an unknown argument, naming the one that was probably meant.
+        TypeError: for an unknown argument; the message suggests a known one.
         ValueError: for settings outside their ranges.
     """
 

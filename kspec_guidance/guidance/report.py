@@ -1,4 +1,4 @@
-"""What a guided run did, in numbers."""
+"""GuidanceReport: the steps, moves and scores of a guided run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from kspec_guidance.objectives import natural_rows
 
 __all__ = ["GuidanceReport", "StepRecord"]
 
-MEMORY_ROWS = 512  # newest memory rows that take part in the scores
+MEMORY_ROWS = 512  # newest memory rows that are included in the scores
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class StepRecord:
 
     Attributes:
         step: index in the run.
-        relative_move: norm of the move over the norm of what was moved, mean over the samples.
+        relative_move: norm of the move over the norm of the moved sample, mean over the samples.
         noise_to_signal: ``sigma / alpha``.
     """
 
@@ -33,30 +33,31 @@ class StepRecord:
 
 
 class GuidanceReport:
-    """The last run of a guide.
+    """Report of the last run of a guide.
 
-    ``before`` and ``after`` hold ``vendi`` and ``conditional_rke`` of the batch with the memory it met (the newest 512
-    rows), on the clean predictions of the last guided step without and with its move; ``final`` those of the finished
-    samples. All three use one Gaussian kernel, at the median distance of the unmoved predictions, on rows of norm 1.
+    ``before`` and ``after`` contain ``vendi`` and ``conditional_rke`` of the batch and the memory at the start of the run
+    (its newest 512 rows), for the predictions of the last guided step without and with their move; ``final`` those of the
+    finished samples. All use one Gaussian kernel on rows of norm 1, at the median distance of unmoved predictions and
+    memory rows.
 
     Attributes:
-        total_steps: of the run.
-        scheduler: name of its class.
-        layout: of the samples, see :mod:`kspec_guidance.loop.layouts`.
+        total_steps: number of steps of the run.
+        scheduler: class name of the scheduler.
+        layout: layout of the samples, see :mod:`kspec_guidance.loop.layouts`.
     """
 
     def __init__(self, total_steps: int = 0, scheduler: str = "", layout: str = ""):
         self.total_steps, self.scheduler, self.layout = total_steps, scheduler, layout
-        # what the run notes; nothing is computed from it before it is asked for
+        # recorded by the run; the scores are computed on access
         self.context: StepContext | None = None
         self.moves: list[tuple[int, Tensor, float]] = []  # step, relative moves [n], noise-to-signal
-        self.latest: tuple[Tensor, Tensor] | None = None  # what was moved in the last guided step, and the move
+        self.latest: tuple[Tensor, Tensor] | None = None  # moved samples of the last guided step, and the move
         self.finished: Tensor | None = None
-        self.memory_rows: tuple[Tensor, Tensor | None] | None = None  # that the run met, and their prompts
+        self.memory_rows: tuple[Tensor, Tensor | None] | None = None  # at the start of the run, and their prompts
 
     @classmethod
     def of(cls, context: StepContext, memory: Any) -> "GuidanceReport":
-        """The report of a pass that begins, with this memory."""
+        """Create the report of a pass that begins with this memory."""
         report = cls(context.total, type(context.scheduler).__name__, context.layout.kind)
         report.context = context
         if isinstance(memory, MemoryBank) and len(memory):
@@ -75,12 +76,12 @@ class GuidanceReport:
 
     @property
     def seconds(self) -> float:
-        """Time that guidance took, the denoiser and the scheduler not counted."""
+        """Time spent in guidance, without the denoiser and the scheduler."""
         return 0.0 if self.context is None else self.context.seconds
 
     @property
     def mean_relative_move(self) -> float:
-        """Mean over guided steps and samples; 0 if none was guided."""
+        """Mean relative move over guided steps and samples; 0 if no step was guided."""
         steps = self.steps
         return sum(s.relative_move for s in steps) / len(steps) if steps else 0.0
 

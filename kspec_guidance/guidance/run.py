@@ -1,4 +1,4 @@
-"""Run: a guide at work on a pipeline. A guided step is :meth:`Run.step`, all of it on this page."""
+"""Run: applies a guide to the steps of a pipeline; :meth:`Run.step` is one guided step."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,7 @@ __all__ = ["Finished", "Run", "ascent_direction"]
 
 
 class Finished(NamedTuple):
-    """Finished samples: the memory that they belong to, their features ``[n, ...]`` and their prompts' ``[n, p]``."""
+    """Finished samples: their memory, features ``[n, ...]`` and prompt features ``[n, p]``."""
 
     memory: Memory
     features: Tensor
@@ -30,17 +30,17 @@ class Finished(NamedTuple):
 
 @dataclass(eq=False)
 class TermState:
-    """A term in one pass through the timesteps: the steps that it guides, and what is fixed for all of them."""
+    """State of a term in one pass through the timesteps: its guided steps, and the pairs that are computed once."""
 
     term: Term
     steps: frozenset[int]
     pairs: Any = None
     prepared: bool = False
-    kept: list[Tensor] = field(default_factory=list)  # features of each guided step, where steps cannot be compared
+    kept: list[Tensor] = field(default_factory=list)  # features of each guided step, if steps are not comparable
 
 
 def jitter(n: int, d: int, seed: int) -> Tensor:
-    """Rows ``[n, d]`` of norm 0.01, to move exact duplicates apart; the same for the same seed."""
+    """Random rows ``[n, d]`` of norm 0.01 that separate exact duplicates; determined by the seed."""
     noise = torch.randn(n, d, generator=torch.Generator().manual_seed(seed % 2**63))
     return noise / noise.norm(dim=1, keepdim=True) * 1e-2
 
@@ -48,14 +48,14 @@ def jitter(n: int, d: int, seed: int) -> Tensor:
 def ascent_direction(
     objective: Objective, rows: Tensor, prompts: Tensor | None, memory: Memory | None, seed: int, pairs: Any = None
 ) -> tuple[Tensor, Gradient]:
-    """Ascent direction ``[n, d]`` in feature rows ``[n, d]``, before any scaling, and the gradient that it is made of.
+    """Ascent direction ``[n, d]`` at feature rows ``[n, d]``, before any scaling, and the gradient of the objective.
 
     Args:
-        objective: to be ascended.
+        objective: the objective to ascend.
         rows: features in float32 or float64, not normalised.
-        prompts: their prompts' features ``[n, p]``, of norm 1.
-        memory: what was generated before.
-        seed: of the noise that separates coincident rows.
+        prompts: unit-norm prompt features ``[n, p]``.
+        memory: memory of earlier samples.
+        seed: seed of the noise that separates coincident rows.
         pairs: see :meth:`Objective.pairs`.
     """
     size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -72,10 +72,10 @@ def ascent_direction(
 
 
 class Run:
-    """What a guide does in the calls of one pipeline; a :class:`~kspec_guidance.loop.context.StepHandler`.
+    """Applies a guide to the calls of one pipeline; a :class:`~kspec_guidance.loop.context.StepHandler`.
 
     Args:
-        guide: whose terms, seed and memory are used.
+        guide: the guide, with its terms, seed and memory.
     """
 
     def __init__(self, guide: "KernelGuidance"):
@@ -87,6 +87,7 @@ class Run:
         self.needs_denoiser_call = any(term.space.needs_denoiser_call for term in guide.terms)
 
     def begin(self, context: StepContext, sample: Any) -> None:
+        """Begin a pass through the timesteps: bind memories to the samples' shape, and create a new report."""
         packed, encoder = context.layout.pack(sample), context.call.encoder
         self.report = GuidanceReport.of(context, self.guide.memory)
         self.finished = []
@@ -109,14 +110,14 @@ class Run:
         return move if move is None or layout.trivial else layout.unpack(move)
 
     def after_step(self, latents: Any, prediction: Prediction, context: StepContext) -> Any | None:
-        """The latents after the step, moved by the terms that work on noisy samples."""
+        """The latents after the step, moved by the terms that move noisy samples; None if there are none."""
         if not any(state.term.space.noisy for state in self._states):
             return None
         move = self._move(context.layout.pack(latents).float(), prediction, context, noisy=True)
         return None if move is None else latents + context.layout.unpack(move).to(latents.dtype)
 
     def _move(self, x: Tensor, prediction: Prediction, context: StepContext, noisy: bool) -> Tensor | None:
-        """The move of packed samples ``[n, ...]`` by all terms that are active at this step; None without any."""
+        """The move of packed samples ``[n, ...]`` by all terms that are active at this step; None if there are none."""
         target, score, total, noise_to_signal = x.flatten(1), None, None, prediction.noise_to_signal
         for state in self._states:
             term = state.term
@@ -147,7 +148,7 @@ class Run:
         return total.view(x.shape)
 
     def _gradient(self, state: TermState, x: Tensor, context: StepContext) -> tuple[Tensor, Gradient]:
-        """Ascent direction of one term in the samples ``[n, d]``: through its space."""
+        """Ascent direction of one term at the samples ``[n, d]``, pulled back through its space."""
         term, memory, space = state.term, state.term.memory, state.term.space
         rows, pullback = (x.flatten(1), None) if space.direct else space.features(x, context.call, context.denoiser_call)
         if space.step_by_step:
@@ -162,14 +163,14 @@ class Run:
         return (g if pullback is None else pullback(g).flatten(1).to(x.dtype)), found
 
     def finish(self, context: StepContext) -> None:
-        """Finished samples are listed, and remembered once in each memory."""
+        """List the finished samples, and add them once to each memory."""
         final = context.layout.pack(context.final)
         self.report.finished = final
         for state in self._states:
             term = state.term
             if any(done.memory is term.memory for done in self.finished):
                 continue
-            if term.space.step_by_step:  # one row of features for each guided step, of whole runs only
+            if term.space.step_by_step:  # one row of features per guided step, for complete runs only
                 features = torch.stack(state.kept, dim=1) if state.kept and len(state.kept) == len(state.steps) else None
             else:
                 features = term.space.final(final, context.call)

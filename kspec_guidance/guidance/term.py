@@ -1,4 +1,4 @@
-"""Term: one objective with its scale, its interval, its space and the transforms that make a move of its gradient."""
+"""Term: an objective with its scale, guided interval, feature space, transforms and memory."""
 
 import math
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from kspec_guidance.objectives import Objective
 
 __all__ = ["DEFAULT_TRANSFORMS", "Term"]
 
-# each transform measured alone in docs/arena.md: the one that does most is to leave out the part along the score
+# docs/arena.md measures each transform alone: off_score has the largest effect
 DEFAULT_TRANSFORMS = ("tangent", "off_score", "bound", "fade")
 
 
 class Term:
-    """One objective with its scale, its interval and the transforms that make a move of its gradient.
+    """An objective with its scale, guided interval, feature space, transforms and memory.
 
     Args:
-        objective: to be ascended.
-        scale: size of a move relative to the norm of what is moved, at least 0.
-        space: where samples are compared: ``x0`` (the clean prediction), ``latents`` (the noisy sample, as the papers do),
-            ``pooled``, ``pixels``, ``activations``, or a :class:`~kspec_guidance.guidance.spaces.FeatureSpace` with its
-            settings. ``latents`` moves the noisy sample after the step, the others the clean prediction, through the model
+        objective: the objective to ascend.
+        scale: size of a move relative to the norm of the moved sample, at least 0.
+        space: feature space for comparisons: ``x0`` (the clean prediction), ``latents`` (the noisy sample, as in the
+            papers), ``pooled``, ``pixels``, ``activations``, or a :class:`~kspec_guidance.guidance.spaces.FeatureSpace`.
+            ``latents`` moves the noisy sample after the step, the others move the clean prediction, through the model
             output.
         start, stop: the guided interval as fractions of the run, ``0 <= start <= stop <= 1``.
-        every: guide every so many steps of the interval.
-        sigma_interval: guide only while noise-to-signal lies in ``(low, high)``, as well.
+        every: number of steps from one guided step to the next.
+        sigma_interval: bounds ``(low, high)`` of the noise-to-signal ratio, as a further condition.
         transforms: names of :mod:`kspec_guidance.guidance.transforms`, in order.
-        memory: what was generated before; an empty one by default.
+        memory: memory of earlier samples; by default a new one.
 
     Raises:
         ValueError: for settings outside their ranges.
@@ -48,13 +48,13 @@ class Term:
     ):
         if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
             raise ValueError(
-                f"scale must be a finite number of at least 0, got {scale!r}; to draw images toward something use "
-                "MMDGuidance, since a negative scale would have no limit"
+                f"scale must be a finite number of at least 0, got {scale!r}; to move images toward a reference set use "
+                "MMDGuidance: with a negative scale moves would be unbounded"
             )
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"need 0 <= start <= stop <= 1 as fractions of the run, got {start} and {stop}")
         if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of steps, at least 1, got {every!r}")
+            raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         if sigma_interval is not None and not 0 <= sigma_interval[0] <= sigma_interval[1]:
             raise ValueError(f"sigma_interval must be (low, high) with 0 <= low <= high, got {sigma_interval}")
         unknown = [name for name in transforms if name not in TRANSFORMS]
@@ -65,13 +65,13 @@ class Term:
         self.sigma_interval, self.transforms = sigma_interval, tuple(transforms)
         if self.space.step_by_step and sigma_interval is not None:
             raise ValueError(
-                f"space={self.space.name!r} compares step with step, so the guided steps must be known beforehand; give "
-                "start= and stop= instead of sigma_interval="
+                f"space={self.space.name!r} compares features of the same step, so the guided steps must be known in "
+                "advance; give start= and stop= instead of sigma_interval="
             )
         self.memory: Memory = objective.make_memory() if memory is None else memory
 
     def guided_steps(self, total: int) -> frozenset[int]:
-        """Indices of the steps that are guided in a run of ``total``, whatever their noise level."""
+        """Indices of the guided steps in a run of ``total`` steps, regardless of their noise level."""
         if self.scale == 0:
             return frozenset()
         first = math.ceil(self.start * total - 1e-9)

@@ -1,6 +1,6 @@
-"""From a gradient to a move: a chain of small named transforms, each ``(move, state) -> move``.
+"""Transforms from a gradient to a move: named functions ``(move, state) -> move``, applied in order.
 
-Directions and moves are rows ``[n, d]``; every transform treats each sample by itself, but for the shared maximum of
+Directions and moves are rows ``[n, d]``. Transforms treat samples independently, except for the shared maximum of
 :func:`bound`.
 """
 
@@ -16,16 +16,16 @@ __all__ = ["TRANSFORMS", "Transform", "TransformState", "bound", "fade", "off_sc
 
 @dataclass(frozen=True)
 class TransformState:
-    """What a transform may use.
+    """The input of a transform besides the move.
 
     Attributes:
-        target: what is moved, x0 or the noisy sample ``[n, d]``.
-        score: a direction parallel to the score ``[n, d]``; None if no transform of the chain needs it.
-        fraction: place in the run, 0 at its start.
+        target: the sample that is moved: x0 or the noisy sample ``[n, d]``.
+        score: a direction parallel to the score ``[n, d]``; None if no transform needs it.
+        fraction: position in the run, in [0, 1).
         window: the guided interval, as fractions of the run.
-        scale: of the move, relative to the norm of the target.
-        effective_count: how many samples of its own prompt each one is compared with ``[n]``; None where that has no
-            meaning.
+        scale: size of the move, relative to the norm of the target.
+        effective_count: effective number of samples of its own prompt that each sample is compared with ``[n]``; None if
+            undefined.
     """
 
     target: Tensor
@@ -56,12 +56,12 @@ def without(x: Tensor, direction: Tensor) -> Tensor:
 
 
 def tangent(move: Tensor, state: TransformState) -> Tensor:
-    """Keep the norm of the target to first order: no component along it, so images are not washed out or burnt."""
+    """Remove the component along the target, which keeps its norm to first order: contrast does not change."""
     return without(move, state.target)
 
 
 def off_score(move: Tensor, state: TransformState) -> Tensor:
-    """No component along the score, i.e. along the noise ``x - alpha x0``: the likelihood is kept to first order.
+    """Remove the component along the score, i.e. along the noise ``x - alpha x0``: keeps the likelihood to first order.
 
     The same projection as in OSCAR (arXiv 2510.09060) and in the marginal-preserving drift of EDDY (arXiv 2605.06553).
     """
@@ -70,18 +70,18 @@ def off_score(move: Tensor, state: TransformState) -> Tensor:
 
 
 def rescale(move: Tensor, state: TransformState) -> Tensor:
-    """Every sample moves by ``scale`` times the norm of its target, however small its gradient: the published step."""
+    """Scale every move to ``scale`` times the norm of its target, however small the gradient: the published step."""
     size = norms(move)
     unit = torch.where(size > 0, move / size.clamp_min(torch.finfo(move.dtype).tiny), 0)
     return state.scale * norms(state.target) * unit
 
 
 def bound(move: Tensor, state: TransformState) -> Tensor:
-    """The sample with the largest gradient moves by ``scale`` times its norm, the others in proportion to theirs.
+    """Move the sample with the largest gradient by ``scale`` times its norm, the others in proportion to their gradients.
 
-    A sample that is already away from all others hardly moves; rescaling each one would move it as far as the rest. Where
-    samples are compared only with samples of hardly related prompts, which together weigh less than one of the same prompt,
-    moves are smaller by as much: different subjects do not repel.
+    A sample far from all others hardly moves; :func:`rescale` would move it as far as the rest. If samples are compared
+    only with samples of unrelated prompts (effective count below 1), moves shrink in proportion, so different subjects
+    do not repel.
     """
     largest = norms(move).amax()
     factor = torch.where(largest > 0, state.scale / largest, 0)
@@ -91,10 +91,10 @@ def bound(move: Tensor, state: TransformState) -> Tensor:
 
 
 def fade(move: Tensor, state: TransformState) -> Tensor:
-    """From full strength at the start of the guided interval to none at its end: ``cos^2(pi/2 * place)``."""
+    """Decrease the move from 1 at the start of the guided interval to 0 at its end: ``cos^2(pi/2 * position)``."""
     start, stop = state.window
-    place = min(max((state.fraction - start) / max(stop - start, 1e-9), 0.0), 1.0)
-    return move * math.cos(place * math.pi / 2) ** 2
+    position = min(max((state.fraction - start) / max(stop - start, 1e-9), 0.0), 1.0)
+    return move * math.cos(position * math.pi / 2) ** 2
 
 
 TRANSFORMS: dict[str, Transform] = {

@@ -1,1 +1,1 @@
-"""Further ways into diffusers: pipeline subclasses and blocks of modular pipelines."""
+"""Pipeline subclasses, and blocks for modular pipelines."""

@@ -1,7 +1,7 @@
-"""The way into modular pipelines: a block for the denoising loop, thin, because that interface is still moving.
+"""Guidance in modular pipelines: a block for the denoising loop.
 
-diffusers calls modular pipelines experimental. All that this file uses of them: blocks are called with ``(components,
-block_state, i=, t=)`` inside a loop, and ``inputs`` names what a block may be given.
+diffusers calls modular pipelines experimental. This file relies on two facts: blocks in a loop are called with
+``(components, block_state, i=, t=)``, and ``inputs`` lists the arguments of a block.
 """
 
 import copy
@@ -18,7 +18,7 @@ from kspec_guidance.guidance.presets import SPARKE
 
 __all__ = ["KernelGuidanceBlock", "insert_guidance"]
 
-MODULE = '''"""A kernel guidance block with its settings; written by its save_pretrained."""
+MODULE = '''"""A kernel guidance block with its settings, written by save_pretrained."""
 
 import json
 
@@ -35,9 +35,9 @@ class KernelGuidanceBlock(Block):
 
 
 class KernelGuidanceBlock(ModularPipelineBlocks):
-    """Guides every step of a modular denoising loop; put it before the block that calls the scheduler.
+    """Guides every step of a modular denoising loop; its place is before the block that calls the scheduler.
 
-    ``insert_guidance(blocks, guide)`` does so in any modular pipeline's blocks. The guide can be given to the call as well:
+    ``insert_guidance(blocks, guide)`` inserts it into the blocks of any modular pipeline. A call can use another guide:
     ``pipe(prompt=..., kspec_guidance=guide)``.
 
     Args:
@@ -51,22 +51,22 @@ class KernelGuidanceBlock(ModularPipelineBlocks):
         self.guide = SPARKE() if guide is None else guide
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KernelGuidanceBlock":
-        # diffusers copies blocks when it makes a pipeline of them; the guide and its memory stay the user's
+        # diffusers copies blocks when it builds a pipeline; the guide and its memory are shared, not copied
         made = type(self)(self.guide)
         memo[id(self)] = made
         return made
 
     @property
     def description(self) -> str:
-        return "Moves clean predictions apart, or toward references, before the scheduler's step (kspec-guidance)"
+        return "Adds a kernel guidance gradient to the predicted clean sample before the scheduler's step (kspec-guidance)"
 
     @property
     def inputs(self) -> list[Any]:
         return [
             InputParam(
-                "kspec_guidance", type_hint=KernelGuidance, description="A guide for this call, in place of the block's."
+                "kspec_guidance", type_hint=KernelGuidance, description="Guide for this call, instead of the block's."
             ),
-            InputParam("prompt_embeds", type_hint=Tensor, description="Prompt embeddings, from the text encoder's block."),
+            InputParam("prompt_embeds", type_hint=Tensor, description="Prompt embeddings from the text encoder's block."),
         ]
 
     def __call__(self, components: Any, block_state: Any, i: int, t: Any) -> tuple[Any, Any]:
@@ -79,18 +79,18 @@ class KernelGuidanceBlock(ModularPipelineBlocks):
         return components, block_state
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """What ``save_pretrained`` calls: writes the settings, and a module that imports this one and holds them.
+        """Write the settings, and a module that imports this one and contains them; called by ``save_pretrained``.
 
         ``ModularPipelineBlocks.from_pretrained(folder, trust_remote_code=True)`` loads it.
 
         Raises:
-            ValueError: for a guide with reference tensors, which a module cannot hold.
+            ValueError: for a guide with reference tensors, which a module cannot contain.
         """
         config, tensors = self.guide.to_config()
         if tensors:
             raise ValueError(
-                "a guide with reference tensors cannot be saved inside a block; use guide.save_config(folder), and "
-                "give it to the loaded block: block.guide = KernelGuidance.from_config(folder)"
+                "a guide with reference tensors cannot be saved inside a block; call guide.save_config(folder), and "
+                "set it on the loaded block: block.guide = KernelGuidance.from_config(folder)"
             )
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         name = type(self).__module__.rpartition(".")[2].replace("__dynamic__", "")
@@ -107,12 +107,11 @@ def _loops(blocks: Any) -> list[Any]:
 def insert_guidance(blocks: Any, guide: KernelGuidance | None = None) -> Any:
     """A copy of modular blocks with a :class:`KernelGuidanceBlock` in every denoising loop.
 
-    ``insert_guidance(FluxAutoBlocks(), guide).init_pipeline(repo)`` is a guided pipeline. The blocks given are left alone:
-    instances of diffusers' own classes share their inner blocks.
+    ``insert_guidance(FluxAutoBlocks(), guide).init_pipeline(repo)`` is a guided pipeline. The given blocks are not changed.
 
     Args:
         blocks: such as ``FluxAutoBlocks()``, or ``pipe.blocks``.
-        guide: SPARKE() by default; shared by all loops.
+        guide: SPARKE() by default; all loops share it.
 
     Raises:
         ValueError: if there is no denoising loop.
@@ -120,7 +119,7 @@ def insert_guidance(blocks: Any, guide: KernelGuidance | None = None) -> Any:
     blocks = copy.deepcopy(blocks)
     loops = _loops(blocks)
     if not loops:
-        raise ValueError(f"{type(blocks).__name__} has no denoising loop to put a block into")
+        raise ValueError(f"{type(blocks).__name__} has no denoising loop")
     guide = SPARKE() if guide is None else guide
     for loop in loops:
         names = list(loop.sub_blocks)

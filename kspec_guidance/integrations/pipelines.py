@@ -1,6 +1,6 @@
-"""Pipeline subclasses whose call takes ``kspec_guidance=``: one factory, no copied pipeline code.
+"""Pipeline subclasses whose call takes ``kspec_guidance=``, without copied pipeline code.
 
-``guided(AnyPipeline)`` adds the argument and nothing else. Named subclasses come with a guide of their own:
+``guided(AnyPipeline)`` adds the argument. Named subclasses have a guide of their own:
 ``SPARKE<name>``, such as ``SPARKEFluxPipeline``, exists for every pipeline class ``<name>`` of the installed diffusers.
 """
 
@@ -12,7 +12,7 @@ from kspec_guidance.guidance import KernelGuidance
 __all__ = ["FAMILIES", "guided", "sparke_pipeline"]
 
 P = TypeVar("P", bound=type)
-OWN = object()  # stands for a named pipeline's own guide
+OWN = object()  # sentinel: the guide of a named pipeline
 
 # The pipeline class behind each folder of ``pipelines/``, for diffusers' ``custom_pipeline=``.
 FAMILIES = {
@@ -34,7 +34,7 @@ FAMILIES = {
 
 
 def _call(parent: Any, default: Any) -> Any:
-    """``parent.__call__`` with a further argument ``kspec_guidance``."""
+    """``parent.__call__`` with an additional argument ``kspec_guidance``."""
 
     @functools.wraps(parent.__call__)
     def call(self: Any, *args: Any, kspec_guidance: Any = default, **kwargs: Any) -> Any:
@@ -51,15 +51,15 @@ def _call(parent: Any, default: Any) -> Any:
 
 @functools.cache
 def guided(pipeline_class: P) -> P:
-    """A subclass of ``pipeline_class`` whose ``__call__`` takes ``kspec_guidance=guide``; all else is the parent's.
+    """A subclass of ``pipeline_class`` whose ``__call__`` also takes ``kspec_guidance=guide``.
 
     ``guided(StableDiffusionXLPipeline).from_pretrained(...)("a dog", kspec_guidance=SPARKE())``. Without the argument, or
-    with None, the call is the parent's own. ``from_pretrained`` and ``from_pipe`` work as on the parent, and so do
-    ``guided(AutoPipelineForText2Image)`` and the other automatic classes, which return the guided form of what they find.
+    with None, the call is the parent's. ``from_pretrained`` and ``from_pipe`` work as on the parent, and so do
+    ``guided(AutoPipelineForText2Image)`` and the other automatic classes, which return a guided pipeline.
     Saved pipelines name the parent class, so they load without this package.
 
     Raises:
-        TypeError: if ``pipeline_class`` is no class with a ``__call__``, or the guide is no KernelGuidance.
+        TypeError: if ``pipeline_class`` is not a class with a ``__call__``, or the guide is not a KernelGuidance.
     """
     if isinstance(pipeline_class, type) and pipeline_class.__name__.startswith("AutoPipelineFor"):
         return _automatic(pipeline_class)
@@ -70,13 +70,13 @@ def guided(pipeline_class: P) -> P:
         "__call__": _call(pipeline_class, None),
         "__module__": pipeline_class.__module__,
         "__doc__": pipeline_class.__doc__,
-        "__reduce__": lambda self: (_blank, (pipeline_class,), self.__dict__),  # a pickle would look for the parent
+        "__reduce__": lambda self: (_blank, (pipeline_class,), self.__dict__),  # pickle would find the parent by name
     }
     return type(pipeline_class.__name__, (pipeline_class,), body)  # type: ignore[return-value]
 
 
 def _blank(pipeline_class: Any) -> Any:
-    """A guided pipeline that a pickle or a copy fills with its parts."""
+    """An empty guided pipeline, to be filled by pickle or copy."""
     cls = guided(pipeline_class)
     return cls.__new__(cls)
 
@@ -88,7 +88,7 @@ def _automatic(auto: Any) -> Any:
         @functools.wraps(method)
         def make(cls: Any, *args: Any, **kwargs: Any) -> Any:
             pipe: Any = method(*args, **kwargs)
-            pipe.__class__ = guided(pipe.__class__)  # only __call__ differs: the components need not be moved
+            pipe.__class__ = guided(pipe.__class__)  # only __call__ differs, so the components stay
             return pipe
 
         return classmethod(make)
@@ -98,10 +98,10 @@ def _automatic(auto: Any) -> Any:
 
 
 def named(guide_class: type[KernelGuidance], pipeline_class: Any, name: str, module: str = __name__) -> Any:
-    """A subclass with a guide of its own, ``pipe.guide``, made by ``guide_class()`` and used by every call.
+    """A subclass with its own guide ``pipe.guide``, created by ``guide_class()`` and used by every call.
 
-    Its memory goes on from call to call, so later images keep away from earlier ones of similar prompts;
-    ``pipe.guide.memory.clear()`` forgets them. ``kspec_guidance=other`` uses another guide for one call, ``None`` none.
+    The guide's memory is kept between calls, so later images are repelled from earlier ones of similar prompts;
+    ``pipe.guide.memory.clear()`` empties it. ``kspec_guidance=other`` uses another guide for one call, ``None`` none.
     """
 
     def own(self: Any) -> KernelGuidance:
@@ -114,7 +114,7 @@ def named(guide_class: type[KernelGuidance], pipeline_class: Any, name: str, mod
             raise TypeError(f"guide must be a guide such as SPARKE(), got {type(guide).__name__}")
         self.__dict__["_kspec_guide"] = guide
 
-    def to_json_string(self: Any) -> str:  # a saved pipeline names the parent, so that it loads without this package
+    def to_json_string(self: Any) -> str:  # saved pipelines name the parent, and so load without this package
         return pipeline_class.to_json_string(self).replace(
             f'"_class_name": "{name}"', f'"_class_name": "{pipeline_class.__name__}"'
         )
@@ -149,7 +149,7 @@ def sparke_pipeline(pipeline_class_name: str, module: str = __name__) -> Any:
 def __getattr__(name: str) -> Any:
     if name.startswith("SPARKE") and name.endswith("Pipeline"):
         made = sparke_pipeline(name.removeprefix("SPARKE"))
-        globals()[name] = made  # one class for one name: isinstance and pickle need that
+        globals()[name] = made  # one class per name, for isinstance and pickle
         return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,8 +1,8 @@
 """Kernels on vectors, each with its value and its vector-Jacobian product in closed form.
 
-A kernel takes ``x`` ``[..., n, d]`` and ``y`` ``[..., m, d]`` and returns ``[..., n, m]``. Every quantity of this package
-is a function of such matrices, so the one derivative needed is that of ``sum_ij w_ij k(x_i, y_j)`` in ``x``: that is
-:meth:`Kernel.vjp`. Half precision is computed in float32; float64 stays float64.
+A kernel takes ``x`` ``[..., n, d]`` and ``y`` ``[..., m, d]`` and returns ``[..., n, m]``. Scores and objectives are
+functions of such matrices, so the only derivative needed is that of ``sum_ij w_ij k(x_i, y_j)`` in ``x``:
+:meth:`Kernel.vjp`. Half precision is computed in float32, float64 in float64.
 """
 
 from collections.abc import Callable
@@ -19,47 +19,47 @@ Weight = Tensor | Callable[[Tensor], Tensor]
 
 
 def evaluate(weight: Weight, k: Tensor) -> Tensor:
-    """A weight that may be a function of the kernel matrix."""
+    """The value of a weight, which may be a function of the kernel matrix."""
     return weight(k) if callable(weight) else weight
 
 
 class Kernel:
     """Base class: a positive-definite function of two vectors.
 
-    A subclass gives ``__call__`` and, if there is a closed form, ``vjp``. ``fit`` fills in what is to be chosen from
-    data (a bandwidth of ``None`` means the median rule). ``k1 * k2`` is the product kernel.
+    A subclass implements ``__call__`` and, if there is a closed form, ``vjp``. ``fit`` sets the parameters that depend on
+    data (for a bandwidth of ``None``, by the median rule). ``k1 * k2`` is the product kernel.
     """
 
     stationary = False  # whether it depends on x - y alone
 
     @property
     def open(self) -> bool:
-        """Whether :meth:`fit` has something to choose from data."""
+        """Whether :meth:`fit` has parameters to set."""
         return False
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Kernel matrix ``[..., n, m]``; with ``y`` left out, of ``x`` with itself.
+        """Kernel matrix ``[..., n, m]``; of ``x`` with itself if ``y`` is None.
 
         Raises:
-            ValueError: for shapes that do not fit each other.
+            ValueError: for shapes that do not match.
         """
         raise NotImplementedError
 
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
-        """``sum_j weight_ij d k(x_i, y_j) / d x_i`` as ``[..., n, d]``, in closed form, ``y`` held fixed.
+        """``sum_j weight_ij d k(x_i, y_j) / d x_i`` as ``[..., n, d]``, in closed form, with ``y`` constant.
 
-        ``weight`` ``[..., n, m]`` may be a function of the kernel matrix, so that for a sum of ``f(k)`` one passes ``f'``
-        and the matrix is computed once.
+        ``weight`` ``[..., n, m]`` may be a function of the kernel matrix: for a sum of ``f(k)`` pass ``f'``, and the matrix
+        is computed once.
         """
         raise TypeError(
-            f"{type(self).__name__} has no closed-form gradient; give it a vjp(x, y, weight) method, "
-            "or choose GaussianKernel, CosineKernel, PolynomialKernel, RationalQuadraticKernel or LaplacianKernel"
+            f"{type(self).__name__} has no closed-form gradient; implement vjp(x, y, weight), "
+            "or use GaussianKernel, CosineKernel, PolynomialKernel, RationalQuadraticKernel or LaplacianKernel"
         )
 
     def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """The kernel and its derivatives in ``p`` and in ``xx`` ``[n, m]``, from inner products and squared norms.
 
-        With it a sum over many rows needs one pass over them: the derivative of ``k(x_i, y_j)`` in ``x_i`` is
+        A sum over many rows then needs one pass over them: the derivative of ``k(x_i, y_j)`` in ``x_i`` is
         ``dk/dp y_j + 2 dk/dxx x_i``.
 
         Args:
@@ -68,16 +68,16 @@ class Kernel:
             yy: squared norms of the ``y_j`` ``[m]``.
 
         Returns:
-            None for kernels that are no function of inner products; an open bandwidth must have been fitted.
+            None for kernels that are not functions of inner products. An open bandwidth must be fitted before.
         """
         return None
 
     def squared(self) -> "Kernel":
-        """``k^2``, in closed form where there is one."""
+        """``k^2``, in closed form if there is one."""
         return ProductKernel(self, self)
 
     def fit(self, x: Tensor, y: Tensor | None = None) -> "Kernel":
-        """This kernel with its open parameters chosen from the rows of ``x`` (against ``y`` when given)."""
+        """This kernel with its open parameters set from the rows of ``x`` (and ``y``, if given)."""
         return self
 
     def diagonal(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Kernel:
         return torch.ones(x.shape[:-1], dtype=as_float(x).dtype, device=x.device)
 
     def normalised(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """``k(x, y) / sqrt(k(x, x) k(y, y))``: unit diagonal, as entropies need; the kernel itself if it has one."""
+        """``k(x, y) / sqrt(k(x, x) k(y, y))``, with unit diagonal as required by entropies."""
         k = self(x, y)
         if type(self).diagonal is Kernel.diagonal:
             return k

@@ -1,4 +1,4 @@
-"""Distances between rows that keep their digits far from the origin, and the bandwidths they suggest."""
+"""Distances between rows that are accurate far from the origin, and bandwidths from them."""
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ __all__ = [
     "weighted_median",
 ]
 
-MEDIAN_ROWS = 2048  # rows that the median rule looks at
-PROMPT_BANDWIDTH = 0.35  # of unit-norm prompt features, as published; benchmarks/prompts.py shows what it separates
+MEDIAN_ROWS = 2048  # maximum number of rows in the median rule
+PROMPT_BANDWIDTH = 0.35  # for unit-norm prompt features, as published; see benchmarks/prompts.py
 
 
 def as_float(x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def as_float(x: Tensor) -> Tensor:
 
 
 def check_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as matrices of one width and one floating-point type.
+    """``x`` and ``y`` in one floating-point dtype, checked to be matrices of one width.
 
     Raises:
         TypeError: if either is not a tensor.
@@ -46,7 +46,7 @@ def check_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_norms(x: Tensor) -> Tensor:
-    """Euclidean norms ``[..., n, 1]`` of rows ``[..., n, d]``; 1 for rows of zeros, so that they can be divided by."""
+    """Euclidean norms ``[..., n, 1]`` of rows ``[..., n, d]``; 1 for rows of zeros, so that division is safe."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm > 0, norm, 1.0)
 
@@ -61,7 +61,7 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 
 def evenly_spaced(n: int, k: int) -> Tensor:
-    """At most ``k`` of the indices ``0 .. n - 1``, evenly spaced, the first and the last among them, ascending.
+    """At most ``k`` of the indices ``0 .. n - 1``, ascending and evenly spaced, including the first and the last.
 
     >>> evenly_spaced(7, 3).tolist(), evenly_spaced(2, 3).tolist()
     ([0, 3, 6], [0, 1])
@@ -70,7 +70,7 @@ def evenly_spaced(n: int, k: int) -> Tensor:
 
 
 def _squared_norms(x: Tensor) -> Tensor:
-    """``[..., n, 1]``; without a gradient in one pass, where squaring first would write a copy of all rows."""
+    """``[..., n, 1]``; without gradients in one pass, since squaring first would write a copy of all rows."""
     if x.requires_grad and torch.is_grad_enabled():
         return x.square().sum(-1, keepdim=True)
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
@@ -78,19 +78,19 @@ def _squared_norms(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def far_centre(y: Tensor) -> Tensor | None:
-    """A point amid the rows ``[..., n, d]``, where they lie so far from the origin that ``|x|^2 + |y|^2 - 2 x.y`` cancels.
+    """The centre of the rows ``[..., n, d]`` if they are so far from the origin that ``|x|^2 + |y|^2 - 2 x.y`` cancels.
 
-    None otherwise, since subtracting it writes a copy of all rows. Some 64 rows decide: where their mean holds less
-    than 95% of their squared norm, at most 20 times the rounding error is lost.
+    None otherwise, since subtracting it writes a copy of all rows. About 64 rows are sampled: if their mean has at most
+    95% of their squared norm, the rounding error grows by a factor of at most 20.
     """
     sample = y[..., :: max(1, y.shape[-2] // 64), :]
     centre = sample.mean(dim=-2, keepdim=True)
-    near = centre.square().sum() <= 0.95 * sample.square().sum(-1).mean(-1).sum()
-    return None if bool(near) else centre
+    accurate = centre.square().sum() <= 0.95 * sample.square().sum(-1).mean(-1).sum()
+    return None if bool(accurate) else centre
 
 
 def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """``||x_i - y_j||^2`` ``[..., n, m]``; of ``x`` with itself the diagonal is exactly 0."""
+    """``||x_i - y_j||^2`` ``[..., n, m]``; the diagonal of ``x`` with itself is exactly 0."""
     same = y is None
     x, y = check_pair(x, x if y is None else y)
     centre = far_centre(y if y.shape[-2] else x)
@@ -99,7 +99,7 @@ def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
     xx = _squared_norms(x)
     yy = xx if same else _squared_norms(y)
     d2 = (x @ y.mT).mul_(-2).add_(xx).add_(yy.mT)
-    if not d2.requires_grad:  # in place: at 10,000 rows every further copy is 800 MB to write and read
+    if not d2.requires_grad:  # in place: at 10,000 rows each further copy writes and reads 800 MB
         d2.clamp_min_(0)
         if same:
             d2.diagonal(dim1=-2, dim2=-1).zero_()
@@ -111,7 +111,7 @@ def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 
 def pairwise_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Euclidean distances of distinct pairs: all of ``x`` with ``y``, or the pairs ``i < j`` of ``x``; flat."""
+    """Euclidean distances of distinct pairs, flattened: all of ``x`` with ``y``, or the pairs ``i < j`` of ``x``."""
     d = squared_distances(x, y).sqrt()
     if y is None:
         i, j = torch.triu_indices(d.shape[-2], d.shape[-1], offset=1, device=d.device)
@@ -120,21 +120,21 @@ def pairwise_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 
 def median_rows(x: Tensor) -> Tensor:
-    """The rows ``[..., k, d]`` that the median rule looks at: at most 2,048, evenly spaced."""
+    """The rows ``[..., k, d]`` used by the median rule: at most 2,048, evenly spaced."""
     n = x.shape[-2]
     return x if n <= MEDIAN_ROWS else x[..., evenly_spaced(n, MEDIAN_ROWS).to(x.device), :]
 
 
 @torch.no_grad()
 def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
-    """The median rule: the median Euclidean distance of distinct pairs; pairs at distance 0 do not count.
+    """The median rule: the median Euclidean distance of distinct pairs, excluding pairs at distance 0.
 
-    With nothing to measure (one point, or all points equal) it is 1. Of more than 2,048 rows, as many evenly spaced ones
-    are measured: two million pairs settle a median.
+    It is 1 if there are no such pairs (one point, or all points equal). Of more than 2,048 rows, 2,048 evenly spaced ones
+    are used, i.e. two million pairs.
 
     Args:
         x: rows ``[n, d]``.
-        y: rows ``[m, d]``: the pairs are then those of ``x`` with ``y``.
+        y: rows ``[m, d]``; the pairs are then those of ``x`` with ``y``.
 
     >>> median_bandwidth(torch.tensor([[0.0], [1.0], [4.0]]))
     3.0
@@ -147,10 +147,11 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
 
 
 def weighted_median(values: Tensor, weights: Tensor) -> float | None:
-    """The value at which half of the weight is reached; None if all weights are 0.
+    """The value at which half of the total weight is reached; None if all weights are 0.
 
     Args:
-        values, weights: of one shape.
+        values: tensor of any shape.
+        weights: nonnegative tensor of the same shape.
 
     >>> weighted_median(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 1.0, 9.0]))
     5.0

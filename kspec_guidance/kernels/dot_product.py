@@ -14,11 +14,11 @@ __all__ = ["CosineKernel", "PolynomialKernel"]
 
 @dataclass(frozen=True)
 class CosineKernel(Kernel):
-    """``x.y / (||x|| ||y||)``; rows of zeros are equal to each other (1) and like nothing else (0)."""
+    """``x.y / (||x|| ||y||)``; 1 between two rows of zeros, and 0 between a row of zeros and any other row."""
 
     @staticmethod
     def features(x: Tensor) -> Tensor:
-        """Rows whose inner products are the kernel: unit rows, and a further coordinate for zeros if there are any."""
+        """Rows whose inner products are the kernel: unit rows, with a further coordinate if there are rows of zeros."""
         zero = (x == 0).all(dim=-1, keepdim=True)
         u = l2_normalize(x)
         return torch.cat([u, zero.to(u)], dim=-1) if bool(zero.any()) else u
@@ -48,7 +48,7 @@ class CosineKernel(Kernel):
 class PolynomialKernel(Kernel):
     """``(gamma x.y + coef)^degree``; ``gamma`` of ``None`` is ``1 / d``. Degree 3 with coef 1 is the kernel of KID.
 
-    Its diagonal is not 1; scores of entropy divide it out, MMD takes it as it is.
+    Its diagonal is not 1; entropy scores normalise the kernel, MMD does not.
     """
 
     degree: int = 3
@@ -57,7 +57,7 @@ class PolynomialKernel(Kernel):
 
     def __post_init__(self):
         if not isinstance(self.degree, int) or self.degree < 1:
-            raise ValueError(f"degree must be a whole number of at least 1, got {self.degree!r}")
+            raise ValueError(f"degree must be an integer of at least 1, got {self.degree!r}")
         if self.gamma is not None and not (isinstance(self.gamma, int | float) and 0 < self.gamma < math.inf):
             raise ValueError(f"gamma must be a positive finite number, got {self.gamma!r}")
         if not (math.isfinite(self.coef) and self.coef >= 0):
@@ -83,7 +83,7 @@ class PolynomialKernel(Kernel):
         return (w * base.pow(self.degree - 1) * (self.degree * gamma)) @ y
 
     def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self.gamma is None:  # 1 / d cannot be known from products: fit() puts it in
+        if self.gamma is None:  # 1 / d is unknown from products; fit() sets it
             return None
         base = self.gamma * p + self.coef
         return base.pow(self.degree), base.pow(self.degree - 1) * (self.degree * self.gamma), torch.zeros_like(base)

@@ -1,4 +1,4 @@
-"""Eigenvalues of kernel and covariance matrices, and the entropies of them. Always in float64."""
+"""Eigenvalues and entropies of kernel and covariance matrices, always in float64."""
 
 import math
 
@@ -7,11 +7,12 @@ from torch import Tensor
 
 __all__ = ["accumulate_gram", "check_order", "eigenvalues", "renyi_entropy", "truncate"]
 
-BLOCK = 512  # columns of the product that are formed at once when only half of a symmetric matrix is needed
+BLOCK = 512  # columns of a symmetric product that are computed at once
 
 
 def check_order(order: float) -> float:
-    """
+    """The order of an entropy as a float.
+
     Raises:
         ValueError: unless ``0 < order <= inf``.
     """
@@ -22,15 +23,15 @@ def check_order(order: float) -> float:
 
 
 def eigenvalues(matrix: Tensor) -> Tensor:
-    """Eigenvalues ``[..., n]`` of symmetric positive semi-definite ``[..., n, n]``, ascending, negatives cut to 0."""
-    return torch.linalg.eigvalsh(matrix.double()).clamp_min(0)  # which reads the lower triangle alone
+    """Eigenvalues ``[..., n]`` of symmetric positive semi-definite ``[..., n, n]``, ascending, clamped to at least 0."""
+    return torch.linalg.eigvalsh(matrix.double()).clamp_min(0)  # reads the lower triangle only
 
 
 def renyi_entropy(spectrum: Tensor, order: float = 1.0) -> Tensor:
     """Renyi entropy ``[...]`` in nats of a spectrum ``[..., n]`` that sums to 1.
 
     ``log(sum l^q) / (1 - q)``; Shannon's ``-sum l log l`` at ``q = 1``; ``-log max l`` at infinity. Eigenvalues below
-    ``n`` times the rounding unit are noise and do not count: their share would grow without bound as q goes to 0.
+    ``n`` times the rounding unit, relative to the largest, are ignored as noise: their share would grow as q goes to 0.
 
     >>> renyi_entropy(torch.tensor([0.5, 0.5]), order=2).exp().item()
     2.0
@@ -39,34 +40,34 @@ def renyi_entropy(spectrum: Tensor, order: float = 1.0) -> Tensor:
     l = spectrum.double()
     if math.isinf(order):
         return -l.amax(-1).log()
-    alive = l > l.shape[-1] * torch.finfo(l.dtype).eps * l.amax(-1, keepdim=True)
-    safe = torch.where(alive, l, torch.ones_like(l))
+    nonzero = l > l.shape[-1] * torch.finfo(l.dtype).eps * l.amax(-1, keepdim=True)
+    safe = torch.where(nonzero, l, torch.ones_like(l))
     if order == 1:
-        return -torch.where(alive, safe * safe.log(), 0).sum(-1)
-    return torch.where(alive, safe.pow(order), 0).sum(-1).log() / (1 - order)
+        return -torch.where(nonzero, safe * safe.log(), 0).sum(-1)
+    return torch.where(nonzero, safe.pow(order), 0).sum(-1).log() / (1 - order)
 
 
-def truncate(spectrum: Tensor, t: int | None) -> Tensor:
+def truncate(spectrum: Tensor, truncation: int | None) -> Tensor:
     """The t largest eigenvalues ``[..., t]``, each raised by ``(1 - their sum) / t`` (Ospanov, Farnia 2024).
 
-    The whole spectrum sums to 1; what was never computed, as by a Nystrom map, belongs to the tail that is shared out.
+    The whole spectrum must sum to 1; eigenvalues that were not computed, e.g. by a Nystrom map, are part of the tail.
 
     Raises:
-        ValueError: for ``t`` below 1.
+        ValueError: for a truncation below 1.
     """
-    if t is None:
+    if truncation is None:
         return spectrum
-    if t < 1:
-        raise ValueError(f"truncation must keep at least 1 eigenvalue, got {t}")
-    top = spectrum.topk(min(t, spectrum.shape[-1]), dim=-1).values
+    if truncation < 1:
+        raise ValueError(f"truncation must keep at least 1 eigenvalue, got {truncation}")
+    top = spectrum.topk(min(truncation, spectrum.shape[-1]), dim=-1).values
     return top + (1 - top.sum(-1, keepdim=True)) / top.shape[-1]
 
 
 def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None) -> None:
-    """Add ``a' b`` in float64 to ``total`` ``[D, E]``, in place; ``a' a`` when ``b`` is left out.
+    """Add ``a' b`` in float64 to ``total`` ``[D, E]``, in place; ``a' a`` if ``b`` is None.
 
-    Of the symmetric product only the blocks on and above the diagonal are computed, which saves up to half of the work:
-    products are in float64, because in float32 their rounding would look like thousands of small modes.
+    Of the symmetric product only the blocks on and above the diagonal are computed, which saves up to half of the work.
+    Products are in float64, since rounding in float32 would appear as thousands of small modes.
     """
     a = a.double()
     if b is not None:

@@ -15,7 +15,7 @@ CHUNK = 1 << 24  # elements of the [n, m, d] differences that the Laplacian kern
 
 
 class _Stationary(Kernel):
-    """Kernels with a ``bandwidth``; ``None`` is filled in by ``fit`` with the median rule."""
+    """Kernels with a ``bandwidth``; for ``None``, ``fit`` sets it by the median rule."""
 
     bandwidth: float | None
     stationary = True
@@ -45,7 +45,7 @@ class _Stationary(Kernel):
         return median_bandwidth(x, y)
 
     def _width(self, x: Tensor, y: Tensor | None) -> float:
-        """The bandwidth that is set, or that of the median rule."""
+        """The given bandwidth, or that of the median rule."""
         return self.bandwidth if self.bandwidth is not None else self._median(check_pair(x, x)[0], y)
 
 
@@ -129,7 +129,7 @@ class RationalQuadraticKernel(_Stationary):
 class LaplacianKernel(_Stationary):
     """``exp(-||x - y||_1 / bandwidth)`` with the sum of absolute differences, as in Rahimi and Recht (2007).
 
-    The median rule takes the median L1 distance. Where a coordinate of ``x`` and ``y`` agrees, its derivative is 0.
+    The median rule uses the median L1 distance. The derivative is 0 in coordinates in which ``x`` and ``y`` are equal.
     """
 
     bandwidth: float | None = None

@@ -1,4 +1,4 @@
-"""A diffusers denoising loop as guidance sees it: schedulers, layouts, hooks, and what is known of a call.
+"""Interface to diffusers denoising loops: schedulers, sample layouts, hooks and call contexts.
 
-Nothing here knows of kernels, objectives or memories.
+It does not depend on kernels, objectives or memories.
 """

@@ -1,4 +1,4 @@
-"""Ways to attach a handler to a pipeline: for a whole block of calls, or step by step."""
+"""Attachment of a handler to a pipeline: for all calls, or step by step."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ class Attachment:
 
     Args:
         pipe: a pipeline, classic or modular, or a bare scheduler.
-        handler: what takes part in its steps.
-        tag: of the patches; one pipeline takes the patches of one tag.
-        scheduler: the name of the component to hook, for pipelines with several.
+        handler: called at each step.
+        tag: identifies the owner of the patches; a pipeline accepts patches of one tag at a time.
+        scheduler: name of the scheduler component to hook, for pipelines with several schedulers.
 
     Raises:
-        UnsupportedSchedulerError: naming the scheduler and those that are supported.
+        UnsupportedSchedulerError: if the pipeline has no supported scheduler.
         ValueError: if the pipeline is hooked under another tag.
     """
 
@@ -54,7 +54,7 @@ class Attachment:
         self._hook.check_thread()
         self._hook.forget()
         current = getattr(self.pipe, "scheduler", None)
-        if current is not None and current is not self._hook.scheduler:  # replaced since
+        if current is not None and current is not self._hook.scheduler:  # the scheduler was replaced
             self._hook.remove()
             self._hook = self._hooked(current)
 
@@ -62,24 +62,24 @@ class Attachment:
         self._hook.end()
 
     def end(self) -> None:
-        """No further call is expected: what was made is finished, unless it was interrupted."""
+        """Finish a pass in progress, unless the pipeline was interrupted."""
         if not getattr(self.pipe, "interrupt", False):
             self._hook.end()
 
     def remove(self) -> None:
-        """Take every hook away; harmless the second time."""
+        """Remove all hooks. Further calls have no effect."""
         self._hook.remove()
         if self.observer is not None:
             self.observer.remove()
 
 
 class StepwiseAttachment:
-    """A handler that takes part in single steps of a pipeline, each announced before it.
+    """A handler attached to single steps of a pipeline; call :meth:`before_step` before each step.
 
-    No hook outlives its step, so an aborted call leaves at most one behind, which stays out of other runs.
+    A hook is removed at its step, so an aborted call leaves at most one hook, which does not affect other runs.
 
     Args:
-        pipe: with a ``scheduler``.
+        pipe: a pipeline with a ``scheduler``.
         handler, tag: see :class:`Attachment`.
     """
 
@@ -90,10 +90,10 @@ class StepwiseAttachment:
         self._denoiser: DenoiserWatch | None = None
 
     def begin_call(self, tensors: dict[str, Any]) -> None:
-        """A call of the pipeline has begun.
+        """Begin a new call of the pipeline.
 
         Args:
-            tensors: ``prompt_embeds`` and ``latents``, where they are known.
+            tensors: ``prompt_embeds`` and ``latents``, if available.
         """
         if self._hook is not None:
             self._hook.check_thread()
@@ -104,7 +104,7 @@ class StepwiseAttachment:
         self._context = CallContext(self.pipe, prompts, encoder)
 
     def before_step(self, step: int, total: int) -> None:
-        """Hook the scheduler step that comes next, and that one alone."""
+        """Hook the next scheduler step only."""
         scheduler = find_scheduler(self.pipe)
         if self._hook is None or self._hook.scheduler is not scheduler:
             self.remove()
@@ -124,7 +124,7 @@ class StepwiseAttachment:
         return found
 
     def remove(self) -> None:
-        """Take the hook of the announced step away."""
+        """Remove the hook, if any."""
         if self._hook is not None:
             self._hook.remove()
         if self._denoiser is not None:
@@ -133,7 +133,7 @@ class StepwiseAttachment:
 
 
 def prompts_given(pipe: Any, tensors: dict[str, Any]) -> Tensor | None:
-    """Unit-norm prompt features ``[rows, p]`` of ``prompt_embeds``; None without any."""
+    """Unit-norm prompt features ``[rows, p]`` of ``prompt_embeds``; None if there are none."""
     embeds, latents = tensors.get("prompt_embeds"), tensors.get("latents")
     if not isinstance(embeds, Tensor) or embeds.ndim < 2:
         return None

@@ -1,4 +1,4 @@
-"""What is known of one pipeline call, and of one pass through a scheduler's timesteps in it."""
+"""Data of a pipeline call and of a pass through the scheduler's timesteps, and the interface of handlers."""
 
 import threading
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ __all__ = ["CallContext", "DenoiserCall", "StepContext", "StepHandler"]
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """A call of the denoiser: the network, and its arguments by name, which are the caller's own tensors."""
+    """A call of the denoiser: the network, and its arguments by name (the caller's tensors, not copies)."""
 
     module: nn.Module
     arguments: dict[str, Any]
@@ -22,16 +22,16 @@ class DenoiserCall:
 
 @dataclass(frozen=True)
 class CallContext:
-    """What is known of one pipeline call when its first scheduler step begins.
+    """Data of one pipeline call, collected before its first scheduler step.
 
     Attributes:
-        pipe: None where a bare scheduler is guided.
-        prompts: unit-norm features ``[rows, p]``, one row for each prompt or sample, negatives possibly among them.
-        encoder: fingerprint of what made the prompt features.
-        class_labels: whether the features are class labels, of which the negatives come last.
-        count: images or clips that the pipeline makes noise for.
-        size: their height and width in pixels.
-        steps: scheduler steps that the pipeline plans.
+        pipe: the pipeline; None for a bare scheduler.
+        prompts: unit-norm features ``[rows, p]``, one row per prompt or sample, possibly with negative prompts.
+        encoder: fingerprint or name of the source of the prompt features.
+        class_labels: whether the features are class labels; negatives then come last.
+        count: number of images or clips.
+        size: height and width in pixels.
+        steps: number of scheduler steps that the pipeline plans.
     """
 
     pipe: Any = None
@@ -45,22 +45,22 @@ class CallContext:
 
 @dataclass(eq=False)
 class StepContext:
-    """One pass through a scheduler's timesteps, and where it stands.
+    """State of one pass through a scheduler's timesteps.
 
     Attributes:
-        call: the pipeline call that it belongs to.
-        scheduler: whose steps are taken.
-        timesteps: the list that it goes through.
-        layout: of the samples.
-        shapes: of the noisy sample, or of the parts of a sample of several tensors.
+        call: the pipeline call.
+        scheduler: the scheduler.
+        timesteps: timesteps of the scheduler.
+        layout: layout of the samples.
+        shapes: shape of the noisy sample, or a list of shapes if it consists of several tensors.
         total: number of steps.
-        prompts: features ``[n, p]``, one row for each sample; None where prompts are unknown.
-        step: index of the step at hand.
-        denoiser_call: the first call of the denoiser at this step, where a handler asked for it.
-        seconds: that handling the steps took, the denoiser and the scheduler not counted.
-        final: the sample after the latest step.
+        prompts: features ``[n, p]``, one row per sample; None if prompts are unknown.
+        step: index of the current step.
+        denoiser_call: first call of the denoiser at this step, if the handler needs it.
+        seconds: time spent in the handler, without the denoiser and the scheduler.
+        final: sample after the latest step.
         done: whether the last step was taken, or the call has ended.
-        thread: that takes the steps.
+        thread: thread that takes the steps.
     """
 
     call: CallContext
@@ -78,33 +78,34 @@ class StepContext:
     thread: threading.Thread = field(default_factory=threading.current_thread)
 
     def check_thread(self) -> None:
-        """
+        """Check that the calling thread is the one that takes the steps.
+
         Raises:
-            RuntimeError: from another thread than the one that takes the steps, while that one is alive.
+            RuntimeError: in another thread, while the first one is alive.
         """
         if threading.current_thread() is not self.thread and self.thread.is_alive():
             raise RuntimeError(
-                "one guide is being used by two threads at once; give each thread its own pipeline and its own guide, and "
-                "join their memories afterwards with memory.merge(other)"
+                "one guide is used by two threads at once; give each thread its own pipeline and guide, and merge their "
+                "memories afterwards with memory.merge(other)"
             )
 
 
 class StepHandler(Protocol):
-    """What a denoising loop offers to guidance: all that a handler is told, and all that it can change.
+    """Interface of an object that changes the steps of a denoising loop.
 
-    Every method is called without gradients. Samples are in the loop's own layout; ``context.layout`` packs them.
+    All methods run without gradients. Samples are in the loop's layout; ``context.layout`` packs them.
     """
 
     needs_denoiser_call: bool
 
     def begin(self, context: StepContext, sample: Any) -> None:
-        """A new pass through the timesteps begins, at this noisy sample."""
+        """Begin a pass through the timesteps, at this noisy sample."""
 
     def step(self, prediction: Prediction, context: StepContext) -> Any | None:
         """The move of the clean prediction x0 at this step, in its layout; None for no move."""
 
     def after_step(self, latents: Tensor, prediction: Prediction, context: StepContext) -> Tensor | None:
-        """The latents with which to go on, given those after the step; None to leave them."""
+        """The latents that replace those after the step; None to keep them."""
 
     def finish(self, context: StepContext) -> None:
-        """The last step was taken, or the call has ended before it; ``context.final`` is what was made."""
+        """End a pass, after its last step or an early end of the call; ``context.final`` is the result."""

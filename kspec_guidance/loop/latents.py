@@ -1,6 +1,6 @@
-"""Pictures as samples of a pipeline's loop, and back: its autoencoder, with the scale and the packing that its loop has.
+"""Latents of images in the form of a pipeline's denoising loop, and the inverse: encoding, scaling and packing.
 
-The two directions are each other's inverse: ``from_loop(to_loop(z)) = z`` for latents ``z`` of the autoencoder.
+``from_loop`` is the inverse of ``to_loop``: ``from_loop(to_loop(z)) = z`` for latents ``z`` of the autoencoder.
 """
 
 import inspect
@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.loop.components import autoencoder_of, image_size
-from kspec_guidance.utils.images import pictures_in, to_pixels
+from kspec_guidance.utils.images import load_folder, to_pixels
 
 __all__ = ["encode", "encode_reference", "from_loop", "to_loop"]
 
-PACKS = ["height", "width"]  # the last arguments of ``_pack_latents`` where 2 x 2 blocks become tokens: Flux, Qwen-Image
+PACKS = ["height", "width"]  # last arguments of a ``_pack_latents`` of 2 x 2 blocks to tokens: Flux, Qwen-Image
 
 
 def _parameters(pipe: Any, name: str) -> list[str] | None:
@@ -27,7 +27,7 @@ def _parameters(pipe: Any, name: str) -> list[str] | None:
 
 
 def _statistics(vae: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and deviation of each channel, shaped for ``x``; None where the autoencoder has none of its own."""
+    """Mean and standard deviation of each channel, broadcastable to ``x``; None if the autoencoder has none."""
     view = (1, -1, *[1] * (x.ndim - 2))
     if getattr(vae, "bn", None) is not None:  # Flux 2, of 2 x 2 blocks
         mean, std = vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
@@ -45,9 +45,9 @@ def _scaling(vae: Any) -> tuple[float, float]:
 
 
 def encode(vae: Any, pixels: Tensor) -> Tensor:
-    """Latents ``[m, c, ...]`` of pictures ``[m, 3, h, w]`` or clips ``[m, 3, f, h, w]`` in -1..1: the mode, unscaled.
+    """Latents ``[m, c, ...]`` of images ``[m, 3, h, w]`` or clips ``[m, 3, f, h, w]`` in -1..1: the mode, unscaled.
 
-    A picture is a clip of one frame to an encoder of clips.
+    Video encoders receive images as clips of one frame.
     """
     x = pixels.to(vae.device, vae.dtype)
     if x.ndim == 4 and any(isinstance(m, torch.nn.Conv3d) for m in getattr(vae, "encoder", vae).modules()):
@@ -60,10 +60,10 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def to_loop(latents: Tensor, pipe: Any, vae: Any = None) -> Tensor:
-    """Latents of the autoencoder ``[m, c, ...]`` as the pipeline's loop has them: scaled, packed.
+    """Latents of the autoencoder ``[m, c, ...]`` in the form of the pipeline's loop: scaled, and packed if the loop packs.
 
     Raises:
-        ValueError: where the loop packs them in a way that is not known here.
+        ValueError: for an unknown packing.
     """
     vae = autoencoder_of(pipe) if vae is None else vae
     packs = _parameters(pipe, "_pack_latents")
@@ -73,7 +73,7 @@ def to_loop(latents: Tensor, pipe: Any, vae: Any = None) -> Tensor:
     found = _statistics(vae, latents)
     latents = (latents - shift) * scaling if found is None else (latents - found[0]) / found[1] * scaling
     if type(vae).__name__ == "AutoencoderKLCogVideoX":
-        return latents.transpose(1, 2)  # its loop has frames before channels
+        return latents.transpose(1, 2)  # its loop puts frames before channels
     if packs is None:
         return latents
     if packs == ["latents"]:
@@ -82,17 +82,22 @@ def to_loop(latents: Tensor, pipe: Any, vae: Any = None) -> Tensor:
         return pipe._pack_latents(latents, len(latents), latents.shape[1], *latents.shape[-2:])
     if "patch_size_t" in packs:
         return pipe._pack_latents(latents, pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size)
-    raise ValueError(f"the latents of {type(pipe).__name__} are packed by {packs}, which is not known here")
+    raise ValueError(
+        f"the latents of {type(pipe).__name__} are packed by _pack_latents({', '.join(packs)}), which is not supported"
+    )
 
 
 def from_loop(x: Tensor, pipe: Any, vae: Any = None, size: tuple[int, int] | None = None) -> Tensor:
-    """Samples of the loop ``[n, ...]`` as the decoder wants them: unpacked, unscaled.
+    """Samples of the loop ``[n, ...]`` in the form of the decoder: unpacked, unscaled.
 
     Args:
+        x: samples of the loop.
+        pipe: the pipeline.
+        vae: replaces the pipeline's autoencoder.
         size: height and width in pixels, for packed latents that are not square.
 
     Raises:
-        ValueError: for latents packed in a way that is not known here.
+        ValueError: for an unknown packing.
     """
     vae = autoencoder_of(pipe) if vae is None else vae
     if x.ndim == 3:
@@ -112,8 +117,7 @@ def _unpacked(x: Tensor, pipe: Any, vae: Any, size: tuple[int, int] | None) -> T
     by_size = blocks or (known is not None and known[1:4] == ["height", "width", "vae_scale_factor"])
     if not by_size or (size is None and side**2 != x.shape[1]):
         raise ValueError(
-            f"the packed latents {list(x.shape)} of {type(pipe).__name__} cannot be unpacked here; "
-            "choose space='x0' or 'pooled'"
+            f"the packed latents {list(x.shape)} of {type(pipe).__name__} cannot be unpacked; choose space='x0' or 'pooled'"
         )
     height, width = size or (side * 2 * factor, side * 2 * factor)
     if blocks:
@@ -128,30 +132,30 @@ def encode_reference(
     batch_size: int = 32,
     size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Images as samples of the pipeline's loop ``[m, ...]``, which is what :class:`MMDGuidance` and others are given.
+    """Encode reference images to latents of the pipeline's loop ``[m, ...]``, for :class:`MMDGuidance` and others.
 
-    They must have the height and width that you generate: they become ``[m, c, h / 8, w / 8]`` for Stable Diffusion, tokens
-    ``[m, l, c]`` where the loop packs latents, as Flux and Qwen-Image do.
+    The images must have the height and width of the generated ones. The result is ``[m, c, h / 8, w / 8]`` for Stable
+    Diffusion, and tokens ``[m, l, c]`` where the loop packs latents (Flux, Qwen-Image).
 
     Args:
         pipe: a pipeline with an autoencoder.
-        images: a folder, PIL images, or a tensor ``[m, 3, h, w]`` in -1..1 (clips ``[m, 3, f, h, w]`` for a pipeline of
-            clips), which is taken in the size it has.
-        batch_size: images encoded at once.
-        size: side, or height and width in pixels, to which pictures are scaled and cropped; None for the pipeline's own.
+        images: a folder, PIL images, or a tensor ``[m, 3, h, w]`` in -1..1 (clips ``[m, 3, f, h, w]`` for video
+            pipelines), which is not resized.
+        batch_size: number of images encoded at once.
+        size: side, or height and width in pixels, to resize and crop to; None for the pipeline's default size.
 
     Raises:
-        ValueError: for another shape or range, a folder without pictures or with a broken one, or a pipeline whose latents
-            cannot be made from pictures.
+        ValueError: for a wrong shape or range, a folder without images or with an unreadable one, or a pipeline without an
+            image autoencoder.
     """
     if not isinstance(images, Tensor):
         size = image_size(pipe) if size is None else size
         if size is None:
-            raise ValueError(f"{type(pipe).__name__} does not say how large its images are; give size=(height, width)")
-        pictures = pictures_in(images) if isinstance(images, str | os.PathLike) else images
-        images = to_pixels(pictures, size) * 2 - 1
+            raise ValueError(f"{type(pipe).__name__} does not declare its image size; pass size=(height, width)")
+        loaded = load_folder(images) if isinstance(images, str | os.PathLike) else images
+        images = to_pixels(loaded, size) * 2 - 1
     elif size is not None:
-        raise ValueError("a tensor is taken in the size it has; leave size out, or give PIL images")
+        raise ValueError("a tensor is not resized; leave size out, or give PIL images")
     if images.ndim not in (4, 5) or images.shape[1] != 3:
         raise ValueError(f"images must have shape [m, 3, h, w] (clips [m, 3, f, h, w]), got {list(images.shape)}")
     if not torch.isfinite(images).all() or float(images.min()) < -1.001 or float(images.max()) > 1.001:
@@ -159,6 +163,6 @@ def encode_reference(
     vae = autoencoder_of(pipe)
     if not callable(getattr(vae, "encode", None)):
         raise ValueError(
-            f"{type(pipe).__name__} has no autoencoder of images; give a reference [m, ...] in the shape of its loop"
+            f"{type(pipe).__name__} has no image autoencoder; pass a reference [m, ...] in the shape of its samples"
         )
     return torch.cat([to_loop(encode(vae, part), pipe, vae) for part in images.split(batch_size)])

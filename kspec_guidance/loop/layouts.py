@@ -1,15 +1,15 @@
-"""How a scheduler's sample is laid out, and how it is cut into the things that are to differ: images, clips, sounds.
+"""Layouts of scheduler samples, and their conversion to one row per image, clip or sound.
 
-| kind | sample | who |
+| kind | sample | used by |
 |---|---|---|
 | ``vector`` | ``[n, d]`` | priors of image embeddings |
 | ``sequence`` | ``[n, l, c]`` or ``[n, c, l]`` | packed tokens (Flux, Qwen-Image, LTX), sound |
 | ``image`` | ``[n, c, h, w]`` | most image pipelines, spectrograms |
 | ``frames`` | ``[n f, c, h, w]`` | pipelines that flatten a clip's frames into the batch before the step |
 | ``video`` | ``[n, c, f, h, w]`` | most video pipelines |
-| ``several`` | a list or tuple of the above | states of several tensors, as video with sound |
+| ``several`` | a list or tuple of the above | states of several tensors, such as video with sound |
 
-A clip counts as one sample: distances are over the whole clip, not frame by frame.
+A clip is one sample: distances are computed over the whole clip, not frame by frame.
 """
 
 import functools
@@ -29,9 +29,9 @@ class Layout:
     """The layout of one scheduler's samples.
 
     Args:
-        kind: see the table of this module; ``other`` for more dimensions than it has.
-        group: consecutive rows that make one sample.
-        shapes: of the members of a ``several`` state, batch dimension left out.
+        kind: see the module's table; ``other`` for more dimensions.
+        group: number of consecutive rows that form one sample.
+        shapes: shapes of the tensors of a ``several`` state, without the batch dimension.
 
     >>> x = torch.zeros(6, 4, 8, 8)
     >>> Layout.of(x, count=2).pack(x).shape
@@ -44,14 +44,14 @@ class Layout:
 
     @classmethod
     def of(cls, sample: Any, count: int | None = None) -> "Layout":
-        """The layout of a sample; ``count`` is the number of images or clips asked for, where it is known.
+        """The layout of a sample; ``count`` is the number of requested images or clips, if known.
 
         Raises:
-            ValueError: for what is no tensor with a batch dimension.
+            ValueError: if the sample, or one of its tensors, is not a tensor with a batch dimension.
         """
         if isinstance(sample, list | tuple):
             if not sample or not all(isinstance(s, Tensor) and s.ndim > 1 and len(s) == len(sample[0]) for s in sample):
-                raise ValueError("a state of several tensors must hold tensors [n, ...] of one n")
+                raise ValueError("a state of several tensors must contain tensors [n, ...] with equal n")
             return cls("several", 1, tuple(tuple(s.shape[1:]) for s in sample))
         if not isinstance(sample, Tensor) or sample.ndim < 2:
             got = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
@@ -62,20 +62,20 @@ class Layout:
 
     @functools.cached_property
     def trivial(self) -> bool:
-        """Whether samples are one tensor with a row for each image or clip, so that packing changes nothing."""
+        """Whether a sample is one tensor with one row per image or clip, so that packing has no effect."""
         return self.group == 1 and self.kind != "several"
 
     def count(self, sample: Any) -> int:
-        """How many images or clips the sample holds."""
+        """Number of images or clips in the sample."""
         return len(sample[0]) if self.kind == "several" else len(sample) // self.group
 
     @staticmethod
     def device(sample: Any) -> torch.device:
-        """Where the sample lies."""
+        """Device of the sample."""
         return (sample if isinstance(sample, Tensor) else sample[0]).device
 
     def pack(self, sample: Any) -> Tensor:
-        """One row for each image or clip: ``[n, ...]``."""
+        """Convert a sample to one row per image or clip ``[n, ...]``."""
         if self.kind == "several":
             return torch.cat([s.flatten(1) for s in sample], dim=1)
         return sample if self.group == 1 else sample.unflatten(0, (-1, self.group))

@@ -1,4 +1,4 @@
-"""PipelineObserver: what a guide reads off a pipeline as it works, without a second tokenisation or encoding."""
+"""PipelineObserver: records prompts, sizes and denoiser calls of a running pipeline, without encoding prompts again."""
 
 import inspect
 from collections.abc import Callable
@@ -18,14 +18,14 @@ ENCODE_METHODS = ("encode_prompt", "_encode_prompt", "_encode_text_prompt")
 
 
 class PipelineObserver:
-    """Collects what a pipeline's own methods say of a call, and makes one :class:`CallContext` of it.
+    """Records the data of a call from the pipeline's own methods, as a :class:`CallContext`.
 
     It patches ``check_inputs`` (a call begins), ``encode_prompt`` (prompts), ``prepare_latents`` (number and size of the
-    samples) and ``maybe_free_model_hooks`` (a call ends), and hooks the denoiser where its arguments are needed.
+    samples) and ``maybe_free_model_hooks`` (a call ends), and hooks the denoiser if its arguments are needed.
 
     Args:
-        pipe: classic or modular.
-        on_call: called when a call begins, or its prompts are read, before anything is noted.
+        pipe: a pipeline, classic or modular.
+        on_call: called when a call begins and when its prompts are encoded, before they are recorded.
         on_end: called when a call ends.
         denoiser_calls: whether to keep the arguments of the denoiser's first call at each step.
         tag: see :class:`MethodPatch`.
@@ -61,7 +61,7 @@ class PipelineObserver:
         self._encodes = bool(self._patches)
         for inner in sub_pipelines(self.pipe):
             self._patch(inner, "prepare_latents", self._around_latents)
-        self._sees_start = self._patch(self.pipe, "check_inputs", self._around_start)
+        self._has_start = self._patch(self.pipe, "check_inputs", self._around_start)
         self._patch(self.pipe, "maybe_free_model_hooks", self._around_end)
         if denoiser_calls or not self._encodes:
             self._denoiser = DenoiserWatch(self.pipe, None if self._encodes else self._note_condition, denoiser_calls)
@@ -73,7 +73,7 @@ class PipelineObserver:
         return False
 
     def remove(self) -> None:
-        """Take every patch away."""
+        """Remove all patches and hooks."""
         for patch in self._patches:
             patch.remove()
         if self._denoiser is not None:
@@ -81,15 +81,15 @@ class PipelineObserver:
         self._patches, self._denoiser = [], None
 
     def _forget(self) -> None:
-        """Whatever was noted of an earlier call."""
+        """Reset the data of an earlier call."""
         self._prompts: Tensor | None = None
         self._encoder: str | None = None
         self._count: int | None = None
         self._size: tuple[int, int] | None = None
-        self._class_labels, self._open = False, True  # whether prompts may still be read for the call at hand
+        self._class_labels, self._open = False, True  # _open: whether prompts of the current call are still expected
 
     def context(self) -> CallContext:
-        """All that is known of the call in progress."""
+        """The recorded data of the current call."""
         steps = getattr(self.pipe, "num_timesteps", None)
         return CallContext(
             self.pipe, self._prompts, self._encoder, self._class_labels, self._count, self._size,
@@ -97,10 +97,10 @@ class PipelineObserver:
         )  # fmt: skip
 
     def denoiser_call(self) -> DenoiserCall | None:
-        """The denoiser's first call since this was last asked; None where calls are not kept."""
+        """The denoiser's first call since the last query; None if there is none, or calls are not kept."""
         return None if self._denoiser is None else self._denoiser.take()
 
-    # -- the patches -------------------------------------------------------------------------------------------------
+    # -- patches -----------------------------------------------------------------------------------------------------
 
     def _around_start(self, original: Function) -> Function:
         def check_inputs(*args: Any, **kwargs: Any) -> Any:
@@ -153,8 +153,8 @@ class PipelineObserver:
         return encode_prompt
 
     def _note_prompts(self, features: Tensor) -> None:
-        if self._sees_start and not self._open:
-            return  # the same call again, for the negative prompts or for a second encoder
+        if self._has_start and not self._open:
+            return  # a further encoding of the same call: negative prompts, or a second encoder
         self.on_call()
         encoders = self._encoders()
         self._prompts, self._encoder = features, fingerprint(encoders[0]) if encoders else "given"
@@ -177,7 +177,7 @@ class PipelineObserver:
             self._token_ids.append((ids, kwargs.get("attention_mask"), getattr(module.config, "bos_token_id", None)))
 
     def _mask(self, embeds: Tensor, result: Any) -> Tensor | None:
-        """Which tokens ``[n, l]`` of the embeddings carry the prompt; None where that is unknown."""
+        """Mask ``[n, l]`` of the prompt tokens of the embeddings; None if unknown."""
         if embeds.ndim != 3:
             return None
         for part in result if isinstance(result, tuple | list) else ():
@@ -191,10 +191,10 @@ class PipelineObserver:
 
 
 class DenoiserWatch:
-    """Sees every call of a pipeline's denoiser, and keeps the first since it was last asked.
+    """Observes the calls of a pipeline's denoiser, and keeps the first since the last :meth:`take`.
 
     Args:
-        pipe: whose denoiser is watched; without one nothing is.
+        pipe: the pipeline; without a denoiser no calls are recorded.
         on_call: called with each call.
         keep: whether to keep calls for :meth:`take`.
     """
@@ -207,7 +207,7 @@ class DenoiserWatch:
             return
         signature = inspect.signature(getattr(denoiser, "_orig_mod", denoiser).forward)
 
-        def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
             try:
                 call = DenoiserCall(module, dict(signature.bind_partial(*args, **kwargs).arguments))
             except TypeError:
@@ -217,15 +217,15 @@ class DenoiserWatch:
             if on_call is not None:
                 on_call(call)
 
-        self._handle = denoiser.register_forward_pre_hook(look, with_kwargs=True)
+        self._handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
 
     def take(self) -> DenoiserCall | None:
-        """The first call since the last time; it is then forgotten."""
+        """Return the kept call, or None, and reset it."""
         kept, self.kept = self.kept, None
         return kept
 
     def remove(self) -> None:
-        """Stop watching."""
+        """Remove the hook, if any."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

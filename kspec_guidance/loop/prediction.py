@@ -1,8 +1,8 @@
-"""The clean prediction x0 behind a model output, for every supported scheduler.
+"""Conversion between model outputs and clean predictions x0, for all supported schedulers.
 
 Noisy samples of a scheduler are ``x = alpha x0 + sigma noise``, and each prediction type is linear, ``x0 = A x + B m``
-for noisy sample ``x`` and model output ``m``, so a moved x0 goes back into the model output as ``m + move / B``. A
-:class:`Parametrisation` knows alpha, sigma, A and B; :data:`PARAMETRISATIONS` says which one a scheduler class uses.
+for noisy sample ``x`` and model output ``m``, so a move of x0 changes the model output to ``m + move / B``. A
+:class:`Parametrisation` computes alpha, sigma, A and B; :data:`PARAMETRISATIONS` maps scheduler classes to them.
 """
 
 from collections.abc import Mapping
@@ -22,17 +22,17 @@ __all__ = [
     "supported_schedulers",
 ]
 
-Level = float | Tensor  # a tensor where tokens differ in noise level
+Level = float | Tensor  # a tensor if tokens have different noise levels
 Arguments = Mapping[str, Any]  # the further arguments of ``scheduler.step``, by name
 
 
 class UnsupportedSchedulerError(ValueError):
-    """The scheduler's parametrisation is not known, so x0 cannot be formed."""
+    """The scheduler's parametrisation is unknown, so x0 cannot be computed."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """x0 and what is needed to change it: ``x = alpha x0 + sigma noise``, and ``slope`` is ``d x0 / d m``."""
+    """x0 and the coefficients to change it: ``x = alpha x0 + sigma noise``, and ``slope`` is ``d x0 / d m``."""
 
     x0: Any
     sample: Any
@@ -66,7 +66,7 @@ class Prediction:
 
     @property
     def noise_to_signal(self) -> float:
-        """``sigma / alpha``: the noise level as the Euler family counts it; infinite for pure noise."""
+        """``sigma / alpha``, the noise level in the convention of Euler schedulers; infinite for pure noise."""
         alpha, sigma = self.alpha, self.sigma
         if isinstance(alpha, Tensor) or isinstance(sigma, Tensor):
             alpha, sigma = float(torch.as_tensor(alpha).mean()), float(torch.as_tensor(sigma).mean())
@@ -92,14 +92,14 @@ def _at(values: Tensor, index: int) -> float:
 
 
 def _step_index(scheduler: Any, timestep: Tensor | float) -> int:
-    """The scheduler's own position; initialised as its ``step`` would do it, if this is the first step."""
+    """The scheduler's step index, initialised as in its ``step`` if this is the first step."""
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
     return int(scheduler.step_index)
 
 
 def _sigma(scheduler: Any, timestep: Tensor | float) -> float:
-    """``sigmas`` at the scheduler's position."""
+    """``sigmas`` at the scheduler's step index."""
     index, sigmas = _step_index(scheduler, timestep), scheduler.sigmas
     if getattr(scheduler, "mid_point_sigma", None) is not None:  # DPMSolverSDE's second stage
         return float(scheduler.mid_point_sigma)
@@ -115,7 +115,7 @@ def _flow_sigma(scheduler: Any, timestep: Tensor | float, arguments: Arguments) 
     if arguments.get("dmd_sigmas") is not None:  # Helios, distilled
         times = arguments["dmd_timesteps"].double()
         return _at(arguments["dmd_sigmas"], int((times - float(timestep)).abs().argmin()))
-    if type(scheduler).__name__ == "FlowMapEulerDiscreteScheduler":  # its step looks the time up, whatever its position
+    if type(scheduler).__name__ == "FlowMapEulerDiscreteScheduler":  # its step looks up the time, not the step index
         index = scheduler.index_for_timestep(timestep)
         if index is None:
             return _first(timestep) / scheduler.config.num_train_timesteps
@@ -127,20 +127,20 @@ def _flow_sigma(scheduler: Any, timestep: Tensor | float, arguments: Arguments) 
 
 
 class Parametrisation:
-    """How a family of schedulers writes its noisy samples.
+    """Base class: noise levels and prediction types of a family of schedulers.
 
-    A subclass gives :meth:`levels`, and :meth:`coefficients` where the prediction types below do not apply.
+    A subclass implements :meth:`levels`, and overrides :meth:`coefficients` if the prediction types below do not apply.
     """
 
     default_prediction_type = "epsilon"
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
-        """``alpha`` and ``sigma`` of the sample that the model was given at this step.
+        """``alpha`` and ``sigma`` of the model's input at this step.
 
         Args:
-            scheduler: before its step.
-            timestep: as given to ``scheduler.step``.
-            arguments: the further arguments of ``scheduler.step``, by name.
+            scheduler: the scheduler before its step.
+            timestep: as passed to ``scheduler.step``.
+            arguments: further arguments of ``scheduler.step``, by name.
         """
         raise NotImplementedError
 
@@ -164,7 +164,7 @@ class Parametrisation:
 
 
 class VariancePreserving(Parametrisation):
-    """``alphas_cumprod[timestep]``."""
+    """``alpha^2 = alphas_cumprod[timestep]`` and ``sigma^2 = 1 - alpha^2``."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
         last = len(scheduler.alphas_cumprod) - 1
@@ -173,7 +173,7 @@ class VariancePreserving(Parametrisation):
 
 
 class VariancePreservingSigma(Parametrisation):
-    """``sigmas[step_index]``, turned into alpha and sigma by the scheduler; a flow with ``use_flow_sigmas``."""
+    """``sigmas[step_index]``, converted to alpha and sigma by the scheduler; a flow with ``use_flow_sigmas``."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
         level = torch.tensor(_sigma(scheduler, timestep), dtype=torch.float64)
@@ -236,7 +236,7 @@ class Flow(Parametrisation):
 
 
 class FlowTowardData(Parametrisation):
-    """The same, with time and velocity running toward the data."""
+    """``x = t x0 + (1 - t) noise``, the output a velocity toward data."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
         inverted = getattr(scheduler.config, "invert_sigmas", False)  # OmniGen
@@ -248,7 +248,7 @@ class FlowTowardData(Parametrisation):
 
 
 class TrigFlow(Parametrisation):
-    """``x = cos(t) x0 + sin(t) noise`` (Lu and Song 2024, arXiv 2410.11081); IPNDM does the same."""
+    """``x = cos(t) x0 + sin(t) noise`` (Lu and Song 2024, arXiv 2410.11081); also used by IPNDM."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
         if hasattr(scheduler, "alphas"):
@@ -284,7 +284,7 @@ class KarrasVe(Parametrisation):
 _vp, _vp_sigma, _ve, _edm, _flow = VariancePreserving(), VariancePreservingSigma(), VarianceExploding(), EDM(), Flow()
 _toward_data, _trig = FlowTowardData(), TrigFlow()
 
-# By class name along a scheduler's class hierarchy, so subclasses count.
+# By class name, looked up along a scheduler's class hierarchy, so subclasses are supported.
 PARAMETRISATIONS: dict[str, Parametrisation] = {
     "DDPMScheduler": _vp,
     "DDIMScheduler": _vp,
@@ -342,7 +342,7 @@ UNGUIDABLE = {  # schedulers that no hook can guide, with the reason
 
 
 def supported_schedulers() -> list[str]:
-    """Names of the scheduler classes that guidance works with."""
+    """Names of the supported scheduler classes."""
     return sorted(PARAMETRISATIONS)
 
 
@@ -350,7 +350,7 @@ def parametrisation_of(scheduler: Any) -> Parametrisation:
     """The parametrisation of the scheduler's class, or of its nearest known ancestor.
 
     Raises:
-        UnsupportedSchedulerError: naming the scheduler and those that are supported.
+        UnsupportedSchedulerError: if the scheduler is not supported.
     """
     for cls in type(scheduler).__mro__:
         found = PARAMETRISATIONS.get(cls.__name__)
@@ -373,15 +373,15 @@ def predict(
     arguments: Arguments | None = None,
     parametrisation: Parametrisation | None = None,
 ) -> Prediction:
-    """Form x0 (float32 or wider) of a scheduler step about to be taken.
+    """Compute x0 (float32 or wider) before a scheduler step.
 
     Args:
-        scheduler: any of :func:`supported_schedulers`, its timesteps set.
+        scheduler: one of :func:`supported_schedulers`, with its timesteps set.
         model_output: ``[n, c, ...]``, or ``[n, 2c, ...]`` with a learned variance in the second half.
-        timestep: as given to ``scheduler.step``.
-        sample: noisy ``[n, c, ...]``; or lists of both, for a state of several tensors at one noise level.
-        arguments: the further arguments of ``scheduler.step``, by name.
-        parametrisation: of the scheduler, where it was looked up before.
+        timestep: as passed to ``scheduler.step``.
+        sample: noisy ``[n, c, ...]``; model output and sample are lists for a state of several tensors at one noise level.
+        arguments: further arguments of ``scheduler.step``, by name.
+        parametrisation: the scheduler's parametrisation, if it was looked up before.
 
     Raises:
         UnsupportedSchedulerError: for an unknown scheduler or prediction type.
@@ -396,7 +396,7 @@ def predict(
         sigma = sigma.flatten(0, sigma.ndim - sample.ndim)
         alpha = 1 - sigma
     a: Level = 0.0
-    b: Level = 1.0  # a pipeline that has formed x0 itself hands it over
+    b: Level = 1.0  # for pipelines that pass x0 themselves
     if arguments.get("pred_original_sample") is None:
         name = getattr(scheduler.config, "prediction_type", found.default_prediction_type)
         a, b = found.coefficients(scheduler, name, alpha, sigma)

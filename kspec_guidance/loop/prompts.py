@@ -1,4 +1,4 @@
-"""Prompt features out of what a pipeline's own encoder returns."""
+"""Prompt features from the results of a pipeline's own encoder."""
 
 import inspect
 import warnings
@@ -23,17 +23,17 @@ PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_p
 
 
 def token_mask(ids: Tensor, bos: int | None = None) -> Tensor:
-    """Which tokens ``[n, l]`` carry the prompt: not the start token, and of the trailing run of equal ones the first.
+    """Mask ``[n, l]`` of the prompt tokens: without the start token, and with only the first of the trailing equal tokens.
 
     >>> token_mask(torch.tensor([[0, 7, 9, 1, 1, 1]]), bos=0).int().tolist()
     [[0, 1, 1, 1, 0, 0]]
     """
     differs = ids != ids[:, -1:]
-    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    last = torch.where(differs, place, -1).amax(1, keepdim=True)
-    mask = place <= last + 1
+    position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    last = torch.where(differs, position, -1).amax(1, keepdim=True)
+    mask = position <= last + 1
     if bos is not None:
-        mask = mask & ~((ids == bos) & (place == 0) & (mask.sum(1, keepdim=True) > 1))
+        mask = mask & ~((ids == bos) & (position == 0) & (mask.sum(1, keepdim=True) > 1))
     return mask
 
 
@@ -51,17 +51,17 @@ def masked_mean(embeds: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def prompt_tensor(result: Any) -> Tensor | None:
-    """The prompt embeddings in what an ``encode_prompt`` returns: the first tensor ``[n, ...]``, or the means of a list."""
+    """Prompt embeddings in the result of an ``encode_prompt``: the first tensor ``[n, ...]``, or the means of a list."""
     first = result
     while isinstance(first, tuple | list) and len(first):
         if all(isinstance(p, Tensor) and p.ndim == 2 for p in first) and isinstance(result, tuple) and first is not result:
-            return torch.stack([p.float().mean(0) for p in first])  # one [l, c] for each prompt, of different lengths
+            return torch.stack([p.float().mean(0) for p in first])  # one [l, c] per prompt, with different lengths
         first = first[0]
     return first if isinstance(first, Tensor) and first.ndim >= 2 and first.is_floating_point() else None
 
 
 def wanted_half(features: Tensor, signature: inspect.Signature, args: tuple, kwargs: dict) -> Tensor:
-    """Without the negative prompts, where an encoder returns them first in one tensor (AudioLDM, Kandinsky, unCLIP)."""
+    """Features without the negative prompts that some encoders return first (AudioLDM, Kandinsky, unCLIP)."""
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError:
@@ -76,9 +76,9 @@ def wanted_half(features: Tensor, signature: inspect.Signature, args: tuple, kwa
 
 
 def condition_of(call: DenoiserCall) -> tuple[Tensor, bool] | None:
-    """Prompt features in a denoiser's arguments, for pipelines without ``encode_prompt``; whether they are labels.
+    """Prompt features from a denoiser's arguments, for pipelines without ``encode_prompt``, and whether they are labels.
 
-    Means of ``encoder_hidden_states`` ``[rows, c]``, else class labels, one-hot; None where there are neither.
+    Means of ``encoder_hidden_states`` ``[rows, c]``, else one-hot class labels; None if there are neither.
     """
     states, labels = call.arguments.get("encoder_hidden_states"), call.arguments.get("class_labels")
     states = None if states is None else prompt_tensor((states,))
@@ -91,35 +91,35 @@ def condition_of(call: DenoiserCall) -> tuple[Tensor, bool] | None:
 
 
 def repeat_rows(prompts: Tensor, n: int) -> Tensor:
-    """One row for each of ``n`` samples, of prompt features ``[rows, p]``: prompts are repeated for their images.
+    """Prompt features ``[rows, p]`` repeated to one row per sample ``[n, p]``.
 
     Raises:
-        ValueError: if ``n`` is no multiple of the number of rows.
+        ValueError: if ``n`` is not a multiple of the number of rows.
     """
     if n % len(prompts):
         raise ValueError(
-            f"{n} samples cannot be shared out over {len(prompts)} prompts; give one prompt row for each sample"
+            f"{n} samples cannot be divided evenly among {len(prompts)} prompts; pass one prompt row per sample"
         )
     return prompts if len(prompts) == n else prompts.repeat_interleave(n // len(prompts), dim=0)
 
 
 def prompts_of_samples(prompts: Tensor | None, n: int, device: torch.device, class_labels: bool = False) -> Tensor | None:
-    """Prompt features ``[n, p]`` of ``n`` samples, of what a pipeline encoded ``[rows, p]``.
+    """Prompt features ``[n, p]`` of ``n`` samples, from the prompts ``[rows, p]`` that a pipeline encoded.
 
     Warns:
-        UserWarning: if the rows do not fit the samples; the result is then None.
+        UserWarning: if the number of rows does not match the samples; the result is then None.
     """
     if prompts is None:
         return None
     rows = len(prompts)
-    if rows == 2 * n:  # a batch with its negatives: they come first, but of class labels they come last
+    if rows == 2 * n:  # with negative prompts, which come first; negative class labels come last
         prompts = prompts[:n] if class_labels else prompts[n:]
-    elif rows > n and rows % n == 0:  # one row for each frame
+    elif rows > n and rows % n == 0:  # one row per frame
         prompts = prompts.unflatten(0, (n, -1)).mean(1)
     if n % len(prompts):
         warnings.warn(
-            f"the pipeline encoded {rows} prompts for {n} samples, so prompts are not told apart in this run: all samples "
-            "count as one prompt's",
+            f"the pipeline encoded {rows} prompts for {n} samples, so prompts are ignored in this run: all samples are "
+            "treated as samples of one prompt",
             stacklevel=2,
         )
         return None

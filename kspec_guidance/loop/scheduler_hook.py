@@ -1,7 +1,7 @@
-"""The hook on ``scheduler.step``: forms the clean prediction, asks a handler for a move, and takes the step.
+"""Hook on ``scheduler.step``: computes the clean prediction, applies the move of a handler, and takes the step.
 
-A hook is an instance attribute in place of the class's method; removing it leaves the object as it was, to the last
-attribute. Nothing of diffusers is copied or subclassed, and nothing is put inside the denoiser.
+A hook is an instance attribute that replaces a method; removing it restores all attributes of the object. diffusers is
+neither copied nor subclassed, and the denoiser is not modified.
 """
 
 import functools
@@ -25,22 +25,22 @@ __all__ = ["MethodPatch", "SchedulerHook"]
 
 Function = Callable[..., Any]
 
-# Their loops call the step up to three times at one noise level: the first two only to turn outputs into predictions.
+# These loops call the step up to three times per noise level, the first two only to convert outputs to predictions.
 REPEATED_STEPS = {"CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"}
 ARGUMENT_NAMES = {"sample_hat": "sample", "sigma_hat": "timestep"}  # KarrasVe's names
 
 
 class MethodPatch:
-    """A callable in place of one object's method, until :meth:`remove`.
+    """Replaces a method of one object until :meth:`remove`.
 
-    Patches come off in any order, also when another program has wrapped the method since: a removed patch passes calls
-    through to what it replaced. Copies and pickles of the owner get the method itself.
+    Patches can be removed in any order, even after other code has wrapped the method: a removed patch forwards calls to
+    the callable that it replaced. Copies and pickles of the owner contain the original method.
 
     Args:
         owner: the object.
-        name: of the method.
-        wrap: makes the replacement from a callable that does what the method did before.
-        tag: who patches; the patches of two tags on one method are refused.
+        name: name of the method.
+        wrap: function from the previous method to its replacement.
+        tag: identifies the owner of the patch; a method accepts patches of one tag at a time.
 
     Raises:
         ValueError: if the method is patched under another tag.
@@ -71,7 +71,7 @@ class MethodPatch:
         return (self.function if self.active else self.original)(*args, **kwargs)
 
     def remove(self) -> None:
-        """Undo; harmless the second time."""
+        """Restore the method. Further calls have no effect."""
         if not self.active:
             return
         self.active = False
@@ -83,14 +83,14 @@ class MethodPatch:
             else:
                 object.__delattr__(self.owner, self.name)
             return
-        while isinstance(top, MethodPatch):  # ours or another guide's, put on top since
+        while isinstance(top, MethodPatch):  # patches applied after this one
             if top.original is self:
                 top.replaced_attribute, top.original = self.replaced_attribute, self.original
                 return
             top = top.original
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.owner))  # None where only the owner's attributes are copied, to be put back later
+        copied = memo.get(id(self.owner))  # None if only the owner's attributes are copied, to be restored later
         return self if copied is None else types.MethodType(getattr(type(copied), self.name), copied)
 
     def __reduce__(self) -> Any:
@@ -98,7 +98,7 @@ class MethodPatch:
 
 
 def _live(owner: Any, name: str) -> tuple[bool, Function]:
-    """Whether the method is an instance attribute, and the method itself; removed patches do not count."""
+    """Whether the method is an instance attribute, and the method itself; removed patches are skipped."""
     attribute, method = name in owner.__dict__, getattr(owner, name)
     while isinstance(method, MethodPatch) and not method.active:
         attribute, method = method.replaced_attribute, method.original
@@ -106,19 +106,19 @@ def _live(owner: Any, name: str) -> tuple[bool, Function]:
 
 
 class SchedulerHook:
-    """Puts a handler into a scheduler's steps.
+    """Calls a handler at each step of a scheduler.
 
     Args:
-        scheduler: to be hooked.
-        handler: what is told and asked.
-        call: what is known of the pipeline call, asked for when a pass through the timesteps begins.
+        scheduler: the scheduler to hook.
+        handler: the handler to call.
+        call: returns the context of the pipeline call; called at the start of a pass through the timesteps.
         tag: see :class:`MethodPatch`.
-        pipe: whose loop calls the step, where it is known.
-        denoiser_call: the denoiser's first call since the last step, asked for at every step.
+        pipe: the pipeline that calls the step, if known.
+        denoiser_call: returns the denoiser's first call since the last step; called at each step.
 
     Raises:
-        UnsupportedSchedulerError: naming the scheduler and those that are supported.
-        ValueError: if the scheduler is hooked under another tag.
+        UnsupportedSchedulerError: if the scheduler is not supported.
+        ValueError: by :meth:`install`, if the scheduler is hooked under another tag.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class SchedulerHook:
         pipe: Any = None,
         denoiser_call: Callable[[], DenoiserCall | None] | None = None,
     ):
-        self.parametrisation = parametrisation_of(scheduler)  # refuses what cannot be guided before anything is touched
+        self.parametrisation = parametrisation_of(scheduler)  # raises before anything is changed
         self.scheduler, self.handler, self.call, self.tag = scheduler, handler, call, tag
         self.denoiser_call = denoiser_call
-        self.context: StepContext | None = None  # of the pass in progress; None while a step is taken, and if it failed
-        self.entered: StepContext | None = None  # the same, during its steps too
+        self.context: StepContext | None = None  # of the current pass; None during a step, and after a failed step
+        self.entered: StepContext | None = None  # of the current pass, also during a step
         self._repeated = not REPEATED_STEPS.isdisjoint(cls.__name__ for cls in type(pipe).__mro__)
         self._patch: MethodPatch | None = None
         self._once: tuple[int, int] | None = None
@@ -144,7 +144,7 @@ class SchedulerHook:
         """Hook the scheduler.
 
         Args:
-            once: step index and number of steps, to hook the next step alone: the hook then comes off by itself.
+            once: step index and number of steps, to hook the next step only: the hook then removes itself.
         """
         self.remove()
         name = "step" if hasattr(self.scheduler, "step") else "step_pred"
@@ -152,25 +152,26 @@ class SchedulerHook:
         self._patch = MethodPatch(self.scheduler, name, self._wrap, self.tag)
 
     def remove(self) -> None:
-        """Unhook it; harmless if it is not hooked."""
+        """Remove the hook, if any."""
         if self._patch is not None:
             self._patch.remove()
             self._patch = None
 
     def forget(self) -> None:
-        """The next step begins a new pass."""
+        """Make the next step begin a new pass."""
         self.context = self.entered = None
 
     def check_thread(self) -> None:
-        """
+        """Check that no other thread is in a pass.
+
         Raises:
-            RuntimeError: if another thread is in the midst of a pass.
+            RuntimeError: if another thread is.
         """
         if self.entered is not None:
             self.entered.check_thread()
 
     def end(self) -> None:
-        """The call is over: a pass that has not reached its last step is finished as it stands."""
+        """End the call: finish a pass that has not reached its last step."""
         if self.context is not None and not self.context.done and self.context.final is not None:
             self._finish(self.context)
 
@@ -182,7 +183,7 @@ class SchedulerHook:
             given = bound.arguments
             if self._once is not None:
                 self.remove()
-                if self.scheduler.timesteps is not self._timesteps:  # left over from a run that was aborted
+                if self.scheduler.timesteps is not self._timesteps:  # left over from an aborted run
                     return original(*args, **kwargs)
             output = "pred_original_sample" if given.get("pred_original_sample") is not None else "model_output"
             if self._repeated and output == "model_output":
@@ -238,7 +239,7 @@ class SchedulerHook:
             step, total = self._once
         else:
             step, total = 0, len(scheduler.timesteps) - first_index(scheduler, timestep)
-            if call.steps is not None:  # a base model may leave the end of the list to a refiner
+            if call.steps is not None:  # a base model may leave the last timesteps to a refiner
                 total = min(total, call.steps)
         layout = Layout.of(sample, call.count)
         prompts = prompts_of_samples(call.prompts, layout.count(sample), layout.device(sample), call.class_labels)
@@ -255,7 +256,7 @@ class SchedulerHook:
 
 
 def _with_sample(result: Any, latents: Tensor) -> Any:
-    """A scheduler's result with another sample in it."""
+    """A scheduler's result with its sample replaced."""
     if isinstance(result, tuple):
         return (latents, *result[1:])
     result.prev_sample = latents
@@ -268,7 +269,7 @@ def shapes_of(sample: Any) -> Any:
 
 
 def first_index(scheduler: Any, timestep: Any) -> int:
-    """Where in its timesteps a scheduler begins: image-to-image starts inside the list."""
+    """Index of the timestep at which a scheduler begins: not 0 for image-to-image."""
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
         return int(begin)

@@ -1,14 +1,14 @@
-"""What has been generated so far.
+"""Memories of generated samples.
 
-=========================  =====================================================  ==================================
-class                      what it keeps                                          cost of a step
-=========================  =====================================================  ==================================
-:class:`MemoryBank`        every sample as a row                                  one read of the rows that matter
-:class:`CentroidMemory`    weighted means of near samples, so many and no more    constant
-:class:`RandomFeatureMemory`  one sum of random features                          constant
-=========================  =====================================================  ==================================
+============================  ====================================================  =============================
+class                         contents                                              cost per step
+============================  ====================================================  =============================
+:class:`MemoryBank`           one row per sample                                    one read of the relevant rows
+:class:`CentroidMemory`       a fixed number of weighted means of similar samples   constant
+:class:`RandomFeatureMemory`  one sum of random features                            constant
+============================  ====================================================  =============================
 
-All are saved as safetensors with a checksum. :func:`choose_memory` picks by a stated rule.
+All are saved as safetensors with a checksum. :func:`choose_memory` selects one by number and size of samples.
 """
 
 from kspec_guidance.memory.bank import MemoryBank

@@ -1,4 +1,4 @@
-"""The exact memory: every finished sample is one row."""
+"""MemoryBank: the exact memory, with one row per finished sample."""
 
 import hashlib
 import os
@@ -20,26 +20,26 @@ SETTINGS = ("dtype", "device", "folder", "limit", "forget", "half_life", "seed")
 
 
 class MemoryBank(Memory):
-    """Every finished sample as one row, with its prompt's features: the exact memory.
+    """The exact memory: one row per finished sample, with its prompt features.
 
-    Rows lie in chunks that never move, so adding one costs the same however many there are. Beside the rows there are only
-    a norm and three integers for each row, and the features of each *distinct* prompt. A guided step reads what
-    :meth:`select` returns: the rows whose prompts matter.
+    Rows are stored in chunks that never move, so adding a row costs the same for any number of rows. In addition to the
+    rows, the bank stores a norm and two integers per row, and the features of each *distinct* prompt. A guided step reads
+    only the rows that :meth:`select` returns, those with relevant prompts.
 
     Args:
-        space: the name of the space its entries live in; set by the first guide that uses it.
-        prompt_encoder: fingerprint of the network that made the prompt features; likewise.
-        dtype: of the stored rows: float32, float16 or bfloat16. Sums are taken in float32 at least.
-        device: of the stored rows; that of the first samples by default. Rows on another device are copied block by block.
-        folder: keep the rows in unnamed files of this folder, mapped into memory: more rows than RAM.
-        limit: most rows to keep; None for all.
-        forget: which to drop when ``limit`` is reached: ``window`` the oldest, ``reservoir`` any, so that those kept
-            are a uniform sample of all that were added.
-        half_life: after so many further samples a row counts half; None for no decay.
-        seed: of the reservoir.
+        space: name of the entries' feature space; set by the first guide that uses the memory.
+        prompt_encoder: fingerprint of the encoder of the prompt features; set likewise.
+        dtype: dtype of the stored rows: float32, float16 or bfloat16. Sums are computed in float32 at least.
+        device: device of the stored rows, by default that of the first samples. Rows on another device are copied by block.
+        folder: store the rows in unnamed, memory-mapped files in this folder, for more rows than fit into RAM.
+        limit: maximum number of rows; None for no limit.
+        forget: which rows to drop at the ``limit``: ``window`` drops the oldest, ``reservoir`` random ones, so that the
+            rows are a uniform sample of all that were added.
+        half_life: number of further samples after which a row has half its weight; None for no decay.
+        seed: seed of the reservoir.
 
     Raises:
-        ValueError: for settings outside these.
+        ValueError: for settings outside their ranges.
 
     >>> bank = MemoryBank()
     >>> bank.add(torch.zeros(2, 4, 8, 8))
@@ -64,22 +64,22 @@ class MemoryBank(Memory):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise ValueError(f"limit must be a whole number of rows, at least 1, or None for all; got {limit!r}")
+            raise ValueError(f"limit must be an integer of at least 1, or None for no limit; got {limit!r}")
         if forget not in FORGETTING:
             raise ValueError(f"forget must be one of {', '.join(FORGETTING)}, got {forget!r}")
         if half_life is not None and not half_life > 0:
             raise ValueError(f"half_life must be a positive number of samples, got {half_life!r}")
         if folder is not None and device is not None and torch.device(device).type != "cpu":
-            raise ValueError(f"mapped rows live on the host, not on {device}; leave device out")
+            raise ValueError(f"rows in a folder are on the CPU, not on {device}; leave device out")
         self.dtype, self.device, self.folder = dtype, device, folder
         self.limit, self.forget, self.half_life, self.seed = limit, forget, half_life, seed
         self.clear()
 
     def clear(self) -> None:
-        """Forget all entries; the bank may then be used for anything."""
+        """Remove all entries; the bank can then be used for other samples."""
         self._store: RowStore | None = None
         self._norms, self._order = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
-        self._ids = torch.empty(0, dtype=torch.int32)  # number of each row's prompt
+        self._ids = torch.empty(0, dtype=torch.int32)  # index of each row's prompt among the distinct ones
         self._distinct = torch.empty(0, 0)  # features of the distinct prompts
         self._known: dict[bytes, int] = {}
         self._count = self._prompts = self._added = 0
@@ -90,7 +90,7 @@ class MemoryBank(Memory):
 
     @property
     def default_settings(self) -> bool:
-        """Whether it was made without settings."""
+        """Whether all settings have their default values."""
         return self._settings() == MemoryBank()._settings()
 
     def empty_copy(self) -> "MemoryBank":
@@ -105,24 +105,24 @@ class MemoryBank(Memory):
 
     @property
     def total_added(self) -> int:
-        """Samples that were ever added, kept or not."""
+        """Number of samples added so far, kept or not."""
         return self._added
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows, with what is reserved for further ones."""
+        """Bytes of the rows, including reserved space."""
         return 0 if self._store is None else self._store.nbytes
 
     @property
     def overhead_bytes(self) -> int:
-        """Bytes of everything else: norms, prompts, indices, and scratch rows of the run at hand."""
+        """Bytes of all other data: norms, prompts, indices and scratch buffers."""
         tensors = (self._norms, self._ids, self._order, self._distinct)
         scratch = 0 if self._store is None else self._store.scratch_bytes
         return sum(t.numel() * t.element_size() for t in tensors) + 150 * len(self._known) + scratch
 
     @property
     def x(self) -> Tensor:
-        """Entries ``[n, d]``, flattened, float32; a view where there is only one chunk of float32."""
+        """Entries ``[n, d]``, flattened, float32; a view if there is a single float32 chunk."""
         if self._store is None:
             return torch.empty(0, 0)
         parts = [p.float() for p in self._store.view(0, self._count)]
@@ -136,7 +136,7 @@ class MemoryBank(Memory):
         return self._distinct[self._ids[: self._count].long()]
 
     def newest(self, max_rows: int) -> tuple[Tensor, Tensor | None]:
-        """The entries added last ``[k, d]``, oldest of them first, and their prompts."""
+        """The newest entries ``[k, d]``, oldest first, and their prompts."""
         if self._store is None:
             return self.x, None
         by_age = self._order[: self._count].argsort()[-max_rows:]
@@ -147,12 +147,12 @@ class MemoryBank(Memory):
     # -- adding ----------------------------------------------------------------------------------------------------
 
     def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:
-        """Append samples ``[n, ...]`` and their prompt features ``[n, p]``, kept at norm 1, as guides compare them.
+        """Append samples ``[n, ...]`` and their prompt features ``[n, p]``, which are stored at norm 1.
 
         Raises:
-            ValueError: for shapes or widths other than what the bank holds, or values that are not finite; the bank is
-                then unchanged.
-            OSError: if rows are kept in a folder whose disk is full; the bank is then unchanged.
+            ValueError: for shapes or widths that differ from the bank's, or values that are not finite; the bank is then
+                unchanged.
+            OSError: if the disk of ``folder`` is full; the bank is then unchanged.
         """
         self._append(*self._check(x, prompt_features))
 
@@ -170,7 +170,7 @@ class MemoryBank(Memory):
         if fresh:
             self._put(self._count, rows[:fresh], None if ids is None else ids[:fresh], self._added)
         self._count += fresh
-        for k in range(fresh, len(rows)):  # the bank is full: each further row takes the place of another, or none
+        for k in range(fresh, len(rows)):  # the bank is full: each further row replaces another or is dropped
             added = self._added + k
             index = added % limit
             if self.forget == "reservoir":
@@ -180,11 +180,11 @@ class MemoryBank(Memory):
         self._added += len(rows)
 
     def _put(self, index: int, rows: Tensor, ids: Tensor | None, added: int) -> None:
-        """Write rows from ``index`` on; ``added`` is the number of samples that were added before them."""
+        """Write rows at ``index``; ``added`` is the number of samples that were added before them."""
         assert self._store is not None
         self._store.write(index, rows)
         span = slice(index, index + len(rows))
-        stored = rows.to(self.dtype)  # norms of the rows as they are kept
+        stored = rows.to(self.dtype)  # norms of the rows as they are stored
         self._norms[span] = torch.linalg.vector_norm(stored, dim=1, dtype=torch.float64).cpu()
         self._order[span] = torch.arange(added, added + len(rows))
         if ids is not None:
@@ -200,7 +200,7 @@ class MemoryBank(Memory):
             self._norms, self._order, self._ids = larger(self._norms), larger(self._order), larger(self._ids)
 
     def _prompt_ids(self, prompt_features: Tensor) -> Tensor:
-        """Numbers ``[n]`` of the prompts among the distinct ones; new ones are added."""
+        """Indices ``[n]`` of the prompts among the distinct ones; new prompts are added."""
         prompt_features = prompt_features.float().cpu()
         ids = []
         for row in prompt_features:
@@ -219,10 +219,10 @@ class MemoryBank(Memory):
             ids.append(number)
         return torch.tensor(ids, dtype=torch.int32)
 
-    # -- what a run reads --------------------------------------------------------------------------------------------
+    # -- selection ---------------------------------------------------------------------------------------------------
 
     def prompts_at(self, indices: Tensor) -> Tensor | None:
-        """Prompt features ``[k, p]`` of the rows at ``indices``; None where there are no prompts."""
+        """Prompt features ``[k, p]`` of the rows at ``indices``; None if there are no prompts."""
         return None if self.prompt_dim is None else self._distinct[self._ids[indices].long()]
 
     def select(
@@ -232,7 +232,7 @@ class MemoryBank(Memory):
         tolerance: float = 0.0,
         normalize: bool = True,
     ) -> Selection:
-        """The rows that matter to samples of these prompts ``[n, p]``; arguments as of :meth:`Memory.select`."""
+        """The relevant rows for samples of these prompts ``[n, p]``; arguments as for :meth:`Memory.select`."""
         n, age = self._count, None
         if self.half_life is not None:
             age = torch.exp2((self._order[:n] + 1 - self._added).double() / self.half_life)
@@ -251,14 +251,14 @@ class MemoryBank(Memory):
             weights = weights * age.to(weights)
         return Selection(self._store, indices, weights, norms, normalize)
 
-    # -- together and on disk --------------------------------------------------------------------------------------
+    # -- merging and files -------------------------------------------------------------------------------------------
 
     def merge(self, other: "MemoryBank") -> "MemoryBank":
         """Append another bank's entries.
 
         Raises:
             TypeError: for a memory of another class.
-            ValueError: if the two hold different things.
+            ValueError: if the entries are not compatible.
         """
         self._check_mergeable(other)
         if len(other) and other._store is not None:
@@ -284,14 +284,15 @@ class MemoryBank(Memory):
 
     @classmethod
     def load(cls, path: str | os.PathLike, **settings: Any) -> "MemoryBank":
-        """The bank that :meth:`save` wrote.
+        """Load a bank that :meth:`save` wrote.
 
         Args:
-            settings: ``dtype``, ``device`` and ``folder`` of the new bank; what it forgets is in the file.
+            path: path of the file.
+            settings: ``dtype``, ``device`` and ``folder`` of the new bank; all other settings are in the file.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            MemoryFileError: if it is cut off, altered, or not a memory bank.
+            MemoryFileError: if the file is truncated, altered, or not a memory bank.
         """
         tensors, about = read_tensors(path, "rows")
         parts = [tensors[name] for name in sorted(tensors) if name.startswith("x")]

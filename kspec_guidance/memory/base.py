@@ -1,4 +1,4 @@
-"""Memory: the base class of all memories, what they know of their entries, and the refusal of what does not fit."""
+"""Memory: the base class of all memories, and the checks of their entries."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 __all__ = ["Memory"]
 
 
-def _check_rows(x: Tensor, what: str) -> Tensor:
+def _check_rows(x: Tensor, name: str) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] == 0:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{what} must be a tensor [n, ...] with n of at least 1, got {got}")
+        raise ValueError(f"{name} must be a tensor [n, ...] with n of at least 1, got {got}")
     if not torch.isfinite(x).all():
-        raise ValueError(f"{what} hold NaN or infinite values; nothing was added")
+        raise ValueError(f"{name} contain NaN or infinite values; nothing was added")
     return as_float(x.detach()).flatten(1)
 
 
 class Memory:
-    """Base class: what has been generated so far, in a form that objectives can sum over.
+    """Base class: generated samples, in a form that objectives can sum over.
 
-    A subclass gives ``add``, ``merge``, ``clear``, ``save``, ``empty_copy`` and ``__len__``, and one of :meth:`select`
-    (rows) and :meth:`coefficients` (one sum of random features).
+    A subclass implements ``add``, ``merge``, ``clear``, ``save``, ``empty_copy`` and ``__len__``, and one of
+    :meth:`select` (rows) and :meth:`coefficients` (one sum of random features).
 
     Attributes:
-        shape: of one entry; None until the first is added.
-        space: the name of the space that entries live in; set by the first guide that uses the memory.
-        prompt_encoder: fingerprint of the network that made the prompt features; likewise.
-        prompt_dim: width of the prompt features; None without any.
+        shape: shape of one entry; None until it is known.
+        space: name of the entries' feature space; set by the first guide that uses the memory.
+        prompt_encoder: fingerprint of the encoder of the prompt features; set likewise.
+        prompt_dim: width of the prompt features; None if there are none.
     """
 
     shape: tuple[int, ...] | None
@@ -50,7 +50,7 @@ class Memory:
         raise NotImplementedError
 
     def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:
-        """Add samples ``[n, ...]`` and their prompt features ``[n, p]``; on an error nothing is changed."""
+        """Add samples ``[n, ...]`` and their prompt features ``[n, p]``; after an error the memory is unchanged."""
         raise NotImplementedError
 
     def merge(self, other: Any) -> "Memory":
@@ -58,7 +58,7 @@ class Memory:
         raise NotImplementedError
 
     def clear(self) -> None:
-        """Forget all entries."""
+        """Remove all entries."""
         raise NotImplementedError
 
     def empty_copy(self) -> "Memory":
@@ -76,19 +76,19 @@ class Memory:
         tolerance: float = 0.0,
         normalize: bool = True,
     ) -> "Selection":
-        """The rows that matter to samples of these prompts, with their weights.
+        """The relevant rows for samples of these prompts, with their weights.
 
         Args:
-            prompt_features: ``[n, p]`` of norm 1; None lets all rows count alike.
-            prompt_weights: weight of a row by its prompt; None lets all rows count alike.
-            tolerance: rows that are left out weigh together at most this part of all, see :func:`prune`.
-            normalize: whether rows are taken at norm 1.
+            prompt_features: ``[n, p]`` of norm 1; None for equal weights.
+            prompt_weights: weight of a row given its prompt; None for equal weights.
+            tolerance: largest share of the total weight in dropped rows, see :func:`prune`.
+            normalize: whether rows are scaled to norm 1.
 
         Raises:
-            TypeError: for a memory that keeps no rows.
+            TypeError: for a memory that does not store rows.
         """
         raise TypeError(
-            f"{type(self).__name__} keeps no rows, so an objective without feature_map= cannot use it; give it a "
+            f"{type(self).__name__} does not store rows, so an objective without feature_map= cannot use it; use a "
             "MemoryBank or a CentroidMemory"
         )
 
@@ -96,30 +96,30 @@ class Memory:
         """``sum_i k_T(t, s_i) phi(m_i)`` ``[n or 1, D]`` for prompt features ``[n, p]``, in the dtype of ``like``.
 
         Raises:
-            TypeError: for a memory that keeps rows.
+            TypeError: for a memory that stores rows.
         """
         raise TypeError(f"feature_map= needs a RandomFeatureMemory, got {type(self).__name__}")
 
     def prompts_at(self, indices: Tensor) -> Tensor | None:
-        """Prompt features ``[k, p]`` of the rows at ``indices``; None where there are none."""
+        """Prompt features ``[k, p]`` of the rows at ``indices``; None if there are none."""
         return None
 
     def bind(self, shape: tuple[int, ...], space: str, prompt_encoder: str | None) -> None:
-        """Claim the memory for a pipeline; what is still unknown is filled in.
+        """Bind the memory to a pipeline, and set attributes that are still unknown.
 
         Raises:
             ValueError: if the memory holds entries of another shape, space or prompt encoder.
         """
         shape = tuple(shape)
         if len(self):
-            cure = "use a separate memory for each, or clear() this one"
+            advice = "use a separate memory for each, or clear() this one"
             if self.shape not in (None, shape):
-                raise ValueError(f"memory holds features of shape {self.shape}, this pipeline makes {shape}; {cure}")
+                raise ValueError(f"memory holds features of shape {self.shape}, this pipeline makes {shape}; {advice}")
             if self.space not in (None, space):
-                raise ValueError(f"memory holds entries of space {self.space!r}, this guide works in {space!r}; {cure}")
+                raise ValueError(f"memory holds entries of space {self.space!r}, this guide works in {space!r}; {advice}")
             if None not in (self.prompt_encoder, prompt_encoder) and self.prompt_encoder != prompt_encoder:
                 raise ValueError(
-                    f"memory holds prompts encoded by {self.prompt_encoder}, this pipeline uses {prompt_encoder}; {cure}"
+                    f"memory holds prompts encoded by {self.prompt_encoder}, this pipeline uses {prompt_encoder}; {advice}"
                 )
         self.shape, self.space = shape, space
         self.prompt_encoder = prompt_encoder if prompt_encoder is not None else self.prompt_encoder
@@ -128,11 +128,11 @@ class Memory:
         """Rows ``[n, d]``, unit prompt features ``[n, p]`` and the shape of one sample."""
         rows, shape = _check_rows(x, "samples"), tuple(x.shape[1:])
         if self.shape is not None and self.shape != shape:
-            raise ValueError(f"memory holds features of shape {self.shape}, got {shape}; use a memory of its own for them")
+            raise ValueError(f"memory holds features of shape {self.shape}, got {shape}; use a separate memory")
         if prompt_features is not None:
             prompt_features = l2_normalize(_check_rows(prompt_features, "prompt features"))
             if len(prompt_features) != len(rows):
-                raise ValueError(f"{len(rows)} samples but {len(prompt_features)} prompt features; one row for each sample")
+                raise ValueError(f"{len(rows)} samples but {len(prompt_features)} prompt features; pass one row per sample")
         if len(self):
             width = None if prompt_features is None else prompt_features.shape[1]
             if self.prompt_dim != width:
@@ -142,7 +142,7 @@ class Memory:
         return rows, prompt_features, shape
 
     def _description(self) -> dict[str, Any]:
-        """What a file says of the entries."""
+        """Description of the entries, for a file."""
         return {
             "shape": self.shape,
             "space": self.space,
@@ -162,7 +162,7 @@ class Memory:
                 raise ValueError(f"memories differ in {name}: {mine} here, {theirs} there; they cannot be merged")
 
     def _adopt(self, other: "Memory") -> None:
-        """Take over what is known of ``other``'s entries and unknown here."""
+        """Copy the attributes of ``other`` that are unknown here."""
         for name in ("shape", "space", "prompt_encoder", "prompt_dim"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(other, name))

@@ -1,4 +1,4 @@
-"""A memory of weighted means, of constant size."""
+"""CentroidMemory: weighted means of samples, in constant size."""
 
 import os
 
@@ -15,19 +15,19 @@ __all__ = ["CentroidMemory"]
 
 
 class CentroidMemory(Memory):
-    """At most ``capacity`` weighted means of samples that are near each other, in image and prompt: constant cost.
+    """At most ``capacity`` weighted means of samples with similar images and prompts, at constant cost.
 
-    When it is full, every further sample either joins the mean that it is nearest to or, if that costs more, the two means
-    that are cheapest to merge become one and make room. What a merge costs is the growth of the variance within
-    (Ward 1963). A mean stands for its samples by their *mean* squared distance, which is known exactly: for rows of norm 1
-    it is ``2 - 2 x.c``. A gradient lies in the span of ``x - c``, so its direction survives where random features lose it,
-    on raw latents above all.
+    When the memory is full, a further sample is merged into its nearest mean, or becomes a new mean after the two means
+    that are cheapest to merge are merged, whichever costs less. The cost of a merge is the increase of the within-cluster
+    sum of squares (Ward 1963). A mean represents its samples by their *mean* squared distance, which is known exactly: for
+    rows of norm 1 it is ``2 - 2 x.c``. A gradient lies in the span of ``x - c``, so its direction is accurate where that
+    of random features is not, in particular on raw latents.
 
     Args:
-        capacity: most means to keep.
-        spread: distance of samples that counts as much as ``prompt_spread`` does between prompts.
-        prompt_spread: for unit-norm prompt features; the bandwidth of the prompt kernel.
-        normalize: whether samples are scaled to norm 1 first, as most objectives compare them.
+        capacity: maximum number of means.
+        spread: distance of samples that is equivalent to a distance ``prompt_spread`` of prompts.
+        prompt_spread: distance of unit-norm prompt features; by default the bandwidth of the prompt kernel.
+        normalize: whether samples are scaled to norm 1 first, as for most objectives.
         space, prompt_encoder: see :class:`MemoryBank`.
 
     Raises:
@@ -45,25 +45,25 @@ class CentroidMemory(Memory):
     ):
         super().__init__(space, prompt_encoder)
         if not isinstance(capacity, int) or capacity < 2:
-            raise ValueError(f"capacity must be a whole number of means, at least 2, got {capacity!r}")
+            raise ValueError(f"capacity must be an integer of at least 2, got {capacity!r}")
         if not (spread > 0 and prompt_spread > 0):
             raise ValueError(f"spread and prompt_spread must be positive, got {spread!r} and {prompt_spread!r}")
         self.capacity, self.spread, self.prompt_spread, self.normalize = capacity, spread, prompt_spread, normalize
         self.clear()
 
     def clear(self) -> None:
-        """Forget all entries."""
+        """Remove all entries."""
         self._store: RowStore | None = None
         self._prompts: Tensor | None = None
         self._weights, self._squares = torch.zeros(self.capacity), torch.zeros(self.capacity)
-        self._norms = torch.zeros(self.capacity)  # squared, of the means themselves
+        self._norms = torch.zeros(self.capacity)  # squared norms of the means
         self._cost = torch.full((self.capacity, self.capacity), float("inf"))
         self._best, self._mate = torch.full((self.capacity,), float("inf")), torch.zeros(self.capacity, dtype=torch.int64)
         self._used = self._added = 0
         self.shape = self.prompt_dim = None
 
     def empty_copy(self) -> "CentroidMemory":
-        """A memory of the same settings that holds nothing."""
+        """A memory with the same settings and no entries."""
         return CentroidMemory(
             self.capacity, self.spread, self.prompt_spread, self.normalize, self.space, self.prompt_encoder
         )
@@ -86,19 +86,19 @@ class CentroidMemory(Memory):
 
     @property
     def weights(self) -> Tensor:
-        """How many samples each mean stands for ``[c]``."""
+        """Number of samples of each mean ``[c]``."""
         return self._weights[: self._used]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the means, with those reserved."""
+        """Bytes of the means, including reserved space."""
         return 0 if self._store is None else self._store.nbytes
 
     def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:
         """Add samples ``[n, ...]`` with prompt features ``[n, p]``.
 
         Raises:
-            ValueError: for what does not fit; nothing is changed then.
+            ValueError: for samples or prompts that do not match the memory, which is then unchanged.
         """
         rows, prompt, shape = self._check(x, prompt_features)
         rows = l2_normalize(rows) if self.normalize else rows
@@ -110,7 +110,7 @@ class CentroidMemory(Memory):
         self._added += len(rows)
 
     def _costs(self, row: Tensor, prompt: Tensor | None, weight: float) -> Tensor:
-        """What merging with each mean would cost ``[c]``."""
+        """Cost of merging an item with each mean ``[c]``."""
         w = self.weights
         d2 = (self._norms[: self._used] + row.square().sum() - 2 * (self.x @ row)).clamp_min(0) / self.spread**2
         if prompt is not None and self._prompts is not None:
@@ -128,7 +128,7 @@ class CentroidMemory(Memory):
         c = self._used
         self._cost[index, :c] = costs
         self._cost[:c, index] = costs
-        # a lower bound of each mean's cheapest merge: it is only looked at again when it is the lowest of all
+        # _best has lower bounds of each mean's cheapest merge; _cheapest updates a bound only if it is the lowest
         nearer = costs < self._best[:c]
         self._best[:c] = torch.where(nearer, costs, self._best[:c])
         self._mate[:c][nearer] = index
@@ -174,7 +174,7 @@ class CentroidMemory(Memory):
             self._best[a], self._mate[a] = self._cost[a].min(0)
 
     def prompts_at(self, indices: Tensor) -> Tensor | None:
-        """Mean prompt features ``[k, p]`` of the means at ``indices``; None where there are no prompts."""
+        """Mean prompt features ``[k, p]`` of the means at ``indices``; None if there are no prompts."""
         return None if self._prompts is None else self._prompts[indices]
 
     def select(
@@ -184,14 +184,15 @@ class CentroidMemory(Memory):
         tolerance: float = 0.0,
         normalize: bool = True,
     ) -> Selection:
-        """The means that matter to samples of these prompts ``[n, p]``; arguments as of :meth:`Memory.select`.
+        """The relevant means for samples of these prompts ``[n, p]``; arguments as for :meth:`Memory.select`.
 
         Raises:
-            ValueError: if samples are compared in another way than the means were made for.
+            ValueError: if ``normalize`` differs from that of the memory.
         """
         if normalize != self.normalize:
             raise ValueError(
-                f"this memory was made with normalize={self.normalize}, the objective compares with normalize={normalize}"
+                f"this memory has normalize={self.normalize}, the objective has normalize={normalize}; use "
+                f"CentroidMemory(normalize={normalize})"
             )
         c, norms = self._used, torch.ones(self._used)
         if prompt_features is None or prompt_weights is None or self._prompts is None:
@@ -203,7 +204,7 @@ class CentroidMemory(Memory):
         return Selection(self._store, indices, weights, norms[indices], False, self._squares[:c][indices])
 
     def newest(self, max_rows: int) -> tuple[Tensor, Tensor | None]:
-        """The heaviest means ``[k, d]`` and their prompts: this memory knows no order of time."""
+        """The means ``[k, d]`` of largest weight and their prompts; this memory does not record the order of samples."""
         order = self.weights.argsort(descending=True)[:max_rows]
         return self.x[order], None if self._prompts is None else self._prompts[order]
 
@@ -211,7 +212,7 @@ class CentroidMemory(Memory):
         """Add another memory's means, with their weights.
 
         Raises:
-            ValueError: if the two hold different things.
+            ValueError: if the entries are not compatible.
         """
         self._check_mergeable(other)
         if self.normalize != other.normalize:
@@ -227,7 +228,7 @@ class CentroidMemory(Memory):
         return self
 
     def absorb(self, x: Tensor, prompts: Tensor | None, squares: Tensor, weights: Tensor) -> None:
-        """Add means ``[k, d]`` with the mean squared norms ``[k]`` and the numbers ``[k]`` of what they stand for."""
+        """Add means ``[k, d]`` with the mean squared norms ``[k]`` and the numbers ``[k]`` of their samples."""
         self._ready(x.shape[1], None if prompts is None else prompts.shape[1])
         for i in range(len(x)):
             self._insert(x[i], None if prompts is None else prompts[i], float(squares[i]), float(weights[i]))
@@ -254,10 +255,11 @@ class CentroidMemory(Memory):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CentroidMemory":
-        """
+        """Load a memory that :meth:`save` wrote.
+
         Raises:
             FileNotFoundError: if there is no such file.
-            MemoryFileError: if it is cut off, altered, or another kind of memory.
+            MemoryFileError: if the file is truncated, altered, or of another kind of memory.
         """
         tensors, about = read_tensors(path, "centroids")
         saved = {name: about[name] for name in ("capacity", "spread", "prompt_spread", "space", "prompt_encoder")}
@@ -265,7 +267,7 @@ class CentroidMemory(Memory):
         if not tensors:
             return memory
         if len(tensors["x"]) > memory.capacity:
-            raise MemoryFileError(f"{path} holds {len(tensors['x'])} means, more than its capacity {memory.capacity}")
+            raise MemoryFileError(f"{path} contains {len(tensors['x'])} means, more than its capacity {memory.capacity}")
         memory.shape, memory.prompt_dim = tuple(about["shape"]), about["prompt_dim"]
         memory.absorb(tensors["x"], tensors.get("prompts"), tensors["squares"], tensors["weights"])
         memory._added = about["seen"]

@@ -1,4 +1,4 @@
-"""Which memory for how many images."""
+"""Choice of a memory by number and size of samples."""
 
 import math
 from collections.abc import Sequence
@@ -15,17 +15,18 @@ MAX_MEANS = 2048
 
 
 def choose_memory(images: int, shape: Sequence[int], budget: int = BUDGET_BYTES) -> MemoryBank | CentroidMemory:
-    """What ``memory="auto"`` makes: exact rows while they fit, in half precision while those fit, weighted means beyond.
+    """The memory of ``memory="auto"``: exact rows if they fit the budget, in half precision if needed, else weighted means.
 
-    The rule, for ``d`` numbers per sample: ``4 d images <= budget`` float32 rows; ``2 d images <= budget`` float16 rows;
-    otherwise a :class:`CentroidMemory` of at most 2,048 means and an eighth of the budget. It depends on these numbers
-    alone, so that a run is repeated on another machine. Random features are never picked: with them gradients are
-    good for wide kernels in low dimension only (:meth:`RandomFourierFeatures.reliable`); ask for them by ``feature_map=``.
+    The rule, for ``d`` numbers per sample: float32 rows if ``4 d images <= budget``; float16 rows if
+    ``2 d images <= budget``; otherwise a :class:`CentroidMemory` of at most 2,048 means and an eighth of the budget. It
+    depends on these numbers alone, so that runs are reproducible on other machines. Random features are never chosen, since
+    their gradients are accurate only for wide kernels in low dimension (:meth:`RandomFourierFeatures.reliable`); request
+    them with ``feature_map=``.
 
     Args:
-        images: how many will be added.
-        shape: of one sample in the guide's space.
-        budget: bytes that the memory may take; 4 GiB, of the device that the samples are on.
+        images: number of images that will be added.
+        shape: shape of one sample in the guide's space.
+        budget: maximum size of the memory in bytes, on the device of the samples; 4 GiB by default.
 
     >>> choose_memory(10_000, (4, 16, 16)), choose_memory(10**6, (4, 64, 64))
     (MemoryBank(0 entries, shape=None, prompt_dim=None, space=None), CentroidMemory(0 entries in 0 means, shape=None))

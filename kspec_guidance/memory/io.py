@@ -1,4 +1,4 @@
-"""Memory files: safetensors with a checksum over everything in them."""
+"""Memory files: safetensors with a checksum of their contents."""
 
 import json
 import os
@@ -18,13 +18,13 @@ MEMORY_FORMAT = "kspec-guidance memory 2"
 
 
 class MemoryFileError(ValueError):
-    """A memory file that is cut off, altered, of another format, or made for something else."""
+    """A memory file is truncated, altered, or of another format or kind."""
 
 
 def write_tensors(
     path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], about: dict[str, Any], durable: bool = False
 ) -> None:
-    """Tensors and what they are, as one file; ``durable`` waits until the disk has it."""
+    """Write tensors and their description to one file; ``durable`` flushes it to disk."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     text = json.dumps(about)
     header = {"format": MEMORY_FORMAT, "kind": kind, "about": text, "sha256": hash_tensors(tensors, text)}
@@ -33,7 +33,7 @@ def write_tensors(
 
 
 def read_about(path: str | os.PathLike, kind: str) -> dict[str, Any]:
-    """What a file says of itself, without its tensors, and unchecked."""
+    """Read the description in a file, without its tensors and without verification."""
     return json.loads(_header(path, kind)["about"])
 
 
@@ -47,22 +47,24 @@ def _header(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor] | Non
             if tensors is not None:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError, ValueError) as error:
-        raise MemoryFileError(f"{path} is no whole safetensors file ({error}); restore it from a copy") from error
+        raise MemoryFileError(f"{path} is not a valid safetensors file ({error}); restore it from a copy") from error
     if header.get("format") != MEMORY_FORMAT:
         raise MemoryFileError(
-            f"{path} holds {header.get('format', 'no format name')!r}, not {MEMORY_FORMAT!r}; was it saved by memory.save?"
+            f"{path} has format {header.get('format')!r}, expected {MEMORY_FORMAT!r}; was it saved by memory.save?"
         )
     if header.get("kind") != kind:
-        raise MemoryFileError(f"{path} holds a {header.get('kind')!r}, expected a {kind!r}; load it with that class")
+        raise MemoryFileError(
+            f"{path} is of kind {header.get('kind')!r}, expected {kind!r}; load it with the matching class"
+        )
     return header
 
 
 def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and what the file says of itself.
+    """Read tensors and description from a file.
 
     Raises:
-        FileNotFoundError: if there is none.
-        MemoryFileError: if it is cut off, altered, or of another kind.
+        FileNotFoundError: if there is no such file.
+        MemoryFileError: if the file is truncated, altered, or of another kind.
     """
     tensors: dict[str, Tensor] = {}
     header = _header(path, kind, tensors)

@@ -1,4 +1,4 @@
-"""The memory of constant size: one random-feature sum."""
+"""RandomFeatureMemory: one sum of random features, in constant size."""
 
 import os
 
@@ -13,14 +13,14 @@ from kspec_guidance.memory.io import MemoryFileError, read_tensors, write_tensor
 
 __all__ = ["RandomFeatureMemory"]
 
-SCALE = 2.0**40  # fixed point of the random-feature sums: whole numbers add exactly, in any order
+SCALE = 2.0**40  # fixed-point scale of the sums: integers add exactly, in any order
 
 
 class RandomFeatureMemory(Memory):
-    """``sum_i phi(m_i) psi(s_i)'``: all that a sum of kernels needs to know of its samples, in constant size.
+    """``sum_i phi(m_i) psi(s_i)'``: determines kernel sums over all samples, in constant size.
 
-    ``D x D_t`` numbers (``D`` without prompts), whatever the number of entries. The sums are kept in fixed point, as whole
-    numbers, so merging is exact and independent of order; 8 million entries fit before they overflow.
+    ``D x D_t`` numbers (``D`` without prompts), for any number of entries. The sums are stored in fixed point, as integers,
+    so merging is exact and independent of order; they can hold 8 million entries without overflow.
 
     Args:
         feature_map: the map ``phi`` of the samples (flattened, scaled to norm 1 if ``normalize``).
@@ -29,7 +29,7 @@ class RandomFeatureMemory(Memory):
         space, prompt_encoder: see :class:`MemoryBank`.
 
     Raises:
-        ValueError: by :meth:`add`, for samples that do not fit, or come without prompt features where they are needed.
+        ValueError: by :meth:`add`, for samples that do not match the memory, or without required prompt features.
     """
 
     total: Tensor
@@ -47,17 +47,17 @@ class RandomFeatureMemory(Memory):
         self.clear()
 
     def clear(self) -> None:
-        """Forget all entries."""
+        """Remove all entries."""
         size = [self.feature_map.num_features]
         if self.prompt_feature_map is not None:
             size.append(self.prompt_feature_map.num_features)
         self.total = torch.zeros(size, dtype=torch.int64)
-        self._scaled: tuple[Tensor, Tensor] | None = None  # the sums as numbers, until they change
+        self._scaled: tuple[Tensor, Tensor] | None = None  # cache: the sums, and their values in floating point
         self._count = 0
         self.shape = self.prompt_dim = None
 
     def empty_copy(self) -> "RandomFeatureMemory":
-        """A memory of the same features with no entries."""
+        """A memory with the same feature maps and no entries."""
         return RandomFeatureMemory(
             self.feature_map, self.prompt_feature_map, self.normalize, self.space, self.prompt_encoder
         )
@@ -72,13 +72,13 @@ class RandomFeatureMemory(Memory):
         """Add samples ``[n, ...]`` with prompt features ``[n, p]``.
 
         Raises:
-            ValueError: for what does not fit; nothing is changed then.
+            ValueError: for samples or prompts that do not match the memory, which is then unchanged.
         """
         rows, prompt_features, shape = self._check(x, prompt_features)
         if self.prompt_feature_map is not None and prompt_features is None:
-            raise ValueError("this memory weighs samples by their prompts, but no prompt features came with them")
+            raise ValueError("this memory weights samples by their prompts; pass prompt_features with the samples")
         total = torch.zeros_like(self.total)
-        for i in range(len(rows)):  # one by one: a product's rounding depends on how many rows it has
+        for i in range(len(rows)):  # one by one: the rounding of a product depends on its number of rows
             row = rows[i : i + 1].double()
             part = self.feature_map(l2_normalize(row) if self.normalize else row)[0]
             if self.prompt_feature_map is not None and prompt_features is not None:
@@ -88,7 +88,7 @@ class RandomFeatureMemory(Memory):
         self.shape, self.prompt_dim = shape, None if prompt_features is None else prompt_features.shape[1]
 
     def add_total(self, total: Tensor, count: int) -> None:
-        """Add the sums of ``count`` further samples, as another memory of the same features holds them in ``total``."""
+        """Add the ``total`` of a memory of ``count`` samples with the same feature maps."""
         self.total = self.total + total
         self._count += count
 
@@ -100,7 +100,9 @@ class RandomFeatureMemory(Memory):
         if self.prompt_feature_map is None:
             return total[None].to(like)
         if prompt_features is None:
-            raise ValueError("this memory weighs samples by their prompts, but no prompt features came with this call")
+            raise ValueError(
+                "this memory weights samples by their prompts; pass prompt_features, or set prompt_feature_map=None"
+            )
         psi = self.prompt_feature_map(l2_normalize(as_float(prompt_features))).double()
         return (psi @ total.mT).to(like)
 
@@ -109,11 +111,11 @@ class RandomFeatureMemory(Memory):
         return [self.normalize, *[[repr(m.kernel), m.input_dim, m.num_features, m.orthogonal, m.seed] for m in maps]]
 
     def merge(self, other: "RandomFeatureMemory") -> "RandomFeatureMemory":
-        """Add another memory's entries; exact.
+        """Add another memory's entries, exactly.
 
         Raises:
             TypeError: for a memory of another class.
-            ValueError: if the two hold different things, or use different features.
+            ValueError: if the entries or the feature maps are not compatible.
         """
         self._check_mergeable(other)
         if self._key() != other._key():
@@ -128,15 +130,15 @@ class RandomFeatureMemory(Memory):
         write_tensors(path, "random features", {"total": self.total}, about)
 
     def restore(self, path: str | os.PathLike) -> "RandomFeatureMemory":
-        """Replace the entries by those of a file made with the same features.
+        """Replace the entries by those of a file that was saved with the same feature maps.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            MemoryFileError: if the file is damaged, or was made with other features; nothing is changed then.
+            MemoryFileError: if the file is damaged or has other feature maps; the memory is then unchanged.
         """
         tensors, about = read_tensors(path, "random features")
         if about["key"] != self._key():
-            raise MemoryFileError(f"{path} was made with other random features: {about['key']}, here {self._key()}")
+            raise MemoryFileError(f"{path} was saved with other random features: {about['key']}, here {self._key()}")
         self.total, self._count = tensors["total"], about["count"]
         self.shape = None if about["shape"] is None else tuple(about["shape"])
         self.space, self.prompt_encoder, self.prompt_dim = about["space"], about["prompt_encoder"], about["prompt_dim"]

@@ -1,4 +1,4 @@
-"""Selection: the rows of a memory that matter to the prompts at hand, and sums of kernels over them."""
+"""Selection: the rows of a memory that are relevant for given prompts, and kernel sums over them."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,18 +13,18 @@ from kspec_guidance.memory.store import RowStore
 
 __all__ = ["PromptWeights", "Selection", "prune"]
 
-BLOCK_BYTES = 4 << 20  # rows read at once on a CPU: they are used twice, the second time out of its cache
+BLOCK_BYTES = 4 << 20  # rows read at once on a CPU: they are used twice, the second time from its cache
 BLOCK_BYTES_GPU = 64 << 20
-GATHER_SHARE, GATHER_BYTES = 0.05, 512 << 20  # share of a store that a selection may copy, and the most bytes
-MIN_RUN = 16  # contiguous rows from which a run is read in place
-CENTRE_ROWS = 32  # rows that decide whether all lie far from the origin
-BANDWIDTH_ROWS = 128  # rows that set an open bandwidth: their median is within about 2% of that of all
-ALIKE = 0.5  # weight above which a row counts as one of the sample's own prompt
+GATHER_SHARE, GATHER_BYTES = 0.05, 512 << 20  # maximum share of a store, and bytes, that a selection may copy
+MIN_RUN = 16  # minimum mean length of contiguous runs that are read in place
+CENTRE_ROWS = 32  # rows sampled to detect whether all are far from the origin
+BANDWIDTH_ROWS = 128  # rows sampled for an open bandwidth: their median is within about 2% of that of all rows
+ALIKE = 0.5  # weight above which a row is treated as a sample of the same prompt
 
 
 @dataclass(frozen=True)
 class PromptWeights:
-    """``k_T(t, s)^power``: how much a sample of prompt ``s`` counts for one of prompt ``t``."""
+    """``k_T(t, s)^power``: the weight of a sample of prompt ``s`` for a sample of prompt ``t``."""
 
     kernel: Kernel
     power: int = 2
@@ -35,11 +35,11 @@ class PromptWeights:
 
 
 def prune(weights: Tensor, counts: Tensor, tolerance: float) -> Tensor:
-    """Which prompts to keep ``[P]`` (bool), of weights ``[n, P]`` and numbers of rows ``[P]``.
+    """Mask ``[P]`` of the prompts to keep, from weights ``[n, P]`` and numbers of rows ``[P]``.
 
-    What is dropped weighs together, for each of the n samples, at most the part ``tolerance`` of all rows' weight, or of
-    one row of weight 1 if all weigh less. Since a gradient is a sum over rows, it changes by at most so much times the
-    steepest slope of one row: for ``k^2`` of a Gaussian of bandwidth b that is ``sqrt(2 / e) / b``.
+    For each of the n samples, the dropped rows have at most the share ``tolerance`` of the total weight, or of 1 if the
+    total is smaller. A gradient is a sum over rows, so it changes by at most this weight times the steepest slope of one
+    row: ``sqrt(2 / e) / b`` for ``k^2`` of a Gaussian with bandwidth b.
     """
     totals = weights.double() * counts.to(weights.device)
     allowed = tolerance * totals.sum(1).min().clamp_min(1.0)
@@ -50,7 +50,7 @@ def prune(weights: Tensor, counts: Tensor, tolerance: float) -> Tensor:
 
 
 def _run_lengths(store: RowStore, indices: Tensor) -> list[int] | None:
-    """Lengths of the runs of contiguous rows; None where they are too short to be read in place."""
+    """Lengths of the runs of contiguous rows; None if they are too short to be read in place."""
     if len(indices) < MIN_RUN:
         return None
     ends = torch.cat([(indices.diff() != 1).nonzero().squeeze(1) + 1, torch.tensor([len(indices)])])
@@ -64,22 +64,22 @@ def _run_lengths(store: RowStore, indices: Tensor) -> list[int] | None:
     return lengths
 
 
-def _even_parts(n: int, about: int) -> list[int]:
-    """Sizes of parts of ``n`` of about so many, as equal as possible: a short run is not cut into a block and a rest."""
-    parts = max(1, n // about)
+def _even_parts(n: int, size: int) -> list[int]:
+    """Sizes of nearly equal parts of ``n``, each at least ``size`` if possible, without a short remainder."""
+    parts = max(1, n // size)
     return [n // parts + (k < n % parts) for k in range(parts)]
 
 
 class Selection:
-    """Rows of a store, their weights for each sample at hand, and their norms.
+    """Rows of a store, their weights for each sample of a batch, and their norms.
 
     Args:
-        store: holds the rows.
-        indices: of the rows ``[m]``, sorted, on the host; None for the first ``len(norms)`` rows.
-        weights: ``[n, m]``, ``[1, m]`` where they are the same for all samples, or None where all rows count alike.
-        norms: of the rows as stored ``[m]``, on the host.
-        normalize: whether rows are taken at norm 1.
-        squares: mean squared norms ``[m]`` of the samples that the rows are means of; None for rows that are samples.
+        store: contains the rows.
+        indices: sorted indices of the rows ``[m]``, on the CPU; None for the first ``len(norms)`` rows.
+        weights: ``[n, m]``, ``[1, m]`` if they are the same for all samples, or None if all are 1.
+        norms: norms of the stored rows ``[m]``, on the CPU.
+        normalize: whether rows are scaled to norm 1.
+        squares: mean squared norms ``[m]`` of the samples behind each row, for rows that are means; else None.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class Selection:
         return len(self.squares)
 
     def of(self, samples: Tensor) -> "Selection":
-        """The same rows, for some of the samples (a mask or indices ``[n]``)."""
+        """The same rows, for a part of the samples (a mask or indices ``[n]``)."""
         part = copy.copy(self)
         part._vectors = {}
-        if self.weights is not None and len(self.weights) > 1:  # one row of weights is for all samples
+        if self.weights is not None and len(self.weights) > 1:  # a single row of weights is for all samples
             part.weights = self.weights[samples]
         return part
 
@@ -132,7 +132,7 @@ class Selection:
         return found
 
     def rows(self, like: Tensor, indices: Tensor | None = None) -> Tensor:
-        """All rows, or those at sorted ``indices`` of the selection, as they are compared: a copy ``[k, d]``."""
+        """A copy ``[k, d]`` of all rows, or of those at sorted ``indices`` of the selection, scaled for comparison."""
         if self.store is None or not len(self):
             return like.new_empty(0, like.shape[-1])
         chosen = torch.arange(len(self)) if indices is None else indices
@@ -143,7 +143,7 @@ class Selection:
     def _gathered(self, like: Tensor) -> Tensor | None:
         """The rows ``[m, d]`` as one copy, not scaled, in the dtype and on the device of ``like``; None if too many.
 
-        Few rows out of many are copied once for each run: at most 5% of the store, and 512 MB.
+        A selection of at most 5% of the store and 512 MB is copied once per run.
         """
         store = self.store
         if store is None or self.indices is None or self._runs is not None:
@@ -153,25 +153,25 @@ class Selection:
         return store.gather(self.indices).to(like)
 
     def _block_rows(self, like: Tensor) -> int:
-        """Rows in a block."""
+        """Number of rows in a block."""
         assert self.store is not None
-        room = BLOCK_BYTES_GPU if like.device.type != "cpu" else BLOCK_BYTES // (2 if len(like) > 3 else 1)
-        return max(4, room // (self.store.width * like.element_size()))
+        block_bytes = BLOCK_BYTES_GPU if like.device.type != "cpu" else BLOCK_BYTES // (2 if len(like) > 3 else 1)
+        return max(4, block_bytes // (self.store.width * like.element_size()))
 
     def sizes(self, like: Tensor) -> list[int]:
-        """How many rows each of the :meth:`blocks` has."""
+        """Number of rows in each of the :meth:`blocks`."""
         return self._plan(like)[0]
 
     def blocks(self, like: Tensor) -> Iterable[Tensor]:
         """The rows in order, not scaled, in blocks ``[k, d]`` in the dtype and on the device of ``like``.
 
-        A block is good until the next one is asked for.
+        A block is valid until the next one is requested.
         """
         sizes, blocks = self._plan(like)
         return self._copied_blocks(like, sizes) if blocks is None else blocks
 
     def _plan(self, like: Tensor) -> tuple[list[int], Sequence[Tensor] | None]:
-        """Sizes of the blocks, and the blocks themselves where they can be kept: views of the store, or one copy."""
+        """Sizes of the blocks, and the blocks themselves if they can be cached: views of the store, or one copy."""
         key = like.dtype, like.device, len(like) > 3
         found = self._plans.get(key)
         if found is None:
@@ -217,7 +217,7 @@ class Selection:
         return found
 
     def centre(self, like: Tensor) -> Tensor | None:
-        """A point amid the rows as they are compared, where they lie so far from the origin that digits would be lost."""
+        """Centre of the rows as they are compared, if they are so far from the origin that precision is lost; else None."""
         if self._centre is None or (self._centre[0] is not None and self._centre[0].device != like.device):
             self._centre = (far_centre(self.rows(like, evenly_spaced(len(self), CENTRE_ROWS))),)
         found = self._centre[0]
@@ -241,10 +241,10 @@ class Selection:
 
     @torch.no_grad()
     def nearest(self, x: Tensor, max_rows: int) -> Tensor:
-        """Sorted indices of the at most ``max_rows`` rows nearest to any of ``x``, rows of unlike prompts being farther.
+        """Sorted indices of the ``max_rows`` rows (or fewer) nearest to any row of ``x``, with a penalty for other prompts.
 
-        A weight ``w`` counts as a squared distance greater by ``-log w`` times the mean one, as it does in the exponent of
-        a Gaussian kernel times it.
+        A weight ``w`` adds ``-log w`` times the mean squared distance, like a factor ``w`` of a Gaussian kernel in its
+        exponent.
         """
         if len(self) <= max_rows:
             return torch.arange(len(self))
@@ -259,7 +259,7 @@ class Selection:
 
     @torch.no_grad()
     def largest_cosine(self, x: Tensor) -> Tensor:
-        """Of each row of ``x`` ``[n, d]``, at norm 1, with the rows of a normalised selection ``[n]``; -1 without any."""
+        """Largest cosine ``[n]`` of unit rows ``x`` ``[n, d]`` with the rows of a normalised selection; -1 if empty."""
         scale = self.vectors(x)[0]
         if scale is None or not len(self):
             return x.new_full((len(x),), -1.0)
@@ -276,12 +276,14 @@ class Selection:
 
     @torch.no_grad()
     def kernel_gradient(self, kernel: Kernel, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``sum_j w_ij d k(x_i, m_j) / d x_i`` ``[n, d]``, reading every row once, and the largest kernel ``[n]`` with
-        a row whose weight exceeds 1/2.
+        """``sum_j w_ij d k(x_i, m_j) / d x_i`` ``[n, d]``, reading each row once.
 
-        Rows come in blocks that fit the processor's cache: their products with ``x`` give the kernel, and the same block
-        then takes part in the sum. The rows' norms are known, so no scaled copy is needed. Rows that lie far from the
-        origin are centred block by block, where differences of squares would lose digits.
+        Blocks of rows fit the CPU's cache: the products of a block with ``x`` give the kernel, and the same block is then
+        added to the sum. The norms of the rows are known, so no scaled copy is needed. Rows far from the origin are
+        centred block by block, since differences of squares would lose precision.
+
+        Returns:
+            The gradient, and the largest kernel value ``[n]`` with a row whose weight exceeds 1/2.
         """
         if not len(self):
             return torch.zeros_like(x), x.new_zeros(len(x))
@@ -294,14 +296,14 @@ class Selection:
         return g, (k if weights is None else torch.where(weights > ALIKE, k, 0)).amax(-1)
 
     def _radial_gradient(self, kernel: GaussianKernel | RationalQuadraticKernel, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The fast path, for functions of the distance; what can be done for all rows at once is outside of the loop."""
+        """The fast path, for functions of the distance; operations on all rows at once are outside of the loop."""
         assert kernel.bandwidth is not None
         scale, squares, weights = self.vectors(x)
         weights = x.new_ones(1, len(self)) if weights is None else weights
         scale = torch.ones_like(squares) if scale is None else scale
         scaled, fold, gaussian = weights * scale, 1.0, isinstance(kernel, GaussianKernel)
         d2 = x.square().sum(-1, keepdim=True) + squares  # less 2 x.m, which is subtracted block by block
-        if gaussian:  # the exponent at once: five calls a block
+        if gaussian:  # compute the exponent directly: five calls per block
             fold = -0.5 / kernel.bandwidth**2
             scaled, d2 = scaled * kernel.bandwidth**-2, d2.mul_(fold)
         total, sizes = torch.zeros_like(x), self.sizes(x)
@@ -314,7 +316,7 @@ class Selection:
         return total - (slope * weights).sum(-1, keepdim=True) * x, k
 
     def _product_gradient(self, kernel: Kernel, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Kernels that are no function of the distance, and rows that must be centred."""
+        """The general path, for other kernels and for rows that must be centred."""
         scale, squares, weights = self.vectors(x)
         x = x if centre is None else x - centre
         total, along, k = torch.zeros_like(x), x.new_zeros(len(x), 1), x.new_empty(len(x), len(self))
@@ -325,7 +327,7 @@ class Selection:
             w, yy = x.new_ones(1, size) if weights is None else weights[:, part], squares[part]
             if scale is not None:
                 rows = rows * scale[part, None]
-            if centre is not None:  # about the centre, a mean keeps the scatter of what it stands for
+            if centre is not None:  # centring keeps the scatter of the samples behind a mean
                 scatter = (yy - rows.square().sum(-1)).clamp_min(0) if self.means else 0
                 rows = rows - centre
                 yy = rows.square().sum(-1) + scatter

@@ -1,4 +1,4 @@
-"""RowStore: rows of one width in chunks that are never moved once they are there."""
+"""RowStore: rows of one width, in chunks that never move."""
 
 import bisect
 import os
@@ -13,12 +13,12 @@ from torch import Tensor
 
 __all__ = ["RowStore"]
 
-CHUNK_BYTES = 32 << 20  # of the largest chunk that growing makes: the most that is reserved and not yet used
+CHUNK_BYTES = 32 << 20  # size up to which chunks grow, and so the reserved but unused space
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _allocate(handle: int, size: int) -> None:
-    """Reserve disk space: a full disk is an error here, where a write through the mapping would be a signal."""
+    """Reserve disk space, so that a full disk raises an error here; a write through the mapping would raise a signal."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
     else:
@@ -26,14 +26,14 @@ def _allocate(handle: int, size: int) -> None:
 
 
 class RowStore:
-    """Rows ``[capacity, width]``. Growing adds a chunk, and copies nothing.
+    """Rows ``[capacity, width]``. Growing adds a chunk without copying.
 
     Args:
-        width: numbers in a row.
+        width: length of a row.
         dtype: float32, float16 or bfloat16.
-        device: of the chunks.
-        folder: keep the chunks in files of this folder, mapped into memory, so that there can be more rows than RAM. The
-            files have no name: nothing is left behind when the process ends, however it ends.
+        device: device of the chunks.
+        folder: store the chunks in memory-mapped files in this folder, for more rows than fit into RAM. The files are
+            unlinked at once, so none remain after the process ends.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class RowStore:
         self._buffers: dict[tuple[int, str], Tensor] = {}
 
     def buffer(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Scratch rows ``[n, width]`` by name, reused: fresh pages cost more than filling them.
+        """A reusable buffer ``[n, width]`` by name: allocating new pages costs more than filling them.
 
-        Each thread has its own, since several pipelines may read one memory.
+        Each thread has its own buffers, since several pipelines may read one memory.
         """
         key = threading.get_ident(), name
         buffer = self._buffers.get(key)
@@ -62,7 +62,7 @@ class RowStore:
         return buffer[:n]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffers": {}}  # scratch is not copied or pickled
+        return {**self.__dict__, "_buffers": {}}  # buffers are not copied or pickled
 
     @property
     def scratch_bytes(self) -> int:
@@ -80,14 +80,14 @@ class RowStore:
         return self.capacity * self.row_bytes
 
     def reserve(self, n: int, limit: int | None = None) -> None:
-        """Make space for ``n`` rows. Chunks grow up to 32 MB; ``limit`` is the most rows that there will be."""
-        short = n - self.capacity
-        if short <= 0:
+        """Allocate space for ``n`` rows. Chunks grow up to 32 MB; ``limit`` is the maximum number of rows."""
+        missing = n - self.capacity
+        if missing <= 0:
             return
-        usual = min(max(16, self.capacity), max(1, CHUNK_BYTES // self.row_bytes))
+        growth = min(max(16, self.capacity), max(1, CHUNK_BYTES // self.row_bytes))
         if limit is not None:
-            usual = min(usual, limit - self.capacity)
-        size = max(short, usual)
+            growth = min(growth, limit - self.capacity)
+        size = max(missing, growth)
         self.chunks.append(self._chunk(size))
         self.starts.append(self.capacity)
         self.capacity += size
@@ -106,7 +106,7 @@ class RowStore:
         return flat.view(size, self.width)
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Write rows from index ``start`` on."""
+        """Write rows at index ``start``."""
         done = 0
         for chunk, inside, stop in self._spans(start, start + len(rows)):
             chunk[inside:stop] = rows[done : done + stop - inside].to(chunk)
@@ -125,7 +125,7 @@ class RowStore:
             start, number = end, number + 1
 
     def gather(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
-        """The rows ``[k, width]`` at sorted ``indices`` on the host; a view where they are contiguous in one chunk."""
+        """The rows ``[k, width]`` at sorted ``indices`` (on the CPU); a view if they are contiguous in one chunk."""
         if not len(indices):
             return torch.empty(0, self.width, dtype=self.dtype, device=self.device)
         first, last = int(indices[0]), int(indices[-1])

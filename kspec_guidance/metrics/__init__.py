@@ -1,7 +1,7 @@
 """The scores as ``torchmetrics.Metric`` classes: ``update`` with batches, ``compute`` once.
 
-States are sums (of feature products), so results do not depend on batching, order or the number of processes, and
-memory does not grow with the number of samples.
+States are sums of feature products, so results do not depend on batches, order or the number of processes, and memory
+does not grow with the number of samples.
 """
 
 from kspec_guidance.metrics.conditional import ConditionalRKEScore, ConditionalVendiScore, InformationVendiScore

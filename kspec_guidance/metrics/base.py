@@ -1,4 +1,4 @@
-"""What the metric classes share: sums whose size is known from the first batch on, and intervals from groups of samples."""
+"""StreamingMetric: sums whose size the first batch determines, and intervals from groups of samples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ __all__ = ["StreamMap", "StreamingMetric", "flat_rows"]
 
 
 def flat_rows(x: Tensor, name: str = "x") -> Tensor:
-    """Rows ``[n, d]``; a batch of none is allowed, for ragged last batches."""
+    """Rows ``[n, d]``; an empty batch is allowed."""
     if isinstance(x, Tensor) and x.ndim == 2 and len(x) == 0:
         return x.detach().float()
     x = check_samples(x, name)
@@ -36,12 +36,10 @@ class StreamMap:
     def __init__(self, kernel: Kernel | None, num_features: int, seed: int):
         self.kernel, self.num_features, self.seed = kernel or CosineKernel(), num_features, seed
         if isinstance(self.kernel, GaussianKernel | LaplacianKernel):
-            RandomFourierFeatures(
-                self.kernel, 1, num_features, seed=seed
-            )  # checks its settings now, not at the first batch
+            RandomFourierFeatures(self.kernel, 1, num_features, seed=seed)  # checks the settings before the first batch
         elif not isinstance(self.kernel, CosineKernel):
             raise ValueError(
-                f"{kernel!r} has no feature map of fixed size, so it cannot stream; use CosineKernel, GaussianKernel or "
+                f"{kernel!r} has no feature map of fixed size and cannot be streamed; use CosineKernel, GaussianKernel or "
                 "LaplacianKernel, or kspec_guidance.functional on all samples at once"
             )
         self._maps: dict[int, RandomFourierFeatures] = {}
@@ -50,7 +48,7 @@ class StreamMap:
         """``[n, D]`` in float32, or float64 for float64 samples."""
         if isinstance(self.kernel, CosineKernel):
             u = l2_normalize(x.double())
-            return torch.cat([u, (x == 0).all(dim=1, keepdim=True).to(u)], dim=1)  # rows of zeros are alike
+            return torch.cat([u, (x == 0).all(dim=1, keepdim=True).to(u)], dim=1)  # rows of zeros equal each other
         width = x.shape[1]
         if width not in self._maps:
             assert isinstance(self.kernel, GaussianKernel | LaplacianKernel)
@@ -58,6 +56,7 @@ class StreamMap:
         return self._maps[width].to(x.device)(x)
 
     def record(self) -> dict[str, Any]:
+        """The kernel, and how its features are computed."""
         exact = isinstance(self.kernel, CosineKernel)
         features = "exact" if exact else f"random Fourier, {self.num_features}"
         return {"kernel": repr(self.kernel), "features": features, "seed": None if exact else self.seed}
@@ -67,9 +66,9 @@ class StreamingMetric(Metric):
     """Base class: named sums ``[groups, a, b]`` in float64 and numbers of samples ``[groups]``.
 
     Args:
-        groups: samples are dealt to this many groups in turn, and :meth:`interval` leaves out one group at a time; memory
-            grows with it. With 1 there are no intervals.
-        kwargs: of ``torchmetrics.Metric``.
+        groups: number of groups that samples are assigned to in turn; :meth:`interval` leaves out one group at a time.
+            Memory is proportional to it. With 1 there are no intervals.
+        kwargs: passed to ``torchmetrics.Metric``.
     """
 
     is_differentiable = False
@@ -77,7 +76,7 @@ class StreamingMetric(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
     counts: tuple[str, ...] = ("count",)
-    sums: tuple[str, ...] = ()  # states that are sums of products
+    sums: tuple[str, ...] = ()  # states that are sums of feature products
 
     def __init__(self, groups: int = 1, **kwargs: Any):
         super().__init__(**kwargs)
@@ -86,13 +85,13 @@ class StreamingMetric(Metric):
         self.groups = groups
         for name in self.counts:
             self.add_state(name, torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
-        for name in self.sums:  # a plain 0 until the first batch tells the size: adding to it broadcasts
+        for name in self.sums:  # a scalar 0 until the first batch determines the size
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
 
     def _deal(self, n: int, count: str) -> list[slice]:
-        """Rows of each group: the k-th sample that this process has seen belongs to group k modulo ``groups``."""
-        seen = int(getattr(self, count).sum())
-        return [slice((g - seen) % self.groups, n, self.groups) for g in range(self.groups)]
+        """Rows of each group: sample k of this process belongs to group k modulo ``groups``."""
+        before = int(getattr(self, count).sum())
+        return [slice((g - before) % self.groups, n, self.groups) for g in range(self.groups)]
 
     def _accumulate(self, name: str, count: str, a: Tensor, b: Tensor | None = None) -> None:
         """Add ``a' b`` (``a' a``) of each group's rows to the sum ``name``."""
@@ -102,8 +101,8 @@ class StreamingMetric(Metric):
             total = torch.zeros(size, dtype=torch.float64, device=a.device)
         elif total.shape != size:
             raise ValueError(
-                f"{type(self).__name__} has seen rows that give sums of {list(total.shape[1:])}, these give "
-                f"{list(size[1:])}; use one embedder for all batches, or reset()"
+                f"{type(self).__name__} holds sums of shape {list(total.shape[1:])}, and this batch gives "
+                f"{list(size[1:])}; use one embedder for all batches, or call reset()"
             )
         for g, rows in enumerate(self._deal(len(a), count)):
             accumulate_gram(total[g], a[rows], None if b is None else b[rows])
@@ -114,7 +113,7 @@ class StreamingMetric(Metric):
         setattr(self, count, getattr(self, count) + torch.tensor(dealt, device=getattr(self, count).device))
 
     def _sync_dist(self, dist_sync_fn: Callable | None = None, process_group: Any = None) -> None:
-        """A process that has seen no sample learns the sums' sizes from the others, then all add up."""
+        """As torchmetrics', but a process without samples takes the sizes of the sums from the others first."""
         from torchmetrics.utilities.distributed import gather_all_tensors
 
         gather = gather_all_tensors if dist_sync_fn is None else dist_sync_fn
@@ -128,45 +127,45 @@ class StreamingMetric(Metric):
         super()._sync_dist(gather, process_group)
 
     def _moment(self, name: str, count: str, keep: Tensor) -> Tensor:
-        """The sum over the groups in ``keep`` (a mask), by their number of samples."""
+        """The sum over the groups in ``keep`` (a mask), divided by their number of samples."""
         total, n = getattr(self, name), getattr(self, count)[keep].sum()
         if total.ndim == 0 or n == 0:
-            raise ValueError(f"{type(self).__name__} has seen no samples{self._of(count)}; call update first")
+            raise ValueError(f"{type(self).__name__} has no samples{self._of(count)}; call update first")
         return total[keep].sum(0) / n
 
     def _of(self, count: str) -> str:
         return ""
 
     def _score(self, keep: Tensor) -> Tensor:
-        """The score of the samples of some groups."""
+        """The score of the groups in ``keep``."""
         raise NotImplementedError
 
     def compute(self) -> Tensor:
-        """The score of all samples seen, float64.
+        """The score of all samples, float64.
 
         Raises:
-            ValueError: if there were none.
+            ValueError: without samples.
         """
         return self._score(torch.ones(self.groups, dtype=torch.bool, device=self.device))
 
     def interval(self, level: float = 0.95) -> Interval:
-        """Confidence interval by the delete-a-group jackknife, from the streaming state alone.
+        """Confidence interval by the delete-a-group jackknife, from the sums alone.
 
         Raises:
             ValueError: with fewer than 4 groups, or fewer samples than groups.
         """
         if self.groups < 4:
-            raise ValueError(f"an interval needs groups=4 or more (10 are usual), this metric has groups={self.groups}")
+            raise ValueError(f"an interval needs groups=4 or more (10 is usual), this metric has groups={self.groups}")
         if any(int(getattr(self, c).amin()) == 0 for c in self.counts):
             raise ValueError("an interval needs at least one sample in each group")
-        every = torch.eye(self.groups, dtype=torch.bool, device=self.device)
-        left_out = torch.stack([self._score(~g) for g in every])
+        one_group = torch.eye(self.groups, dtype=torch.bool, device=self.device)
+        left_out = torch.stack([self._score(~g) for g in one_group])
         return jackknife_interval(self.compute(), left_out, level)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """The value, or a list of values over time, as torchmetrics plots them: ``(figure, axes)``."""
+        """Plot the value, or a list of values over time, with torchmetrics; returns ``(figure, axes)``."""
         return self._plot(val, ax)
 
     def record(self) -> dict[str, Any]:
-        """All that is needed to repeat the score."""
+        """Name, numbers of samples and settings: what is needed to reproduce the score."""
         return {"score": type(self).__name__, **{c: int(getattr(self, c).sum()) for c in self.counts}}

@@ -1,4 +1,4 @@
-"""Conditional scores of a stream of samples with their prompts."""
+"""Conditional scores of streamed samples and their prompts."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class _PromptMetric(StreamingMetric):
     """Second moments of random features of samples, prompts, and both together.
 
     The product of two Gaussian kernels is one Gaussian kernel of the two vectors side by side, each divided by its
-    bandwidth: so the joint features need no more numbers than the others.
+    bandwidth: so joint features have the same size as the others.
     """
 
     sums: tuple[str, ...] = ("moment_prompts", "moment_both")
@@ -44,23 +44,23 @@ class _PromptMetric(StreamingMetric):
     def _bandwidth(name: str, kernel: GaussianKernel) -> float:
         if not isinstance(kernel, GaussianKernel) or kernel.bandwidth is None:
             raise ValueError(
-                f"{name} must be a GaussianKernel with its bandwidth to stream jointly with prompts, got {kernel!r}; "
-                "kspec_guidance.functional takes any kernel"
+                f"{name} must be a GaussianKernel with its bandwidth for streaming joint scores, got {kernel!r}; "
+                "kspec_guidance.functional accepts any kernel"
             )
         return kernel.bandwidth
 
-    def update(self, x: Tensor, t: Tensor) -> None:
-        """Take in rows ``[n, d]`` and their prompts' ``[n, p]``; both are scaled to norm 1.
+    def update(self, x: Tensor, prompt_features: Tensor) -> None:
+        """Add samples ``[n, d]`` and their prompt features ``[n, p]``; both are scaled to norm 1.
 
         Raises:
             ValueError: for NaN, other widths than before, or different numbers of rows.
         """
-        x, t = flat_rows(x), flat_rows(t, "t")
-        if len(x) == 0 == len(t):
+        x, prompt_features = flat_rows(x), flat_rows(prompt_features, "prompt_features")
+        if len(x) == 0 == len(prompt_features):
             return
-        x, t = check_paired(x, t)
+        x, prompt_features = check_paired(x, prompt_features)
         a = l2_normalize(x) / self._widths[0]
-        b = l2_normalize(t) / self._widths[1]
+        b = l2_normalize(prompt_features) / self._widths[1]
         parts = {"moment_samples": a, "moment_prompts": b, "moment_both": torch.cat([a, b.to(a)], dim=1)}
         for name in self.sums:
             self._accumulate(name, "count", self.map(parts[name]))
@@ -81,8 +81,9 @@ class ConditionalVendiScore(_PromptMetric):
         kernel, prompt_kernel: Gaussian, with bandwidths for rows of norm 1: 0.7 and 0.35 by default, within the ranges
             published for image and CLIP text features.
         order: q in (0, inf].
-        num_features, seed: of the random features.
-        groups: for intervals.
+        num_features: number of random features.
+        seed: of the random features.
+        groups: number of groups for :meth:`interval`.
 
     >>> metric = ConditionalVendiScore(num_features=512)
     >>> metric.update(torch.eye(4), torch.ones(4, 2))
@@ -95,7 +96,7 @@ class ConditionalVendiScore(_PromptMetric):
 
 
 class ConditionalRKEScore(ConditionalVendiScore):
-    """Conditional RKE, what SPARKE ascends: :class:`ConditionalVendiScore` of order 2, without eigenvalues."""
+    """Conditional RKE, the objective of SPARKE: :class:`ConditionalVendiScore` of order 2, without eigenvalues."""
 
     def __init__(
         self,
@@ -110,10 +111,13 @@ class ConditionalRKEScore(ConditionalVendiScore):
 
 
 class InformationVendiScore(_PromptMetric):
-    """Information-Vendi ``exp(H(X) + H(T) - H(X, T))``: how much of the variety the prompts explain; arguments as above."""
+    """Information-Vendi ``exp(H(X) + H(T) - H(X, T))``: the part of the diversity that the prompts explain.
+
+    Arguments are those of :class:`ConditionalVendiScore`.
+    """
 
     sums = ("moment_samples", "moment_prompts", "moment_both")
 
     def _score(self, keep: Tensor) -> Tensor:
-        x, t, both = (self._entropy(name, keep) for name in self.sums)
-        return (x + t - both).exp()
+        h_x, h_t, h_joint = (self._entropy(name, keep) for name in self.sums)
+        return (h_x + h_t - h_joint).exp()

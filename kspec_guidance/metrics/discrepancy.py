@@ -1,4 +1,4 @@
-"""MMD of two streams."""
+"""Streaming MMD."""
 
 from typing import Any
 
@@ -14,13 +14,14 @@ __all__ = ["MMDScore"]
 class MMDScore(StreamingMetric):
     """Squared maximum mean discrepancy of a stream and a reference stream.
 
-    The cubic polynomial kernel of KID, the default, would need moments of order 3, ``d^3`` numbers: its rows are kept
-    (as in torchmetrics' KID). Gaussian, Laplacian and cosine kernels keep one sum.
+    The cubic polynomial kernel of KID, the default, would need moments of order 3, ``d^3`` numbers, so
+    all rows are kept, as in torchmetrics' KID. Gaussian, Laplacian and cosine kernels keep sums only.
 
     Args:
         kernel: ``PolynomialKernel()`` by default.
-        unbiased: Gretton et al. (2012), equation 3, or the biased equation 5.
-        num_features, seed: of the random features.
+        unbiased: Gretton et al. (2012), equation 3 instead of the biased equation 5.
+        num_features: number of random features.
+        seed: of the random features.
 
     >>> from kspec_guidance.kernels import CosineKernel
     >>> metric = MMDScore(CosineKernel(), unbiased=False)
@@ -46,7 +47,9 @@ class MMDScore(StreamingMetric):
         self.keeps_rows = isinstance(self.kernel, PolynomialKernel)
         self.map = None if self.keeps_rows else StreamMap(self.kernel, num_features, seed)
         if self.keeps_rows and groups > 1:
-            raise ValueError("groups > 1 needs sums, and the polynomial kernel keeps rows; use a Gaussian kernel")
+            raise ValueError(
+                "groups > 1 is not available for the polynomial kernel, which keeps rows; use a Gaussian kernel"
+            )
         for name in ("rows", "rows_real") if self.keeps_rows else ():
             self.add_state(name, [], dist_reduce_fx="cat", persistent=True)
         if not self.keeps_rows:
@@ -55,7 +58,11 @@ class MMDScore(StreamingMetric):
                 self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
 
     def update(self, x: Tensor, real: bool = False) -> None:
-        """Take in rows ``[n, d]``; ``real`` says that they belong to the reference."""
+        """Add rows ``[n, d]`` to the samples, or to the reference if ``real``.
+
+        Raises:
+            ValueError: for NaN, or another width than before.
+        """
         x, name = flat_rows(x), "_real" if real else ""
         if not len(x):
             return
@@ -78,7 +85,9 @@ class MMDScore(StreamingMetric):
         n, m = int(self.count[keep].sum()), int(self.count_real[keep].sum())
         for size, count in ((n, "count"), (m, "count_real")):
             if size < (2 if self.unbiased else 1):
-                raise ValueError(f"too few samples{self._of(count)}: {size}; the unbiased MMD needs two on each side")
+                raise ValueError(
+                    f"too few samples{self._of(count)}: {size}; the unbiased MMD needs at least two in each set"
+                )
         if self.map is None:
             x, y = (torch.cat(list(r)) if isinstance(r, list) else r for r in (self.rows, self.rows_real))
             return mmd(x, y, self.kernel, self.unbiased)
@@ -86,5 +95,5 @@ class MMDScore(StreamingMetric):
         return from_sums(a[0], aa[0, 0], n, b[0], bb[0, 0], m, self.unbiased)
 
     def record(self) -> dict[str, Any]:
-        more = {"kernel": repr(self.kernel), "features": "exact"} if self.map is None else self.map.record()
-        return {**super().record(), "unbiased": self.unbiased, **more}
+        settings = {"kernel": repr(self.kernel), "features": "exact"} if self.map is None else self.map.record()
+        return {**super().record(), "unbiased": self.unbiased, **settings}

@@ -1,4 +1,4 @@
-"""KEN of two streams."""
+"""Streaming KEN."""
 
 from typing import Any
 
@@ -15,15 +15,16 @@ __all__ = ["KENScore"]
 class KENScore(StreamingMetric):
     """Kernel-based entropic novelty (Zhang et al. 2024, arXiv 2402.17287) of a stream against a reference stream.
 
-    With the cosine kernel, the default, exact; with a Gaussian or Laplacian kernel it is FINC (arXiv 2412.02700), by random
-    Fourier features.
+    With the cosine kernel, the default, it is exact; with a Gaussian or Laplacian kernel it is FINC (arXiv 2412.02700):
+    random Fourier features.
 
     Args:
         kernel: cosine by default.
-        eta: count modes that are more than ``eta`` times as frequent as in the reference.
-        reset_real_features: whether ``reset()`` forgets the reference too, as in torchmetrics' FID.
-        num_features, seed: of the random features.
-        groups: for intervals.
+        eta: modes count that are more than ``eta`` times as frequent as in the reference.
+        reset_real_features: whether ``reset()`` clears the reference too, as in torchmetrics' FID.
+        num_features: number of random features.
+        seed: of the random features.
+        groups: number of groups for :meth:`interval`.
 
     >>> metric = KENScore()
     >>> metric.update(torch.eye(4)[:1], real=True); metric.update(torch.eye(4))
@@ -46,19 +47,23 @@ class KENScore(StreamingMetric):
     ):
         super().__init__(groups, **kwargs)
         if not eta >= 0:
-            raise ValueError(f"eta weighs the reference and must be at least 0, got {eta}")
+            raise ValueError(f"eta is the weight of the reference set and must be at least 0, got {eta}")
         self.eta, self.reset_real_features = eta, reset_real_features
         self.map = StreamMap(kernel, num_features, seed)
 
     def update(self, x: Tensor, real: bool = False) -> None:
-        """Take in rows ``[n, d]``; ``real`` says that they belong to the reference."""
+        """Add rows ``[n, d]`` to the samples, or to the reference if ``real``.
+
+        Raises:
+            ValueError: for NaN, or another width than before.
+        """
         x, name = flat_rows(x), "_real" if real else ""
         if len(x):
             self._accumulate(f"moment{name}", f"count{name}", self.map(x))
             self._counted(len(x), f"count{name}")
 
     def reset(self) -> None:
-        """Forget the samples, and the reference unless ``reset_real_features`` is False."""
+        """Clear the samples, and the reference unless ``reset_real_features`` is False."""
         kept = {n: getattr(self, n) for n in ("moment_real", "count_real")}
         super().reset()
         if not self.reset_real_features:

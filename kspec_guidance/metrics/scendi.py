@@ -1,4 +1,4 @@
-"""Scendi of a stream."""
+"""Streaming Scendi."""
 
 from typing import Any
 
@@ -13,13 +13,15 @@ __all__ = ["ScendiScore"]
 
 
 class ScendiScore(StreamingMetric):
-    """Scendi (Ospanov et al. 2024, arXiv 2412.18645): variety of the images that their prompts do not explain.
+    """Scendi (Ospanov et al. 2024, arXiv 2412.18645): diversity of the images that their prompts do not explain.
 
     Args:
-        kernel: cosine by default: exact for CLIP-like embeddings; a Gaussian or Laplacian kernel goes by random features.
-        part: ``images`` for the score, ``prompts`` for the part of the variety that the prompts explain.
-        num_features, seed: of the random features.
-        groups: for intervals.
+        kernel: cosine by default: exact, for embeddings such as CLIP's. Gaussian and Laplacian kernels use random
+            features.
+        part: ``images`` for the score, ``prompts`` for the part of the diversity that the prompts explain.
+        num_features: number of random features.
+        seed: of the random features.
+        groups: number of groups for :meth:`interval`.
 
     >>> import torch
     >>> metric = ScendiScore()
@@ -45,17 +47,17 @@ class ScendiScore(StreamingMetric):
             raise ValueError(f"part must be 'images' or 'prompts', got {part!r}")
         self.part, self.map = part, StreamMap(kernel, num_features, seed)
 
-    def update(self, x: Tensor, t: Tensor) -> None:
-        """Take in rows ``[n, d]`` and their prompts' ``[n, p]``.
+    def update(self, x: Tensor, prompt_features: Tensor) -> None:
+        """Add samples ``[n, d]`` and their prompt features ``[n, p]``.
 
         Raises:
             ValueError: for NaN, other widths than before, or different numbers of rows.
         """
-        x, t = flat_rows(x), flat_rows(t, "t")
-        if len(x) == 0 == len(t):
+        x, prompt_features = flat_rows(x), flat_rows(prompt_features, "prompt_features")
+        if len(x) == 0 == len(prompt_features):
             return
-        check_paired(x, t)
-        a, b = self.map(x), self.map(t)
+        check_paired(x, prompt_features)
+        a, b = self.map(x), self.map(prompt_features)
         self._accumulate("c_xx", "count", a)
         self._accumulate("c_xt", "count", a, b)
         self._accumulate("c_tt", "count", b)

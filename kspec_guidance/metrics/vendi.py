@@ -1,4 +1,4 @@
-"""Vendi score and RKE of a stream."""
+"""Streaming Vendi score and RKE."""
 
 from typing import Any
 
@@ -15,20 +15,21 @@ __all__ = ["RKEScore", "VendiScore"]
 class VendiScore(StreamingMetric):
     """Vendi score of order q of a stream of feature rows, in one pass and constant memory.
 
-    With the cosine kernel, the default, it is exact: the ``d x d`` second moment has the kernel matrix's spectrum. With a
-    Gaussian or Laplacian kernel it is FKEA (Ospanov et al. 2024, arXiv 2407.02961), by random Fourier features; the error
-    falls as ``num_features ** -0.5``.
+    With the cosine kernel, the default, it is exact: the ``d x d`` second moment has the spectrum of the kernel matrix.
+    With a Gaussian or Laplacian kernel it is FKEA (Ospanov et al. 2024, arXiv 2407.02961): random Fourier features, with an
+    error that decreases as ``num_features ** -0.5``.
 
     Args:
         kernel: ``CosineKernel()`` by default; a Gaussian or Laplacian kernel needs its bandwidth, e.g.
             ``GaussianKernel(median_bandwidth(some_rows))``.
         order: q in (0, inf].
-        truncation: keep this many eigenvalues.
-        num_features, seed: of the random features.
-        groups: for intervals, see :class:`~kspec_guidance.metrics.base.StreamingMetric`.
+        truncation: number of eigenvalues kept.
+        num_features: number of random features.
+        seed: of the random features.
+        groups: number of groups for :meth:`interval`; memory is proportional to it.
 
     Raises:
-        ValueError: for a kernel that cannot stream, or an order outside (0, inf].
+        ValueError: for a kernel that cannot be streamed, or an order outside (0, inf].
 
     >>> import torch
     >>> metric = VendiScore()
@@ -55,10 +56,10 @@ class VendiScore(StreamingMetric):
         self.map = StreamMap(kernel, num_features, seed)
 
     def update(self, x: Tensor) -> None:
-        """Take in rows ``[n, d]``.
+        """Add rows ``[n, d]``.
 
         Raises:
-            ValueError: for NaN, or rows of another width than before.
+            ValueError: for NaN, or another width than before.
         """
         x = flat_rows(x)
         if len(x):

@@ -1,8 +1,8 @@
-"""Guidance objectives: what guidance increases, and the direction in which it increases.
+"""Guidance objectives: functions of a batch that guidance ascends, with gradients in closed form.
 
-An objective is given the feature rows of the batch being made ``[n, d]``, the features of their prompts ``[n, p]`` (rows of
-norm 1) or None, and the memory. ``value`` is differentiable by autograd; ``gradient`` is the same derivative in closed
-form, and what guidance uses. Both are to be ascended. Pairs inside the batch count as much as pairs with the memory.
+An objective takes the feature rows ``[n, d]`` of a batch, their prompt features ``[n, p]`` (rows of norm 1) or None, and
+the memory. ``value`` is differentiable by autograd; ``gradient`` is the same derivative in closed form, which guidance
+uses. Pairs within the batch have the same weight as pairs with the memory.
 """
 
 from kspec_guidance.kernels import PROMPT_BANDWIDTH

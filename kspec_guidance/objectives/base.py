@@ -1,4 +1,4 @@
-"""What all objectives share: their interface, their gradient, and the pairs of samples that count."""
+"""The base class of objectives, their gradients, and the pairs of samples that they sum over."""
 
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
@@ -13,22 +13,21 @@ from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, Selection
 
 __all__ = ["SAMPLE_BANDWIDTH", "TOLERANCE", "Gradient", "Objective", "Pairs", "natural_rows"]
 
-# Bandwidth of samples, in median distances of the pairs at hand, where it is left open. At 1 every pair pushes about
-# alike; at one half it is the near pairs that part: more modes at the same share of valid samples
-# (benchmarks/where_to_push.py, effect.py).
+# Default bandwidth of samples, in median distances of the pairs. At 1 all pairs repel about equally; at 0.5 near pairs
+# repel most: more modes at the same share of valid samples (benchmarks/where_to_push.py, effect.py).
 SAMPLE_BANDWIDTH = 0.5
-TOLERANCE = 1e-3  # memory rows left out weigh together at most this part of all, or of one row of the sample's own prompt
+TOLERANCE = 1e-3  # maximum share of the total weight (or of 1, if that is larger) in memory rows that are dropped
 
 
 class Gradient(NamedTuple):
-    """The derivative of an objective in the rows of a batch, and what a move needs to know beside it.
+    """The derivative of an objective in the rows of a batch, and further data for moves.
 
     Attributes:
         rows: ascent direction ``[n, d]``.
-        effective_count: how many samples of its own prompt each row is compared with ``[n]``; None where that has no
-            meaning.
-        coincident: rows ``[n]`` (bool) that coincide with another entry, so that their direction is undefined; None where
-            that cannot be. Given a ``jitter`` they are moved apart first.
+        effective_count: effective number of samples of its own prompt that each row is compared with ``[n]``; None if
+            undefined.
+        coincident: mask ``[n]`` of rows that coincide with another entry, so that their direction is undefined; None if
+            this cannot happen. A ``jitter`` separates them first.
     """
 
     rows: Tensor
@@ -38,15 +37,15 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of samples that an objective sums over, with their weights: fixed for a run, as prompts and memory are.
+    """The pairs of samples that an objective sums over, with their weights; constant in a run, as prompts and memory are.
 
     Attributes:
-        inside: weights of the pairs inside the batch ``[n, n]``.
-        selection: the memory rows that matter, with their weights; None without any.
-        reference: the same of a reference set.
-        coefficients: of the random features of the memory ``[n or 1, D]``, for objectives that use them.
+        inside: weights of the pairs within the batch ``[n, n]``.
+        selection: relevant memory rows with their weights; None if there are none.
+        reference: relevant rows of a reference set with their weights; None if there are none.
+        coefficients: coefficients of random features ``[n or 1, D]``, for objectives that use them.
         effective_count: see :class:`Gradient`.
-        size: of batch and memory together.
+        size: number of samples in batch and memory.
     """
 
     inside: Tensor
@@ -58,13 +57,13 @@ class Pairs:
 
 
 class Objective:
-    """Base class: a function of the feature rows of a batch, to be ascended.
+    """Base class: a function of the feature rows of a batch, which guidance ascends.
 
-    A subclass gives ``value`` and ``gradient``; ``pairs`` only if some of the work depends on prompts and memory alone.
+    A subclass implements ``value`` and ``gradient``, and ``pairs`` if part of the work depends only on prompts and memory.
 
     Attributes:
-        normalize: whether rows are scaled to norm 1 before they are compared, so that moves turn a sample and do not
-            scale it.
+        normalize: whether rows are scaled to norm 1 before they are compared, so that moves rotate a sample without
+            scaling it.
         conditional: whether prompts are used.
     """
 
@@ -76,17 +75,17 @@ class Objective:
         return MemoryBank()
 
     def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Any:
-        """What of :meth:`gradient` depends on prompts and memory alone; made once a run.
+        """The part of :meth:`gradient` that depends only on prompts and memory; computed once per run.
 
         Args:
-            x: rows ``[n, d]``, for their number, type and device.
+            x: rows ``[n, d]``, for their number, dtype and device.
             prompt_features: ``[n, p]`` of norm 1.
-            memory: what was generated before.
+            memory: memory of earlier samples.
         """
         return None
 
     def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
-        """Scalar to be ascended, differentiable in ``x``; arguments as of :meth:`gradient`."""
+        """The objective, a scalar that is differentiable in ``x``; arguments as for :meth:`gradient`."""
         raise NotImplementedError
 
     def gradient(
@@ -102,10 +101,10 @@ class Objective:
 
         Args:
             x: feature rows ``[n, d]``, of norm 1 if ``normalize``.
-            prompt_features: of the rows' prompts ``[n, p]``, of norm 1.
-            memory: what was generated before.
+            prompt_features: ``[n, p]`` of norm 1.
+            memory: memory of earlier samples.
             jitter: ``[n, d]``, added to rows that coincide with another entry.
-            pairs: what :meth:`pairs` made of the same prompts and memory, to save making it again.
+            pairs: result of :meth:`pairs` for the same prompts and memory; computed if None.
         """
         raise NotImplementedError
 
@@ -122,14 +121,14 @@ class Objective:
     def _select(
         self, prompt_features: Tensor | None, memory: Memory | None, prompt_weights: PromptWeights | None
     ) -> Selection | None:
-        """The memory rows that matter; None without any."""
+        """The relevant memory rows; None if the memory is empty."""
         if memory is None or not len(memory):
             return None
         return memory.select(prompt_features, prompt_weights, TOLERANCE, self.normalize)
 
 
 def _short(value: Any) -> str:
-    """A value on one line: of tensors the shape."""
+    """A value on one line; the shape for tensors."""
     if isinstance(value, Tensor):
         return f"Tensor{list(value.shape)}"
     if isinstance(value, list | tuple):
@@ -143,18 +142,20 @@ def off_diagonal(n: int, like: Tensor) -> Tensor:
 
 
 def check_closed_form(kernel: Kernel) -> None:
-    """
+    """Check that a kernel has a closed-form gradient.
+
     Raises:
-        TypeError: for a kernel without a closed-form gradient.
+        TypeError: if it does not.
     """
     if type(kernel).vjp is Kernel.vjp:
         kernel.vjp(torch.empty(0, 1), torch.empty(0, 1), torch.empty(0, 0))
 
 
 def need_prompt_feature_map(name: str, feature_map: RandomFourierFeatures | None) -> RandomFourierFeatures:
-    """
+    """The feature map of prompts, checked to be given.
+
     Raises:
-        ValueError: if there is none.
+        ValueError: if it is None.
     """
     if feature_map is None:
         raise ValueError(
@@ -164,6 +165,6 @@ def need_prompt_feature_map(name: str, feature_map: RandomFourierFeatures | None
 
 
 def natural_rows(x: Tensor, normalize: bool) -> Tensor:
-    """Samples ``[n, ...]`` as feature rows ``[n, d]``, scaled to norm 1 if asked."""
+    """Samples ``[n, ...]`` as feature rows ``[n, d]``, scaled to norm 1 if ``normalize``."""
     rows = as_float(x).flatten(1)
     return l2_normalize(rows) if normalize else rows

@@ -1,4 +1,4 @@
-"""MMD toward a reference set."""
+"""MMD to a reference set."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,24 +17,24 @@ __all__ = ["MMD"]
 
 @dataclass(repr=False)
 class MMD(Objective):
-    """Toward a reference set: descend the biased squared MMD between it and all that was generated, batch and memory.
+    """Descends the biased squared MMD between the generated samples (batch and memory) and a reference set.
 
-    ``2/N^2 sum_j grad k(x, y_j) - 2/(N R) sum_r grad k(x, r)`` (Sani, Jamali, Jalali, Farnia 2026), N counting batch and
-    memory. ``value`` is ``-MMD^2``; terms that do not depend on the batch are left out.
+    Its gradient is ``2/N^2 sum_j grad k(x, y_j) - 2/(N R) sum_r grad k(x, r)`` (Sani, Jamali, Jalali, Farnia 2026), with N
+    samples in batch and memory. ``value`` is ``-MMD^2`` without the terms that do not depend on the batch.
 
     Args:
-        reference: ``[m, ...]`` samples of the same space as what is generated; 16 or more.
-        kernel: the cubic polynomial kernel (KID's) by default; an open bandwidth is fitted to the reference set.
-        reference_prompts: prompt features ``[m, p]``: the kernel becomes the product with ``prompt_kernel``, and each
-            prompt is drawn to the references of similar prompts.
+        reference: samples ``[m, ...]`` of the same space as the generated ones; 16 or more.
+        kernel: by default the cubic polynomial kernel of KID; an open bandwidth is fitted to the reference set.
+        reference_prompts: prompt features ``[m, p]``; the kernel is then multiplied by ``prompt_kernel``, and each prompt
+            moves toward references of similar prompts.
         prompt_kernel: by default Gaussian with bandwidth 0.35, on unit-norm prompt features.
-        feature_map: random features of the kernel (Gaussian or Laplacian): memory and reference become one sum each.
+        feature_map: random features of the kernel (Gaussian or Laplacian): memory and reference are then one sum each.
         prompt_feature_map: random features of the prompt kernel; needed with ``feature_map`` and ``reference_prompts``.
         normalize: whether samples are scaled to norm 1 first.
 
     Raises:
         TypeError: for a kernel without a closed-form gradient.
-        ValueError: by ``gradient``, for samples of another width than the references.
+        ValueError: by ``value`` and ``gradient``, for samples of another width than the references.
     """
 
     reference: Tensor
@@ -63,14 +63,14 @@ class MMD(Objective):
         width = math.prod(self._reference.shape or ())
         if x.shape[-1] != width:
             raise ValueError(
-                f"the reference set holds rows of {width} numbers, samples have {x.shape[-1]}; encode the references with "
-                "this pipeline's autoencoder at the resolution that is generated"
+                f"the reference set has rows of length {width}, samples have {x.shape[-1]}; encode the references with "
+                "this pipeline's autoencoder at the generated resolution"
             )
         if self.conditional and prompt_features is None:
-            raise ValueError("a prompt-aware MMD needs prompt features, which this call lacks; leave reference_prompts out")
+            raise ValueError("a prompt-aware MMD needs prompt features, but this call has none; omit reference_prompts")
 
     def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Pairs:
-        """Pairs inside the batch, with the memory and with the reference set; of random features, their coefficients."""
+        """Pairs within the batch, with the memory and with the reference set; coefficients for random features."""
         self._check_batch(x, prompt_features)
         t = self._prompts(prompt_features)
         size = len(x) + (0 if memory is None else len(memory))
@@ -88,9 +88,9 @@ class MMD(Objective):
         reference = self._select(t, self._reference, prompt_weights)
         assert reference is not None
         if self.fitted is None:  # once, from the reference set: a fixed target needs a fixed bandwidth
-            every_reference = self._select(None, self._reference, None)
-            assert every_reference is not None
-            self.fitted = self.kernel.fit(every_reference.rows(x))
+            all_references = self._select(None, self._reference, None)
+            assert all_references is not None
+            self.fitted = self.kernel.fit(all_references.rows(x))
         return Pairs(inside, self._select(t, memory, prompt_weights), reference, size=size)
 
     def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:

@@ -16,12 +16,12 @@ __all__ = ["Novelty"]
 
 @dataclass(repr=False)
 class Novelty(RKE):
-    """Away from a fixed reference set: ``E = sum_r k(x, r)^2`` descended; batch and memory do not matter.
+    """Descends ``E = sum_r k(x, r)^2`` over a fixed reference set; pairs with batch and memory are not included.
 
     Args:
         kernel, feature_map, normalize: see :class:`~kspec_guidance.objectives.RKE`.
-        reference: ``[m, d]`` (or any shape ``[m, ...]``), of the same space as what is generated.
-        reference_prompts: prompt features ``[m, p]``; with them only references of similar prompts repel.
+        reference: samples ``[m, ...]`` of the same space as the generated ones.
+        reference_prompts: prompt features ``[m, p]``; only references of similar prompts then repel.
         prompt_kernel, prompt_feature_map: see :class:`~kspec_guidance.objectives.ConditionalRKE`; used with
             ``reference_prompts``.
 
@@ -38,7 +38,7 @@ class Novelty(RKE):
         super().__post_init__()
         self.conditional = self.reference_prompts is not None
         if self.reference is None:
-            raise ValueError("Novelty needs reference=, a tensor [m, ...] of samples to stay away from")
+            raise ValueError("Novelty needs reference=, a tensor [m, ...] of samples to avoid")
         if not self.conditional:
             self.prompt_kernel = None
         elif self.feature_map is not None:
@@ -47,6 +47,6 @@ class Novelty(RKE):
         self._reference.add(self.reference, self.reference_prompts)
 
     def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Pairs:
-        """Pairs with the reference set alone; the batch counts only in ``effective_count``."""
+        """Pairs with the reference set only; ``effective_count`` includes the batch."""
         found = super().pairs(x, prompt_features, self._reference)
         return Pairs(torch.zeros_like(found.inside), found.selection, None, found.coefficients, found.effective_count)

@@ -1,4 +1,4 @@
-"""RKE and conditional RKE (SPARKE): sums of squared kernels, descended."""
+"""RKE and conditional RKE (SPARKE): descent of sums of squared kernels."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -23,19 +23,19 @@ from kspec_guidance.objectives.base import (
 
 __all__ = ["RKE", "ConditionalRKE"]
 
-COINCIDENT = 1 - 2e-4  # squared kernel from which two entries count as one point
-DISTINCT = 1e-3  # of the largest distance: rounding keeps exact duplicates from distance 0
+COINCIDENT = 1 - 2e-4  # squared kernel above which two entries are treated as one point
+DISTINCT = 1e-3  # share of the largest distance below which two rows are duplicates, whose distance is rounding noise
 
 
 @dataclass(repr=False)
 class RKE(Objective):
-    """Order-2 Renyi entropy of batch and memory together: descend ``E = sum over pairs of k(x_i, x_j)^2``.
+    """Ascends the order-2 Renyi entropy of batch and memory, i.e. descends ``E = sum over pairs of k(x_i, x_j)^2``.
 
-    RKE is ``n^2 / ||K||_F^2`` (Jalali et al. 2023, arXiv 2310.11714), so its ascent is the descent of the squared kernel's
-    sum; pairs within the memory are constant. ``value`` is ``-E``, each pair counted once.
+    RKE is ``n^2 / ||K||_F^2`` (Jalali et al. 2023, arXiv 2310.11714), so its ascent is the descent of the sum of squared
+    kernels; pairs within the memory are constant. ``value`` is ``-E``, each pair counted once.
 
     Args:
-        kernel: with a closed-form gradient; by default Gaussian, at half the median distance of the pairs at hand.
+        kernel: kernel with a closed-form gradient; by default Gaussian at half the median distance of the pairs.
         feature_map: random Fourier features of the same kernel: the memory then has constant size.
         normalize: whether rows are scaled to norm 1 first.
 
@@ -124,9 +124,9 @@ class RKE(Objective):
         return Gradient(g, pairs.effective_count, coincident)
 
     def _fit(self, x: Tensor, products: Tensor, pairs: Pairs) -> Kernel:
-        """The kernel, an open Gaussian at half the median distance of pairs, weighted as the pairs are.
+        """The fitted kernel; an open Gaussian gets half the median distance of the pairs, with the weights of the pairs.
 
-        Of a memory of more than 128 rows, about 128 evenly spaced ones are measured; by other open kernels 2,048.
+        Of a memory of more than 128 rows, about 128 evenly spaced ones are used; for other open kernels 2,048.
         """
         if not self.kernel.open:
             return self.kernel.fit(x.detach())
@@ -146,7 +146,7 @@ class RKE(Objective):
     def _descent(
         self, squared: Kernel, x: Tensor, centred: Tensor, products: Tensor, pairs: Pairs
     ) -> tuple[Tensor, Tensor]:
-        """``-dE/dx`` ``[n, d]`` and each row's largest squared kernel with an entry of its own prompt ``[n]``."""
+        """``-dE/dx`` ``[n, d]`` and the largest squared kernel of each row with an entry of the same prompt ``[n]``."""
         z = centred if squared.stationary else x
         products = products if squared.stationary else x @ x.mT
         xx = products.diagonal()
@@ -189,17 +189,17 @@ class RKE(Objective):
 
 
 def _products(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``[n, d]`` about their mean, where differences of squares keep their digits, and their inner products."""
+    """Centred rows ``[n, d]``, for which differences of squares keep precision, and their inner products."""
     centred = x - x.mean(0)
     return centred, centred @ centred.mT
 
 
 @dataclass(repr=False)
 class ConditionalRKE(RKE):
-    """SPARKE: conditional RKE, ``E = sum over pairs of k(x_i, x_j)^2 k_T(t_i, t_j)^2`` descended.
+    """Ascends conditional RKE (SPARKE), i.e. descends ``E = sum over pairs of k(x_i, x_j)^2 k_T(t_i, t_j)^2``.
 
     Jalali, Lei, Gohari, Farnia 2025, arXiv 2506.10173. Only images of similar prompts repel each other. Without prompt
-    features it is :class:`RKE`.
+    features it equals :class:`RKE`.
 
     Args:
         kernel, feature_map, normalize: see :class:`RKE`.

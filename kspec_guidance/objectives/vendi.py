@@ -1,4 +1,4 @@
-"""Vendi of any order."""
+"""The Vendi score of any order."""
 
 from dataclasses import dataclass, field
 
@@ -14,12 +14,12 @@ from kspec_guidance.objectives.rke import DISTINCT
 
 __all__ = ["Vendi"]
 
-COINCIDENT = 1e-10  # squared distance within which two entries count as one point
+COINCIDENT = 1e-10  # squared distance below which two entries are treated as one point
 
 
 @dataclass(frozen=True)
 class VendiPairs(Pairs):
-    """Pairs of a Vendi objective: the prompt features of batch and memory ``[n, p]`` and ``[m, p]`` beside the weights."""
+    """Pairs of a Vendi objective, with the prompt features ``[n, p]`` of the batch, and the memory."""
 
     prompts: Tensor | None = None
     memory: Memory | None = None
@@ -27,18 +27,18 @@ class VendiPairs(Pairs):
 
 @dataclass(repr=False)
 class Vendi(Objective):
-    """Renyi entropy of order q (the logarithm of the Vendi score) of the batch and the nearest memory rows, ascended.
+    """Ascends the Renyi entropy of order q (the logarithm of the Vendi score) of the batch and its nearest memory rows.
 
-    The gradient is in closed form too: ``dH/dK = V diag(h'(l)) V' / N`` on the eigenpairs of ``K / N``, then the kernel's
-    own. With prompts the matrix is ``K o K_T``.
+    The gradient is in closed form: ``dH/dK = V diag(h'(l)) V' / N`` from the eigenpairs of ``K / N``, followed by the
+    gradient of the kernel. With prompts the matrix is ``K o K_T``.
 
     Args:
-        kernel: with unit diagonal and a closed-form gradient; cosine by default.
+        kernel: kernel with unit diagonal and a closed-form gradient; cosine by default. An open Gaussian kernel gets the
+            median distance of the pairs, weighted by the similarity of their prompts.
         order: q in (0, inf].
-        prompt_kernel: makes it conditional.
-        max_rows: memory rows that take part, the nearest to the batch among those of similar prompts, since eigenvalues
-            cost ``N^3``. An open Gaussian kernel gets the median distance of all pairs that take part, weighted by how
-            similar their prompts are.
+        prompt_kernel: kernel of prompt features; None ignores prompts.
+        max_rows: maximum number of memory rows, the nearest to the batch with similar prompts, since eigenvalues cost
+            ``N^3``.
         normalize: whether rows are scaled to norm 1 first.
 
     Raises:
@@ -56,11 +56,11 @@ class Vendi(Objective):
         check_closed_form(self.kernel)
         check_order(self.order)
         if type(self.kernel).diagonal is not Kernel.diagonal:
-            raise ValueError(f"the Vendi objective needs a kernel with k(x, x) = 1, not {self.kernel!r}")
+            raise ValueError(f"the Vendi objective needs a kernel with k(x, x) = 1, got {self.kernel!r}")
         self.conditional = self.prompt_kernel is not None
 
     def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> VendiPairs:
-        """Prompt weights inside the batch, and the memory rows that matter."""
+        """Prompt weights within the batch, and the relevant memory rows."""
         t, inside = self._prompts(prompt_features), off_diagonal(len(x), x)
         if t is not None and self.prompt_kernel is not None:
             inside = inside * self.prompt_kernel(t, t).square().to(x)
@@ -88,7 +88,7 @@ class Vendi(Objective):
 
     @torch.no_grad()
     def _fit(self, z: Tensor, weights: Tensor | float) -> Kernel:
-        """The kernel, an open Gaussian at the median distance of pairs of similar prompts."""
+        """The fitted kernel; an open Gaussian gets the median distance of pairs of similar prompts."""
         if not self.kernel.open or not isinstance(self.kernel, GaussianKernel):
             return self.kernel.fit(z.detach())
         d = squared_distances(z).sqrt()

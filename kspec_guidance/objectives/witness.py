@@ -1,4 +1,4 @@
-"""Balance: toward one of several reference sets, by the witness function of the MMD."""
+"""Balance: moves samples toward one of several reference sets, by the witness function of the MMD."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ __all__ = ["Balance"]
 
 @dataclass(repr=False)
 class Balance(Objective):
-    """Ascend ``mean_r k(x, r) - mean_s k(x, s)``, r the references of the sample's own attribute, s those of all others.
+    """Ascends ``mean_r k(x, r) - mean_s k(x, s)``, with the references r of the sample's attribute and s of all others.
 
-    That is the witness function of the MMD between the attribute's distribution and the others' (Gretton et al. 2012,
-    section 2.3): what the reference sets share, their subjects, cancels.
+    This is the witness function of the MMD between the attribute's distribution and the others' (Gretton et al. 2012,
+    section 2.3): features that the reference sets share, such as subjects, cancel.
 
     Args:
-        references: ``[m_a, ...]`` for each attribute.
-        kernel: Gaussian at the median distance of all references by default.
+        references: samples ``[m_a, ...]`` of each attribute.
+        kernel: by default Gaussian at the median distance of all references.
         normalize: whether samples are scaled to norm 1 first.
 
     Raises:
@@ -42,7 +42,7 @@ class Balance(Objective):
         self._rows = torch.cat(rows)
         self._attribute = torch.cat([torch.full((len(r),), k) for k, r in enumerate(rows)])
         self.fitted = self.kernel.fit(self._rows)
-        self.wanted: list[int] = []  # the attribute of each sample of the batch at hand
+        self.wanted: list[int] = []  # the attribute of each sample of the current batch
 
     def _weights(self, wanted: Sequence[int]) -> Tensor:
         own = torch.as_tensor(wanted)[:, None] == self._attribute
@@ -53,8 +53,8 @@ class Balance(Objective):
         x = as_float(x)
         if x.shape[1] != self._rows.shape[1]:
             raise ValueError(
-                f"reference sets hold rows of {self._rows.shape[1]} numbers, samples have {x.shape[1]}; encode the "
-                "references with this pipeline's autoencoder at the resolution that is generated"
+                f"reference sets have rows of length {self._rows.shape[1]}, samples have {x.shape[1]}; encode the "
+                "references with this pipeline's autoencoder at the generated resolution"
             )
         wanted = self.wanted if len(self.wanted) == len(x) else [0] * len(x)
         return x, self._rows.to(x), self._weights(wanted).to(x)

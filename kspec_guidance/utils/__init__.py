@@ -1,1 +1,1 @@
-"""Helpers that know nothing of this package: files, digests, images, progress bars."""
+"""Helpers that do not depend on the rest of the package: arguments, files, digests, images, progress bars."""

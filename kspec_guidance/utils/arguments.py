@@ -1,11 +1,13 @@
-"""Unknown keyword arguments, refused with the name that was probably meant."""
+"""Keyword arguments: errors with suggestions for unknown names, and support for renamed ones."""
 
 import difflib
+import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
-__all__ = ["unknown_arguments"]
+__all__ = ["renamed_arguments", "unknown_arguments"]
 
 
 def unknown_arguments(
@@ -14,9 +16,9 @@ def unknown_arguments(
     """The error for keyword arguments that a function does not take.
 
     Args:
-        function: or a class.
+        function: the function or class.
         unknown: the arguments, by name.
-        hints: what to use in place of names that are likely to be tried.
+        hints: known argument or advice, by unknown name.
 
     >>> def draw(scale=1.0): ...
     >>> str(unknown_arguments(draw, {"strength": 1}, {"strength": "scale"}))
@@ -28,8 +30,8 @@ def unknown_arguments(
     name = next(iter(unknown))
     hint = (hints or {}).get(name)
     if hint is None:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = near[0] if near else None
+        matches = difflib.get_close_matches(name, known, n=1)
+        hint = matches[0] if matches else None
     if hint is None:
         advice = f"its arguments are {', '.join(known)}"
     elif hint.isidentifier():
@@ -37,3 +39,37 @@ def unknown_arguments(
     else:
         advice = hint
     return TypeError(f"{function.__name__}() has no argument {name!r}; {advice}")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def renamed_arguments(**names: str) -> Callable[[Function], Function]:
+    """A decorator that accepts keyword arguments by their names in 1.0.0rc1, with a FutureWarning.
+
+    Args:
+        names: new names, by old name.
+
+    >>> @renamed_arguments(images="images_per_prompt")
+    ... def make(images_per_prompt=8):
+    ...     return images_per_prompt
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     make(images=3)
+    3
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in [name for name in kwargs if name in names]:
+                new = names[old]
+                if new in kwargs:
+                    raise TypeError(f"{function.__name__}() got both {new!r} and its former name {old!r}")
+                warnings.warn(f"{function.__name__}({old}=) is now {new}=", FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate

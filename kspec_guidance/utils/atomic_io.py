@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Atomic writing of files: a crash leaves either the old or the new file."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -14,10 +14,11 @@ def _beside(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
-    """A fresh file beside ``path`` to write to; it takes its place when the block ends, and is gone if the block fails.
+    """A temporary file next to ``path``, which replaces ``path`` when the block ends, and is deleted on an error.
 
     Args:
-        durable: wait until the disk has it, so that it outlives a power failure too.
+        path: path of the final file.
+        durable: flush to disk before replacing, so that the file survives a power failure.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp(), "settings.json")
@@ -40,7 +41,7 @@ def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
 
 
 def replace_all(files: Mapping[Path, bytes]) -> None:
-    """Write several files durably: each appears whole, and all are on the disk when this returns."""
+    """Write several files, each atomically, and flush all of them to disk."""
     fresh = {path: _beside(path) for path in files}
     try:
         for path, data in files.items():
@@ -59,7 +60,7 @@ def replace_all(files: Mapping[Path, bytes]) -> None:
 
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
-        return  # Windows has no such call for folders
+        return  # Windows cannot flush folders
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(handle)

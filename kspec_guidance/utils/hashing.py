@@ -12,7 +12,7 @@ __all__ = ["fingerprint", "hash_json", "hash_tensors", "weights_fingerprint"]
 
 
 def hash_json(value: Any, digits: int = 64) -> str:
-    """SHA-256 of a value as JSON with sorted keys, in hexadecimal; what JSON lacks counts as its text."""
+    """SHA-256 of a value as JSON with sorted keys, in hexadecimal; other types are converted to strings."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:digits]
 
 
@@ -23,21 +23,21 @@ def hash_tensors(tensors: Mapping[str, Tensor], about: str = "", digits: int = 6
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # the bytes themselves, not a copy
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # without a copy
     return digest.hexdigest()[:digits]
 
 
 def weights_fingerprint(network: Any) -> str:
-    """Twelve hexadecimal digits of all of a module's weights; any other callable goes by its name."""
+    """Digest of all weights of a module, 12 hexadecimal digits; for other callables, of their name."""
     if isinstance(network, nn.Module):
         return hash_tensors(network.state_dict(), type(network).__qualname__, 12)
     return hash_json([getattr(network, "__module__", ""), getattr(network, "__qualname__", type(network).__qualname__)], 12)
 
 
 def fingerprint(module: Any) -> str:
-    """A short name for a network: its class, and a digest of the shapes and some values of three of its weights.
+    """A short identifier of a network: its class, and a digest of the shapes and some values of three of its weights.
 
-    Values are rounded, so that float32 and float16 weights of one network agree.
+    Values are rounded, so that float32 and float16 weights of one network have the same identifier.
     """
     digest = hashlib.sha256(type(module).__name__.encode())
     if isinstance(module, nn.Module):

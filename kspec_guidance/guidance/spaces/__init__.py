@@ -1,8 +1,8 @@
-"""Where samples are compared: the latents themselves, block means, pixels, an embedding, or the denoiser's activations.
+"""Feature spaces in which samples are compared: latents, block means, pixels, embeddings, or the denoiser's activations.
 
-A space makes feature rows of what the loop holds, and pulls a gradient in those rows back. ``latents``, ``x0`` and
-``pooled`` have negligible cost; ``pixels`` and ``embedder`` decode; ``activations`` runs the first half of the denoiser
-again.
+A space maps samples of the loop to feature rows, and pulls gradients in these rows back. ``latents``, ``x0`` and
+``pooled`` have negligible cost; ``pixels`` and ``embedder`` run the decoder; ``activations`` runs the first half of the
+denoiser again.
 """
 
 from kspec_guidance.guidance.spaces.activations import Activations
@@ -23,7 +23,7 @@ SPACES: dict[str, type[FeatureSpace]] = {
 
 
 def make_space(space: str | FeatureSpace) -> FeatureSpace:
-    """A space from its name or from itself.
+    """The space with this name; a space is returned unchanged.
 
     Raises:
         ValueError: for an unknown name, or for ``embedder``, which needs a network.

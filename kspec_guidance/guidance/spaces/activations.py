@@ -1,4 +1,4 @@
-"""The denoiser's own activations, at the cost of running its first half again."""
+"""Activations of the denoiser, at the cost of running its first half again."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,14 +12,14 @@ __all__ = ["Activations"]
 
 
 class _Reached(Exception):
-    """Stops the denoiser where its features have been read."""
+    """Stops the denoiser once its features are read."""
 
 
 def middle_of(denoiser: nn.Module) -> nn.Module:
-    """The middle block: ``mid_block`` of a UNet, else the middle one of the longest list of blocks.
+    """The middle block: ``mid_block`` of a UNet, else the middle of the longest list of blocks.
 
     Raises:
-        ValueError: for a network without either.
+        ValueError: for a network with neither.
     """
     block = getattr(denoiser, "mid_block", None)
     if isinstance(block, nn.Module):
@@ -37,7 +37,7 @@ def _largest(output: Any) -> Tensor:
 
 
 def wanted_rows(arguments: dict[str, Any], n: int) -> dict[str, Any]:
-    """The arguments of a denoiser's call for its last ``n`` rows: with classifier-free guidance the wanted half."""
+    """The arguments of a denoiser's call for its last ``n`` rows: with classifier-free guidance the conditional half."""
     rows = next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.ndim > 1), n)
 
     def cut(v: Any) -> Any:
@@ -56,13 +56,13 @@ def wanted_rows(arguments: dict[str, Any], n: int) -> dict[str, Any]:
 class Activations(FeatureSpace):
     """Means over positions of a middle block of the denoiser (arXiv 2606.27371).
 
-    The denoiser runs again up to that block, with gradients, in the wanted half of its first call at this step. Features at
-    different noise levels are not comparable, so the memory keeps one row of features for each guided step, and step
-    compares with step; a run that breaks off before its last guided step is not remembered.
+    The denoiser runs again up to that block, with gradients, on the conditional half of its first call at this step.
+    Features at different noise levels are not comparable, so the memory stores one row of features per guided step, and
+    compares only rows of the same step; a run that ends before its last guided step is not added to the memory.
 
     Args:
-        module: the block's name in the denoiser, such as ``mid_block`` or ``transformer_blocks.9``; found by itself
-            if None.
+        module: name of the block in the denoiser, such as ``mid_block`` or ``transformer_blocks.9``; None for the middle
+            block.
     """
 
     module: str | None = None
@@ -73,7 +73,7 @@ class Activations(FeatureSpace):
     def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
         if denoiser_call is None:
             raise ValueError(
-                "space='activations' needs a pipeline to attach to: with guide.attach(pipe):, and a denoiser it calls"
+                "space='activations' needs the arguments of the denoiser: attach the guide to a pipeline with a denoiser"
             )
         denoiser = getattr(denoiser_call.module, "_orig_mod", denoiser_call.module)
         block = denoiser.get_submodule(self.module) if self.module else middle_of(denoiser)

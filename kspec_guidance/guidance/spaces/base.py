@@ -1,4 +1,4 @@
-"""FeatureSpace: feature rows of samples, and the pull-back of a gradient in them."""
+"""FeatureSpace: feature rows of samples, and the pullback of gradients in them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +15,9 @@ Pullback = Callable[[Tensor], Tensor]
 
 
 def by_autograd(f: Callable[[Tensor], Tensor], x: Tensor, chunk: int | None = None) -> tuple[Tensor, Pullback]:
-    """Rows ``f(x)`` ``[n, d]`` and the map from a gradient in them to one in ``x``, ``chunk`` samples at a time.
+    """Rows ``f(x)`` ``[n, d]`` and the pullback of a gradient in them, ``chunk`` samples at a time.
 
-    Nothing is kept between the two: each chunk runs again when its gradient is asked for, so that the graph of one chunk
-    is all that is ever held.
+    The pullback evaluates ``f`` again, so that at most the graph of one chunk is in memory.
     """
     parts = x.detach().split(chunk or len(x))
     with torch.no_grad():
@@ -39,15 +38,15 @@ def by_autograd(f: Callable[[Tensor], Tensor], x: Tensor, chunk: int | None = No
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """Base class: where samples are compared.
+    """Base class: a space in which samples are compared.
 
     Attributes:
-        name: by which guides and settings know it.
-        direct: whether samples are their own features, flattened.
-        noisy: whether it moves the noisy sample after the step, rather than the clean prediction before it.
-        step_by_step: whether features of different steps cannot be compared, so that the memory keeps one row of features
-            for each guided step.
-        needs_denoiser_call: whether it uses the arguments of the denoiser's call.
+        name: name in guides and settings.
+        direct: whether the features are the flattened samples.
+        noisy: whether moves apply to the noisy sample after the step, rather than to the clean prediction before it.
+        step_by_step: whether features of different steps are not comparable, so that the memory stores one row of features
+            per guided step.
+        needs_denoiser_call: whether the space uses the arguments of the denoiser's call.
     """
 
     name: ClassVar[str] = ""
@@ -57,27 +56,27 @@ class FeatureSpace:
     needs_denoiser_call: ClassVar[bool] = False
 
     def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
-        """Feature rows ``[n, d]`` of packed samples ``[n, ...]``, and the pull-back of a gradient in them.
+        """Feature rows ``[n, d]`` of packed samples ``[n, ...]``, and the pullback of a gradient in them.
 
         Args:
             x: samples.
-            call: the pipeline call at hand.
-            denoiser_call: the denoiser's first call at this step, where the space needs it.
+            call: the current pipeline call.
+            denoiser_call: the denoiser's first call at this step, if the space needs it.
         """
         raise NotImplementedError
 
     def shape(self, x: Tensor) -> tuple[int, ...] | None:
-        """Shape of one sample's features; None where it is not known before they are formed."""
+        """Shape of one sample's features; None if it is unknown before they are computed."""
         return None
 
     def final(self, x: Tensor, call: CallContext) -> Tensor:
-        """What the memory keeps of finished samples ``[n, ...]``."""
+        """Features of finished samples ``[n, ...]``, for the memory."""
         return self.features(x, call)[0]
 
     def describe(self) -> dict[str, Any]:
         """Name and settings, ready for JSON.
 
         Raises:
-            TypeError: for a space whose settings cannot be written.
+            TypeError: for a space whose settings cannot be saved.
         """
         return {"name": self.name}

@@ -1,4 +1,4 @@
-"""The latents themselves, clean or noisy, and their block means: spaces of negligible cost."""
+"""Spaces of negligible cost: latents, clean or noisy, and their block means."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ __all__ = ["Latents", "Pooled", "X0"]
 
 @dataclass(frozen=True)
 class X0(FeatureSpace):
-    """The clean prediction itself."""
+    """The clean prediction."""
 
     name: ClassVar[str] = "x0"
     direct: ClassVar[bool] = True
@@ -33,7 +33,7 @@ class X0(FeatureSpace):
 
 @dataclass(frozen=True)
 class Latents(X0):
-    """The noisy sample, moved after the step, as the papers do."""
+    """The noisy sample, moved after the step as in the papers."""
 
     name: ClassVar[str] = "latents"
     noisy: ClassVar[bool] = True
@@ -41,15 +41,15 @@ class Latents(X0):
 
 @dataclass(frozen=True)
 class Pooled(FeatureSpace):
-    """Block means of the clean prediction, or a random projection of it: low dimension, where wide kernels work.
+    """Block means of the clean prediction, or a random projection of it: low dimension, suitable for wide kernels.
 
-    Images and clips become ``grid`` blocks each way (clips over time too); sequences ``grid ** 2`` blocks along the longer
-    axis, which for packed tokens is the raster order of the image.
+    Images and clips are averaged to ``grid`` blocks per axis (for clips also in time); sequences to ``grid ** 2`` blocks
+    along the longer axis, which for packed tokens is the raster order of the image.
 
     Args:
-        grid: blocks each way.
-        project: numbers per sample of a random projection instead of block means.
-        seed: of the projection.
+        grid: number of blocks per axis.
+        project: width of a random projection in place of block means.
+        seed: seed of the projection.
     """
 
     grid: int = 4
@@ -60,7 +60,7 @@ class Pooled(FeatureSpace):
     def __post_init__(self) -> None:
         for name, value in (("grid", self.grid), ("project", self.project)):
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
     def _map(self, x: Tensor) -> Tensor:
         if self.project is not None or x.ndim not in (3, 4, 5):

@@ -1,4 +1,4 @@
-"""The decoded prediction, and embeddings of it: compared as images, at the cost of the decoder."""
+"""The decoded prediction and its embeddings: samples are compared as images, at the cost of the decoder."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,9 +20,9 @@ class Pixels(FeatureSpace):
     """The decoded prediction. The gradient goes through the decoder, one chunk at a time.
 
     Args:
-        vae: a decoder in place of the pipeline's, e.g. an ``AutoencoderTiny`` for the same latents (faster, smaller).
-        size: side in pixels to which images are averaged before they are compared; None keeps their size.
-        chunk: samples decoded at once.
+        vae: replaces the pipeline's decoder, e.g. an ``AutoencoderTiny`` for the same latents (faster, smaller).
+        size: side in pixels to which images are averaged before comparison; None keeps their size.
+        chunk: number of samples decoded at once.
     """
 
     vae: Any = None
@@ -31,10 +31,10 @@ class Pixels(FeatureSpace):
     name: ClassVar[str] = "pixels"
 
     def decoder(self, call: CallContext) -> Any:
-        """The decoder in use.
+        """The decoder to use.
 
         Raises:
-            ValueError: if the pipeline has none and none was given.
+            ValueError: if the pipeline has no decoder and ``vae`` is None.
         """
         vae = self.vae if self.vae is not None else autoencoder_of(call.pipe)
         if vae is None:
@@ -66,15 +66,13 @@ class Pixels(FeatureSpace):
 
     def describe(self) -> dict[str, Any]:
         if self.vae is not None:
-            raise TypeError(
-                "a guide with a decoder of its own cannot be saved as settings; build it in code: Pixels(vae=...)"
-            )
+            raise TypeError("a guide with its own decoder cannot be saved as settings; build it in code: Pixels(vae=...)")
         return {"name": self.name, "size": self.size, "chunk": self.chunk}
 
 
 @dataclass(frozen=True)
 class Embedder(Pixels):
-    """An embedding of the decoded prediction, CLIP-like: differences of meaning.
+    """A semantic embedding of the decoded prediction, such as CLIP's.
 
     Args:
         embedder: a differentiable callable on ``[n, 3, size, size]`` in 0..1 returning ``[n, d]``, or an

@@ -1,0 +1,48 @@
+"""Nearest rows by cosine: near-duplicates within a set, and the largest cosine to another."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.kernels import l2_normalize
+
+__all__ = ["Duplicate", "largest_cosine", "near_duplicates"]
+
+BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Two rows, by index, and the cosine of their features."""
+
+    first: int
+    second: int
+    cosine: float
+
+
+def near_duplicates(x: Tensor, pairs: int = 12, at_least: float = 0.9) -> list[Duplicate]:
+    """The pairs of rows with the largest cosines, most similar first.
+
+    Args:
+        x: features ``[n, d]``.
+        pairs: maximum number of pairs.
+        at_least: minimum cosine of a pair.
+    """
+    u, found = l2_normalize(x.double()), []
+    for start in range(0, len(u), BLOCK_ROWS):
+        block = u[start : start + BLOCK_ROWS] @ u.T
+        i = torch.arange(start, start + len(block))[:, None]
+        block = block.masked_fill(torch.arange(len(u))[None] <= i, -1.0)
+        values, flat = block.flatten().topk(min(pairs, block.numel()))
+        rows, columns = flat // len(u) + start, flat % len(u)
+        candidates = zip(rows.tolist(), columns.tolist(), values.tolist(), strict=True)
+        found += [Duplicate(a, b, v) for a, b, v in candidates if v >= at_least]
+    return sorted(found, key=lambda d: -d.cosine)[:pairs]
+
+
+def largest_cosine(x: Tensor, others: Tensor) -> Tensor:
+    """Largest cosine of each row of ``x`` ``[n, d]`` with the rows of ``others`` ``[m, d]``, as ``[n]``; NaN if m is 0."""
+    if not len(others):
+        return torch.full((len(x),), float("nan"))
+    return (l2_normalize(x.float()) @ l2_normalize(others.float()).T).amax(1)

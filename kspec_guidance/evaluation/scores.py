@@ -1,0 +1,158 @@
+"""Scores of a set of features, each recorded with its interval and the settings that reproduce it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kspec_guidance import functional as F
+from kspec_guidance import metrics
+from kspec_guidance.evaluation.embedders.base import ImageEmbedder
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, CosineKernel, GaussianKernel, l2_normalize
+from kspec_guidance.kernels.distances import evenly_spaced
+from kspec_guidance.statistics import jackknife
+
+__all__ = ["EXACT_ROWS", "ScoreRecord", "ScoreRecorder"]
+
+EXACT_ROWS = 1500  # samples up to which scores come from the n x n kernel matrix
+STREAM_ROWS = 4096  # samples per update of a streaming metric
+NUM_FEATURES = 1024  # random features of a streaming metric
+GROUPS = 10  # groups of the jackknife
+
+
+@dataclass(frozen=True)
+class ScoreRecord:
+    """A score with the settings that reproduce it.
+
+    Attributes:
+        score: name of the score.
+        value: value of the score.
+        n: number of samples.
+        kernel: kernel with its bandwidth.
+        order: order of the entropy.
+        features: ``exact``, or the random features used.
+        seed: seed of the random features.
+        embedder, fingerprint: name and fingerprint of the embedder.
+        interval: 95% jackknife interval; None if it was not computed.
+    """
+
+    score: str
+    value: float
+    n: int
+    kernel: str
+    order: float | None = None
+    features: str = "exact"
+    seed: int | None = None
+    embedder: str | None = None
+    fingerprint: str | None = None
+    interval: tuple[float, float] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+class ScoreRecorder:
+    """Computes scores of sets of n samples, and collects their records.
+
+    Args:
+        n: number of samples.
+        embedder: embedder of the features.
+        seed: seed of the jackknife groups.
+    """
+
+    def __init__(self, n: int, embedder: ImageEmbedder | None, seed: int):
+        self.n, self.seed, self.records = n, seed, list[ScoreRecord]()
+        self.name = None if embedder is None else embedder.name
+        self.fingerprint = None if embedder is None else embedder.fingerprint
+
+    def add(self, name: str, value: float, kernel: str = "-", bounds: tuple[float, float] | None = None) -> None:
+        """Record a given score."""
+        self._record(name, value, bounds, kernel, None, "exact", None)
+
+    def _record(self, name: str, value: float, bounds: Any, kernel: str, order: Any, features: str, seed: Any) -> None:
+        self.records.append(
+            ScoreRecord(name, value, self.n, kernel, order, features, seed, self.name, self.fingerprint, bounds)
+        )
+
+    def exact(
+        self, name: str, score: Callable[..., Tensor], sets: tuple[Tensor, ...], kernel: str, order: float | None
+    ) -> None:
+        """Record ``score(*sets)`` with its interval."""
+        if self.n >= 8:
+            found = jackknife(score, *sets, groups=GROUPS, seed=self.seed)
+            value, bounds = found.value, (found.low, found.high)
+        else:
+            value, bounds = float(score(*sets)), None
+        self._record(name, value, bounds, kernel, order, "exact", None)
+
+    def stream(self, name: str, metric: Any, *sets: Tensor) -> None:
+        """Record a streaming metric of the sets, with its interval."""
+        for start in range(0, self.n, STREAM_ROWS):
+            metric.update(*(s[start : start + STREAM_ROWS] for s in sets))
+        found, about = metric.interval(), metric.record()
+        kernel = " x ".join(str(about[k]) for k in ("kernel", "prompt_kernel") if k in about)
+        bounds = found.low, found.high
+        self._record(name, found.value, bounds, kernel, about.get("order"), about["features"], about["seed"])
+
+    def diversity(self, x: Tensor, kernel: GaussianKernel) -> None:
+        """Vendi and RKE of unit rows ``[n, d]``, by the Gaussian and by the cosine kernel."""
+        cosine = CosineKernel()
+        if len(x) <= EXACT_ROWS:
+            self.exact("Vendi", lambda z: F.vendi_score(z, kernel), (x,), repr(kernel), 1.0)
+            self.exact("RKE", lambda z: F.rke_score(z, kernel), (x,), repr(kernel), 2.0)
+        else:
+            self.stream("Vendi", metrics.VendiScore(kernel, num_features=NUM_FEATURES, groups=GROUPS), x)
+            self.stream("RKE", metrics.RKEScore(kernel, num_features=NUM_FEATURES, groups=GROUPS), x)
+        self.exact("Vendi, cosine", lambda z: F.vendi_score(z, cosine), (x,), repr(cosine), 1.0)
+        self.exact("RKE, cosine", lambda z: F.rke_score(z, cosine), (x,), repr(cosine), 2.0)
+
+    def conditional(self, x: Tensor, t: Tensor, kernel: GaussianKernel) -> None:
+        """Scores of unit rows ``[n, d]`` given unit prompt features ``[n, p]``."""
+        prompt_kernel = GaussianKernel(PROMPT_BANDWIDTH)
+        exact = {
+            "Conditional-Vendi": (F.conditional_vendi_score, 1.0),
+            "Information-Vendi": (F.information_vendi_score, 1.0),
+            "Conditional RKE": (F.conditional_rke_score, 2.0),
+        }
+        streams = {
+            "Conditional-Vendi": metrics.ConditionalVendiScore,
+            "Information-Vendi": metrics.InformationVendiScore,
+            "Conditional RKE": metrics.ConditionalRKEScore,
+        }
+        for name, (score, order) in exact.items():
+            if len(x) <= EXACT_ROWS:
+                self.exact(
+                    name, lambda z, s, score=score: score(z, s, kernel, prompt_kernel), (x, t),
+                    f"{kernel} x {prompt_kernel}", order,
+                )  # fmt: skip
+            else:
+                self.stream(name, streams[name](kernel, prompt_kernel, num_features=NUM_FEATURES, groups=GROUPS), x, t)
+        if t.shape[1] < len(x):
+            self.exact("Scendi, images' own part", F.scendi_score, (x, t), "CosineKernel()", 1.0)
+            self.exact("Scendi, prompts' part", F.prompt_vendi_score, (x, t), "CosineKernel()", 1.0)
+
+    def against(self, features: Tensor, reference: Tensor) -> None:
+        """Fidelity to, and novelty against, reference features ``[m, d]``.
+
+        Raises:
+            ValueError: for features of different width.
+        """
+        x, y = features.double(), reference.double()
+        if x.shape[1] != y.shape[1]:
+            raise ValueError(
+                f"the reference has {y.shape[1]} features per image, the set {x.shape[1]}; embed both with the same model"
+            )
+        smaller = min(len(x), len(y))
+        if smaller > 5:
+            f = F.fidelity_scores(x, y)
+            for name in ("frechet_distance", "precision", "recall", "density", "coverage"):
+                self.add(name.replace("_", " ").capitalize(), getattr(f, name))
+        if smaller > 1:
+            mean, deviation = F.kid(x, y, subset_size=min(smaller, 500), subsets=50)
+            bounds = (float(mean - 2 * deviation), float(mean + 2 * deviation))
+            self.add("KID", float(mean), "PolynomialKernel()", bounds)
+        a, b = (l2_normalize(z[evenly_spaced(len(z), EXACT_ROWS)]) for z in (x, y))
+        self.add("KEN, novelty against the reference", float(F.ken_score(a, b)), "CosineKernel()")
+        self.add("KEN, what the reference has more of", float(F.ken_score(b, a)), "CosineKernel()")
