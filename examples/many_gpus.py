@@ -1,10 +1,10 @@
 """A dataset on all GPUs of a machine, prompts from a file or from a dataset on the Hub.
 
     accelerate launch examples/many_gpus.py --prompts prompts.txt --model stabilityai/stable-diffusion-xl-base-1.0
-    accelerate launch examples/many_gpus.py --dataset poloclub/diffusiondb --config 2m_text_only --column prompt --most 1000
+    accelerate launch examples/many_gpus.py --dataset poloclub/diffusiondb --config 2m_text_only --max-prompts 1000
 
-Each process takes its share of the prompts; their memories are exchanged as they go. Killed, it goes on when run again.
-`kspec-guidance generate` does the same from the command line; this is for those who want to change something.
+Each process generates its share of the prompts, and the processes exchange their memories. A killed run resumes when it is
+started again. `kspec-guidance generate` does the same from the command line; this script is a starting point for changes.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from kspec_guidance import SPARKE, load_demo_pipeline
 from kspec_guidance.synthesis import synthesize
 
 
-def read(args: argparse.Namespace) -> Any:
-    """Prompts as synthesize takes them."""
+def read_prompts(args: argparse.Namespace) -> Any:
+    """Return the prompts in a form that ``synthesize`` takes: the path of a file, or a list without duplicates."""
     if args.prompts is not None:
         return args.prompts
     from datasets import load_dataset
 
     rows = load_dataset(args.dataset, args.config, split=args.split, streaming=True)
-    found: dict[str, None] = {}  # in order, each once
+    prompts: dict[str, None] = {}  # an ordered set
     for row in rows:
-        found.setdefault(str(row[args.column]).strip())
-        if len(found) == args.most:
+        prompts.setdefault(str(row[args.column]).strip())
+        if len(prompts) == args.max_prompts:
             break
-    return [prompt for prompt in found if prompt]
+    return [prompt for prompt in prompts if prompt]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,10 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config")
     parser.add_argument("--split", default="train")
     parser.add_argument("--column", default="prompt")
-    parser.add_argument("--most", type=int, default=1000, help="prompts taken from the dataset")
-    parser.add_argument("--model", default="demo", help="a folder or hub id; 'demo' is the embedded pipeline")
-    parser.add_argument("--images", type=int, default=8, help="of each prompt")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--max-prompts", type=int, default=1000, help="number of prompts to take from the dataset")
+    parser.add_argument("--model", default="demo", help="a folder or hub id, or 'demo' for the embedded pipeline")
+    parser.add_argument("--images-per-prompt", "--images", type=int, default=8)
+    parser.add_argument("--batch-size", "--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--cfg", type=float, default=5.0)
     parser.add_argument("--scale", type=float, default=1.0)
@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     pipe.to(state.device)
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": args.steps, "guidance_scale": args.cfg}
-    result = synthesize(read(args), args.out, pipe, SPARKE(args.scale), args.images, args.batch, call=call)
+    result = synthesize(
+        read_prompts(args), args.out, pipe, SPARKE(args.scale), args.images_per_prompt, args.batch_size, call=call
+    )
     state.print(result)
 
 

@@ -3,7 +3,7 @@
     python examples/text_to_image.py "heart" "runner"                        # the embedded emoji pipeline
     python examples/text_to_image.py "a photo of a dog" --model sdxl
     python examples/text_to_image.py "a photo of a dog" --model path/or/hub-id --steps 30 --cfg 5
-    python examples/text_to_image.py "a dog" "a cat" --model sdxl --reference folder/of/pictures   # toward these
+    python examples/text_to_image.py "a dog" "a cat" --model sdxl --reference folder/of/images   # toward these
 
 Writes OUT/grid.png and OUT/scores.json.
 """
@@ -46,7 +46,7 @@ RECIPES = {
 
 
 def load(recipe: Recipe, device: str, offload: bool = False) -> Any:
-    """The pipeline, on its device; ``offload`` keeps only the part at work there."""
+    """Load the pipeline onto its device; ``offload`` keeps only the component in use there."""
     if recipe.model == "demo":
         pipe: Any = load_demo_pipeline()
     else:
@@ -62,7 +62,7 @@ def load(recipe: Recipe, device: str, offload: bool = False) -> Any:
 
 
 def generate(pipe: Any, prompts: list[str], n: int, seed: int, guide: KernelGuidance | None, call: dict) -> list[list[Any]]:
-    """Images ``[prompt][k]``, image k of every prompt from seed + k."""
+    """Generate images ``[prompt][k]``; image k of each prompt starts from ``seed + k``."""
     rows = []
     for prompt in prompts:
         seeds = [torch.Generator().manual_seed(seed + k) for k in range(n)]
@@ -75,12 +75,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--model", default="demo", help=f"{', '.join(RECIPES)}, or a folder or hub id")
-    parser.add_argument("--images", type=int, default=4, help="of each prompt, made together")
+    parser.add_argument("--images-per-prompt", "--images", type=int, default=4, help="generated in one batch")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--cfg", type=float, help="guidance_scale")
     parser.add_argument("--preset", help="default, safe, vivid, few-step or published")
-    parser.add_argument("--scale", type=float, help="strength, in place of the preset's")
-    parser.add_argument("--reference", type=Path, help="folder of pictures, tens of them, to be distributed as they are")
+    parser.add_argument("--scale", type=float, help="strength; overrides the preset's")
+    parser.add_argument("--reference", type=Path, help="folder of tens of images, whose distribution to match")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--offload", action="store_true")
@@ -88,21 +88,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     recipe = RECIPES.get(args.model) or Recipe(args.model, 30, 5.0)
-    more = {} if args.scale is None else {"scale": args.scale}
+    kwargs = {} if args.scale is None else {"scale": args.scale}
     call = {
         "num_inference_steps": args.steps or recipe.steps,
         "guidance_scale": recipe.cfg if args.cfg is None else args.cfg,
     }
     pipe = load(recipe, args.device, args.offload)
     if args.reference is None:
-        guide = SPARKE.preset(args.preset or recipe.preset, **more)
+        guide = SPARKE.preset(args.preset or recipe.preset, **kwargs)
     else:
-        guide = MMDGuidance(encode_reference(pipe, args.reference), **more)
-    plain = generate(pipe, args.prompts, args.images, args.seed, None, call)
+        guide = MMDGuidance(encode_reference(pipe, args.reference), **kwargs)
+    plain = generate(pipe, args.prompts, args.images_per_prompt, args.seed, None, call)
     reports = {}
     guided = []
     for prompt in args.prompts:
-        guided += generate(pipe, [prompt], args.images, args.seed, guide, call)
+        guided += generate(pipe, [prompt], args.images_per_prompt, args.seed, guide, call)
         reports[prompt] = guide.report().as_dict()
         print(f"{prompt}: {guide.report()}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Clips of one prompt, one at a time, each kept away from those before it by the guide's memory.
+"""Clips of one prompt, generated one at a time; the guide's memory keeps each away from the earlier ones.
 
     python examples/video.py "a dog runs on a beach" --clips 4
 
-Writes OUT/0.mp4 and so on, and OUT/memory.safetensors: a later call with the same OUT goes on from there.
+Writes OUT/0.mp4, OUT/1.mp4, ... and OUT/memory.safetensors. A later call with the same OUT continues from there.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from diffusers.utils import export_to_video
 from kspec_guidance import SPARKE, MemoryBank
 
 
-def clips(pipe: Any, prompt: str, seeds: list[int], memory: MemoryBank, scale: float, call: dict) -> list[Any]:
-    """Frames of each clip, in order; the memory grows by one row a clip."""
-    guide, made = SPARKE(scale, memory=memory), []
+def generate_clips(pipe: Any, prompt: str, seeds: list[int], memory: MemoryBank, scale: float, call: dict) -> list[Any]:
+    """Generate one clip for each seed and return the frames of each; ``memory`` grows by one row per clip."""
+    guide, clips = SPARKE(scale, memory=memory), []
     for seed in seeds:
         with guide.attach(pipe):
-            made.append(pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).frames[0])
+            clips.append(pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).frames[0])
         print(f"seed {seed}: {guide.report()}")
-    return made
+    return clips
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "memory.safetensors"
     memory = MemoryBank.load(file) if file.exists() else MemoryBank()
-    before = len(memory)
+    first = len(memory)
     call = {"num_frames": args.frames, "num_inference_steps": args.steps, "height": args.height, "width": args.width}
-    seeds = [args.seed + before + k for k in range(args.clips)]
-    for k, frames in enumerate(clips(pipe, args.prompt, seeds, memory, args.scale, call)):
-        export_to_video(frames, str(args.out / f"{before + k}.mp4"), fps=16)
+    seeds = [args.seed + first + k for k in range(args.clips)]
+    for k, frames in enumerate(generate_clips(pipe, args.prompt, seeds, memory, args.scale, call)):
+        export_to_video(frames, str(args.out / f"{first + k}.mp4"), fps=16)
     memory.save(file)
 
 

@@ -1,7 +1,7 @@
-"""What may be said about an emoji: its subject, its attributes, and random captions that leave most of them out.
+"""Captions of emoji: a subject, attributes, and random captions that leave most attributes out.
 
-A caption such as ``runner`` names several images on purpose (two art styles, six skin tones, three genders), so the
-number of *modes* behind a prompt is known from the data. ``modes`` counts them.
+A caption such as ``runner`` deliberately fits several images (two art styles, six skin tones, three genders), so the number
+of *modes* of a prompt is known from the data. ``modes`` lists them.
 """
 
 import random
@@ -17,7 +17,7 @@ TONES = {
 }
 STYLES = {"google": "noto style", "twitter": "twemoji style"}
 HAIR = {"1F9B0": "red hair", "1F9B1": "curly hair", "1F9B2": "bald", "1F9B3": "white hair"}
-# Subcategories that are one visual family, and the word for any member of it.
+# Subcategories whose members look alike, and the caption for any member.
 FAMILIES = {
     "animal-bird": "bird", "animal-bug": "bug", "animal-marine": "sea animal", "animal-reptile": "reptile",
     "animal-mammal": "mammal", "cat-face": "cat face", "monkey-face": "monkey", "heart": "heart", "zodiac": "zodiac",
@@ -33,13 +33,13 @@ CLOCKS = re.compile(r"^clock face ")
 GENDER_SIGN = {"2640": "woman", "2642": "man"}
 ADULTS = {"1F468": "man", "1F469": "woman", "1F9D1": "person"}
 
-KEEP_ATTRIBUTE = 0.35  # each of tone, style, gender and so on is said with this probability
-USE_FAMILY = 0.2  # "bird" instead of "parrot"
+KEEP_ATTRIBUTE = 0.35  # probability of each attribute (tone, style, gender, ...) in a caption
+USE_FAMILY = 0.2  # probability of the family, "bird", instead of the subject, "parrot"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One 64 x 64 image: where it lies, what it shows, and what a caption may say of it."""
+    """One 64 x 64 image: its path, its code points, its subject and its attributes."""
 
     path: str
     unified: str
@@ -51,27 +51,30 @@ class Entry:
     families: tuple[str, ...] = field(default=())
 
     def attributes(self) -> list[str]:
+        """Return the attributes that it has, in the order of captions."""
         return [a for a in (self.gender, self.detail, self.tone, self.style) if a]
 
     def caption(self, rng: random.Random) -> str:
-        """A random caption; a few percent of all captions say everything."""
+        """Return a random caption; a few percent of all captions are full."""
         subject = rng.choice(self.families) if self.families and rng.random() < USE_FAMILY else self.subject
-        said = [a for a in self.attributes() if rng.random() < KEEP_ATTRIBUTE]
-        return ", ".join([subject, *said])
+        attributes = [a for a in self.attributes() if rng.random() < KEEP_ATTRIBUTE]
+        return ", ".join([subject, *attributes])
 
     def full_caption(self) -> str:
+        """Return the caption with the subject and all attributes."""
         return ", ".join([self.subject, *self.attributes()])
 
     def answers(self, prompt: str) -> bool:
-        """Whether ``prompt`` ("runner, dark skin tone") is a caption that this image may have."""
-        subject, *said = [part.strip() for part in prompt.split(",")]
-        return subject in (self.subject, *self.families) and all(a in self.attributes() for a in said)
+        """Return whether ``prompt`` ("runner, dark skin tone") is a possible caption of this image."""
+        subject, *attributes = [part.strip() for part in prompt.split(",")]
+        return subject in (self.subject, *self.families) and all(a in self.attributes() for a in attributes)
 
     def as_dict(self) -> dict:
         return asdict(self)
 
 
 def clean(name: str) -> str:
+    """Normalise a name: lower case, no punctuation, single spaces."""
     name = name.lower().replace("\u2019", "'").replace("&", "and").replace(":", "")
     return re.sub(r"\s+", " ", re.sub(r"[^\w\s'-]", " ", name)).strip()
 
@@ -81,7 +84,7 @@ def _names(table: list[dict]) -> dict[str, str]:
 
 
 def _subject(unified: str, names: dict[str, str]) -> tuple[str, str | None, str | None]:
-    """Subject, gender and further detail of a code point sequence, e.g. ``('runner', 'woman', None)``."""
+    """Split a code point sequence into subject, gender and further detail, e.g. ``('runner', 'woman', None)``."""
     code = unified.replace("-FE0F", "")
     parts = code.split("-200D-")
     detail = None
@@ -103,7 +106,7 @@ def _subject(unified: str, names: dict[str, str]) -> tuple[str, str | None, str 
 
 
 def build_entries(table: list[dict], folder: str = "") -> list[Entry]:
-    """Every image of both styles: base images, and those with one skin tone."""
+    """Make the entries of both styles: base images, and those with one skin tone."""
     names, entries = _names(table), []
     for emoji in table:
         subject, gender, detail = _subject(emoji["unified"], names)
@@ -116,13 +119,13 @@ def build_entries(table: list[dict], folder: str = "") -> list[Entry]:
             if key in TONES:
                 images.append((variation["image"], TONES[key]))
         for image, tone in images:
-            for style, words in STYLES.items():
+            for style, caption in STYLES.items():
                 if emoji[f"has_img_{style}"]:
                     path = f"{folder}{style}/img/{style}/64/{image}"
-                    entries.append(Entry(path, emoji["unified"], subject, words, tone, gender, detail, families))
+                    entries.append(Entry(path, emoji["unified"], subject, caption, tone, gender, detail, families))
     return entries
 
 
 def modes(entries: list[Entry], prompt: str) -> list[Entry]:
-    """The distinct images that a prompt may stand for."""
+    """Return the distinct images that a prompt may stand for."""
     return [e for e in entries if e.answers(prompt)]

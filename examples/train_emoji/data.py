@@ -1,4 +1,4 @@
-"""Fetch the two emoji packages with npm, and read their 64 x 64 art into one array.
+"""Fetch the two emoji packages with npm, and read their 64 x 64 images into one array.
 
 Noto Emoji (Apache-2.0) comes in ``emoji-datasource-google``, Twemoji (CC BY 4.0) in ``emoji-datasource-twitter``.
 """
@@ -17,11 +17,11 @@ from PIL import Image
 PACKAGES = {"google": "emoji-datasource-google", "twitter": "emoji-datasource-twitter"}
 VERSION = "16.0.0"
 SIZE = 64
-HELD_OUT = 20  # one emoji in this many, with all its styles and tones, is never shown to the autoencoder
+HELD_OUT = 20  # one emoji in this many, in all styles and tones, is held out from the training of the autoencoder
 
 
 def download(folder: Path) -> None:
-    """``npm pack`` both packages and unpack ``emoji.json`` and the 64 x 64 pictures; does nothing the second time."""
+    """Fetch both packages by ``npm pack`` and unpack ``emoji.json`` and the 64 x 64 images, unless that was done before."""
     folder.mkdir(parents=True, exist_ok=True)
     for style, package in PACKAGES.items():
         target = folder / style
@@ -40,9 +40,9 @@ def download(folder: Path) -> None:
 
 
 def load(folder: Path) -> tuple[torch.Tensor, list[Entry]]:
-    """Images as uint8 ``[n, 3, 64, 64]`` (alpha over white) and their entries, in one fixed order."""
+    """Load the images as uint8 ``[n, 3, 64, 64]`` (alpha over white) and their entries, in a fixed order."""
     table = json.loads((folder / "google" / "emoji.json").read_text())
-    pictures, entries = [], []
+    pixels, entries = [], []
     for entry in build_entries(table):
         path = folder / entry.path
         if not path.exists():
@@ -51,13 +51,13 @@ def load(folder: Path) -> tuple[torch.Tensor, list[Entry]]:
         if rgba.size != (SIZE, SIZE):
             rgba = rgba.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        pictures.append(np.asarray(Image.alpha_composite(white, rgba).convert("RGB")))
+        pixels.append(np.asarray(Image.alpha_composite(white, rgba).convert("RGB")))
         entries.append(entry)
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return images, entries
 
 
 def held_out(entries: list[Entry]) -> torch.Tensor:
-    """Boolean mask ``[n]`` of the art kept away from the autoencoder: whole emoji, so that no tone or style leaks."""
+    """Return a mask ``[n]`` (bool) of the images held out: all styles and tones of an emoji, so that none leaks."""
     digest = [int(hashlib.sha256(e.unified.encode()).hexdigest(), 16) for e in entries]
     return torch.tensor([d % HELD_OUT == 0 for d in digest])

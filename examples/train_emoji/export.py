@@ -1,4 +1,4 @@
-"""Put the averaged weights together as a Stable Diffusion pipeline in float16, with its reference sets."""
+"""Assemble the averaged weights into a Stable Diffusion pipeline in float16, and make its reference sets."""
 
 import argparse
 import json
@@ -17,9 +17,10 @@ SCHEDULER = {"algorithm_type": "dpmsolver++", "use_karras_sigmas": False, "final
 
 
 def assemble(data_folder: Path, run_folder: Path) -> tuple[StableDiffusionPipeline, dict]:
+    """Return the pipeline of a run, and the images and entries that it was trained on."""
     images, entries = data.load(data_folder)
     vae = AutoencoderKL.from_pretrained(run_folder / "vae")
-    tokenizer = text.kept_tokenizer(run_folder / "tokenizer", entries)
+    tokenizer = text.cached_tokenizer(run_folder / "tokenizer", entries)
     model = Denoiser(build_unet(vae.config.latent_channels), text.build_text_model(tokenizer))
     saved = load_file(run_folder / "checkpoint.safetensors")
     model.load_state_dict({k.removeprefix("ema."): v for k, v in saved.items() if k.startswith("ema.")})
@@ -46,18 +47,18 @@ TILES, COLUMNS = 96, 12
 
 
 def save_references(folder: Path, images: torch.Tensor, entries: list) -> None:
-    """Sheets of 96 pictures each, drawn with a fixed seed, and what they show."""
+    """Save sheets of 96 images each, chosen with a fixed seed, and their captions."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {}
+    metadata = {}
     for name, attribute in REFERENCES.items():
-        having = [i for i, e in enumerate(entries) if attribute in e.attributes()]
-        chosen = sorted(random.Random(name).sample(having, TILES))
+        matches = [i for i, e in enumerate(entries) if attribute in e.attributes()]
+        chosen = sorted(random.Random(name).sample(matches, TILES))
         tiles = images[chosen].view(TILES // COLUMNS, COLUMNS, 3, 64, 64).permute(0, 3, 1, 4, 2)
         Image.fromarray(tiles.reshape(TILES // COLUMNS * 64, COLUMNS * 64, 3).numpy()).save(
             folder / f"{name}.png", optimize=True
         )
-        about[name] = {"count": TILES, "attribute": attribute, "captions": [entries[i].full_caption() for i in chosen]}
-    (folder / "references.json").write_text(json.dumps(about, indent=1) + "\n")
+        metadata[name] = {"count": TILES, "attribute": attribute, "captions": [entries[i].full_caption() for i in chosen]}
+    (folder / "references.json").write_text(json.dumps(metadata, indent=1) + "\n")
 
 
 def main() -> None:
@@ -66,13 +67,13 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/unet"))
     parser.add_argument("--out", type=Path, default=Path("kspec_guidance/demo/assets/emoji"))
     args = parser.parse_args()
-    pipe, art = assemble(args.data, args.run)
+    pipe, training_set = assemble(args.data, args.run)
     pipe.to(torch.float16).save_pretrained(args.out, safe_serialization=True)
-    config = args.out / "vae" / "config.json"
-    about = json.loads(config.read_text())
-    about.pop("_name_or_path", None)  # where it lay on the machine that trained it
-    config.write_text(json.dumps(about, indent=2) + "\n")
-    save_references(args.out.parent / "references", **art)
+    path = args.out / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)  # a path of the machine that trained it
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    save_references(args.out.parent / "references", **training_set)
     size = sum(f.stat().st_size for f in args.out.rglob("*.safetensors"))
     print(json.dumps({"bytes": size, "parameters": {n: sum(p.numel() for p in getattr(pipe, n).parameters())
                                                     for n in ("unet", "vae", "text_encoder")}}))  # fmt: skip

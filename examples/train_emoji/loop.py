@@ -1,4 +1,4 @@
-"""What both trainings share: learning rate, averaged weights, checkpoints that a run resumes from."""
+"""The common part of both trainings: learning rate, averaged weights, checkpoints that a run resumes from."""
 
 import copy
 import math
@@ -11,9 +11,9 @@ from torch import nn
 
 
 def rate(step: int, steps: int, peak: float, falling: float, warmup: int = 200) -> float:
-    """Linear warm-up, then ``peak``, then a half cosine down to 0 over the last ``falling`` share of the steps.
+    """Return the learning rate: linear warm-up, then ``peak``, then half a cosine to 0.
 
-    While it is flat, ``steps`` may still be changed: a run can be stretched or cut short to the time there is.
+    The decay takes the last ``falling`` (a fraction) of the steps. Before it begins, ``steps`` may still be changed.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -24,7 +24,7 @@ def rate(step: int, steps: int, peak: float, falling: float, warmup: int = 200) 
 class Run:
     """Model, optimizer (AdamW by default), exponential moving average of the weights, and their checkpoint.
 
-    Batches are drawn from ``generator(step)``, so a resumed run sees what an uninterrupted one would have seen.
+    Batches are drawn from ``generator(step)``, so a resumed run is the same as an uninterrupted one.
     """
 
     def __init__(
@@ -50,9 +50,11 @@ class Run:
         self.resume()
 
     def generator(self, step: int) -> torch.Generator:
+        """Return the random numbers of a step."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
     def update(self, loss: torch.Tensor) -> float:
+        """Take an optimizer step, update the average, and return the norm of the gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate(self.step, self.steps, self.peak, self.falling)
         loss.backward()
@@ -62,36 +64,37 @@ class Run:
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            ours, theirs = list(self.ema.parameters()), list(self.model.parameters())
-            torch._foreach_lerp_(ours, theirs, 1 - decay)
+            averages, weights = list(self.ema.parameters()), list(self.model.parameters())
+            torch._foreach_lerp_(averages, weights, 1 - decay)
         return float(norm)
 
     def save(self) -> None:
-        """Written beside the old checkpoint, then moved over it, so that a kill leaves one of the two whole."""
+        """Write a new checkpoint beside the old one, then replace it atomically."""
         tensors = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v.contiguous() for k, v in self.ema.state_dict().items()}
         for i, p in enumerate(self.model.parameters()):
             for key, value in self.optimizer.state[p].items():
                 tensors[f"adam.{i}.{key}"] = value.detach().contiguous()
-        fresh = self.folder / "checkpoint.new"
-        save_file(tensors, fresh, metadata={"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
-        os.replace(fresh, self.folder / "checkpoint.safetensors")
+        new_path = self.folder / "checkpoint.new"
+        save_file(tensors, new_path, metadata={"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
+        os.replace(new_path, self.folder / "checkpoint.safetensors")
 
     def resume(self) -> None:
+        """Load the checkpoint, if there is one."""
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
             return
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
-            about = file.metadata()
+            metadata = file.metadata()
         tensors = load_file(path)
-        pick = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
-        self.model.load_state_dict(pick("model."))
-        self.ema.load_state_dict(pick("ema."))
+        select = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        self.model.load_state_dict(select("model."))
+        self.ema.load_state_dict(select("ema."))
         for i, p in enumerate(self.model.parameters()):
-            state = pick(f"adam.{i}.")
+            state = select(f"adam.{i}.")
             if state:
                 self.optimizer.state[p] = state
-        self.step, self.seconds = int(about["step"]), float(about["seconds"])
+        self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
         print(f"resumed at step {self.step}", flush=True)

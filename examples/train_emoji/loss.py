@@ -1,4 +1,4 @@
-"""Weighted loss of a run's averaged weights: full captions, 512 pictures, even noise levels.  python loss.py --help"""
+"""Weighted loss of the averaged weights on full captions of 512 images, at even noise levels.  python loss.py --help"""
 
 import argparse
 from pathlib import Path
@@ -22,8 +22,8 @@ def main() -> None:
     images, entries = data.load(args.data)
     g = torch.Generator().manual_seed(5)
     chosen = torch.multinomial(balance(entries), COUNT, generator=g)
-    clean, _ = latents.posteriors(latents.kept_vae(args.run / "vae", args.run, images), images[chosen])
-    tokenizer = text.kept_tokenizer(args.run / "tokenizer", entries)
+    clean, _ = latents.posteriors(latents.cached_vae(args.run / "vae", args.run, images), images[chosen])
+    tokenizer = text.cached_tokenizer(args.run / "tokenizer", entries)
     model = Denoiser(build_unet(clean.shape[1]), text.build_text_model(tokenizer)).eval()
     saved = load_file(args.run / "checkpoint.safetensors")
     model.load_state_dict({k.removeprefix("ema."): v for k, v in saved.items() if k.startswith("ema.")})
@@ -33,8 +33,8 @@ def main() -> None:
     t, noise = torch.arange(COUNT) * 1000 // COUNT, torch.randn(clean.shape, generator=g)
     noisy, target = scheduler.add_noise(clean, noise, t), scheduler.get_velocity(clean, noise, t)
     tokens = text.encode(tokenizer, [entries[i].full_caption() for i in chosen.tolist()])
-    found = torch.cat([model(*part) for part in zip(noisy.split(64), t.split(64), tokens.split(64), strict=True)])
-    error = weight[t] * (found - target).square().mean(dim=(1, 2, 3))
+    predicted = torch.cat([model(*part) for part in zip(noisy.split(64), t.split(64), tokens.split(64), strict=True)])
+    error = weight[t] * (predicted - target).square().mean(dim=(1, 2, 3))
     quarters = [round(float(q.mean()), 3) for q in error.chunk(4)]
     print(f"loss {float(error.mean()):.4f}; by quarters of the noise range {quarters}")
 

@@ -1,8 +1,8 @@
 """Muon for the weight matrices and convolutions, AdamW for the rest.
 
-Muon (Jordan et al. 2024) moves a matrix by its momentum with all singular values set to about 1, so that rare directions,
-such as a prompt that two pictures in seven thousand share, learn as fast as common ones. Its step is scaled to the size of
-AdamW's (Liu et al. 2025, arXiv 2502.16982), and so both take one learning rate.
+Muon (Jordan et al. 2024) updates a matrix by its momentum with all singular values set to about 1, so that rare directions,
+such as a prompt of two images in seven thousand, are learnt as fast as common ones. Its step is scaled to the size of
+AdamW's (Liu et al. 2025, arXiv 2502.16982), so both use one learning rate.
 """
 
 import torch
@@ -12,7 +12,7 @@ QUINTIC = 3.4445, -4.7750, 2.0315  # x -> a x + b x^3 + c x^5 drives singular va
 
 
 def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
-    """Nearest (semi-)orthogonal matrix of ``[..., m, n]``, roughly, by Newton-Schulz iteration."""
+    """Approximate the nearest (semi-)orthogonal matrix of ``[..., m, n]`` by Newton-Schulz iteration."""
     a, b, c = QUINTIC
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -24,7 +24,7 @@ def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Weights of two and more dimensions inside the network by Muon; biases, norms, embeddings, both ends by AdamW."""
+    """Muon for inner weights of two or more dimensions; AdamW for biases, norms, embeddings, first and last layers."""
 
     def __init__(self, module: nn.Module, lr: float, momentum: float = 0.95, betas=(0.9, 0.99), weight_decay: float = 0.01):
         ends = ("conv_in", "conv_out", "embedding", "time_emb")

@@ -1,16 +1,16 @@
-"""The prompt side: a CLIP tokenizer whose words are the captions' own, and a small CLIP text model."""
+"""A CLIP tokenizer trained on the captions, and a small CLIP text model."""
 
 from pathlib import Path
 
 from captions import Entry
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-LENGTH = 16  # tokens, with start and end
+LENGTH = 16  # tokens, including start and end
 WIDTH = 160
 
 
 def build_tokenizer(entries: list[Entry], vocab_size: int = 5000) -> CLIPTokenizer:
-    """Byte-pair merges learnt from the captions: known words become one token, unknown ones fall into pieces."""
+    """Train byte-pair merges on the captions: known words become one token, unknown ones several."""
     blank = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
     texts = [text for e in entries for text in (e.full_caption(), *e.families)]
     trained = blank.train_new_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
@@ -18,18 +18,19 @@ def build_tokenizer(entries: list[Entry], vocab_size: int = 5000) -> CLIPTokeniz
     return trained
 
 
-def kept_tokenizer(folder: Path, entries: list[Entry], pipeline: Path | None = None) -> CLIPTokenizer:
-    """The tokenizer of a run, built once or taken from ``pipeline``, and kept in ``folder``.
+def cached_tokenizer(folder: Path, entries: list[Entry], pipeline: Path | None = None) -> CLIPTokenizer:
+    """Load the tokenizer of a run from ``folder``; on the first call build it, or copy that of ``pipeline``, and save it.
 
-    Ties between merges fall differently in every process, and so do the numbers: it must not be built again.
+    It must not be built twice: ties between merges are broken differently in every process, and token ids with them.
     """
     if not folder.exists():
-        found = build_tokenizer(entries) if pipeline is None else CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
-        found.save_pretrained(folder)
+        new = build_tokenizer(entries) if pipeline is None else CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+        new.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def build_text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Make a text model of three layers with random weights."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -47,5 +48,5 @@ def build_text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def encode(tokenizer: CLIPTokenizer, captions: list[str]):
-    """Token numbers ``[n, 16]``, padded as Stable Diffusion pads its prompts."""
+    """Return token ids ``[n, 16]``, padded as in Stable Diffusion."""
     return tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 
 def build() -> AutoencoderKL:
+    """Make an autoencoder with random weights."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -28,18 +29,18 @@ def build() -> AutoencoderKL:
 
 
 def to_model(images: torch.Tensor) -> torch.Tensor:
-    """uint8 in 0..255 to float in -1..1."""
+    """Convert uint8 in 0..255 to float in -1..1."""
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def edges(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """L1 between finite differences: keeps outlines sharp where L1 on pixels alone blurs them."""
+    """Return the L1 loss of finite differences, which keeps outlines sharp; L1 of pixels alone blurs them."""
     return sum(F.l1_loss(x.diff(dim=d), y.diff(dim=d)) for d in (2, 3))
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
-    """Mean over images of the peak signal-to-noise ratio in dB, reconstruction clipped to the valid range."""
+    """Return the mean peak signal-to-noise ratio in dB, with reconstructions clipped to -1..1."""
     total = 0.0
     for chunk in images.split(64):
         x = to_model(chunk)
@@ -62,17 +63,17 @@ def main() -> None:
 
     data.download(args.data)
     images, entries = data.load(args.data)
-    hidden = data.held_out(entries)
-    train, test = images[~hidden], images[hidden]
+    held_out = data.held_out(entries)
+    train, test = images[~held_out], images[held_out]
     torch.manual_seed(args.seed)
     vae = build().to(memory_format=torch.channels_last)
     run = Run(vae, args.run, args.steps, args.rate, decay=0.995, seed=args.seed)
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {len(train)} images, {len(test)} held out")
 
     while run.step < args.steps:
-        began = time.perf_counter()
+        start = time.perf_counter()
         g = run.generator(run.step)
-        torch.manual_seed(run.seed + run.step)  # the posterior's noise
+        torch.manual_seed(run.seed + run.step)  # for the sample of the posterior
         x = to_model(train[torch.randint(len(train), (args.batch,), generator=g)])
         flip = torch.rand(args.batch, 1, 1, 1, generator=g) < 0.5
         x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
@@ -80,7 +81,7 @@ def main() -> None:
         y = vae.decode(posterior.sample()).sample
         fit = F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edges(y, x)
         norm = run.update(fit + args.kl * posterior.kl().mean())
-        run.seconds += time.perf_counter() - began
+        run.seconds += time.perf_counter() - start
         if run.step % 100 == 0:
             print(f"step {run.step} fit {float(fit):.4f} kl {float(posterior.kl().mean()):.0f} norm {norm:.2f} "
                   f"{args.batch * run.step / run.seconds:.0f}/s", flush=True)  # fmt: skip

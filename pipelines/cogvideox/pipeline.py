@@ -1,5 +1,9 @@
-"""CogVideoXPipeline guided by SPARKE, for ``custom_pipeline="pipelines/cogvideox"``."""
+"""CogVideoX and CogVideoX1.5, text to video, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/cogvideox"``.
+"""
 
-SPARKECogVideoXPipeline = sparke_pipeline("CogVideoXPipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKECogVideoXPipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

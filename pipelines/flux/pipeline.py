@@ -1,5 +1,9 @@
-"""FluxPipeline guided by SPARKE, for ``custom_pipeline="pipelines/flux"``."""
+"""FLUX.1 [dev], [schnell] and Krea [dev], guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/flux"``.
+"""
 
-SPARKEFluxPipeline = sparke_pipeline("FluxPipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKEFluxPipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

@@ -1,5 +1,9 @@
-"""Flux2Pipeline guided by SPARKE, for ``custom_pipeline="pipelines/flux_2"``."""
+"""FLUX.2 [dev], guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/flux_2"``.
+"""
 
-SPARKEFlux2Pipeline = sparke_pipeline("Flux2Pipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKEFlux2Pipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

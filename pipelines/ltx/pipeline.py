@@ -1,5 +1,9 @@
-"""LTXPipeline guided by SPARKE, for ``custom_pipeline="pipelines/ltx"``."""
+"""LTX-Video, text to video, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/ltx"``.
+"""
 
-SPARKELTXPipeline = sparke_pipeline("LTXPipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKELTXPipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

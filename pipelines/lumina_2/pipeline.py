@@ -1,5 +1,9 @@
-"""Lumina2Pipeline guided by SPARKE, for ``custom_pipeline="pipelines/lumina_2"``."""
+"""Lumina-Image 2.0, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/lumina_2"``.
+"""
 
-SPARKELumina2Pipeline = sparke_pipeline("Lumina2Pipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKELumina2Pipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

@@ -1,5 +1,9 @@
-"""PixArtSigmaPipeline guided by SPARKE, for ``custom_pipeline="pipelines/pixart_sigma"``."""
+"""PixArt-Sigma, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/pixart_sigma"``.
+"""
 
-SPARKEPixArtSigmaPipeline = sparke_pipeline("PixArtSigmaPipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKEPixArtSigmaPipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

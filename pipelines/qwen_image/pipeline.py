@@ -1,5 +1,9 @@
-"""QwenImagePipeline guided by SPARKE, for ``custom_pipeline="pipelines/qwen_image"``."""
+"""Qwen-Image, text to image, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/qwen_image"``.
+"""
 
-SPARKEQwenImagePipeline = sparke_pipeline("QwenImagePipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKEQwenImagePipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

@@ -1,5 +1,9 @@
-"""SanaPipeline guided by SPARKE, for ``custom_pipeline="pipelines/sana"``."""
+"""SANA and SANA 1.5, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/sana"``.
+"""
 
-SPARKESanaPipeline = sparke_pipeline("SanaPipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKESanaPipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

@@ -1,5 +1,9 @@
-"""StableAudioPipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_audio"``."""
+"""Stable Audio Open, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/stable_audio"``.
+"""
 
-SPARKEStableAudioPipeline = sparke_pipeline("StableAudioPipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKEStableAudioPipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

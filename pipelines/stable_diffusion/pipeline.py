@@ -1,5 +1,9 @@
-"""StableDiffusionPipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_diffusion"``."""
+"""Stable Diffusion 1.x and 2.x and their fine-tuned versions, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/stable_diffusion"``.
+"""
 
-SPARKEStableDiffusionPipeline = sparke_pipeline("StableDiffusionPipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKEStableDiffusionPipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

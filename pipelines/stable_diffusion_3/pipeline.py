@@ -1,5 +1,9 @@
-"""StableDiffusion3Pipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_diffusion_3"``."""
+"""Stable Diffusion 3 and 3.5, Medium and Large, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/stable_diffusion_3"``.
+"""
 
-SPARKEStableDiffusion3Pipeline = sparke_pipeline("StableDiffusion3Pipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKEStableDiffusion3Pipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

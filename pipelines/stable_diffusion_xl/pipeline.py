@@ -1,5 +1,9 @@
-"""StableDiffusionXLPipeline guided by SPARKE, for ``custom_pipeline="pipelines/stable_diffusion_xl"``."""
+"""Stable Diffusion XL and its fine-tuned versions, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/stable_diffusion_xl"``.
+"""
 
-SPARKEStableDiffusionXLPipeline = sparke_pipeline("StableDiffusionXLPipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKEStableDiffusionXLPipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

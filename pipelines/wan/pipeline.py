@@ -1,5 +1,9 @@
-"""WanPipeline guided by SPARKE, for ``custom_pipeline="pipelines/wan"``."""
+"""Wan 2.1 and 2.2, text to video, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/wan"``.
+"""
 
-SPARKEWanPipeline = sparke_pipeline("WanPipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKEWanPipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]

@@ -1,5 +1,9 @@
-"""ZImagePipeline guided by SPARKE, for ``custom_pipeline="pipelines/z_image"``."""
+"""Z-Image and Z-Image-Turbo, guided by SPARKE.
 
-from kspec_guidance.pipelines import sparke_pipeline
+For ``custom_pipeline="pipelines/z_image"``.
+"""
 
-SPARKEZImagePipeline = sparke_pipeline("ZImagePipeline", __name__)
+# The same name in every file: diffusers executes them in one module, which may hold one pipeline class only.
+from kspec_guidance.pipelines import SPARKEZImagePipeline as GuidedPipeline
+
+__all__ = ["GuidedPipeline"]
