@@ -2,14 +2,21 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def _seed_global_generator():
+    """Make random inputs without a generator the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def g():
+    """A seeded generator."""
     return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def pipe():
-    """The embedded pipeline, loaded once; tests leave it as they found it, and one of them checks that."""
+    """The embedded pipeline, loaded once per session. Tests restore whatever they change."""
     from kspec_guidance import load_demo_pipeline
 
     pipe = load_demo_pipeline()

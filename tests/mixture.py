@@ -1,7 +1,4 @@
-"""A Gaussian mixture as a diffusion model with an exact denoiser: every answer is known.
-
-``ExactMixture`` stands where a network would; ``run`` is the denoising loop of a diffusers pipeline with any scheduler.
-"""
+"""A Gaussian mixture with a closed-form denoiser, and a denoising loop for any diffusers scheduler."""
 
 import inspect
 
@@ -9,8 +6,11 @@ import torch
 from torch import Tensor
 
 
-class ExactMixture:
-    """Modes ``[k, d]`` with deviations ``std``; ``sharpen`` raises the posterior's weights, as classifier-free guidance."""
+class GaussianMixture:
+    """Modes ``[k, d]`` with standard deviation ``std``.
+
+    ``sharpen`` is an exponent of the mode weights in the posterior, similar to classifier-free guidance.
+    """
 
     def __init__(self, dim: int = 32, modes: int = 16, std: float = 0.1, sharpen: float = 1.6, seed: int = 0):
         g = torch.Generator().manual_seed(seed)
@@ -23,22 +23,26 @@ class ExactMixture:
         """``E[x0 | x]`` for ``x = alpha x0 + sigma noise``, ``[n, d]``."""
         variance = (alpha * self.std) ** 2 + sigma**2
         d2 = (x[:, None] - alpha * self.centres[None]).square().sum(-1)
-        r = (self.sharpen * self.weights.log() - d2 / (2 * variance)).softmax(1)
+        responsibilities = (self.sharpen * self.weights.log() - d2 / (2 * variance)).softmax(1)
         gain = alpha * self.std**2 / variance
-        return (r[..., None] * (self.centres[None] + gain * (x[:, None] - alpha * self.centres[None]))).sum(1)
+        return (responsibilities[..., None] * (self.centres[None] + gain * (x[:, None] - alpha * self.centres[None]))).sum(
+            1
+        )
 
     def modes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest mode of each sample, and whether it lies within 1.5 typical radii of it."""
-        d = torch.cdist(x.flatten(1), self.centres)
-        return d.argmin(1), d.amin(1) < 1.5 * self.std * self.dim**0.5
+        """Index of the nearest mode of each sample, and whether it is within 1.5 typical radii."""
+        distances = torch.cdist(x.flatten(1), self.centres)
+        return distances.argmin(1), distances.amin(1) < 1.5 * self.std * self.dim**0.5
 
     def sample(self, n: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
-        k = torch.multinomial(self.weights if weights is None else weights, n, replacement=True, generator=generator)
-        return self.centres[k] + self.std * torch.randn(n, self.dim, generator=generator)
+        component = torch.multinomial(
+            self.weights if weights is None else weights, n, replacement=True, generator=generator
+        )
+        return self.centres[component] + self.std * torch.randn(n, self.dim, generator=generator)
 
 
-def run(model: ExactMixture, scheduler, n: int, steps: int, seed: int) -> Tensor:
-    """Sample ``[n, d]`` with any diffusers scheduler, as a pipeline would; the model speaks its prediction type."""
+def denoise(model: GaussianMixture, scheduler, n: int, steps: int, seed: int) -> Tensor:
+    """Sample ``[n, d]`` with any diffusers scheduler; the model output has the scheduler's prediction type."""
     from kspec_guidance.loop.prediction import parametrisation_of
 
     scheduler.set_timesteps(steps)

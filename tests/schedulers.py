@@ -1,4 +1,4 @@
-"""The schedulers that guidance is proven on, with the settings that change their parametrisation."""
+"""The schedulers that guidance is tested on, with the settings that change their parametrisation."""
 
 import diffusers
 
@@ -25,5 +25,6 @@ FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
 def make(name: str, prediction_type: str = "epsilon"):
+    """The scheduler of ``SETTINGS`` with Stable Diffusion's noise schedule."""
     cls, settings = SETTINGS[name]
     return getattr(diffusers, cls)(prediction_type=prediction_type, **VP, **settings)

@@ -9,7 +9,7 @@ from kspec_guidance.kernels import GaussianKernel, LaplacianKernel
     ("kernel", "orthogonal"),
     [(GaussianKernel(1.5), True), (GaussianKernel(1.5), False), (LaplacianKernel(6.0), True)],
 )
-def test_products_of_features_approach_the_kernel_as_d_grows(kernel, orthogonal, g):
+def test_feature_inner_products_converge_to_kernel(kernel, orthogonal, g):
     x = torch.randn(30, 5, generator=g, dtype=torch.float64)
     errors = []
     for d in (64, 1024, 16384):
@@ -20,7 +20,7 @@ def test_products_of_features_approach_the_kernel_as_d_grows(kernel, orthogonal,
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_rows_have_unit_norm_and_the_seed_decides(g):
+def test_features_have_unit_norm_and_depend_on_seed(g):
     x = torch.randn(6, 3, generator=g)
     phi = RandomFourierFeatures(GaussianKernel(0.5), 3, 10)
     torch.testing.assert_close(phi(x).norm(dim=1), torch.ones(6))
@@ -28,14 +28,14 @@ def test_rows_have_unit_norm_and_the_seed_decides(g):
     assert not torch.equal(phi(x), RandomFourierFeatures(GaussianKernel(0.5), 3, 10, seed=1)(x))
 
 
-def test_drawing_features_leaves_the_global_random_state_alone():
+def test_feature_maps_keep_global_rng_state():
     before = torch.get_rng_state()
     RandomFourierFeatures(GaussianKernel(1.0), 4, 64)
     RandomProjection(4, 2)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_vjp_is_the_derivative_by_autograd(g):
+def test_vjp_matches_autograd(g):
     phi = RandomFourierFeatures(GaussianKernel(1.0), 4, 32)
     x = torch.randn(5, 4, generator=g, dtype=torch.float64, requires_grad=True)
     c = torch.randn(5, 32, generator=g, dtype=torch.float64)
@@ -44,26 +44,26 @@ def test_vjp_is_the_derivative_by_autograd(g):
 
 
 @pytest.mark.parametrize("kernel", [GaussianKernel(2.0), LaplacianKernel(4.0)])
-def test_power_gives_features_of_the_powered_kernel(kernel, g):
+def test_power_approximates_kernel_power(kernel, g):
     x = torch.randn(8, 3, generator=g, dtype=torch.float64)
     phi = RandomFourierFeatures(kernel, 3, 20000).power(2)
     torch.testing.assert_close(phi(x) @ phi(x).mT, kernel(x).square(), atol=0.04, rtol=0)
 
 
-def test_tensor_products_multiply_kernels(g):
+def test_tensor_product_multiplies_kernels(g):
     a, b = torch.randn(4, 3, generator=g), torch.randn(4, 5, generator=g)
-    both = tensor_product(a, b)
-    torch.testing.assert_close(both @ both.mT, (a @ a.mT) * (b @ b.mT))
+    product = tensor_product(a, b)
+    torch.testing.assert_close(product @ product.mT, (a @ a.mT) * (b @ b.mT))
 
 
-def test_projection_keeps_distances(g):
+def test_random_projection_preserves_distances(g):
     x = torch.randn(10, 400, generator=g)
     y = RandomProjection(400, 2000)(x)
     torch.testing.assert_close(torch.cdist(y, y), torch.cdist(x, x), rtol=0.12, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         ((GaussianKernel(1.0), 4, 7), "even and positive"),
         ((GaussianKernel(None), 4, 8), "needs a bandwidth"),
@@ -71,11 +71,11 @@ def test_projection_keeps_distances(g):
         ((GaussianKernel(1.0), 0, 8), "input_dim"),
     ],
 )
-def test_bad_settings_are_named(args, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_settings_raise(args, message):
+    with pytest.raises(ValueError, match=message):
         RandomFourierFeatures(*args)
 
 
-def test_rows_of_another_width_are_refused():
-    with pytest.raises(ValueError, match="rows of 4 numbers, got 5"):
+def test_mismatched_input_width_raises():
+    with pytest.raises(ValueError, match="input_dim=4, got rows of length 5"):
         RandomFourierFeatures(GaussianKernel(1.0), 4, 8)(torch.ones(2, 5))

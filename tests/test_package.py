@@ -1,4 +1,4 @@
-"""What a built wheel holds, and that it works where the repository is not."""
+"""Contents of the built wheel, import cost, and version consistency."""
 
 import subprocess
 import sys
@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_the_pipeline_and_works_alone(tmp_path):
-    built = subprocess.run(
+def test_wheel_contains_pipeline_and_runs_standalone(tmp_path):
+    # builds the sdist, then the wheel from it
+    build = subprocess.run(
         [sys.executable, "-m", "build", "--outdir", tmp_path, ROOT], capture_output=True, text=True, check=False
-    )  # the sdist, and the wheel out of it
-    assert built.returncode == 0, built.stderr[-2000:]
+    )
+    assert build.returncode == 0, build.stderr[-2000:]
     [wheel], [_] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         sizes = {i.filename: i.file_size for i in archive.infolist()}
@@ -37,24 +38,24 @@ def test_a_wheel_carries_the_pipeline_and_works_alone(tmp_path):
         "pipe = kspec_guidance.load_demo_pipeline(); pipe.set_progress_bar_config(disable=True); "
         "print(pipe('heart', num_inference_steps=2).images[0].size)"
     )
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "site")],
         cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "(64, 64)" in ran.stdout
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "(64, 64)" in result.stdout
 
 
-def test_importing_the_package_is_light():
+def test_import_does_not_load_heavy_dependencies():
     heavy = "diffusers", "open_clip", "matplotlib", "sklearn"
     code = f"import sys, kspec_guidance; print([m for m in {heavy} if m in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
-def test_the_version_is_said_once_everywhere():
-    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+def test_version_is_consistent():
+    tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
 
     import kspec_guidance
 
@@ -64,7 +65,7 @@ def test_the_version_is_said_once_everywhere():
     assert f"\n## {version}\n" in (ROOT / "docs" / "changelog.md").read_text()
 
 
-def test_no_pickles_and_no_large_files_among_the_assets():
+def test_assets_contain_no_pickles_and_are_small():
     assets = list((ROOT / "kspec_guidance" / "demo" / "assets").rglob("*"))
     assert not [f for f in assets if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
     assert sum(f.stat().st_size for f in assets if f.is_file()) < 45e6

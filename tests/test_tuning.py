@@ -14,66 +14,67 @@ from kspec_guidance.tuning import TuningPoint, choose, tune
 CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
 
 
-def test_precision_of_the_same_set_is_one_and_of_a_far_one_zero(g):
+def test_precision_is_one_for_same_set_and_zero_for_distant_set(g):
     x = torch.randn(40, 3, generator=g, dtype=torch.float64)
-    assert F.precision(x, x, 3) == F.fidelity(x, x, 3).precision == 1
-    assert F.precision(x + 100, x, 3) == 0
+    assert F.precision_score(x, x, 3) == F.fidelity_scores(x, x, 3).precision == 1
+    assert F.precision_score(x + 100, x, 3) == 0
 
 
-def point(scale, diversity, fidelity, p):
+def tuning_point(scale, diversity, fidelity, p):
     return TuningPoint(scale, diversity, fidelity, Comparison(2.0, diversity, p, (12, 12), "test"))
 
 
-def test_the_choice_keeps_fidelity_and_asks_for_a_real_difference():
-    points = [point(0.3, 2.5, 0.93, 0.01), point(0.6, 3.0, 0.9, 0.01), point(1.2, 4.0, 0.5, 0.01)]
+def test_choose_requires_fidelity_and_significance():
+    points = [tuning_point(0.3, 2.5, 0.93, 0.01), tuning_point(0.6, 3.0, 0.9, 0.01), tuning_point(1.2, 4.0, 0.5, 0.01)]
     assert choose(points, 0.92, 0.05)[0] == 0.6
-    scale, reason = choose([point(0.3, 2.1, 0.93, 0.4)], 0.92, 0.05)
+    scale, reason = choose([tuning_point(0.3, 2.1, 0.93, 0.4)], 0.92, 0.05)
     assert scale is None
     assert "guidance does not help" in reason
-    scale, reason = choose([point(0.3, 4.0, 0.2, 0.001)], 0.92, 0.05)
+    scale, reason = choose([tuning_point(0.3, 4.0, 0.2, 0.001)], 0.92, 0.05)
     assert scale is None
     assert "loses more than 0.05 of fidelity" in reason
 
 
-def test_tuning_the_embedded_pipeline_finds_more_variety(pipe):
-    ticks = []
-    found = tune(pipe, ["heart", "runner", "cat face"], scales=(0.6, 1.0), images=4, batches=2, call=CALL, loss=0.2,
-                 tick=lambda done, total: ticks.append((done, total)))  # fmt: skip
-    assert [p.scale for p in found.points] == [0.6, 1.0]
-    assert all(p.diversity > found.plain_diversity for p in found.points)
-    assert 0 <= found.plain_fidelity <= 1
-    assert ticks[-1] == (24, 24)
-    assert set(found.images[0]) == {"heart", "runner", "cat face"}
-    json.dumps(found.as_dict())
+def test_tune_increases_diversity_of_embedded_pipeline(pipe):
+    calls = []
+    result = tune(pipe, ["heart", "runner", "cat face"], scales=(0.6, 1.0), batch_size=4, batches=2, call=CALL,
+                 max_fidelity_loss=0.2, progress_callback=lambda done, total: calls.append((done, total)))  # fmt: skip
+    assert [p.scale for p in result.points] == [0.6, 1.0]
+    assert all(p.diversity > 1.05 * result.plain_diversity for p in result.points)
+    assert result.scale == 1.0
+    assert 0 <= result.plain_fidelity <= 1
+    assert calls[-1] == (24, 24)
+    assert set(result.images[0]) == {"heart", "runner", "cat face"}
+    json.dumps(result.as_dict())
 
 
-def test_tuning_refuses_what_cannot_be_tuned(pipe):
+def test_tune_invalid_settings_raise(pipe):
     with pytest.raises(ValueError, match="needs prompts"):
         tune(pipe, [])
     with pytest.raises(ValueError, match="scales above 0"):
         tune(pipe, ["heart"], scales=(0.0,))
-    with pytest.raises(ValueError, match="images >= 2"):
-        tune(pipe, ["heart"], images=1)
+    with pytest.raises(ValueError, match="batch_size >= 2"):
+        tune(pipe, ["heart"], batch_size=1)
 
 
-def test_the_command_writes_plot_pictures_numbers_and_the_guide(tmp_path):
-    words = ["tune", "heart", "runner", "cat face", "--images", 4, "--batches", 2, "--steps", 6, "--scale", 0.5, "--scale",
-             1.0, "--loss", 0.4, "--out", tmp_path / "t"]  # fmt: skip
-    result = CliRunner().invoke(app, [str(w) for w in words])
+def test_tune_command_writes_plot_images_scores_and_guide(tmp_path):
+    arguments = ["tune", "heart", "runner", "cat face", "--batch-size", 4, "--batches", 2, "--steps", 6, "--scale", 0.5,
+             "--scale", 1.0, "--max-fidelity-loss", 0.4, "--out", tmp_path / "t"]  # fmt: skip
+    result = CliRunner().invoke(app, [str(w) for w in arguments])
     assert result.exit_code == 0, result.output
-    said = json.loads((tmp_path / "t" / "tune.json").read_text())
-    assert said["reason"].split()[0] in result.output
-    for name in ("tune.png", "pictures.png"):
+    record = json.loads((tmp_path / "t" / "tune.json").read_text())
+    assert record["reason"] in " ".join(result.output.split())
+    for name in ("tune.png", "images.png"):
         assert Image.open(tmp_path / "t" / name).width > 300
-    if said["scale"] is not None:
-        assert KernelGuidance.from_config(tmp_path / "t" / "guide").terms[0].scale == said["scale"]
+    assert record["scale"] in (0.5, 1.0)
+    assert KernelGuidance.from_config(tmp_path / "t" / "guide").terms[0].scale == record["scale"]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [((), "give prompts either"), (("heart", "--preset", "loud"), "unknown preset"), (("--prompts", "no.txt"), "no.txt")],
 )
-def test_the_command_says_what_is_wrong(words, message, tmp_path):
-    result = CliRunner().invoke(app, ["tune", *words, "--out", str(tmp_path)])
+def test_tune_command_reports_invalid_arguments(arguments, message, tmp_path):
+    result = CliRunner().invoke(app, ["tune", *arguments, "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert message in result.output

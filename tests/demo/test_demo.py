@@ -1,4 +1,4 @@
-"""The embedded pipeline is a real Stable Diffusion pipeline, and guidance works on it in every way in."""
+"""The embedded Stable Diffusion pipeline, and guidance on it through every entry point."""
 
 import json
 import threading
@@ -12,63 +12,65 @@ import kspec_guidance
 from kspec_guidance import SPARKE, MemoryBank, MMDGuidance, encode_reference, guided, load_demo_reference
 from kspec_guidance.loop.prompts import masked_mean, token_mask
 from tests import schedulers
-from tests.emoji import draw, generators
+from tests.emoji import generators, sample_latents
 
 ASSETS = Path(kspec_guidance.__file__).parent / "demo" / "assets"
 
 
 @pytest.fixture
-def swap(pipe):
-    """Change the scheduler for one test."""
+def set_scheduler(pipe):
+    """Replace the scheduler during one test."""
     before = pipe.scheduler
 
-    def to(name):
+    def replace(name):
         cls, settings = schedulers.SETTINGS[name]
         pipe.scheduler = getattr(diffusers, cls).from_config(before.config, **settings)
 
-    yield to
+    yield replace
     pipe.scheduler = before
 
 
-def test_it_is_stable_diffusion_and_small(pipe):
+def test_demo_pipeline_is_small_stable_diffusion(pipe):
     assert type(pipe) is diffusers.StableDiffusionPipeline
     assert sum(f.stat().st_size for f in ASSETS.rglob("*.safetensors")) < 40e6
     assert not [f for f in ASSETS.rglob("*") if f.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.float32}
 
 
-def test_images_are_images_and_what_was_asked_for(pipe):
+def test_images_match_prompt(pipe):
     images = pipe(
         "heart", num_images_per_prompt=4, num_inference_steps=20, generator=generators(4), output_type="np"
     ).images
     assert images.shape == (4, 64, 64, 3)
     centre = images[:, 20:44, 20:44].mean((0, 1, 2))
     assert centre[0] > centre[1] + 0.2  # hearts are mostly red
-    assert images[:, :3, :3].mean() > 0.9  # on white
+    assert images[:, :3, :3].mean() > 0.9  # white background
 
 
-def test_style_and_tone_can_be_asked_for(pipe):
-    def brightness(tone):
-        x = pipe(f"man, {tone}", num_images_per_prompt=6, num_inference_steps=15, generator=generators(6), output_type="np")
+def test_prompt_controls_skin_tone(pipe):
+    def brightness(skin_tone):
+        x = pipe(
+            f"man, {skin_tone}", num_images_per_prompt=6, num_inference_steps=15, generator=generators(6), output_type="np"
+        )
         return x.images[:, 24:52, 20:44].mean()
 
     assert brightness("dark skin tone") < brightness("light skin tone") - 0.05
 
 
-def test_classifier_free_guidance_costs_variety(pipe):
-    spread = lambda cfg: draw(pipe, "heart", 12, 15, guidance_scale=cfg).std(dim=0).mean()  # noqa: E731
-    assert spread(7.0) < spread(1.5)
+def test_classifier_free_guidance_reduces_variety(pipe):
+    variety = lambda cfg: sample_latents(pipe, "heart", 12, 15, guidance_scale=cfg).std(dim=0).mean()  # noqa: E731
+    assert variety(7.0) < 0.9 * variety(1.5)
 
 
-def test_the_usual_arguments_work(pipe):
-    assert draw(pipe, ["runner", "heart"], 2).shape == (4, 9, 8, 8)
-    assert not torch.equal(draw(pipe), draw(pipe, negative_prompt="red"))
-    seen = []
-    draw(pipe, steps=4, callback_on_step_end=lambda p, i, t, kw: seen.append(i) or kw)
-    assert seen == [0, 1, 2, 3]
+def test_standard_pipeline_arguments(pipe):
+    assert sample_latents(pipe, ["runner", "heart"], 2).shape == (4, 9, 8, 8)
+    assert not torch.equal(sample_latents(pipe), sample_latents(pipe, negative_prompt="red"))
+    steps = []
+    sample_latents(pipe, steps=4, callback_on_step_end=lambda p, i, t, kw: steps.append(i) or kw)
+    assert steps == [0, 1, 2, 3]
 
 
-def test_references_are_art_and_latents_decode_to_it(pipe):
+def test_reference_sets_round_trip_through_latents(pipe):
     images = load_demo_reference("twemoji")
     assert images.shape == (96, 3, 64, 64)
     assert -1 <= images.min() < images.max() <= 1
@@ -76,10 +78,10 @@ def test_references_are_art_and_latents_decode_to_it(pipe):
     assert latents.shape == (96, 9, 8, 8)
     assert latents.std().item() == pytest.approx(1, abs=0.3)
     with torch.no_grad():
-        again = pipe.vae.decode(latents).sample.clamp(-1, 1)
-    psnr = -10 * ((again - images) / 2).square().mean(dim=(1, 2, 3)).log10()
+        decoded = pipe.vae.decode(latents).sample.clamp(-1, 1)
+    psnr = -10 * ((decoded - images) / 2).square().mean(dim=(1, 2, 3)).log10()
     assert psnr.mean() > 23
-    with pytest.raises(ValueError, match=r"no reference set named '../x'; there are twemoji, noto"):
+    with pytest.raises(ValueError, match=r"no reference set named '../x'; choose from twemoji, noto"):
         load_demo_reference("../x")
     with pytest.raises(ValueError, match=r"must lie in -1..1"):
         encode_reference(pipe, images * 127)
@@ -91,66 +93,66 @@ def test_references_are_art_and_latents_decode_to_it(pipe):
 
 
 @pytest.mark.parametrize("name", schedulers.SETTINGS)
-def test_every_scheduler_on_the_pipeline(pipe, swap, name):
-    swap(name)
+def test_guidance_with_scheduler(pipe, set_scheduler, name):
+    set_scheduler(name)
     kwargs = dict(vars(pipe.scheduler))
-    plain = draw(pipe)
+    plain = sample_latents(pipe)
     idle = SPARKE(0.0)
     with idle.attach(pipe):
-        assert torch.equal(draw(pipe), plain)
+        assert torch.equal(sample_latents(pipe), plain)
     assert len(idle.memory) == 3
     assert torch.equal(idle.memory.x, plain.flatten(1))
     guide = SPARKE(0.3)
     with guide.attach(pipe):
-        moved = draw(pipe)
+        moved = sample_latents(pipe)
     assert torch.isfinite(moved).all()
     assert not torch.equal(moved, plain)
     assert len(guide.memory) == 3
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(sample_latents(pipe), plain)
     assert ("step" in vars(pipe.scheduler)) is ("step" in kwargs)
     assert "encode_prompt" not in vars(pipe)
 
 
 @pytest.mark.slow
-def test_sparke_varies_the_hearts_and_keeps_them_hearts(pipe):
+def test_sparke_increases_variety_and_keeps_outline(pipe):
     from kspec_guidance import functional as F
 
     rows = lambda x: torch.nn.functional.normalize(x.flatten(1))  # noqa: E731
-    plain = draw(pipe, "heart", 12, 20)
+    plain = sample_latents(pipe, "heart", 12, 20)
     guide = SPARKE()
     with guide.attach(pipe):
-        varied = draw(pipe, "heart", 12, 20)
+        varied = sample_latents(pipe, "heart", 12, 20)
     assert F.vendi_score(rows(varied)) > 1.3 * F.vendi_score(rows(plain))
 
-    def outline(latents):  # what is not white
+    def outline(latents):  # pixels that are not white
         with torch.no_grad():
             return pipe.vae.decode(latents).sample.amin(dim=1) < 0.8
 
-    usual = outline(plain).float().mean(0) > 0.5
-    shapes = outline(varied)
-    overlap = (shapes & usual).sum((1, 2)) / (shapes | usual).sum((1, 2))
-    assert (overlap > 0.7).float().mean() > 0.9  # not all: a white heart's outline hardly shows on white
+    plain_outline = outline(plain).float().mean(0) > 0.5
+    outlines = outline(varied)
+    overlap = (outlines & plain_outline).sum((1, 2)) / (outlines | plain_outline).sum((1, 2))
+    assert (overlap > 0.7).float().mean() > 0.9  # not all: a white heart is barely visible on white
     assert overlap.mean() > 0.85
 
 
 @pytest.mark.slow
-def test_mmd_guidance_moves_toward_the_reference(pipe):
+def test_mmd_guidance_approaches_reference(pipe):
     from kspec_guidance import functional as F
     from kspec_guidance.kernels import PolynomialKernel
 
     reference = encode_reference(pipe, load_demo_reference("dark-skin-tone"))
-    plain = draw(pipe, "health worker", 12, 20)
+    plain = sample_latents(pipe, "health worker", 12, 20)
     guide = MMDGuidance(reference)
     with guide.attach(pipe):
-        moved = draw(pipe, "health worker", 12, 20)
+        moved = sample_latents(pipe, "health worker", 12, 20)
     distance = lambda x: F.mmd(x.flatten(1), reference.flatten(1), PolynomialKernel())  # noqa: E731
     assert distance(moved) < 0.9 * distance(plain)
 
 
-def test_prompts_keep_to_themselves_and_features_are_the_pipelines_own(pipe):
+def test_prompt_features_are_pooled_text_encoder_states(pipe):
     guide = SPARKE(0.0)
     with guide.attach(pipe):
-        draw(pipe, ["heart", "runner, dark skin tone"], 2, 2)
+        sample_latents(pipe, ["heart", "runner, dark skin tone"], 2, 2)
     t = guide.memory.prompts
     assert t.shape == (4, pipe.text_encoder.config.hidden_size)
     torch.testing.assert_close(t.norm(dim=1), torch.ones(4))
@@ -163,31 +165,31 @@ def test_prompts_keep_to_themselves_and_features_are_the_pipelines_own(pipe):
     torch.testing.assert_close(t[:1], expected)
 
 
-def test_the_callback_way_in(pipe):
-    plain = draw(pipe)
+def test_guide_as_callback(pipe):
+    plain = sample_latents(pipe)
     guide = SPARKE(0.3)
-    moved = draw(pipe, callback_on_step_end=guide)
+    moved = sample_latents(pipe, callback_on_step_end=guide)
     assert not torch.equal(moved, plain)
     assert len(guide.memory) == 3
-    assert guide.report().steps_guided == 3  # steps 2 to 4 of 6: the first is over before a callback is asked
+    assert guide.report().steps_guided == 3  # steps 2 to 4 of 6: callbacks first run after step 1
     assert "step" not in vars(pipe.scheduler)
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(sample_latents(pipe), plain)
     idle = SPARKE(0.0)
-    assert torch.equal(draw(pipe, callback_on_step_end=idle), plain)
+    assert torch.equal(sample_latents(pipe, callback_on_step_end=idle), plain)
     assert len(idle.memory) == 3
 
 
-def test_attached_and_given_as_callback_guides_once(pipe):
+def test_attached_guide_as_callback_guides_once(pipe):
     guide = SPARKE(0.3)
     with guide.attach(pipe):
-        once = draw(pipe)
-    again = SPARKE(0.3)
-    with again.attach(pipe):
-        assert torch.equal(draw(pipe, callback_on_step_end=again), once)
+        once = sample_latents(pipe)
+    second_guide = SPARKE(0.3)
+    with second_guide.attach(pipe):
+        assert torch.equal(sample_latents(pipe, callback_on_step_end=second_guide), once)
 
 
-def test_a_run_that_breaks_adds_nothing_and_leaves_nothing(pipe):
-    plain, guide = draw(pipe), SPARKE(0.3)
+def test_failed_run_leaves_memory_and_pipeline_unchanged(pipe):
+    plain, guide = sample_latents(pipe), SPARKE(0.3)
 
     def stop(p, i, t, kw):
         if i == 2:
@@ -195,104 +197,104 @@ def test_a_run_that_breaks_adds_nothing_and_leaves_nothing(pipe):
         return kw
 
     with pytest.raises(RuntimeError, match="stop"), guide.attach(pipe):
-        draw(pipe, callback_on_step_end=stop)
+        sample_latents(pipe, callback_on_step_end=stop)
     assert len(guide.memory) == 0
     forward = pipe.unet.forward
     calls = []
 
-    def breaks(*args, **kwargs):
+    def interrupted_forward(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return forward(*args, **kwargs)
 
-    pipe.unet.forward = breaks
+    pipe.unet.forward = interrupted_forward
     try:
         with pytest.raises(KeyboardInterrupt):
-            draw(pipe, callback_on_step_end=guide)
+            sample_latents(pipe, callback_on_step_end=guide)
     finally:
         del pipe.unet.forward
     assert len(guide.memory) == 0
-    assert torch.equal(draw(pipe), plain)  # a hook left by the broken run steps aside
+    assert torch.equal(sample_latents(pipe), plain)  # a hook left by the failed run is inactive
     assert "step" not in vars(pipe.scheduler)
 
 
-def test_a_second_thread_is_refused_and_the_first_one_finishes(pipe):
+def test_second_thread_raises_and_first_one_finishes(pipe):
     guide, errors = SPARKE(0.3), []
 
-    def intrude():
+    def run_in_second_thread():
         try:
-            draw(pipe, steps=2)
+            sample_latents(pipe, steps=2)
         except RuntimeError as error:
             errors.append(str(error))
 
-    def in_the_middle(p, i, t, kw):
+    def callback(p, i, t, kw):
         if i == 2:
-            thread = threading.Thread(target=intrude)
+            thread = threading.Thread(target=run_in_second_thread)
             thread.start()
             thread.join()
         return kw
 
     with guide.attach(pipe):
-        alone = draw(pipe)
+        expected = sample_latents(pipe)
     guide.memory.clear()
     with guide.attach(pipe):
-        disturbed = draw(pipe, callback_on_step_end=in_the_middle)
+        result = sample_latents(pipe, callback_on_step_end=callback)
     assert "give each thread its own pipeline" in errors[0]
-    assert torch.equal(disturbed, alone)
+    assert torch.equal(result, expected)
     assert len(guide.memory) == 3
 
 
-def test_a_subclass_takes_the_guide_as_an_argument(pipe, tmp_path):
-    sub = guided(diffusers.StableDiffusionPipeline)(**pipe.components, requires_safety_checker=False)
-    sub.set_progress_bar_config(disable=True)
-    plain = draw(pipe)
-    assert torch.equal(draw(sub), plain)
+def test_guided_subclass_accepts_guide_argument(pipe, tmp_path):
+    guided_pipe = guided(diffusers.StableDiffusionPipeline)(**pipe.components, requires_safety_checker=False)
+    guided_pipe.set_progress_bar_config(disable=True)
+    plain = sample_latents(pipe)
+    assert torch.equal(sample_latents(guided_pipe), plain)
     guide = SPARKE(0.3)
-    assert not torch.equal(draw(sub, kspec_guidance=guide), plain)
+    assert not torch.equal(sample_latents(guided_pipe, kspec_guidance=guide), plain)
     assert len(guide.memory) == 3
-    assert guided(diffusers.StableDiffusionPipeline) is type(sub)
-    sub.save_pretrained(tmp_path)
+    assert guided(diffusers.StableDiffusionPipeline) is type(guided_pipe)
+    guided_pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
     with pytest.raises(TypeError, match="must be a guide such as SPARKE"):
-        draw(sub, kspec_guidance=0.3)
+        sample_latents(guided_pipe, kspec_guidance=0.3)
     with pytest.raises(TypeError, match="takes a pipeline class"):
         guided(pipe)
 
 
-def test_a_scheduler_swapped_inside_the_block_is_guided_too(pipe, swap):
+def test_scheduler_replaced_after_attach_is_guided(pipe, set_scheduler):
     guide = SPARKE(0.3)
-    first = pipe.scheduler
+    original = pipe.scheduler
     with guide.attach(pipe):
-        swap("DDIM")
-        draw(pipe)
+        set_scheduler("DDIM")
+        sample_latents(pipe)
     assert guide.report().steps_guided > 0
     assert "step" not in vars(pipe.scheduler)
-    assert "step" not in vars(first)
+    assert "step" not in vars(original)
 
 
-def test_without_classifier_free_guidance_and_with_embeddings_only(pipe):
+def test_guidance_without_cfg_and_with_prompt_embeds(pipe):
     guide = SPARKE(0.3)
     with guide.attach(pipe):
-        draw(pipe, guidance_scale=1.0)
+        sample_latents(pipe, guidance_scale=1.0)
         positive, negative = pipe.encode_prompt("heart", "cpu", 1, True)
-        draw(pipe, None, prompt_embeds=positive, negative_prompt_embeds=negative)
+        sample_latents(pipe, None, prompt_embeds=positive, negative_prompt_embeds=negative)
     assert len(guide.memory) == 6
 
 
-def test_memory_from_another_text_encoder_is_refused(pipe):
+def test_memory_of_other_text_encoder_raises(pipe):
     bank = MemoryBank("x0", "CLIPTextModel-of-someone-else")
     bank.add(torch.zeros(1, 9, 8, 8), torch.ones(1, 160))
     with (
         pytest.raises(ValueError, match=r"prompts encoded by CLIPTextModel-of-someone-else.*clear\(\)"),
         SPARKE(0.3, memory=bank).attach(pipe),
     ):
-        draw(pipe)
+        sample_latents(pipe)
     assert len(bank) == 1
     assert "step" not in vars(pipe.scheduler)
 
 
-def test_an_unsupported_scheduler_is_refused_before_anything_is_touched(pipe):
+def test_unsupported_scheduler_raises_without_side_effects(pipe):
     before = pipe.scheduler
     pipe.scheduler = diffusers.DDIMInverseScheduler()
     try:

@@ -1,4 +1,4 @@
-"""Every code block of the README runs, in order: Python in one namespace, commands through the command line itself."""
+"""Code blocks of the README and the documentation run, in order: Python in one namespace, commands through the CLI."""
 
 import os
 import re
@@ -12,28 +12,25 @@ from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
-DOCS = (p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "reference")  # the reference holds no code
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+DOCS = (p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "reference")  # the reference has no code blocks
 PAGES = [*sorted(str(p.relative_to(ROOT)) for p in DOCS), "pipelines/README.md"]
 
 
 @pytest.mark.slow
-def test_the_readmes_code_runs(tmp_path, monkeypatch):
-    from kspec_guidance.cli import app
-
+def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     ran = 0
-    for language, block in BLOCKS:
+    for language, block in BLOCK.findall(TEXT):
         if language == "python":
-            exec(compile(block, "README.md", "exec"), names)  # our own text, not a user's
+            exec(compile(block, "README.md", "exec"), names)
             ran += 1
             continue
         for line in block.splitlines():
             command = shlex.split(line, comments=True)
             if command and command[0] == "kspec-guidance":
-                result = CliRunner().invoke(app, command[1:])
-                assert result.exit_code == 0, result.output
+                run_command(command)
                 ran += 1
     assert ran >= 7
     assert {p.name for p in (tmp_path / "outputs").iterdir()} >= {"images", "report.html", "compare.html"}
@@ -41,14 +38,14 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_the_other_pages_runs(page, tmp_path, monkeypatch):
+def test_page_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     monkeypatch.chdir(tmp_path)
-    for name in ("kspec_guidance", "pipelines"):  # paths in the pages are those of a clone
+    for name in ("kspec_guidance", "pipelines"):  # paths on the pages are relative to a clone
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
     names: dict = {}
-    for language, block in re.findall(r"```(\w+)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+    for language, block in BLOCK.findall((ROOT / page).read_text()):
         assert language in ("python", "bash", "text")
         if language == "python":
             exec(compile(block, page, "exec"), names)
@@ -57,7 +54,7 @@ def test_the_code_of_the_other_pages_runs(page, tmp_path, monkeypatch):
 
 
 def run_command(words):
-    """The program itself in this process; launchers of several as they are, from this environment."""
+    """Run ``kspec-guidance`` in this process, and launchers of several processes as subprocesses."""
     from kspec_guidance.cli import app
 
     if words[0] == "kspec-guidance":
@@ -66,16 +63,16 @@ def run_command(words):
         return
     assert words[0] in ("torchrun", "accelerate")
     modules = {"torchrun": ["torch.distributed.run"], "accelerate": ["accelerate.commands.launch"]}
-    rest = words[1:] if words[0] == "torchrun" else words[2:]
+    arguments = words[1:] if words[0] == "torchrun" else words[2:]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", *modules[words[0]], *rest]
+    line = [sys.executable, "-m", *modules[words[0]], *arguments]
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_other_commands_are_known():
+def test_readme_shell_commands_are_known():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for language, block in BLOCKS:
+    for language, block in BLOCK.findall(TEXT):
         if language != "bash":
             continue
         for line in block.splitlines():
@@ -83,7 +80,7 @@ def test_other_commands_are_known():
             assert words[:3] == ["pip", "install", "-e"] or words[0] == "kspec-guidance" or words[1] in targets
 
 
-def test_the_readmes_pictures_and_links_exist():
+def test_linked_images_and_files_exist():
     for page in ["README.md", *PAGES]:
         for path in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
             assert path.startswith("https://") or (ROOT / page).parent.joinpath(path).is_file(), (page, path)

@@ -1,4 +1,4 @@
-"""The Space: what it refuses, that visitors do not meet, and every flow in a real browser."""
+"""The Space: inputs that it rejects, the separation of visitors, and all flows in a real browser."""
 
 import io
 import json
@@ -17,73 +17,74 @@ sys.path.insert(0, str(ROOT / "examples" / "space"))
 CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
-ASK = {
-    "each": 4,
+SETTINGS = {
+    "images_per_prompt": 4,
     "method": "SPARKE",
     "strength": 1.0,
     "seed": 0,
     "steps": 6,
-    "chosen": "noto",
+    "reference_set": "noto",
     "files": None,
     "remember": True,
 }
 
 
-def png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
 
 
-def claims(width: int, height: int) -> bytes:
-    """A PNG whose header promises a size that its data does not hold."""
+def false_png(width: int, height: int) -> bytes:
+    """Return a PNG whose header has a size that its data does not have."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
 
 
-def zipped(path: Path, files: dict[str, bytes]) -> str:
+def write_zip(path: Path, files: dict[str, bytes]) -> str:
+    """Write a zip and return its path."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
     return str(path)
 
 
-def test_pictures_of_a_zip_are_read_whatever_their_names(tmp_path):
+def test_images_of_a_zip_are_read_whatever_their_names(tmp_path):
     from uploads import read_uploads
 
-    small = png(Image.new("RGBA", (5, 4), (255, 0, 0, 128)))
-    path = zipped(tmp_path / "a.zip", {"../../up.png": small, "/etc/passwd": small, "x/": b"", "con\n.gif": small})
+    small = encode_png(Image.new("RGBA", (5, 4), (255, 0, 0, 128)))
+    path = write_zip(tmp_path / "a.zip", {"../../up.png": small, "/etc/passwd": small, "x/": b"", "con\n.gif": small})
     assert [(i.size, i.mode) for i in read_uploads([path])] == [((5, 4), "RGB")] * 3
     assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
-        (claims(5_000, 5_000), "5000 x 5000 pixels"),
-        (claims(60_000, 60_000), "far more pixels"),
-        (claims(100, 100), "cannot be read as a picture"),
-        (b"<svg onload=alert(1)>", "cannot be read as a picture"),
+        (false_png(5_000, 5_000), "5000 x 5000 pixels"),
+        (false_png(60_000, 60_000), "far more pixels"),
+        (false_png(100, 100), "cannot be read as an image"),
+        (b"<svg onload=alert(1)>", "cannot be read as an image"),
         (b"\0" * (8 * 2**20 + 1), "larger than 8 MB"),
-        (b"", "cannot be read as a picture"),
+        (b"", "cannot be read as an image"),
     ],
     ids=["large", "bomb", "broken", "svg", "heavy", "empty"],
 )
-def test_what_is_no_picture_is_refused(data, said, tmp_path):
+def test_invalid_images_are_rejected(data, message, tmp_path):
     from uploads import UploadError, read_uploads
 
     (tmp_path / "a.png").write_bytes(data)
-    for path in (str(tmp_path / "a.png"), zipped(tmp_path / "b.zip", {"a.png": data})):
-        with pytest.raises(UploadError, match=said):
+    for path in (str(tmp_path / "a.png"), write_zip(tmp_path / "b.zip", {"a.png": data})):
+        with pytest.raises(UploadError, match=message):
             read_uploads([path])
 
 
-def test_other_zips_are_refused(tmp_path):
+def test_invalid_zips_are_rejected(tmp_path):
     from uploads import UploadError, read_uploads
 
     with pytest.raises(UploadError, match="257 files"):
-        read_uploads([zipped(tmp_path / "a.zip", {f"{k}": b"" for k in range(257)})])
+        read_uploads([write_zip(tmp_path / "a.zip", {f"{k}": b"" for k in range(257)})])
     (tmp_path / "b.zip").write_bytes(b"PK\x03\x04 no zip at all")
     with pytest.raises(UploadError, match="broken"):
         read_uploads([str(tmp_path / "b.zip")])
@@ -96,8 +97,8 @@ def server(tmp_path_factory):
     pytest.importorskip("gradio")
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-    # the client leaves an empty folder for each file that it has fetched
-    patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("fetched")))
+    # the client leaves an empty folder for each file that it downloads
+    patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("downloads")))
     patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     import app
 
@@ -108,22 +109,22 @@ def server(tmp_path_factory):
     patch.undo()
 
 
-def client(server):
+def connect(server):
     from gradio_client import Client
 
     return Client(server, verbose=False)
 
 
 @pytest.mark.slow
-def test_visitors_have_memories_of_their_own(server):
-    first, second = client(server), client(server)
-    ask = lambda c, **more: c.predict(text="heart", api_name="/generate", **(ASK | more))  # noqa: E731
-    assert "Memory: 4 images" in ask(first)[2]
-    assert "Memory: 8 images" in ask(first)[2]
-    assert "Memory: 4 images" in ask(second)[2]
-    assert "Memory: 4 images" in ask(second, remember=False, method="MMD")[2]
+def test_visitors_do_not_share_a_memory(server):
+    first, second = connect(server), connect(server)
+    generate = lambda client, **kwargs: client.predict(text="heart", api_name="/generate", **(SETTINGS | kwargs))  # noqa: E731
+    assert "Memory: 4 images" in generate(first)[2]
+    assert "Memory: 8 images" in generate(first)[2]
+    assert "Memory: 4 images" in generate(second)[2]
+    assert "Memory: 4 images" in generate(second, remember=False, method="MMD")[2]
     assert first.predict(api_name="/clear") == "Memory: 0 images."
-    status, table, archive = (ask(second)[k] for k in (2, 3, 6))
+    status, table, archive = (generate(second)[k] for k in (2, 3, 6))
     assert "Memory: 8 images" in status
     assert [row[0] for row in table["data"]][:2] == ["Vendi score, all images", "RKE, all images"]
     with zipfile.ZipFile(archive) as files:
@@ -134,76 +135,77 @@ def test_visitors_have_memories_of_their_own(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("text", "each", "rows"), [("heart", 1, 0), ("heart", 2, 2), ("heart\nflag\nman", 1, 3), ("heart", 3, 2)]
+    ("text", "images_per_prompt", "rows"), [("heart", 1, 0), ("heart", 2, 2), ("heart\nflag\nman", 1, 3), ("heart", 3, 2)]
 )
-def test_few_images_have_scores_without_intervals(server, text, each, rows):
-    table = client(server).predict(text=text, api_name="/generate", **(ASK | {"each": each}))[3]["data"]
+def test_few_images_have_scores_without_intervals(server, text, images_per_prompt, rows):
+    settings = SETTINGS | {"images_per_prompt": images_per_prompt}
+    table = connect(server).predict(text=text, api_name="/generate", **settings)[3]["data"]
     assert len(table) == rows
     assert not [cell for row in table for cell in row if "[" in cell]
 
 
 @pytest.mark.slow
-def test_no_file_of_the_machine_is_read(server):
+def test_files_of_the_server_are_not_read(server):
     import urllib.error
     import urllib.request
 
     def call(path):
-        """By hand: the client would upload its own machine's file of that name."""
-        given = [{"path": path, "meta": {"_type": "gradio.FileData"}}] * 3
-        body, kind = json.dumps({"data": [given]}).encode(), {"Content-Type": "application/json"}
-        begun = urllib.request.urlopen(urllib.request.Request(f"{server}gradio_api/call/evaluate", body, kind))
-        number = json.load(begun)["event_id"]
-        return urllib.request.urlopen(f"{server}gradio_api/call/evaluate/{number}").read().decode()
+        """Without the client, which would upload the file of that path of its own machine."""
+        files = [{"path": path, "meta": {"_type": "gradio.FileData"}}] * 3
+        body, kind = json.dumps({"data": [files]}).encode(), {"Content-Type": "application/json"}
+        response = urllib.request.urlopen(urllib.request.Request(f"{server}gradio_api/call/evaluate", body, kind))
+        event_id = json.load(response)["event_id"]
+        return urllib.request.urlopen(f"{server}gradio_api/call/evaluate/{event_id}").read().decode()
 
     for path in ("/etc/passwd", str(ROOT / "docs" / "sparke.png"), "app.py", "../../README.md"):
         with pytest.raises(urllib.error.HTTPError, match=r"40\d"):
             urllib.request.urlopen(f"{server}gradio_api/file={path}")
-        said = call(path)
-        assert "event: error" in said
-        assert "Vendi" not in said
+        answer = call(path)
+        assert "event: error" in answer
+        assert "Vendi" not in answer
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("settings", "message"),
     [
         ({"text": " \n"}, "at least one prompt"),
         ({"text": "\n".join("abcdefgh")}, "At most 6 prompts"),
         ({"text": "x" * 301}, "300 characters"),
-        ({"each": 400}, "At most 8|maximum"),
+        ({"images_per_prompt": 400}, "At most 8|maximum"),
         ({"method": "rm -rf"}, "rm -rf"),
     ],
 )
-def test_requests_out_of_bounds_are_refused_in_words(server, more, said):
-    with pytest.raises(Exception, match=said):
-        client(server).predict(api_name="/generate", **({"text": "heart"} | ASK | more))
+def test_invalid_settings_are_rejected_with_a_message(server, settings, message):
+    with pytest.raises(Exception, match=message):
+        connect(server).predict(api_name="/generate", **({"text": "heart"} | SETTINGS | settings))
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", "QwenImagePipeline", "SanaPipeline"])
 def test_another_model_in_place_of_the_embedded_one(name, tmp_path):
     from studio import Studio, Visitor, score_table
 
-    from tests.tiny import making
+    from tests import tiny
 
-    making.build(name).save_pretrained(tmp_path, safe_serialization=True)
+    tiny.build(name).save_pretrained(tmp_path, safe_serialization=True)
     studio, visitor = Studio(str(tmp_path), 64), Visitor()
     colours = [Image.new("RGB", (80, 60), (40 * k, 90, 200 - 40 * k)) for k in range(5)]
     reference = studio.reference("", colours)
-    shown = 0
-    for now in studio.generate(visitor, ["a cat", "a dog"], 2, "SPARKE + MMD", 1.0, 0, 5, reference, True):
-        shown += bool(now.panels["guided"].rows) and not now.done
-    assert shown >= 2  # a preview, and the end
-    assert [image.size for row in now.panels["guided"].rows for image in row] == [(64, 64)] * 4
+    updates = 0
+    for state in studio.generate(visitor, ["a cat", "a dog"], 2, "SPARKE + MMD", 1.0, 0, 5, reference, True):
+        updates += bool(state.panels["guided"].rows) and not state.done
+    assert updates >= 2  # a preview, and the result
+    assert [image.size for row in state.panels["guided"].rows for image in row] == [(64, 64)] * 4
     assert len(visitor.memory) == 4
-    assert score_table(now, None)[0][0] == "Vendi score, all images"
+    assert score_table(state, None)[0][0] == "Vendi score, all images"
 
 
-def test_models_of_another_kind_are_refused_in_words(tmp_path):
+def test_other_kinds_of_models_are_rejected(tmp_path):
     from studio import Studio
 
-    from tests.tiny import making
+    from tests import tiny
 
-    making.build("WanPipeline").save_pretrained(tmp_path, safe_serialization=True)
+    tiny.build("WanPipeline").save_pretrained(tmp_path, safe_serialization=True)
     with pytest.raises(ValueError, match="needs a text-to-image pipeline"):
         Studio(str(tmp_path))
 
@@ -212,7 +214,7 @@ def test_models_of_another_kind_are_refused_in_words(tmp_path):
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: the flows of the Space were not clicked through")
+        pytest.skip("no Chromium on this machine: the flows of the Space were not tested in a browser")
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FLAGS)
         yield browser
@@ -221,7 +223,7 @@ def browser():
 
 @pytest.fixture
 def tab(browser):
-    """A page of a visitor of its own, gone after the test whatever happens."""
+    """A page in a browser context of its own, which is closed after the test."""
     with browser.new_context(viewport={"width": 1280, "height": 1000}) as context:
         context.set_default_timeout(60_000)
         yield context.new_page()
@@ -236,25 +238,25 @@ def wait_for(page, text, seconds=60):
 
 
 def upload(page, which, files):
-    """Once more if the page was not listening yet."""
+    """Upload files; again if the page was not ready yet."""
     for _ in range(5):
         getattr(page.locator("input[type=file][multiple]"), which).set_input_files(files)
         page.wait_for_timeout(4000)
-        if any(found.is_visible() for found in page.get_by_text(Path(files[-1]).stem).all()):
+        if any(element.is_visible() for element in page.get_by_text(Path(files[-1]).stem).all()):
             return
-    raise AssertionError("the upload never showed")
+    raise AssertionError("the upload does not appear on the page")
 
 
 @pytest.mark.slow
 def test_generating_stopping_and_clearing_in_a_browser(server, tab, tmp_path):
     page = tab
-    broken: list[str] = []
-    page.on("pageerror", lambda e: broken.append(str(e)))
+    errors: list[str] = []
+    page.on("pageerror", lambda e: errors.append(str(e)))
     page.goto(server)
     page.get_by_label("Prompts").fill("heart\ncat face")
     page.get_by_role("button", name="Generate").click()
     wait_for(page, "guided: step")
-    assert page.locator(".panel img").count() >= 1  # previews stand there while the work goes on
+    assert page.locator(".panel img").count() >= 1  # previews
     wait_for(page, "Done: 12 images of each kind. Memory: 12 images.")
     assert page.locator(".panel img").count() == 2
     assert page.get_by_text("Conditional Vendi, within prompts").count() >= 1
@@ -269,9 +271,9 @@ def test_generating_stopping_and_clearing_in_a_browser(server, tab, tmp_path):
     page.get_by_role("button", name="Clear memory").click()
     wait_for(page, "Memory: 0 images")
     page.get_by_role("button", name="Generate").focus()
-    page.keyboard.press("Enter")  # the model is free again, and a keyboard is enough
+    page.keyboard.press("Enter")  # the model is not busy after a stop, and the keyboard works
     wait_for(page, "Done: 12 images of each kind. Memory: 12 images.")
-    assert not broken
+    assert not errors
 
 
 @pytest.mark.slow
@@ -287,7 +289,7 @@ def test_a_reference_and_a_report_from_uploads_in_a_browser(server, tab, tmp_pat
     page.get_by_label("Method").click()
     page.get_by_role("option", name="Novelty").click()
     page.get_by_text("Reference set, for novelty and MMD").click()
-    page.get_by_label("A set of true art").wait_for()
+    page.get_by_label("Original emoji").wait_for()
     upload(page, "first", files)
     page.get_by_role("button", name="Generate").click()
     wait_for(page, "Done: 18 images")
@@ -302,11 +304,16 @@ def test_a_reference_and_a_report_from_uploads_in_a_browser(server, tab, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_it_fits_a_phone_in_light_and_in_dark(server, tab, theme, tmp_path):
+def test_it_fits_a_phone_in_light_and_dark_mode(server, tab, theme, tmp_path):
     page = tab
     page.set_viewport_size({"width": 375, "height": 800})
     page.goto(f"{server}?__theme={theme}")
     page.get_by_role("button", name="Generate").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     assert page.evaluate("document.body.classList.contains('dark')") is (theme == "dark")
+    page.get_by_role("button", name="Generate").click()
+    wait_for(page, "Done: 18 images")
+    boxes = [cell.bounding_box() for cell in page.get_by_text("guided [95%]").all() if cell.is_visible()]
+    assert boxes
+    assert all(box["x"] + box["width"] <= 375 for box in boxes)  # the scores are not scrolled out of sight
     page.screenshot(path=tmp_path / "phone.png", full_page=True)

@@ -1,4 +1,4 @@
-"""The training code of the embedded pipeline: captions that count modes, latents without dead channels, resumption."""
+"""The training code of the embedded pipeline: captions with known modes, latents without inactive channels, resumption."""
 
 import random
 import sys
@@ -59,24 +59,22 @@ def test_standardised_latents_have_unit_variance_and_decode_as_before():
     vae = small_vae()
     images = torch.randint(0, 255, (24, 3, 16, 16), dtype=torch.uint8)
     mean, _ = latents.posteriors(vae, images)
-    with (
-        torch.no_grad()
-    ):  # two channels carry nothing but noise: their logarithm of variance is large, and nothing reads them
+    with torch.no_grad():  # two channels are noise: a large log variance, and zero weights in the decoder
         vae.quant_conv.bias[5 + 1] += 30
         vae.quant_conv.bias[5 + 3] += 30
         vae.post_quant_conv.weight[:, [1, 3]] = 0
         vae.post_quant_conv.bias.zero_()
         for c in (0, 2, 4):
             vae.quant_conv.bias[5 + c] += 2 * mean[:, c].std().log() - 6
-    slim = latents.standardise(vae, images)
-    assert slim.config.latent_channels == 3
-    z, _ = latents.posteriors(slim, images)
+    standard = latents.standardise(vae, images)
+    assert standard.config.latent_channels == 3
+    z, _ = latents.posteriors(standard, images)
     assert z.mean(dim=(0, 2, 3)).abs().max() < 1e-4
     torch.testing.assert_close(z.var(dim=(0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
     with torch.no_grad():
         x = train_vae.to_model(images)
         before = vae.decode(vae.encode(x).latent_dist.mode()).sample
-        after = slim.decode(slim.encode(x).latent_dist.mode()).sample
+        after = standard.decode(standard.encode(x).latent_dist.mode()).sample
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
 
 
@@ -95,20 +93,20 @@ def test_the_rate_warms_up_stays_and_falls():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_resumed_run_is_the_uninterrupted_one(kind, tmp_path):
-    def run(folder, stops):
+def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path):
+    def train(folder, stops):
         for stop in stops:
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
             optimizer = muon.MuonAdamW(model, lr=1e-2) if kind == "muon" else None
-            r = loop.Run(model, folder, 20, 1e-2, 0.9, 0, falling=0.4, optimizer=optimizer)
-            while r.step < stop:
-                x = torch.randn(8, 4, generator=r.generator(r.step))
-                r.update(r.model(x).square().mean())
-            r.save()
-        return r
+            run = loop.Run(model, folder, 20, 1e-2, 0.9, 0, falling=0.4, optimizer=optimizer)
+            while run.step < stop:
+                x = torch.randn(8, 4, generator=run.generator(run.step))
+                run.update(run.model(x).square().mean())
+            run.save()
+        return run
 
-    whole, parts = run(tmp_path / "a", [20]), run(tmp_path / "b", [7, 13, 20])
-    for a, b in ((whole.model, parts.model), (whole.ema, parts.ema)):
+    once, resumed = train(tmp_path / "a", [20]), train(tmp_path / "b", [7, 13, 20])
+    for a, b in ((once.model, resumed.model), (once.ema, resumed.ema)):
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
             assert torch.equal(p, q)

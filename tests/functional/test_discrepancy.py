@@ -7,7 +7,7 @@ from kspec_guidance.kernels import GaussianKernel, PolynomialKernel
 from tests.samples import rows
 
 
-def test_mmd_of_a_linear_kernel_is_the_distance_of_the_means(g):
+def test_mmd_with_linear_kernel_equals_squared_mean_distance(g):
     x, y = torch.randn(8, 3, generator=g).double(), torch.randn(10, 3, generator=g).double()
     linear = PolynomialKernel(1, gamma=1.0, coef=0.0)
     expected = (x.mean(0) - y.mean(0)).square().sum().item()
@@ -16,14 +16,14 @@ def test_mmd_of_a_linear_kernel_is_the_distance_of_the_means(g):
     assert F.mmd(x, y, linear).item() == pytest.approx(expected - within.item())
 
 
-def test_the_unbiased_mmd_is_kid_of_torchmetrics(g):
+def test_unbiased_mmd_matches_torchmetrics_kid(g):
     from torchmetrics.image.kid import poly_mmd
 
     x, y = torch.randn(20, 16, generator=g), torch.randn(20, 16, generator=g) + 0.3
     assert F.mmd(x, y, PolynomialKernel()).item() == pytest.approx(poly_mmd(x, y).item(), rel=1e-4)
 
 
-def test_kid_of_one_full_subset_is_the_unbiased_mmd():
+def test_kid_of_full_subsets_equals_unbiased_mmd():
     x, y = rows(20, 8), rows(20, 8, 1) + 0.2
     mean, std = F.kid(x, y, subsets=3)
     assert mean.item() == pytest.approx(F.mmd(x, y, PolynomialKernel()).item(), rel=1e-9)
@@ -34,7 +34,7 @@ def test_kid_of_one_full_subset_is_the_unbiased_mmd():
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_mmd_by_features_is_mmd_of_their_kernel(unbiased):
+def test_mmd_with_feature_map_matches_its_kernel(unbiased):
     x, y = rows(9, 3), rows(7, 3, 1)
     phi = RandomFourierFeatures(GaussianKernel(1.0), 3, 32)
     linear = PolynomialKernel(1, gamma=1.0, coef=0.0)

@@ -8,7 +8,7 @@ from tests.samples import rows
 
 
 @pytest.mark.parametrize("order", [0.7, 1.0, 2.0, 3.0])
-def test_scores_are_differentiable(order, g):
+def test_scores_pass_gradcheck(order, g):
     x = torch.randn(5, 3, generator=g, dtype=torch.float64, requires_grad=True)
     t = torch.randn(5, 2, generator=g, dtype=torch.float64)
     k, y = GaussianKernel(1.0), torch.randn(4, 3, generator=g, dtype=torch.float64)
@@ -17,7 +17,7 @@ def test_scores_are_differentiable(order, g):
     assert torch.autograd.gradcheck(lambda z: F.mmd(z, y, k), x)
 
 
-def test_gradients_of_ken_and_scendi_pass_gradcheck():
+def test_ken_scendi_and_feature_scores_pass_gradcheck():
     x, y = rows(6, 3).requires_grad_(), rows(5, 3, 1).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: F.ken_score(a, b, GaussianKernel(1.5), 0.7), (x, y))
     t = rows(6, 2, 2).requires_grad_()
@@ -29,7 +29,7 @@ def test_gradients_of_ken_and_scendi_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda a, b: F.information_vendi_score(a, b, GaussianKernel(1.0)), (x, t))
 
 
-def test_gradients_at_equal_samples_are_finite():
+def test_gradients_at_duplicate_samples_are_finite():
     x = rows(2, 3).repeat(3, 1).requires_grad_()
     for score in (
         lambda z: F.vendi_score(z, GaussianKernel(1.0)),

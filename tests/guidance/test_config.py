@@ -11,7 +11,6 @@ from kspec_guidance.objectives import RKE, Vendi
 
 REFERENCE = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
 
-
 GUIDES = {
     "sparke": lambda: SPARKE(0.4, kernel=GaussianKernel(0.7), start=0.1, stop=0.5, every=2, seed=7),
     "product kernel": lambda: KernelGuidance(RKE(GaussianKernel(0.5)), 0.2, sigma_interval=(0.1, 5.0)),
@@ -28,25 +27,25 @@ GUIDES = {
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_saved_settings_make_the_same_guide(name, tmp_path, g):
+def test_config_round_trip_reproduces_guide(name, tmp_path, g):
     guide = GUIDES[name]()
     guide.save_config(tmp_path)
-    again = KernelGuidance.from_config(tmp_path)
-    assert type(again) is type(guide)
-    assert (again.seed, len(again.terms)) == (guide.seed, len(guide.terms))
-    for a, b in zip(guide.terms, again.terms, strict=True):
+    loaded = KernelGuidance.from_config(tmp_path)
+    assert type(loaded) is type(guide)
+    assert (loaded.seed, len(loaded.terms)) == (guide.seed, len(guide.terms))
+    for a, b in zip(guide.terms, loaded.terms, strict=True):
         for k in ("scale", "space", "start", "stop", "every", "sigma_interval", "transforms"):
             assert getattr(a, k) == getattr(b, k)
     x, t = torch.randn(4, 3, 2, 2, generator=g), torch.randn(4, 4, generator=g)
-    assert torch.equal(guide.gradient(x, t), again.gradient(x, t))
+    assert torch.equal(guide.gradient(x, t), loaded.gradient(x, t))
     assert not [f for f in tmp_path.iterdir() if f.suffix not in (".json", ".safetensors")]
 
 
-def test_settings_that_are_none_are_refused_with_what_was_found(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"guide.save_config\(folder\) writes them"):
+def test_invalid_config_raises(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"write them with guide.save_config\(folder\)"):
         KernelGuidance.from_config(tmp_path)
     (tmp_path / "kspec_guidance.json").write_text("{oops")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         KernelGuidance.from_config(tmp_path)
     with pytest.raises(ValueError, match="format None"):
         KernelGuidance.from_config({})
@@ -55,13 +54,13 @@ def test_settings_that_are_none_are_refused_with_what_was_found(tmp_path):
     with pytest.raises(ValueError, match=r"unknown objective 'os.system'"):
         KernelGuidance.from_config(config)
 
-    class Mine(Kernel):
+    class CustomKernel(Kernel):
         def vjp(self, x, y, weight):
             return x
 
-    with pytest.raises(TypeError, match="Mine cannot be saved"):
-        KernelGuidance(RKE(Mine()), 0.3).save_config(tmp_path)
-    for space in (Embedder(embedder=torch.nn.Flatten()), Pixels(vae=torch.nn.Flatten())):  # networks are not settings
+    with pytest.raises(TypeError, match="CustomKernel cannot be saved"):
+        KernelGuidance(RKE(CustomKernel()), 0.3).save_config(tmp_path)
+    for space in (Embedder(embedder=torch.nn.Flatten()), Pixels(vae=torch.nn.Flatten())):  # networks are not saved
         with pytest.raises(TypeError, match="cannot be saved as settings; build it in code"):
             SPARKE(space=space).save_config(tmp_path)
     shutil.rmtree(tmp_path)

@@ -1,4 +1,4 @@
-"""Settings and memory files of version 1.0.0rc1 load, and mean what they meant: values written by that version."""
+"""Settings and memory files written by version 1.0.0rc1 load and reproduce the values of that version."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ EXPECTED = load_file(FOLDER / "expected.safetensors")
 X, T = (torch.randn(*s, generator=torch.Generator().manual_seed(k)) for k, s in ((2, (4, 3, 2, 2)), (3, (4, 4))))
 GUIDES = {
     "sparke": SPARKE,
-    "order": VendiGuidance,  # SPARKE(order=0.5) at that time
+    "order": VendiGuidance,  # SPARKE(order=0.5) in that version
     "product_kernel": KernelGuidance,
     "random_features": SPARKE,
     "mmd": MMDGuidance,
@@ -36,15 +36,15 @@ GUIDES = {
 
 @pytest.mark.filterwarnings("ignore:.*random features in")
 @pytest.mark.parametrize("name", GUIDES)
-def test_settings_of_format_1_make_the_same_guide(name, tmp_path):
+def test_format_1_config_reproduces_gradient(name, tmp_path):
     guide = KernelGuidance.from_config(FOLDER / name)
     assert type(guide) is GUIDES[name]
     torch.testing.assert_close(guide.gradient(X, T), EXPECTED[name], rtol=1e-5, atol=1e-6)
-    guide.save_config(tmp_path)  # in today's format
+    guide.save_config(tmp_path)  # in the current format
     assert torch.equal(KernelGuidance.from_config(tmp_path).gradient(X, T), guide.gradient(X, T))
 
 
-def test_the_other_settings_of_format_1_are_kept():
+def test_format_1_config_keeps_term_settings():
     term = KernelGuidance.from_config(FOLDER / "sparke").terms[0]
     assert (term.scale, term.start, term.stop, term.every) == (0.4, 0.1, 0.5, 2)
     term = KernelGuidance.from_config(FOLDER / "product_kernel").terms[0]
@@ -55,7 +55,7 @@ def test_the_other_settings_of_format_1_are_kept():
 @pytest.mark.parametrize(
     ("name", "cls"), [("bank", MemoryBank), ("bank_window_half", MemoryBank), ("centroids", CentroidMemory)]
 )
-def test_memory_files_of_version_1_load(name, cls):
+def test_format_1_memory_file_loads(name, cls):
     memory = cls.load(FOLDER / f"{name}.safetensors")
     torch.testing.assert_close(memory.x, EXPECTED[name])
     torch.testing.assert_close(memory.prompts, EXPECTED[f"{name}.prompts"])
@@ -66,7 +66,7 @@ def test_memory_files_of_version_1_load(name, cls):
         assert (memory.limit, memory.half_life, memory.dtype, memory.total_added) == (7, 4.0, torch.float16, 9)
 
 
-def test_random_feature_sums_of_version_1_load():
+def test_format_1_random_feature_memory_loads():
     memory = RandomFeatureMemory(
         RandomFourierFeatures(GaussianKernel(1.2), 12, 32, seed=3), RandomFourierFeatures(GaussianKernel(0.5), 4, 16)
     ).restore(FOLDER / "random_features.safetensors")

@@ -1,4 +1,4 @@
-"""Guidance on the analytic mixture, whose modes and likelihood are known."""
+"""Guidance on a Gaussian mixture, whose modes are known."""
 
 import threading
 
@@ -11,9 +11,9 @@ from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.objectives import RKE
 from tests import schedulers
-from tests.mixture import ExactMixture, run
+from tests.mixture import GaussianMixture, denoise
 
-MODEL = ExactMixture()
+MODEL = GaussianMixture()
 
 
 def ddim():
@@ -23,40 +23,40 @@ def ddim():
 def sample(guide, scheduler=None, n=16, steps=30, seed=0):
     scheduler = scheduler or ddim()
     with guide.attach(scheduler):
-        return run(MODEL, scheduler, n, steps, seed)
+        return denoise(MODEL, scheduler, n, steps, seed)
 
 
-def found(make_guide, seeds=6):
-    """Mean number of modes found by 16 samples, and the share of samples that lie in a mode."""
+def mode_coverage(make_guide, seeds=6):
+    """Mean number of modes covered by 16 samples, and the share of samples within a mode."""
     modes, valid = 0.0, 0.0
     for seed in range(seeds):
         guide = make_guide()
-        x = run(MODEL, ddim(), 16, 50, seed) if guide is None else sample(guide, steps=50, seed=seed)
+        x = denoise(MODEL, ddim(), 16, 50, seed) if guide is None else sample(guide, steps=50, seed=seed)
         k, ok = MODEL.modes(x)
         modes, valid = modes + len(set(k[ok].tolist())) / seeds, valid + ok.float().mean().item() / seeds
     return modes, valid
 
 
-def test_sparke_finds_more_modes_and_stays_on_the_data():
-    plain, guided = found(lambda: None), found(lambda: SPARKE(3.0))
+def test_sparke_increases_mode_coverage_and_keeps_samples_valid():
+    plain, guided = mode_coverage(lambda: None), mode_coverage(lambda: SPARKE(3.0))
     assert plain[1] > 0.99
     assert guided[1] > 0.98
     assert guided[0] > plain[0] + 1
 
 
-def test_the_published_step_on_x0_destroys_samples_that_the_default_keeps():
-    published = found(lambda: SPARKE(0.3, GaussianKernel(0.7), transforms=("rescale",), stop=1.0), seeds=2)
+def test_default_keeps_samples_valid_unlike_published_step_on_x0():
+    published = mode_coverage(lambda: SPARKE(0.3, GaussianKernel(0.7), transforms=("rescale",), stop=1.0), seeds=2)
     assert published[1] < 0.2
-    assert found(lambda: SPARKE(0.3), seeds=2)[1] > 0.99
+    assert mode_coverage(lambda: SPARKE(0.3), seeds=2)[1] > 0.99
 
 
-def test_mmd_guidance_reaches_the_reversed_weights():
+def test_mmd_guidance_moves_mode_shares_toward_reference():
     target = MODEL.weights.flip(0)
 
     def distance(guide):
         shares = torch.zeros(16)
         for seed in range(4):
-            x = sample(guide, steps=50, seed=seed) if guide else run(MODEL, ddim(), 16, 50, seed)
+            x = sample(guide, steps=50, seed=seed) if guide else denoise(MODEL, ddim(), 16, 50, seed)
             k, ok = MODEL.modes(x)
             shares += torch.bincount(k[ok], minlength=16) / 64
             if guide:
@@ -70,27 +70,30 @@ def test_mmd_guidance_reaches_the_reversed_weights():
     assert len(guide.memory) == 64
 
 
-def test_novelty_avoids_the_reference_mode():
+def test_novelty_reduces_share_of_reference_mode():
     reference = MODEL.centres[:1].view(1, 1, 1, -1)
     share = lambda x: (MODEL.modes(x)[0] == 0).float().mean()  # noqa: E731
-    plain, guided = run(MODEL, ddim(), 32, 50, 0), sample(NoveltyGuidance(reference, 3.0), n=32, steps=50)
-    assert share(guided) < share(plain)
+    plain = sum(share(denoise(MODEL, ddim(), 32, 50, seed)) for seed in range(4)) / 4
+    guided = sum(share(sample(NoveltyGuidance(reference, 3.0), n=32, steps=50, seed=seed)) for seed in range(4)) / 4
+    assert plain > 0.15
+    assert guided < plain / 3
 
 
-def test_the_memory_keeps_later_batches_away_from_earlier_ones():
-    def modes(shared):
-        seen, bank = set(), MemoryBank()
-        for seed in range(8):
+def test_shared_memory_increases_modes_across_batches():
+    def count_modes(shared, first_seed):
+        modes, bank = set(), MemoryBank()
+        for seed in range(first_seed, first_seed + 8):
             x = sample(SPARKE(3.0, memory=bank if shared else None), n=2, steps=50, seed=seed)
-            seen |= set(MODEL.modes(x)[0].tolist())
-        return len(seen)
+            modes |= set(MODEL.modes(x)[0].tolist())
+        return len(modes)
 
-    assert modes(True) > modes(False)
+    gains = [count_modes(True, seed) - count_modes(False, seed) for seed in (0, 100, 200)]
+    assert sum(gains) >= 6
 
 
 @pytest.mark.parametrize("name", schedulers.SETTINGS)
-def test_scale_zero_is_bit_identical_and_fills_the_memory_once_per_sample(name):
-    plain = run(MODEL, schedulers.make(name), 3, 8, 0)
+def test_scale_zero_is_bit_identical_and_fills_memory(name):
+    plain = denoise(MODEL, schedulers.make(name), 3, 8, 0)
     guide = SPARKE(0.0)
     assert torch.equal(sample(guide, schedulers.make(name), 3, 8), plain)
     assert len(guide.memory) == 3
@@ -98,28 +101,35 @@ def test_scale_zero_is_bit_identical_and_fills_the_memory_once_per_sample(name):
 
 
 @pytest.mark.parametrize("name", schedulers.SETTINGS)
-def test_every_scheduler_is_guided_and_released(name):
+def test_scheduler_is_guided_and_restored(name):
     scheduler = schedulers.make(name)
     guide = SPARKE(1.0)
     x = sample(guide, scheduler, 8, 12)
     assert torch.isfinite(x).all()
-    assert not torch.equal(x, run(MODEL, schedulers.make(name), 8, 12, 0))
+    assert not torch.equal(x, denoise(MODEL, schedulers.make(name), 8, 12, 0))
     assert guide.report().steps_guided > 0
     assert "step" not in vars(scheduler)
     assert len(guide.memory) == 8
 
 
 @pytest.mark.parametrize("cls", schedulers.FLOW)
-def test_flow_matching_is_guided(cls):
-    plain = run(MODEL, getattr(diffusers, cls)(), 16, 20, 0)
-    assert torch.equal(sample(SPARKE(0.0), getattr(diffusers, cls)(), steps=20), plain)
-    x = sample(SPARKE(1.0), getattr(diffusers, cls)(), steps=20)
-    k, ok = MODEL.modes(x)
-    assert ok.float().mean() > 0.9
-    assert len(set(k[ok].tolist())) >= len(set(MODEL.modes(plain)[0].tolist()))
+def test_flow_matching_scheduler_is_guided(cls):
+    def valid_modes(x):
+        k, ok = MODEL.modes(x)
+        assert ok.float().mean() > 0.9
+        return len(set(k[ok].tolist()))
+
+    plain_modes = guided_modes = 0
+    for seed in (1, 2, 3):  # the noise of seed 0 coincides with the centres of the modes
+        plain = denoise(MODEL, getattr(diffusers, cls)(), 16, 20, seed)
+        assert torch.equal(sample(SPARKE(0.0), getattr(diffusers, cls)(), steps=20, seed=seed), plain)
+        guided = sample(SPARKE(3.0), getattr(diffusers, cls)(), steps=20, seed=seed)
+        assert not torch.equal(guided, plain)
+        plain_modes, guided_modes = plain_modes + valid_modes(plain), guided_modes + valid_modes(guided)
+    assert guided_modes >= plain_modes + 3
 
 
-def test_same_seeds_same_images_and_no_global_state():
+def test_guidance_is_deterministic_and_keeps_global_state():
     before, mode = torch.get_rng_state(), torch.is_grad_enabled()
     a, b = sample(SPARKE(1.0)), sample(SPARKE(1.0))
     assert torch.equal(a, b)
@@ -127,17 +137,17 @@ def test_same_seeds_same_images_and_no_global_state():
     assert torch.is_grad_enabled() is mode
 
 
-def test_random_features_and_the_exact_sum_guide_alike():
+def test_random_feature_guidance_approximates_exact():
     kernel = GaussianKernel(1.5)
     phi = RandomFourierFeatures(kernel, MODEL.dim, 8192)
     exact = KernelGuidance(RKE(kernel), 1.0, stop=0.6)
     coarse = KernelGuidance(RKE(kernel, phi), 1.0, stop=0.6)
     a, b = sample(exact), sample(coarse)
-    assert (a - b).norm() < 0.5 * (a - run(MODEL, ddim(), 16, 30, 0)).norm()
+    assert (a - b).norm() < 0.5 * (a - denoise(MODEL, ddim(), 16, 30, 0)).norm()
     assert coarse.memory.total.numel() == 8192
 
 
-def test_start_stop_every_and_the_sigma_interval_choose_the_steps():
+def test_start_stop_every_and_sigma_interval_select_steps():
     def steps(**settings):
         guide = SPARKE(1.0, **settings)
         sample(guide, n=4, steps=20)
@@ -146,37 +156,37 @@ def test_start_stop_every_and_the_sigma_interval_choose_the_steps():
     assert steps() == list(range(13))
     assert steps(start=0.2, stop=0.5) == list(range(4, 10))
     assert steps(start=0.2, stop=1.0, every=5) == [4, 9, 14, 19]
-    chosen = SPARKE(1.0, stop=1.0, sigma_interval=(0.5, 5.0))
-    sample(chosen, n=4, steps=20)
-    assert all(0.5 <= s.noise_to_signal <= 5 for s in chosen.report().steps)
-    assert 0 < chosen.report().steps_guided < 20
+    guide = SPARKE(1.0, stop=1.0, sigma_interval=(0.5, 5.0))
+    sample(guide, n=4, steps=20)
+    assert all(0.5 <= s.noise_to_signal <= 5 for s in guide.report().steps)
+    assert 0 < guide.report().steps_guided < 20
 
 
-def test_a_sum_of_guides_shares_one_memory_and_applies_both():
+def test_combined_guides_share_memory():
     reference = MODEL.centres.view(16, 1, 1, -1)
-    both = SPARKE(1.0) + MMDGuidance(reference, 0.5)
-    x = sample(both)
-    assert len(both.memories) == 1
-    assert len(both.memory) == 16
+    combined = SPARKE(1.0) + MMDGuidance(reference, 0.5)
+    x = sample(combined)
+    assert len(combined.memories) == 1
+    assert len(combined.memory) == 16
     assert not torch.equal(x, sample(SPARKE(1.0)))
 
 
-def test_latents_can_be_moved_as_published():
+def test_published_guides_change_samples():
     x = sample(SPARKE.published(0.1))
     assert torch.isfinite(x).all()
-    assert not torch.equal(x, run(MODEL, ddim(), 16, 30, 0))
+    assert not torch.equal(x, denoise(MODEL, ddim(), 16, 30, 0))
     reference = MODEL.centres.view(16, 1, 1, -1)
     assert torch.isfinite(sample(MMDGuidance.published(reference))).all()
 
 
-def test_the_report_says_what_was_done():
-    guide = SPARKE(0.3)
+def test_report_summarises_run():
+    guide = SPARKE(3.0)
     sample(guide)
     report = guide.report()
     assert (report.steps_guided, report.total_steps) == (20, 30)
-    assert 0 < report.mean_relative_move <= 0.3
-    assert report.after["vendi"] > report.before["vendi"]
-    assert report.after["conditional_rke"] > report.before["conditional_rke"]
+    assert 0 < report.mean_relative_move <= 3.0
+    assert report.after["vendi"] > report.before["vendi"] + 1e-3
+    assert report.after["conditional_rke"] > report.before["conditional_rke"] + 1e-3
     assert set(report.as_dict()["final"]) == {"vendi", "conditional_rke"}
     assert "guided 20 of 30 steps" in str(report)
     idle = SPARKE(0.0)
@@ -184,25 +194,25 @@ def test_the_report_says_what_was_done():
     assert "no step of 30 was guided" in str(idle.report())
 
 
-def test_gradient_is_the_ascent_direction_in_the_samples_shape(g):
+def test_gradient_has_sample_shape_and_dtype(g):
     guide = SPARKE()
     x, t = torch.randn(3, 4, 2, 2, generator=g), torch.randn(3, 5, generator=g)
     assert guide.gradient(x, t).shape == x.shape
     guide.memory.add(x, t)
-    moved = guide.gradient(x[:1], t[:1])  # an exact duplicate of a memory entry
+    moved = guide.gradient(x[:1], t[:1])  # an exact duplicate of a memory row
     assert moved.norm() > 0
     assert torch.equal(moved, guide.gradient(x[:1], t[:1]))
     assert guide.gradient(x[:1].half(), t[:1]).dtype == torch.float16
 
 
-# -- nothing is left behind --------------------------------------------------------------------------------------------
+# -- attaching and errors ---------------------------------------------------------------------------------------------
 
 
-def test_an_exception_leaves_the_scheduler_untouched_and_the_memory_empty():
+def test_exception_restores_scheduler_and_keeps_memory_empty():
     scheduler, guide = ddim(), SPARKE(1.0)
-    plain = run(MODEL, ddim(), 4, 10, 0)
+    plain = denoise(MODEL, ddim(), 4, 10, 0)
 
-    class Breaks(ExactMixture):
+    class InterruptedMixture(GaussianMixture):
         calls = 0
 
         def x0(self, x, alpha, sigma):
@@ -212,15 +222,15 @@ def test_an_exception_leaves_the_scheduler_untouched_and_the_memory_empty():
             return super().x0(x, alpha, sigma)
 
     with pytest.raises(KeyboardInterrupt), guide.attach(scheduler):
-        run(Breaks(), scheduler, 4, 10, 0)
+        denoise(InterruptedMixture(), scheduler, 4, 10, 0)
     assert "step" not in vars(scheduler)
     assert len(guide.memory) == 0
-    assert torch.equal(run(MODEL, scheduler, 4, 10, 0), plain)
+    assert torch.equal(denoise(MODEL, scheduler, 4, 10, 0), plain)
     sample(guide, scheduler, 4, 10)
     assert len(guide.memory) == 4
 
 
-def test_attaching_twice_is_harmless_and_detach_undoes():
+def test_attach_and_detach_are_idempotent():
     scheduler, guide = ddim(), SPARKE(1.0)
     guide.attach(scheduler)
     with guide.attach(scheduler):
@@ -232,17 +242,17 @@ def test_attaching_twice_is_harmless_and_detach_undoes():
     assert "step" not in vars(scheduler)
 
 
-def test_a_step_replaced_by_someone_else_is_put_back():
+def test_detach_restores_replaced_step():
     scheduler = ddim()
-    own = scheduler.step
-    scheduler.step = lambda *args, **kwargs: own(*args, **kwargs)
-    theirs = scheduler.step
+    original = scheduler.step
+    scheduler.step = lambda *args, **kwargs: original(*args, **kwargs)
+    wrapper = scheduler.step
     with SPARKE(1.0).attach(scheduler):
-        assert scheduler.step is not theirs
-    assert scheduler.step is theirs
+        assert scheduler.step is not wrapper
+    assert scheduler.step is wrapper
 
 
-def test_two_guides_on_one_scheduler_are_refused_with_the_cure():
+def test_second_guide_on_scheduler_raises():
     scheduler, first = ddim(), SPARKE(1.0)
     with first.attach(scheduler):
         with pytest.raises(ValueError, match=r"combine the two with `guide \+ other`"):
@@ -251,83 +261,83 @@ def test_two_guides_on_one_scheduler_are_refused_with_the_cure():
     assert "step" not in vars(scheduler)
 
 
-def test_two_threads_on_one_guide_are_refused():
+def test_concurrent_use_of_one_guide_raises():
     scheduler, guide, errors = ddim(), SPARKE(1.0), []
     with guide.attach(scheduler):
         scheduler.set_timesteps(10)
         x = torch.randn(2, 1, 1, 32)
         x = scheduler.step(x, scheduler.timesteps[0], x, return_dict=False)[0]
 
-        def other():
+        def step_again():
             try:
                 scheduler.step(x, scheduler.timesteps[1], x)
             except RuntimeError as error:
                 errors.append(str(error))
 
-        thread = threading.Thread(target=other)
+        thread = threading.Thread(target=step_again)
         thread.start()
         thread.join()
     assert "give each thread its own pipeline" in errors[0]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_names_the_step(bad):
-    class Overflows(ExactMixture):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_prediction_raises_with_step(value):
+    class NonFiniteMixture(GaussianMixture):
         calls = 0
 
         def x0(self, x, alpha, sigma):
             self.calls += 1
-            return super().x0(x, alpha, sigma) + (bad if self.calls == 4 else 0)
+            return super().x0(x, alpha, sigma) + (value if self.calls == 4 else 0)
 
     scheduler, guide = ddim(), SPARKE(1.0)
     with pytest.raises(ValueError, match="at step 4 of 10"), guide.attach(scheduler):
-        run(Overflows(), scheduler, 4, 10, 0)
+        denoise(NonFiniteMixture(), scheduler, 4, 10, 0)
     assert len(guide.memory) == 0
 
 
-def test_a_batch_of_one_with_an_empty_memory_works():
+def test_single_sample_is_unchanged_only_with_empty_memory():
     guide = SPARKE(1.0)
     x = sample(guide, n=1)
-    assert torch.equal(x, run(MODEL, ddim(), 1, 30, 0))  # nothing to be different from yet
-    assert not torch.equal(sample(guide, n=1), x)  # now there is
+    assert torch.equal(x, denoise(MODEL, ddim(), 1, 30, 0))  # there is no other sample
+    assert not torch.equal(sample(guide, n=1), x)  # the memory holds one now
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"scale": -0.1}, "use MMDGuidance"),
         ({"scale": float("inf")}, "finite number"),
         ({"start": 0.6, "stop": 0.4}, "start <= stop"),
         ({"stop": 1.5}, "fractions of the run"),
         ({"space": "pixel"}, "unknown space 'pixel'; choose one of x0, latents"),
-        ({"every": 0}, "at least 1"),
+        ({"every": 0}, r"every must be .*, got 0"),
         ({"transforms": ("sideways",)}, "unknown transforms"),
         ({"sigma_interval": (3.0, 1.0)}, "low <= high"),
     ],
 )
-def test_bad_settings_are_refused_at_once(settings, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_settings_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
         SPARKE(**settings)
 
 
 @pytest.mark.parametrize(
-    ("x", "t", "words"),
+    ("x", "t", "message"),
     [
         (torch.zeros(4), None, r"tensor \[n, ...\]"),
         (torch.full((2, 4), float("nan")), None, "NaN"),
         (torch.zeros(2, 9), None, r"features of shape \(4,\), got \(9,\)"),
-        (torch.randn(3, 4), torch.ones(2, 3), "3 samples cannot be shared out over 2 prompts"),
+        (torch.randn(3, 4), torch.ones(2, 3), "3 samples cannot be divided evenly among 2 prompts"),
         (torch.randn(2, 4), torch.ones(2, 5), "width 5"),
     ],
 )
-def test_gradient_refuses_what_does_not_fit(x, t, words):
+def test_gradient_invalid_input_raises(x, t, message):
     guide = SPARKE()
     guide.memory.add(torch.ones(1, 4), torch.ones(1, 3))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         guide.gradient(x, t)
 
 
-def test_a_memory_of_another_model_is_refused_before_anything_is_changed():
+def test_mismatched_memory_raises_without_side_effects():
     bank = MemoryBank()
     bank.add(torch.ones(2, 3, 8, 8))
     scheduler = ddim()

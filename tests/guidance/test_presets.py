@@ -10,27 +10,28 @@ CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
 
 
 @pytest.mark.parametrize("name", list(SPARKE.PRESETS))
-def test_every_preset_moves_images_and_is_saved_and_loaded(name, pipe, tmp_path):
-    def run(guide):
+def test_preset_guides_and_round_trips_config(name, pipe, tmp_path):
+    def generate(guide):
         with guide.attach(pipe):
             generators = [torch.Generator().manual_seed(k) for k in range(3)]
             return pipe("heart", num_images_per_prompt=3, generator=generators, output_type="latent", **CALL).images
 
     guide = SPARKE.preset(name)
-    made = run(guide)
+    images = generate(guide)
     assert guide.report().steps_guided > 0
+    assert not torch.allclose(images, generate(SPARKE(0.0)), atol=1e-2)
     guide.save_config(tmp_path)
-    assert torch.equal(made, run(KernelGuidance.from_config(tmp_path)))
+    assert torch.equal(images, generate(KernelGuidance.from_config(tmp_path)))
 
 
-def test_presets_take_other_settings_and_name_themselves_when_unknown():
+def test_preset_accepts_scale_and_unknown_name_raises():
     assert SPARKE.preset("vivid", scale=0.25).terms[0].scale == 0.25
     assert isinstance(SPARKE.preset("vivid").terms[0].objective, Vendi)
     with pytest.raises(ValueError, match="choose one of default, safe, vivid, few-step, published"):
         SPARKE.preset("loud")
 
 
-def test_sparke_is_conditional_rke_and_other_orders_are_vendi_guidance():
+def test_sparke_is_conditional_rke_and_vendi_guidance_takes_order():
     assert isinstance(SPARKE().terms[0].objective, ConditionalRKE)
     objective = VendiGuidance(order=0.5).terms[0].objective
     assert isinstance(objective, Vendi)
@@ -44,7 +45,7 @@ def test_sparke_is_conditional_rke_and_other_orders_are_vendi_guidance():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make_guide", "message"),
     [
         (lambda: SPARKE(strength=1), "SPARKE() has no argument 'strength'; did you mean scale=?"),
         (lambda: SPARKE(chain=("bound",)), "did you mean transforms=?"),
@@ -54,6 +55,6 @@ def test_sparke_is_conditional_rke_and_other_orders_are_vendi_guidance():
         (lambda: SPARKE(xyzzy=1), "its arguments are scale, kernel"),
     ],
 )
-def test_unknown_arguments_name_the_one_that_was_meant(make, words):
-    with pytest.raises(TypeError, match=re.escape(words)):
-        make()
+def test_unknown_argument_suggests_correction(make_guide, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make_guide()

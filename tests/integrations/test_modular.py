@@ -6,30 +6,28 @@ from packaging.version import Version
 
 from kspec_guidance import SPARKE, MMDGuidance
 from kspec_guidance.integrations.modular import KernelGuidanceBlock, insert_guidance
-from tests.tiny import making
+from tests import tiny
 
-RECENT = Version(diffusers.__version__) >= Version("0.42")
-
-
-modular_interface = pytest.mark.skipif(not RECENT, reason="the modular interface is still moving; this one came with 0.42")
+HAS_MODULAR = Version(diffusers.__version__) >= Version("0.42")
+requires_modular = pytest.mark.skipif(not HAS_MODULAR, reason="requires the modular interface of diffusers 0.42")
 
 
-def modular(name, blocks=None):
-    made = making.build_modular(name) if blocks is None else None
-    if made is None:
-        made = blocks.init_pipeline()
-        made.update_components(**{k: v for k, v in making.build(making.MODULAR[name]).components.items() if v is not None
+def build_modular(name, blocks=None):
+    pipe = tiny.build_modular(name) if blocks is None else None
+    if pipe is None:
+        pipe = blocks.init_pipeline()
+        pipe.update_components(**{k: v for k, v in tiny.build(tiny.MODULAR[name]).components.items() if v is not None
                                   and k in {s.name for s in blocks.expected_components}})  # fmt: skip
-        made.set_progress_bar_config(disable=True)
-    return made
+        pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def images(pipe, **more):
-    state = pipe(**making.call_modular(pipe), **more)
+def generate(pipe, **kwargs):
+    state = pipe(**tiny.modular_call_kwargs(pipe), **kwargs)
     return np.asarray(state.get("images") if state.get("images") is not None else state.get("videos"))
 
 
-@modular_interface
+@requires_modular
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [
@@ -40,36 +38,36 @@ def images(pipe, **more):
         ("WanModularPipeline", "WanBlocks"),
     ],
 )
-def test_a_block_in_the_loop_guides_modular_pipelines(name, blocks):
-    plain = images(modular(name))
+def test_guidance_block_guides_modular_pipeline(name, blocks):
+    plain = generate(build_modular(name))
     guide = SPARKE(1.0, stop=1.0)
-    pipe = modular(name, insert_guidance(getattr(diffusers, blocks)(), guide))
-    moved = images(pipe)
+    pipe = build_modular(name, insert_guidance(getattr(diffusers, blocks)(), guide))
+    moved = generate(pipe)
     assert np.isfinite(moved).all()
     assert not np.array_equal(moved, plain)
     assert len(guide.memory) == len(plain)
     assert guide.memory.prompts is not None
     assert "step" not in vars(pipe.scheduler)
-    assert np.array_equal(images(modular(name)), plain)  # the classes' own blocks are as they were
+    assert np.array_equal(generate(build_modular(name)), plain)  # the default blocks are unchanged
     idle = SPARKE(0.0)
-    assert np.array_equal(images(pipe, kspec_guidance=idle), plain)
+    assert np.array_equal(generate(pipe, kspec_guidance=idle), plain)
     assert len(idle.memory) == len(plain)
 
 
-@modular_interface
-def test_attach_works_on_modular_pipelines_too():
-    pipe = modular("FluxModularPipeline")
-    plain = images(pipe)
+@requires_modular
+def test_attach_to_modular_pipeline():
+    pipe = build_modular("FluxModularPipeline")
+    plain = generate(pipe)
     guide = SPARKE(1.0)
     with guide.attach(pipe):
-        moved = images(pipe)
+        moved = generate(pipe)
     assert not np.array_equal(moved, plain)
     assert guide.memory.prompts.shape == (4, 32)
-    assert np.array_equal(images(pipe), plain)
+    assert np.array_equal(generate(pipe), plain)
 
 
-@modular_interface
-def test_a_block_is_saved_and_loaded_as_modular_blocks_are(tmp_path, monkeypatch):
+@requires_modular
+def test_block_save_load_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     folder = tmp_path / "block"

@@ -1,4 +1,4 @@
-"""A patched method does what was asked, and comes off in any order, whoever has wrapped it since."""
+"""Wrapping a method, and removing patches in any order, with foreign wrappers above them."""
 
 import copy
 import itertools
@@ -10,84 +10,84 @@ from kspec_guidance.loop.scheduler_hook import MethodPatch
 
 
 class Owner:
-    def step(self, x, *, more=0):
-        """What the method says of itself."""
-        return ["own", x + more]
+    def step(self, x, *, extra=0):
+        """Docstring of the method."""
+        return ["own", x + extra]
 
 
-def adds(name):
+def prepend(name):
     return lambda original: lambda *args, **kwargs: [name, *original(*args, **kwargs)]
 
 
 def patch(owner, name, tag=None):
-    return MethodPatch(owner, "step", adds(name), tag)
+    return MethodPatch(owner, "step", prepend(name), tag)
 
 
-def test_a_patch_wraps_the_method_and_removing_it_leaves_the_object_as_it_was():
+def test_patch_wraps_method_and_remove_restores_object():
     owner = Owner()
-    found = patch(owner, "a")
-    assert owner.step(1, more=2) == ["a", "own", 3]
+    method_patch = patch(owner, "a")
+    assert owner.step(1, extra=2) == ["a", "own", 3]
     assert owner.step.__doc__ == Owner.step.__doc__
-    found.remove()
-    found.remove()
+    method_patch.remove()
+    method_patch.remove()
     assert owner.step(1) == ["own", 1]
     assert vars(owner) == {}
 
 
 @pytest.mark.parametrize("order", itertools.permutations(range(3)))
-def test_patches_come_off_in_any_order(order):
+def test_patches_can_be_removed_in_any_order(order):
     owner = Owner()
     patches = [patch(owner, name) for name in "abc"]
-    left = ["c", "b", "a"]
-    assert owner.step(0) == [*left, "own", 0]
+    remaining = ["c", "b", "a"]
+    assert owner.step(0) == [*remaining, "own", 0]
     for k in order:
         patches[k].remove()
-        left.remove("abc"[k])
-        assert owner.step(0) == [*left, "own", 0]
+        remaining.remove("abc"[k])
+        assert owner.step(0) == [*remaining, "own", 0]
     assert vars(owner) == {}
 
 
-def test_a_removed_patch_under_someone_elses_wrapper_passes_calls_through():
+def test_removed_patch_below_foreign_wrapper_passes_calls_through():
     owner = Owner()
-    ours = patch(owner, "ours")
-    below = owner.step
-    owner.step = lambda *args, **kwargs: ["theirs", *below(*args, **kwargs)]
+    own_patch = patch(owner, "ours")
+    patched_step = owner.step
+    owner.step = lambda *args, **kwargs: ["theirs", *patched_step(*args, **kwargs)]
     assert owner.step(0) == ["theirs", "ours", "own", 0]
-    ours.remove()
+    own_patch.remove()
     assert owner.step(0) == ["theirs", "own", 0]
-    owner.step = below  # they put back what they found
+    owner.step = patched_step  # the foreign wrapper restores the method it replaced
     assert owner.step(0) == ["own", 0]
-    assert below(0) == ["own", 0]  # also for someone who still holds it
-    again = patch(owner, "again")  # what was removed does not count
+    assert patched_step(0) == ["own", 0]  # also through a reference kept elsewhere
+    new_patch = patch(owner, "again")  # removed patches are not counted
     assert owner.step(0) == ["again", "own", 0]
-    again.remove()
+    new_patch.remove()
     assert vars(owner) == {}
 
 
-def test_an_instance_attribute_that_was_there_is_put_back():
+def test_remove_restores_instance_attribute():
     owner = Owner()
-    owner.step = mine = lambda x: ["mine", x]
-    found = patch(owner, "a")
+    owner.step = instance_step = lambda x: ["mine", x]
+    method_patch = patch(owner, "a")
     assert owner.step(0) == ["a", "mine", 0]
-    found.remove()
-    assert owner.step is mine
+    method_patch.remove()
+    assert owner.step is instance_step
 
 
-def test_two_tags_on_one_method_are_refused_also_through_a_wrapper():
+def test_second_tag_raises_even_through_wrapper():
     owner, first, second = Owner(), object(), object()
-    ours = patch(owner, "a", first)
+    own_patch = patch(owner, "a", first)
     patch(owner, "b", first).remove()
     with pytest.raises(ValueError, match=r"combine the two with `guide \+ other`"):
         patch(owner, "c", second)
-    below = owner.step
-    owner.step = lambda *args, **kwargs: below(*args, **kwargs)
+    patched_step = owner.step
+    owner.step = lambda *args, **kwargs: patched_step(*args, **kwargs)
     with pytest.raises(ValueError, match="already guided by another guide"):
         patch(owner, "c", second)
-    ours.remove()
+    own_patch.remove()
     patch(owner, "c", second).remove()
 
 
-def test_copies_and_pickles_have_the_method_itself():
+def test_copies_and_pickles_are_unpatched():
     owner = Owner()
     patch(owner, "a")
     assert copy.deepcopy(owner).step(0) == ["own", 0]

@@ -3,13 +3,22 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler
 
-from kspec_guidance.loop.prediction import UnsupportedSchedulerError, parametrisation_of, predict, supported_schedulers
+from kspec_guidance.loop.prediction import (
+    UNGUIDABLE,
+    UnsupportedSchedulerError,
+    parametrisation_of,
+    predict,
+    supported_schedulers,
+)
 from tests import schedulers
-from tests.tiny import scheduling
+from tests.tiny import scheduler_checks
+
+# their step returns no x0; check_scheduler compares with what they compute inside
+WITHOUT_X0 = {"DEIS", "DPM++ 2M", "DPM++ 2M Karras", "DPM++ 2M SDE", "LCM", "PNDM", "TCD", "UniPC"}
 
 
 def model_output(kind, x0, noise, alpha, sigma):
-    if kind == "v_prediction":  # the Euler family sees its sample divided by sqrt(sigma^2 + 1)
+    if kind == "v_prediction":  # the Euler family divides its sample by sqrt(sigma^2 + 1)
         scale = (alpha**2 + sigma**2) ** 0.5
         return (alpha * noise - sigma * x0) / scale
     return {"epsilon": noise, "sample": x0}[kind]
@@ -17,7 +26,7 @@ def model_output(kind, x0, noise, alpha, sigma):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", schedulers.SETTINGS)
-def test_x0_is_recovered_at_every_step_and_agrees_with_the_scheduler(name, kind, g):
+def test_x0_is_recovered_and_matches_scheduler(name, kind, g):
     scheduler = schedulers.make(name, kind)
     scheduler.set_timesteps(8)
     x0, noise = torch.randn(2, 2, 3, 4, 4, generator=g)
@@ -29,48 +38,49 @@ def test_x0_is_recovered_at_every_step_and_agrees_with_the_scheduler(name, kind,
             continue
         x = alpha * x0 + sigma * noise
         m = model_output(kind, x0, noise, alpha, sigma)
-        seen = predict(scheduler, m, t, x)
-        torch.testing.assert_close(seen.x0, x0, atol=2e-3, rtol=0)
+        prediction = predict(scheduler, m, t, x)
+        torch.testing.assert_close(prediction.x0, x0, atol=2e-3, rtol=0)
         move = torch.randn(x0.shape, generator=g)
-        again = predict(scheduler, seen.moved(m, move), t, x)
-        torch.testing.assert_close(again.x0, seen.x0 + move, atol=2e-3, rtol=0)
-        step = {"generator": g} if "generator" in scheduler.step.__code__.co_varnames else {}
-        result = scheduler.step(m, t, x, **step)
+        repeated = predict(scheduler, prediction.moved(m, move), t, x)
+        torch.testing.assert_close(repeated.x0, prediction.x0 + move, atol=2e-3, rtol=0)
+        kwargs = {"generator": g} if "generator" in scheduler.step.__code__.co_varnames else {}
+        result = scheduler.step(m, t, x, **kwargs)
         own = getattr(result, "pred_original_sample", None)
-        if own is not None and not name.startswith(("LCM", "TCD")):
-            torch.testing.assert_close(seen.x0, own, atol=2e-3, rtol=0)
+        assert (own is None) == (name in WITHOUT_X0), name
+        if own is not None:
+            torch.testing.assert_close(prediction.x0, own, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("cls", schedulers.FLOW)
-def test_flow_matching_x0(cls, g):
+def test_flow_matching_x0_is_recovered(cls, g):
     scheduler = getattr(diffusers, cls)()
     scheduler.set_timesteps(6)
     x0, noise = torch.randn(2, 2, 3, 4, 4, generator=g)
     for t in scheduler.timesteps:
         _, sigma = parametrisation_of(scheduler).levels(scheduler, t, {})
         x = (1 - sigma) * x0 + sigma * noise
-        seen = predict(scheduler, noise - x0, t, x)
-        torch.testing.assert_close(seen.x0, x0, atol=1e-4, rtol=0)
-        torch.testing.assert_close(seen.score, sigma * noise, atol=1e-4, rtol=0)
+        prediction = predict(scheduler, noise - x0, t, x)
+        torch.testing.assert_close(prediction.x0, x0, atol=1e-4, rtol=0)
+        torch.testing.assert_close(prediction.score, sigma * noise, atol=1e-4, rtol=0)
         scheduler.step(noise - x0, t, x)
 
 
-def test_a_learned_variance_stays_as_it_is(g):
+def test_learned_variance_is_unchanged(g):
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
     scheduler.set_timesteps(4)
     x, m = torch.randn(2, 3, 4, 4, generator=g), torch.randn(2, 6, 4, 4, generator=g)
-    seen = predict(scheduler, m, scheduler.timesteps[0], x)
-    moved = seen.moved(m, torch.ones_like(x))
+    prediction = predict(scheduler, m, scheduler.timesteps[0], x)
+    moved = prediction.moved(m, torch.ones_like(x))
     assert torch.equal(moved[:, 3:], m[:, 3:])
     assert not torch.equal(moved[:, :3], m[:, :3])
 
 
-def test_an_unknown_scheduler_is_named_with_the_known_ones():
-    class Mine:
+def test_unsupported_scheduler_raises():
+    class CustomScheduler:
         pass
 
-    with pytest.raises(UnsupportedSchedulerError, match=r"Mine is not supported; use one of .*DDIMScheduler"):
-        predict(Mine(), torch.ones(1, 1), 0, torch.ones(1, 1))
+    with pytest.raises(UnsupportedSchedulerError, match=r"CustomScheduler is not supported; use one of .*DDIMScheduler"):
+        predict(CustomScheduler(), torch.ones(1, 1), 0, torch.ones(1, 1))
     with pytest.raises(
         UnsupportedSchedulerError, match="DDIMInverseScheduler cannot be guided: it runs from images to noise"
     ):
@@ -78,11 +88,12 @@ def test_an_unknown_scheduler_is_named_with_the_known_ones():
     assert len(supported_schedulers()) >= 35
 
 
-@pytest.mark.parametrize("name", scheduling.scheduler_names())
-def test_x0_agrees_with_the_scheduler_and_scale_zero_changes_nothing(name):
-    verdict = scheduling.check_scheduler(name)
+@pytest.mark.parametrize("name", scheduler_checks.scheduler_names())
+def test_scheduler_x0_matches_and_scale_zero_is_identical(name):
+    verdict = scheduler_checks.check_scheduler(name)
     if verdict.evidence == "not applicable":
-        assert len(verdict.reason) > 10
+        assert name in UNGUIDABLE
+        assert verdict.reason == UNGUIDABLE[name]
         return
     assert verdict.predictions
     assert verdict.error < 1e-4, verdict

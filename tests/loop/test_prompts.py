@@ -7,25 +7,26 @@ from tests.samples import rows
 CPU = torch.device("cpu")
 
 
-def test_prompts_are_repeated_for_their_images_and_negatives_are_left_out():
+def test_prompts_are_repeated_per_image_and_negatives_dropped():
     t = rows(2, 3)
     assert torch.equal(prompts_of_samples(t, 4, CPU), t[[0, 0, 1, 1]])
-    both = rows(4, 3)
-    assert torch.equal(prompts_of_samples(both, 2, CPU), both[2:])  # negatives come first
-    assert torch.equal(prompts_of_samples(both, 2, CPU, class_labels=True), both[:2])  # but after class labels
-    frames = rows(12, 3)  # of three clips
+    with_negatives = rows(4, 3)
+    assert torch.equal(prompts_of_samples(with_negatives, 2, CPU), with_negatives[2:])  # negative prompts first
+    # negative class labels last
+    assert torch.equal(prompts_of_samples(with_negatives, 2, CPU, class_labels=True), with_negatives[:2])
+    frames = rows(12, 3)  # 4 frames of each of 3 clips
     torch.testing.assert_close(prompts_of_samples(frames, 3, CPU), frames.view(3, 4, 3).mean(1))
     assert prompts_of_samples(None, 3, CPU) is None
 
 
-def test_prompts_that_do_not_fit_the_samples_are_left_out_with_a_warning():
-    with pytest.warns(UserWarning, match="encoded 5 prompts for 3 samples, so prompts are not told apart"):
+def test_mismatched_prompt_count_warns_and_returns_none():
+    with pytest.warns(UserWarning, match="encoded 5 prompts for 3 samples, so prompts are ignored"):
         assert prompts_of_samples(rows(5, 3), 3, CPU) is None
-    with pytest.raises(ValueError, match="3 samples cannot be shared out over 2 prompts"):
+    with pytest.raises(ValueError, match="3 samples cannot be divided evenly among 2 prompts"):
         repeat_rows(rows(2, 3), 3)
 
 
-def test_padding_and_the_start_token_do_not_count():
+def test_masked_mean_excludes_padding_and_start_token():
     mask = token_mask(torch.tensor([[0, 7, 9, 1, 1, 1], [0, 7, 9, 8, 5, 1]]), bos=0)
     assert mask.int().tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]
     x = rows(12, 4).view(2, 6, 4)

@@ -5,75 +5,77 @@ from kspec_guidance import MemoryBank
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.memory import CentroidMemory, MemoryFileError
 from kspec_guidance.objectives import RKE, ConditionalRKE
-from tests.memory.banks import filled
-from tests.samples import clustered, unit
+from tests.memory.banks import filled_bank
+from tests.samples import clustered_samples, normalize_rows
 
 
-def means_of(n, capacity, **more):
-    memory = CentroidMemory(capacity, **more)
-    x, t = clustered(n)
+def centroid_memory(n, capacity, **kwargs):
+    memory = CentroidMemory(capacity, **kwargs)
+    x, t = clustered_samples(n)
     for start in range(0, n, 5):
         memory.add(x[start : start + 5], t[start : start + 5])
     return memory, x, t
 
 
-def test_below_capacity_centroids_are_the_exact_memory(g):
-    exact, x, t = filled(60)
-    means, _, _ = means_of(60, 64)
-    z = unit(x[:3] + 0.5 * torch.randn(3, 24, generator=g))
+def test_centroids_below_capacity_match_exact_memory(g):
+    exact, x, t = filled_bank(60)
+    centroids, _, _ = centroid_memory(60, 64)
+    z = normalize_rows(x[:3] + 0.5 * torch.randn(3, 24, generator=g))
     for objective in (ConditionalRKE(GaussianKernel(0.6)), RKE(GaussianKernel(0.6))):
-        right, found = objective.gradient(z, t[:3], exact).rows, objective.gradient(z, t[:3], means).rows
-        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
-        assert float(objective.value(z, t[:3], means)) == pytest.approx(float(objective.value(z, t[:3], exact)), rel=1e-4)
+        expected, actual = objective.gradient(z, t[:3], exact).rows, objective.gradient(z, t[:3], centroids).rows
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        assert float(objective.value(z, t[:3], centroids)) == pytest.approx(
+            float(objective.value(z, t[:3], exact)), rel=1e-4
+        )
 
 
-def test_centroids_are_the_means_of_what_they_stand_for():
-    memory, x, t = means_of(300, 12)
+def test_centroids_preserve_count_and_mean():
+    memory, x, t = centroid_memory(300, 12)
     assert len(memory) == 300
     assert float(memory.weights.sum()) == pytest.approx(300)
     mean = (memory.weights[:, None] * memory.x).sum(0) / 300
-    torch.testing.assert_close(mean, unit(x).mean(0), rtol=1e-3, atol=1e-5)
-    text = (memory.weights[:, None] * memory.prompts).sum(0) / 300
-    torch.testing.assert_close(text, t.mean(0), rtol=1e-3, atol=1e-5)
-    spread = torch.cdist(memory.prompts, t[:9]).amin(1)
-    assert (spread < 0.05).float().mean() > 0.7  # different prompts are hardly mixed
+    torch.testing.assert_close(mean, normalize_rows(x).mean(0), rtol=1e-3, atol=1e-5)
+    mean_prompt = (memory.weights[:, None] * memory.prompts).sum(0) / 300
+    torch.testing.assert_close(mean_prompt, t.mean(0), rtol=1e-3, atol=1e-5)
+    distance = torch.cdist(memory.prompts, t[:9]).amin(1)
+    assert (distance < 0.05).float().mean() > 0.7  # most centroids hold samples of one prompt
 
 
-@pytest.mark.parametrize(("capacity", "least"), [(18, 0.98), (90, 0.99)])
-def test_few_centroids_point_the_right_way(capacity, least, g):
-    exact, x, t = filled(900)
-    means, _, _ = means_of(900, capacity)
-    z = unit(x[:9] + 0.5 * torch.randn(9, 24, generator=g))
+@pytest.mark.parametrize(("capacity", "min_cosine"), [(18, 0.98), (90, 0.99)])
+def test_few_centroids_preserve_gradient_direction(capacity, min_cosine, g):
+    exact, x, t = filled_bank(900)
+    centroids, _, _ = centroid_memory(900, capacity)
+    z = normalize_rows(x[:9] + 0.5 * torch.randn(9, 24, generator=g))
     objective = ConditionalRKE(GaussianKernel(0.6))
-    alike = torch.cosine_similarity(
-        objective.gradient(z, t[:9], means).rows, objective.gradient(z, t[:9], exact).rows, dim=1
+    cosine = torch.cosine_similarity(
+        objective.gradient(z, t[:9], centroids).rows, objective.gradient(z, t[:9], exact).rows, dim=1
     )
-    assert alike.min() > least
+    assert cosine.min() > min_cosine
 
 
-def test_the_cheapest_pair_is_always_known():
+def test_cheapest_merge_is_tracked():
     memory = CentroidMemory(10)
-    x, t = clustered(120)
+    x, t = clustered_samples(120)
     for k in range(120):
         memory.add(x[k : k + 1], t[k : k + 1])
         if k:
             assert memory._cost[memory._cheapest()] == memory._cost.min()
 
 
-def test_centroids_merge_and_come_back_from_disk(tmp_path):
-    a, _, _ = means_of(200, 16)
-    b, _, _ = means_of(100, 16)
+def test_centroids_merge_save_and_load(tmp_path):
+    a, _, _ = centroid_memory(200, 16)
+    b, _, _ = centroid_memory(100, 16)
     a.merge(b)
     assert len(a) == 300
     assert float(a.weights.sum()) == pytest.approx(300)
-    fresh = CentroidMemory(16).merge(b)
-    torch.testing.assert_close(fresh.x, b.x)
+    merged = CentroidMemory(16).merge(b)
+    torch.testing.assert_close(merged.x, b.x)
     a.save(tmp_path / "c")
-    again = CentroidMemory.load(tmp_path / "c")
-    assert (len(again), again.shape) == (300, (24,))
-    torch.testing.assert_close(again.x, a.x)
-    torch.testing.assert_close(again._cost, a._cost, rtol=1e-2, atol=1e-3)
-    with pytest.raises(MemoryFileError, match="expected a 'rows'"):
+    loaded = CentroidMemory.load(tmp_path / "c")
+    assert (len(loaded), loaded.shape) == (300, (24,))
+    torch.testing.assert_close(loaded.x, a.x)
+    torch.testing.assert_close(loaded._cost, a._cost, rtol=1e-2, atol=1e-3)
+    with pytest.raises(MemoryFileError, match="expected 'rows'"):
         MemoryBank.load(tmp_path / "c")
     with pytest.raises(ValueError, match="normalize"):
         a.merge(CentroidMemory(16, normalize=False))
@@ -84,6 +86,6 @@ def test_centroids_merge_and_come_back_from_disk(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"capacity": 1}, {"capacity": 3.0}, {"spread": 0}, {"prompt_spread": -1.0}])
-def test_centroid_settings_outside_their_ranges_are_refused(settings):
+def test_invalid_settings_raise(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         CentroidMemory(**settings)

@@ -4,39 +4,40 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kspec_guidance import MemoryBank, MemoryFileError, RandomFeatureMemory
+from kspec_guidance import MemoryBank, RandomFeatureMemory
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
-from tests.memory.banks import bank
+from kspec_guidance.memory import MemoryFileError
+from tests.memory.banks import small_bank
 
 
-def test_a_saved_bank_comes_back_whole(tmp_path):
-    memory = bank()
+def test_bank_save_load_round_trip(tmp_path):
+    memory = small_bank()
     memory.save(tmp_path / "m.safetensors")
-    again = MemoryBank.load(tmp_path / "m.safetensors")
-    assert torch.equal(again.x, memory.x)
-    assert torch.equal(again.prompts, memory.prompts)
-    assert (again.shape, again.space, again.prompt_encoder) == (memory.shape, "x0", "encoder-1")
+    loaded = MemoryBank.load(tmp_path / "m.safetensors")
+    assert torch.equal(loaded.x, memory.x)
+    assert torch.equal(loaded.prompts, memory.prompts)
+    assert (loaded.shape, loaded.space, loaded.prompt_encoder) == (memory.shape, "x0", "encoder-1")
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     MemoryBank().save(tmp_path / "empty.safetensors")
     assert len(MemoryBank.load(tmp_path / "empty.safetensors")) == 0
 
 
-def test_every_cut_and_every_flipped_bit_is_refused(tmp_path):
+def test_truncated_or_corrupted_file_raises(tmp_path):
     path = tmp_path / "m.safetensors"
-    bank().save(path)
-    whole = path.read_bytes()
-    for length in range(0, len(whole), 37):
-        path.write_bytes(whole[:length])
+    small_bank().save(path)
+    data = path.read_bytes()
+    for length in range(0, len(data), 37):
+        path.write_bytes(data[:length])
         with pytest.raises(MemoryFileError):
             MemoryBank.load(path)
-    for place in range(0, len(whole), 3):  # header and data alike
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+    for position in range(0, len(data), 3):  # header and data
+        path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
         with pytest.raises(MemoryFileError):
             MemoryBank.load(path)
 
 
-def test_foreign_files_are_refused(tmp_path):
+def test_foreign_file_raises(tmp_path):
     path = tmp_path / "f.safetensors"
     save_file({"x": torch.ones(2, 2)}, path)
     with pytest.raises(MemoryFileError, match=r"was it saved by memory\.save"):
@@ -45,26 +46,27 @@ def test_foreign_files_are_refused(tmp_path):
         MemoryBank.load(tmp_path / "none")
     phi = RandomFourierFeatures(GaussianKernel(1.0), 16, 8)
     RandomFeatureMemory(phi).save(path)
-    with pytest.raises(MemoryFileError, match="expected a 'rows'"):
+    with pytest.raises(MemoryFileError, match="expected 'rows'"):
         MemoryBank.load(path)
 
 
-def test_a_file_is_whole_at_every_moment(tmp_path):
-    memory, path, failures = bank(500), tmp_path / "m", []
+def test_save_is_atomic_for_concurrent_reader(tmp_path):
+    memory, path, loaded, failures = small_bank(500), tmp_path / "m", [], []
     memory.save(path)
-    done = threading.Event()
 
     def read():
-        while not done.is_set():
+        for _ in range(30):
             try:
-                MemoryBank.load(path)
+                loaded.append(len(MemoryBank.load(path)))
             except Exception as error:
                 failures.append(error)
 
     reader = threading.Thread(target=read)
     reader.start()
-    for _ in range(30):
+    saves = 0
+    while reader.is_alive() or saves < 30:  # writes for as long as the reader reads
         memory.save(path)
-    done.set()
+        saves += 1
     reader.join()
     assert not failures
+    assert loaded == [500] * 30

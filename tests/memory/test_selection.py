@@ -5,35 +5,36 @@ import torch
 
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.memory.selection import prune
-from tests.memory.banks import WEIGH, filled
-from tests.samples import clustered, unit
+from tests.memory.banks import PROMPT_WEIGHTS, filled_bank
+from tests.samples import clustered_samples, normalize_rows
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-3, 0.1])
-def test_what_pruning_drops_is_within_the_stated_bound(seed, tolerance, g):
-    bank, _, _ = filled()
-    b = 0.6
-    x, t = (z[seed : seed + 2] for z in clustered(20, seed=seed))
-    t = unit(t + 0.2 * torch.randn(2, 6, generator=g))
-    x = unit(x).double()
-    kernel = GaussianKernel(b)
-    every = bank.select(t, WEIGH, 0.0)
-    some = bank.select(t, WEIGH, tolerance)
-    assert len(some) < len(every) == 300
-    left = every.effective_count(2) - some.effective_count(2)
-    allowed = tolerance * every.effective_count(2).clamp_min(1)
-    assert (left <= allowed * (1 + 1e-5) + 1e-4).all()  # masses are sums of float32 weights
-    pull = lambda s: kernel.squared().vjp(x, s.rows(x), s.weights.double())  # noqa: E731
-    error = (pull(every) - pull(some)).norm(dim=1)
-    assert (error <= allowed * math.sqrt(2 / math.e) / b).all()
+def test_pruning_error_is_within_bound(seed, tolerance, g):
+    bank, _, _ = filled_bank()
+    bandwidth = 0.6
+    x, t = (z[seed : seed + 2] for z in clustered_samples(20, seed=seed))
+    t = normalize_rows(t + 0.2 * torch.randn(2, 6, generator=g))
+    x = normalize_rows(x).double()
+    kernel = GaussianKernel(bandwidth)
+    all_rows = bank.select(t, PROMPT_WEIGHTS, 0.0)
+    pruned = bank.select(t, PROMPT_WEIGHTS, tolerance)
+    assert len(pruned) < len(all_rows) == 300
+    dropped = all_rows.effective_count(2) - pruned.effective_count(2)
+    allowed = tolerance * all_rows.effective_count(2).clamp_min(1)
+    assert (dropped <= allowed * (1 + 1e-5) + 1e-4).all()  # counts are sums of float32 weights
+    gradient = lambda selection: kernel.squared().vjp(x, selection.rows(x), selection.weights.double())  # noqa: E731
+    error = (gradient(all_rows) - gradient(pruned)).norm(dim=1)
+    assert (error <= allowed * math.sqrt(2 / math.e) / bandwidth).all()
 
 
-def test_pruning_drops_the_lightest_and_counts_their_rows():
+def test_prune_drops_smallest_weights_by_row_count():
     weights = torch.tensor([[1.0, 1e-4, 1e-5, 1e-2], [1e-6, 1e-5, 1e-5, 1e-2]])
     assert prune(weights, torch.ones(4), 1e-3).tolist() == [True, False, False, True]
     assert prune(weights, torch.tensor([1, 100, 1, 1]), 1e-3).tolist() == [True, True, False, True]
-    heavy = torch.tensor([[1.0, 1e-4, 1e-5, 1e-2]])
-    assert prune(heavy, torch.tensor([1000, 100, 1, 1]), 1e-3).tolist() == [True, False, False, False]  # of 1,000 rows
+    large_counts = torch.tensor([[1.0, 1e-4, 1e-5, 1e-2]])
+    # relative to 1,000 rows
+    assert prune(large_counts, torch.tensor([1000, 100, 1, 1]), 1e-3).tolist() == [True, False, False, False]
     assert prune(weights, torch.ones(4), 0.0).all()
     assert not prune(weights, torch.ones(4), 10.0).any()

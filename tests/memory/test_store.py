@@ -3,37 +3,37 @@ import torch
 
 from kspec_guidance import MemoryBank
 from kspec_guidance.objectives import ConditionalRKE
-from tests.memory.banks import filled
-from tests.samples import unit
+from tests.memory.banks import filled_bank
+from tests.samples import normalize_rows
 
 
-def test_rows_never_move_and_little_lies_beside_them():
-    memory, first = MemoryBank(), {}
+def test_growth_keeps_rows_in_place_with_low_overhead():
+    memory, addresses = MemoryBank(), {}
     t = torch.eye(16)
     for k in range(1000):
         memory.add(torch.full((1, 2048), float(k)), t[k % 16 : k % 16 + 1])
-        for number, chunk in enumerate(memory._store.chunks):
-            assert first.setdefault(number, chunk.data_ptr()) == chunk.data_ptr()
-    assert len(first) <= 8  # chunks grow, so that there are few
+        for index, chunk in enumerate(memory._store.chunks):
+            assert addresses.setdefault(index, chunk.data_ptr()) == chunk.data_ptr()
+    assert len(addresses) <= 8  # chunks grow, which bounds their number
     assert memory.overhead_bytes < 0.05 * memory.x.numel() * 4
     assert memory.x[:, 0].tolist() == list(range(1000))
 
 
-def test_rows_in_a_folder_are_mapped_and_leave_nothing_behind(tmp_path, g):
-    exact, x, t = filled()
-    mapped, _, _ = filled(folder=tmp_path / "rows")
+def test_mapped_rows_match_and_leave_no_files(tmp_path, g):
+    exact, x, t = filled_bank()
+    mapped, _, _ = filled_bank(folder=tmp_path / "rows")
     assert torch.equal(mapped.x, exact.x)
-    z = unit(x[:4] + torch.randn(4, 24, generator=g))
+    z = normalize_rows(x[:4] + torch.randn(4, 24, generator=g))
     assert torch.equal(ConditionalRKE().gradient(z, t[:4], mapped).rows, ConditionalRKE().gradient(z, t[:4], exact).rows)
     assert list((tmp_path / "rows").iterdir()) == []
     mapped.save(tmp_path / "m")
-    again = MemoryBank.load(tmp_path / "m", folder=tmp_path / "rows")
-    assert torch.equal(again.x, exact.x)
-    assert torch.equal(again.prompts, exact.prompts)
+    loaded = MemoryBank.load(tmp_path / "m", folder=tmp_path / "rows")
+    assert torch.equal(loaded.x, exact.x)
+    assert torch.equal(loaded.prompts, exact.prompts)
 
 
-def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
-    bank, x, t = filled(16, folder=tmp_path)
+def test_full_disk_raises_and_keeps_rows(tmp_path, monkeypatch):
+    bank, x, t = filled_bank(16, folder=tmp_path)
     before = bank.x.clone()
 
     def full(*_):

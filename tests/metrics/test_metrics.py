@@ -1,4 +1,4 @@
-"""Streams give what the functional scores give, in any batching, order, and number of processes."""
+"""Metrics match the functional scores for any batch size, order of batches and number of processes."""
 
 import math
 
@@ -11,19 +11,23 @@ from kspec_guidance import functional as F
 from kspec_guidance import metrics
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel
+from kspec_guidance.statistics import jackknife_interval
 from tests.samples import rows
 
-GAUSS = GaussianKernel(2.0)
-
-
-X, T, Y = (rows(*size, dtype=torch.float32) for size in ((97, 6), (97, 4, 1), (61, 6, 2)))
+GAUSSIAN = GaussianKernel(2.0)
+X, T, Y = (rows(*shape, dtype=torch.float32) for shape in ((97, 6), (97, 4, 1), (61, 6, 2)))
 Y += 0.5
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method")
-PROMPTED = (metrics.ConditionalVendiScore, metrics.InformationVendiScore, metrics.ConditionalRKEScore, metrics.ScendiScore)
-TWO_SETS = (metrics.KENScore, metrics.MMDScore)
-MAKERS = {
+PROMPT_METRICS = (
+    metrics.ConditionalVendiScore,
+    metrics.InformationVendiScore,
+    metrics.ConditionalRKEScore,
+    metrics.ScendiScore,
+)
+REFERENCE_METRICS = (metrics.KENScore, metrics.MMDScore)
+FACTORIES = {
     "vendi": lambda **k: metrics.VendiScore(**k),
-    "vendi gaussian": lambda **k: metrics.VendiScore(GAUSS, 1.5, num_features=64, **k),
+    "vendi gaussian": lambda **k: metrics.VendiScore(GAUSSIAN, 1.5, num_features=64, **k),
     "vendi laplacian": lambda **k: metrics.VendiScore(LaplacianKernel(6.0), math.inf, num_features=64, **k),
     "truncated": lambda **k: metrics.VendiScore(truncation=3, **k),
     "rke": lambda **k: metrics.RKEScore(**k),
@@ -31,84 +35,87 @@ MAKERS = {
     "conditional rke": lambda **k: metrics.ConditionalRKEScore(num_features=64, **k),
     "information": lambda **k: metrics.InformationVendiScore(num_features=64, **k),
     "scendi": lambda **k: metrics.ScendiScore(**k),
-    "scendi prompts": lambda **k: metrics.ScendiScore(GAUSS, "prompts", num_features=32, **k),
+    "scendi prompts": lambda **k: metrics.ScendiScore(GAUSSIAN, "prompts", num_features=32, **k),
     "ken": lambda **k: metrics.KENScore(**k),
-    "ken gaussian": lambda **k: metrics.KENScore(GAUSS, eta=0.5, num_features=64, **k),
-    "mmd": lambda **k: metrics.MMDScore(GAUSS, num_features=64, **k),
+    "ken gaussian": lambda **k: metrics.KENScore(GAUSSIAN, eta=0.5, num_features=64, **k),
+    "mmd": lambda **k: metrics.MMDScore(GAUSSIAN, num_features=64, **k),
     "mmd cubic": lambda **k: metrics.MMDScore(**k),
 }
 
 
-def feed(metric, part=slice(None), size=97):
-    """The rows ``part`` of each set, in batches."""
-    sets = [(X, T)] if isinstance(metric, PROMPTED) else [(X,), (Y, True)] if isinstance(metric, TWO_SETS) else [(X,)]
-    for x, *more in sets:
-        x = x[part]
-        for start in range(0, len(x), size):
-            here = slice(start, start + size)
-            metric.update(x[here], *[m[part][here] if isinstance(m, torch.Tensor) else m for m in more])
+def updated(metric, subset=slice(None), batch_size=97):
+    """``metric`` after updates with the rows ``subset`` of its sets."""
+    reference = [(Y, True)] if isinstance(metric, REFERENCE_METRICS) else []
+    sets = [(X, T)] if isinstance(metric, PROMPT_METRICS) else [(X,), *reference]
+    for x, *extra in sets:
+        x = x[subset]
+        for start in range(0, len(x), batch_size):
+            batch = slice(start, start + batch_size)
+            metric.update(x[batch], *[m[subset][batch] if isinstance(m, torch.Tensor) else m for m in extra])
     return metric
 
 
-UNIT = [torch.nn.functional.normalize(z) for z in (X, T)]
+NORMALIZED = [torch.nn.functional.normalize(z) for z in (X, T)]
 EXPECTED = {
     "vendi": lambda: F.vendi_score(X),
-    "vendi gaussian": lambda: F.vendi_score(X, order=1.5, feature_map=RandomFourierFeatures(GAUSS, 6, 64)),
+    "vendi gaussian": lambda: F.vendi_score(X, order=1.5, feature_map=RandomFourierFeatures(GAUSSIAN, 6, 64)),
     "truncated": lambda: F.vendi_score(X, truncation=3),
     "rke": lambda: F.rke_score(X),
     "scendi": lambda: F.scendi_score(X, T),
     "ken": lambda: F.ken_score(X, Y),
-    "mmd": lambda: F.mmd(X, Y, feature_map=RandomFourierFeatures(GAUSS, 6, 64)),
+    "mmd": lambda: F.mmd(X, Y, feature_map=RandomFourierFeatures(GAUSSIAN, 6, 64)),
     "mmd cubic": lambda: F.mmd(X, Y, PolynomialKernel()),
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_stream_gives_the_functional_score(name):
-    assert feed(MAKERS[name](), size=10).compute().item() == pytest.approx(EXPECTED[name]().item(), rel=1e-6, abs=1e-7)
+def test_streamed_metric_matches_functional_score(name):
+    assert updated(FACTORIES[name](), batch_size=10).compute().item() == pytest.approx(
+        EXPECTED[name]().item(), rel=1e-6, abs=1e-7
+    )
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_batching_order_and_merging_change_nothing(name):
-    whole = feed(MAKERS[name]()).compute().item()
-    assert feed(MAKERS[name](), size=13).compute().item() == pytest.approx(whole, rel=1e-6)
-    a, b = feed(MAKERS[name](), slice(0, 40)), feed(MAKERS[name](), slice(40, None), 9)
+@pytest.mark.parametrize("name", FACTORIES)
+def test_metric_is_invariant_to_batching_and_merging(name):
+    full = updated(FACTORIES[name]()).compute().item()
+    assert updated(FACTORIES[name](), batch_size=13).compute().item() == pytest.approx(full, rel=1e-6)
+    a, b = updated(FACTORIES[name](), slice(0, 40)), updated(FACTORIES[name](), slice(40, None), 9)
     a.merge_state(b)
-    assert a.compute().item() == pytest.approx(whole, rel=1e-6)
-    fresh = MAKERS[name]()
+    assert a.compute().item() == pytest.approx(full, rel=1e-6)
+    fresh = FACTORIES[name]()
     fresh.merge_state(a)
-    assert fresh.compute().item() == pytest.approx(whole, rel=1e-6)
+    assert fresh.compute().item() == pytest.approx(full, rel=1e-6)
     fresh.reset()
     with pytest.raises(ValueError, match=r"no samples|too few"):
         fresh.compute()
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", FACTORIES)
 def test_state_dict_round_trip_and_record(name):
-    metric = feed(MAKERS[name]())
-    again = MAKERS[name]()
-    again.load_state_dict(metric.state_dict())
-    assert again.compute().item() == metric.compute().item()
+    metric = updated(FACTORIES[name]())
+    restored = FACTORIES[name]()
+    restored.load_state_dict(metric.state_dict())
+    assert restored.compute().item() == metric.compute().item()
     record = metric.record()
     assert record["count"] == 97
     assert {"score", "kernel", "features"} <= set(record)
 
 
-def test_conditional_streams_approach_the_exact_scores():
+def test_conditional_metrics_approximate_exact_scores():
     k, kt = GaussianKernel(0.9), GaussianKernel(0.8)
-    exact = F.conditional_vendi_score(*UNIT, k, kt).item()
+    exact = F.conditional_vendi_score(*NORMALIZED, k, kt).item()
     metric = metrics.ConditionalVendiScore(k, kt, num_features=4096)
     metric.update(X, T)
     assert metric.compute().item() == pytest.approx(exact, rel=0.05)
     information = metrics.InformationVendiScore(k, kt, num_features=4096)
     information.update(X, T)
     vendi = metrics.VendiScore(k, num_features=4096)
-    vendi.update(UNIT[0])
-    chain = metric.compute() * information.compute()
-    assert chain.item() == pytest.approx(vendi.compute().item(), rel=0.02)
+    vendi.update(NORMALIZED[0])
+    product = metric.compute() * information.compute()
+    assert product.item() == pytest.approx(vendi.compute().item(), rel=0.02)
 
 
-def test_forward_gives_the_batch_and_keeps_the_total():
+def test_forward_returns_batch_score_and_accumulates():
     metric = metrics.VendiScore()
     first = metric(X[:20])
     assert first.item() == pytest.approx(F.vendi_score(X[:20]).item(), rel=1e-6)
@@ -116,45 +123,62 @@ def test_forward_gives_the_batch_and_keeps_the_total():
     assert metric.compute().item() == pytest.approx(F.vendi_score(X).item(), rel=1e-6)
 
 
-def test_a_collection_shares_nothing_it_should_not():
-    both = MetricCollection(
+def test_metric_collection_keeps_states_separate():
+    collection = MetricCollection(
         {"vendi": metrics.VendiScore(), "rke": metrics.RKEScore(), "max": metrics.VendiScore(order=math.inf)}
     )
-    both.update(X[:50])
-    both.update(X[50:])
-    found = both.compute()
-    assert found["vendi"].item() == pytest.approx(F.vendi_score(X).item(), rel=1e-6)
-    assert found["rke"].item() == pytest.approx(F.rke_score(X).item(), rel=1e-6)
-    assert found["max"].item() == pytest.approx(F.vendi_score(X, order=math.inf).item(), rel=1e-6)
+    collection.update(X[:50])
+    collection.update(X[50:])
+    results = collection.compute()
+    assert results["vendi"].item() == pytest.approx(F.vendi_score(X).item(), rel=1e-6)
+    assert results["rke"].item() == pytest.approx(F.rke_score(X).item(), rel=1e-6)
+    assert results["max"].item() == pytest.approx(F.vendi_score(X, order=math.inf).item(), rel=1e-6)
 
 
-def test_defaults_work_without_arguments():
-    for name in metrics.__all__:
-        assert torch.isfinite(feed(getattr(metrics, name)()).compute())
+def test_metrics_work_with_default_arguments():
+    k, kt = GaussianKernel(0.7), GaussianKernel(0.35)  # the documented defaults of scores given prompts
+    expected = {
+        "VendiScore": (F.vendi_score(X), 1e-6),
+        "RKEScore": (F.rke_score(X), 1e-6),
+        "ConditionalVendiScore": (F.conditional_vendi_score(*NORMALIZED, k, kt), 0.05),
+        "InformationVendiScore": (F.information_vendi_score(*NORMALIZED, k, kt), 0.05),
+        "ConditionalRKEScore": (F.conditional_rke_score(*NORMALIZED, k, kt), 0.05),
+        "ScendiScore": (F.scendi_score(X, T), 1e-6),
+        "KENScore": (F.ken_score(X, Y), 1e-6),
+        "MMDScore": (F.mmd(X, Y), 1e-6),
+    }
+    assert set(expected) == set(metrics.__all__)
+    for name, (value, tolerance) in expected.items():
+        found = updated(getattr(metrics, name)()).compute().item()
+        assert found == pytest.approx(value.item(), rel=tolerance), name
 
 
-def test_plot_draws():
+def test_plot_returns_axes():
     import matplotlib
 
     matplotlib.use("Agg")
-    metric = feed(metrics.VendiScore())
-    figure, axes = metric.plot()
-    assert axes.get_ylabel() or axes.get_title() or axes.collections or axes.lines
-    matplotlib.pyplot.close(figure)
+    metric = updated(metrics.VendiScore())
+    value = metric.compute().item()
+    for values, expected in ((None, [value]), ([torch.tensor(v) for v in (1.0, 3.0, 2.0)], [1.0, 3.0, 2.0])):
+        figure, axes = metric.plot(values)
+        assert axes.get_ylabel() == "VendiScore"
+        assert [y for line in axes.lines for y in line.get_ydata()] == pytest.approx(expected)
+        matplotlib.pyplot.close(figure)
 
 
-def test_the_interval_covers_and_needs_groups():
-    metric = feed(metrics.VendiScore(groups=10), size=7)
-    assert metric.compute().item() == pytest.approx(F.vendi_score(X).item(), rel=1e-6)
-    found = metric.interval()
-    assert found.low < found.value < found.high
-    assert found.standard_error > 0
+def test_interval_is_jackknife_over_groups():
+    metric = updated(metrics.VendiScore(groups=10), batch_size=7)
+    groups = torch.arange(len(X)) % 10
+    left_out = torch.stack([F.vendi_score(X[groups != g]) for g in range(10)])
+    expected, interval = jackknife_interval(F.vendi_score(X), left_out), metric.interval()
+    for name in ("value", "low", "high", "standard_error"):
+        assert getattr(interval, name) == pytest.approx(getattr(expected, name), rel=1e-6)
     with pytest.raises(ValueError, match="groups=4 or more"):
         metrics.VendiScore().interval()
 
 
-def test_ken_keeps_the_reference_if_asked():
-    metric = feed(metrics.KENScore(reset_real_features=False))
+def test_ken_reset_keeps_reference_features():
+    metric = updated(metrics.KENScore(reset_real_features=False))
     before = metric.compute().item()
     metric.reset()
     metric.update(X)
@@ -162,17 +186,17 @@ def test_ken_keeps_the_reference_if_asked():
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
-        (lambda: metrics.VendiScore(PolynomialKernel()), "cannot stream"),
+        (lambda: metrics.VendiScore(PolynomialKernel()), "cannot be streamed"),
         (lambda: metrics.VendiScore(GaussianKernel()), "needs a bandwidth"),
         (lambda: metrics.VendiScore(order=0), r"\(0, inf\]"),
         (lambda: metrics.VendiScore().compute(), "call update first"),
-        (lambda: feed(metrics.VendiScore()).update(rows(3, 9)), "one embedder for all batches"),
+        (lambda: updated(metrics.VendiScore()).update(rows(3, 9)), "one embedder for all batches"),
         (lambda: metrics.VendiScore().update(torch.full((2, 2), float("nan"))), "NaN"),
         (lambda: metrics.VendiScore().update(torch.ones(2, 3, 4)), r"shape \[n, d\]"),
         (lambda: metrics.ConditionalVendiScore(CosineKernel()), "must be a GaussianKernel"),
-        (lambda: metrics.ConditionalVendiScore().update(X, T[:5]), "one prompt row per sample"),
+        (lambda: metrics.ConditionalVendiScore().update(X, T[:5]), "one row of prompt features per sample"),
         (lambda: metrics.ScendiScore(part="both"), "part must be"),
         (lambda: metrics.KENScore(eta=-1), "at least 0"),
         (lambda: metrics.MMDScore(groups=4), "keeps rows"),
@@ -180,33 +204,36 @@ def test_ken_keeps_the_reference_if_asked():
     ],
 )
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_bad_input_is_named(call, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_input_raises(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 
-def _process(rank, world, folder, names):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
+def _run_process(rank, world_size, folder, names):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous{world_size}", rank=rank, world_size=world_size
+    )
     torch.set_num_threads(1)
-    cuts = [0, 0, 17, 60, 97] if world == 4 else [0, 90, 97] if world == 2 else [0, 97]  # one of four sees no sample at all
-    found = {}
+    # one of four processes has no samples
+    boundaries = [0, 0, 17, 60, 97] if world_size == 4 else [0, 90, 97] if world_size == 2 else [0, 97]
+    results = {}
     for name in names:
-        metric = feed(MAKERS[name](), slice(cuts[rank], cuts[rank + 1]), 11)
+        metric = updated(FACTORIES[name](), slice(boundaries[rank], boundaries[rank + 1]), 11)
         value = metric.compute().item()
         with metric.sync_context():
-            found[name] = (value, {c: getattr(metric, c).tolist() for c in metric.counts})
-    if rank == world - 1:
-        torch.save(found, f"{folder}/found{world}")
+            results[name] = (value, {c: getattr(metric, c).tolist() for c in metric.counts})
+    if rank == world_size - 1:
+        torch.save(results, f"{folder}/results{world_size}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_one_two_and_four_processes_agree(tmp_path):
-    names = [n for n in MAKERS if n != "mmd cubic"]
-    for world in (1, 2, 4):
-        mp.spawn(_process, (world, str(tmp_path), names), nprocs=world)
-    one, two, four = (torch.load(tmp_path / f"found{w}") for w in (1, 2, 4))
+def test_results_agree_for_one_two_and_four_processes(tmp_path):
+    names = [n for n in FACTORIES if n != "mmd cubic"]
+    for world_size in (1, 2, 4):
+        mp.spawn(_run_process, (world_size, str(tmp_path), names), nprocs=world_size)
+    one, two, four = (torch.load(tmp_path / f"results{w}") for w in (1, 2, 4))
     for name in names:
         for other in (two, four):
             assert other[name][1] == one[name][1]

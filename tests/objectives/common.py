@@ -1,4 +1,4 @@
-"""Sizes, kernels and the comparison with autograd that the tests of this folder share."""
+"""Shared sizes, kernels and the comparison with autograd."""
 
 import torch
 
@@ -7,19 +7,19 @@ from kspec_guidance.kernels import GaussianKernel
 from tests.samples import rows
 
 D, P = 6, 3
-PROMPT = GaussianKernel(1.0)
+PROMPT_KERNEL = GaussianKernel(1.0)
+FEATURE_MAP = RandomFourierFeatures(GaussianKernel(2.5), D, 64)
 
 
 def relative_error(objective, memory):
+    """Relative error of ``objective.gradient`` with respect to autograd of ``objective.value``."""
     x, t = rows(5, D, 0).requires_grad_(), rows(5, P, 1)
     (expected,) = torch.autograd.grad(objective.value(x, t, memory), x)
-    found = objective.gradient(x.detach(), t, memory).rows
-    return ((found - expected).norm() / expected.norm()).item()
+    actual = objective.gradient(x.detach(), t, memory).rows
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
-def filled(memory, n=7):
+def fill(memory, n=7):
+    """Add ``n`` random rows to ``memory`` and return it."""
     memory.add(rows(n, D, 5), rows(n, P, 6))
     return memory
-
-
-FEATURES = RandomFourierFeatures(GaussianKernel(2.5), D, 64)

@@ -15,7 +15,7 @@ from kspec_guidance.kernels import (
 )
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.objectives import MMD, RKE, ConditionalRKE, Novelty, Vendi
-from tests.objectives.common import FEATURES, PROMPT, D, P, filled, relative_error
+from tests.objectives.common import FEATURE_MAP, PROMPT_KERNEL, D, P, fill, relative_error
 from tests.samples import rows
 
 KERNELS = [
@@ -27,75 +27,75 @@ KERNELS = [
     GaussianKernel(2.0) * PolynomialKernel(2),
 ]
 
-
-SUMS = {
+OBJECTIVES = {
     "rke": lambda k: RKE(k, normalize=False),
-    "conditional": lambda k: ConditionalRKE(k, normalize=False, prompt_kernel=PROMPT),
+    "conditional": lambda k: ConditionalRKE(k, normalize=False, prompt_kernel=PROMPT_KERNEL),
     "novelty": lambda k: Novelty(k, normalize=False, reference=rows(9, D, 3)),
     "mmd": lambda k: MMD(rows(9, D, 3), k),
-    "prompt-aware mmd": lambda k: MMD(rows(9, D, 3), k, reference_prompts=rows(9, P, 4), prompt_kernel=PROMPT),
+    "prompt-aware mmd": lambda k: MMD(rows(9, D, 3), k, reference_prompts=rows(9, P, 4), prompt_kernel=PROMPT_KERNEL),
 }
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["empty memory", "memory"])
+@pytest.mark.parametrize("with_memory", [False, True], ids=["empty memory", "memory"])
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-@pytest.mark.parametrize("name", SUMS)
-def test_closed_form_equals_autograd(name, kernel, full):
-    objective = SUMS[name](kernel)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_closed_form_gradient_matches_autograd(name, kernel, with_memory):
+    objective = OBJECTIVES[name](kernel)
     memory = objective.make_memory()
-    assert relative_error(objective, filled(memory) if full else memory) < 1e-8
+    assert relative_error(objective, fill(memory) if with_memory else memory) < 1e-8
 
 
-@pytest.mark.parametrize("prompt_kernel", [None, PROMPT], ids=["plain", "conditional"])
+@pytest.mark.parametrize("prompt_kernel", [None, PROMPT_KERNEL], ids=["plain", "conditional"])
 @pytest.mark.parametrize("order", [0.5, 1, 2, 3, math.inf])
 @pytest.mark.parametrize("kernel", [GaussianKernel(1.3), CosineKernel(), LaplacianKernel(3.0)], ids=str)
-def test_the_vendi_gradient_equals_autograd(kernel, order, prompt_kernel):
+def test_vendi_gradient_matches_autograd(kernel, order, prompt_kernel):
     objective = Vendi(kernel, order, prompt_kernel, normalize=False)
-    assert relative_error(objective, filled(MemoryBank())) < 1e-8
+    assert relative_error(objective, fill(MemoryBank())) < 1e-8
 
 
-def test_poor_random_features_warn_with_the_better_choice():
+def test_inaccurate_random_features_warn_with_suggestion():
     kernel = GaussianKernel(0.3)
     objective = RKE(kernel, RandomFourierFeatures(kernel, D, 16))
     with pytest.warns(UserWarning, match=r"leave feature_map=None for the exact sum, or use at least 48 features"):
         objective.gradient(rows(5, D, 0)).rows
-    good = GaussianKernel(6.0)
+    smooth = GaussianKernel(6.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        RKE(good, RandomFourierFeatures(good, D, 64), normalize=False).gradient(rows(5, D, 0)).rows
+        RKE(smooth, RandomFourierFeatures(smooth, D, 64), normalize=False).gradient(rows(5, D, 0)).rows
 
 
-def test_pairs_in_the_batch_count_as_much_as_pairs_with_the_memory():
+def test_batch_and_memory_pairs_have_equal_weight():
     kernel, x = GaussianKernel(1.3), rows(4, D, 0)
-    together = RKE(kernel, normalize=False).gradient(x).rows
+    batch_gradient = RKE(kernel, normalize=False).gradient(x).rows
     bank = MemoryBank()
     bank.add(x[1:])
-    alone = RKE(kernel, normalize=False).gradient(x[:1], memory=bank).rows
-    torch.testing.assert_close(together[:1], alone, rtol=1e-6, atol=1e-9)
+    memory_gradient = RKE(kernel, normalize=False).gradient(x[:1], memory=bank).rows
+    torch.testing.assert_close(batch_gradient[:1], memory_gradient, rtol=1e-6, atol=1e-9)
 
 
-def test_ascent_raises_the_scores_the_objectives_stand_for():
+@pytest.mark.parametrize("seed", range(5))
+def test_gradient_step_improves_corresponding_score(seed):
     from kspec_guidance import functional as F
 
-    x, t = rows(8, D, 0), rows(8, P, 1)
+    x, t = rows(8, D, 10 * seed), rows(8, P, 10 * seed + 1)
     k = GaussianKernel(1.5)
-    step = x + 0.1 * ConditionalRKE(k, prompt_kernel=PROMPT, normalize=False).gradient(x, t).rows
-    assert F.conditional_rke_score(step, t, k, PROMPT) > F.conditional_rke_score(x, t, k, PROMPT)
-    step = x + 0.1 * Vendi(k, normalize=False).gradient(x).rows
-    assert F.vendi_score(step, k) > F.vendi_score(x, k)
-    reference = rows(20, D, 9) + 1
-    step = x + 0.1 * MMD(reference, k).gradient(x).rows
-    assert F.mmd(step, reference, k, unbiased=False) < F.mmd(x, reference, k, unbiased=False)
+    moved = x + 0.1 * ConditionalRKE(k, prompt_kernel=PROMPT_KERNEL, normalize=False).gradient(x, t).rows
+    assert F.conditional_rke_score(moved, t, k, PROMPT_KERNEL) > F.conditional_rke_score(x, t, k, PROMPT_KERNEL)
+    moved = x + 0.1 * Vendi(k, normalize=False).gradient(x).rows
+    assert F.vendi_score(moved, k) > F.vendi_score(x, k)
+    reference = rows(20, D, 10 * seed + 9) + 1
+    moved = x + 0.1 * MMD(reference, k).gradient(x).rows
+    assert F.mmd(moved, reference, k, unbiased=False) < F.mmd(x, reference, k, unbiased=False)
 
 
 def test_only_similar_prompts_repel():
     x, t = rows(2, D, 0), torch.eye(2, dtype=torch.float64)
     assert ConditionalRKE(GaussianKernel(2.0)).gradient(x, t).rows.norm() < 1e-3
-    same = torch.ones(2, 2, dtype=torch.float64)
-    assert ConditionalRKE(GaussianKernel(2.0)).gradient(x, same).rows.norm() > 0.1
+    same_prompts = torch.ones(2, 2, dtype=torch.float64)
+    assert ConditionalRKE(GaussianKernel(2.0)).gradient(x, same_prompts).rows.norm() > 0.1
 
 
-def test_an_exact_duplicate_of_a_memory_entry_moves():
+def test_jitter_moves_exact_duplicate_of_memory_row():
     x = rows(2, D, 0)
     bank = MemoryBank()
     bank.add(x)
@@ -103,31 +103,31 @@ def test_an_exact_duplicate_of_a_memory_entry_moves():
     jitter = 1e-2 * rows(2, D, 8)
     objective = RKE(GaussianKernel(0.2), normalize=False)
     assert objective.gradient(x[:1], memory=bank).rows.norm() < 1e-6
-    g = objective.gradient(x[:1], memory=bank, jitter=jitter[:1]).rows
-    assert g.norm() > 1e-3
-    assert torch.equal(g, objective.gradient(x[:1], memory=bank, jitter=jitter[:1]).rows)
+    gradient = objective.gradient(x[:1], memory=bank, jitter=jitter[:1]).rows
+    assert gradient.norm() > 1e-3
+    assert torch.equal(gradient, objective.gradient(x[:1], memory=bank, jitter=jitter[:1]).rows)
 
 
-class Mystery(Kernel):
+class NoGradient(Kernel):
     def __call__(self, x, y=None):
         return x @ (x if y is None else y).mT
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "words"),
+    ("call", "error", "message"),
     [
-        (lambda: RKE(Mystery()), TypeError, "Mystery has no closed-form gradient"),
+        (lambda: RKE(NoGradient()), TypeError, "NoGradient has no closed-form gradient"),
         (lambda: Vendi(PolynomialKernel()), ValueError, r"k\(x, x\) = 1"),
         (lambda: Vendi(order=-1), ValueError, "order"),
         (lambda: Novelty(), ValueError, "needs reference="),
-        (lambda: ConditionalRKE(feature_map=FEATURES), ValueError, "also needs prompt_feature_map"),
-        (lambda: MMD(rows(9, D, 3)).gradient(rows(2, D + 1, 0)), ValueError, "reference set holds rows of 6"),
-        (lambda: RKE(normalize=False).gradient(rows(2, D, 0), None, filled(RKE(feature_map=FEATURES).make_memory())),
-         TypeError, "give it a MemoryBank"),
-        (lambda: ConditionalRKE().gradient(rows(2, D, 0), rows(2, 9, 0), filled(MemoryBank())), ValueError, "width 9"),
+        (lambda: ConditionalRKE(feature_map=FEATURE_MAP), ValueError, "also needs prompt_feature_map"),
+        (lambda: MMD(rows(9, D, 3)).gradient(rows(2, D + 1, 0)), ValueError, "reference set has rows of length 6"),
+        (lambda: RKE(normalize=False).gradient(rows(2, D, 0), None, fill(RKE(feature_map=FEATURE_MAP).make_memory())),
+         TypeError, "use a MemoryBank"),
+        (lambda: ConditionalRKE().gradient(rows(2, D, 0), rows(2, 9, 0), fill(MemoryBank())), ValueError, "width 9"),
         (lambda: MMD(rows(9, D, 3), reference_prompts=rows(9, P, 4)).gradient(rows(2, D)), ValueError, "needs prompt"),
     ],
 )  # fmt: skip
-def test_bad_input_is_named(call, error, words):
-    with pytest.raises(error, match=words):
+def test_invalid_input_raises(call, error, message):
+    with pytest.raises(error, match=message):
         call()

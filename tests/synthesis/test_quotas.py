@@ -51,7 +51,7 @@ def test_attributes_are_read_from_folders_and_by_name(tmp_path, pipe):
     (tmp_path / "broken" / "x.png").write_text("no image")
     for source, message in (
         ("nothing", "no reference set named"),
-        ("empty", "holds no images"),
+        ("empty", "contains no images"),
         ("broken", "cannot read"),
     ):
         with pytest.raises(SynthesisError, match=message):

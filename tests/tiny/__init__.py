@@ -1,10 +1,29 @@
-"""Every diffusers pipeline with tiny random weights: real classes, real loops, nothing downloaded.
+"""Diffusers pipelines with tiny random weights: the original classes and denoising loops, without downloads.
 
-``build(name)`` makes a pipeline, ``call(pipe)`` its arguments, ``check(name)`` a verdict on guidance in it. What is shared
-by all pipelines is in ``models``, ``encoders`` and ``inputs``; what a family needs beside that is a rule in ``families``.
+``build(name)`` makes a pipeline, ``call_kwargs(pipe)`` the arguments of its call, and ``check_pipeline(name)`` tests
+guidance on it. ``models``, ``autoencoders``, ``encoders`` and ``inputs`` are shared by all pipelines; the ``rules`` modules
+add what single classes need.
 """
 
-from tests.tiny.checking import Verdict, check
-from tests.tiny.making import build, call, pipeline_names
+from tests.tiny.builders import (
+    MODULAR,
+    build,
+    build_component,
+    build_modular,
+    call_kwargs,
+    modular_call_kwargs,
+    pipeline_names,
+)
+from tests.tiny.pipeline_checks import Verdict, check_pipeline
 
-__all__ = ["Verdict", "build", "call", "check", "pipeline_names"]
+__all__ = [
+    "MODULAR",
+    "Verdict",
+    "build",
+    "build_component",
+    "build_modular",
+    "call_kwargs",
+    "check_pipeline",
+    "modular_call_kwargs",
+    "pipeline_names",
+]

@@ -1,4 +1,4 @@
-"""Tiny autoencoders: the smallest sizes that keep each class's structure."""
+"""Tiny autoencoders: the smallest configuration that keeps each class's structure."""
 
 from typing import Any
 

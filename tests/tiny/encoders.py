@@ -1,4 +1,4 @@
-"""Tiny tokenizers, processors and encoders. All text is 32 wide, so that any encoder fits any denoiser."""
+"""Tiny tokenizers, processors and encoders. All text embeddings have width 32, so every encoder fits every denoiser."""
 
 import functools
 import string
@@ -13,7 +13,15 @@ import kspec_guidance
 WIDTH = 32
 HEADS = 4
 LAYERS = 2
-SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL_TOKENS = [
+    "<pad>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
@@ -30,60 +38,63 @@ def clip_tokenizer() -> Any:
 
 @functools.cache
 def llm_tokenizer() -> Any:
-    """The same byte pairs under the manners of a language model: padding, chat template, tokens for pictures."""
+    """The same byte pairs with the padding, chat template and image tokens of a language model."""
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(VOCABULARY / "tokenizer.json"),
         pad_token="<pad>",
         eos_token="<|im_end|>",
         bos_token="<|im_start|>",
         unk_token="<pad>",
-        additional_special_tokens=SPECIAL[3:],
+        additional_special_tokens=SPECIAL_TOKENS[3:],
         model_max_length=512,
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-class WithPositions(transformers.PreTrainedTokenizerFast):
-    """ChatGLM's tokenizer returns positions as well."""
+class TokenizerWithPositions(transformers.PreTrainedTokenizerFast):
+    """Returns position ids, as ChatGLM's tokenizer does."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        made = super().__call__(*args, **kwargs)
-        made["position_ids"] = torch.arange(made["input_ids"].shape[1]).expand(made["input_ids"].shape)
-        return made
+        encoding = super().__call__(*args, **kwargs)
+        shape = encoding["input_ids"].shape
+        encoding["position_ids"] = torch.arange(shape[1]).expand(shape)
+        return encoding
 
 
 @functools.cache
 def chatglm_tokenizer() -> Any:
-    return WithPositions(tokenizer_file=str(VOCABULARY / "tokenizer.json"), pad_token="<pad>", model_max_length=256)
+    return TokenizerWithPositions(
+        tokenizer_file=str(VOCABULARY / "tokenizer.json"), pad_token="<pad>", model_max_length=256
+    )
 
 
 @functools.cache
-def as_class(cls: str) -> Any:
-    """The vocabulary under a class that a pipeline asks for by name."""
+def tokenizer_of_class(cls: str) -> Any:
+    """The vocabulary in a tokenizer of the class ``cls``."""
     return getattr(transformers, cls).from_pretrained(VOCABULARY, pad_token="<pad>", model_max_length=64)
 
 
 @functools.cache
-def letters() -> Any:
-    """A T5 tokenizer by class, whose pieces are letters."""
+def letter_tokenizer() -> Any:
+    """A T5 tokenizer whose pieces are single characters."""
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *string.printable[:62], *string.punctuation]
     return transformers.T5Tokenizer(vocab=[(p, -float(k)) for k, p in enumerate(pieces)], model_max_length=64)
 
 
 @functools.cache
-def vocabulary() -> int:
+def vocabulary_size() -> int:
     return len(llm_tokenizer()) + 8
 
 
-def special(token: str) -> int:
+def token_id(token: str) -> int:
     return llm_tokenizer().convert_tokens_to_ids(token)
 
 
-def text_sizes(**more: Any) -> dict[str, Any]:
-    """The sizes of a decoder-only language model."""
-    sizes = {
-        "vocab_size": vocabulary(),
+def text_config(**kwargs: Any) -> dict[str, Any]:
+    """Configuration of a decoder-only language model."""
+    config = {
+        "vocab_size": vocabulary_size(),
         "hidden_size": WIDTH,
         "intermediate_size": 64,
         "num_hidden_layers": LAYERS,
@@ -91,16 +102,16 @@ def text_sizes(**more: Any) -> dict[str, Any]:
         "num_key_value_heads": 2,
         "head_dim": 8,
         "max_position_embeddings": 2048,
-        "pad_token_id": special("<pad>"),
-        "bos_token_id": special("<|im_start|>"),
-        "eos_token_id": special("<|im_end|>"),
+        "pad_token_id": token_id("<pad>"),
+        "bos_token_id": token_id("<|im_start|>"),
+        "eos_token_id": token_id("<|im_end|>"),
     }
-    return sizes | more
+    return config | kwargs
 
 
-def clip_text(cls: str, **more: Any) -> Any:
+def clip_text(cls: str, **kwargs: Any) -> Any:
     ids = clip_tokenizer()
-    sizes = {
+    config = {
         "vocab_size": len(ids),
         "hidden_size": WIDTH,
         "intermediate_size": 64,
@@ -112,11 +123,11 @@ def clip_text(cls: str, **more: Any) -> Any:
         "eos_token_id": ids.eos_token_id,
         "pad_token_id": ids.pad_token_id,
     }
-    return getattr(transformers, cls)(transformers.CLIPTextConfig(**(sizes | more)))
+    return getattr(transformers, cls)(transformers.CLIPTextConfig(**(config | kwargs)))
 
 
-def clip_vision(cls: str, **more: Any) -> Any:
-    sizes = {
+def clip_vision(cls: str, **kwargs: Any) -> Any:
+    config = {
         "hidden_size": WIDTH,
         "intermediate_size": 64,
         "num_hidden_layers": LAYERS,
@@ -125,42 +136,54 @@ def clip_vision(cls: str, **more: Any) -> Any:
         "image_size": 32,
         "patch_size": 8,
     }
-    return getattr(transformers, cls)(transformers.CLIPVisionConfig(**(sizes | more)))
+    return getattr(transformers, cls)(transformers.CLIPVisionConfig(**(config | kwargs)))
 
 
-def t5(cls: str, **more: Any) -> Any:
-    config = transformers.UMT5Config if cls.startswith("UMT5") else transformers.T5Config
-    sizes = {"vocab_size": vocabulary(), "d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS, "num_heads": HEADS}
-    return getattr(transformers, cls)(config(is_encoder_decoder=False, use_cache=False, **(sizes | more)))
+def t5(cls: str, **kwargs: Any) -> Any:
+    config_class = transformers.UMT5Config if cls.startswith("UMT5") else transformers.T5Config
+    config = {
+        "vocab_size": vocabulary_size(),
+        "d_model": WIDTH,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+    }
+    return getattr(transformers, cls)(config_class(is_encoder_decoder=False, use_cache=False, **(config | kwargs)))
 
 
-def causal(cls: str, config: str, **more: Any) -> Any:
-    return getattr(transformers, cls)(getattr(transformers, config)(**text_sizes(**more)))
+def causal(cls: str, config_class: str, **kwargs: Any) -> Any:
+    return getattr(transformers, cls)(getattr(transformers, config_class)(**text_config(**kwargs)))
 
 
-def bert(cls: str, **more: Any) -> Any:
-    sizes = text_sizes()
+def bert(cls: str, **kwargs: Any) -> Any:
+    config = text_config()
     for name in ("head_dim", "num_key_value_heads", "bos_token_id", "eos_token_id"):
-        sizes.pop(name)
-    return getattr(transformers, cls)(transformers.BertConfig(**(sizes | more)))
+        config.pop(name)
+    return getattr(transformers, cls)(transformers.BertConfig(**(config | kwargs)))
 
 
-def qwen_vl(cls: str, config: str, text: dict[str, Any] | None = None, **vision: Any) -> Any:
-    """Qwen-VL of the second or third generation: a language model and a vision tower."""
+def qwen_vl(cls: str, config_class: str, text: dict[str, Any] | None = None, **vision: Any) -> Any:
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL: a language model and a vision tower."""
     rope = {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default", "mrope_interleaved": "3VL" in cls}
-    sizes = text_sizes(rope_scaling=rope, **(text or {}))
-    tower = {"depth": 2, "hidden_size": WIDTH, "num_heads": HEADS, "patch_size": 8, "spatial_merge_size": 2}
+    language_config = text_config(rope_scaling=rope, **(text or {}))
+    vision_config = {"depth": 2, "hidden_size": WIDTH, "num_heads": HEADS, "patch_size": 8, "spatial_merge_size": 2}
     if "3VL" in cls:
-        tower |= {
+        vision_config |= {
             "intermediate_size": 64,
             "out_hidden_size": WIDTH,
             "deepstack_visual_indexes": [0, 1],
             "num_position_embeddings": 64,
         }
     elif "2_5" in cls:
-        tower |= {"intermediate_size": 64, "out_hidden_size": WIDTH, "fullatt_block_indexes": [1], "window_size": 32}
+        vision_config |= {
+            "intermediate_size": 64,
+            "out_hidden_size": WIDTH,
+            "fullatt_block_indexes": [1],
+            "window_size": 32,
+        }
     else:
-        tower = {
+        vision_config = {
             "depth": 2,
             "embed_dim": WIDTH,
             "hidden_size": WIDTH,
@@ -168,33 +191,33 @@ def qwen_vl(cls: str, config: str, text: dict[str, Any] | None = None, **vision:
             "patch_size": 8,
             "spatial_merge_size": 2,
         }
-    made = getattr(transformers, config)(
-        text_config=sizes,
-        vision_config=tower | vision,
-        image_token_id=special("<|image_pad|>"),
-        video_token_id=special("<|video_pad|>"),
-        vision_start_token_id=special("<|vision_start|>"),
-        vision_end_token_id=special("<|vision_end|>"),
+    config = getattr(transformers, config_class)(
+        text_config=language_config,
+        vision_config=vision_config | vision,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
     )
-    return getattr(transformers, cls)(made)
+    return getattr(transformers, cls)(config)
 
 
 def qwen_processor(cls: str) -> Any:
-    third = "3VL" in cls
-    sizes = {"patch_size": 8, "merge_size": 2, "min_pixels": 256, "max_pixels": 4096}
-    if third:
-        sizes = {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 4096}}
-    video = transformers.Qwen3VLVideoProcessor if third else transformers.Qwen2VLVideoProcessor
+    is_qwen3 = "3VL" in cls
+    config = {"patch_size": 8, "merge_size": 2, "min_pixels": 256, "max_pixels": 4096}
+    if is_qwen3:
+        config = {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 4096}}
+    video = transformers.Qwen3VLVideoProcessor if is_qwen3 else transformers.Qwen2VLVideoProcessor
     return getattr(transformers, cls)(
-        image_processor=transformers.Qwen2VLImageProcessor(**sizes),
+        image_processor=transformers.Qwen2VLImageProcessor(**config),
         tokenizer=llm_tokenizer(),
         video_processor=video(),
         chat_template=TEMPLATE,
     )
 
 
-def siglip_vision(cls: str = "SiglipVisionModel", **more: Any) -> Any:
-    sizes = {
+def siglip_vision(cls: str = "SiglipVisionModel", **kwargs: Any) -> Any:
+    config = {
         "hidden_size": WIDTH,
         "intermediate_size": 64,
         "num_hidden_layers": LAYERS,
@@ -202,22 +225,22 @@ def siglip_vision(cls: str = "SiglipVisionModel", **more: Any) -> Any:
         "image_size": 32,
         "patch_size": 8,
     }
-    return getattr(transformers, cls)(transformers.SiglipVisionConfig(**(sizes | more)))
+    return getattr(transformers, cls)(transformers.SiglipVisionConfig(**(config | kwargs)))
 
 
-def clap(cls: str, **more: Any) -> Any:
+def clap(cls: str, **kwargs: Any) -> Any:
     text = {
-        "vocab_size": vocabulary(),
+        "vocab_size": vocabulary_size(),
         "hidden_size": WIDTH,
         "intermediate_size": 64,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "max_position_embeddings": special("<pad>") + 520,  # RoBERTa counts positions from the padding token on
-        "pad_token_id": special("<pad>"),
+        "max_position_embeddings": token_id("<pad>") + 520,  # RoBERTa's positions start after the padding token
+        "pad_token_id": token_id("<pad>"),
         "projection_dim": WIDTH,
     }
     if cls == "ClapTextModelWithProjection":
-        return transformers.ClapTextModelWithProjection(transformers.ClapTextConfig(**(text | more)))
+        return transformers.ClapTextModelWithProjection(transformers.ClapTextConfig(**(text | kwargs)))
     audio = {
         "spec_size": 64,
         "window_size": 4,
@@ -236,8 +259,8 @@ def clap(cls: str, **more: Any) -> Any:
     return transformers.ClapModel(config)
 
 
-def hifigan(**more: Any) -> Any:
-    sizes = {
+def hifigan(**kwargs: Any) -> Any:
+    config = {
         "model_in_dim": 8,
         "sampling_rate": 16000,
         "upsample_initial_channel": 16,
@@ -247,17 +270,17 @@ def hifigan(**more: Any) -> Any:
         "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
         "normalize_before": False,
     }
-    return transformers.SpeechT5HifiGan(transformers.SpeechT5HifiGanConfig(**(sizes | more)))
+    return transformers.SpeechT5HifiGan(transformers.SpeechT5HifiGanConfig(**(config | kwargs)))
 
 
-def gpt2(**more: Any) -> Any:
+def gpt2(**kwargs: Any) -> Any:
     config = transformers.GPT2Config(
-        n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS, n_ctx=99, n_positions=99, vocab_size=1000, max_new_tokens=8, **more
+        n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS, n_ctx=99, n_positions=99, vocab_size=1000, max_new_tokens=8, **kwargs
     )
     return transformers.GPT2LMHeadModel(config)
 
 
-def dpt(**more: Any) -> Any:
+def dpt(**kwargs: Any) -> Any:
     config = transformers.DPTConfig(
         image_size=32, patch_size=16, hidden_size=WIDTH, num_hidden_layers=4, backbone_out_indices=[0, 1, 2, 3],
         num_attention_heads=HEADS, intermediate_size=64, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16,
@@ -272,20 +295,20 @@ def gemma3(cls: str = "Gemma3ForConditionalGeneration") -> Any:
         "image_size": 32, "patch_size": 8,
     }  # fmt: skip
     config = transformers.Gemma3Config(
-        text_config=text_sizes(), vision_config=vision, mm_tokens_per_image=4, image_token_index=special("<|image_pad|>")
+        text_config=text_config(), vision_config=vision, mm_tokens_per_image=4, image_token_index=token_id("<|image_pad|>")
     )
     return getattr(transformers, cls)(config)
 
 
 def mistral3(cls: str) -> Any:
     config = transformers.Mistral3Config(
-        text_config=text_sizes(model_type="mistral"),
+        text_config=text_config(model_type="mistral"),
         vision_config={
             "model_type": "pixtral", "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1,
             "num_attention_heads": HEADS,
             "image_size": 32, "patch_size": 8, "head_dim": 8,
         },
-        image_token_index=special("<|image_pad|>"),
+        image_token_index=token_id("<|image_pad|>"),
     )  # fmt: skip
     return getattr(transformers, cls)(config)
 
@@ -298,18 +321,18 @@ def image_processor(cls: str, size: int = 32) -> Any:
     return getattr(transformers, cls)(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
-def chatglm(**more: Any) -> Any:
+def chatglm(**kwargs: Any) -> Any:
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
-    sizes = {
-        "num_layers": LAYERS, "padded_vocab_size": vocabulary(), "hidden_size": WIDTH, "ffn_hidden_size": 64,
+    config = {
+        "num_layers": LAYERS, "padded_vocab_size": vocabulary_size(), "hidden_size": WIDTH, "ffn_hidden_size": 64,
         "kv_channels": 8,
         "num_attention_heads": HEADS, "seq_length": 256, "multi_query_attention": True, "multi_query_group_num": 2,
         "rmsnorm": True,
         "add_qkv_bias": True, "apply_query_key_layer_scaling": True, "original_rope": True,
     }  # fmt: skip
-    model = ChatGLMModel(ChatGLMConfig(**(sizes | more)), empty_init=False)
-    for weight in model.parameters():  # the class leaves its weights as the memory had them
+    model = ChatGLMModel(ChatGLMConfig(**(config | kwargs)), empty_init=False)
+    for weight in model.parameters():  # the class leaves its weights uninitialised
         torch.nn.init.normal_(weight, std=0.02)
     return model
 
@@ -317,17 +340,17 @@ def chatglm(**more: Any) -> Any:
 def multilingual_clip() -> Any:
     from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
 
-    sizes = {
+    config = {
         "numDims": WIDTH, "transformerDimensions": WIDTH, "hidden_size": WIDTH, "intermediate_size": 64,
         "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS, "vocab_size": vocabulary(), "max_position_embeddings": special("<pad>") + 520,
-        "pad_token_id": special("<pad>"),
+        "num_hidden_layers": LAYERS, "vocab_size": vocabulary_size(), "max_position_embeddings": token_id("<pad>") + 520,
+        "pad_token_id": token_id("<pad>"),
     }  # fmt: skip
-    return MultilingualCLIP(MCLIPConfig(**sizes))
+    return MultilingualCLIP(MCLIPConfig(**config))
 
 
 class AlwaysSafe(torch.nn.Module):
-    """Stands for Cosmos' guardrail, whose weights are not at hand: lets everything pass."""
+    """Replaces the guardrail of Cosmos, whose weights are not available, and accepts all content."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,7 +385,7 @@ def siglip2_vision() -> Any:
 
 def qwen_vl_text() -> Any:
     rope = {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}
-    return transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**text_sizes(rope_scaling=rope)))
+    return transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**text_config(rope_scaling=rope)))
 
 
 CLIP = "CLIPTextModel CLIPTextModelWithProjection"
@@ -418,6 +441,6 @@ TOKENIZERS = (
 )  # fmt: skip
 PROCESSORS |= dict.fromkeys(TOKENIZERS, llm_tokenizer) | {
     "ChatGLMTokenizer": chatglm_tokenizer,
-    "RobertaTokenizer": functools.partial(as_class, "RobertaTokenizer"),
-    "T5Letters": letters,
+    "RobertaTokenizer": functools.partial(tokenizer_of_class, "RobertaTokenizer"),
+    "T5Letters": letter_tokenizer,
 }

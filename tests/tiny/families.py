@@ -1,23 +1,28 @@
-"""What a family of pipelines needs beside the shared builders: a rule each, later rules adding to earlier ones."""
+"""The rules of all pipeline families; later rules extend and override earlier ones."""
 
 import re
 from typing import Any
 
-from tests.tiny import rules_clips, rules_images, rules_unet, rules_unfit
+from tests.tiny import rules_images, rules_unet, rules_unguidable, rules_video
 from tests.tiny.rules import Rule
 
-__all__ = ["Rule", "rule"]
+__all__ = ["Rule", "rule_for"]
 
-RULES: list[tuple[str, dict[str, Any]]] = [*rules_unet.RULES, *rules_images.RULES, *rules_clips.RULES, *rules_unfit.RULES]
+RULES: list[tuple[str, dict[str, Any]]] = [
+    *rules_unet.RULES,
+    *rules_images.RULES,
+    *rules_video.RULES,
+    *rules_unguidable.RULES,
+]
 
 
-def rule(name: str) -> Rule:
-    """Everything that is said of the class ``name``."""
-    made = Rule()
-    for pattern, says in RULES:
+def rule_for(name: str) -> Rule:
+    """The merged rule of the pipeline class ``name``."""
+    merged = Rule()
+    for pattern, fields in RULES:
         if re.search(pattern, name):
-            for key in ("parts", "call", "settings", "attributes"):
-                setattr(made, key, getattr(made, key) | says.get(key, {}))
-            made.not_run = says.get("not_run", made.not_run)
-            made.unfit = says.get("unfit", made.unfit)
-    return made
+            for key in ("components", "call", "init", "attributes"):
+                setattr(merged, key, getattr(merged, key) | fields.get(key, {}))
+            merged.not_run = fields.get("not_run", merged.not_run)
+            merged.unguidable = fields.get("unguidable", merged.unguidable)
+    return merged

@@ -1,4 +1,4 @@
-"""Tiny denoisers: the smallest sizes that keep each class's structure."""
+"""Tiny denoisers: the smallest configuration that keeps each class's structure."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import torch
 from tests.tiny.autoencoders import AUTOENCODERS
 
 BLOCKS = (16, 32)
-HEAD = 16  # per attention head of transformers; rotary axes add up to it
+HEAD = 16  # width of a transformer's attention head, and sum of the rotary axes
 ROPE = (4, 6, 6)
-WIDTH = 32  # of all text
+WIDTH = 32  # of text embeddings
 UNET = {
     "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": WIDTH,
     "attention_head_dim": 4,
@@ -43,8 +43,8 @@ HUNYUAN = DIT | {
     "patch_size_t": 1,
     "text_embed_dim": WIDTH, "pooled_projection_dim": WIDTH, "rope_axes_dim": ROPE,
 }  # fmt: skip
-SMALL: dict[str, dict[str, Any]] = {
-    # UNets and what goes with them
+CONFIGS: dict[str, dict[str, Any]] = {
+    # UNets, ControlNets and adapters
     "UNet2DConditionModel": UNET | UP,
     "UNet2DModel": {
         "block_out_channels": BLOCKS, "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 4,
@@ -433,19 +433,19 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-SMALL |= AUTOENCODERS
+CONFIGS |= AUTOENCODERS
 
 
-def make(cls: str, **more: Any) -> Any:
-    """A model of a diffusers class with tiny random weights, the same at every call."""
+def build_model(cls: str, **kwargs: Any) -> Any:
+    """A model of a diffusers class with tiny weights from a fixed seed."""
     torch.manual_seed(0)
-    found = getattr(diffusers, cls, None)
-    if found is None:
-        found = HIDDEN[cls]()
-    return found(**(SMALL.get(cls, {}) | more)).eval()
+    model_class = getattr(diffusers, cls, None)
+    if model_class is None:
+        model_class = UNEXPORTED[cls]()
+    return model_class(**(CONFIGS.get(cls, {}) | kwargs)).eval()
 
 
-def _hidden(module: str, name: str) -> Any:
+def _import(module: str, name: str) -> Any:
     def load() -> Any:
         import importlib
 
@@ -454,22 +454,22 @@ def _hidden(module: str, name: str) -> Any:
     return load
 
 
-P = "diffusers.pipelines"
+PIPELINES = "diffusers.pipelines"
 
-HIDDEN = {  # classes that diffusers does not export at the top
-    "WuerstchenPrior": _hidden(f"{P}.deprecated.wuerstchen.modeling_wuerstchen_prior", "WuerstchenPrior"),
-    "WuerstchenDiffNeXt": _hidden(f"{P}.deprecated.wuerstchen.modeling_wuerstchen_diffnext", "WuerstchenDiffNeXt"),
-    "PaellaVQModel": _hidden(f"{P}.deprecated.wuerstchen.modeling_paella_vq_model", "PaellaVQModel"),
-    "ShapERenderer": _hidden(f"{P}.shap_e.renderer", "ShapERenderer"),
-    "AceStepConditionEncoder": _hidden(f"{P}.ace_step.modeling_ace_step", "AceStepConditionEncoder"),
-    "StableAudioProjectionModel": _hidden(f"{P}.stable_audio.modeling_stable_audio", "StableAudioProjectionModel"),
-    "MultilingualCLIP": _hidden(f"{P}.kandinsky.text_encoder", "MultilingualCLIP"),
-    "UnCLIPTextProjModel": _hidden(f"{P}.deprecated.unclip.text_proj", "UnCLIPTextProjModel"),
-    "CLIPImageProjection": _hidden(f"{P}.stable_diffusion.clip_image_project_model", "CLIPImageProjection"),
-    "ReduxImageEncoder": _hidden(f"{P}.flux.modeling_flux", "ReduxImageEncoder"),
-    "LTX2TextConnectors": _hidden(f"{P}.ltx2.connectors", "LTX2TextConnectors"),
-    "LTX2Vocoder": _hidden(f"{P}.ltx2.vocoder", "LTX2Vocoder"),
-    "StableUnCLIPImageNormalizer": _hidden(
-        f"{P}.stable_diffusion.stable_unclip_image_normalizer", "StableUnCLIPImageNormalizer"
+UNEXPORTED = {  # classes that diffusers does not export
+    "WuerstchenPrior": _import(f"{PIPELINES}.deprecated.wuerstchen.modeling_wuerstchen_prior", "WuerstchenPrior"),
+    "WuerstchenDiffNeXt": _import(f"{PIPELINES}.deprecated.wuerstchen.modeling_wuerstchen_diffnext", "WuerstchenDiffNeXt"),
+    "PaellaVQModel": _import(f"{PIPELINES}.deprecated.wuerstchen.modeling_paella_vq_model", "PaellaVQModel"),
+    "ShapERenderer": _import(f"{PIPELINES}.shap_e.renderer", "ShapERenderer"),
+    "AceStepConditionEncoder": _import(f"{PIPELINES}.ace_step.modeling_ace_step", "AceStepConditionEncoder"),
+    "StableAudioProjectionModel": _import(f"{PIPELINES}.stable_audio.modeling_stable_audio", "StableAudioProjectionModel"),
+    "MultilingualCLIP": _import(f"{PIPELINES}.kandinsky.text_encoder", "MultilingualCLIP"),
+    "UnCLIPTextProjModel": _import(f"{PIPELINES}.deprecated.unclip.text_proj", "UnCLIPTextProjModel"),
+    "CLIPImageProjection": _import(f"{PIPELINES}.stable_diffusion.clip_image_project_model", "CLIPImageProjection"),
+    "ReduxImageEncoder": _import(f"{PIPELINES}.flux.modeling_flux", "ReduxImageEncoder"),
+    "LTX2TextConnectors": _import(f"{PIPELINES}.ltx2.connectors", "LTX2TextConnectors"),
+    "LTX2Vocoder": _import(f"{PIPELINES}.ltx2.vocoder", "LTX2Vocoder"),
+    "StableUnCLIPImageNormalizer": _import(
+        f"{PIPELINES}.stable_diffusion.stable_unclip_image_normalizer", "StableUnCLIPImageNormalizer"
     ),
 }

@@ -1,4 +1,4 @@
-"""How the rules of a family are written down."""
+"""Rules: what pipeline classes need in addition to the shared builders."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,38 +8,39 @@ import torch
 from tests.tiny import inputs
 
 PROMPT = "a red heart"
-ONE = {"prompt": PROMPT, "num_images_per_prompt": 1}  # one image of one prompt, for classes that take no more
+ONE = {"prompt": PROMPT, "num_images_per_prompt": 1}  # for classes that take one prompt and one image only
 TWO = {"prompt": PROMPT, "num_images_per_prompt": 2}
 CLIP = {"prompt": PROMPT, "num_videos_per_prompt": 1}
 
 
 @dataclass
 class Rule:
-    """
+    """What one pipeline class needs.
+
     Args:
-        parts: components: a class name, settings, or both as a pair; anything else is the component itself.
-        call: arguments of the call; a function makes a fresh value, None leaves the argument out.
-        settings: other arguments of the constructor.
-        attributes: what is set on the pipeline afterwards.
-        not_run: why a class that could be guided is not run.
-        unfit: why a class cannot be guided.
+        components: by name: a class name, its settings, or both as a pair; any other value is the component itself.
+        call: arguments of the call; a function is called for a fresh value, None omits the argument.
+        init: other arguments of the constructor.
+        attributes: attributes to set on the pipeline, by dotted name.
+        not_run: the reason why a guidable class is not run.
+        unguidable: the reason why a class cannot be guided.
     """
 
-    parts: dict[str, Any] = field(default_factory=dict)
+    components: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    init: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     not_run: str = ""
-    unfit: str = ""
+    unguidable: str = ""
 
 
-def when(pattern: str, **says: Any) -> tuple[str, dict[str, Any]]:
-    """A rule for the class names in which ``pattern`` is found."""
-    return pattern, says
+def rule(pattern: str, **fields: Any) -> tuple[str, dict[str, Any]]:
+    """Fields of :class:`Rule` for the class names that contain a match of ``pattern``."""
+    return pattern, fields
 
 
-def picture() -> Any:
-    return inputs.picture(1)
+def image() -> Any:
+    return inputs.image(1)
 
 
 def mask() -> Any:

@@ -1,56 +1,58 @@
-"""Image pipelines on transformers."""
+"""Image pipelines with transformers as denoisers."""
 
 from tests.tiny import autoencoders, inputs
-from tests.tiny.rules import ONE, PROMPT, TWO, mask, picture, when
+from tests.tiny.rules import ONE, PROMPT, TWO, image, mask, rule
 
 GEMMA = {"text_encoder": "Gemma2PreTrainedModel"}
 
 RULES = [
-    when(r"^StableDiffusion3", parts={"text_encoder_3": {"d_model": 64}}),
-    when(r"^StableDiffusion3.*ControlNet", call={"control_image": picture}),
-    when(r"^StableDiffusion3PAG|PixArtSigmaPAG", settings={"pag_applied_layers": "blocks.0"}),
-    when(
+    rule(r"^StableDiffusion3", components={"text_encoder_3": {"d_model": 64}}),
+    rule(r"^StableDiffusion3.*ControlNet", call={"control_image": image}),
+    rule(r"^StableDiffusion3PAG|PixArtSigmaPAG", init={"pag_applied_layers": "blocks.0"}),
+    rule(
         r"StableDiffusion3Inpaint|StableDiffusion3ControlNetInpainting",
-        parts={
+        components={
             "transformer": {"in_channels": 16, "out_channels": 16},
             "vae": {"latent_channels": 16},
             "controlnet": {"in_channels": 16, "extra_conditioning_channels": 1},
         },
-        call={"control_image": picture, "control_mask": mask},
+        call={"control_image": image, "control_mask": mask},
     ),
-    when(r"^DiT", parts={"transformer": {"num_embeds_ada_norm": 1000}}, call={"class_labels": lambda: [1, 1, 2, 2]}),
+    rule(r"^DiT", components={"transformer": {"num_embeds_ada_norm": 1000}}, call={"class_labels": lambda: [1, 1, 2, 2]}),
     # Flux
-    when(r"^Flux", call={"image": picture, "mask_image": mask, "control_image": picture}),
-    when(r"^(FluxPipeline|FluxControlNetPipeline|FluxControlPipeline)$", call={"image": None}),
-    when(
+    rule(r"^Flux", call={"image": image, "mask_image": mask, "control_image": image}),
+    rule(r"^(FluxPipeline|FluxControlNetPipeline|FluxControlPipeline)$", call={"image": None}),
+    rule(
         r"^FluxControl(Img2Img|Inpaint)?Pipeline",
-        parts={"transformer": {"in_channels": 32, "out_channels": 16}},
+        components={"transformer": {"in_channels": 32, "out_channels": 16}},
     ),
-    when(r"FluxFill", parts={"transformer": {"in_channels": 48, "out_channels": 16}}),
-    when(r"FluxKontext", call={"_auto_resize": False, "max_area": 1024}),
-    when(r"^Flux2", call={"text_encoder_out_layers": (0, 1, 2), "image": None}),
-    when(r"Flux2KleinInpaint", call={"image": picture}),
+    rule(r"FluxFill", components={"transformer": {"in_channels": 48, "out_channels": 16}}),
+    rule(r"FluxKontext", call={"_auto_resize": False, "max_area": 1024}),
+    rule(r"^Flux2", call={"text_encoder_out_layers": (0, 1, 2), "image": None}),
+    rule(r"Flux2KleinInpaint", call={"image": image}),
     # others, by name
-    when(
+    rule(
         r"^BriaFiboEdit",
-        call={"prompt": '{"edit_instruction": "make it red"}', "image": picture, "num_images_per_prompt": 1},
+        call={"prompt": '{"edit_instruction": "make it red"}', "image": image, "num_images_per_prompt": 1},
     ),
-    when(r"^BriaFibo(Edit)?Pipeline", parts={"text_encoder": {"vocab_size": 128010}}),  # prompts start with token 128000
-    when(r"^BriaFibo2", parts={"text_encoder": {"text": {"num_hidden_layers": 36}}}),  # it reads layers by number
-    when(r"^CogView3", parts={"scheduler": "CogVideoXDDIMScheduler"}),
-    when(r"CogView4Control", parts={"transformer": {"in_channels": 8}}, call={"control_image": picture}),
-    when(r"^DreamLite", call=ONE),
-    when(r"^HiDream", attributes={"default_sample_size": 16}, call={"height": 64, "width": 64}),
-    when(
+    # prompts start with token 128000
+    rule(r"^BriaFibo(Edit)?Pipeline", components={"text_encoder": {"vocab_size": 128010}}),
+    # reads the hidden states of fixed layers
+    rule(r"^BriaFibo2", components={"text_encoder": {"text": {"num_hidden_layers": 36}}}),
+    rule(r"^CogView3", components={"scheduler": "CogVideoXDDIMScheduler"}),
+    rule(r"CogView4Control", components={"transformer": {"in_channels": 8}}, call={"control_image": image}),
+    rule(r"^DreamLite", call=ONE),
+    rule(r"^HiDream", attributes={"default_sample_size": 16}, call={"height": 64, "width": 64}),
+    rule(
         r"^HunyuanDiT",
-        parts={"tokenizer_2": "T5Tokenizer", "text_encoder_2": "T5EncoderModel", "vae": autoencoders.KL8},
+        components={"tokenizer_2": "T5Tokenizer", "text_encoder_2": "T5EncoderModel", "vae": autoencoders.KL8},
         call={"height": 64, "width": 64},
     ),
-    when(r"HunyuanDiTControlNet", call={"control_image": picture}),
-    when(r"HunyuanDiTPAG", settings={"pag_applied_layers": "blocks.1"}),
-    when(
+    rule(r"HunyuanDiTControlNet", call={"control_image": image}),
+    rule(r"HunyuanDiTPAG", init={"pag_applied_layers": "blocks.1"}),
+    rule(
         r"HunyuanImageRefiner",
-        parts={
+        components={
             "transformer": {
                 "in_channels": 8,
                 "patch_size": (1, 1, 1),
@@ -58,45 +60,45 @@ RULES = [
                 "text_embed_2_dim": None,
             },
         },
-        call=ONE | {"image": picture},
+        call=ONE | {"image": image},
     ),
-    when(
+    rule(
         r"^Ideogram4",
-        parts={"text_encoder": "Qwen3Model"},
-        call={"guidance_scale": 4.0, "guidance_schedule": inputs.NOTHING},
+        components={"text_encoder": "Qwen3Model"},
+        call={"guidance_scale": 4.0, "guidance_schedule": inputs.EXPLICIT_NONE},
     ),
-    when(r"Kandinsky5", call={"max_sequence_length": 512}),  # its template takes 129 tokens
-    when(r"^Krea2", settings={"text_encoder_select_layers": (0, 1)}),
-    when(r"^LongCatImage", parts={"vae": {"latent_channels": 16}, "transformer": {"in_channels": 64}}),
-    when(r"^LongCatImagePipeline", call=TWO),
-    when(r"^Nucleus", call={"return_index": -1}),
-    when(
+    rule(r"Kandinsky5", call={"max_sequence_length": 512}),  # its prompt template has 129 tokens
+    rule(r"^Krea2", init={"text_encoder_select_layers": (0, 1)}),
+    rule(r"^LongCatImage", components={"vae": {"latent_channels": 16}, "transformer": {"in_channels": 64}}),
+    rule(r"^LongCatImagePipeline", call=TWO),
+    rule(r"^Nucleus", call={"return_index": -1}),
+    rule(
         r"^OmniGen",
-        parts={
+        components={
             "scheduler": ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "num_train_timesteps": 1}),
             "vae": autoencoders.KL8,
         },
         call=ONE | {"max_sequence_length": None, "height": 64, "width": 64, "max_input_image_size": 64},
     ),
-    when(r"^PixArt", parts={"transformer": {"out_channels": 8}}),
-    when(r"^PRX", parts=GEMMA, call=ONE),
-    when(r"^PRXPixel", parts=GEMMA | {"transformer": {"in_channels": 3}}),
-    when(
+    rule(r"^PixArt", components={"transformer": {"out_channels": 8}}),
+    rule(r"^PRX", components=GEMMA, call=ONE),
+    rule(r"^PRXPixel", components=GEMMA | {"transformer": {"in_channels": 3}}),
+    rule(
         r"QwenImageControlNetInpaint",
-        parts={"controlnet": {"extra_condition_channels": 4}},
-        call={"control_image": picture, "control_mask": mask},
+        components={"controlnet": {"extra_condition_channels": 4}},
+        call={"control_image": image, "control_mask": mask},
     ),
-    when(r"QwenImageLayered", call={"image": picture, "output_type": "pt", "prompt": PROMPT}),
-    when(
+    rule(r"QwenImageLayered", call={"image": image, "output_type": "pt", "prompt": PROMPT}),
+    rule(
         r"SanaSprint",
-        parts={
+        components={
             "scheduler": "SCMScheduler",
             "transformer": {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"},
         },
         call={"num_inference_steps": 2, "strength": 1.0},
     ),
-    when(r"^VisualCloze", call={"task_prompt": "paint", "content_prompt": "a heart"}),
-    when(r"^ZImage", parts={"text_encoder": "Qwen3Model"}),
-    when(r"^Z.*ControlNet", call={"control_image": picture}),
-    when(r"ZImageControlNetInpaint", parts={"controlnet": {"control_in_dim": 9}}, call=ONE),
+    rule(r"^VisualCloze", call={"task_prompt": "paint", "content_prompt": "a heart"}),
+    rule(r"^ZImage", components={"text_encoder": "Qwen3Model"}),
+    rule(r"^Z.*ControlNet", call={"control_image": image}),
+    rule(r"ZImageControlNetInpaint", components={"controlnet": {"control_in_dim": 9}}, call=ONE),
 ]

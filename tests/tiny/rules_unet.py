@@ -1,8 +1,8 @@
-"""Pipelines on UNets: Stable Diffusion and its kin, Kandinsky, DeepFloyd IF, unconditional ones."""
+"""Pipelines with UNets: Stable Diffusion and derivatives, Kandinsky, DeepFloyd IF, unconditional ones."""
 
 import torch
 
-from tests.tiny.rules import ONE, PROMPT, TWO, mask, noise, picture, when
+from tests.tiny.rules import ONE, PROMPT, TWO, image, mask, noise, rule
 
 XL = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
@@ -34,24 +34,24 @@ ARRAYS = {"output_type": "np"}
 TENSORS = {"output_type": "pt"}
 EMBEDS = {"image_embeds": lambda: noise(1, 32), "negative_image_embeds": lambda: noise(1, 32, seed=6)}
 TWO_EMBEDS = {"image_embeds": lambda: noise(2, 32), "negative_image_embeds": lambda: noise(2, 32, seed=6)}
-WITH_PICTURES = (
+IMAGE_CONDITIONED = (
     r"Img2Img|Inpaint|Upscale|Depth2Img|Pix2Pix|ControlNet|Controlnet|Adapter|ImageToVideo|I2V|I2I|Edit|Image2Video"
     r"|VideoToWorld|Cycle|LEdits|PaintBy"
 )
 
 RULES = [
-    when(WITH_PICTURES, call={"image": picture}),
+    rule(IMAGE_CONDITIONED, call={"image": image}),
     # Stable Diffusion 1, 2, XL
-    when(r"StableDiffusionXL|AnimateDiffSDXL|TextToVideoZeroSDXL", parts={"unet": XL, "controlnet": XL}),
-    when(
+    rule(r"StableDiffusionXL|AnimateDiffSDXL|TextToVideoZeroSDXL", components={"unet": XL, "controlnet": XL}),
+    rule(
         r"StableDiffusionXLControlNetUnion",
-        parts={"controlnet": {"cross_attention_dim": 64}},
-        call={"control_mode": [0], "control_image": lambda: [picture()]},
+        components={"controlnet": {"cross_attention_dim": 64}},
+        call={"control_mode": [0], "control_image": lambda: [image()]},
     ),
-    when(r"ControlNetXS", parts={"unet": {"layers_per_block": 2}, "controlnet": {}}),
-    when(
+    rule(r"ControlNetXS", components={"unet": {"layers_per_block": 2}, "controlnet": {}}),
+    rule(
         r"StableDiffusionXLControlNetXS",
-        parts={
+        components={
             "unet": XL | {"layers_per_block": 2},
             "controlnet": {
                 "cross_attention_dim": 64,
@@ -60,56 +60,56 @@ RULES = [
             },
         },
     ),
-    when(r"InstructPix2Pix", parts={"unet": {"in_channels": 8}}),
-    when(r"StableDiffusionXLInstructPix2Pix", parts={"unet": XL | {"in_channels": 8}}),
-    when(
+    rule(r"InstructPix2Pix", components={"unet": {"in_channels": 8}}),
+    rule(r"StableDiffusionXLInstructPix2Pix", components={"unet": XL | {"in_channels": 8}}),
+    rule(
         r"Depth2Img",
-        parts={
+        components={
             "unet": {"in_channels": 5},
             "depth_estimator": "DPTForDepthEstimation",
             "feature_extractor": "DPTImageProcessor",
         },
     ),
-    when(
+    rule(
         r"StableDiffusionUpscale",
-        parts={"unet": {"in_channels": 7, "num_class_embeds": 1000}, "low_res_scheduler": "DDPMScheduler"},
+        components={"unet": {"in_channels": 7, "num_class_embeds": 1000}, "low_res_scheduler": "DDPMScheduler"},
         call=TWO | {"noise_level": 20},
     ),
-    when(
+    rule(
         r"LatentUpscale",
-        parts={"unet": {"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 160}},
+        components={"unet": {"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 160}},
         call={"prompt": PROMPT, "image": lambda: noise(1, 3, 32, 32).sigmoid()},
     ),
-    when(r"LDM3D", parts={"vae": {"in_channels": 6, "out_channels": 6}}, call=ARRAYS),
-    when(
+    rule(r"LDM3D", components={"vae": {"in_channels": 6, "out_channels": 6}}, call=ARRAYS),
+    rule(
         r"ImageVariation",
-        parts={"feature_extractor": "CLIPImageProcessor", "image_encoder": "CLIPVisionModelWithProjection"},
-        call={"image": picture},
+        components={"feature_extractor": "CLIPImageProcessor", "image_encoder": "CLIPVisionModelWithProjection"},
+        call={"image": image},
     ),
-    when(r"AttendAndExcite", call=ONE | {"token_indices": lambda: [[1, 2]], "attn_res": (8, 8)}),
-    when(r"LatentConsistency", parts={"unet": {"time_cond_proj_dim": 32}}, call={"original_inference_steps": 20}),
-    when(r"^CycleDiffusion", call=ONE | {"source_prompt": "a blue heart", "source_guidance_scale": 1}),
-    when(
+    rule(r"AttendAndExcite", call=ONE | {"token_indices": lambda: [[1, 2]], "attn_res": (8, 8)}),
+    rule(r"LatentConsistency", components={"unet": {"time_cond_proj_dim": 32}}, call={"original_inference_steps": 20}),
+    rule(r"^CycleDiffusion", call=ONE | {"source_prompt": "a blue heart", "source_guidance_scale": 1}),
+    rule(
         r"^StableDiffusion(XL)?Adapter",
-        parts={"unet": CROSS_FIRST, "adapter": {"channels": [16, 32], "downscale_factor": 2}},
+        components={"unet": CROSS_FIRST, "adapter": {"channels": [16, 32], "downscale_factor": 2}},
         call={"prompt": PROMPT},
     ),
-    when(r"StableDiffusionXLAdapter", parts={"unet": XL | CROSS_FIRST}),
-    when(
+    rule(r"StableDiffusionXLAdapter", components={"unet": XL | CROSS_FIRST}),
+    rule(
         r"GLIGEN",
-        parts={"unet": {"attention_type": "gated", "cross_attention_dim": 32}},
+        components={"unet": {"attention_type": "gated", "cross_attention_dim": 32}},
         call={
             "prompt": PROMPT,
             "gligen_phrases": lambda: ["a heart"],
             "gligen_boxes": lambda: [[0.1, 0.1, 0.6, 0.6]],
         },
     ),
-    when(r"UnCLIP", call=ARRAYS),
-    when(r"PaintByExample", call={"example_image": picture, "mask_image": mask}),
-    # Kolors: XL with another encoder
-    when(
+    rule(r"UnCLIP", call=ARRAYS),
+    rule(r"PaintByExample", call={"example_image": image, "mask_image": mask}),
+    # Kolors: SDXL with another text encoder
+    rule(
         r"^Kolors",
-        parts={
+        components={
             "unet": XL
             | {
                 "encoder_hid_dim": 32,
@@ -118,92 +118,94 @@ RULES = [
             },
         },
     ),
-    when(r"^KolorsPAG", settings={"pag_applied_layers": ["mid"]}),
-    # Marigold: a picture in, its geometry out
-    when(
+    rule(r"^KolorsPAG", init={"pag_applied_layers": ["mid"]}),
+    # Marigold: depth, normals and intrinsics of an image
+    rule(
         r"^Marigold",
-        parts={"unet": {"in_channels": 8, "cross_attention_dim": 32}},
-        settings={
+        components={"unet": {"in_channels": 8, "cross_attention_dim": 32}},
+        init={
             "default_processing_resolution": 32,
             "default_denoising_steps": 4,
             "scale_invariant": True,
             "shift_invariant": True,
         },
-        call=ARRAYS | {"image": picture, "processing_resolution": 32, "ensemble_size": 3},
+        call=ARRAYS | {"image": image, "processing_resolution": 32, "ensemble_size": 3},
     ),
-    when(
+    rule(
         r"MarigoldIntrinsics",
-        settings={
+        init={
             "target_properties": {"target_names": ["albedo"], "albedo": {"prediction_space": "srgb", "up_to_scale": False}},
         },
     ),
     # Kandinsky 2 and 3
-    when(r"KandinskyV22", parts={"unet": KANDINSKY_2_2}),
-    when(r"^KandinskyV22(Controlnet)?Pipeline", call=TWO_EMBEDS | {"num_images_per_prompt": 1}),
-    when(
+    rule(r"KandinskyV22", components={"unet": KANDINSKY_2_2}),
+    rule(r"^KandinskyV22(Controlnet)?Pipeline", call=TWO_EMBEDS | {"num_images_per_prompt": 1}),
+    rule(
         r"KandinskyV22Controlnet",
-        parts={"unet": KANDINSKY_2_2 | {"addition_embed_type": "image_hint", "in_channels": 8}},
+        components={"unet": KANDINSKY_2_2 | {"addition_embed_type": "image_hint", "in_channels": 8}},
         call=TENSORS | {"hint": lambda: torch.ones(2, 3, 128, 128)},
     ),
-    when(r"KandinskyV22ControlnetImg2Img", call={"hint": lambda: torch.ones(1, 3, 128, 128)}),
-    when(r"KandinskyV22Inpaint", parts={"unet": KANDINSKY_2_2 | {"in_channels": 9}}),
-    when(r"KandinskyV22.*(Img2Img|Inpaint)(?!.*Combined)", call=EMBEDS | {"num_images_per_prompt": 1}),
-    when(r"^Kandinsky(Img2Img|Inpaint)?(Combined)?Pipeline", parts={"unet": KANDINSKY_2_1}, call=TENSORS),
-    when(r"^Kandinsky(Img2Img|Inpaint)?Pipeline", call=EMBEDS | ONE),
-    when(r"^KandinskyInpaint", parts={"unet": KANDINSKY_2_1 | {"in_channels": 9}}),
-    when(r"^KandinskyImg2ImgCombined|^KandinskyInpaintCombined|Kandinsky3Img2Img", call=ONE),
-    when(
+    rule(r"KandinskyV22ControlnetImg2Img", call={"hint": lambda: torch.ones(1, 3, 128, 128)}),
+    rule(r"KandinskyV22Inpaint", components={"unet": KANDINSKY_2_2 | {"in_channels": 9}}),
+    rule(r"KandinskyV22.*(Img2Img|Inpaint)(?!.*Combined)", call=EMBEDS | {"num_images_per_prompt": 1}),
+    rule(r"^Kandinsky(Img2Img|Inpaint)?(Combined)?Pipeline", components={"unet": KANDINSKY_2_1}, call=TENSORS),
+    rule(r"^Kandinsky(Img2Img|Inpaint)?Pipeline", call=EMBEDS | ONE),
+    rule(r"^KandinskyInpaint", components={"unet": KANDINSKY_2_1 | {"in_channels": 9}}),
+    rule(r"^KandinskyImg2ImgCombined|^KandinskyInpaintCombined|Kandinsky3Img2Img", call=ONE),
+    rule(
         r"Kandinsky.*Prior",
-        parts={"scheduler": ("UnCLIPScheduler", PRIOR_STEPS)},
-        attributes={"prior.clip_std": torch.nn.Parameter(torch.ones(1, 32))},  # it comes as zeros: nothing would be left
+        components={"scheduler": ("UnCLIPScheduler", PRIOR_STEPS)},
+        attributes={"prior.clip_std": torch.nn.Parameter(torch.ones(1, 32))},  # by default 0, which erases the embedding
         call=TENSORS,
     ),
-    when(
+    rule(
         r"Kandinsky.*Combined|^UnCLIPPipeline|StableUnCLIPPipeline",
-        parts={"prior_scheduler": ("UnCLIPScheduler", PRIOR_STEPS)},
+        components={"prior_scheduler": ("UnCLIPScheduler", PRIOR_STEPS)},
     ),
-    # DeepFloyd IF, in pixels
-    when(
+    # DeepFloyd IF, in pixel space
+    rule(
         r"^IF",
-        parts={"unet": IF, "scheduler": ("DDPMScheduler", {"variance_type": "learned_range"})},
+        components={"unet": IF, "scheduler": ("DDPMScheduler", {"variance_type": "learned_range"})},
         call=TENSORS | {"original_image": None},
     ),
-    when(r"^IF.*SuperResolution", parts={"unet": IF | {"in_channels": 6, "sample_size": 16, "num_class_embeds": 1000}}),
-    when(r"^IF(Img2Img|Inpainting|SuperRes)", call=TWO),
-    when(r"^IF.+SuperResolution", call={"original_image": picture}),
-    when(r"^IFSuperResolution", call={"image": picture}),
-    # without prompts
-    when(r"^(DDPM|DDIM|PNDM|ScoreSdeVe|KarrasVe|ConsistencyModel|RePaint|LDM|DanceDiffusion)Pipeline", call=ARRAYS),
-    when(r"^ConsistencyModel", parts={"scheduler": "CMStochasticIterativeScheduler"}),
-    when(r"^LDMPipeline", parts={"unet": {"in_channels": 4, "out_channels": 4}, "vqvae": {"latent_channels": 4}}),
-    when(
-        r"LDMSuperResolution",
-        parts={"unet": {"in_channels": 6, "out_channels": 3}, "vqvae": {"latent_channels": 3, "vq_embed_dim": 3}},
-        call=ARRAYS | {"image": picture},
+    rule(
+        r"^IF.*SuperResolution", components={"unet": IF | {"in_channels": 6, "sample_size": 16, "num_class_embeds": 1000}}
     ),
-    when(
+    rule(r"^IF(Img2Img|Inpainting|SuperRes)", call=TWO),
+    rule(r"^IF.+SuperResolution", call={"original_image": image}),
+    rule(r"^IFSuperResolution", call={"image": image}),
+    # without prompts
+    rule(r"^(DDPM|DDIM|PNDM|ScoreSdeVe|KarrasVe|ConsistencyModel|RePaint|LDM|DanceDiffusion)Pipeline", call=ARRAYS),
+    rule(r"^ConsistencyModel", components={"scheduler": "CMStochasticIterativeScheduler"}),
+    rule(r"^LDMPipeline", components={"unet": {"in_channels": 4, "out_channels": 4}, "vqvae": {"latent_channels": 4}}),
+    rule(
+        r"LDMSuperResolution",
+        components={"unet": {"in_channels": 6, "out_channels": 3}, "vqvae": {"latent_channels": 3, "vq_embed_dim": 3}},
+        call=ARRAYS | {"image": image},
+    ),
+    rule(
         r"LDMTextToImage",
-        parts={
+        components={
             "bert": "CLIPTextModel",
             "tokenizer": "CLIPTokenizer",
             "unet": "UNet2DConditionModel",
             "vqvae": "AutoencoderKL",
         },
     ),
-    # two stages in other spaces
-    when(
+    # Stable Cascade and Wuerstchen: decoder stages
+    rule(
         r"(StableCascade|Wuerstchen)Decoder",
         call={"image_embeddings": lambda: noise(2, 4, 4, 4, seed=3)},
     ),
-    when(
+    rule(
         r"Wuerstchen(Decoder|Combined)",
-        parts={"prior_prior": {"c_in": 16}},
+        components={"prior_prior": {"c_in": 16}},
         call={"image_embeddings": lambda: noise(2, 16, 4, 4, seed=3)},
     ),
-    # Shap-E: a latent of a shape
-    when(
+    # Shap-E: latents of 3D shapes
+    rule(
         r"^ShapE",
-        parts={
+        components={
             "prior": SHAPE_PRIOR,
             "scheduler": (
                 "HeunDiscreteScheduler",
@@ -212,5 +214,5 @@ RULES = [
         },
         call={"frame_size": 32},
     ),
-    when(r"ShapEImg2Img", parts={"prior": SHAPE_PRIOR | {"embedding_proj_norm_type": "layer"}}, call={"image": picture}),
+    rule(r"ShapEImg2Img", components={"prior": SHAPE_PRIOR | {"embedding_proj_norm_type": "layer"}}, call={"image": image}),
 ]

@@ -14,7 +14,7 @@ from kspec_guidance.evaluation.embedders import (
 from kspec_guidance.utils.images import to_pixels
 
 
-def test_other_bad_input_is_named():
+def test_invalid_input_raises():
     with pytest.raises(TypeError, match="PIL images"):
         to_pixels([np.zeros((8, 8, 3))], 8)
     with pytest.raises(ValueError, match="'crop' or 'squash'"):
@@ -23,26 +23,26 @@ def test_other_bad_input_is_named():
         ImageEmbedder(lambda x: x.mean((2, 3)) / 0, 8, "broken")(torch.ones(1, 3, 8, 8))
     with pytest.raises(TypeError, match="list of strings"):
         one_hot_embedder()("a dog")
-    for call in (image_embedder, text_embedder):
+    for make_embedder in (image_embedder, text_embedder):
         with pytest.raises(ValueError, match="choose one of"):
-            call("telepathy")
+            make_embedder("telepathy")
     with pytest.raises(FileNotFoundError, match="neither a file nor a pretrained tag"):
         open_clip_embedder("ViT-B-32", "nothing")
     with pytest.raises(FileNotFoundError, match="download=True"):
         open_clip_embedder("ViT-B-32", "laion2b_s34b_b79k")
-    with pytest.raises(ValueError, match="knows no model"):
+    with pytest.raises(ValueError, match="no model 'ViT-Z'"):
         open_clip_embedder("ViT-Z", None)
-    with pytest.raises(ValueError, match="knows no model"):
+    with pytest.raises(ValueError, match="no model 'resnet1'"):
         torchvision_embedder("resnet1", None)
     with pytest.raises(FileNotFoundError, match="no weights file"):
         torchvision_embedder("resnet18", "nothing")
 
 
-def test_fingerprints_tell_weights_apart():
+def test_fingerprint_depends_on_weights():
     torch.manual_seed(0)
     a, b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     assert weights_fingerprint(a) == weights_fingerprint(a)
     assert weights_fingerprint(a) != weights_fingerprint(b)
-    again = torch.nn.Linear(4, 4)
-    again.load_state_dict(a.state_dict())
-    assert weights_fingerprint(again) == weights_fingerprint(a)
+    copy = torch.nn.Linear(4, 4)
+    copy.load_state_dict(a.state_dict())
+    assert weights_fingerprint(copy) == weights_fingerprint(a)

@@ -4,7 +4,7 @@ from PIL import Image
 from kspec_guidance.evaluation.embedders import ImageEmbedder, embed_files
 
 
-def test_files_are_embedded_once(tmp_path):
+def test_embed_files_caches_features_by_content(tmp_path):
     calls = []
 
     def network(x):
@@ -16,13 +16,13 @@ def test_files_are_embedded_once(tmp_path):
     for i, colour in enumerate(("red", "blue", "red")):
         paths.append(tmp_path / f"{i}.png")
         Image.new("RGB", (9, 9), colour).save(paths[-1])
-    first = embed_files(paths, embed, tmp_path / "cache")
-    assert sum(calls) == 2  # two of the three are the same file
-    torch.testing.assert_close(embed_files(paths, embed, tmp_path / "cache"), first)
+    features = embed_files(paths, embed, tmp_path / "cache")
+    assert sum(calls) == 2  # two of the three files are identical
+    torch.testing.assert_close(embed_files(paths, embed, tmp_path / "cache"), features)
     assert sum(calls) == 2
-    torch.testing.assert_close(embed_files(paths, embed), first)
+    torch.testing.assert_close(embed_files(paths, embed), features)
     Image.new("RGB", (9, 9), "lime").save(paths[1])
-    assert not torch.equal(embed_files(paths, embed, tmp_path / "cache")[1], first[1])
-    [kept] = (tmp_path / "cache").iterdir()
-    kept.write_bytes(b"damaged")
-    torch.testing.assert_close(embed_files(paths[:1], embed, tmp_path / "cache"), first[:1])
+    assert not torch.equal(embed_files(paths, embed, tmp_path / "cache")[1], features[1])
+    [cache_file] = (tmp_path / "cache").iterdir()
+    cache_file.write_bytes(b"damaged")
+    torch.testing.assert_close(embed_files(paths[:1], embed, tmp_path / "cache"), features[:1])

@@ -20,46 +20,46 @@ def mean_colour():
 
 
 def stripes(size=256):
-    """Black and white columns, one pixel each: grey when reduced properly, either colour when not."""
+    """Alternating black and white columns of one pixel: grey after antialiased resizing, else black or white."""
     return Image.fromarray(np.tile(np.array([0, 255], np.uint8), (size, size // 2)))
 
 
-@pytest.mark.parametrize("form", ["pil", "uint8", "float"])
-def test_reduction_is_antialiased_and_ranges_are_right(form):
+@pytest.mark.parametrize("input_type", ["pil", "uint8", "float"])
+def test_to_pixels_resizes_with_antialiasing(input_type):
     image = stripes()
-    if form != "pil":
+    if input_type != "pil":
         image = torch.from_numpy(np.asarray(image).copy())[None, None]
-        image = image if form == "uint8" else image.float() / 255
-    pixels = to_pixels([image] if form == "pil" else image, 16)
+        image = image if input_type == "uint8" else image.float() / 255
+    pixels = to_pixels([image] if input_type == "pil" else image, 16)
     assert pixels.shape == (1, 3, 16, 16)
-    assert pixels[..., 1:-1].sub(0.5).abs().max() < 0.05  # the outermost columns see the border
+    assert pixels[..., 1:-1].sub(0.5).abs().max() < 0.05  # the outermost columns include the border
 
 
-def test_crop_keeps_the_aspect_and_squash_keeps_all():
+def test_crop_keeps_aspect_ratio_and_squash_keeps_content():
     wide = Image.new("RGB", (64, 32), "white")
     wide.paste("black", (0, 0, 16, 32))
     assert to_pixels([wide], 16).amin() > 0.9
     assert to_pixels([wide], 16, "squash").amin() < 0.1
 
 
-def test_alpha_lies_over_white_and_every_mode_works():
-    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
-    assert to_pixels([clear], 8).amin() == 1
+def test_alpha_is_composited_over_white_and_image_modes_convert():
+    transparent = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
+    assert to_pixels([transparent], 8).amin() == 1
     for mode in ("1", "L", "P", "CMYK", "LA", "I;16"):
         assert to_pixels([Image.new(mode, (20, 20))], 8).shape == (1, 3, 8, 8)
 
 
-def test_tensors_and_pictures_give_the_same_features(g):
+def test_tensor_and_pil_inputs_match(g):
     x = torch.randint(0, 255, (3, 3, 16, 16), generator=g, dtype=torch.uint8)
-    pictures = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in x]
+    images = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in x]
     embed = mean_colour()
-    torch.testing.assert_close(embed(x), embed(pictures))
+    torch.testing.assert_close(embed(x), embed(images))
     torch.testing.assert_close(embed(x), embed(x.float() / 255))
     torch.testing.assert_close(embed(x, batch_size=2), embed(x))
 
 
 @pytest.mark.parametrize(
-    ("images", "words"),
+    ("images", "message"),
     [
         (torch.zeros(2, 16, 16, 3), r"permute\(0, 3, 1, 2\)"),
         (torch.zeros(3, 16, 16), r"shape \[n, 3, h, w\], got \[3, 16, 16\]"),
@@ -69,12 +69,12 @@ def test_tensors_and_pictures_give_the_same_features(g):
         (torch.full((1, 3, 8, 8), float("nan")), "must lie in 0..1"),
     ],
 )
-def test_bad_pixels_are_named(images, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_images_raise(images, message):
+    with pytest.raises(ValueError, match=message):
         to_pixels(images, 8)
 
 
-def test_efficientnet_puts_like_with_like():
+def test_efficientnet_features_of_flipped_images_are_similar():
     from kspec_guidance import load_demo_reference
 
     noto, twemoji = load_demo_reference("noto"), load_demo_reference("twemoji")
@@ -87,38 +87,44 @@ def test_efficientnet_puts_like_with_like():
     assert embed(twemoji[:2] / 2 + 0.5).shape == (2, 1280)
 
 
-def test_open_clip_images_and_texts(tmp_path):
+def test_open_clip_embeds_images_and_texts(tmp_path):
     import open_clip
 
     model = open_clip.create_model("ViT-S-32-alt")
     path = tmp_path / "clip.safetensors"
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-    images, texts = open_clip_embedder("ViT-S-32-alt", path), open_clip_text_embedder("ViT-S-32-alt", path)
-    assert images.size == 224
-    assert images(torch.rand(2, 3, 40, 50)).shape[1] == texts(["a dog", "a cat"]).shape[1]
+    image_embedder, text_embedder = open_clip_embedder("ViT-S-32-alt", path), open_clip_text_embedder("ViT-S-32-alt", path)
+    assert image_embedder.size == 224
+    assert image_embedder(torch.rand(2, 3, 40, 50)).shape[1] == text_embedder(["a dog", "a cat"]).shape[1]
     _, _, preprocess = open_clip.create_model_and_transforms("ViT-S-32-alt")
-    picture = Image.effect_noise((300, 200), 60).convert("RGB")
+    image = Image.effect_noise((300, 200), 60).convert("RGB")
     with torch.no_grad():
-        expected = model.eval().encode_image(preprocess(picture)[None])
-    torch.testing.assert_close(images([picture]), expected, atol=2e-3, rtol=2e-3)
+        expected = model.eval().encode_image(preprocess(image)[None])
+    torch.testing.assert_close(image_embedder([image]), expected, atol=2e-3, rtol=2e-3)
 
 
-def test_transformers_vision_models():
+def test_transformers_vision_models_embed_images():
     from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 28}
+    config = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 28,
+    }
     x = torch.rand(2, 3, 30, 30)
-    dino = Dinov2Model(Dinov2Config(patch_size=14, **small))
+    dino = Dinov2Model(Dinov2Config(patch_size=14, **config))
     assert transformers_embedder(dino)(x).shape == (2, 32)
-    assert transformers_embedder(SiglipVisionModel(SiglipVisionConfig(patch_size=14, **small)))(x).shape == (2, 32)
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**small, "patch_size": 14}, projection_dim=24))
+    assert transformers_embedder(SiglipVisionModel(SiglipVisionConfig(patch_size=14, **config)))(x).shape == (2, 32)
+    text_config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    clip = CLIPModel(CLIPConfig(text_config=text_config, vision_config={**config, "patch_size": 14}, projection_dim=24))
     assert transformers_embedder(clip)(x).shape == (2, 24)
     with pytest.raises(OSError, match="nowhere"):
         transformers_embedder("./nowhere")
 
 
-def test_torchvision_features_and_weights_files(tmp_path):
+def test_torchvision_loads_safetensors_and_pth(tmp_path):
     from torchvision.models import resnet18
 
     model = resnet18(weights=None)

