@@ -1,9 +1,11 @@
-# make demo: the main job on the embedded pipeline.   make test: everything CI runs.
+# make demo: plain and guided images of the embedded pipeline.   make quick: after each edit.   make test: everything CI runs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# a process per core, one thread each: several threads for one small tensor cost more than they gain
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test lint space docs oldest support overhead memory synthesis arena arena-small effect clean
+.PHONY: demo quick test lint space docs oldest support overhead step memory synthesis arena arena-small effect clean
 .DEFAULT_GOAL := test
 
 # torch and torchvision first and pinned: they are built for each other, and open_clip_torch would take the newest of either
@@ -23,8 +25,11 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+quick: lint
+	$(PYTEST) -m "not slow"
+
 test: lint
-	$(BIN)/python -m pytest --durations=8
+	$(PYTEST) --durations=8
 
 # the app of examples/space on port 7860, and the site in outputs/site
 space: $(VENV)/.installed
@@ -37,14 +42,15 @@ OLDEST := .venv-oldest
 oldest: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(OLDEST) diffusers==0.35.2 transformers==4.56.2 \
 		tokenizers==0.22.1 huggingface-hub==0.34.6
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_guidance.py tests/test_demo.py tests/test_prediction.py \
-		tests/spaces tests/test_layouts.py tests/test_injection.py tests/test_pipelines.py tests/test_modular.py tests/test_config.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/guidance tests/loop tests/integrations tests/demo
 
 # the support matrix and what guidance costs; `make support` takes four minutes, `make overhead` ten
 support: $(VENV)/.installed
 	$(BIN)/python benchmarks/support_matrix.py
 overhead: $(VENV)/.installed
 	$(BIN)/python benchmarks/overhead.py
+step: $(VENV)/.installed
+	$(BIN)/python benchmarks/step.py
 
 # what a memory costs, and what it buys over a whole run: half an hour each, on an idle machine
 memory: $(VENV)/.installed
