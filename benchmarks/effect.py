@@ -1,4 +1,4 @@
-"""What guidance buys on the embedded pipeline: variety, modes and fidelity, plain against guided, with intervals.
+"""Effect of guidance on the embedded pipeline: diversity, modes and fidelity, plain and guided, with intervals.
 
     python benchmarks/effect.py --out benchmarks/results/effect.json
 
@@ -22,36 +22,35 @@ import data
 
 from kspec_guidance import SPARKE, load_demo_pipeline
 from kspec_guidance import functional as F
-from kspec_guidance.kernels import GaussianKernel
-from kspec_guidance.objectives import PROMPT_BANDWIDTH
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, l2_normalize
 
 PROMPTS = [
     "runner", "cat face", "man", "heart", "person", "health worker", "woman", "firefighter", "clock face", "swimmer",
     "police officer", "teacher", "farmer", "cook", "student", "person frowning", "surfer", "waving hand sign", "book",
     "building",
 ]  # fmt: skip
-KERNEL = GaussianKernel(1.0)  # of unit-norm latents: one yardstick for all runs, whatever guidance itself used
+KERNEL = GaussianKernel(1.0)  # of unit-norm latents; the same for all runs, whatever kernel guidance used
 
 
-def small(images: torch.Tensor) -> torch.Tensor:
-    """Images ``[n, 3, 64, 64]`` in 0..1 as rows of 32 x 32 pixels."""
+def pixel_rows(images: torch.Tensor) -> torch.Tensor:
+    """Images ``[n, 3, 64, 64]`` in 0..1 as rows of 3 x 32 x 32 numbers."""
     return nnf.avg_pool2d(images, 2).flatten(1)
 
 
 class Art:
-    """The training images, to say which one a generated image shows."""
+    """The training images, to find the one nearest to a generated image."""
 
     def __init__(self, folder: Path):
         data.download(folder)
         images, self.entries = data.load(folder)
-        self.rows = small(images.float() / 255)
+        self.rows = pixel_rows(images.float() / 255)
 
     def judge(self, images: torch.Tensor, prompt: str) -> dict[str, float]:
-        distance = torch.cdist(small(images), self.rows) / self.rows.shape[1] ** 0.5  # root mean squared difference
-        near, which = distance.min(dim=1)
+        distance = torch.cdist(pixel_rows(images), self.rows) / self.rows.shape[1] ** 0.5  # root mean squared difference
+        nearest, which = distance.min(dim=1)
         agree = [self.entries[i].answers(prompt) for i in which.tolist()]
         modes = {self.entries[i].path for i, ok in zip(which.tolist(), agree, strict=True) if ok}
-        return {"modes": len(modes), "agreement": sum(agree) / len(agree), "distance": float(near.mean())}
+        return {"modes": len(modes), "agreement": sum(agree) / len(agree), "distance": float(nearest.mean())}
 
 
 def run(pipe, prompt: str, guide_settings: dict | None, args) -> dict[str, float]:
@@ -66,14 +65,14 @@ def run(pipe, prompt: str, guide_settings: dict | None, args) -> dict[str, float
     if guide_settings is None:
         latents = pipe(prompt, **settings).images
     else:
-        settings_of = dict(guide_settings)
-        make = SPARKE.published if settings_of.pop("published", False) else SPARKE
-        with make(**settings_of).attach(pipe):
+        guide_settings = dict(guide_settings)
+        make = SPARKE.published if guide_settings.pop("published", False) else SPARKE
+        with make(**guide_settings).attach(pipe):
             latents = pipe(prompt, **settings).images
     with torch.no_grad():
         images = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     seconds = time.perf_counter() - began
-    rows = latents.flatten(1) / latents.flatten(1).norm(dim=1, keepdim=True)
+    rows = l2_normalize(latents.flatten(1))
     same = torch.ones(len(rows), 1)
     return {
         "vendi": float(F.vendi_score(rows, KERNEL)),
@@ -100,7 +99,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 0.6, 1.0])
     parser.add_argument("--published", type=float, nargs="*", default=[0.03, 0.1], help="scales of the papers' settings")
-    parser.add_argument("--plot", type=Path, help="picture of modes against distance to the art")
+    parser.add_argument("--plot", type=Path, help="plot of modes against distance to the art")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--options", type=json.loads, default={}, help="further SPARKE settings as JSON")
     parser.add_argument("--variants", type=json.loads, default={}, help="named SPARKE settings, as JSON")
@@ -131,7 +130,7 @@ def main() -> None:
 
 
 def draw(results: dict, args) -> None:
-    """Modes found against distance to the nearest training picture: up is more varied, left is more faithful."""
+    """Plot modes found against distance to the nearest training image: up is more diverse, left is more faithful."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -144,7 +143,7 @@ def draw(results: dict, args) -> None:
         axes.errorbar(x, y, [[y - y0], [y1 - y]], [[x - x0], [x1 - x]], fmt="o", color=colour, alpha=0.9, elinewidth=0.6)
         axes.annotate(label, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=9, color=colour)
     axes.set_title(f"{len(args.prompts)} prompts, {args.images} images each, 95% intervals over prompts", fontsize=10)
-    axes.set(xlabel="distance to the nearest training picture (RMS of pixels)", ylabel="distinct training pictures found")
+    axes.set(xlabel="distance to the nearest training image (RMS of pixels)", ylabel="distinct training images found")
     axes.spines[["top", "right"]].set_visible(False)
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.plot, dpi=130)

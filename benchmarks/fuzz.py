@@ -1,10 +1,10 @@
-"""Damaged files into every reader: each input must end in a clean load or in an error that the reader documents.
+"""Fuzz every file reader: each damaged input must either load or raise an error that the reader documents.
 
     python benchmarks/fuzz.py --inputs 100000
 
-Valid files of each kind are made, then bytes are flipped, inserted, cut out, doubled, or replaced by what confuses
-parsers; JSON is also altered as JSON. Anything but the documented errors, an input that takes over five seconds, or a file
-that appears outside the reader's own folder is a failure. Prints a line for each reader.
+Bytes of valid files are flipped, inserted, removed, doubled, or replaced by input that is hard for parsers; JSON is also
+altered as JSON. An undocumented error, an input that takes over five seconds, or a file outside the reader's folder is a
+failure. Prints a line for each reader.
 """
 
 import argparse
@@ -20,25 +20,26 @@ from typing import Any
 
 import torch
 
-from kspec_guidance import SPARKE, CentroidMemory, KernelGuidance, MemoryBank, MemoryFileError, MMDGuidance
+from kspec_guidance import SPARKE, CentroidMemory, KernelGuidance, MemoryBank, MMDGuidance, VendiGuidance
 from kspec_guidance.evaluation.embedders import ImageEmbedder
 from kspec_guidance.evaluation.embedders.cache import FeatureCache
-from kspec_guidance.evaluation.image_sets import SourceError, read_prompts
+from kspec_guidance.evaluation.image_sets import SourceError, read_captions
 from kspec_guidance.guidance.config import read_config
+from kspec_guidance.memory import MemoryFileError
 from kspec_guidance.synthesis import SynthesisError
 from kspec_guidance.synthesis import prompts as synthesis_prompts
 
-SPITE = [
+HOSTILE_BYTES = [
     b"\0", b"\xff\xfe", b"../../../etc/passwd", b"1e999", b"-1", b"9" * 400, b"{" * 5000, b"[" * 5000, b"x" * 140_000,
     b"NaN", b'"', b"\r\n", b"\xe2\x80\xa8", b"\\u0000", b"cos\nsystem\n",
     (2**63 - 1).to_bytes(8, "little"), b"\x80\x04\x95",
 ]  # fmt: skip
-VALUES: list[Any] = [None, True, -1, 2**70, 1e308, "", "\0", "../x", [], {}, [[]], "NaN", {"a": {}}, "x" * 3000]
+HOSTILE_VALUES: list[Any] = [None, True, -1, 2**70, 1e308, "", "\0", "../x", [], {}, [[]], "NaN", {"a": {}}, "x" * 3000]
 
 
 @dataclass
 class Reader:
-    """A reader, valid inputs for it, and the errors that it documents."""
+    """A reader, valid inputs for it, and its documented errors."""
 
     name: str
     suffix: str
@@ -47,27 +48,27 @@ class Reader:
     errors: tuple[type[BaseException], ...]
 
 
-def bent(value: Any, r: random.Random) -> Any:
-    """JSON with something in it replaced."""
+def altered(value: Any, r: random.Random) -> Any:
+    """JSON with one value replaced or left out."""
     if r.random() < 0.3 or not isinstance(value, dict | list) or not value:
-        return r.choice(VALUES)
+        return r.choice(HOSTILE_VALUES)
     if isinstance(value, dict):
         key = r.choice(list(value))
         if r.random() < 0.2:
             return {k: v for k, v in value.items() if k != key}
-        return {**value, key: bent(value[key], r)}
-    place = r.randrange(len(value))
-    return [*value[:place], bent(value[place], r), *value[place + 1 :]]
+        return {**value, key: altered(value[key], r)}
+    index = r.randrange(len(value))
+    return [*value[:index], altered(value[index], r), *value[index + 1 :]]
 
 
 def damaged(data: bytes, r: random.Random) -> bytes:
-    """One to four changes."""
+    """The data with one to four changes."""
     if r.random() < 0.3:
         try:
             lines = data.decode().splitlines()
             k = r.randrange(len(lines)) if data[:1] == b"{" and len(lines) > 1 else None
             text = data.decode() if k is None else lines[k]
-            changed = json.dumps(bent(json.loads(text), r))
+            changed = json.dumps(altered(json.loads(text), r))
             return (changed if k is None else "\n".join([*lines[:k], changed, *lines[k + 1 :]])).encode()
         except (ValueError, UnicodeError, IndexError):
             pass
@@ -81,7 +82,7 @@ def damaged(data: bytes, r: random.Random) -> bytes:
             case 1:
                 out[a:b] = b""
             case 2:
-                out[a:a] = r.choice(SPITE)
+                out[a:a] = r.choice(HOSTILE_BYTES)
             case 3:
                 out[a:b] = out[a:b] * 2
             case 4:
@@ -92,13 +93,13 @@ def damaged(data: bytes, r: random.Random) -> bytes:
 
 
 def readers(work: Path) -> list[Reader]:
-    """All readers of files that may come from elsewhere."""
+    """All readers of files that may be untrusted."""
     g = torch.Generator().manual_seed(0)
     bank, centroids = MemoryBank("x0", "words"), CentroidMemory(4)
     for memory in (bank, centroids):
         memory.add(torch.randn(6, 5, generator=g), torch.randn(6, 3, generator=g))
         memory.save(work / f"{type(memory).__name__}.safetensors")
-    guides = [SPARKE(), SPARKE(order=0.5) + MMDGuidance(torch.randn(5, 4, 2, 2, generator=g))]
+    guides = [SPARKE(), VendiGuidance(order=0.5) + MMDGuidance(torch.randn(5, 4, 2, 2, generator=g))]
     configs, tensors = [], b""
     for k, guide in enumerate(guides):
         guide.save_config(work / f"guide{k}")
@@ -111,7 +112,7 @@ def readers(work: Path) -> list[Reader]:
     cache.save()
     cached = [p for p in (work / "cache").rglob("*") if p.is_file()]
     lines = b'{"file_name": "a.png", "prompt": "heart"}\n{"file_name": "b.png", "text": "runner"}\n'
-    said = b'{"prompt": "heart", "group": "things", "images": 2}\n{"prompt": "runner"}\n'
+    synthesis_lines = b'{"prompt": "heart", "group": "things", "images": 2}\n{"prompt": "runner"}\n'
 
     def guide_of(path: Path) -> Any:
         folder = work / "guide1"
@@ -138,10 +139,10 @@ def readers(work: Path) -> list[Reader]:
         Reader("KernelGuidance.from_config", ".json", configs, guide_of, bad),
         Reader("references of a config", ".safetensors", [tensors], tensors_of, bad),
         Reader("FeatureCache", ".safetensors", [cached[0].read_bytes()], cache_of, bad),
-        Reader("sources.read_prompts, jsonl", ".jsonl", [lines], read_prompts, (SourceError,)),
-        Reader("sources.read_prompts, csv", ".csv", [b"file_name,prompt\na.png,heart\nb.png,\"run, ner\"\n"], read_prompts,
+        Reader("captions, jsonl", ".jsonl", [lines], read_captions, (SourceError,)),
+        Reader("captions, csv", ".csv", [b"file_name,prompt\na.png,heart\nb.png,\"run, ner\"\n"], read_captions,
                (SourceError,)),
-        Reader("synthesis prompts, jsonl", ".jsonl", [said], synthesis_prompts.read_prompts, (SynthesisError,)),
+        Reader("synthesis prompts, jsonl", ".jsonl", [synthesis_lines], synthesis_prompts.read_prompts, (SynthesisError,)),
         Reader("synthesis prompts, csv", ".csv", [b"prompt,group\nheart,things\nrunner,people\n"],
                synthesis_prompts.read_prompts, (SynthesisError,)),
         Reader("synthesis prompts, json", ".json", [b'[{"prompt": "heart", "images": 2}, "runner"]'],
@@ -150,19 +151,19 @@ def readers(work: Path) -> list[Reader]:
 
 
 def fuzz(inputs: int, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """``inputs`` damaged files, shared out over the readers; what became of them, failures with their bytes."""
+    """Counts of ``inputs`` damaged files, divided among the readers, and the failures with their bytes."""
     r, found = random.Random(seed), {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "work"
         work.mkdir()
-        every = readers(work)
-        at = work / "given"
-        at.mkdir()
-        for reader in every:
+        all_readers = readers(work)
+        given = work / "given"
+        given.mkdir()
+        for reader in all_readers:
             counts: dict[str, Any] = {"inputs": 0, "loaded": 0, "refused": 0, "failures": []}
-            for _ in range(inputs // len(every)):
+            for _ in range(inputs // len(all_readers)):
                 data = damaged(r.choice(reader.valid), r)
-                path = at / f"file{reader.suffix}"
+                path = given / f"file{reader.suffix}"
                 path.write_bytes(data)
                 began = time.perf_counter()
                 counts["inputs"] += 1
@@ -178,7 +179,7 @@ def fuzz(inputs: int, seed: int = 0) -> dict[str, dict[str, Any]]:
                 if time.perf_counter() - began > 5:
                     counts["failures"].append(("took over five seconds", data[:400].hex()))
             outside = [p.name for p in Path(folder).iterdir() if p.name != "work"] + [
-                p.name for p in at.iterdir() if p.stem != "file"
+                p.name for p in given.iterdir() if p.stem != "file"
             ]
             if outside:
                 counts["failures"].append((f"wrote {outside}", ""))

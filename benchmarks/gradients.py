@@ -1,4 +1,7 @@
-"""Relative error of every closed-form gradient against autograd in float64.   python benchmarks/gradients.py"""
+"""Relative error of every closed-form gradient against autograd in float64.
+
+python benchmarks/gradients.py
+"""
 
 import torch
 
@@ -24,12 +27,12 @@ def main() -> None:
     bank.add(rows(200, d), rows(200, 8))
     prompt = GaussianKernel(3.0)
     objectives = {
-        "RKE": lambda k: RKE(k, unit=False),
-        "conditional RKE": lambda k: ConditionalRKE(k, unit=False, prompt_kernel=prompt),
-        "novelty": lambda k: Novelty(k, unit=False, reference=reference),
+        "RKE": lambda k: RKE(k, normalize=False),
+        "conditional RKE": lambda k: ConditionalRKE(k, normalize=False, prompt_kernel=prompt),
+        "novelty": lambda k: Novelty(k, normalize=False, reference=reference),
         "MMD": lambda k: MMD(reference, k),
-        "Vendi, order 1": lambda k: Vendi(k, unit=False),
-        "Vendi, order inf": lambda k: Vendi(k, order=float("inf"), unit=False),
+        "Vendi, order 1": lambda k: Vendi(k, normalize=False),
+        "Vendi, order inf": lambda k: Vendi(k, order=float("inf"), normalize=False),
     }
     kernels = {
         "Gaussian": GaussianKernel(8.0), "cosine": CosineKernel(), "polynomial": PolynomialKernel(),
@@ -44,13 +47,13 @@ def main() -> None:
                 continue
             objective, z = make(kernel), x.clone().requires_grad_()
             (expected,) = torch.autograd.grad(objective.value(z, t, bank), z)
-            error = (objective.gradient(x, t, bank) - expected).norm() / expected.norm()
+            error = (objective.gradient(x, t, bank).rows - expected).norm() / expected.norm()
             cells.append(f"{float(error):.1e}")
         print(f"{name:18}" + "".join(f"{c:>20}" for c in cells))
 
 
 def by_random_features(dim: int = 256, count: int = 2048) -> None:
-    """Cosine of the random-feature gradient to the exact one, over 2,000 clustered unit vectors in memory."""
+    """Cosine of the random-feature gradient with the exact one, for a memory of 2,000 clustered unit vectors."""
     g = torch.Generator().manual_seed(0)
     centres = torch.randn(50, dim, generator=g)
     rows = centres[torch.randint(50, (2016,), generator=g)] + 0.7 * torch.randn(2016, dim, generator=g)
@@ -63,7 +66,7 @@ def by_random_features(dim: int = 256, count: int = 2048) -> None:
         banks = [o.make_memory() for o in (exact, coarse)]
         for bank in banks:
             bank.add(old)
-        a, b = (o.gradient(x, None, m).flatten() for o, m in zip((exact, coarse), banks, strict=True))
+        a, b = (o.gradient(x, None, m).rows.flatten() for o, m in zip((exact, coarse), banks, strict=True))
         print(f"{count} features, {dim} dim., {factor} medians: cosine {float(torch.cosine_similarity(a, b, dim=0)):.2f}")
 
 

@@ -1,4 +1,4 @@
-"""How long `import kspec_guidance` takes beside `import torch`, each in fresh processes, by turns.
+"""Time of `import kspec_guidance` and of `import torch`, alternating, each in a fresh process.
 
 python benchmarks/import_time.py
 """
@@ -17,14 +17,14 @@ def main() -> None:
     args = parser.parse_args()
     names = ("torch", "kspec_guidance")
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(args.times + 1):  # the first fills the disk's cache
+    for _ in range(args.times + 1):  # the first run fills the disk cache
         for name in names:
             found = subprocess.run([sys.executable, "-c", CODE.format(name)], capture_output=True, text=True, check=True)
             seconds[name].append(float(found.stdout))
-    middle = {name: statistics.median(every[1:]) for name, every in seconds.items()}
-    for name, value in middle.items():
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    for name, value in medians.items():
         print(f"import {name}: {value:.2f} s, median of {args.times}")
-    print(f"ratio: {middle['kspec_guidance'] / middle['torch']:.2f}")
+    print(f"ratio: {medians['kspec_guidance'] / medians['torch']:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What guidance costs: time a step, as a share of a denoiser's step on the same machine, and peak extra memory.
+"""Overhead of guidance: time of a step, as a share of a denoiser's step on the same machine, and peak extra memory.
 
     python benchmarks/overhead.py            all of it, ten minutes on two cores; writes results/overhead.json
     python benchmarks/overhead.py spaces     the embedded pipeline and its feature spaces only
     python benchmarks/overhead.py steps      large denoisers only
-    python benchmarks/overhead.py page       write the tables of docs/pipelines.md again
+    python benchmarks/overhead.py page       the tables of docs/pipelines.md from the results
 
-Where a CUDA device is at hand everything runs there, timed with events. Denoisers have their true sizes and random weights;
-of Flux, one block of each kind is timed and multiplied, since 48 GB of weights do not fit.
+Runs on CUDA where there is a device, timed with events. Denoisers have their true sizes and random weights; of Flux, one
+block of each kind is timed and multiplied, since 48 GB of weights do not fit.
 """
 
 import gc
@@ -16,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,12 +31,16 @@ from diffusers import (
 from pages import fill
 
 from kspec_guidance import SPARKE, MemoryBank, load_demo_pipeline
+from kspec_guidance.guidance.run import Run
 from kspec_guidance.guidance.spaces import Activations, Embedder, Pixels, Pooled
+from kspec_guidance.kernels import l2_normalize
+from kspec_guidance.loop.context import CallContext
+from kspec_guidance.loop.scheduler_hook import SchedulerHook
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEMORIES = (0, 100, 1_000, 10_000)
-LARGEST = 12e9  # bytes of the memory that still leave room for all else
+LARGEST = 12e9  # bytes of the largest memory that is measured
 SIZES = {  # latents of one image, the prompt width, and whether the sampler is a flow
     "SD 1.5 (4 x 64 x 64)": ((1, 4, 64, 64), 768, False),
     "SDXL (4 x 128 x 128)": ((1, 4, 128, 128), 2048, False),
@@ -62,14 +67,14 @@ def seconds(f: Callable[[], object], repeats: int) -> list[float]:
 
 
 def peak(f: Callable[[], object]) -> float:
-    """Megabytes above the present state at the highest point of a call."""
+    """Peak megabytes of a call above those in use before it."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         f()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's own high-water mark, started anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
     before = status("VmRSS")
     f()
     return max(0.0, status("VmHWM") - before)
@@ -80,11 +85,23 @@ def status(name: str) -> float:
     return int(line.split()[1]) / 1e3
 
 
+@contextmanager
+def guided(scheduler: object, guide: SPARKE, prompt_features: torch.Tensor) -> Iterator[None]:
+    """Guide a bare scheduler with known prompts, as a pipeline would."""
+    context = CallContext(prompts=l2_normalize(prompt_features), encoder="benchmark")
+    hook = SchedulerHook(scheduler, Run(guide), lambda: context, guide)
+    hook.install()
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def step_cost(shape: tuple[int, ...], width: int, flow: bool, rows: int) -> tuple[float, float]:
     """Seconds that guidance adds to one scheduler step of one image, and its peak extra megabytes."""
     g = torch.Generator().manual_seed(0)
     bank, prompt = MemoryBank(), torch.randn(1, width, generator=g).to(DEVICE)
-    for start in range(0, rows, 500):  # all of the prompt that is made: rows of other prompts would not be read
+    for start in range(0, rows, 500):  # all rows are of the sample's prompt: those of other prompts would not be read
         n = min(500, rows - start)
         bank.add(torch.randn(n, *shape[1:], generator=g).to(DEVICE), prompt.expand(n, -1))
     x, m = (torch.randn(shape, generator=g).to(DEVICE) for _ in range(2))
@@ -96,8 +113,7 @@ def step_cost(shape: tuple[int, ...], width: int, flow: bool, rows: int) -> tupl
         call = lambda: scheduler.step(m, next(times), x, return_dict=False)  # noqa: E731
         if guide is None:
             return seconds(call, 12)
-        with guide.attach(scheduler):
-            guide._on_prompt(prompt / prompt.norm(), "benchmark")  # as a pipeline would let it know
+        with guided(scheduler, guide, prompt):
             return seconds(call, 12)
 
     plain = statistics.median(steps(None)[2:])
@@ -112,16 +128,16 @@ def unet_step(**config: object) -> float:
     unet = UNet2DConditionModel(**config).eval().to(DEVICE)
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
     x, t = torch.randn(1, 4, size, size, device=DEVICE), torch.randn(1, 77, width, device=DEVICE)
-    more = {}
+    extra = {}
     if unet.config.addition_embed_type:
-        more = {
+        extra = {
             "added_cond_kwargs": {
                 "text_embeds": torch.randn(1, 1280, device=DEVICE),
                 "time_ids": torch.randn(1, 6, device=DEVICE),
             }
         }
-    unet(x, 500, t, **more)
-    return statistics.median(seconds(lambda: unet(x, 500, t, **more), 3))
+    unet(x, 500, t, **extra)
+    return statistics.median(seconds(lambda: unet(x, 500, t, **extra), 3))
 
 
 @torch.no_grad()
@@ -170,18 +186,17 @@ def large_models() -> list[dict]:
                 added, extra = step_cost(shape, width, flow, rows)
                 record |= {"added_seconds": added, "share": added / denoiser, "peak_megabytes": extra}
             out.append(record)
-            show = (
+            text = (
                 record.get("left_out")
                 or f"+{added * 1e3:.2f} ms a step, {added / denoiser:.2%} of {denoiser:.2f} s, peak +{extra:.0f} MB"
             )
-            print(f"{name:22s} memory {rows:6d}: {show}", flush=True)
+            print(f"{name:22s} memory {rows:6d}: {text}", flush=True)
             gc.collect()
     return out
 
 
 def embedded() -> tuple[Callable[[object], float], dict[str, object]]:
-    """A run of the embedded pipeline (16 images of one prompt, 20 steps, the first 60% guided), and the spaces it is
-    run in."""
+    """A run of the embedded pipeline (16 images of one prompt, 20 steps, the first 65% guided), and the spaces to run."""
     pipe = load_demo_pipeline().to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(0)
@@ -202,7 +217,7 @@ def embedded() -> tuple[Callable[[object], float], dict[str, object]]:
     }  # fmt: skip
 
     def run(space: object) -> float:
-        """The guide's own seconds for each guided step: all that it did outside the scheduler's step."""
+        """Seconds of guidance for each guided step, the denoiser and the scheduler not counted."""
         settings = {
             "num_images_per_prompt": 16, "num_inference_steps": 20, "guidance_scale": 5.0, "output_type": "latent",
             "generator": [torch.Generator().manual_seed(k) for k in range(16)],
@@ -219,7 +234,7 @@ def embedded() -> tuple[Callable[[object], float], dict[str, object]]:
 
 
 def child(name: str) -> None:
-    """Peak megabytes of a run above that of a plain one, in a process of its own: freed memory counts as used otherwise."""
+    """Print the peak megabytes of a run above a plain one; in a fresh process, since freed memory counts as used."""
     run, kinds = embedded()
     run(None)
     if DEVICE == "cuda":
@@ -237,7 +252,7 @@ def spaces() -> list[dict]:
         run(space)
     times: dict[str, list[float]] = {name: [] for name in kinds}
     own: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(7):  # in turn, so that a slow minute of the machine hits all alike
+    for _ in range(7):  # interleaved, so that a slow period of the machine affects all of them
         for name, space in kinds.items():
             times[name] += seconds(lambda s=space, n=name: own[n].append(run(s)), 1)
     base, out = statistics.median(times["plain"]), []
@@ -261,7 +276,7 @@ def spaces() -> list[dict]:
 
 
 def page(record: dict) -> None:
-    """Write the tables into docs/pipelines.md, between their marks."""
+    """Write the tables into docs/pipelines.md, between their markers."""
     rows = [
         f"| {r['space']} | {r['own_ms_per_guided_step']:.1f} ms | {r['seconds']:.2f} s | {r['peak_megabytes']:.0f} MB |"
         for r in record["spaces"]
@@ -270,8 +285,9 @@ def page(record: dict) -> None:
     plain = next(r["seconds"] for r in record["spaces"] if r["space"] == "plain")
     spaces_table = (
         f"Measured on the embedded pipeline, 16 images, 20 steps of which 13 are guided ({record['device']}; "
-        f"`python benchmarks/overhead.py`; a plain run takes {plain:.2f} s, and runs differ by some percent "
-        "from one to the next):\n\n" + head + "\n".join(rows)
+        f"`python benchmarks/overhead.py`; a plain run takes {plain:.2f} s, and runs vary by a few percent):\n\n"
+        + head
+        + "\n".join(rows)
     )
     steps = []
     for r in record.get("steps", []):
@@ -280,9 +296,9 @@ def page(record: dict) -> None:
         steps.append(f"| {r['latents']} | {r['memory']:,} | {r['denoiser_seconds']:.1f} s | {cells} |")
     step_table = (
         f"One image, float32, {record['device']}; a denoiser's step is one call without classifier-free guidance: with it "
-        "a step takes twice as long, and the share is half of this. All rows are of the prompt that is made: of a memory "
-        "of many prompts only those that matter are read. The peak is the process's, so that freed memory which is used "
-        "again does not show.\n\n"
+        "a step takes twice as long, and the share is half of this. All rows of the memory are of the image's prompt: of a "
+        "memory of many prompts only the rows that matter are read. The peak is that of the process, which does not count "
+        "freed memory that is reused.\n\n"
         "| latents | memory | denoiser's step | guidance adds | share | peak extra memory |\n"
         "|---|---|---|---|---|---|\n" + "\n".join(steps)
     )

@@ -1,10 +1,12 @@
-"""Which prompts repel each other: the squared prompt kernel on the embedded pipeline.   python benchmarks/prompts.py"""
+"""Which prompts repel each other: the squared prompt kernel on the embedded pipeline.
+
+python benchmarks/prompts.py
+"""
 
 import torch
 
 from kspec_guidance import SPARKE, load_demo_pipeline
-from kspec_guidance.kernels import GaussianKernel
-from kspec_guidance.objectives import PROMPT_BANDWIDTH
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel
 
 PROMPTS = ["heart", "red heart", "runner", "runner, dark skin tone", "man", "health worker", "cat face", "dog face", "flag"]
 

@@ -1,9 +1,9 @@
-"""Speed, memory and accuracy of the scores, beside a floor and beside other packages in the same run.
+"""Speed, memory and accuracy of the scores, compared with a floor and with other packages in the same run.
 
     python benchmarks/scores.py memory stream exact rke accuracy convergence peers --peers FOLDER
 
-FOLDER holds checkouts of the repositories FKEA, scendi-score, KEN and truncated-vendi (none is needed: what is missing
-is left out). Floors and rivals are timed alternately with ours. Results go to benchmarks/results/scores.json.
+FOLDER holds checkouts of the repositories FKEA, scendi-score, KEN and truncated-vendi; missing ones are skipped. Floors
+and other packages are timed alternately with ours. Results go to benchmarks/results/scores.json.
 """
 
 import argparse
@@ -30,6 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def clock(call: Callable, repeats: int = 3) -> tuple[float, object]:
+    """Shortest time of a call in seconds, and its result."""
     best, value = float("inf"), None
     for _ in range(repeats):
         began = time.perf_counter()
@@ -44,6 +45,7 @@ def peak() -> float:
 
 
 def clustered(n: int, d: int, clusters: int = 50, seed: int = 0) -> torch.Tensor:
+    """Unit rows ``[n, d]`` around random centres."""
     g = torch.Generator().manual_seed(seed)
     centres = torch.randn(clusters, d, generator=g)
     x = centres[torch.randint(clusters, (n,), generator=g)] + 0.7 * torch.randn(n, d, generator=g)
@@ -76,7 +78,7 @@ def stream(args) -> dict:
 
 
 def memory(args) -> dict:
-    """Peak memory of the stream alone, without the floor's buffers and before the eigenproblem."""
+    """Peak memory of the stream, without the floor's buffers and before the eigenproblem."""
     before, metric = peak(), VendiScore(GaussianKernel(1.0), num_features=4096)
     g = torch.Generator().manual_seed(0)
     for _ in range(10):
@@ -87,7 +89,7 @@ def memory(args) -> dict:
 
 
 def exact(args) -> dict:
-    """Exact Vendi against the eigenvalues of a ready matrix alone."""
+    """Exact Vendi against the eigenvalues of a given matrix."""
     n = args.exact
     x = clustered(n, 64)
     kernel = GaussianKernel(1.0)
@@ -129,7 +131,7 @@ def accuracy(args) -> dict:
 
 
 def convergence(args) -> dict:
-    """How many samples the truncated score needs: relative distance to its value at 4,096 samples."""
+    """Convergence of the truncated score: relative distance to its value at 4,096 samples."""
     x = clustered(4096, 64)
     kernel = GaussianKernel(0.7 * median_bandwidth(x))
     truth = {t: float(F.vendi_score(x, kernel, truncation=t)) for t in (8, 32, 128)}
@@ -155,9 +157,9 @@ def convergence(args) -> dict:
 
 
 def load(path: Path, name: str) -> types.ModuleType | None:
-    """A rival's own file, run where it lies."""
+    """A module of another package, executed from its file; None without it."""
     if not path.is_file():
-        print(f"peers: {name} left out, no {path.name} in the peers' folder")
+        print(f"peers: {name} skipped, no {path.name} in the peers' folder")
         return None
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -167,6 +169,8 @@ def load(path: Path, name: str) -> types.ModuleType | None:
 
 
 class _Lines(logging.Handler):
+    """Keeps log messages."""
+
     def __init__(self):
         super().__init__()
         self.lines = []
@@ -176,10 +180,10 @@ class _Lines(logging.Handler):
 
 
 def peers(args) -> dict:
-    """The same features and kernels, value beside value and time beside time."""
+    """Values and times of other packages with the same features and kernels."""
     rows = []
 
-    def beside(name: str, ours: Callable, theirs: Callable, note: str = "") -> None:
+    def compare(name: str, ours: Callable, theirs: Callable, note: str = "") -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ours()
             b, theirs_value = clock(theirs, 2)
@@ -202,25 +206,25 @@ def peers(args) -> dict:
 
         matrix = lambda: k(x.double()).numpy()  # noqa: E731
         note = "their matrix is made by our kernel; its own loop over pairs is below"
-        beside(
+        compare(
             "Vendi q=1, n=2,000: vendi-score score_K", lambda: F.vendi_score(x, k), lambda: vendi.score_K(matrix()), note
         )
-        beside(
+        compare(
             "Vendi q=2: vendi-score score_K", lambda: F.vendi_score(x, k, 2.0), lambda: vendi.score_K(matrix(), q=2), note
         )
-        beside(
+        compare(
             "Vendi cosine, 64 dim.: vendi-score score_dual",
             lambda: F.vendi_score(x),
             lambda: vendi.score_dual(x.double().numpy()),
         )
-        beside(
+        compare(
             "Vendi q=2: vendi-score score_X",
             lambda: F.vendi_score(x, order=2.0),
             lambda: vendi.score_X(x.numpy(), q=2),
             "theirs ignores q",
         )
         few = x[:200].numpy()
-        beside(
+        compare(
             "Vendi of 200 by a function: vendi-score score",
             lambda: F.vendi_score(x[:200]),
             lambda: vendi.score(few, lambda a, b: float(a @ b)),
@@ -232,7 +236,7 @@ def peers(args) -> dict:
 
         few = x[:300].numpy()
         one = RKE(kernel_bandwidth=[1.0])
-        beside(
+        compare(
             "RKE, n=300: rke-score, all pairs",
             lambda: F.rke_score(x[:300], k),
             lambda: 1 / _first(one.compute_rke_mc_frobenius_norm(few)),
@@ -255,10 +259,10 @@ def peers(args) -> dict:
         def rows_of(z: torch.Tensor) -> torch.Tensor:
             return torch.cat([(z @ omegas).cos(), (z @ omegas).sin()], 1) / 16
 
-        beside("FKEA, 512 features, the same frequencies", lambda: F.vendi_score(x, feature_map=rows_of), theirs)
+        compare("FKEA, 512 features, the same frequencies", lambda: F.vendi_score(x, feature_map=rows_of), theirs)
     if truncated := load(args.peers / "truncated-vendi/truncated_vendi.py", "truncated"):
         few = x[:1000]
-        beside("truncated Vendi t=100, n=1,000", lambda: F.vendi_score(few, k, truncation=100),
+        compare("truncated Vendi t=100, n=1,000", lambda: F.vendi_score(few, k, truncation=100),
                lambda: truncated.TruncatedVendi(few.double()).compute_score(1, truncation=100, sigma=1.0))  # fmt: skip
     if ken := load(args.peers / "KEN/KEN/metric/algorithm_utils.py", "ken"):
         a, b = x[:500].double(), clustered(500, 64, seed=1).double()
@@ -268,12 +272,12 @@ def peers(args) -> dict:
             route(a.to(dtype), b.to(dtype), settings)
             return float(next(line for line in lines.lines if line.startswith("KEN")).split()[-1])
 
-        beside(
+        compare(
             "KEN, 500 against 500, eigendecomposition",
             lambda: F.ken_score(a, b, k),
             lambda: by(ken.KEN_by_eigendecomposition),
         )
-        beside(
+        compare(
             "KEN, Cholesky",
             lambda: F.ken_score(a, b, k),
             lambda: by(ken.KEN_by_cholesky_decomposition, torch.float32),
@@ -284,13 +288,13 @@ def peers(args) -> dict:
         settings.kernel = "cosine"
         part = lambda i: scendi.rff_sce_from_feats(t, x, settings)[i]  # noqa: E731
         columns = lambda z: z / z.norm(dim=0, keepdim=True) / 64**0.5 * len(z) ** 0.5  # noqa: E731
-        beside(
+        compare(
             "Scendi, cosine",
             lambda: F.scendi_score(x, t),
             lambda: part(0),
             "theirs scales columns of the features, not rows",
         )
-        beside(
+        compare(
             "Scendi on features scaled as theirs",
             lambda: F.scendi_score(x, t, (columns(x.double()), columns(t.double()))),
             lambda: part(0),
@@ -299,7 +303,7 @@ def peers(args) -> dict:
 
 
 def draw(found: dict, path: Path) -> None:
-    """Time of the stream against its length, and the error of random features against their number."""
+    """Plot the time of the stream against its length, and the error of random features against their number."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -330,7 +334,7 @@ def draw(found: dict, path: Path) -> None:
 
 
 def _first(value: object) -> float:
-    """rke-score answers with a dictionary by bandwidth."""
+    """The score, where rke-score returns a dictionary by bandwidth."""
     return float(next(iter(value.values()))) if isinstance(value, dict) else float(value)
 
 
@@ -343,7 +347,7 @@ def main() -> None:
     parser.add_argument("--rke", type=int, default=50_000)
     parser.add_argument("--peers", type=Path, default=Path("peers"))
     parser.add_argument("--out", type=Path, default=RESULTS / "scores.json")
-    parser.add_argument("--plot", type=Path, help="picture of stream times and feature errors, from all results so far")
+    parser.add_argument("--plot", type=Path, help="plot of stream times and feature errors, from all results so far")
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.is_file() else {}
     for name in args.what or parts:

@@ -1,10 +1,9 @@
-"""Many visitors of the Space at once: failed requests, mixed results, waiting times and the server's memory.
+"""Load test of the Space: failed requests, results given to the wrong visitor, waiting times, the server's memory.
 
     python benchmarks/space_load.py --visitors 20 --minutes 3
 
-Starts the app in a process of its own. Each visitor generates again and again with a number of images of its own, adds to
-memory, clears it now and then, and checks that what comes back is its own: the number of images in the archive and in its
-memory.
+Starts the app in a process of its own. Each visitor generates repeatedly with its own number of images, adds to memory,
+clears it now and then, and checks the number of images in the archive and in its memory.
 """
 
 import argparse
@@ -27,19 +26,19 @@ ROOT = Path(__file__).parents[1]
 
 
 def resident(pid: int) -> float:
-    """Megabytes."""
+    """Resident memory of a process in megabytes."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     return int(found[1]) / 1024 if found else float("nan")
 
 
-def visit(number: int, url: str, until: float, seen: dict[str, list]) -> None:
+def visit(number: int, url: str, until: float, results: dict[str, list]) -> None:
     r, memory = random.Random(number), 0
     each, prompts = 1 + number % 4, 1 + number % 3
-    here = Client(url, verbose=False)
+    client = Client(url, verbose=False)
     while time.time() < until:
         began = time.time()
         try:
-            out = here.predict(
+            out = client.predict(
                 "\n".join(["heart", "runner", "flag"][:prompts]), each, "SPARKE", 1.0, number, 4, "noto", None, True,
                 api_name="/generate",
             )  # fmt: skip
@@ -47,13 +46,13 @@ def visit(number: int, url: str, until: float, seen: dict[str, list]) -> None:
             with zipfile.ZipFile(out[6]) as archive:
                 made = sum(n.endswith(".png") for n in archive.namelist())
             if made != 2 * each * prompts or f"Memory: {memory} images" not in out[2]:
-                seen["mixed"].append((number, made, out[2], memory))
+                results["mixed"].append((number, made, out[2], memory))
             if r.random() < 0.2:
-                here.predict(api_name="/clear")
+                client.predict(api_name="/clear")
                 memory = 0
-            seen["seconds"].append(time.time() - began)
+            results["seconds"].append(time.time() - began)
         except Exception as error:
-            seen["failed"].append(f"{type(error).__name__}: {error}"[:200])
+            results["failed"].append(f"{type(error).__name__}: {error}"[:200])
             return
 
 
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=7899)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tempfile.tempdir = folder  # where the clients put what they fetch
+        tempfile.tempdir = folder  # the clients download into it
         load(args, folder)
 
 
@@ -80,24 +79,24 @@ def load(args: argparse.Namespace, folder: str) -> None:
                 break
             except OSError:
                 time.sleep(1)
-        seen: dict[str, list] = {"seconds": [], "failed": [], "mixed": []}
+        results: dict[str, list] = {"seconds": [], "failed": [], "mixed": []}
         until = time.time() + 60 * args.minutes
-        visitors = [threading.Thread(target=visit, args=(k, url, until, seen)) for k in range(args.visitors)]
+        visitors = [threading.Thread(target=visit, args=(k, url, until, results)) for k in range(args.visitors)]
         for visitor in visitors:
             visitor.start()
         memory = []
         while any(v.is_alive() for v in visitors):
             memory.append(resident(server.pid))
             time.sleep(2)
-        counts = {name: len(found) for name, found in seen.items()}
+        counts = {name: len(found) for name, found in results.items()}
         print(f"{args.visitors} visitors, {args.minutes:g} minutes: {counts['seconds']} runs, {counts['failed']} failed, "
               f"{counts['mixed']} mixed")  # fmt: skip
-        if seen["seconds"]:
-            took = seen["seconds"]
-            print(f"seconds a run, with waiting: median {statistics.median(took):.1f}, most {max(took):.1f}")
+        if results["seconds"]:
+            seconds = results["seconds"]
+            print(f"seconds a run, with waiting: median {statistics.median(seconds):.1f}, maximum {max(seconds):.1f}")
         minutes = [statistics.mean(memory[k : k + 30]) for k in range(0, len(memory), 30)]
         print("server's memory by minute, MB:", *(f"{m:.0f}" for m in minutes))
-        for what in seen["failed"][:5] + seen["mixed"][:5]:
+        for what in results["failed"][:5] + results["mixed"][:5]:
             print("   ", what)
     finally:
         server.terminate()

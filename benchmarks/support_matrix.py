@@ -1,9 +1,9 @@
 """Which pipelines can be guided, with the evidence: writes docs/support.md and benchmarks/results/support.json.
 
 Every pipeline class that diffusers exports is built from tiny random configurations and run on the processor: plain, at
-scale 0 (bit-identical), guided (different and finite), plain again (restored), with guidance by prompt and without, as a
-batch of two prompts with two images each where the class takes one, through the callback, ``attach``, the guided subclass
-and, for modular pipelines, a block in the loop. Every scheduler class gets a verdict too.
+scale 0 (bit-identical), guided (different and finite), plain again (restored), with classifier-free guidance and without,
+as a batch of two prompts with two images each where the class takes one, through the callback, ``attach``, the guided
+subclass and, for modular pipelines, a block in the loop. Every scheduler class gets a verdict too.
 
     python benchmarks/support_matrix.py [name ...]     a few minutes on two cores; names print verdicts and write nothing
 """
@@ -28,11 +28,12 @@ import diffusers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from kspec_guidance.loop.prediction import UnsupportedSchedulerError, family  # noqa: E402
-from tests.tiny import checking, families, making, scheduling  # noqa: E402
+from kspec_guidance.loop.prediction import PARAMETRISATIONS, UnsupportedSchedulerError, parametrisation_of  # noqa: E402
+from tests.tiny import builders, families, pipeline_checks, scheduler_checks  # noqa: E402
 
 LIMIT = 120  # seconds for one class
 NEEDS = re.compile(r"dummy_(\w+)_objects")
+STEP_CALLS = ("scheduler.step", "generation_pipe", "decoder_pipe")  # combined pipelines call others
 
 
 def source_of(cls: type) -> str:
@@ -42,37 +43,39 @@ def source_of(cls: type) -> str:
         return ""
 
 
-def hooked(name: str, reason: str) -> checking.Verdict:
+def hooked(name: str, reason: str) -> pipeline_checks.Verdict:
     """Static evidence: the source calls a scheduler's step, and may take callbacks."""
     cls = getattr(diffusers, name)
     text = source_of(cls)
+    if "ModularPipeline" in name:  # its blocks are in other modules
+        return pipeline_checks.Verdict(name, "hooked", ways=["attach", "guided", "modular block"], reason=reason)
+    if not any(call in text for call in STEP_CALLS):
+        return pipeline_checks.Verdict(name, "failed", reason="its source calls no scheduler's step")
     ways = (["callback"] if "callback_on_step_end" in text else []) + ["attach", "guided"]
-    if "ModularPipeline" in name:
-        ways = ["attach", "guided", "modular block"]
-    return checking.Verdict(name, "hooked", ways=ways, reason=reason)
+    return pipeline_checks.Verdict(name, "hooked", ways=ways, reason=reason)
 
 
-def verdict(name: str) -> checking.Verdict:
+def verdict(name: str) -> pipeline_checks.Verdict:
     cls = getattr(diffusers, name)
-    rule = families.rule(name)
+    rule = families.rule_for(name)
     missing = NEEDS.search(cls.__module__)
     if missing:
         needed = [w for w in missing.group(1).split("_and_") if w not in ("torch", "transformers")]
         return hooked(name, f"not run: it needs {', '.join(needed)}, which is not installed here")
-    if rule.unfit:
-        return checking.Verdict(name, "not applicable", reason=rule.unfit)
+    if rule.unguidable:
+        return pipeline_checks.Verdict(name, "not applicable", reason=rule.unguidable)
     if rule.not_run:
         return hooked(name, f"not run: {rule.not_run}")
-    if "ModularPipeline" in name and name not in making.MODULAR:
+    if "ModularPipeline" in name and name not in builders.MODULAR:
         return hooked(name, "not run: no tiny build of its components yet")
     try:
-        return checking.check(name)
+        return pipeline_checks.check_pipeline(name)
     except UnsupportedSchedulerError as error:
-        return checking.Verdict(name, "not applicable", reason=str(error))
+        return pipeline_checks.Verdict(name, "not applicable", reason=str(error))
     except LookupError as error:
         return hooked(name, f"not run: no tiny build of its components yet ({str(error)[:90]})")
     except AssertionError as error:
-        return checking.Verdict(name, "failed", reason=str(error)[:200])
+        return pipeline_checks.Verdict(name, "failed", reason=str(error)[:200])
     except Exception as error:
         return hooked(
             name, f"not run: its tiny build does not run yet ({type(error).__name__}: {' '.join(str(error).split())[:110]})"
@@ -89,15 +92,15 @@ def all_verdicts(names: list[str]) -> list[dict[str, Any]]:
         signal.alarm(LIMIT)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            seen = verdict(name)
+            result = verdict(name)
         signal.alarm(0)
         kind = ""
-        if seen.scheduler:
-            kind = family(scheduling.make(seen.scheduler))
-        found.append({"family": checking.family_of(getattr(diffusers, name)), "kind": kind, **seen.as_dict()})
+        if result.scheduler:
+            kind = type(parametrisation_of(scheduler_checks.build_scheduler(result.scheduler))).__name__
+        found.append({"family": pipeline_checks.family_of(getattr(diffusers, name)), "kind": kind, **result.as_dict()})
         print(
-            f"{k + 1:4d}/{len(names)} {name:52s} {seen.evidence:14s} {seen.layout:9s} {seen.seconds:5.1f} s  "
-            f"{seen.reason[:80]}",
+            f"{k + 1:4d}/{len(names)} {name:52s} {result.evidence:14s} {result.layout:9s} {result.seconds:5.1f} s  "
+            f"{result.reason[:80]}",
             flush=True,
         )
     return found
@@ -109,24 +112,35 @@ Written by `python benchmarks/support_matrix.py` for diffusers {diffusers}, {dat
 from tiny random configurations and run: plain, at scale 0 (bit-identical to plain), guided (different, finite), plain
 again (restored), with classifier-free guidance and without, through every way in that is listed. *hooked* means that
 its loop calls `scheduler.step` in its source, but was not run here, for the reason given. *not applicable* has no
-step that could be guided.
+step that could be guided. *Parametrisation* is a class of `kspec_guidance.loop.prediction`, see below.
 """
 WAYS = """
 Ways in: *callback* is `callback_on_step_end=guide`, from the second step on; *callback (latents)* needs
-`guide.tensor_inputs = ["latents"]` first, since the class does not show prompt embeddings to callbacks, so that all
-images count as one prompt's; *attach* is `with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular
+`guide.tensor_inputs = ["latents"]` first, since the class passes no prompt embeddings to callbacks: all images then count
+as images of one prompt; *attach* is `with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular
 block* is `insert_guidance(blocks, guide)`. The batch is the number of samples in one call. LoRA, IP-Adapter, several
 ControlNets and the hand-over from a base model to a refiner are run in
-[tests/test_injection.py](../tests/test_injection.py).
+[tests/loop/test_scheduler_hook.py](../tests/loop/test_scheduler_hook.py).
 
 ## Pipelines that were run
 """
 SCHEDULERS = """
 ## Schedulers
 
-x0 is recovered from the model output as `x0 = A x + B m`; it was held against what the scheduler itself predicts,
-converts or ends at. The error is the largest difference relative to x0. At scale 0 all runs are bit-identical.
+x0 is recovered from the model output m and the noisy sample x as `x0 = A x + B m`, with A and B from the scheduler's
+parametrisation:
+
+{parametrisations}
+
+It was compared with what the scheduler itself predicts, converts or ends at. The error is the largest difference relative
+to x0. At scale 0 all runs are bit-identical.
 """
+
+
+def parametrisations() -> str:
+    """A list of the parametrisation classes with the first lines of their docstrings."""
+    classes = dict.fromkeys(type(found) for found in PARAMETRISATIONS.values())
+    return "\n".join(f"* `{cls.__name__}`: {inspect.getdoc(cls).splitlines()[0]}".replace("``", "`") for cls in classes)
 
 
 def page(record: dict[str, Any]) -> str:
@@ -138,7 +152,7 @@ def page(record: dict[str, Any]) -> str:
         "|---|---|---|---|",
         f"| {counts['run']} | {counts['hooked']} | {counts['not applicable']} | {len(rows)} |",
         WAYS,
-        "| class | family | scheduler | x0 relation | layout | prompt features from | ways in | batch | without guidance |",
+        "| class | family | scheduler | parametrisation | layout | prompt encoder | ways in | batch | without guidance |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -164,8 +178,8 @@ def page(record: dict[str, Any]) -> str:
                 for r in chosen
             ]
     lines += [
-        SCHEDULERS,
-        "| scheduler | x0 relation | prediction types | held against | largest error |",
+        SCHEDULERS.format(parametrisations=parametrisations()),
+        "| scheduler | parametrisation | prediction types | compared with | largest error |",
         "|---|---|---|---|---|",
     ]
     for s in record["schedulers"]:
@@ -182,16 +196,16 @@ def main() -> None:
     diffusers.logging.set_verbosity(50)
     transformers.logging.set_verbosity(50)
     torch.set_num_threads(int(os.environ.get("THREADS", "2")))
-    names = making.pipeline_names()
+    names = builders.pipeline_names()
     if len(sys.argv) > 1:
         all_verdicts([n for n in names if any(re.search(p, n) for p in sys.argv[1:])])
         return
     rows = all_verdicts(names)
     schedulers = []
-    for name in scheduling.scheduler_names():
+    for name in scheduler_checks.scheduler_names():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            schedulers.append(scheduling.check_scheduler(name).as_dict())
+            schedulers.append(scheduler_checks.check_scheduler(name).as_dict())
     for row in rows:
         row["seconds"] = round(row["seconds"], 1)
     counts = collections.Counter(r["evidence"] for r in rows)

@@ -1,14 +1,14 @@
-"""What a memory over a whole run buys, and whom the prompt kernel lets repel each other, on the embedded pipeline.
+"""Effect of a memory over a whole run, and of the prompt kernel's bandwidth, on the embedded pipeline.
 
     python benchmarks/synthesis.py --plot docs/synthesis.png            # 2,000 images over 200 prompts; half an hour
-    python benchmarks/synthesis.py --prompts 20 --phrased 5 --images 6  # a look
+    python benchmarks/synthesis.py --prompts 20 --phrased 5 --images 6  # a short run
 
-Needs the emoji art (fetched with npm on the first run). The first table compares plain sampling, guidance that knows only
-its own batch, and guidance with a memory kept over the whole run. In the second, every subject is asked for in four ways
+Needs the emoji art (fetched with npm on the first run). The first table compares plain sampling, guidance within each
+batch only, and guidance with a memory of the whole run. In the second, every subject has four phrasings
 (``runner, woman``, ``runner woman``, ``woman runner``, ``runner, woman, woman``). The bandwidth of the prompt kernel
 decides whether these count as one prompt, as they should, and whether different subjects do, as they should not.
 
-*Modes* of a prompt are the distinct training pictures that its images are nearest to and that it may stand for. Intervals
+*Modes* of a prompt are the distinct training images that its images are nearest to and that it may describe. Intervals
 are 95%: bootstrap over prompts, or jackknife over prompts for scores of the whole set.
 """
 
@@ -31,50 +31,49 @@ from kspec_guidance.evaluation.embedders import efficientnet_lite
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.statistics import jackknife_interval
 from kspec_guidance.synthesis import Prompt, synthesize
-from kspec_guidance.synthesis.records import Store
-from kspec_guidance.synthesis.worker import back
+from kspec_guidance.synthesis.records import Store, unpack_tensors
 
-SHOWN = ("runner", "heart", "bird", "building", "clock face")  # in the picture
+SHOWN = ("runner", "heart", "bird", "building", "clock face")  # in the plot
 PHRASES = ("{s}, {g}", "{s} {g}", "{g} {s}", "{s}, {g}, {g}")
 
 
 class OwnBatchOnly(MemoryBank):
-    """Remembers nothing."""
+    """A memory that stays empty."""
 
     def add(self, x, prompt_features=None):
         pass
 
 
-def subjects(entries, number, least, seed=0):
-    """Prompts that may stand for at least so many training pictures, at random."""
+def subjects(entries, number, min_count, seed=0):
+    """Random prompts that may describe at least ``min_count`` training images."""
     counts = Counter(name for e in entries for name in (e.subject, *e.families))
-    names = sorted(name for name, n in counts.items() if n >= least)
+    names = sorted(name for name, n in counts.items() if n >= min_count)
     return random.Random(seed).sample(names, min(number, len(names)))
 
 
 def make(pipe, prompts, guide, memory, args):
-    """A synthesised set: images ``[n, 3, 64, 64]``, unit latents, prompt features, and each image's row."""
+    """A synthesised set: images ``[n, 3, 64, 64]``, unit latents, prompt features, metadata, seconds, guidance seconds."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
         done = synthesize(
-            prompts, folder, pipe, guide, images=args.images, batch=args.batch, call=call, seed=args.seed, memory=memory,
-            report=False,
+            prompts, folder, pipe, guide, images_per_prompt=args.images, batch_size=args.batch, call=call, seed=args.seed,
+            memory=memory, report=False,
         )  # fmt: skip
         seconds = time.perf_counter() - began
         rows, x, t = [], [], []
         for record in Store(Path(folder)).records(tensors=True):
-            found = back(record.tensors)
+            tensors = unpack_tensors(record.tensors)
             rows += record.rows
-            x.append(found[0].flatten(1))
-            t.append(found[1])
-        pictures = [np.asarray(Image.open(Path(folder, row["file_name"])).convert("RGB")) for row in rows]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+            x.append(tensors.x.flatten(1))
+            t.append(tensors.prompt_features)
+        arrays = [np.asarray(Image.open(Path(folder, row["file_name"])).convert("RGB")) for row in rows]
+    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
     return images, l2_normalize(torch.cat(x)), torch.cat(t), rows, seconds, done.guidance_seconds
 
 
 def leave_prompts_out(score, groups, number=20):
-    """Jackknife over prompts: the score without each of some groups of prompts."""
+    """The score and its interval, by a jackknife over ``number`` groups of prompts."""
     which = torch.as_tensor(groups) % number
     value = score(torch.ones(len(which), dtype=torch.bool))
     parts = torch.tensor([float(score(which != k)) for k in range(number)], dtype=torch.float64)
@@ -83,27 +82,27 @@ def leave_prompts_out(score, groups, number=20):
 
 
 def judge(made, base, art, embed):
-    """All figures of one set; ``base`` gives the subject that each prompt stands for."""
+    """All figures of one set; ``base`` gives the subject of each prompt."""
     images, x, t, rows, seconds, guidance = made
     names = [base[row["prompt"]] for row in rows]
     order = sorted(set(names))
-    places = [order.index(name) for name in names]
-    per = []
+    groups = [order.index(name) for name in names]
+    by_prompt = []
     for name in order:
         mine = torch.tensor([k for k, n in enumerate(names) if n == name])
-        per.append({"vendi": float(F.vendi_score(x[mine], KERNEL)), **art.judge(images[mine], name)})
-    found = {n: interval(torch.tensor([p[n] for p in per], dtype=torch.float64)) for n in per[0]}
+        by_prompt.append({"vendi": float(F.vendi_score(x[mine], KERNEL)), **art.judge(images[mine], name)})
+    found = {n: interval(torch.tensor([p[n] for p in by_prompt], dtype=torch.float64)) for n in by_prompt[0]}
     features = embed([Image.fromarray((i.permute(1, 2, 0) * 255).byte().numpy()) for i in images], 64).double()
     features, texts = l2_normalize(features), l2_normalize(t.double())
     prompt_kernel = GaussianKernel(0.35)
     found["conditional_rke"] = leave_prompts_out(
-        lambda m: F.conditional_rke_score(x[m].double(), texts[m], KERNEL, prompt_kernel), places
+        lambda m: F.conditional_rke_score(x[m].double(), texts[m], KERNEL, prompt_kernel), groups
     )
-    found["scendi"] = leave_prompts_out(lambda m: F.scendi_score(features[m], texts[m]), places)
-    near = torch.cdist(torch.nn.functional.avg_pool2d(images, 2).flatten(1), art.rows).argmin(1)
-    wanted = torch.tensor([any(e.answers(name) for name in order) for e in art.entries])
-    covered = lambda m: len({int(i) for i in near[m] if wanted[i]}) / int(wanted.sum())  # noqa: E731
-    found["coverage"] = leave_prompts_out(covered, places)
+    found["scendi"] = leave_prompts_out(lambda m: F.scendi_score(features[m], texts[m]), groups)
+    nearest = torch.cdist(torch.nn.functional.avg_pool2d(images, 2).flatten(1), art.rows).argmin(1)
+    described = torch.tensor([any(e.answers(name) for name in order) for e in art.entries])
+    covered = lambda m: len({int(i) for i in nearest[m] if described[i]}) / int(described.sum())  # noqa: E731
+    found["coverage"] = leave_prompts_out(covered, groups)
     found["seconds"], found["guidance_seconds"] = seconds, guidance
     return found
 
@@ -117,11 +116,11 @@ def line(name, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["memory", "phrases"], help="memory, phrases; picture for --plot alone")
+    parser.add_argument("parts", nargs="*", default=["memory", "phrases"], help="memory, phrases; plot for --plot alone")
     parser.add_argument("--data", type=Path, default=Path(".cache_data"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/synthesis.json"))
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--phrased", type=int, default=12, help="subjects that are asked for in four ways")
+    parser.add_argument("--phrased", type=int, default=12, help="subjects with four phrasings each")
     parser.add_argument("--images", type=int, default=10, help="for each prompt")
     parser.add_argument("--batch", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
@@ -134,16 +133,16 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     print("set".ljust(28) + "".join(f"{c:>23}" for c in COLUMNS), flush=True)
-    for name in (part for part in args.parts if part in TRANSFORMS):
-        kept = {k: v for k, v in vars(args).items() if k not in ("data", "out", "plot", "parts")}
-        results[name] = {"settings": kept, **TRANSFORMS[name](pipe, art, embed, args)}
+    for name in (part for part in args.parts if part in PARTS):
+        settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "plot", "parts")}
+        results[name] = {"settings": settings, **PARTS[name](pipe, art, embed, args)}
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.plot is not None:
         draw(pipe, args.plot, args)
 
 
 def over_a_run(pipe, art, embed, args):
-    """Plain, guided by the own batch only, guided by a memory of the whole run."""
+    """Plain, guided within each batch only, guided with a memory of the whole run."""
     names = subjects(art.entries, args.prompts, 4)
     base = {name: name for name in names}
     runs = {
@@ -160,7 +159,7 @@ def over_a_run(pipe, art, embed, args):
 
 
 def phrases(pipe, art, embed, args):
-    """The same subjects in four ways, over bandwidths of the prompt kernel."""
+    """The same subjects in four phrasings, for several bandwidths of the prompt kernel."""
     counts = Counter((e.subject, e.gender) for e in art.entries if e.gender in ("woman", "man"))
     pairs = random.Random(1).sample(sorted(pair for pair, n in counts.items() if n >= 12), 2 * args.phrased)
     pairs = list({s: (s, g) for s, g in pairs}.values())[: args.phrased]
@@ -180,11 +179,11 @@ def phrases(pipe, art, embed, args):
     return results
 
 
-TRANSFORMS = {"memory": over_a_run, "phrases": phrases}
+PARTS = {"memory": over_a_run, "phrases": phrases}
 
 
 def weights(t, rows, base, bandwidth):
-    """Mean squared prompt kernel of two images of one subject asked for in different ways, and of different subjects."""
+    """Mean squared prompt kernel of different phrasings of one subject, and of different subjects."""
     texts = {row["prompt"]: t[k] for k, row in enumerate(rows)}
     prompts = list(texts)
     k = GaussianKernel(bandwidth)(l2_normalize(torch.stack([texts[p] for p in prompts]))).square()
@@ -194,7 +193,7 @@ def weights(t, rows, base, bandwidth):
 
 
 def draw(pipe, path, args):
-    """Some prompts, eight images each, made two at a time: plain beside a memory of the run, in the order of making."""
+    """Plot eight images each of some prompts, made two at a time: plain, and with a memory of the run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -203,11 +202,11 @@ def draw(pipe, path, args):
     args = argparse.Namespace(**{**vars(args), "images": 8, "batch": 2})
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
-    sides = {"plain": SPARKE(0.0), "kept away from all earlier images of similar prompts": SPARKE()}
+    sides = {"plain": SPARKE(0.0), "repelled by all earlier images of similar prompts": SPARKE()}
     for axes, (label, guide) in zip(figure.subplots(1, 2), sides.items(), strict=True):
         images, _, _, rows, _, _ = make(pipe, [Prompt(n) for n in SHOWN], guide, "exact", args)
-        pictures = [Image.fromarray((i.permute(1, 2, 0) * 255).byte().numpy()) for i in images]
-        grid = [[pictures[k] for k, row in enumerate(rows) if row["prompt"] == name] for name in SHOWN]
+        tiles = [Image.fromarray((i.permute(1, 2, 0) * 255).byte().numpy()) for i in images]
+        grid = [[tiles[k] for k, row in enumerate(rows) if row["prompt"] == name] for name in SHOWN]
         axes.imshow(image_grid(grid, gap=3))
         axes.set(xticks=[], yticks=[34 + 67 * k for k in range(len(SHOWN))], yticklabels=SHOWN)
         axes.tick_params(length=0, labelsize=9)

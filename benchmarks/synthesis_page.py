@@ -1,4 +1,4 @@
-"""Write the tables of docs/synthesis.md and the README from what memory.py and synthesis.py measured.
+"""Write the tables of docs/synthesis.md and the README from the results of memory.py and synthesis.py.
 
 python benchmarks/synthesis_page.py
 """
@@ -25,7 +25,7 @@ def sets(part):
 
 
 def exchange():
-    """Arithmetic: four bytes a number, 64 images of each process between two exchanges, 5% of them told."""
+    """Arithmetic: four bytes a number, 64 images of each process between two exchanges, 5% of them sent."""
     rows = []
     for width in (4096, 16_384, 65_536):
         for world in (8, 1000):
@@ -45,7 +45,7 @@ def scale(memory):
         for r in memory["scale"]
     ]  # fmt: skip
     head = ["samples", "processes", "rows held by each", "read at a step", "a step", "a step that read all rows",
-            "images told to others", "told per 1,000 images"]  # fmt: skip
+            "images sent to others", "sent per 1,000 images"]  # fmt: skip
     return table(head, rows)
 
 
@@ -76,14 +76,14 @@ def steps(memory):
     shares = ", ".join(f"{k} {v:.1%}" for k, v in whole["shares"].items() if k != "pipeline and guidance")
     return "\n\n".join([
         table(head, rows),
-        f"Beside the rows lie {step['bytes_beside']:.1%} of their bytes ({memory['prompts']['bytes_beside']:.1%} where the "
-        f"rows of an image were copied), {step['bytes_reserved']:.1%} more are reserved for further rows. Of a step over "
-        f"10^4 rows {read:.0f} ms are products with x, the one read of all rows; {summed:.0f} ms the sum, the same rows "
-        f"again out of the cache; {sum(profile.values()) - read - summed:.0f} ms all else.",
+        f"Overhead is {step['bytes_beside']:.1%} of the bytes of the rows ({memory['prompts']['bytes_beside']:.1%} where a "
+        f"run copies its rows), and another {step['bytes_reserved']:.1%} is reserved for further rows. Of a step over "
+        f"10^4 rows, products with x, which read all rows once, take {read:.0f} ms; the sum, over the same rows in the "
+        f"cache, {summed:.0f} ms; everything else {sum(profile.values()) - read - summed:.0f} ms.",
         f"The published algorithm, full kernel matrices by autograd, takes {published['full_ms'] / 1e3:.1f} s at 4,000 "
-        f"rows; the closed form {published['ours_all_rows_ms']:.0f} ms over all, {published['faster']:.0f} times as fast, "
-        f"and {published['ours_ms']:.1f} ms over those that matter.",
-        "Memories of constant size, eight samples, from 10^3 entries to 10^6:",
+        f"rows; the closed form {published['ours_all_rows_ms']:.0f} ms over all rows, {published['faster']:.0f} times as "
+        f"fast, and {published['ours_ms']:.1f} ms over those that matter.",
+        "Memories of constant size, eight samples, 10^3 to 10^6 entries:",
         table(["memory", "a gradient", "largest over smallest"], constant),
         f"A whole synthesis, 2,000 images of the embedded pipeline on two processes of one thread each: "
         f"{whole['synthesis_images_per_s']:.2f} images/s, {whole['efficiency_to_twice_one']:.0%} of twice one plain loop "
@@ -101,7 +101,7 @@ def direction(memory):
     rows = [[k, *(f"{r[n][0]:.2f}, {r[n][1]:.2f}" if n in r else "-" for n in names)] for k, r in found.items()]
     middle, low, high = next(v for v in memory["direction"].values() if isinstance(v, list))
     return table(["entries, bandwidth", *names], rows) + (
-        "\n\nAn open bandwidth is set by 128 of the rows that matter: over that of all rows, what they give is "
+        "\n\nAn open bandwidth is set from 128 of the rows that matter. Relative to the bandwidth from all rows it is "
         f"{middle:.3f} (deciles {low:.3f} and {high:.3f})."
     )
 

@@ -1,8 +1,9 @@
-"""Where and how far to push, on a Gaussian mixture whose modes and likelihood are known.   python
-benchmarks/where_to_push.py
+"""What to move and how far, on a Gaussian mixture whose modes and likelihood are known.
+
+    python benchmarks/where_to_push.py
 
 32 dimensions, 16 modes, weights from 0.2 to 0.006 sharpened as by classifier-free guidance, exact denoiser, 50 DDIM
-steps, 16 samples; modes found and share of samples inside a mode, mean of 10 seeds.
+steps, 16 samples. Prints modes found and the share of samples inside a mode, means of 10 seeds.
 """
 
 import argparse
@@ -13,21 +14,20 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import schedulers
-
 from kspec_guidance import SPARKE, MMDGuidance
 from kspec_guidance.kernels import GaussianKernel, PolynomialKernel
-from tests.mixture import ExactMixture, run
+from tests import schedulers
+from tests.mixture import GaussianMixture, denoise
 
-MODEL = ExactMixture()
+MODEL = GaussianMixture()
 
 
 def sample(guide, seed: int) -> torch.Tensor:
     scheduler = schedulers.make("DDIM")
     if guide is None:
-        return run(MODEL, scheduler, 16, 50, seed)
+        return denoise(MODEL, scheduler, 16, 50, seed)
     with guide.attach(scheduler):
-        return run(MODEL, scheduler, 16, 50, seed)
+        return denoise(MODEL, scheduler, 16, 50, seed)
 
 
 def variety(make, seeds: int) -> tuple[float, float]:
@@ -39,7 +39,7 @@ def variety(make, seeds: int) -> tuple[float, float]:
 
 
 def matching(make, seeds: int) -> tuple[float, float]:
-    """Total variation of the mode shares of 4 batches to the reversed weights, and the share inside a mode."""
+    """Total variation between the mode shares of 4 batches and the reversed weights, and the share inside a mode."""
     target, total, valid = MODEL.weights.flip(0), 0.0, 0.0
     for trial in range(seeds):
         guide, shares = make(trial), torch.zeros(16)
@@ -58,15 +58,15 @@ def main() -> None:
     args = parser.parse_args()
     scales = [0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0]
     narrow = GaussianKernel(0.7)
-    chains = {
-        "default chain": lambda s: SPARKE(s),
+    guides = {
+        "default transforms": lambda s: SPARKE(s),
         "papers' step on x0, every step": lambda s: SPARKE(s, narrow, stop=1.0, transforms=("rescale",)),
         "papers' step, first 60%": lambda s: SPARKE(s, narrow, transforms=("rescale",)),
         "SPARKE.published (latents, every 10th)": lambda s: SPARKE.published(s),
     }
     found = {"plain": variety(lambda: None, args.seeds)}
     print("plain: {:.1f} modes, {:.2f} valid".format(*found["plain"]))
-    for name, make in chains.items():
+    for name, make in guides.items():
         found[name] = {s: variety(lambda make=make, s=s: make(s), args.seeds) for s in scales}
         print(f"{name:40}" + "  ".join(f"{s:g}: {m:.1f} / {v:.2f}" for s, (m, v) in found[name].items()), flush=True)
 
@@ -74,14 +74,14 @@ def main() -> None:
         g = torch.Generator().manual_seed(trial)
         return MODEL.sample(64, g, MODEL.weights.flip(0)).view(64, 1, 1, -1)
 
-    guides = {
+    matchers = {
         "plain": lambda trial, s: None,
         "MMD, default": lambda trial, s: MMDGuidance(reference(trial), s),
         "MMD, cubic kernel": lambda trial, s: MMDGuidance(reference(trial), s, PolynomialKernel()),
     }
-    for name, make in guides.items():
-        some = [0.0] if name == "plain" else [0.3, 0.6, 1.0, 3.0]
-        row = {s: matching(lambda trial, make=make, s=s: make(trial, s), max(2, args.seeds // 3)) for s in some}
+    for name, make in matchers.items():
+        strengths = [0.0] if name == "plain" else [0.3, 0.6, 1.0, 3.0]
+        row = {s: matching(lambda trial, make=make, s=s: make(trial, s), max(2, args.seeds // 3)) for s in strengths}
         found[f"matching, {name}"] = row
         print(f"{name:40}" + "  ".join(f"{s:g}: {d:.2f} / {v:.2f}" for s, (d, v) in row.items()), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)

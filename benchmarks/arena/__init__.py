@@ -1,4 +1,4 @@
-"""The arena: every published training-free diversity method beside ours, on beds whose truth is known.
+"""The arena: published training-free diversity methods and ours, on beds with known modes.
 
 python -m benchmarks.arena --help        # from the root of the repository
 """

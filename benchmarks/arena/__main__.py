@@ -1,6 +1,6 @@
 """Run the arena: tune every method on one half of prompts and seeds, measure fronts on the other, write the page.
 
-python -m benchmarks.arena                                # everything; hours, resumable
+python -m benchmarks.arena                                # all of it; hours, resumable
 python -m benchmarks.arena --small --out outputs/arena      # a small version, minutes
 python -m benchmarks.arena --beds emoji --methods plain "SPARKE, ours"
 """
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--strengths", type=int, default=5)
     parser.add_argument("--page", type=Path, help="write the tables into this page at the end")
-    parser.add_argument("--small", action="store_true", help="two beds, few trials, one seed: checks that all of it works")
+    parser.add_argument("--small", action="store_true", help="few trials, one seed: checks that everything works")
     args = parser.parse_args()
     if args.small:
         args.trials, args.tune_seeds, args.seeds, args.strengths = 2, 1, 1, 3
@@ -50,12 +50,12 @@ def main() -> None:
             began = time.perf_counter()
             tuned = tune(bed, method, record, args.trials, args.tune_seeds)
             front(bed, method, record, args.strengths, args.seeds)
-            said = "  ".join(
+            points = "  ".join(
                 f"{p['strength']:.3g}: {mean(p['cases'][bed.diversity]):.2f} / {mean(p['cases'][bed.fidelity]):.3f}"
                 for p in sorted(record.of(method)["front"], key=lambda p: p["strength"])
             )
             short = {k: round(v, 3) for k, v in tuned.items()}
-            print(f"  {method:26} {said}   {short}   {time.perf_counter() - began:.0f} s", flush=True)
+            print(f"  {method:26} {points}   {short}   {time.perf_counter() - began:.0f} s", flush=True)
     if args.page is not None:
         from .page import write
 

@@ -1,4 +1,4 @@
-"""What makes kernel guidance good or bad: one thing changed at a time, strength and window tuned for each variant.
+"""Ablations of kernel guidance: one part changed at a time, strength and window tuned for each variant.
 
     python -m benchmarks.arena.ablations
 
@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kspec_guidance.guidance.spaces import Activations, Scene
-from kspec_guidance.guidance.transforms import without
+from kspec_guidance.guidance.spaces import Activations
+from kspec_guidance.loop.context import CallContext
 
 from .beds import BEDS
 from .beds.base import Bed, Case
 from .fronts import matched, weights
 from .harness import measure, search
 from .methods import METHODS
-from .methods.base import Log, Method, Moment, Real, Whole, norms
+from .methods.base import Log, Method, Moment, Real, Whole, norms, without
 from .methods.eddy import dot
 from .methods.selection import GroupInference
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Variant(Method):
-    """Kernel guidance of the batch's clean predictions with every part exchangeable."""
+    """Kernel guidance of the batch's clean predictions with all parts exchangeable."""
 
     name = "variant"
     tuned = {"scale": Log(0.1, 10.0), "stop": Real(0.25, 1.0)}
@@ -60,9 +60,9 @@ class Variant(Method):
         self._velocity: Tensor | None = None
         self._cfg: Tensor | None = None
 
-    def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        self._cfg = held - free
-        return free, held
+    def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
+        self._cfg = cond - uncond
+        return uncond, cond
 
     def kernel(self, u: Tensor, sigma: float) -> tuple[Tensor, float]:
         """Squared distances and the kernel's ``2 b^2``."""
@@ -97,23 +97,24 @@ class Variant(Method):
         return torch.nan_to_num(g.to(u.dtype))
 
     def direction(self, m: Moment) -> Tensor:
-        rows, pull = m.x0.flatten(1), lambda g: g.view(m.x0.shape)
+        rows, pullback = m.x0.flatten(1), lambda g: g.view(m.x0.shape)
         if self.space == "latents":
             rows = m.x.flatten(1)
         elif self.space == "pooled" and m.x0.ndim == 4 and min(m.x0.shape[-2:]) >= 4:
             side = m.x0.shape[-1] // 2
             rows = torch.nn.functional.avg_pool2d(m.x0, 2).flatten(1)
-            pull = lambda g: torch.nn.functional.interpolate(g.view(len(g), -1, side, side), m.x0.shape[-2:])  # noqa: E731
+            blocks = (-1, side, side)
+            pullback = lambda g: torch.nn.functional.interpolate(g.unflatten(1, blocks), m.x0.shape[-2:])  # noqa: E731
         elif self.space == "activations":
-            rows, back = Activations().features(m.x, Scene(m.pipe, m.call))
-            pull = lambda g: back(g).view(m.x0.shape).to(m.x0.dtype)  # noqa: E731
+            rows, to_x = Activations().features(m.x, CallContext(m.pipe), m.call)
+            pullback = lambda g: to_x(g).view(m.x0.shape).to(m.x0.dtype)  # noqa: E731
         u = torch.nn.functional.normalize(rows, dim=1)
         g = self.ascent(u, m.sigma)
         g = (g - (g * u).sum(1, keepdim=True) * u) / rows.norm(dim=1, keepdim=True).clamp_min(1e-9)
-        return pull(g)
+        return pullback(g)
 
     def resample(self, m: Moment) -> Tensor | None:
-        """Move the start noise by what the first prediction says, and predict again."""
+        """Move the start noise along the direction at the first prediction, and predict again."""
         if m.step or self.start != "noise":
             return None
         g = self.direction(m)
@@ -151,7 +152,7 @@ class Variant(Method):
             "score": m.sigma / max(m.alpha, 0.05) * norms(m.noise),
         }[self.schedule]  # fmt: skip
         move = self.scale * size * g
-        if self.langevin:  # noise across the score, as large as a part of the move
+        if self.langevin:  # noise orthogonal to the score, relative to the size of the move
             noise = without(self.noise_like(g), m.noise)
             move = move + self.langevin * norms(move) * noise / norms(noise)
         return move
@@ -159,7 +160,7 @@ class Variant(Method):
 
 @dataclass
 class MarginalPreserving(Variant):
-    """The repulsion as an antisymmetric drift with its divergence: every image keeps its own distribution exactly.
+    """The repulsion as an antisymmetric drift with its divergence, which keeps the distribution of each image exactly.
 
     ``b = r |s|^2 - s (r.s) + (s.grad) r + r div s - (r.grad) s - s div r``, derivatives of ``r`` by finite differences in a
     sample's own coordinates, of ``s`` by the denoiser.
@@ -182,7 +183,7 @@ class MarginalPreserving(Variant):
 
 @dataclass
 class ChosenNoise(Variant):
-    """Start noises chosen by their first prediction, then guided; costs one further denoiser call for each candidate."""
+    """Start noises chosen by their first prediction, then guided; costs one extra denoiser call for each candidate."""
 
     tuned = {"scale": Log(0.1, 10.0), "stop": Real(0.25, 1.0), "candidates": Whole(2, 4)}
     candidates: int = 3
@@ -278,11 +279,11 @@ def main() -> None:
         for group in args.groups:
             for label, options in GROUPS[group].items():
                 into = done["groups"].setdefault(group, {}).setdefault(label, {})
-                more = dict(options)
-                cls = more.pop("class", Variant)
-                if bed.name in into or (more.get("space") == "activations" and "features" not in bed.has):
+                settings = dict(options)
+                cls = settings.pop("class", Variant)
+                if bed.name in into or (settings.get("space") == "activations" and "features" not in bed.has):
                     continue
-                into[bed.name] = r = gain(bed, cls, more, args.trials, args.seeds, args.tune_seeds)
+                into[bed.name] = r = gain(bed, cls, settings, args.trials, args.seeds, args.tune_seeds)
                 tuned = {k: round(v, 2) for k, v in r["tuned"].items()}
                 print(f"{bed.name:32}{group:12}{label:46}{r['gain']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]  "
                       f"x{r['time']:.2f}  {tuned}", flush=True)  # fmt: skip

@@ -1,11 +1,11 @@
-"""One step of ours beside the authors' own lines, where these can be run without their models.
+"""One step of our implementations against the authors' code, where that runs without their models.
 
     python -m benchmarks.arena.authors --peers FOLDER
 
 FOLDER holds checkouts of particle-guidance (gcorso), ComfyUI-CADS (asagi4), Contextualized-Vendi-Score-Guidance
 (facebookresearch) and sparke-diffusers (mjalali). Their code is inside pipelines and nodes that need old forks, weights or
-a user interface, so the statements that make the step are taken out of their files by their syntax tree and executed as
-they stand, on random data.
+a user interface, so the statements of the step are extracted from their files through the syntax tree and executed
+unchanged, on random data.
 """
 
 import argparse
@@ -29,12 +29,12 @@ PARTICLE = "stable_diffusion/diffusers/pipelines/stable_diffusion/pipeline_stabl
 
 
 def statements(tree: ast.AST, wanted: Any) -> list[ast.stmt]:
-    """The first list of statements that ``wanted(node)`` gives for a node of the tree."""
+    """The first non-empty list of statements that ``wanted(node)`` returns for a node of the tree."""
     return next(found for node in ast.walk(tree) if (found := wanted(node)))
 
 
 def run(body: list[ast.stmt], names: dict[str, Any]) -> dict[str, Any]:
-    exec(compile(ast.Module(body, []), "theirs", "exec"), names)  # a checkout that the user has named
+    exec(compile(ast.Module(body, []), "theirs", "exec"), names)  # from a checkout that the user named
     return names
 
 
@@ -48,7 +48,7 @@ def particle(folder: Path) -> float:
 
 
 def cads(folder: Path) -> float:
-    """Largest difference of the noised condition of one prompt, at several places of the schedule and both mixings."""
+    """Largest difference of the noised condition of one prompt, at several points of the schedule and three mixings."""
     tree, worst = ast.parse((folder / "__init__.py").read_text()), 0.0
     body = statements(tree, lambda n: isinstance(n, ast.FunctionDef) and n.name == "cads_noise" and [n])
     y, noise = (torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
@@ -75,24 +75,28 @@ def vendi(folder: Path) -> float:
 def sparke(folder: Path) -> float:
     """Largest difference of the unit direction in which conditional RKE rises, one image against a memory of 30.
 
-    Their Gaussian form forgets the square of order 2, so the cosine kernel is compared. Of the memory all rows are read
-    here; ours leaves out those that weigh less than a thousandth together.
+    Their Gaussian form lacks the square of order 2, so the cosine kernel is compared. All rows of the memory are read;
+    by default ours leaves out rows that weigh less than a thousandth together.
     """
     base.TOLERANCE = 0.0
     tree = ast.parse((folder / "src/diffusers/pipelines/rke_guidance_utils.py").read_text())
     body = statements(tree, lambda n: isinstance(n, ast.FunctionDef) and n.name == "get_rank" and [n])
     rows = torch.randn(31, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    words = torch.nn.functional.normalize(
+    prompts = torch.nn.functional.normalize(
         torch.randn(31, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     )
     x = rows[-1:].clone().requires_grad_()
     theirs = run(body, {"torch": torch, "F": torch.nn.functional})["get_rank"]
     me = type("", (), {"algorithm": "cond-rke"})()
-    rank = theirs(me, torch.eye(31), feature_m=torch.cat([rows[:-1], x]), feature_t=words)
+    rank = theirs(me, torch.eye(31), feature_m=torch.cat([rows[:-1], x]), feature_t=prompts)
     (g,) = torch.autograd.grad(rank, x)
     bank = MemoryBank()
-    bank.add(rows[:-1], words[:-1])
-    ours = ConditionalRKE(CosineKernel(), unit=False, prompt_kernel=CosineKernel()).gradient(rows[-1:], words[-1:], bank)
+    bank.add(rows[:-1], prompts[:-1])
+    ours = (
+        ConditionalRKE(CosineKernel(), normalize=False, prompt_kernel=CosineKernel())
+        .gradient(rows[-1:], prompts[-1:], bank)
+        .rows
+    )
     return float((g / g.norm() - ours / ours.norm()).abs().max())
 
 
@@ -104,7 +108,7 @@ def main() -> None:
              "sparke-diffusers": sparke}  # fmt: skip
     for name, compare in parts.items():
         folder = peers / name
-        print(f"{name:40}" + (f"largest difference {compare(folder):.1e}" if folder.is_dir() else "not there"))
+        print(f"{name:40}" + (f"largest difference {compare(folder):.1e}" if folder.is_dir() else "not found"))
 
 
 if __name__ == "__main__":

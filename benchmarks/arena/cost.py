@@ -1,10 +1,10 @@
-"""Time and memory of every method at the size of SDXL and Flux latents, structure only.
+"""Time of every method at the size of SDXL and Flux latents.
 
     python -m benchmarks.arena.cost
 
 The denoisers' times, with random weights, are those that ``benchmarks/overhead.py`` measured on an idle machine. What a
-method does itself is timed on latents of that size, four images; how often it asks the denoiser again is counted on the
-digits' pipeline. A backward pass through the denoiser counts as two calls; half a denoiser with its backward as one.
+method does itself is timed on latents of that size, four images; its extra denoiser calls are counted on the digits'
+pipeline. A backward pass through the denoiser counts as two calls; half a denoiser with its backward as one.
 """
 
 import argparse
@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 
+from kspec_guidance.guidance.run import Run
+from kspec_guidance.loop.context import CallContext, StepContext
 from kspec_guidance.loop.layouts import Layout
+from kspec_guidance.loop.prediction import Prediction
 
 from .beds import BEDS
 from .beds.base import Case
@@ -30,10 +34,10 @@ BACKWARD = {"DiverseFlow": 3.0}  # a call and its backward pass; half a denoiser
 
 
 def calls(name: str) -> float:
-    """Denoiser calls of a run relative to plain sampling, less 1."""
+    """Extra denoiser calls of a run, relative to those of plain sampling."""
     bed = BEDS["digits"]()
     case, count = Case("digit 3", 0), [0]
-    bed.radius_unit()  # known beforehand
+    bed.radius_unit()  # computed before calls are counted
 
     def run(method: str) -> int:
         count[0] = 0
@@ -54,7 +58,7 @@ def calls(name: str) -> float:
 
 
 def own_seconds(name: str, shape: tuple[int, ...]) -> float | None:
-    """Median seconds of what a method does itself at one step; None where it works on the denoiser alone."""
+    """Median seconds of a method's own work at one step, without denoiser calls; None where it cannot be measured."""
     g = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
     alpha, sigma, times = 0.8, 0.6, []
@@ -62,21 +66,22 @@ def own_seconds(name: str, shape: tuple[int, ...]) -> float | None:
     if issubclass(METHODS[name], Guided):
         if name == "c-VSG":
             return None  # needs a decoder of that size
-        term = METHODS[name]().guide(None).terms[0]
         prompts = torch.ones(len(x0), 8) / 8**0.5
+        context = StepContext(CallContext(), DDIMScheduler(), None, Layout.of(x0), x0.shape, 10, prompts)
+        run, prediction = Run(METHODS[name]().guide(None)), Prediction(x0, x, alpha, sigma, -sigma / alpha)
+        run.begin(context, x)
         for _ in range(6):
             began = time.perf_counter()
-            rows = Layout.of(x0).pack(x0)
-            score = alpha * x0 - x
-            term.move(rows, term.gradient(rows.flatten(1), prompts).view(rows.shape), score, 0.1, prompts)
+            run.step(prediction, context)
+            run.after_step(x, prediction, context)
             times.append(time.perf_counter() - began)
     else:
         method = METHODS[name]()
         method.begin()
         moment = Moment(x0, x, alpha, sigma, 1, 10, None, None, None, None)  # type: ignore[arg-type]
-        moment.denoise = lambda y: y  # type: ignore[method-assign]  # its time is counted apart
+        moment.denoise = lambda y: y  # type: ignore[method-assign]  # its calls are counted separately
         if name in ("feature self-guidance", "group inference"):
-            return 0.0  # all of it is in the denoiser
+            return 0.0  # all of its work is in the denoiser
         for _ in range(6):
             began = time.perf_counter()
             method.move(moment)
@@ -91,19 +96,18 @@ def main() -> None:
     args = parser.parse_args()
     known = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())["steps"]
     torch.set_grad_enabled(False)
-    again = {name: calls(name) for name in METHODS if name != "plain"}
+    extra = {name: calls(name) for name in METHODS if name != "plain"}
     found: dict[str, Any] = {}
     for label, shape in SIZES.items():
         denoiser = next(r["denoiser_seconds"] for r in known if r["latents"].startswith(label.split(",")[0]))
         step = 8 * denoiser  # four images, each with its negative
         methods = {}
-        for name in again:
-            own, more = own_seconds(name, shape), again[name] * BACKWARD.get(name, 1.0)
+        for name in extra:
+            own, calls_added = own_seconds(name, shape), extra[name] * BACKWARD.get(name, 1.0)
             if own is not None:
-                methods[name] = {"own_seconds": own, "calls": more, "added": own / step + more}
-                print(
-                    f"{label:22}{name:28}own {own * 1e3:8.1f} ms, calls {more:+.2f}: {own / step + more:+.2%}", flush=True
-                )
+                methods[name] = {"own_seconds": own, "calls": calls_added, "added": own / step + calls_added}
+                print(f"{label:22}{name:28}own {own * 1e3:8.1f} ms, calls {calls_added:+.2f}: "
+                      f"{own / step + calls_added:+.2%}", flush=True)  # fmt: skip
         found[label] = {"denoiser_seconds_per_image": denoiser, "step_seconds": step, "methods": methods}
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""The arena's figures: fronts, gains of all methods, and what each part of the guidance is worth."""
+"""The arena's figures: fronts, gains of all methods, and ablations of guidance."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,8 @@ def fronts(data: list[dict[str, Any]], path: Path) -> None:
     lines = -(-len(data) // columns)
     fig = Figure(figsize=(4.6 * columns, 3.9 * lines), layout="constrained")
     FigureCanvasAgg(fig)
-    every = fig.subplots(lines, columns, squeeze=False).flatten()
-    for axes, d in zip(every, data, strict=False):
+    panels = fig.subplots(lines, columns, squeeze=False).flatten()
+    for axes, d in zip(panels, data, strict=False):
         s = d["settings"]
         base = d["methods"]["plain"][f"report {s['seeds']}"]
         m0, v0 = mean(base["modes"]), mean(base["valid"])
@@ -44,19 +44,21 @@ def fronts(data: list[dict[str, Any]], path: Path) -> None:
         axes.set(xlabel="fidelity", ylabel="modes found")
         axes.legend(fontsize=7, frameon=False, loc="lower left")
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in every[len(data):]:  # fmt: skip
+    for axes in panels[len(data):]:  # fmt: skip
         axes.set_visible(False)
     fig.savefig(path, dpi=110)
 
 
 def overview(data: list[dict[str, Any]], path: Path) -> None:
-    """One row a method: its gain on every bed, and the mean."""
+    """One row for each method: its gain on each bed, and the mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     found = {d["bed"]: {s.method: s.gain for s in summaries(d, OURS)} for d in data}
     names = [m for m in METHODS if sum(m in by for by in found.values()) > len(found) / 2]
-    full = [by for by in found.values() if len(by) > 0.7 * len(METHODS)] or list(found.values())  # beds that most ran on
+    full = [by for by in found.values() if len(by) > 0.7 * len(METHODS)] or list(
+        found.values()
+    )  # beds with most of the methods
     means = {m: mean([by[m] for by in full if m in by] or [0.0]) for m in names}
     names.sort(key=lambda m: means[m])
     fig = Figure(figsize=(10.4, 0.33 * len(names) + 1.5), layout="constrained")
@@ -77,7 +79,7 @@ def overview(data: list[dict[str, Any]], path: Path) -> None:
 
 
 def ablation_panels(folder: Path, path: Path) -> None:
-    """A panel for each part of the guidance: the gain of every variant on every bed, the reference's as a line."""
+    """A panel for each part of guidance: gains of its variants on the beds, and of the reference as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -87,15 +89,15 @@ def ablation_panels(folder: Path, path: Path) -> None:
     found = json.loads(source.read_text())
     reference = next(iter(found["groups"]["reference"].values()))
     groups = {name: by for name, by in found["groups"].items() if name != "reference"}
-    groups = dict(sorted(groups.items(), key=lambda item: -len(item[1])))  # panels of one height side by side
+    groups = dict(sorted(groups.items(), key=lambda item: -len(item[1])))  # panels of similar height side by side
     colours = dict(zip(found["beds"], ["#1f5fa8", "#c4572e", "#3f8f5b", "#8a5fb0", "#b8912b", "#4aa0a8"], strict=False))
     columns, heights = 2, [len(by) for by in groups.values()]
     lines = -(-len(groups) // columns)
     tall = [max(heights[k * columns : (k + 1) * columns]) for k in range(lines)]
     fig = Figure(figsize=(13, 0.42 * sum(tall) + 0.75 * lines + 0.6), layout="constrained")
     FigureCanvasAgg(fig)
-    every = fig.subplots(lines, columns, squeeze=False, sharex=True, gridspec_kw={"height_ratios": tall}).flatten()
-    for axes, (group, by) in zip(every, groups.items(), strict=False):
+    panels = fig.subplots(lines, columns, squeeze=False, sharex=True, gridspec_kw={"height_ratios": tall}).flatten()
+    for axes, (group, by) in zip(panels, groups.items(), strict=False):
         names = list(by)[::-1]
         for k, (bed, colour) in enumerate(colours.items()):
             shift = 0.62 * (0.5 - (k + 0.5) / len(colours))
@@ -113,10 +115,10 @@ def ablation_panels(folder: Path, path: Path) -> None:
         axes.set_title(group, fontsize=10, loc="left")
         axes.xaxis.set_major_formatter(lambda v, _: f"{v:+.0%}")
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in every[len(groups) :]:
+    for axes in panels[len(groups) :]:
         axes.set_visible(False)
-    shown = {label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    beds = [bed for bed in colours if bed in shown]
-    fig.legend([shown[b] for b in beds], beds, loc="outside upper center", ncols=len(beds), frameon=False, fontsize=9)
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    beds = [bed for bed in colours if bed in handles]
+    fig.legend([handles[b] for b in beds], beds, loc="outside upper center", ncols=len(beds), frameon=False, fontsize=9)
     fig.supxlabel("more modes than plain sampling, at validity within 0.02 of it (95%); dotted: the reference", fontsize=9)
     fig.savefig(path, dpi=100)

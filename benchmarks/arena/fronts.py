@@ -91,8 +91,8 @@ def holm(p: list[float]) -> list[float]:
     """
     order = sorted(range(len(p)), key=lambda k: p[k])
     out, running = [0.0] * len(p), 0.0
-    for place, k in enumerate(order):
-        running = max(running, min(1.0, (len(p) - place) * p[k]))
+    for rank, k in enumerate(order):
+        running = max(running, min(1.0, (len(p) - rank) * p[k]))
         out[k] = running
     return out
 
@@ -108,26 +108,26 @@ def pooled(data: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     Between two points of the front they are interpolated as the gain is.
     """
-    said, plain = data["settings"], data["methods"]["plain"]
+    settings, plain = data["settings"], data["methods"]["plain"]
     if "pooled" not in plain:
         return {}
-    base = plain[f"report {said['seeds']}"]
-    m0, v0 = (np.mean(base[said[k]]) for k in ("diversity", "fidelity"))
+    base = plain[f"report {settings['seeds']}"]
+    m0, v0 = (np.mean(base[settings[k]]) for k in ("diversity", "fidelity"))
     found = {"plain": plain["pooled"]}
     for method, has in data["methods"].items():
         if "front" not in has:
             continue
         front = points(data, method)
-        modes, valid = (np.array([np.mean(p["cases"][said[k]]) for p in front]) for k in ("diversity", "fidelity"))
+        modes, valid = (np.array([np.mean(p["cases"][settings[k]]) for p in front]) for k in ("diversity", "fidelity"))
         kept = np.concatenate([[0.0], valid - v0])
         gain = np.concatenate([[0.0], modes / m0 - 1])
-        every = [plain["pooled"], *(p["pooled"] for p in front)]
+        scores = [plain["pooled"], *(p["pooled"] for p in front)]
         best = matched(gain[None, 1:], kept[None, 1:])[0]
-        choices = [(abs(gain[k] - best), every[k]) for k in range(len(every)) if kept[k] >= -FIDELITY_LOSS]
-        for a in range(len(every) - 1):
+        choices = [(abs(gain[k] - best), scores[k]) for k in range(len(scores)) if kept[k] >= -FIDELITY_LOSS]
+        for a in range(len(scores) - 1):
             if (kept[a] >= -FIDELITY_LOSS) != (kept[a + 1] >= -FIDELITY_LOSS):
                 part = (kept[a] + FIDELITY_LOSS) / (kept[a] - kept[a + 1])
-                at = {n: every[a][n] + part * (every[a + 1][n] - every[a][n]) for n in every[a]}
+                at = {n: scores[a][n] + part * (scores[a + 1][n] - scores[a][n]) for n in scores[a]}
                 choices.append((abs(gain[a] + part * (gain[a + 1] - gain[a]) - best), at))
         found[method] = min(choices, key=lambda c: c[0])[1]
     return found
@@ -135,16 +135,16 @@ def pooled(data: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def summaries(data: dict[str, Any], reference: str, diversity: str | None = None) -> list[Summary]:
     """All methods of a bed, compared with one of them; by another figure of the judge than the bed's own if given."""
-    said = data["settings"] | ({} if diversity is None else {"diversity": diversity})
-    w = weights(said["prompts"])
-    base = data["methods"]["plain"][f"report {said['seeds']}"]
-    m0, v0 = (w @ np.array(base[said[k]]) for k in ("diversity", "fidelity"))
+    settings = data["settings"] | ({} if diversity is None else {"diversity": diversity})
+    w = weights(settings["prompts"])
+    base = data["methods"]["plain"][f"report {settings['seeds']}"]
+    m0, v0 = (w @ np.array(base[settings[k]]) for k in ("diversity", "fidelity"))
     gains, volumes, seconds = {}, {}, {}
     for method, found in data["methods"].items():
         if "front" not in found:
             continue
         front = points(data, method)
-        modes, valid = (np.array([p["cases"][said[k]] for p in front]) @ w.T for k in ("diversity", "fidelity"))
+        modes, valid = (np.array([p["cases"][settings[k]] for p in front]) @ w.T for k in ("diversity", "fidelity"))
         gain, kept = modes.T / m0[:, None] - 1, valid.T - v0[:, None]
         gains[method], volumes[method] = matched(gain, kept), hypervolume(gain, kept)
         seconds[method] = float(np.median([np.array(p["cases"]["seconds"]) for p in front]) / np.median(base["seconds"]))

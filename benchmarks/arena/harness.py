@@ -1,4 +1,4 @@
-"""Run methods on beds: tuning, fronts, and their record on disk, so that what has been measured is not measured again."""
+"""Run methods on beds: tuning, fronts, and their record on disk, from which an interrupted run continues."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from .methods import METHODS, Method, Real, Whole
 __all__ = ["FIDELITY_LOSS", "Record", "front", "measure", "slug", "strengths", "tune"]
 
 FIDELITY_LOSS = 0.02  # fidelity that a method may lose against plain sampling and still count as equal
-PENALTY = 10.0  # of the tuning's aim, in relative modes for each unit of fidelity lost beyond that
+PENALTY = 10.0  # relative modes subtracted for each unit of fidelity lost beyond that
 
 
 def slug(name: str) -> str:
@@ -30,21 +30,21 @@ def settings(method: Method) -> dict[str, Any]:
 
 
 def measure(bed: Bed, make: Callable[[], Method], cases: Sequence[Case]) -> dict[str, list[float]]:
-    """Every figure of the judge for every case, and the seconds that sampling took."""
+    """All figures of the judge for each case, and the seconds of sampling."""
     return measure_all(bed, make, cases)[0]
 
 
 def measure_all(
     bed: Bed, make: Callable[[], Method], cases: Sequence[Case]
 ) -> tuple[dict[str, list[float]], Callable[[], dict[str, float]]]:
-    """The same, and what computes the scores of all cases together."""
+    """The same, and a function that computes the scores of all cases together."""
     found: dict[str, list[float]] = {}
     rows = []
     for case in cases:
         began = time.perf_counter()
         samples = bed.sample(make(), case)
         seconds = time.perf_counter() - began
-        samples = torch.nan_to_num(samples, 0.0, 1e3, -1e3)  # a run that blew up is judged as what it is: worthless
+        samples = torch.nan_to_num(samples, 0.0, 1e3, -1e3)  # a run that diverged is judged as it is
         rows.append(bed.rows(samples))
         for k, v in {**bed.figures(rows[-1], case), "seconds": seconds}.items():
             found.setdefault(k, []).append(v)
@@ -56,7 +56,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 class Record:
-    """What has been measured on one bed: one JSON file, written after every piece."""
+    """Results of one bed: a JSON file, written after each measurement."""
 
     def __init__(self, folder: Path, bed: Bed):
         self.path = folder / f"{slug(bed.name)}.json"
@@ -147,8 +147,8 @@ def strengths(name: str, tuned: dict[str, Any], number: int) -> list[float]:
         factors = [0.5, 1.0, 2.0] if number == 3 else [0.35, 0.7, 1.0, 1.5, 3.0][:number]
         return [at * f for f in factors]
     far = r.high if abs(r.high - at) > abs(at - r.low) else r.low
-    near = r.low if far == r.high else r.high
-    return sorted({round(v, 4) for v in (at, (at + near) / 2, (at + far) / 2, near, far)})[:number]
+    opposite = r.low if far == r.high else r.high
+    return sorted({round(v, 4) for v in (at, (at + opposite) / 2, (at + far) / 2, opposite, far)})[:number]
 
 
 def front(bed: Bed, name: str, record: Record, number: int, seeds: int) -> None:

@@ -1,8 +1,8 @@
-"""Small sets and long runs: batches of 1, 4 and 16 with a memory, and what kinds of memory keep of it.
+"""Long runs: batches of 1, 4 and 16 with memories of several kinds.
 
     python -m benchmarks.arena.longruns
 
-On the mixture of 32 dimensions, whose occupancy is exact: 1,024 samples of one prompt, 256 where they come one by one.
+On the mixture of 32 dimensions, whose occupancy is exact: 1,024 samples of one prompt, 256 in batches of one.
 *Evenness* is the effective number of the prompt's modes among valid samples (exp of the entropy of their shares); *rare*
 is how many of the prompt's modes hold at least half of an even share.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kspec_guidance import SPARKE, CentroidMemory, KernelGuidance
+from kspec_guidance import SPARKE, CentroidMemory, KernelGuidance, VendiGuidance
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
 
@@ -30,7 +30,7 @@ TOTAL, RUNS = 1024, 256
 def random_features(scale: float) -> KernelGuidance:
     kernel, prompts = GaussianKernel(0.7), GaussianKernel(0.35)
     phi, psi = RandomFourierFeatures(kernel, 32, 2048), RandomFourierFeatures(prompts, 12, 64)
-    return SPARKE(scale, kernel, features=phi, prompt_features=psi)
+    return SPARKE(scale, kernel, feature_map=phi, prompt_feature_map=psi)
 
 
 GUIDES: dict[str, Callable[[float], KernelGuidance] | None] = {
@@ -38,8 +38,8 @@ GUIDES: dict[str, Callable[[float], KernelGuidance] | None] = {
     "SPARKE, all rows": lambda s: SPARKE(s),
     "SPARKE, 64 weighted means": lambda s: SPARKE(s, memory=CentroidMemory(64)),
     "SPARKE, 2,048 random features, bandwidth 0.7": random_features,
-    "order 0.5, 128 nearest rows": lambda s: SPARKE(s, order=0.5),
-    "order 0.5, 64 weighted means": lambda s: SPARKE(s, order=0.5, memory=CentroidMemory(64)),
+    "order 0.5, 128 nearest rows": lambda s: VendiGuidance(s, order=0.5),
+    "order 0.5, 64 weighted means": lambda s: VendiGuidance(s, order=0.5, memory=CentroidMemory(64)),
     "SPARKE, published": lambda s: SPARKE.published(s),
 }
 SCALES = {"SPARKE, published": (0.05, 0.15)}
@@ -58,7 +58,7 @@ def long_run(make: Callable[[float], KernelGuidance] | None, scale: float, batch
                 found.append(bed.run(case, batch))
     x = torch.nan_to_num(torch.cat(found), 0.0, 1e3, -1e3)
     shares = bed.shares(prompt)
-    which, inside = bed.places(bed.rows(x))
+    which, inside = bed.assign(bed.rows(x))
     inside = inside & (shares[which] >= COUNTS)
     counts = torch.bincount(which[inside], minlength=len(shares)).double()
     p = counts[counts > 0] / counts.sum().clamp_min(1)
@@ -82,7 +82,7 @@ def main() -> None:
             for scale in (0.0,) if make is None else SCALES.get(label, (1.0, 4.0)):
                 runs = [long_run(make, scale, batch, p, 50_000) for p in names]
                 by[str(scale)] = {k: mean([r[k] for r in runs]) for k in runs[0]}
-            # the most even of those that lose at most 0.02 of validity
+            # the highest evenness among scales that lose at most 0.02 of validity
             plain = results.get(f"batch {batch}", {}).get("plain", {}).get("valid", 0.0)
             keep = {s: r for s, r in by.items() if r["valid"] >= plain - 0.02} or by
             best = max(keep, key=lambda s: keep[s]["evenness"])

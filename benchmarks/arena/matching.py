@@ -1,10 +1,9 @@
-"""Distribution matching: how near a target do samples come, with how many references, and at what fidelity?
+"""Distribution matching: distance of the samples to a target, by number of references, and their fidelity.
 
     python -m benchmarks.arena.matching
 
-Four batches with one memory make a trial. Strength is chosen on trials of its own, as the one that comes nearest the target
-without losing more than 0.02 of the share of valid samples; the figures are of further trials. The target is known: shares
-of modes, of classes, or of art styles.
+A trial is four batches with one memory. The strength is chosen on separate trials: the one with the smallest distance that
+loses at most 0.02 of the share of valid samples. The target is known: shares of modes, of classes, or of art styles.
 """
 
 import argparse
@@ -35,7 +34,7 @@ BATCHES = 4
 
 @dataclass
 class MeanShift(Method):
-    """The batch's mean prediction is moved onto the references' mean."""
+    """Moves the mean prediction of the batch toward the mean of the references."""
 
     reference: Tensor | None = None
     weight: float = 0.5
@@ -50,7 +49,7 @@ class MeanShift(Method):
 
 @dataclass
 class Attraction(Method):
-    """SPARKE's kernel turned round: every image toward the references near it, ``sum_r k(x, r)^2`` ascended."""
+    """SPARKE's kernel as an attraction: each image toward the nearest references, ``sum_r k(x, r)^2`` ascended."""
 
     reference: Tensor | None = None
     weight: float = 0.3
@@ -81,19 +80,19 @@ METHODS: dict[str, tuple[Make, list[float]]] = {
 
 @dataclass
 class Target:
-    """A bed with a target: references of any number, the shares that are aimed at, and those that samples have."""
+    """A bed with a target distribution: references from it, and the distance of samples to it."""
 
     bed: Bed
     about: str
     reference: Callable[[int, int], Tensor]  # number, seed
-    distance: Callable[[Tensor], float]  # total variation of what samples show to the target
+    distance: Callable[[Tensor], float]  # total variation between samples and target
     valid: Callable[[Tensor], float]
     case: Callable[[int], Case]
     sizes: tuple[int, ...] = (16, 64, 256)
-    styled: Callable[[Case], Case] | None = None  # the target asked for in words
-    exact: bool = True  # whether references are drawn from the target and judged as samples are
+    styled: Callable[[Case], Case] | None = None  # the case with the target named in its prompt
+    exact: bool = True  # whether references are drawn from the target and can be judged like samples
     run: Callable[[Case, int], Tensor] | None = None  # in place of the bed's
-    more: dict[str, tuple[Make, list[float]]] = field(default_factory=dict)  # methods for this target alone
+    extra_methods: dict[str, tuple[Make, list[float]]] = field(default_factory=dict)  # for this target only
 
 
 def mixture() -> Target:
@@ -105,31 +104,31 @@ def mixture() -> Target:
         return bed.draw(shares, n, torch.Generator().manual_seed(seed))
 
     def distance(x: Tensor) -> float:
-        which, inside = bed.places(bed.rows(x))
+        which, inside = bed.assign(bed.rows(x))
         return float((torch.bincount(which[inside], minlength=len(shares)) / len(x) - shares).abs().sum() / 2)
 
     def valid(x: Tensor) -> float:
-        return float(bed.places(bed.rows(x))[1].float().mean())
+        return float(bed.assign(bed.rows(x))[1].float().mean())
 
     return Target(bed, "weights of 24 modes reversed", reference, distance, valid, lambda s: Case("", s))
 
 
 def prompts() -> Target:
-    """Two prompts in every batch; each is to show its own modes in equal shares."""
+    """Two prompts in every batch, each with its own modes in equal shares as the target."""
     bed = Analytic(32, skewed=True)
     bed.guidance_scale, bed.name = 1.0, "mixture, two prompts"
-    asked = bed.prompts("report")[:2]
-    own = [(bed.shares(p) >= COUNTS).float() for p in asked]
+    pair = bed.prompts("report")[:2]
+    own = [(bed.shares(p) >= COUNTS).float() for p in pair]
     shares = [o / o.sum() for o in own]
-    features = torch.cat([bed.pipe.conditions.rows([p])[:, 0] for p in asked]).detach()
+    features = torch.cat([bed.pipe.conditions.rows([p])[:, 0] for p in pair]).detach()
 
     def reference(n: int, seed: int) -> Tensor:
         g = torch.Generator().manual_seed(seed)
         return torch.cat([bed.draw(q, n // 2, g) for q in shares])
 
     def distance(x: Tensor) -> float:
-        """Samples come batch by batch, in each the first prompt's before the second's."""
-        which, inside = bed.places(bed.rows(x))
+        """Samples are in order of batches, and in each batch those of the first prompt come first."""
+        which, inside = bed.assign(bed.rows(x))
         first = torch.arange(len(x)) % bed.images < bed.images // 2
         found = [
             torch.bincount(which[inside & m], minlength=len(q)) / int(m.sum())
@@ -138,10 +137,10 @@ def prompts() -> Target:
         return mean([float((f - q).abs().sum() / 2) for f, q in zip(found, shares, strict=True)])
 
     def valid(x: Tensor) -> float:
-        return float(bed.places(bed.rows(x))[1].float().mean())
+        return float(bed.assign(bed.rows(x))[1].float().mean())
 
     def run(case: Case, n: int) -> Tensor:
-        return bed.pipe(asked, n // 2, bed.steps, 1.0, bed.noise(case, n))
+        return bed.pipe(pair, n // 2, bed.steps, 1.0, bed.noise(case, n))
 
     def aware(r: Tensor, s: float) -> MMDGuidance:
         return MMDGuidance(r, s, reference_prompts=features.repeat_interleave(len(r) // 2, 0))
@@ -149,25 +148,25 @@ def prompts() -> Target:
     about = "two prompts in a batch, each to show its modes in equal shares, mean of the two"
     return Target(
         bed, about, reference, distance, valid, lambda s: Case("", s), (16, 64, 512), run=run,
-        more={"MMD, ours, prompt-aware": (aware, [0.3, 0.7, 1.5, 3.0, 6.0])},
+        extra_methods={"MMD, ours, prompt-aware": (aware, [0.3, 0.7, 1.5, 3.0, 6.0])},
     )  # fmt: skip
 
 
 def digits() -> Target:
-    """Classes in equal shares, from a model that was shown some 25 times as often as others."""
+    """Classes in equal shares, from a model trained on some classes 25 times as often as on others."""
     bed = BEDS["digits-any"]()
-    made: list[Tensor] = []
+    cache: list[Tensor] = []
 
     def reference(n: int, seed: int) -> Tensor:
-        if not made:  # the model's own digits of every class, asked for by name
-            asked = [f"digit {k}" for k in range(10)]
+        if not cache:  # the model's own digits of all classes, by their prompts
+            named = [f"digit {k}" for k in range(10)]
             g = torch.Generator().manual_seed(999)
-            made.append(bed.pipe(asked, 52, 8, 2.0, g).unflatten(0, (10, 52)).transpose(0, 1).flatten(0, 1))
-        order = torch.randperm(len(made[0]) // 10, generator=torch.Generator().manual_seed(seed))
-        return made[0].unflatten(0, (-1, 10))[order].flatten(0, 1)[:n]
+            cache.append(bed.pipe(named, 52, 8, 2.0, g).unflatten(0, (10, 52)).transpose(0, 1).flatten(0, 1))
+        order = torch.randperm(len(cache[0]) // 10, generator=torch.Generator().manual_seed(seed))
+        return cache[0].unflatten(0, (-1, 10))[order].flatten(0, 1)[:n]
 
     def kinds(x: Tensor) -> Tensor:
-        return bed.judge_(bed.pictures(x)).argmax(1)
+        return bed.judge_(bed.decode(x)).argmax(1)
 
     def distance(x: Tensor) -> float:
         return float((torch.bincount(kinds(x), minlength=10) / len(x) - 0.1).abs().sum() / 2)
@@ -179,7 +178,7 @@ def digits() -> Target:
 
 
 def emoji() -> Target:
-    """People in the Noto style, from 32 references of other prompts' pictures."""
+    """People in the Noto style, from 32 references of other prompts."""
     bed = BEDS["emoji"]()
     latents = encode_reference(bed.pipe, load_demo_reference("noto"))
     people = ["firefighter", "farmer", "cook", "student", "swimmer"]
@@ -189,7 +188,7 @@ def emoji() -> Target:
         return latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))[:n]]
 
     def distance(x: Tensor) -> float:
-        p = bed.judge_(bed.pictures(x))["style"].softmax(1)
+        p = bed.judge_(bed.decode(x))["style"].softmax(1)
         return 1 - float(p[:, noto].mean())
 
     last: list[Case] = []
@@ -212,9 +211,9 @@ def trial(target: Target, make: Make, size: int, strength: float, seed: int, sty
     guide = make(target.reference(size, seed), strength)
     for batch in range(BATCHES):
         case = target.case(10 * seed + batch)
-        asked = target.styled(case) if styled and target.styled is not None else case
+        case = target.styled(case) if styled and target.styled is not None else case
         with nullcontext() if guide is None else guide.attach(bed.pipe):
-            x = torch.nan_to_num((target.run or bed.run)(asked, bed.images), 0.0, 1e3, -1e3)
+            x = torch.nan_to_num((target.run or bed.run)(case, bed.images), 0.0, 1e3, -1e3)
         out.append(x)
         valid.append(target.valid(x))
     x = torch.cat(out)
@@ -246,10 +245,10 @@ def main() -> None:
         base = [trial(target, METHODS["plain"][0], 16, 0.0, s) for s in range(2)]
         floor = mean([b["valid"] for b in base]) - FIDELITY_LOSS
         methods: dict[str, Any] = {}
-        every = {**METHODS, **target.more}
+        methods_of_bed = {**METHODS, **target.extra_methods}
         if target.styled is not None:
-            every["asked for in words"] = (METHODS["plain"][0], [0.0])
-        for label, (make, scales) in every.items():
+            methods_of_bed["asked for in words"] = (METHODS["plain"][0], [0.0])
+        for label, (make, scales) in methods_of_bed.items():
             fixed = label in ("plain", "asked for in words")
             for size in target.sizes[:1] if fixed else target.sizes:
                 tried = []
@@ -258,15 +257,15 @@ def main() -> None:
                     lost = max(0.0, floor - mean([f["valid"] for f in found]))
                     tried.append((mean([f["distance"] for f in found]) + 10 * lost, s))
                 best = min(tried)[1]
-                words = label == "asked for in words"
+                by_prompt = label == "asked for in words"
                 seeds = range(100, 100 + args.trials)
-                found = [trial(target, make, size, best, k, words) for k in seeds]
-                said: dict[str, float] = {"strength": best}
+                found = [trial(target, make, size, best, k, by_prompt) for k in seeds]
+                figures: dict[str, float] = {"strength": best}
                 for k in ("distance", "valid", "mmd"):
-                    said |= interval([f[k] for f in found], k)
-                methods.setdefault(label, {})["-" if fixed else str(size)] = said
-                print(f"{name:10}{label:26}{size:5}  strength {best:<6g} distance {said['distance']:.3f} "
-                      f"valid {said['valid']:.3f} mmd {said['mmd']:.4f}", flush=True)  # fmt: skip
+                    figures |= interval([f[k] for f in found], k)
+                methods.setdefault(label, {})["-" if fixed else str(size)] = figures
+                print(f"{name:10}{label:26}{size:5}  strength {best:<6g} distance {figures['distance']:.3f} "
+                      f"valid {figures['valid']:.3f} mmd {figures['mmd']:.4f}", flush=True)  # fmt: skip
         about = target.about
         if target.exact:  # total variation of as many true samples as a trial makes
             n = target.bed.images

@@ -21,7 +21,7 @@ def block(a: int, b: int) -> nn.Sequential:
 
 
 class DigitJudge(nn.Module):
-    """Classes of digits; its features ``[n, 64]`` tell writing styles apart."""
+    """Classifier of digits; its features ``[n, 64]`` separate writing styles."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class DigitJudge(nn.Module):
 
 
 class EmojiJudge(nn.Module):
-    """Which emoji, tone, style and family a 64 x 64 picture shows; features ``[n, 160]``."""
+    """Classifier of the emoji, tone, style and family of a 64 x 64 image; features ``[n, 160]``."""
 
     def __init__(self, sizes: dict[str, int]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Write the tables of docs/arena.md, and its figure, from what was measured.
+"""Write the tables of docs/arena.md, and its figures, from the results.
 
 python -m benchmarks.arena.page
 """
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Finished beds, in the arena's order."""
+    """Results of the beds, in the order of the arena."""
     order = [slug(make().name) for make in BEDS.values()]
     found = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json") if p.stem in order}
     return [found[k] for k in order if k in found]
@@ -133,7 +133,7 @@ def cost(folder: Path) -> str:
             [m, f"{next(r['calls'] for r in by if r):+.2f}", *own, *(f"{r['added']:+.3%}" if r else "-" for r in by)]
         )
     sizes = [f"{n} (a step of 4 images takes {size['step_seconds']:.0f} s)" for n, size in found.items()]
-    head = ["method", "further denoiser calls", *(f"itself, {n}" for n in found), *(f"added, {n}" for n in sizes)]
+    head = ["method", "extra denoiser calls", *(f"own time, {n}" for n in found), *(f"added, {n}" for n in sizes)]
     return table(head, rows)
 
 
@@ -193,8 +193,8 @@ def smallsets(folder: Path) -> str:
 
 
 def judges() -> str:
-    said = json.loads((Path(__file__).parent / "weights" / "measured.json").read_text())
-    e, d = said["emoji_judge"], said["digit_judge"]
+    measured = json.loads((Path(__file__).parent / "weights" / "measured.json").read_text())
+    e, d = measured["emoji_judge"], measured["digit_judge"]
     rows = [
         ["digits, class", f"{d['held_out']}", f"{d['accuracy']:.1%}"],
         ["emoji, which one, those with a skin tone", f"{e['with_skin_tone']}", f"{e['accuracy_code_with_skin_tone']:.1%}"],
@@ -203,10 +203,11 @@ def judges() -> str:
         ["emoji, art style", f"{e['held_out']}", f"{e['accuracy_style']:.1%}"],
         ["emoji, family", f"{e['held_out']}", f"{e['accuracy_family']:.1%}"],
     ]
-    return table(["judge", "held-out pictures", "right"], rows)
+    return table(["judge", "held-out images", "accuracy"], rows)
 
 
-def write(folder: Path, page: Path, picture: Path | None) -> None:
+def write(folder: Path, page: Path, figure: Path | None) -> None:
+    """Fill the page with the tables of a folder of results, and draw the figures into the folder of ``figure``."""
     data = records(folder)
     parts = {
         "beds": beds(data), "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
@@ -214,19 +215,19 @@ def write(folder: Path, page: Path, picture: Path | None) -> None:
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
     }  # fmt: skip
     fill(page, parts)
-    if picture is not None:
-        fronts(data, picture)
-        overview(data, picture.with_name("which-method.png"))
-        ablation_panels(folder, picture.with_name("arena-ablations.png"))
+    if figure is not None:
+        fronts(data, figure)
+        overview(data, figure.with_name("which-method.png"))
+        ablation_panels(folder, figure.with_name("arena-ablations.png"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "arena")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "arena.md")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "arena.png")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "arena.png")
     args = parser.parse_args()
-    write(args.results, args.page, args.picture)
+    write(args.results, args.page, args.figure)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A conditional diffusers pipeline of the smallest size: a denoiser, a scheduler and a table of prompts."""
+"""A minimal conditional diffusers pipeline: a denoiser, a scheduler and a table of prompts."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Conditions(nn.Module):
-    """Prompts by name, each one vector ``[1, c]``; the last row is the empty prompt."""
+    """Prompts by name, each with a vector ``[c]``; the last row is the empty prompt."""
 
     def __init__(self, names: list[str], vectors: Tensor):
         super().__init__()
@@ -32,7 +32,7 @@ class ConditionPipeline(DiffusionPipeline):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample."""
+        """Shape of one sample."""
         own = getattr(self.unet, "shape", None)
         if own is not None:
             return own
@@ -69,17 +69,17 @@ class ConditionPipeline(DiffusionPipeline):
         self.check_inputs(prompt)
         self.guidance_scale = guidance_scale
         prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images_per_prompt)]
-        wanted, empty = self.encode_prompt(prompts)
-        made = self.prepare_latents(len(prompts), generator)
-        x = made if latents is None else latents
+        positive, negative = self.encode_prompt(prompts)
+        noise = self.prepare_latents(len(prompts), generator)
+        x = noise if latents is None else latents
         self.scheduler.set_timesteps(num_inference_steps)
-        states = torch.cat([empty, wanted]) if self.do_classifier_free_guidance else wanted
+        states = torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive
         for t in self.scheduler.timesteps:
             both = torch.cat([x, x]) if self.do_classifier_free_guidance else x
             out = self.unet(both, t, encoder_hidden_states=states, return_dict=False)[0]
             if self.do_classifier_free_guidance:
-                free, held = out.chunk(2)
-                out = free + guidance_scale * (held - free)
+                uncond, cond = out.chunk(2)
+                out = uncond + guidance_scale * (cond - uncond)
             x = self.scheduler.step(out, t, x, return_dict=False)[0]
         self.maybe_free_model_hooks()
         return x

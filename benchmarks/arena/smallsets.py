@@ -1,4 +1,4 @@
-"""Sets of 4, 8 and 16 images: the same methods with the settings that were tuned for 16.
+"""Sets of 4, 8 and 16 images, with the settings that were tuned for 16.
 
 python -m benchmarks.arena.smallsets
 """

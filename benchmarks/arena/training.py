@@ -1,8 +1,8 @@
-"""Train what the beds need: the digits' flow model and judge, and the emoji judge.
+"""Train the networks of the beds: the digits' flow model and judge, and the emoji judge.
 
-    python -m benchmarks.arena.training digit-judge digits distilled judge truth   # an hour and more
+    python -m benchmarks.arena.training digit-judge digits distilled judge truth   # over an hour
 
-Weights go to ``benchmarks/arena/weights`` as float16 safetensors, with what was measured on held-out data beside them.
+Weights go to ``benchmarks/arena/weights`` as float16 safetensors, figures on held-out data to ``measured.json`` there.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from .networks import DIGITS, DigitJudge, EmojiJudge, digit_unet
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = Path(__file__).parent / "weights"
-SKEW = [1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.09, 0.06, 0.04]  # how often each class is shown without its label
+SKEW = [1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.09, 0.06, 0.04]  # frequency of each class where the label is dropped
 STYLES = 16  # clusters of each class
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -53,13 +53,14 @@ def split(n: int, part: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
     return order[cut:], order[:cut]
 
 
-def save(name: str, tensors: dict[str, Tensor], said: dict) -> None:
+def save(name: str, tensors: dict[str, Tensor], figures: dict) -> None:
+    """Write weights as float16, and their figures into ``measured.json``."""
     WEIGHTS.mkdir(exist_ok=True)
     half = {k: v.contiguous().half() if v.is_floating_point() else v.contiguous() for k, v in tensors.items()}
     save_file(half, WEIGHTS / f"{name}.safetensors")
     path = WEIGHTS / "measured.json"
-    every = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(every | {name: said}, indent=1) + "\n")
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(measured | {name: figures}, indent=1) + "\n")
 
 
 def schedule(step: int, steps: int, peak: float) -> float:
@@ -67,7 +68,7 @@ def schedule(step: int, steps: int, peak: float) -> float:
 
 
 def augment(x: Tensor, g: torch.Generator) -> Tensor:
-    """Small turns, shifts and scalings, blur and noise: generated pictures are not as clean as the art."""
+    """Small rotations, shifts and scalings, blur and noise: generated images are not as clean as the art."""
     n = len(x)
     angle, size = torch.randn(n, generator=g) * 0.06, 1 + torch.randn(n, generator=g) * 0.05
     shift = torch.randn(n, 2, generator=g) * 0.03
@@ -75,8 +76,8 @@ def augment(x: Tensor, g: torch.Generator) -> Tensor:
     grid = nnf.affine_grid(torch.cat([turn, shift[..., None]], 2), list(x.shape), align_corners=False)
     x = nnf.grid_sample(x, grid, padding_mode="border", align_corners=False)
     soft = nnf.avg_pool2d(nnf.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    some = (torch.rand(n, generator=g) < 0.3).view(-1, 1, 1, 1)
-    x = torch.where(some, soft, x)
+    blurred = (torch.rand(n, generator=g) < 0.3).view(-1, 1, 1, 1)
+    x = torch.where(blurred, soft, x)
     return x + torch.randn(x.shape, generator=g) * 0.05 * torch.rand(n, generator=g).view(-1, 1, 1, 1)
 
 
@@ -107,16 +108,16 @@ def train_digit_judge(data: Path, steps: int = 1500) -> None:
         centres.append(torch.tensor(found.cluster_centers_))
         shares.append(torch.bincount(torch.tensor(found.labels_), minlength=STYLES) / len(mine))
         radii.append(torch.tensor(found.transform(mine.numpy())).amin(1).quantile(0.99))
-    more = {"centres": torch.stack(centres).float(), "shares": torch.stack(shares), "radii": torch.stack(radii).float()}
-    save("digit_judge", {**model.state_dict(), **more}, {"held_out": len(test), "accuracy": accuracy, "styles": STYLES})
+    clusters = {"centres": torch.stack(centres).float(), "shares": torch.stack(shares), "radii": torch.stack(radii).float()}
+    save("digit_judge", {**model.state_dict(), **clusters}, {"held_out": len(test), "accuracy": accuracy, "styles": STYLES})
 
 
 def fit_flow(
     name: str, unet: nn.Module, table: nn.Parameter, batches: Callable[[], Batch], steps: int, decay: float
 ) -> float:
-    """Regress velocities on batches; leave the moving average of the weights in place, and return the seconds taken.
+    """Regress velocities on batches; leaves the moving average of the weights in place, and returns the seconds.
 
-    A batch: start noises ``[n, 4, 14, 14]``, pictures, rows of ``table`` (the classes; 10 for none), and times in 0..1.
+    A batch: start noises ``[n, 4, 14, 14]``, images, rows of ``table`` (the classes; 10 for none), and times in 0..1.
     """
     both = [*unet.parameters(), table]
     shadow = [p.detach().clone() for p in both]
@@ -146,7 +147,7 @@ def fit_flow(
 
 
 def train_digits(data: Path, steps: int = 4000, batch: int = 64) -> None:
-    """Flow matching, class-conditional; pictures shown without their label are drawn by ``SKEW``."""
+    """Class-conditional flow matching; images without their label are drawn by ``SKEW``."""
     images, labels = digits(data)
     images = nnf.pixel_unshuffle(images, 2)
     torch.manual_seed(0)
@@ -166,13 +167,13 @@ def train_digits(data: Path, steps: int = 4000, batch: int = 64) -> None:
         return noise, x, torch.where(free, 10, labels[pick]), s
 
     seconds = fit_flow("digits", unet, table, batches, steps, decay=0.01)
-    said = {"steps": steps, "batch": batch, "seconds": seconds, "skew": SKEW}
-    save("digits", {**unet.state_dict(), "conditions": table.data}, said)
+    figures = {"steps": steps, "batch": batch, "seconds": seconds, "skew": SKEW}
+    save("digits", {**unet.state_dict(), "conditions": table.data}, figures)
 
 
 @torch.no_grad()
 def pairs(count: int, steps: int = 8, scale: float = 3.0, batch: int = 100) -> tuple[Tensor, Tensor, Tensor]:
-    """Start noises, the flow model's guided pictures of them, and their classes."""
+    """Start noises, the flow model's guided images from them, and their classes."""
     from .beds import BEDS
 
     pipe, g = BEDS["digits"]().pipe, torch.Generator().manual_seed(1)
@@ -192,7 +193,7 @@ def train_distilled(data: Path, steps: int = 2500, batch: int = 64, count: int =
     """The flow model straightened on its own guided pairs: four steps, no classifier-free guidance.
 
     Rectified flow's second round (Liu et al., 2022, arXiv 2209.03003), with guidance distilled into the pairs as InstaFlow
-    does for text (2023, arXiv 2309.06380): its first prediction is nearly the finished picture.
+    does for text (2023, arXiv 2309.06380): its first prediction is close to the finished image.
     """
     noise, made, labels = pairs(count)
     teacher = weights("digits")
@@ -203,7 +204,7 @@ def train_distilled(data: Path, steps: int = 2500, batch: int = 64, count: int =
 
     def batches() -> Batch:
         pick, s = torch.randint(count, (batch,), generator=g), torch.rand(batch, generator=g)
-        s = torch.where(torch.rand(batch, generator=g) < 0.3, torch.ones(()), s)  # the first step bears the most
+        s = torch.where(torch.rand(batch, generator=g) < 0.3, torch.ones(()), s)  # the first step matters most
         return noise[pick], made[pick], labels[pick], s
 
     fit_flow("distilled", unet, table, batches, steps, decay=0.0)
@@ -221,7 +222,7 @@ def emoji(data: Path) -> tuple[Tensor, list]:
 
 
 def modes_of(entries: list) -> list[dict]:
-    """What the judge and the bed need to know of the art, without the pictures: every mode and what it may be called."""
+    """The modes of the art and their names, without the images: what the judge and the bed use."""
     return [
         {"code": e.unified, "tone": e.tone, "style": e.style, "subject": e.subject, "gender": e.gender, "detail": e.detail,
          "families": list(e.families)}
@@ -268,18 +269,18 @@ def train_judge(data: Path, steps: int = 4000, batch: int = 64) -> None:
         out = [model(images[p]) for p in held.split(200)]
         right = {k: torch.cat([o[k] for o in out]).argmax(1) == target[k][held] for k in sizes}
     is_toned = torch.tensor([entries[i].tone is not None for i in held.tolist()])
-    said = {"held_out": len(held), "with_skin_tone": int(is_toned.sum()), "steps": steps}
-    said |= {f"accuracy_{k}": float(v.float().mean()) for k, v in right.items()}
-    said["accuracy_code_with_skin_tone"] = float(right["code"][is_toned].float().mean())
-    said["accuracy_code_without"] = float(right["code"][~is_toned].float().mean())
-    print(said)
-    save("emoji_judge", model.state_dict(), said)
+    figures = {"held_out": len(held), "with_skin_tone": int(is_toned.sum()), "steps": steps}
+    figures |= {f"accuracy_{k}": float(v.float().mean()) for k, v in right.items()}
+    figures["accuracy_code_with_skin_tone"] = float(right["code"][is_toned].float().mean())
+    figures["accuracy_code_without"] = float(right["code"][~is_toned].float().mean())
+    print(figures)
+    save("emoji_judge", model.state_dict(), figures)
     table = {"codes": codes, "tones": tones, "styles": styles, "families": families, "modes": modes_of(entries)}
     (WEIGHTS / "emoji_modes.json").write_text(json.dumps(table, separators=(",", ":")) + "\n")
 
 
 def save_truth(data: Path) -> None:
-    """Features of real digits, 200 of each class, and of the art that the emoji bed's prompts may mean."""
+    """Save features of real digits, 200 of each class, and of the art that the emoji bed's prompts may describe."""
     from .beds.emoji import REPORT, TUNE, Emoji
 
     images, labels = digits(data)
@@ -294,7 +295,7 @@ def save_truth(data: Path) -> None:
     meant = torch.stack([bed.answers(p) for p in TUNE + REPORT]).any(0).nonzero().squeeze(1)
     with torch.no_grad():
         rows = torch.cat([bed.judge_.features(images[part]) for part in meant.split(200)])
-    save("emoji_truth", {"rows": rows, "modes": meant}, {"pictures": len(meant)})
+    save("emoji_truth", {"rows": rows, "modes": meant}, {"images": len(meant)})
 
 
 def main() -> None:

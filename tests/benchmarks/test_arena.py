@@ -1,4 +1,4 @@
-"""The arena: exact answers of its beds, of its methods and of its statistics."""
+"""The arena: its beds, methods and statistics against exact results."""
 
 import json
 import math
@@ -56,16 +56,16 @@ def test_samples_drawn_from_the_mixture_are_judged_valid_and_complete(bed: Analy
     shares = bed.shares(case.prompt)
     k = torch.multinomial(shares, 4000, replacement=True, generator=g)
     x = bed.model.centres[k] + bed.model.std * torch.randn(4000, 8, generator=g)
-    said = bed.judge(x.view(-1, 1, 1, 8)[:, :, :, :], case)
-    assert said["valid"] > float(shares[shares >= 0.01].sum()) - 0.01
-    assert said["modes"] == said["of"]
-    assert said["total_variation"] < 0.05
+    figures = bed.judge(x.view(-1, 1, 1, 8)[:, :, :, :], case)
+    assert figures["valid"] > float(shares[shares >= 0.01].sum()) - 0.01
+    assert figures["modes"] == figures["of"]
+    assert figures["total_variation"] < 0.05
     far = bed.judge(x.view(-1, 1, 1, 8) + 1.0, case)
     assert far["valid"] < 0.01
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_a_method_leaves_the_pipeline_as_it_was(name: str, bed: Analytic) -> None:
+def test_a_method_restores_the_pipeline(name: str, bed: Analytic) -> None:
     if not bed.fits(METHODS[name]):
         pytest.skip("the analytic bed has no denoiser's features")
     case = Case("prompt 1", 3)
@@ -94,8 +94,8 @@ def test_a_method_without_strength_is_plain_sampling(name: str, off: dict, bed: 
 def test_lower_guidance_is_the_pipeline_at_that_scale(bed: Analytic) -> None:
     case = Case("prompt 5", 2)
     got = bed.sample(METHODS["lower CFG"](weight=1.7), case)
-    right = bed.pipe(case.prompt, bed.images, bed.steps, 1.7, bed.noise(case, bed.images))
-    assert torch.allclose(got, right, atol=1e-4)
+    expected = bed.pipe(case.prompt, bed.images, bed.steps, 1.7, bed.noise(case, bed.images))
+    assert torch.allclose(got, expected, atol=1e-4)
 
 
 def test_score_rescaling_samples_a_wider_gaussian() -> None:
@@ -122,8 +122,8 @@ def test_repulsion_is_minus_the_gradient_of_each_samples_own_potential() -> None
 def test_dpp_of_far_points_is_the_closed_form() -> None:
     x = torch.eye(4, dtype=torch.float64) * 1e3  # equal distances: L has exp(-h / 2) off its diagonal
     a, n = math.exp(-30 / 2), 4
-    right = sum(math.log(l) - math.log1p(l) for l in [1 - a + n * a, *[1 - a] * (n - 1)])
-    assert float(dpp(x, 30.0)) == pytest.approx(right, abs=1e-4)
+    expected = sum(math.log(l) - math.log1p(l) for l in [1 - a + n * a, *[1 - a] * (n - 1)])
+    assert float(dpp(x, 30.0)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_eddy_derivatives_are_those_of_autograd() -> None:
@@ -160,7 +160,7 @@ def test_oscar_moves_across_the_velocity() -> None:
         assert cosine.abs().max() < 1e-5
 
 
-def test_spell_parts_two_to_its_radius_and_leaves_far_ones_alone() -> None:
+def test_spell_separates_two_samples_to_its_radius_and_moves_no_distant_one() -> None:
     x0 = torch.tensor([[0.0, 0.0], [0.3, 0.0], [9.0, 0.0]]).view(3, 1, 1, 2)
     move = SPELL(r=1.0, radius_unit=1.0).move(moment(x0))
     assert move is not None
@@ -174,10 +174,10 @@ def test_greedy_choice_takes_one_of_each_cluster() -> None:
     assert sorted(k // 5 for k in varied(rows, 4)) == [0, 1, 2, 3]
 
 
-def test_the_distilled_model_decides_in_its_first_step() -> None:
-    """How much of what tells finished samples apart is in the first prediction: of the student nearly all."""
+def test_the_first_prediction_of_the_distilled_model_is_close_to_its_samples() -> None:
+    """The differences between finished samples are in the student's first prediction, and less so in the teacher's."""
 
-    def decided(bed: Bed) -> float:
+    def similarity(bed: Bed) -> float:
         case = bed.cases("tune", 1)[0]
         noise = bed.start(case, 24)
         states = bed.pipe.conditions.rows([case.prompt] * len(noise))
@@ -186,7 +186,7 @@ def test_the_distilled_model_decides_in_its_first_step() -> None:
         first, last = ((x - x.mean(0)).flatten(1) for x in (noise - velocity, bed.run(case, len(noise), noise)))
         return float(torch.cosine_similarity(first, last).mean())
 
-    student, teacher = decided(BEDS["digits-distilled"]()), decided(BEDS["digits-4"]())
+    student, teacher = similarity(BEDS["digits-distilled"]()), similarity(BEDS["digits-4"]())
     assert student > 0.8
     assert teacher < student - 0.2
 

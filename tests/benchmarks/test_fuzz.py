@@ -1,9 +1,9 @@
-"""Damaged files end in the errors that their readers document: a short run of benchmarks/fuzz.py."""
+"""Damaged files raise the errors that their readers document: a short run of benchmarks/fuzz.py."""
 
 from benchmarks.fuzz import fuzz
 
 
-def test_damaged_files_are_refused_in_words():
+def test_damaged_files_raise_documented_errors():
     found = fuzz(2000, seed=1)
     assert len(found) == 10
     for name, counts in found.items():

@@ -1,4 +1,4 @@
-"""Gaussian mixtures with their exact score: no learning error, exact occupancy, exact likelihood."""
+"""Gaussian mixtures with their exact score, so there is no learning error; occupancy and likelihood are exact."""
 
 import math
 from typing import Any
@@ -12,11 +12,11 @@ from .base import Bed, Case, common_scores
 
 MODES, PROMPTS, WIDTH = 24, 16, 12
 SHARP = 6.0  # how strongly a prompt chooses among the modes
-COUNTS = 0.01  # a mode belongs to a prompt if that gives it at least this share
+COUNTS = 0.01  # a mode belongs to a prompt that gives it at least this share
 
 
 class ExactDenoiser(nn.Module):
-    """The noise in ``x = alpha x0 + sigma noise`` for a mixture whose weights a prompt vector bends.
+    """The noise in ``x = alpha x0 + sigma noise`` for a mixture whose weights depend on a prompt vector.
 
     ``log p(mode | c) = log w + SHARP m . c``; the empty prompt is ``c = 0``.
     """
@@ -25,7 +25,7 @@ class ExactDenoiser(nn.Module):
         super().__init__()
         g = torch.Generator().manual_seed(seed + dim)
         if dim == 2:
-            angle = torch.arange(MODES) * (2 * math.pi / MODES * 5)  # neighbours in number are not neighbours in place
+            angle = torch.arange(MODES) * (2 * math.pi / MODES * 5)  # consecutive modes are not neighbours
             centres = torch.stack([angle.cos(), angle.sin()], 1) * (1.0 + 0.9 * (torch.arange(MODES) % 3)[:, None])
         else:
             centres = torch.randn(MODES, dim, generator=g)
@@ -90,8 +90,8 @@ class Analytic(Bed):
     def rows(self, samples: Tensor) -> Tensor:
         return samples.flatten(1)
 
-    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest mode of each row, and whether it is inside: within the radius that holds all but a thousandth.
+    def assign(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest mode of each row, and whether the row is inside it: within the radius of 99.9% of its mass.
 
         The quantile of chi-square is Wilson and Hilferty's (1931).
         """
@@ -102,7 +102,7 @@ class Analytic(Bed):
 
     def figures(self, rows: Tensor, case: Case) -> dict[str, float]:
         shares, dim, std = self.shares(case.prompt), self.model.dim, self.model.std
-        which, inside = self.places(rows)
+        which, inside = self.assign(rows)
         inside = inside & (shares[which] >= COUNTS)
         d2 = (rows[:, None] - self.model.centres[None]).square().sum(-1) / std**2
         log_p = (shares.clamp_min(1e-30).log() - d2 / 2).logsumexp(1) - dim * math.log(std * math.sqrt(2 * math.pi))

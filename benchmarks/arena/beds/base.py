@@ -1,4 +1,4 @@
-"""A bed: cases, a pipeline to sample from, and a judge that knows the truth."""
+"""Bed: cases, a pipeline to sample from, and a judge of the samples."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ class Case:
 
 
 def common_scores(rows: Tensor) -> dict[str, float]:
-    """Vendi and RKE of unit-norm feature rows, Gaussian kernel of bandwidth 1: one yardstick for all methods."""
+    """Vendi and RKE of unit-norm feature rows, Gaussian kernel of bandwidth 1; the same for all methods."""
     unit = torch.nn.functional.normalize(rows.flatten(1).double(), dim=1)
     kernel = GaussianKernel(1.0)
     return {"vendi": float(F.vendi_score(unit, kernel)), "rke": float(F.rke_score(unit, kernel))}
@@ -32,8 +32,7 @@ def common_scores(rows: Tensor) -> dict[str, float]:
 class Bed:
     """Base class.
 
-    ``diversity`` and ``fidelity`` name the two figures, among those that :meth:`judge` returns, that make the fronts; both
-    grow with what they are named for.
+    ``diversity`` and ``fidelity`` name the two figures of :meth:`judge` that make the fronts; higher is better for both.
     """
 
     name: ClassVar[str] = ""
@@ -54,7 +53,7 @@ class Bed:
         return [Case(p, base + s) for s in range(seeds) for p in self.prompts(half)]
 
     def fits(self, method: type[Method]) -> bool:
-        """Whether the bed has what a method needs."""
+        """Whether the bed has everything that a method needs."""
         return method.needs <= self.has
 
     def noise(self, case: Case, n: int) -> list[torch.Generator]:
@@ -62,16 +61,20 @@ class Bed:
 
     def run(self, case: Case, n: int, latents: Tensor | None = None) -> Tensor:
         """Finished samples ``[n, ...]``."""
-        more = {"generator": self.noise(case, n)} if latents is None else {"latents": latents}
+        start = {"generator": self.noise(case, n)} if latents is None else {"latents": latents}
         return self.pipe(
-            case.prompt, num_images_per_prompt=n, num_inference_steps=self.steps, guidance_scale=self.guidance_scale, **more
+            case.prompt,
+            num_images_per_prompt=n,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            **start,
         )
 
     def shape(self) -> tuple[int, ...]:
         return self.pipe.shape
 
     def start(self, case: Case, n: int) -> Tensor:
-        """Start noises ``[n, ...]``, as :meth:`run` makes them."""
+        """Start noises ``[n, ...]``, as in :meth:`run`."""
         return torch.stack([torch.randn(self.shape(), generator=g) for g in self.noise(case, n)])
 
     def sample(self, method: Method, case: Case) -> Tensor:
@@ -92,7 +95,7 @@ class Bed:
         return self._unit
 
     def rows(self, samples: Tensor) -> Tensor:
-        """Feature rows ``[n, d]`` of finished samples: what the judge sees."""
+        """Feature rows ``[n, d]`` of finished samples, which are judged."""
         raise NotImplementedError
 
     def figures(self, rows: Tensor, case: Case) -> dict[str, float]:
@@ -117,12 +120,10 @@ class Bed:
         which = torch.tensor([prompts.index(c.prompt) for c, r in zip(cases, rows, strict=True) for _ in r])
         x = torch.cat(rows).double()
         unit, t = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.one_hot(which).double()
-        near = [F.fidelity(x[which == k], self.truth(p).double()) for k, p in enumerate(prompts)]
-        said = {
-            n: sum(getattr(f, n) for f in near) / len(near) for n in ("precision", "recall", "coverage", "frechet_distance")
-        }
+        found = [F.fidelity_scores(x[which == k], self.truth(p).double()) for k, p in enumerate(prompts)]
+        names = ("precision", "recall", "coverage", "frechet_distance")
         return {
             "conditional_rke": float(F.conditional_rke_score(unit, t, GaussianKernel(1.0), CosineKernel())),
             "scendi": float(F.scendi_score(unit, t)),
-            **said,
+            **{n: sum(getattr(f, n) for f in found) / len(found) for n in names},
         }

@@ -10,12 +10,14 @@ from ..pipeline import ConditionPipeline, Conditions
 from ..training import weights
 from .base import Bed, Case, common_scores
 
-ANY = ""  # the empty prompt: the model was shown classes by a skewed distribution without their label
+ANY = ""  # the empty prompt: without labels the model was trained on a skewed distribution of classes
 
 
 class Digits(Bed):
-    """``modes`` counts styles of the class asked for (or classes, for the empty prompt); ``valid`` is the judge's
-    probability of that class (or its confidence), of digits whose style lies within the data's own radius."""
+    """``modes`` counts styles of the prompt's class, or classes for the empty prompt.
+
+    ``valid`` is the judge's probability of that class (or its confidence), for digits within the radius of the data.
+    """
 
     name = "digits"
     images, steps, guidance_scale = 16, 8, 3.0
@@ -40,13 +42,13 @@ class Digits(Bed):
         return ["digit 1", "digit 3", "digit 4", "digit 6", "digit 8"] if half == "tune" else [
             "digit 0", "digit 2", "digit 5", "digit 7", "digit 9"]  # fmt: skip
 
-    def pictures(self, samples: Tensor) -> Tensor:
-        """``[n, 1, 28, 28]`` in -1..1."""
+    def decode(self, samples: Tensor) -> Tensor:
+        """Images ``[n, 1, 28, 28]`` in -1..1."""
         return nnf.pixel_shuffle(samples, 2).clamp(-1, 1)
 
     @torch.no_grad()
     def rows(self, samples: Tensor) -> Tensor:
-        return self.judge_.features(self.pictures(samples))
+        return self.judge_.features(self.decode(samples))
 
     def truth(self, prompt: str) -> Tensor:
         return self.real[int(prompt.split()[-1])] if prompt else self.real.flatten(0, 1)[::5]
@@ -61,18 +63,18 @@ class Digits(Bed):
             right = p.amax(1)
         kinds = p.argmax(1)
         d = (rows[:, None] - self.centres[kinds]).norm(dim=-1)
-        near, style = d.min(1)
-        good = near <= self.radii[kinds]
+        nearest, style = d.min(1)
+        good = nearest <= self.radii[kinds]
         if case.prompt:
             good &= kinds == k
-            shown = {(k, int(s)) for s in style[good]}
+            modes = {(k, int(s)) for s in style[good]}
             occupied = torch.bincount(style[good], minlength=self.shares.shape[1]) / len(rows)
             variation = float((occupied - self.shares[k]).abs().sum() / 2)
         else:
-            shown = {int(c) for c in kinds[good]}
+            modes = {int(c) for c in kinds[good]}
             variation = float((torch.bincount(kinds[good], minlength=10) / len(rows) - 0.1).abs().sum() / 2)
         return {
-            "modes": float(len(shown)),
+            "modes": float(len(modes)),
             "of": float(self.shares.shape[1] if case.prompt else 10),
             "valid": float((right * good).mean()),
             "agreement": float(right.mean()),
@@ -82,7 +84,7 @@ class Digits(Bed):
 
 
 class DistilledDigits(Digits):
-    """The same digits by a model distilled to four steps without classifier-free guidance, whose first step decides."""
+    """The same digits by a model distilled to four steps without classifier-free guidance."""
 
     model = "digits_distilled"
     guidance_scale = 1.0
@@ -94,7 +96,7 @@ class DistilledDigits(Digits):
 
 
 class AnyDigit(Digits):
-    """The empty prompt: which classes come, from a model that was shown some of them 25 times as often as others."""
+    """The empty prompt: classes of a model that was trained on some of them 25 times as often as on others."""
 
     name = "digits, no prompt"
     guidance_scale = 1.0

@@ -1,4 +1,4 @@
-"""The embedded text-to-image pipeline, latent, with classifier-free guidance, and a judge of what its pictures show."""
+"""The embedded latent text-to-image pipeline with classifier-free guidance, and a judge of its images."""
 
 import json
 
@@ -11,16 +11,16 @@ from ..networks import EmojiJudge
 from ..training import WEIGHTS, weights
 from .base import Bed, Case, common_scores
 
-# prompts that leave several training pictures open; chosen before any method was run, the two halves at random
+# prompts that may describe several training images; chosen before any method was run, split at random
 TUNE = ["runner", "cat face", "heart", "health worker", "clock face", "police officer", "bird", "teacher", "surfer", "book"]
 REPORT = ["person", "firefighter", "swimmer", "farmer", "cook", "student", "flower", "building", "smiling face", "vehicle"]
 
 
 class Emoji(Bed):
-    """``modes`` counts the training pictures that a batch stands for and that the prompt may mean, as the judge sees it.
+    """``modes`` counts the training images that the judge assigns a batch to and that the prompt may describe.
 
-    A picture's fidelity is the judge's probability of the likeliest training picture that the prompt may mean:
-    ``p(emoji) p(skin tone) p(art style)``; ``valid`` is its mean, so both a wrong subject and an unclear picture count.
+    The fidelity of an image is the judge's probability of the likeliest training image that the prompt may describe:
+    ``p(emoji) p(skin tone) p(art style)``; ``valid`` is its mean, so a wrong subject and an unclear image both count.
     """
 
     name = "emoji"
@@ -39,7 +39,7 @@ class Emoji(Bed):
         self.judge_ = EmojiJudge(sizes)
         self.judge_.load_state_dict(weights("emoji_judge"))
         self.judge_.eval()
-        self.places = torch.tensor([
+        self.mode_indices = torch.tensor([
             (table["codes"].index(m["code"]), table["tones"].index(m["tone"]), table["styles"].index(m["style"]))
             for m in self.modes
         ])  # fmt: skip
@@ -52,29 +52,29 @@ class Emoji(Bed):
         return self.pipe.unet.config.in_channels, size, size
 
     def run(self, case: Case, n: int, latents: Tensor | None = None) -> Tensor:
-        more = {"generator": self.noise(case, n)} if latents is None else {"latents": latents}
+        start = {"generator": self.noise(case, n)} if latents is None else {"latents": latents}
         return self.pipe(
             case.prompt, num_images_per_prompt=n, num_inference_steps=self.steps, guidance_scale=self.guidance_scale,
-            output_type="latent", **more,
+            output_type="latent", **start,
         ).images  # fmt: skip
 
     @torch.no_grad()
-    def pictures(self, samples: Tensor) -> Tensor:
-        """``[n, 3, 64, 64]`` in -1..1."""
+    def decode(self, samples: Tensor) -> Tensor:
+        """Images ``[n, 3, 64, 64]`` in -1..1."""
         return self.pipe.vae.decode(samples / self.pipe.vae.config.scaling_factor).sample.clamp(-1, 1)
 
     def answers(self, prompt: str) -> Tensor:
-        """Which training pictures a prompt may mean."""
-        subject, *said = [part.strip() for part in prompt.split(",")]
+        """Which training images a prompt may describe, bool ``[training images]``."""
+        subject, *attributes = [part.strip() for part in prompt.split(",")]
         return torch.tensor([
             subject in (m["subject"], *m["families"])
-            and all(a in (m["gender"], m["detail"], m["tone"], m["style"]) for a in said)
+            and all(a in (m["gender"], m["detail"], m["tone"], m["style"]) for a in attributes)
             for m in self.modes
         ])  # fmt: skip
 
     @torch.no_grad()
     def rows(self, samples: Tensor) -> Tensor:
-        return self.judge_.features(self.pictures(samples))
+        return self.judge_.features(self.decode(samples))
 
     def truth(self, prompt: str) -> Tensor:
         kept = weights("emoji_truth")
@@ -83,14 +83,14 @@ class Emoji(Bed):
     @torch.no_grad()
     def figures(self, rows: Tensor, case: Case) -> dict[str, float]:
         p = {k: head(rows).softmax(1) for k, head in self.judge_.heads.items()}
-        code, tone, style = self.places.T
-        joint = p["code"][:, code] * p["tone"][:, tone] * p["style"][:, style]  # [n, training pictures]
-        meant = self.answers(case.prompt)
-        best, which = torch.where(meant, joint, 0).max(1)
-        agrees = meant[joint.argmax(1)]
+        code, tone, style = self.mode_indices.T
+        joint = p["code"][:, code] * p["tone"][:, tone] * p["style"][:, style]  # [n, training images]
+        described = self.answers(case.prompt)
+        best, which = torch.where(described, joint, 0).max(1)
+        agrees = described[joint.argmax(1)]
         return {
             "modes": float(len(set(which[agrees].tolist()))),
-            "of": float(meant.sum()),
+            "of": float(described.sum()),
             "valid": float(best.mean()),
             "agreement": float(agrees.float().mean()),
             **common_scores(rows),

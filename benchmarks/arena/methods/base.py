@@ -1,30 +1,32 @@
-"""What all methods share: the hook on the scheduler's step, the hooks around the denoiser, and the moment between them.
+"""What all methods share: a patch of the scheduler's step, hooks on the denoiser, and the state of the step in between.
 
-A method changes one of four things: the condition that the denoiser sees, what classifier-free guidance makes of its
-output, the clean prediction behind the model output, or the sample after the step. Each is a method to override; the
-pipeline is left as it was found, whatever happens.
+A method changes one of five things: the condition that the denoiser gets, the two outputs that classifier-free guidance
+combines, the sample that the step starts from, the clean prediction behind the model output, or the sample after the step.
+Each is a method to override. The pipeline is restored afterwards, also after an exception.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kspec_guidance.guidance import transforms as moves
 from kspec_guidance.loop.components import denoiser_of
-from kspec_guidance.loop.prediction import predict
-from kspec_guidance.loop.scheduler_hook import SchedulerHook
+from kspec_guidance.loop.context import DenoiserCall
+from kspec_guidance.loop.prediction import Prediction, predict
+from kspec_guidance.loop.scheduler_hook import MethodPatch
 
-__all__ = ["Log", "Method", "Moment", "Real", "Whole", "norms", "rbf", "repulsion"]
+__all__ = ["Log", "Method", "Moment", "Real", "Whole", "norms", "rbf", "repulsion", "without"]
 
 
 @dataclass(frozen=True)
 class Real:
-    """A tuned number in ``low..high``; ``log`` for one whose order of magnitude matters."""
+    """A number to be tuned in ``low..high``, on a logarithmic scale if ``log``."""
 
     low: float
     high: float
@@ -32,20 +34,24 @@ class Real:
 
 
 def Log(low: float, high: float) -> Real:
+    """A number to be tuned on a logarithmic scale."""
     return Real(low, high, True)
 
 
 @dataclass(frozen=True)
 class Whole:
+    """A whole number to be tuned in ``low..high``, both included."""
+
     low: int
     high: int
 
 
 @dataclass
 class Moment:
-    """One step about to be taken: everything in the shape of the samples ``[n, ...]``.
+    """One step about to be taken; all tensors have the shape of the samples ``[n, ...]``.
 
-    ``x = alpha x0 + sigma noise``; ``fraction`` is the place in the run, 0 at its start.
+    ``x = alpha x0 + sigma noise``; ``fraction`` is the position in the run, 0 at its start. ``call`` is the denoiser's call
+    at this step.
     """
 
     x0: Tensor
@@ -54,7 +60,7 @@ class Moment:
     sigma: float
     step: int
     total: int
-    call: tuple[Any, dict[str, Any]] | None
+    call: DenoiserCall | None
     pipe: Any
     scheduler: Any
     timestep: Any
@@ -74,28 +80,34 @@ class Moment:
 
     def denoise(self, x: Tensor) -> Tensor:
         """The clean prediction at other samples of this noise level, classifier-free guidance included."""
-        return predict(self.scheduler, self.output(x), self.timestep, x, {}).x0
+        return predict(self.scheduler, self.output(x), self.timestep, x).x0
 
     def output(self, x: Tensor) -> Tensor:
-        """What the denoiser says of other samples of this noise level."""
+        """The denoiser's output at other samples of this noise level, classifier-free guidance included."""
         assert self.call is not None
-        module, given = self.call
-        name = next(k for k, v in given.items() if isinstance(v, Tensor) and v.ndim > 1)
+        arguments = self.call.arguments
+        name = next(k for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim > 1)
         scale = getattr(self.pipe, "guidance_scale", 1.0)
-        doubled = len(given[name]) == 2 * len(x)
+        doubled = len(arguments[name]) == 2 * len(x)
         inputs = torch.cat([x, x]) if doubled else x
         if hasattr(self.scheduler, "scale_model_input"):
             inputs = self.scheduler.scale_model_input(inputs, self.timestep)
-        out = module.forward(**{**given, name: inputs, "return_dict": False})[0]
+        out = self.call.module.forward(**{**arguments, name: inputs, "return_dict": False})[0]
         if doubled:
-            free, held = out.chunk(2)
-            out = free + scale * (held - free)
+            uncond, cond = out.chunk(2)
+            out = uncond + scale * (cond - uncond)
         return out
 
 
 def norms(x: Tensor) -> Tensor:
-    """Euclidean norm of each sample, ``[n, 1, ...]``, never 0."""
-    return moves.norms(x).clamp_min(1e-12)
+    """Euclidean norm of each sample ``[n, 1, ...]``, at least 1e-12."""
+    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1)).clamp_min(1e-12)
+
+
+def without(x: Tensor, direction: Tensor) -> Tensor:
+    """Samples ``[n, ...]`` less their components along those of ``direction``."""
+    unit = direction / norms(direction)
+    return x - (x * unit).flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1)) * unit
 
 
 def rbf(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,8 +134,8 @@ def repulsion(x: Tensor) -> Tensor:
 class Method:
     """Base class: does nothing. Subclasses are dataclasses of their parameters.
 
-    ``tuned`` names what the optimiser may choose and within what; ``strength`` is the one of them whose sweep makes the
-    front; ``needs`` what a bed must have for it: ``features`` of the denoiser, classifier-free ``guidance``, ``prompts``.
+    ``tuned`` names the parameters that the optimiser chooses, with their ranges; ``strength`` is the one that is swept for
+    the front; ``needs`` is what a bed must have: ``features`` of the denoiser, classifier-free ``guidance``, ``prompts``.
     """
 
     name: ClassVar[str] = ""
@@ -136,39 +148,39 @@ class Method:
 
     @classmethod
     def first(cls, steps: int) -> dict[str, Any]:
-        """What the authors would begin with at so many steps, where it is not the default."""
+        """First setting that is tried for this number of steps, where it is not the default."""
         return {}
 
     # -- to override -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A run begins."""
+        """Reset the state of the last run; called when the method is attached."""
 
     def condition(self, states: Tensor, fraction: float) -> Tensor:
-        """The wanted prompts' states ``[n, l, c]`` that the denoiser sees."""
+        """The prompts' hidden states ``[n, l, c]``, as the denoiser is to get them."""
         return states
 
-    def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        """Unconditional and conditional output; the pipeline makes ``free + scale (held - free)`` of them."""
-        return free, held
+    def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
+        """Unconditional and conditional output, from which the pipeline forms ``uncond + scale (cond - uncond)``."""
+        return uncond, cond
 
     def resample(self, m: Moment) -> Tensor | None:
-        """Another sample of the same noise level to take the step from; the denoiser is asked again."""
+        """Another sample of the same noise level to step from, at the cost of one denoiser call; None to keep it."""
         return None
 
     def move(self, m: Moment) -> Tensor | None:
-        """What is added to the clean prediction."""
+        """What to add to the clean prediction; None for nothing."""
         return None
 
     def after(self, m: Moment, latents: Tensor) -> Tensor:
-        """The sample that the step has made."""
+        """The sample after the step, given as ``latents``."""
         return latents
 
     def noise_like(self, x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
 
     def sample(self, bed: Any, case: Any) -> Tensor:
-        """A bed's number of samples of one of its cases."""
+        """As many samples of a case ``[n, ...]`` as the bed makes at once."""
         with self.attach(bed.pipe):
             return bed.run(case, bed.images)
 
@@ -176,63 +188,73 @@ class Method:
 
     @contextmanager
     def attach(self, pipe: Any) -> Iterator["Method"]:
-        """Until the block ends, whatever happens in it."""
+        """Apply the method to all calls of ``pipe`` in the ``with`` block."""
         self.begin()
-        self._step, self._call = 0, None
-        scheduler = pipe.scheduler
-        hooks: list[Callable[[], None]] = []
-        try:
-            hook = SchedulerHook(scheduler, lambda *a: self._on_step(pipe, *a), self, pipe)
-            hooks.append(hook.remove)
+        self._step: int = 0
+        self._call: DenoiserCall | None = None
+        with ExitStack() as hooks:
+            patch = MethodPatch(pipe.scheduler, "step", functools.partial(self._wrap_step, pipe), self)
+            hooks.callback(patch.remove)
             denoiser = denoiser_of(pipe)
             if denoiser is not None:
-                before = denoiser.register_forward_pre_hook(lambda m, a, k: self._before(pipe, m, a, k), with_kwargs=True)
-                hooks.append(before.remove)
-                behind = denoiser.register_forward_hook(lambda m, a, out: self._behind(pipe, out))
-                hooks.append(behind.remove)
+                before = functools.partial(self._before_denoiser, pipe)
+                after = functools.partial(self._after_denoiser, pipe)
+                hooks.callback(denoiser.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(denoiser.register_forward_hook(after).remove)
             yield self
-        finally:
-            for remove in hooks:
-                remove()
 
     def _fraction(self, pipe: Any) -> float:
         return self._step / max(1, len(pipe.scheduler.timesteps))
 
-    def _before(self, pipe: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _before_denoiser(self, pipe: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         names = ("sample", "timestep", "encoder_hidden_states")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        states = given["encoder_hidden_states"]
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        states = arguments["encoder_hidden_states"]
         if pipe.do_classifier_free_guidance:
-            empty, wanted = states.chunk(2)
-            given["encoder_hidden_states"] = torch.cat([empty, self.condition(wanted, self._fraction(pipe))])
+            negative, positive = states.chunk(2)
+            arguments["encoder_hidden_states"] = torch.cat([negative, self.condition(positive, self._fraction(pipe))])
         else:
-            given["encoder_hidden_states"] = self.condition(states, self._fraction(pipe))
-        self._call = module, given
-        return (), given
+            arguments["encoder_hidden_states"] = self.condition(states, self._fraction(pipe))
+        self._call = DenoiserCall(module, arguments)
+        return (), arguments
 
-    def _behind(self, pipe: Any, out: Any) -> Any:
+    def _after_denoiser(self, pipe: Any, module: Any, args: tuple, out: Any) -> Any:
         if not pipe.do_classifier_free_guidance:
             return out
-        free, held = out[0].chunk(2)
-        return (torch.cat(self.outputs(free, held, pipe.guidance_scale, self._fraction(pipe))), *out[1:])
+        uncond, cond = out[0].chunk(2)
+        return (torch.cat(self.outputs(uncond, cond, pipe.guidance_scale, self._fraction(pipe))), *out[1:])
 
-    def _on_step(self, pipe: Any, scheduler: Any, proceed: Any, output: Any, t: Any, x: Any, extra: Any) -> Any:
-        seen = predict(scheduler, output, t, x, extra)
-        alpha, sigma = float(seen.alpha), float(seen.sigma)
-        total = len(scheduler.timesteps)
-        m = Moment(seen.x0, x, alpha, sigma, self._step, total, self._call, pipe, scheduler, t)
-        again = self.resample(m)
-        if again is not None:
-            x, output = again, m.output(again)
-            seen = predict(scheduler, output, t, x, extra)
-            m = Moment(seen.x0, x, alpha, sigma, self._step, total, self._call, pipe, scheduler, t)
-        move = self.move(m)
-        if move is not None:
-            output = seen.moved(output, move)
-        result = proceed(output, x)
-        latents = self.after(m, result[0])
-        self._step += 1
-        if isinstance(result, tuple):
-            return (latents, *result[1:])
-        result.prev_sample = latents
-        return result
+    def _wrap_step(self, pipe: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            output, sample, moment = self._guide(pipe, bound.arguments)
+            bound.arguments["model_output"], bound.arguments["sample"] = output, sample
+            result = original(*bound.args, **bound.kwargs)
+            latents = self.after(moment, result[0])
+            self._step += 1
+            if isinstance(result, tuple):
+                return (latents, *result[1:])
+            result.prev_sample = latents
+            return result
+
+        return step
+
+    def _guide(self, pipe: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Moment]:
+        """Model output and sample to step from, given the arguments of ``scheduler.step``; and the state of the step."""
+        scheduler, t = pipe.scheduler, arguments["timestep"]
+
+        def prediction_at(output: Tensor, x: Tensor) -> tuple[Prediction, Moment]:
+            found = predict(scheduler, output, t, x, arguments)
+            alpha, sigma, total = float(found.alpha), float(found.sigma), len(scheduler.timesteps)
+            return found, Moment(found.x0, x, alpha, sigma, self._step, total, self._call, pipe, scheduler, t)
+
+        output, x = arguments["model_output"], arguments["sample"]
+        prediction, moment = prediction_at(output, x)
+        resampled = self.resample(moment)
+        if resampled is not None:
+            output, x = moment.output(resampled), resampled
+            prediction, moment = prediction_at(output, x)
+        move = self.move(moment)
+        return output if move is None else prediction.moved(output, move), x, moment

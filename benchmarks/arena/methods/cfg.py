@@ -7,9 +7,9 @@ from torch import Tensor
 from .base import Method, Real
 
 
-def lowered(free: Tensor, held: Tensor, weight: float, scale: float) -> Tensor:
-    """The unconditional output of which the pipeline, at ``scale``, makes guidance of ``weight``."""
-    return held + (weight - 1) / (scale - 1) * (free - held)
+def lowered(uncond: Tensor, cond: Tensor, weight: float, scale: float) -> Tensor:
+    """The unconditional output that turns the pipeline's ``scale`` into guidance of ``weight``."""
+    return cond + (weight - 1) / (scale - 1) * (uncond - cond)
 
 
 @dataclass
@@ -24,8 +24,8 @@ class LowerGuidance(Method):
     falls = True
     weight: float = 2.0
 
-    def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        return lowered(free, held, self.weight, scale), held
+    def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
+        return lowered(uncond, cond, self.weight, scale), cond
 
 
 @dataclass
@@ -40,5 +40,5 @@ class Interval(Method):
     start: float = 0.3
     stop: float = 1.0
 
-    def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        return (free, held) if self.start <= fraction < self.stop else (held, held)
+    def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
+        return (uncond, cond) if self.start <= fraction < self.stop else (cond, cond)

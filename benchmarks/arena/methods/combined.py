@@ -1,4 +1,4 @@
-"""The two best coupled methods with less classifier-free guidance: what a user would do first costs nothing."""
+"""The two best coupled methods with less classifier-free guidance."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +27,12 @@ class OursLowerGuidance(OursVivid):
 
     @contextmanager
     def attach(self, pipe: Any) -> Iterator[Any]:
-        def behind(module: Any, args: Any, out: Any) -> Any:
-            free, held = out[0].chunk(2)
-            return (torch.cat([lowered(free, held, self.weight, pipe.guidance_scale), held]), *out[1:])
+        def lower(module: Any, args: Any, out: Any) -> Any:
+            uncond, cond = out[0].chunk(2)
+            return (torch.cat([lowered(uncond, cond, self.weight, pipe.guidance_scale), cond]), *out[1:])
 
         with self.guide(pipe).attach(pipe) as guide:
-            hook = denoiser_of(pipe).register_forward_hook(behind)
+            hook = denoiser_of(pipe).register_forward_hook(lower)
             try:
                 yield guide
             finally:
@@ -48,5 +48,5 @@ class OSCARLowerGuidance(OSCAR):
     needs = frozenset({"guidance"})
     cfg: float = 2.0
 
-    def outputs(self, free: Tensor, held: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        return lowered(free, held, self.cfg, scale), held
+    def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
+        return lowered(uncond, cond, self.cfg, scale), cond

@@ -27,11 +27,11 @@ def pairs(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class EDDY(Method):
-    """A drift that leaves each image's own distribution as it was (arXiv 2605.06553).
+    """A drift that preserves the distribution of each image (arXiv 2605.06553).
 
     ``b = A s + div A`` with ``A = r s' - s r'``, ``s`` the score and ``r`` a pairwise repulsion: ``r |s|^2 - s (r.s)``, the
     repulsion projected off the score, plus ``(s.grad) r + r div s - (r.grad) s - s div r``. The last three derivatives of
-    the model come by finite differences and one Hutchinson probe: two more calls of the denoiser at every step. Everything
+    the model come by finite differences and one Hutchinson probe: two extra denoiser calls at every step. Everything
     is divided by ``d / sigma^2``, the mean of ``|s|^2``, and ``r`` brought to the size of the noise.
     """
 
@@ -48,8 +48,8 @@ class EDDY(Method):
             return None
         s, d = m.score, m.x[0].numel()
         r, r_along_s, div_r = pairs(m.x, s)
-        unit = norms(m.noise).mean() / norms(r).amax().clamp_min(1e-12)
-        r, r_along_s, div_r = r * unit, r_along_s * unit, div_r * unit
+        factor = norms(m.noise).mean() / norms(r).amax().clamp_min(1e-12)
+        r, r_along_s, div_r = r * factor, r_along_s * factor, div_r * factor
         b = r * dot(s, s) - s * dot(r, s)
         if self.divergence:
             v, e = torch.sign(self.noise_like(m.x)), 1e-2 * max(m.sigma, 0.05)
@@ -64,7 +64,7 @@ class EDDY(Method):
 
 @dataclass
 class EDDYProjection(EDDY):
-    """Its first two terms alone: the repulsion projected off the score, without further calls of the denoiser."""
+    """Its first two terms alone: the repulsion projected off the score, without extra denoiser calls."""
 
     name = "EDDY, projection only"
     divergence: bool = False

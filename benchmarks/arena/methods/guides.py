@@ -1,11 +1,10 @@
-"""Methods that are guides of the package: its default, the published settings, and the Vendi gradient of c-VSG."""
+"""Methods that are guides of the package: its defaults, the published settings, and the Vendi gradient of c-VSG."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from kspec_guidance import SPARKE, KernelGuidance
-from kspec_guidance.guidance.presets import PRESETS
+from kspec_guidance import SPARKE, KernelGuidance, VendiGuidance
 from kspec_guidance.guidance.spaces import Pixels
 from kspec_guidance.objectives import Vendi
 
@@ -13,9 +12,10 @@ from .base import Log, Method, Real, Whole
 
 
 class Guided(Method):
-    """A method made by a guide, with a new memory for every run."""
+    """A method that is a guide of the package, with a new memory for each run."""
 
     def guide(self, pipe: Any) -> KernelGuidance:
+        """The guide of one run."""
         raise NotImplementedError
 
     def attach(self, pipe: Any) -> AbstractContextManager[Any]:
@@ -24,7 +24,7 @@ class Guided(Method):
 
 @dataclass
 class Ours(Guided):
-    """SPARKE as this package does it by default: x0, half the median distance, tangent, off the score, bounded, fading."""
+    """SPARKE with the package's defaults: x0, half the median distance, tangent, off the score, bounded, fading."""
 
     name = "SPARKE, ours"
     paper = "arXiv 2506.10173"
@@ -35,7 +35,7 @@ class Ours(Guided):
 
     @classmethod
     def first(cls, steps: int) -> dict[str, Any]:
-        return {k: PRESETS["few-step"][k] for k in ("scale", "stop")} if steps <= 4 else {}
+        return {k: SPARKE.PRESETS["few-step"][k] for k in ("scale", "stop")} if steps <= 4 else {}
 
     def guide(self, pipe: Any) -> KernelGuidance:
         return SPARKE(self.scale, stop=self.stop)
@@ -47,7 +47,7 @@ class OursVivid(Ours):
     name = "SPARKE, ours, order 0.5"
 
     def guide(self, pipe: Any) -> KernelGuidance:
-        return SPARKE(self.scale, stop=self.stop, order=0.5)
+        return VendiGuidance(self.scale, stop=self.stop, order=0.5)
 
 
 @dataclass
@@ -67,10 +67,10 @@ class Published(Guided):
 
 @dataclass
 class ContextualVendi(Guided):
-    """The Vendi score's gradient, cosine kernel, rescaled to the norm, at every so many steps (c-VSG, 2024).
+    """The Vendi score's gradient, cosine kernel, rescaled to the norm, every few steps (c-VSG, 2024).
 
     Features are the decoded prediction at 16 x 16 pixels where there is a decoder, in place of the paper's CLIP, whose
-    weights are not at hand; else the prediction itself.
+    weights are not available; otherwise the prediction itself.
     """
 
     name = "c-VSG"

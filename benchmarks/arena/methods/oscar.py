@@ -5,17 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.guidance.transforms import without
-
-from .base import Log, Method, Moment, norms
+from .base import Log, Method, Moment, norms, without
 
 
 @dataclass
 class OSCAR(Method):
     """Volume of the features at the predicted end points, and noise, both orthogonal to the velocity (arXiv 2510.09060).
 
-    Ascends ``log det(I + c G)``, ``G`` the Gram matrix of unit-norm predictions, which as here are the end points' own
-    extrapolation; both parts are projected by ``P = I - v v' / |v|^2``, and the noise falls with the square of sigma.
+    Ascends ``log det(I + c G)``, ``G`` the Gram matrix of unit-norm predictions of the end points; both parts are projected
+    by ``P = I - v v' / |v|^2``, and the noise falls with the square of sigma.
     """
 
     name = "OSCAR"

@@ -39,7 +39,7 @@ class Particle(Method):
 
 @dataclass
 class PooledParticle(Particle):
-    """The same in a pooled space of the clean prediction, where the kernel sees layout and colour, not noise."""
+    """The same in a pooled space of the clean prediction, where the kernel compares layout and colour, not noise."""
 
     name = "particle guidance, pooled"
 

@@ -1,4 +1,4 @@
-"""Group inference: more candidates, of which a varied subset is kept."""
+"""Group inference: a diverse subset of more candidates."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from .base import Method, Moment, Whole
 
 
 class Enough(Exception):
-    """The candidates' predictions have been seen."""
+    """Stops a run once the predictions of the candidates are known."""
 
 
 def varied(rows: Tensor, n: int, first: int = 0) -> list[int]:
-    """Greedy choice of ``n`` rows of which the nearest two are far apart."""
+    """Indices of ``n`` rows, chosen greedily to maximise the smallest distance."""
     d = torch.cdist(rows, rows)
     chosen = [first]
     while len(chosen) < n:
@@ -27,10 +27,10 @@ def varied(rows: Tensor, n: int, first: int = 0) -> list[int]:
 
 @dataclass
 class GroupInference(Method):
-    """Candidates are denoised for a few steps, a varied subset by their predictions goes on (arXiv 2508.15773).
+    """Candidates are denoised for a few steps, and a diverse subset by their predictions continues (arXiv 2508.15773).
 
-    In place of the paper's quadratic programme the subset is chosen greedily by the smallest distance. Its cost is
-    ``candidates * look`` further denoiser calls per image.
+    In place of the paper's quadratic programme the subset is chosen greedily by the smallest distance. It costs
+    ``candidates * look`` extra denoiser calls per image.
     """
 
     name = "group inference"
@@ -41,18 +41,18 @@ class GroupInference(Method):
     look: int = 2
 
     def move(self, m: Moment) -> Tensor | None:
-        self._seen = m.x0
+        self._prediction = m.x0
         if m.step + 1 >= self.look:
             raise Enough
         return None
 
     def choose(self, bed: Any, case: Any) -> Tensor:
-        """As many start noises ``[n, ...]`` as the bed makes images, out of ``candidates`` times as many."""
+        """Start noises ``[n, ...]`` for the images of the bed, out of ``candidates`` times as many."""
         m = bed.images * self.candidates
         start = bed.start(case, m)
         with suppress(Enough), self.attach(bed.pipe):
             bed.run(case, m, start)
-        return start[varied(self._seen.flatten(1), bed.images)]
+        return start[varied(self._prediction.flatten(1), bed.images)]
 
     def sample(self, bed: Any, case: Any) -> Tensor:
         return bed.run(case, bed.images, self.choose(bed, case))

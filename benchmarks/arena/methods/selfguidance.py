@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kspec_guidance.guidance.spaces import Activations, Scene
-from kspec_guidance.kernels import CosineKernel, GaussianKernel
+from kspec_guidance.guidance.spaces import Activations
+from kspec_guidance.kernels import GaussianKernel, l2_normalize
+from kspec_guidance.loop.context import CallContext
 from kspec_guidance.objectives import RKE
 
 from .base import Log, Method, Moment, Real, norms
@@ -13,7 +14,7 @@ from .base import Log, Method, Moment, Real, norms
 
 @dataclass
 class SelfGuidance(Method):
-    """Features of the denoiser's middle block are dispersed inside the batch (arXiv 2606.27371).
+    """Disperses features of the denoiser's middle block inside the batch (arXiv 2606.27371).
 
     Then the prediction is brought back to its own channel statistics, as the paper brings features back to those of the
     batch. Dispersion is the descent of the summed squared Gaussian kernel of unit-norm features; the gradient goes through
@@ -31,12 +32,12 @@ class SelfGuidance(Method):
     def move(self, m: Moment) -> Tensor | None:
         if m.fraction >= self.stop:
             return None
-        rows, pull = Activations().features(m.x, Scene(m.pipe, m.call))
+        rows, pullback = Activations().features(m.x, CallContext(m.pipe), m.call)
         centred = rows - rows.mean(0)
-        u, size = CosineKernel.unit(centred)
-        g = RKE(GaussianKernel()).gradient(u)
-        g = (g - (g * u).sum(1, keepdim=True) * u) / size
-        g = pull(g - g.mean(0)).view(m.x0.shape).to(m.x0.dtype)
+        u = l2_normalize(centred)
+        g = RKE(GaussianKernel()).gradient(u).rows
+        g = (g - (g * u).sum(1, keepdim=True) * u) / norms(centred)
+        g = pullback(g - g.mean(0)).view(m.x0.shape).to(m.x0.dtype)
         moved = m.x0 + self.weight * norms(m.x0) * g / norms(g).amax().clamp_min(1e-12)
         if m.x0.ndim == 4:
             axes = (2, 3)

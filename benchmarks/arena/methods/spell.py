@@ -14,7 +14,7 @@ class SPELL(Method):
     """Sparse repellency (Kirchhof and others 2024, arXiv 2410.06025, equation 7).
 
     ``x0_i += sum_k relu(r / |x0_i - z_k| - 1) (x0_i - z_k)`` over the predictions of the batch: nothing happens to an image
-    that is farther than ``r`` from all others. ``r`` is given in median distances of the data, which the bed knows
+    that is farther than ``r`` from all others. ``r`` is given in median distances of the data, which the bed gives
     (``radius_unit``, from plain samples); ``overcompensation`` multiplies the push.
     """
 
@@ -35,6 +35,6 @@ class SPELL(Method):
         d = (rows[:, None] - rows[None]).norm(dim=-1)
         push = torch.relu(self.r * self.radius_unit / d.clamp_min(1e-3 * self.radius_unit) - 1)
         push.fill_diagonal_(0)
-        # each of a pair is moved by half of what parts the two: both move
+        # both samples of a pair move, each by half of the distance
         move = 0.5 * self.overcompensation * (push.sum(1, keepdim=True) * rows - push @ rows)
         return move.view(m.x0.shape)

@@ -1,6 +1,6 @@
-"""The same prompts and seeds by several methods, for the eye.
+"""A grid of images of the same prompts and seeds by several methods.
 
-python -m benchmarks.arena.pictures
+python -m benchmarks.arena.images
 """
 
 import argparse
@@ -42,10 +42,10 @@ def main() -> None:
     for name in args.methods:
         settings, grid = tuned.get(name, {}).get("tuned", {}), []
         for prompt in prompts:
-            x = bed.pictures(bed.sample(METHODS[name](**settings), Case(prompt, 10_000)))
+            x = bed.decode(bed.sample(METHODS[name](**settings), Case(prompt, 10_000)))
             x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-            pictures = [Image.fromarray(((i.permute(1, 2, 0) / 2 + 0.5) * 255).byte().numpy()) for i in x]
-            grid.append(pictures[:columns])
+            images = [Image.fromarray(((i.permute(1, 2, 0) / 2 + 0.5) * 255).byte().numpy()) for i in x]
+            grid.append(images[:columns])
         panels[name] = grid
     side_by_side(panels, prompts, f"{bed.name}: the same prompts and seeds, each method as tuned", tile=72).save(args.out)
 
