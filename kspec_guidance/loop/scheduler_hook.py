@@ -181,13 +181,14 @@ class SchedulerHook:
         def step(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(self.scheduler, *args, **kwargs)
             given = bound.arguments
-            if self._once is not None:
+            if self._once is not None and self.scheduler.timesteps is not self._timesteps:  # left over from an aborted run
                 self.remove()
-                if self.scheduler.timesteps is not self._timesteps:  # left over from an aborted run
-                    return original(*args, **kwargs)
+                return original(*args, **kwargs)
             output = "pred_original_sample" if given.get("pred_original_sample") is not None else "model_output"
             if self._repeated and output == "model_output":
                 return original(*args, **kwargs)
+            if self._once is not None:
+                self.remove()
             names = {ARGUMENT_NAMES.get(k, k): k for k in given}
 
             def proceed(model_output: Any, sample: Any) -> Any:
