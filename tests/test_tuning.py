@@ -35,6 +35,7 @@ def test_choose_requires_fidelity_and_significance():
     assert "loses more than 0.05 of fidelity" in reason
 
 
+@pytest.mark.slow
 def test_tune_increases_diversity_of_embedded_pipeline(pipe):
     calls = []
     result = tune(pipe, ["heart", "runner", "cat face"], scales=(0.6, 1.0), batch_size=4, batches=2, call=CALL,
@@ -57,6 +58,7 @@ def test_tune_invalid_settings_raise(pipe):
         tune(pipe, ["heart"], batch_size=1)
 
 
+@pytest.mark.slow
 def test_tune_command_writes_plot_images_scores_and_guide(tmp_path):
     arguments = ["tune", "heart", "runner", "cat face", "--batch-size", 4, "--batches", 2, "--steps", 6, "--scale", 0.5,
              "--scale", 1.0, "--max-fidelity-loss", 0.4, "--out", tmp_path / "t"]  # fmt: skip

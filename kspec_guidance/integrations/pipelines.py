@@ -105,6 +105,7 @@ def named(guide_class: type[KernelGuidance], pipeline_class: Any, name: str, mod
     """
 
     def own(self: Any) -> KernelGuidance:
+        """The guide of this pipeline, created at the first use."""
         if "_kspec_guide" not in self.__dict__:
             self.__dict__["_kspec_guide"] = guide_class()  # type: ignore[call-arg]
         return self.__dict__["_kspec_guide"]
@@ -114,7 +115,8 @@ def named(guide_class: type[KernelGuidance], pipeline_class: Any, name: str, mod
             raise TypeError(f"guide must be a guide such as SPARKE(), got {type(guide).__name__}")
         self.__dict__["_kspec_guide"] = guide
 
-    def to_json_string(self: Any) -> str:  # saved pipelines name the parent, and so load without this package
+    def to_json_string(self: Any) -> str:
+        """The configuration as JSON; it names the parent class, so saved pipelines load without this package."""
         return pipeline_class.to_json_string(self).replace(
             f'"_class_name": "{name}"', f'"_class_name": "{pipeline_class.__name__}"'
         )

@@ -51,6 +51,7 @@ def test_exact_denoiser_is_the_score_of_its_mixture(bed: Analytic) -> None:
     bed.model.float()
 
 
+@pytest.mark.slow
 def test_samples_drawn_from_the_mixture_are_judged_valid_and_complete(bed: Analytic) -> None:
     case, g = Case("prompt 9", 0), torch.Generator().manual_seed(0)
     shares = bed.shares(case.prompt)
@@ -206,12 +207,13 @@ def test_bootstrap_weights_cover_prompts_and_seeds() -> None:
     assert np.allclose(w.mean(0), 1 / 12, atol=0.01)
 
 
+@pytest.mark.slow
 def test_the_small_arena_runs_and_does_not_measure_twice(tmp_path: Path) -> None:
     beds = ["mixture-32", "digits", "emoji-4"]
     command = [sys.executable, "-m", "benchmarks.arena", "--small", "--out", str(tmp_path), "--beds", *beds,
                "--methods", "plain", "OSCAR", "SPARKE, ours", "--page", str(tmp_path / "arena.md")]  # fmt: skip
     for _ in range(2):
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=500)
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         written = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")}
     assert len(written) == len(beds)
     data = json.loads((tmp_path / "emoji--4-steps.json").read_text())

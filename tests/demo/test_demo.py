@@ -57,6 +57,7 @@ def test_prompt_controls_skin_tone(pipe):
     assert brightness("dark skin tone") < brightness("light skin tone") - 0.05
 
 
+@pytest.mark.slow
 def test_classifier_free_guidance_reduces_variety(pipe):
     variety = lambda cfg: sample_latents(pipe, "heart", 12, 15, guidance_scale=cfg).std(dim=0).mean()  # noqa: E731
     assert variety(7.0) < 0.9 * variety(1.5)

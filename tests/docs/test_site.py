@@ -77,6 +77,7 @@ def test_every_public_name_exists_and_has_a_docstring():
     assert not undocumented
 
 
+@pytest.mark.slow
 def test_mathematics_imports_no_diffusers():
     code = (
         "import sys, kspec_guidance.kernels, kspec_guidance.features, kspec_guidance.functional, kspec_guidance.metrics, "

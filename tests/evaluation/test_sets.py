@@ -140,6 +140,7 @@ def test_prompt_ranking_sorts_by_diversity(g):
     assert ranking[0].vendi == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_large_sets_use_random_features(monkeypatch, folder):
     images = load_images(folder, PIXELS)
     exact = {s.score: s.value for s in evaluate_set(images, PIXELS).scores}

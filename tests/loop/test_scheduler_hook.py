@@ -88,6 +88,7 @@ def test_compiled_denoiser_has_no_graph_breaks(fresh_pipe):
     dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_guidance_with_half_precision_weights(dtype):
     pipe = load_demo_pipeline(dtype=dtype)

@@ -91,6 +91,7 @@ def test_random_feature_gradient_approximates_exact():
     assert torch.cosine_similarity(actual, expected, dim=0) > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*random features in")
 @pytest.mark.parametrize("name", ["conditional", "novelty", "mmd"])
 def test_prompt_aware_random_feature_gradient_approximates_exact(name):

@@ -101,6 +101,7 @@ def test_state_dict_round_trip_and_record(name):
     assert {"score", "kernel", "features"} <= set(record)
 
 
+@pytest.mark.slow
 def test_conditional_metrics_approximate_exact_scores():
     k, kt = GaussianKernel(0.9), GaussianKernel(0.8)
     exact = F.conditional_vendi_score(*NORMALIZED, k, kt).item()

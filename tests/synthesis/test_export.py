@@ -9,6 +9,7 @@ from tests.synthesis.small_runs import make
 PIXELS = ImageEmbedder(torch.nn.Flatten(), 8, "pixels")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
 def test_shards_hold_the_images_of_a_folder_also_after_an_interruption(tmp_path, pipe, kind):
     make(tmp_path / "folder", pipe)

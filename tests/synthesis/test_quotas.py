@@ -18,6 +18,7 @@ def test_quotas_by_group(tmp_path, pipe):
     assert counts == [3, 2, 3, 2]
 
 
+@pytest.mark.slow
 def test_attributes_have_about_the_wanted_shares(tmp_path, pipe):
     call = {"num_inference_steps": 10, "guidance_scale": 5.0}
     dark, light = (encode_reference(pipe, load_demo_reference(f"{n}-skin-tone")) for n in ("dark", "light"))

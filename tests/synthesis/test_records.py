@@ -40,6 +40,7 @@ def test_damaged_settings_are_reported_and_force_continues(tmp_path, pipe):
     assert make(tmp_path, pipe, ["heart"], force=True).images == 5
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(tmp_path, pipe):
     code = (
         "import sys; from pathlib import Path; from kspec_guidance.synthesis.records import Store\n"
