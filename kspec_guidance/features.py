@@ -1,17 +1,56 @@
 """Explicit feature maps ``phi`` with ``phi(x) @ phi(y).T`` close to ``k(x, y)``, such as random Fourier features."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kspec_guidance.kernels import GaussianKernel, Kernel, LaplacianKernel
 from kspec_guidance.kernels.distances import as_float
+from kspec_guidance.utils.devices import normal_tensors, transfer
 
 __all__ = ["NystromFeatures", "RandomFourierFeatures", "RandomProjection", "tensor_product"]
 
 
-class RandomFourierFeatures(nn.Module):
+class _FeatureMap(nn.Module):
+    """A module whose buffers are copied to the dtype and device of an input once, not at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies: dict[Any, tuple[Tensor, int | None, Tensor]] = {}
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """A buffer in the dtype and on the device of ``like``."""
+        buffer = getattr(self, name)
+        if buffer.dtype == like.dtype and buffer.device == like.device:
+            return buffer
+        key, version = (name, like.dtype, like.device), None if buffer.is_inference() else buffer._version
+        found = self._copies.get(key)
+        if found is None or found[0] is not buffer or found[1] != version:
+            with normal_tensors():
+                found = self._copies[key] = buffer, version, transfer(buffer, like)
+        return found[2]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_FeatureMap":
+        def apply(t: Tensor) -> Tensor:
+            try:
+                return fn(t)
+            except TypeError:
+                if t.dtype != torch.float64:
+                    raise
+                return fn(t.float())  # to a device without float64
+
+        self._copies = {}
+        with normal_tensors():
+            return super()._apply(apply, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": {}}  # copies of buffers are neither copied nor pickled
+
+
+class RandomFourierFeatures(_FeatureMap):
     """``phi(x) = [cos(W x), sin(W x)] / sqrt(r)`` with ``r = num_features / 2`` random frequencies (Rahimi, Recht 2007).
 
     For the Gaussian kernel the rows of ``W`` are ``N(0, I / bandwidth^2)``, made orthogonal in blocks of ``d`` by default
@@ -19,7 +58,8 @@ class RandomFourierFeatures(nn.Module):
     variable, drawn independently: its distribution is not invariant to rotations, so rows are not orthogonal. Rows of the
     result have norm 1, so ``k(x, x) = 1`` exactly, and the error of ``k`` decreases as ``num_features ** -0.5``.
 
-    Values are accurate at any bandwidth; *gradients* need a wide kernel and low dimension: see :meth:`reliable`.
+    Values are accurate at any bandwidth; *gradients* need a wide kernel and low dimension: see :meth:`reliable`. The result
+    is on the device of ``x``, in its dtype (float32 for half precision).
 
     Args:
         kernel: a Gaussian or Laplacian kernel with a bandwidth.
@@ -58,21 +98,22 @@ class RandomFourierFeatures(nn.Module):
             raise ValueError(f"input_dim must be at least 1, got {input_dim}")
         self.kernel, self.input_dim, self.num_features = kernel, input_dim, num_features
         self.orthogonal, self.seed = orthogonal, seed
-        generator = torch.Generator().manual_seed(seed)
         # Drawn at bandwidth 1 in float64 and divided afterwards, so that one seed gives the same map at all bandwidths.
-        self.register_buffer("frequencies", self._draw(num_features // 2, generator) / kernel.bandwidth)
+        with normal_tensors():
+            generator = torch.Generator().manual_seed(seed)
+            self.register_buffer("frequencies", self._draw(num_features // 2, generator) / kernel.bandwidth)
 
     def _draw(self, r: int, generator: torch.Generator) -> Tensor:
         d = self.input_dim
         if isinstance(self.kernel, LaplacianKernel):
-            uniform = torch.rand(r, d, generator=generator, dtype=torch.float64)
+            uniform = torch.rand(r, d, generator=generator, dtype=torch.float64, device="cpu")
             return torch.tan(math.pi * (uniform - 0.5))
-        gaussian = torch.randn(r, d, generator=generator, dtype=torch.float64)
+        gaussian = torch.randn(r, d, generator=generator, dtype=torch.float64, device="cpu")
         if not self.orthogonal:
             return gaussian
         blocks = []
         for _ in range(math.ceil(r / d)):
-            q, upper = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+            q, upper = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64, device="cpu"))
             blocks.append((q * upper.diagonal().sign()).T)  # with these signs q is uniform over orthogonal matrices
         return torch.cat(blocks)[:r] * gaussian.norm(dim=1, keepdim=True)
 
@@ -87,7 +128,7 @@ class RandomFourierFeatures(nn.Module):
         x = as_float(x)
         if x.shape[-1] != self.input_dim:
             raise ValueError(f"the feature map has input_dim={self.input_dim}, got rows of length {x.shape[-1]}")
-        return x @ self.frequencies.to(x).mT
+        return x @ self._buffer("frequencies", x).mT
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[..., n, num_features]`` of ``x`` ``[..., n, input_dim]``."""
@@ -98,7 +139,7 @@ class RandomFourierFeatures(nn.Module):
         """``d (cotangent . phi(x)) / d x`` ``[..., n, input_dim]``, in closed form."""
         phase = self._phase(x)
         c, s = cotangent.to(phase.dtype).chunk(2, dim=-1)
-        return ((s * phase.cos() - c * phase.sin()) * (self.num_features / 2) ** -0.5) @ self.frequencies.to(phase)
+        return ((s * phase.cos() - c * phase.sin()) * (self.num_features / 2) ** -0.5) @ self._buffer("frequencies", phase)
 
     def reliable(self, typical_distance: float) -> bool:
         """Whether gradients of kernel sums by these features have the right direction (cosine above 0.9).
@@ -114,21 +155,22 @@ class RandomFourierFeatures(nn.Module):
         return f"{self.kernel}, input_dim={self.input_dim}, num_features={self.num_features}, seed={self.seed}"
 
 
-class RandomProjection(nn.Module):
+class RandomProjection(_FeatureMap):
     """``x @ P`` with a seeded Gaussian ``P``; preserves distances to a relative error of about ``output_dim ** -0.5``."""
 
     matrix: Tensor
 
     def __init__(self, input_dim: int, output_dim: int, seed: int = 0):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        matrix = torch.randn(input_dim, output_dim, generator=generator) * output_dim**-0.5
-        self.register_buffer("matrix", matrix)
+        with normal_tensors():
+            generator = torch.Generator().manual_seed(seed)
+            matrix = torch.randn(input_dim, output_dim, generator=generator, dtype=torch.float32, device="cpu")
+            self.register_buffer("matrix", matrix * output_dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., input_dim]`` to ``[..., output_dim]``."""
         x = as_float(x)
-        return x @ self.matrix.to(x)
+        return x @ self._buffer("matrix", x)
 
 
 def tensor_product(a: Tensor, b: Tensor) -> Tensor:
@@ -140,11 +182,15 @@ def tensor_product(a: Tensor, b: Tensor) -> Tensor:
     return (a[..., :, None] * b[..., None, :]).flatten(-2)
 
 
-class NystromFeatures(nn.Module):
+class NystromFeatures(_FeatureMap):
     """``phi(x) = k(x, Z) K_ZZ^(-1/2)`` of landmarks ``Z``: exact on their span, close where the kernel matrix has low rank.
 
     Williams, Seeger (2001). With t landmarks it is the alternative method for the t-truncated Vendi score (Ospanov,
     Farnia 2024, arXiv 2410.21719).
+
+    The map is computed in the dtype and on the device of its buffers, at first in float64 on the device of the landmarks:
+    small eigenvalues need it. In float32 (``.to(torch.float32)``, or a device without float64) those below its precision
+    are left out.
 
     Args:
         kernel: any kernel, normalised to diagonal 1; an open bandwidth is fitted to the landmarks.
@@ -161,13 +207,34 @@ class NystromFeatures(nn.Module):
         super().__init__()
         if landmarks.ndim != 2 or not len(landmarks):
             raise ValueError(f"landmarks must have shape [m, d] with m of at least 1, got {list(landmarks.shape)}")
-        self.register_buffer("landmarks", landmarks.detach().double())
-        self.kernel = kernel.fit(self.landmarks)
-        l, v = torch.linalg.eigh(self.kernel.normalised(self.landmarks))
-        keep = l > len(l) * 1e-14 * l.max()
-        self.register_buffer("whiten", v[:, keep] * l[keep].rsqrt())
-        self.num_features = int(keep.sum())
+        with normal_tensors():
+            self.register_buffer("landmarks", landmarks.detach().cpu().double().clone())
+            self.kernel = kernel.fit(self.landmarks)
+            self.register_buffer("whiten", self._whitening())
+        self.to(landmarks.device)
+
+    @property
+    def num_features(self) -> int:
+        """Length of ``phi(x)``: the number of eigenvalues of the landmarks' kernel matrix that are not rounding noise."""
+        return self.whiten.shape[1]
+
+    def _whitening(self) -> Tensor:
+        """``K_ZZ^(-1/2)`` on the eigenvectors whose eigenvalues exceed the rounding noise of the landmarks' dtype."""
+        z = as_float(self.landmarks)
+        l, v = torch.linalg.eigh(self.kernel.normalised(z.cpu().double()))
+        keep = l > len(l) * 45 * torch.finfo(z.dtype).eps * l.max()  # in float64, 45 eps is 1e-14
+        return transfer(v[:, keep] * l[keep].rsqrt(), z)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NystromFeatures":
+        before = self.landmarks.dtype
+        super()._apply(fn, recurse)
+        if self.landmarks.dtype != before:
+            with normal_tensors():
+                self.whiten = self._whitening()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, d]`` to ``[n, num_features]``, float64."""
-        return self.kernel.normalised(x.double(), self.landmarks) @ self.whiten
+        """``[n, d]`` to ``[n, num_features]``, in the dtype of the buffers; in that of ``x`` if it is on another device."""
+        z = as_float(self.landmarks)
+        phi = self.kernel.normalised(transfer(x, z), z) @ self.whiten.to(z)
+        return phi if phi.device == x.device else transfer(phi, as_float(x))

@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.memory.base import Memory
+from kspec_guidance.kernels.distances import as_float
+from kspec_guidance.memory.base import Memory, exclusive
 from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.memory.selection import PromptWeights, Selection, prune
 from kspec_guidance.memory.store import DTYPES, RowStore
+from kspec_guidance.utils.devices import free_bytes, resolve_device, transfer
 
 __all__ = ["MemoryBank"]
 
 FORGETTING = ("window", "reservoir")
+DEVICE_BYTES = 256 << 20  # bytes of rows, and share of a device's free memory, beyond which they move to the host
+DEVICE_SHARE = 0.25
 SETTINGS = ("dtype", "device", "folder", "limit", "forget", "half_life", "seed")
 
 
@@ -30,7 +34,9 @@ class MemoryBank(Memory):
         space: name of the entries' feature space; set by the first guide that uses the memory.
         prompt_encoder: fingerprint of the encoder of the prompt features; set likewise.
         dtype: dtype of the stored rows: float32, float16 or bfloat16. Sums are computed in float32 at least.
-        device: device of the stored rows, by default that of the first samples. Rows on another device are copied by block.
+        device: device of the stored rows. By default that of the first samples up to 256 MiB of rows (or a quarter of the
+            device's free memory, if that is less), and beyond that the host. The rows that a run needs are copied to the
+            device of its samples once, or by block if they exceed a quarter of its free memory.
         folder: store the rows in unnamed, memory-mapped files in this folder, for more rows than fit into RAM.
         limit: maximum number of rows; None for no limit.
         forget: which rows to drop at the ``limit``: ``window`` drops the oldest, ``reservoir`` random ones, so that the
@@ -39,7 +45,7 @@ class MemoryBank(Memory):
         seed: seed of the reservoir.
 
     Raises:
-        ValueError: for settings outside their ranges.
+        ValueError: for settings outside their ranges, or a device that is not available.
 
     >>> bank = MemoryBank()
     >>> bank.add(torch.zeros(2, 4, 8, 8))
@@ -71,16 +77,19 @@ class MemoryBank(Memory):
             raise ValueError(f"half_life must be a positive number of samples, got {half_life!r}")
         if folder is not None and device is not None and torch.device(device).type != "cpu":
             raise ValueError(f"rows in a folder are on the CPU, not on {device}; leave device out")
-        self.dtype, self.device, self.folder = dtype, device, folder
+        self.dtype, self.folder = dtype, folder
+        self.device = None if device is None else resolve_device(device)
         self.limit, self.forget, self.half_life, self.seed = limit, forget, half_life, seed
         self.clear()
 
+    @exclusive
     def clear(self) -> None:
         """Remove all entries; the bank can then be used for other samples."""
         self._store: RowStore | None = None
-        self._norms, self._order = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
-        self._ids = torch.empty(0, dtype=torch.int32)  # index of each row's prompt among the distinct ones
-        self._distinct = torch.empty(0, 0)  # features of the distinct prompts
+        self._norms = torch.empty(0, dtype=torch.float64, device="cpu")
+        self._order = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._ids = torch.empty(0, dtype=torch.int32, device="cpu")  # index of each row's prompt among the distinct ones
+        self._distinct = torch.empty(0, 0, dtype=torch.float32, device="cpu")  # features of the distinct prompts
         self._known: dict[bytes, int] = {}
         self._count = self._prompts = self._added = 0
         self.shape = self.prompt_dim = None
@@ -146,29 +155,66 @@ class MemoryBank(Memory):
 
     # -- adding ----------------------------------------------------------------------------------------------------
 
+    @exclusive
     def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:
         """Append samples ``[n, ...]`` and their prompt features ``[n, p]``, which are stored at norm 1.
 
         Raises:
-            ValueError: for shapes or widths that differ from the bank's, or values that are not finite; the bank is then
-                unchanged.
+            ValueError: for shapes or widths that differ from the bank's, or values that are not finite in its dtype; the
+                bank is then unchanged.
             OSError: if the disk of ``folder`` is full; the bank is then unchanged.
         """
         self._append(*self._check(x, prompt_features))
 
+    def _home(self, rows: Tensor, total: int) -> torch.device:
+        """The device of the rows, once there are ``total`` of them."""
+        if self.folder is not None or self.device is not None:
+            return self.device or torch.device("cpu")
+        device, used = (rows.device, 0) if self._store is None else (self._store.device, self._store.nbytes)
+        if device.type == "cpu":
+            return device
+        free = free_bytes(device)
+        limit = DEVICE_BYTES if free is None else min(DEVICE_BYTES, DEVICE_SHARE * (free + used))
+        return device if total * rows.shape[1] * self.dtype.itemsize <= limit else torch.device("cpu")
+
+    def _stored(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows as they are stored on ``device``, and their norms ``[n]`` in float64 on the host.
+
+        Raises:
+            ValueError: for values that are not finite in the dtype of the bank.
+        """
+        stored = transfer(rows, torch.empty(0, dtype=self.dtype, device=device))
+        norms = _norms(stored)
+        if not torch.isfinite(norms).all():  # or float32 norms have overflowed
+            norms = _norms(stored.cpu())
+        if not torch.isfinite(norms).all():
+            if not torch.isfinite(rows).all():
+                raise ValueError("samples contain NaN or infinite values; nothing was added")
+            raise ValueError(
+                f"samples have values up to {float(rows.abs().max()):.3g}, more than {self.dtype} can store "
+                f"({torch.finfo(self.dtype).max:.3g}); nothing was added. Use a memory with dtype=torch.bfloat16 or "
+                "torch.float32, or scale the samples"
+            )
+        return stored, norms
+
     def _append(self, rows: Tensor, prompt_features: Tensor | None, shape: tuple[int, ...]) -> None:
-        if self._store is None:
-            device = "cpu" if self.folder is not None else self.device or rows.device
-            self._store = RowStore(rows.shape[1], self.dtype, device, self.folder)
-        store, limit = self._store, self.limit or 2**62
+        limit = self.limit or 2**62
         n = min(self._count + len(rows), limit)
+        device = self._home(rows, n)
+        stored, norms = self._stored(rows, device)
+        store = self._store
+        if store is None:
+            store = RowStore(rows.shape[1], self.dtype, device, self.folder)
+        elif store.device != device:
+            store = store.on(device)
         store.reserve(n, self.limit)
+        self._store = store
         self.shape, self.prompt_dim = shape, None if prompt_features is None else prompt_features.shape[1]
         ids = None if prompt_features is None else self._prompt_ids(prompt_features)
         self._grow(n)
         fresh = min(len(rows), n - self._count)
         if fresh:
-            self._put(self._count, rows[:fresh], None if ids is None else ids[:fresh], self._added)
+            self._put(self._count, stored[:fresh], norms[:fresh], None if ids is None else ids[:fresh], self._added)
         self._count += fresh
         for k in range(fresh, len(rows)):  # the bank is full: each further row replaces another or is dropped
             added = self._added + k
@@ -176,17 +222,16 @@ class MemoryBank(Memory):
             if self.forget == "reservoir":
                 index = random.Random(f"{self.seed}/{added}").randrange(added + 1)
             if index < limit:
-                self._put(index, rows[k : k + 1], None if ids is None else ids[k : k + 1], added)
+                self._put(index, stored[k : k + 1], norms[k : k + 1], None if ids is None else ids[k : k + 1], added)
         self._added += len(rows)
 
-    def _put(self, index: int, rows: Tensor, ids: Tensor | None, added: int) -> None:
-        """Write rows at ``index``; ``added`` is the number of samples that were added before them."""
+    def _put(self, index: int, rows: Tensor, norms: Tensor, ids: Tensor | None, added: int) -> None:
+        """Write stored rows at ``index``; ``added`` is the number of samples that were added before them."""
         assert self._store is not None
         self._store.write(index, rows)
         span = slice(index, index + len(rows))
-        stored = rows.to(self.dtype)  # norms of the rows as they are stored
-        self._norms[span] = torch.linalg.vector_norm(stored, dim=1, dtype=torch.float64).cpu()
-        self._order[span] = torch.arange(added, added + len(rows))
+        self._norms[span] = norms
+        self._order[span] = torch.arange(added, added + len(rows), device="cpu")
         if ids is not None:
             self._ids[span] = ids
 
@@ -201,9 +246,8 @@ class MemoryBank(Memory):
 
     def _prompt_ids(self, prompt_features: Tensor) -> Tensor:
         """Indices ``[n]`` of the prompts among the distinct ones; new prompts are added."""
-        prompt_features = prompt_features.float().cpu()
         ids = []
-        for row in prompt_features:
+        for row in prompt_features.float():
             key = hashlib.blake2b(row.numpy(), digest_size=16).digest()
             number = self._known.get(key)
             if number is None:
@@ -217,14 +261,11 @@ class MemoryBank(Memory):
                 self._distinct[number] = row
                 self._prompts += 1
             ids.append(number)
-        return torch.tensor(ids, dtype=torch.int32)
+        return torch.tensor(ids, dtype=torch.int32, device="cpu")
 
     # -- selection ---------------------------------------------------------------------------------------------------
 
-    def prompts_at(self, indices: Tensor) -> Tensor | None:
-        """Prompt features ``[k, p]`` of the rows at ``indices``; None if there are no prompts."""
-        return None if self.prompt_dim is None else self._distinct[self._ids[indices].long()]
-
+    @exclusive
     def select(
         self,
         prompt_features: Tensor | None = None,
@@ -232,45 +273,55 @@ class MemoryBank(Memory):
         tolerance: float = 0.0,
         normalize: bool = True,
     ) -> Selection:
-        """The relevant rows for samples of these prompts ``[n, p]``; arguments as for :meth:`Memory.select`."""
+        """The relevant rows for samples of these prompts ``[n, p]``; arguments as for :meth:`Memory.select`.
+
+        Rows are chosen on the host, from one copy of the prompt features.
+        """
         n, age = self._count, None
         if self.half_life is not None:
             age = torch.exp2((self._order[:n] + 1 - self._added).double() / self.half_life)
         norms = self._norms[:n]
         if prompt_features is None or prompt_weights is None or self.prompt_dim is None:
             return Selection(self._store, None, None if age is None else age.float()[None], norms, normalize)
-        ids = self._ids[:n].long()
-        weights = prompt_weights(prompt_features, self._distinct[: self._prompts].to(prompt_features))
+        ids, distinct = self._ids[:n].long(), self._distinct[: self._prompts]
+        t = as_float(prompt_features.detach().cpu())
+        weights = prompt_weights(t, distinct.to(t))
         counts = torch.bincount(ids, age, minlength=self._prompts)
         keep = prune(weights, counts, tolerance)
         indices = None if bool(keep.all()) else keep[ids].nonzero().squeeze(1)
         if indices is not None:
             ids, norms, age = ids[indices], norms[indices], None if age is None else age[indices]
-        weights = weights[:, ids.to(weights.device)]
+        weights = weights[:, ids]
         if age is not None:
             weights = weights * age.to(weights)
-        return Selection(self._store, indices, weights, norms, normalize)
+        weights = weights.to(prompt_features.device)
+        return Selection(self._store, indices, weights, norms, normalize, prompts=(distinct, ids))
 
     # -- merging and files -------------------------------------------------------------------------------------------
 
+    @exclusive
     def merge(self, other: "MemoryBank") -> "MemoryBank":
         """Append another bank's entries.
 
         Raises:
             TypeError: for a memory of another class.
-            ValueError: if the entries are not compatible.
+            ValueError: if the entries are not compatible; the bank is then unchanged.
         """
         self._check_mergeable(other)
         if len(other) and other._store is not None:
             assert other.shape is not None
-            prompts, shape, start = other.prompts, other.shape, 0
-            for part in other._store.view(0, len(other)):
+            prompts, shape, parts, start = other.prompts, other.shape, other._store.view(0, len(other)), 0
+            if self.dtype != other.dtype:  # check all before the first is added
+                for part in parts:
+                    self._stored(part, part.device)
+            for part in parts:
                 part = part.clone() if other is self else part
-                self._append(part.float(), None if prompts is None else prompts[start : start + len(part)], shape)
+                self._append(part, None if prompts is None else prompts[start : start + len(part)], shape)
                 start += len(part)
             self._adopt(other)
         return self
 
+    @exclusive
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with a checksum; the file appears whole or not at all."""
         n, tensors = self._count, {}
@@ -283,16 +334,19 @@ class MemoryBank(Memory):
         write_tensors(path, "rows", tensors, {**self._description(), **settings, "seen": self._added})
 
     @classmethod
+    @exclusive
     def load(cls, path: str | os.PathLike, **settings: Any) -> "MemoryBank":
         """Load a bank that :meth:`save` wrote.
 
         Args:
             path: path of the file.
-            settings: ``dtype``, ``device`` and ``folder`` of the new bank; all other settings are in the file.
+            settings: ``dtype``, ``device`` and ``folder`` of the new bank; all other settings are in the file. Rows are
+                loaded to the host, unless ``device`` is given.
 
         Raises:
             FileNotFoundError: if there is no such file.
             MemoryFileError: if the file is truncated, altered, or not a memory bank.
+            ValueError: for rows that the given ``dtype`` cannot store.
         """
         tensors, about = read_tensors(path, "rows")
         parts = [tensors[name] for name in sorted(tensors) if name.startswith("x")]
@@ -312,8 +366,15 @@ class MemoryBank(Memory):
             bank._prompt_ids(tensors["prompts"])
         for part in parts:
             start = bank._count
-            bank._put(start, part, None if ids is None else ids[start : start + len(part)], 0)
+            stored, norms = bank._stored(part, bank._store.device)
+            bank._put(start, stored, norms, None if ids is None else ids[start : start + len(part)], 0)
             bank._count += len(part)
         bank._order[:n] = tensors["order"]
         bank._added = about["seen"]
         return bank
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Norms ``[n]`` in float64 on the host; the squares are summed in float64 there, and in float32 on other devices."""
+    dtype = torch.float64 if rows.device.type == "cpu" else torch.float32
+    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).cpu().double()

@@ -1,27 +1,57 @@
 """Memory: the base class of all memories, and the checks of their entries."""
 
+import functools
 import os
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.kernels.distances import as_float
+from kspec_guidance.utils.devices import normal_tensors
 
 if TYPE_CHECKING:
     from kspec_guidance.memory.selection import PromptWeights, Selection
 
 __all__ = ["Memory"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+_lock = threading.RLock()  # one for all memories: two can be merged, and each can be copied and pickled
 
-def _check_rows(x: Tensor, name: str) -> Tensor:
+
+def exclusive(method: Callable[P, R]) -> Callable[P, R]:
+    """Make a method of a memory run in one thread at a time, with tensors that are usable in and out of inference mode."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _lock, normal_tensors():
+            return method(*args, **kwargs)
+
+    return wrapped
+
+
+def _rows_of(x: Tensor, name: str) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] == 0:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a tensor [n, ...] with n of at least 1, got {got}")
-    if not torch.isfinite(x).all():
+    if x.is_meta:
+        raise ValueError(f"{name} are on the device 'meta' and have no values; nothing was added")
+    return (x if x.is_floating_point() else x.float()).detach().flatten(1)
+
+
+def check_finite(rows: Tensor, name: str) -> Tensor:
+    """``rows``, which are on the host, checked to be finite.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if not torch.isfinite(rows).all():
         raise ValueError(f"{name} contain NaN or infinite values; nothing was added")
-    return as_float(x.detach()).flatten(1)
+    return rows
 
 
 class Memory:
@@ -100,10 +130,6 @@ class Memory:
         """
         raise TypeError(f"feature_map= needs a RandomFeatureMemory, got {type(self).__name__}")
 
-    def prompts_at(self, indices: Tensor) -> Tensor | None:
-        """Prompt features ``[k, p]`` of the rows at ``indices``; None if there are none."""
-        return None
-
     def bind(self, shape: tuple[int, ...], space: str, prompt_encoder: str | None) -> None:
         """Bind the memory to a pipeline, and set attributes that are still unknown.
 
@@ -125,12 +151,15 @@ class Memory:
         self.prompt_encoder = prompt_encoder if prompt_encoder is not None else self.prompt_encoder
 
     def _check(self, x: Tensor, prompt_features: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-        """Rows ``[n, d]``, unit prompt features ``[n, p]`` and the shape of one sample."""
-        rows, shape = _check_rows(x, "samples"), tuple(x.shape[1:])
+        """Rows ``[n, d]`` where they are, finite unit prompt features ``[n, p]`` on the host, and the shape of one sample.
+
+        The rows' values are not read, so that each memory copies them from the device once.
+        """
+        rows, shape = _rows_of(x, "samples"), tuple(x.shape[1:])
         if self.shape is not None and self.shape != shape:
             raise ValueError(f"memory holds features of shape {self.shape}, got {shape}; use a separate memory")
         if prompt_features is not None:
-            prompt_features = l2_normalize(_check_rows(prompt_features, "prompt features"))
+            prompt_features = _rows_of(prompt_features, "prompt features")
             if len(prompt_features) != len(rows):
                 raise ValueError(f"{len(rows)} samples but {len(prompt_features)} prompt features; pass one row per sample")
         if len(self):
@@ -139,6 +168,8 @@ class Memory:
                 holds = "no prompts" if self.prompt_dim is None else f"prompt features of width {self.prompt_dim}"
                 got = "no prompts" if width is None else f"width {width}"
                 raise ValueError(f"memory holds {holds}, got {got}; use a separate memory, or clear() this one")
+        if prompt_features is not None:
+            prompt_features = l2_normalize(check_finite(as_float(prompt_features.cpu()), "prompt features"))
         return rows, prompt_features, shape
 
     def _description(self) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.kernels import l2_normalize
-from kspec_guidance.memory.base import Memory
+from kspec_guidance.kernels.distances import as_float
+from kspec_guidance.memory.base import Memory, check_finite, exclusive
 from kspec_guidance.memory.io import MemoryFileError, read_tensors, write_tensors
 from kspec_guidance.memory.selection import PromptWeights, Selection, prune
 from kspec_guidance.memory.store import RowStore
@@ -51,14 +52,17 @@ class CentroidMemory(Memory):
         self.capacity, self.spread, self.prompt_spread, self.normalize = capacity, spread, prompt_spread, normalize
         self.clear()
 
+    @exclusive
     def clear(self) -> None:
         """Remove all entries."""
         self._store: RowStore | None = None
         self._prompts: Tensor | None = None
-        self._weights, self._squares = torch.zeros(self.capacity), torch.zeros(self.capacity)
-        self._norms = torch.zeros(self.capacity)  # squared norms of the means
-        self._cost = torch.full((self.capacity, self.capacity), float("inf"))
-        self._best, self._mate = torch.full((self.capacity,), float("inf")), torch.zeros(self.capacity, dtype=torch.int64)
+        size, infinity, host = self.capacity, float("inf"), torch.device("cpu")
+        self._weights, self._squares = torch.zeros(size, device=host), torch.zeros(size, device=host)
+        self._norms = torch.zeros(size, device=host)  # squared norms of the means
+        self._cost = torch.full((size, size), infinity, device=host)
+        self._best = torch.full((size,), infinity, device=host)
+        self._mate = torch.zeros(size, dtype=torch.int64, device=host)
         self._used = self._added = 0
         self.shape = self.prompt_dim = None
 
@@ -77,7 +81,7 @@ class CentroidMemory(Memory):
     @property
     def x(self) -> Tensor:
         """The means ``[c, d]``."""
-        return torch.empty(0, 0) if self._store is None else self._store.chunks[0][: self._used]
+        return torch.empty(0, 0, device="cpu") if self._store is None else self._store.chunks[0][: self._used]
 
     @property
     def prompts(self) -> Tensor | None:
@@ -94,6 +98,7 @@ class CentroidMemory(Memory):
         """Bytes of the means, including reserved space."""
         return 0 if self._store is None else self._store.nbytes
 
+    @exclusive
     def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:
         """Add samples ``[n, ...]`` with prompt features ``[n, p]``.
 
@@ -101,12 +106,13 @@ class CentroidMemory(Memory):
             ValueError: for samples or prompts that do not match the memory, which is then unchanged.
         """
         rows, prompt, shape = self._check(x, prompt_features)
+        rows = check_finite(as_float(rows.cpu()).float(), "samples")
         rows = l2_normalize(rows) if self.normalize else rows
+        prompt = None if prompt is None else prompt.float()
         self._ready(rows.shape[1], None if prompt is None else prompt.shape[1])
         self.shape, self.prompt_dim = shape, None if prompt is None else prompt.shape[1]
         for i in range(len(rows)):
-            row = rows[i].float().cpu()
-            self._insert(row, None if prompt is None else prompt[i].float().cpu(), float(row.square().sum()), 1.0)
+            self._insert(rows[i], None if prompt is None else prompt[i], float(rows[i].square().sum()), 1.0)
         self._added += len(rows)
 
     def _costs(self, row: Tensor, prompt: Tensor | None, weight: float) -> Tensor:
@@ -173,10 +179,7 @@ class CentroidMemory(Memory):
                 return a, b
             self._best[a], self._mate[a] = self._cost[a].min(0)
 
-    def prompts_at(self, indices: Tensor) -> Tensor | None:
-        """Mean prompt features ``[k, p]`` of the means at ``indices``; None if there are no prompts."""
-        return None if self._prompts is None else self._prompts[indices]
-
+    @exclusive
     def select(
         self,
         prompt_features: Tensor | None = None,
@@ -194,20 +197,22 @@ class CentroidMemory(Memory):
                 f"this memory has normalize={self.normalize}, the objective has normalize={normalize}; use "
                 f"CentroidMemory(normalize={normalize})"
             )
-        c, norms = self._used, torch.ones(self._used)
+        c, norms = self._used, torch.ones(self._used, device="cpu")
         if prompt_features is None or prompt_weights is None or self._prompts is None:
             return Selection(self._store, None, self.weights[None], norms, False, self._squares[:c])
-        weights = prompt_weights(prompt_features, self._prompts[:c].to(prompt_features))
-        keep = prune(weights, self.weights, tolerance)
-        indices = keep.nonzero().squeeze(1)
-        weights = (weights * self.weights.to(weights))[:, keep.to(weights.device)]
-        return Selection(self._store, indices, weights, norms[indices], False, self._squares[:c][indices])
+        t = as_float(prompt_features.detach().cpu())
+        weights = prompt_weights(t, self._prompts[:c].to(t))
+        indices = prune(weights, self.weights, tolerance).nonzero().squeeze(1)
+        weights = (weights * self.weights.to(weights))[:, indices].to(prompt_features.device)
+        squares = self._squares[:c][indices]
+        return Selection(self._store, indices, weights, norms[indices], False, squares, (self._prompts, indices))
 
     def newest(self, max_rows: int) -> tuple[Tensor, Tensor | None]:
         """The means ``[k, d]`` of largest weight and their prompts; this memory does not record the order of samples."""
         order = self.weights.argsort(descending=True)[:max_rows]
         return self.x[order], None if self._prompts is None else self._prompts[order]
 
+    @exclusive
     def merge(self, other: "CentroidMemory") -> "CentroidMemory":
         """Add another memory's means, with their weights.
 
@@ -227,9 +232,12 @@ class CentroidMemory(Memory):
         self._adopt(other)
         return self
 
+    @exclusive
     def absorb(self, x: Tensor, prompts: Tensor | None, squares: Tensor, weights: Tensor) -> None:
         """Add means ``[k, d]`` with the mean squared norms ``[k]`` and the numbers ``[k]`` of their samples."""
         self._ready(x.shape[1], None if prompts is None else prompts.shape[1])
+        x, squares, weights = x.float().cpu(), squares.float().cpu(), weights.float().cpu()
+        prompts = None if prompts is None else prompts.float().cpu()
         for i in range(len(x)):
             self._insert(x[i], None if prompts is None else prompts[i], float(squares[i]), float(weights[i]))
         self._added += round(float(weights.sum()))
@@ -240,8 +248,9 @@ class CentroidMemory(Memory):
             self._store.reserve(self.capacity)
             self._store.chunks[0].zero_()
         if prompt_width is not None and self._prompts is None:
-            self._prompts = torch.zeros(self.capacity, prompt_width)
+            self._prompts = torch.zeros(self.capacity, prompt_width, device="cpu")
 
+    @exclusive
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with a checksum."""
         tensors = {}
@@ -254,6 +263,7 @@ class CentroidMemory(Memory):
         write_tensors(path, "centroids", tensors, {**self._description(), **settings, "seen": self._added})
 
     @classmethod
+    @exclusive
     def load(cls, path: str | os.PathLike) -> "CentroidMemory":
         """Load a memory that :meth:`save` wrote.
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.kernels.distances import as_float
-from kspec_guidance.memory.base import Memory
+from kspec_guidance.memory.base import Memory, check_finite, exclusive
 from kspec_guidance.memory.io import MemoryFileError, read_tensors, write_tensors
+from kspec_guidance.utils.devices import transfer
 
 __all__ = ["RandomFeatureMemory"]
 
@@ -20,7 +21,8 @@ class RandomFeatureMemory(Memory):
     """``sum_i phi(m_i) psi(s_i)'``: determines kernel sums over all samples, in constant size.
 
     ``D x D_t`` numbers (``D`` without prompts), for any number of entries. The sums are stored in fixed point, as integers,
-    so merging is exact and independent of order; they can hold 8 million entries without overflow.
+    so merging is exact and independent of order; they can hold 8 million entries without overflow. They are computed on
+    the host in float64; a guided run copies the ``[n, D]`` sums of its prompts to the device of its samples.
 
     Args:
         feature_map: the map ``phi`` of the samples (flattened, scaled to norm 1 if ``normalize``).
@@ -46,12 +48,13 @@ class RandomFeatureMemory(Memory):
         self.feature_map, self.prompt_feature_map, self.normalize = feature_map, prompt_feature_map, normalize
         self.clear()
 
+    @exclusive
     def clear(self) -> None:
         """Remove all entries."""
         size = [self.feature_map.num_features]
         if self.prompt_feature_map is not None:
             size.append(self.prompt_feature_map.num_features)
-        self.total = torch.zeros(size, dtype=torch.int64)
+        self.total = torch.zeros(size, dtype=torch.int64, device="cpu")
         self._scaled: tuple[Tensor, Tensor] | None = None  # cache: the sums, and their values in floating point
         self._count = 0
         self.shape = self.prompt_dim = None
@@ -68,6 +71,7 @@ class RandomFeatureMemory(Memory):
     def __repr__(self) -> str:
         return f"RandomFeatureMemory({len(self)} entries in {self.total.numel()} numbers, shape={self.shape})"
 
+    @exclusive
     def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:
         """Add samples ``[n, ...]`` with prompt features ``[n, p]``.
 
@@ -77,39 +81,42 @@ class RandomFeatureMemory(Memory):
         rows, prompt_features, shape = self._check(x, prompt_features)
         if self.prompt_feature_map is not None and prompt_features is None:
             raise ValueError("this memory weights samples by their prompts; pass prompt_features with the samples")
-        total = torch.zeros_like(self.total)
+        rows, total = check_finite(as_float(rows.cpu()), "samples"), torch.zeros_like(self.total)
         for i in range(len(rows)):  # one by one: the rounding of a product depends on its number of rows
             row = rows[i : i + 1].double()
             part = self.feature_map(l2_normalize(row) if self.normalize else row)[0]
             if self.prompt_feature_map is not None and prompt_features is not None:
                 part = part[:, None] * self.prompt_feature_map(prompt_features[i : i + 1].double())
-            total += (part * SCALE).round().to(torch.int64).cpu()
+            total += (part * SCALE).round().to(torch.int64)
         self.add_total(total, len(rows))
         self.shape, self.prompt_dim = shape, None if prompt_features is None else prompt_features.shape[1]
 
+    @exclusive
     def add_total(self, total: Tensor, count: int) -> None:
         """Add the ``total`` of a memory of ``count`` samples with the same feature maps."""
-        self.total = self.total + total
+        self.total = self.total + total.cpu()
         self._count += count
 
+    @exclusive
     def coefficients(self, prompt_features: Tensor | None, like: Tensor) -> Tensor:
         """``sum_i k_T(t, s_i) phi(m_i)`` ``[n or 1, D]`` for prompt features ``[n, p]``, in the dtype of ``like``."""
-        if self._scaled is None or self._scaled[0] is not self.total or self._scaled[1].device != like.device:
-            self._scaled = self.total, (self.total.double() / SCALE).to(like.device)
+        if self._scaled is None or self._scaled[0] is not self.total:
+            self._scaled = self.total, self.total.double() / SCALE
         total = self._scaled[1]
         if self.prompt_feature_map is None:
-            return total[None].to(like)
+            return transfer(total[None], like)
         if prompt_features is None:
             raise ValueError(
                 "this memory weights samples by their prompts; pass prompt_features, or set prompt_feature_map=None"
             )
-        psi = self.prompt_feature_map(l2_normalize(as_float(prompt_features))).double()
-        return (psi @ total.mT).to(like)
+        psi = self.prompt_feature_map(l2_normalize(as_float(prompt_features.detach().cpu()))).double()
+        return transfer(psi @ total.mT, like)
 
     def _key(self) -> list:
         maps = [m for m in (self.feature_map, self.prompt_feature_map) if m is not None]
         return [self.normalize, *[[repr(m.kernel), m.input_dim, m.num_features, m.orthogonal, m.seed] for m in maps]]
 
+    @exclusive
     def merge(self, other: "RandomFeatureMemory") -> "RandomFeatureMemory":
         """Add another memory's entries, exactly.
 
@@ -124,11 +131,13 @@ class RandomFeatureMemory(Memory):
         self._adopt(other)
         return self
 
+    @exclusive
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with a checksum."""
         about = {**self._description(), "count": len(self), "key": self._key()}
         write_tensors(path, "random features", {"total": self.total}, about)
 
+    @exclusive
     def restore(self, path: str | os.PathLike) -> "RandomFeatureMemory":
         """Replace the entries by those of a file that was saved with the same feature maps.
 

@@ -1,8 +1,8 @@
 """Selection: the rows of a memory that are relevant for given prompts, and kernel sums over them."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +10,14 @@ from torch import Tensor
 from kspec_guidance.kernels import GaussianKernel, Kernel, RationalQuadraticKernel
 from kspec_guidance.kernels.distances import as_float, evenly_spaced, far_centre
 from kspec_guidance.memory.store import RowStore
+from kspec_guidance.utils.devices import free_bytes, normal_tensors, transfer
 
 __all__ = ["PromptWeights", "Selection", "prune"]
 
 BLOCK_BYTES = 4 << 20  # rows read at once on a CPU: they are used twice, the second time from its cache
 BLOCK_BYTES_GPU = 64 << 20
 GATHER_SHARE, GATHER_BYTES = 0.05, 512 << 20  # maximum share of a store, and bytes, that a selection may copy
+DEVICE_SHARE = 0.25  # maximum share of another device's free memory that a copy may take; GATHER_BYTES if unknown
 MIN_RUN = 16  # minimum mean length of contiguous runs that are read in place
 CENTRE_ROWS = 32  # rows sampled to detect whether all are far from the origin
 BANDWIDTH_ROWS = 128  # rows sampled for an open bandwidth: their median is within about 2% of that of all rows
@@ -35,25 +37,25 @@ class PromptWeights:
 
 
 def prune(weights: Tensor, counts: Tensor, tolerance: float) -> Tensor:
-    """Mask ``[P]`` of the prompts to keep, from weights ``[n, P]`` and numbers of rows ``[P]``.
+    """Mask ``[P]`` of the prompts to keep, from weights ``[n, P]`` and numbers of rows ``[P]``, all on the host.
 
     For each of the n samples, the dropped rows have at most the share ``tolerance`` of the total weight, or of 1 if the
     total is smaller. A gradient is a sum over rows, so it changes by at most this weight times the steepest slope of one
     row: ``sqrt(2 / e) / b`` for ``k^2`` of a Gaussian with bandwidth b.
     """
-    totals = weights.double() * counts.to(weights.device)
+    totals = weights.double() * counts
     allowed = tolerance * totals.sum(1).min().clamp_min(1.0)
     largest, order = totals.amax(0).sort()
-    keep = torch.ones(len(largest), dtype=torch.bool, device=largest.device)
+    keep = torch.ones(len(largest), dtype=torch.bool, device="cpu")
     keep[order[largest.cumsum(0) <= allowed]] = False
-    return keep.cpu()
+    return keep
 
 
 def _run_lengths(store: RowStore, indices: Tensor) -> list[int] | None:
     """Lengths of the runs of contiguous rows; None if they are too short to be read in place."""
     if len(indices) < MIN_RUN:
         return None
-    ends = torch.cat([(indices.diff() != 1).nonzero().squeeze(1) + 1, torch.tensor([len(indices)])])
+    ends = torch.cat([(indices.diff() != 1).nonzero().squeeze(1) + 1, torch.tensor([len(indices)], device="cpu")])
     if len(indices) / len(ends) < MIN_RUN:
         return None
     lengths, start = [], 0
@@ -70,6 +72,19 @@ def _even_parts(n: int, size: int) -> list[int]:
     return [n // parts + (k < n % parts) for k in range(parts)]
 
 
+def _take(blocks: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """The rows at ``indices``, on their device, of blocks ``[k, d]``, without a read of the indices by the host."""
+    if len(blocks) == 1:
+        return blocks[0][indices]
+    found, start = blocks[0].new_zeros(len(indices), blocks[0].shape[1]), 0
+    for block in blocks:
+        local = indices - start
+        inside = (local >= 0) & (local < len(block))
+        found = torch.where(inside[:, None], block[local.clamp(0, len(block) - 1)], found)
+        start += len(block)
+    return found
+
+
 class Selection:
     """Rows of a store, their weights for each sample of a batch, and their norms.
 
@@ -80,6 +95,7 @@ class Selection:
         norms: norms of the stored rows ``[m]``, on the CPU.
         normalize: whether rows are scaled to norm 1.
         squares: mean squared norms ``[m]`` of the samples behind each row, for rows that are means; else None.
+        prompts: prompt features ``[P, p]`` and the index ``[m]`` of each row's among them, on the CPU; None without any.
     """
 
     def __init__(
@@ -90,14 +106,15 @@ class Selection:
         norms: Tensor,
         normalize: bool,
         squares: Tensor | None = None,
+        prompts: tuple[Tensor, Tensor] | None = None,
     ):
         self.store, self.indices, self.weights, self.normalize = store, indices, weights, normalize
         self.means = squares is not None
         self._runs = None if store is None or indices is None else _run_lengths(store, indices)
-        self._centre: tuple[Tensor | None] | None = None
+        self._prompts = prompts
+        self._copies: dict[object, Tensor] = {}
         self._plans: dict[object, tuple[list[int], Sequence[Tensor] | None]] = {}
-        self._samples: dict[object, tuple[Tensor, int]] = {}
-        self._vectors: dict[object, tuple[Tensor | None, Tensor, Tensor | None]] = {}
+        self._cached: dict[object, Any] = {}
         nonzero = norms > 0
         self.scale = torch.where(nonzero, 1 / torch.where(nonzero, norms, 1), 1) if normalize else None
         self.squares = squares if squares is not None else nonzero.to(norms) if normalize else norms.square()
@@ -105,52 +122,94 @@ class Selection:
     def __len__(self) -> int:
         return len(self.squares)
 
-    def of(self, samples: Tensor) -> "Selection":
-        """The same rows, for a part of the samples (a mask or indices ``[n]``)."""
-        part = copy.copy(self)
-        part._vectors = {}
-        if self.weights is not None and len(self.weights) > 1:  # a single row of weights is for all samples
-            part.weights = self.weights[samples]
-        return part
-
     def effective_count(self, n: int) -> Tensor:
         """Sum of the weights for each of ``n`` samples ``[n]``."""
         if self.weights is None:
-            return torch.full((n,), float(len(self)))
+            return torch.full((n,), float(len(self)), device="cpu")
         return self.weights.sum(1).expand(n)
 
     # -- reading rows ------------------------------------------------------------------------------------------------
 
     def vectors(self, like: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Scales ``[m]``, squared norms ``[m]`` and weights ``[n or 1, m]`` in the dtype and on the device of ``like``."""
-        key = like.dtype, like.device
-        found = self._vectors.get(key)
+        key = "vectors", like.dtype, like.device
+        found = self._cached.get(key)
         if found is None:
-            scale = None if self.scale is None else self.scale.to(like)
-            weights = None if self.weights is None else self.weights.to(like)
-            found = self._vectors[key] = scale, self.squares.to(like), weights
+            with normal_tensors():
+                scale = None if self.scale is None else transfer(self.scale, like)
+                weights = None if self.weights is None else transfer(self.weights, like)
+                found = self._cached[key] = scale, transfer(self.squares, like), weights
         return found
 
     def rows(self, like: Tensor, indices: Tensor | None = None) -> Tensor:
         """A copy ``[k, d]`` of all rows, or of those at sorted ``indices`` of the selection, scaled for comparison."""
         if self.store is None or not len(self):
             return like.new_empty(0, like.shape[-1])
-        chosen = torch.arange(len(self)) if indices is None else indices
-        stored = chosen if self.indices is None else self.indices[chosen]
-        rows = self.store.gather(stored).to(as_float(like))
-        return rows if self.scale is None else rows * self.scale[chosen, None].to(rows)
+        like = as_float(like)
+        rows = self._rows_at(like, torch.arange(len(self), device="cpu") if indices is None else indices)
+        scale = self.vectors(like)[0]
+        if scale is None:
+            return rows
+        return rows * (scale if indices is None else scale[indices.to(scale.device)])[:, None]
 
-    def _gathered(self, like: Tensor) -> Tensor | None:
-        """The rows ``[m, d]`` as one copy, not scaled, in the dtype and on the device of ``like``; None if too many.
+    def prompts(self, like: Tensor, indices: Tensor) -> Tensor | None:
+        """Prompt features ``[k, p]`` of the rows at ``indices``, in the dtype and on the device of ``like``, or None."""
+        if self._prompts is None:
+            return None
+        key = "prompts", like.dtype, like.device
+        found = self._cached.get(key)
+        if found is None:
+            features, ids = self._prompts
+            with normal_tensors():
+                used, ids = ids.unique(return_inverse=True)
+                found = self._cached[key] = transfer(features[used], like), ids.to(like.device)
+        return found[0][found[1][indices.to(like.device)]]
 
-        A selection of at most 5% of the store and 512 MB is copied once per run.
+    def _rows_at(self, like: Tensor, indices: Tensor) -> Tensor:
+        """The rows ``[k, d]`` at sorted ``indices``, not scaled, in the dtype and on the device of ``like``.
+
+        Indices on another device than the CPU are not read, if the rows are there.
         """
+        assert self.store is not None
+        if self._is_copied(like):
+            return self._copy(like)[indices.to(like.device)]
+        blocks = None if indices.device.type == "cpu" else self._plan(like)[1]
+        if blocks is not None:
+            return _take(blocks, indices)
+        indices = indices.cpu()
+        return transfer(self.store.gather(indices if self.indices is None else self.indices[indices]), like)
+
+    def _is_copied(self, like: Tensor) -> bool:
+        """Whether the rows are copied once: rows of another device than that of ``like``, and few scattered rows."""
+        key = "copied", like.dtype, like.device
+        found = self._cached.get(key)
+        if found is None:
+            found = self._cached[key] = self._decide_copy(like)
+        return found
+
+    def _decide_copy(self, like: Tensor) -> bool:
         store = self.store
-        if store is None or self.indices is None or self._runs is not None:
-            return None
-        if len(self) * store.width * like.element_size() > min(GATHER_BYTES, GATHER_SHARE * store.nbytes):
-            return None
-        return store.gather(self.indices).to(like)
+        if store is None or not len(self):
+            return False
+        size = len(self) * store.width * like.element_size()
+        if store.device != like.device:
+            free = free_bytes(like.device)
+            return size <= (GATHER_BYTES if free is None else DEVICE_SHARE * free)
+        return self.indices is not None and self._runs is None and size <= min(GATHER_BYTES, GATHER_SHARE * store.nbytes)
+
+    def _copy(self, like: Tensor) -> Tensor:
+        """The rows ``[m, d]`` as one copy, not scaled, in the dtype and on the device of ``like``; made once."""
+        key, store = (like.dtype, like.device), self.store
+        found = self._copies.get(key)
+        if found is None:
+            assert store is not None
+            with normal_tensors():
+                if self.indices is None:
+                    found = torch.cat([transfer(view, like) for view in store.view(0, len(self))])
+                else:
+                    found = transfer(store.gather(self.indices), like)
+            self._copies[key] = found
+        return found
 
     def _block_rows(self, like: Tensor) -> int:
         """Number of rows in a block."""
@@ -179,49 +238,55 @@ class Selection:
         return found
 
     def _make_plan(self, like: Tensor) -> tuple[list[int], Sequence[Tensor] | None]:
-        store = self.store
+        store, block = self.store, self._block_rows(like) if self.store is not None else 0
         if store is None or not len(self):
             return [], []
-        if self.indices is None:
-            views = store.view(0, len(self))
-            sizes = [size for view in views for size in _even_parts(len(view), self._block_rows(like))]
-            if store.dtype != like.dtype or store.device != like.device:
-                return sizes, None
-            return sizes, [b for view in views for b in view.split(_even_parts(len(view), self._block_rows(like)))]
-        sizes = [size for run in self._runs or [len(self)] for size in _even_parts(run, self._block_rows(like))]
-        gathered = self._gathered(like)
-        return sizes, None if gathered is None else gathered.split(sizes)
+        if self._is_copied(like):
+            sizes = _even_parts(len(self), block)
+            return sizes, self._copy(like).split(sizes)
+        if self.indices is not None:
+            return [size for run in self._runs or [len(self)] for size in _even_parts(run, block)], None
+        views = store.view(0, len(self))
+        sizes = [size for view in views for size in _even_parts(len(view), block)]
+        if store.dtype != like.dtype or store.device != like.device:
+            return sizes, None
+        return sizes, [part for view in views for part in view.split(_even_parts(len(view), block))]
 
     def _copied_blocks(self, like: Tensor, sizes: list[int]) -> Iterator[Tensor]:
-        """Blocks that are gathered or converted one by one."""
+        """Blocks that are gathered, moved or converted one by one."""
         store = self.store
         assert store is not None
-        indices = torch.arange(len(self)) if self.indices is None else self.indices
+        indices = torch.arange(len(self), device="cpu") if self.indices is None else self.indices
         buffer = store.buffer("block", max(sizes), store.dtype, store.device)
-        same = store.dtype == like.dtype and store.device == like.device
-        converted = buffer if same else store.buffer("converted", max(sizes), like.dtype, like.device)
         for part in indices.split(sizes):
             rows = store.gather(part, buffer)
-            yield rows if same else converted[: len(rows)].copy_(rows)
+            if store.device != like.device:
+                rows = transfer(rows, like)
+            elif store.dtype != like.dtype:
+                rows = store.buffer("converted", max(sizes), like.dtype, like.device)[: len(rows)].copy_(rows)
+            yield rows
 
     def _strided(self, like: Tensor, max_rows: int) -> tuple[Tensor, int]:
         """About ``max_rows`` evenly spaced rows, not scaled, and their stride; copied at most once."""
-        key = like.dtype, like.device, max_rows
-        found = self._samples.get(key)
+        key = "strided", like.dtype, like.device, max_rows
+        found = self._cached.get(key)
         if found is None:
             stride = max(1, round(len(self) / max_rows))
-            chosen = torch.arange(0, len(self), stride)
-            assert self.store is not None
-            rows = self.store.gather(chosen if self.indices is None else self.indices[chosen])
-            found = self._samples[key] = rows.to(like), stride
+            with normal_tensors():
+                rows = self._rows_at(like, torch.arange(0, len(self), stride, device="cpu"))
+            found = self._cached[key] = rows, stride
         return found
 
     def centre(self, like: Tensor) -> Tensor | None:
-        """Centre of the rows as they are compared, if they are so far from the origin that precision is lost; else None."""
-        if self._centre is None or (self._centre[0] is not None and self._centre[0].device != like.device):
-            self._centre = (far_centre(self.rows(like, evenly_spaced(len(self), CENTRE_ROWS))),)
-        found = self._centre[0]
-        return None if found is None else found.to(like)
+        """Centre of the rows as they are compared, if they are so far from the origin that precision is lost; else None.
+
+        It is decided once.
+        """
+        key = "centre", like.dtype, like.device
+        if key not in self._cached:
+            with normal_tensors():
+                self._cached[key] = far_centre(self.rows(like, evenly_spaced(len(self), CENTRE_ROWS)))
+        return self._cached[key]
 
     # -- sums over the rows ------------------------------------------------------------------------------------------
 
@@ -241,13 +306,15 @@ class Selection:
 
     @torch.no_grad()
     def nearest(self, x: Tensor, max_rows: int) -> Tensor:
-        """Sorted indices of the ``max_rows`` rows (or fewer) nearest to any row of ``x``, with a penalty for other prompts.
+        """Sorted indices of the ``max_rows`` rows (or fewer) nearest to any row of ``x``, on its device.
+
+        Rows of other prompts have a penalty.
 
         A weight ``w`` adds ``-log w`` times the mean squared distance, like a factor ``w`` of a Gaussian kernel in its
         exponent.
         """
         if len(self) <= max_rows:
-            return torch.arange(len(self))
+            return torch.arange(len(self), device=x.device)
         scale, squares, weights = self.vectors(x)
         p = torch.cat([x @ rows.mT for rows in self.blocks(x)], 1)
         if scale is not None:
@@ -255,7 +322,7 @@ class Selection:
         d2 = x.square().sum(-1, keepdim=True) + squares - 2 * p
         if weights is not None:
             d2 = d2 - weights.clamp_min(1e-12).log() * d2.mean()
-        return d2.amin(0).topk(max_rows, largest=False).indices.sort().values.cpu()
+        return d2.amin(0).topk(max_rows, largest=False).indices.sort().values
 
     @torch.no_grad()
     def largest_cosine(self, x: Tensor) -> Tensor:
@@ -270,7 +337,7 @@ class Selection:
         """``k(x_i, m_j)`` ``[n, m]``, differentiable in ``x``."""
         rows = self.rows(x)
         xx = x.square().sum(-1, keepdim=True)
-        yy = self.squares.to(x) if self.means else rows.square().sum(-1)
+        yy = self.vectors(x)[1] if self.means else rows.square().sum(-1)
         found = kernel.of_products(x @ rows.mT, xx, yy)
         return kernel(x, rows) if found is None else found[0]
 

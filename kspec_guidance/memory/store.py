@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kspec_guidance.utils.devices import normal_tensors, resolve_device
+
 __all__ = ["RowStore"]
 
 CHUNK_BYTES = 32 << 20  # size up to which chunks grow, and so the reserved but unused space
@@ -43,7 +45,7 @@ class RowStore:
         device: torch.device | str = "cpu",
         folder: str | os.PathLike | None = None,
     ):
-        self.width, self.dtype, self.device = width, dtype, torch.device(device)
+        self.width, self.dtype, self.device = width, dtype, resolve_device(device)
         self.folder = None if folder is None else Path(folder)
         self.chunks: list[Tensor] = []
         self.starts: list[int] = []
@@ -58,7 +60,8 @@ class RowStore:
         key = threading.get_ident(), name
         buffer = self._buffers.get(key)
         if buffer is None or len(buffer) < n or buffer.dtype != dtype or buffer.device != device:
-            buffer = self._buffers[key] = torch.empty(n, self.width, dtype=dtype, device=device)
+            with normal_tensors():
+                buffer = self._buffers[key] = torch.empty(n, self.width, dtype=dtype, device=device)
         return buffer[:n]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,6 +82,13 @@ class RowStore:
         """Bytes reserved, used or not."""
         return self.capacity * self.row_bytes
 
+    def on(self, device: torch.device) -> "RowStore":
+        """A store of the same rows on another device."""
+        other = RowStore(self.width, self.dtype, device)
+        other.chunks = [chunk.to(device) for chunk in self.chunks]
+        other.starts, other.capacity = list(self.starts), self.capacity
+        return other
+
     def reserve(self, n: int, limit: int | None = None) -> None:
         """Allocate space for ``n`` rows. Chunks grow up to 32 MB; ``limit`` is the maximum number of rows."""
         missing = n - self.capacity
@@ -94,12 +104,14 @@ class RowStore:
 
     def _chunk(self, size: int) -> Tensor:
         if self.folder is None:
-            return torch.empty(size, self.width, dtype=self.dtype, device=self.device)
+            with normal_tensors():
+                return torch.empty(size, self.width, dtype=self.dtype, device=self.device)
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix="kspec-rows-", dir=self.folder)
         try:
             _allocate(handle, size * self.row_bytes)
-            flat = torch.from_file(name, shared=True, size=size * self.width, dtype=self.dtype)
+            with normal_tensors():
+                flat = torch.from_file(name, shared=True, size=size * self.width, dtype=self.dtype, device="cpu")
         finally:
             os.close(handle)
             os.unlink(name)
@@ -109,7 +121,7 @@ class RowStore:
         """Write rows at index ``start``."""
         done = 0
         for chunk, inside, stop in self._spans(start, start + len(rows)):
-            chunk[inside:stop] = rows[done : done + stop - inside].to(chunk)
+            chunk[inside:stop] = rows[done : done + stop - inside]
             done += stop - inside
 
     def view(self, start: int, stop: int) -> list[Tensor]:
@@ -137,7 +149,8 @@ class RowStore:
             local = (indices - offset).to(chunk.device)
             return torch.index_select(chunk, 0, local, **({} if out is None else {"out": out[: len(indices)]}))
         rows = out[: len(indices)] if out is not None else chunk.new_empty(len(indices), self.width)
-        edges = torch.searchsorted(indices, torch.tensor([*self.starts[number + 1 :], self.capacity])).tolist()
+        ends = torch.tensor([*self.starts[number + 1 :], self.capacity], device="cpu")
+        edges = torch.searchsorted(indices, ends).tolist()
         done = 0
         for k, edge in enumerate(edges):
             if edge > done:

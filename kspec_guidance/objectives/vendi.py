@@ -19,10 +19,9 @@ COINCIDENT = 1e-10  # squared distance below which two entries are treated as on
 
 @dataclass(frozen=True)
 class VendiPairs(Pairs):
-    """Pairs of a Vendi objective, with the prompt features ``[n, p]`` of the batch, and the memory."""
+    """Pairs of a Vendi objective, with the prompt features ``[n, p]`` of the batch."""
 
     prompts: Tensor | None = None
-    memory: Memory | None = None
 
 
 @dataclass(repr=False)
@@ -68,7 +67,7 @@ class Vendi(Objective):
         selection, count = self._select(t, memory, prompt_weights), inside.sum(1)
         if selection is not None:
             count = count + selection.effective_count(len(x)).to(count)
-        return VendiPairs(inside, selection, effective_count=count, prompts=t, memory=memory)
+        return VendiPairs(inside, selection, effective_count=count, prompts=t)
 
     def _matrix(self, x: Tensor, pairs: VendiPairs) -> tuple[Tensor, Kernel, Tensor | float]:
         """All rows ``[N, d]``, the fitted kernel and the prompt weights ``[N, N]``; memory rows are the nearest ones."""
@@ -76,10 +75,9 @@ class Vendi(Objective):
         if selection is not None and len(selection):
             nearest = selection.nearest(x, self.max_rows)
             rows = selection.rows(x, nearest)
-            if prompts is not None and pairs.memory is not None:
-                stored = nearest if selection.indices is None else selection.indices[nearest]
-                memory_prompts = pairs.memory.prompts_at(stored)
-                prompts = None if memory_prompts is None else torch.cat([prompts, memory_prompts.to(prompts)])
+            if prompts is not None:
+                memory_prompts = selection.prompts(prompts, nearest)
+                prompts = None if memory_prompts is None else torch.cat([prompts, memory_prompts])
         z = torch.cat([x, rows])
         weights: Tensor | float = 1.0
         if prompts is not None and self.prompt_kernel is not None:
