@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # a process per core, one thread each: several threads for one small tensor cost more than they gain
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo quick test lint space docs oldest support overhead step memory synthesis arena arena-small effect clean
+.PHONY: demo quick test gpu lint space docs oldest support overhead step memory synthesis arena arena-small effect clean
 .DEFAULT_GOAL := test
 
 # torch and torchvision first and pinned: they are built for each other, and open_clip_torch would take the newest of either
@@ -30,6 +30,11 @@ quick: lint
 
 test: lint
 	$(PYTEST) --durations=8
+
+# what needs a CUDA device: tests with true kernels, copies and offloading, and the table of docs/gpu.md (five minutes)
+gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 # the app of examples/space on port 7860, and the site in outputs/site
 space: $(VENV)/.installed
