@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
-from kspec_guidance.functional.inputs import check_pair_of_sets, check_samples
+from kspec_guidance.functional.inputs import KernelLike, check_pair_of_sets, check_samples
 from kspec_guidance.kernels import GaussianKernel, Kernel, median_bandwidth
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "convergence_curve",
     "jackknife",
     "jackknife_interval",
+    "kid_interval",
 ]
 
 Score = Callable[..., Tensor]
@@ -96,6 +97,45 @@ def jackknife(score: Score, *sets: Tensor, groups: int = 20, level: float = 0.95
     rests = [order[torch.arange(n) % groups != g] for g in range(groups)]
     left_out = torch.stack([score(*(s[rest] for s in sets)).detach().double() for rest in rests])
     return jackknife_interval(score(*sets).detach(), left_out, level)
+
+
+def kid_interval(
+    x: Tensor,
+    y: Tensor,
+    kernel: KernelLike | None = None,
+    subsets: int = 50,
+    subset_size: int = 500,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """KID with a confidence interval: :func:`~kspec_guidance.functional.kid`, and the error of its mean.
+
+    The variance over subsets of a share f of a set, times ``f / (1 - f)``, estimates that of the whole set (Shao, Wu 1989),
+    to which the error of averaging ``subsets`` of them is added. The interval is too wide for sets of equal distribution,
+    where the variance decreases as ``n^-2``.
+
+    Args:
+        x: features ``[n, d]``, n of at least 4.
+        y: features ``[m, d]``, m of at least 4.
+        kernel: cubic polynomial by default.
+        subsets: number of subsets, at least 2.
+        subset_size: samples of each set in a subset; at most half of the set.
+        level: of the interval.
+        seed: of the subsets.
+
+    Raises:
+        ValueError: as ``kid``, for fewer than two subsets, or a level outside (0, 1).
+    """
+    from scipy.stats import t
+
+    _check_level(level)
+    if subsets < 2:
+        raise ValueError(f"an interval needs at least 2 subsets, got {subsets}")
+    value, deviation = F.kid(x, y, kernel, subsets, subset_size, seed)
+    used = max(min(subset_size, len(z) // 2) / len(z) for z in (x, y))
+    se = float(deviation) * math.sqrt(used / (1 - used) + 1 / subsets)
+    half = float(t.ppf((1 + level) / 2, subsets - 1)) * se
+    return Interval(float(value), float(value) - half, float(value) + half, se, level)
 
 
 @dataclass(frozen=True)
@@ -198,7 +238,10 @@ def compare_paired(a: Sequence[float], b: Sequence[float], permutations: int = 1
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores as functions of ``x``: their mean and standard deviation at each value, by name of the score."""
+    """Scores as functions of ``x``: their mean and standard deviation at each value, by name of the score.
+
+    Subsets of more than half of a set overlap: their deviation is below that of new samples, and 0 for the whole set.
+    """
 
     axis: str
     x: list[float]

@@ -11,7 +11,7 @@ from kspec_guidance import metrics
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, CosineKernel, GaussianKernel, l2_normalize
 from kspec_guidance.kernels.distances import evenly_spaced
-from kspec_guidance.statistics import jackknife
+from kspec_guidance.statistics import jackknife, kid_interval
 
 __all__ = ["EXACT_ROWS", "ScoreRecord", "ScoreRecorder"]
 
@@ -149,10 +149,11 @@ class ScoreRecorder:
             f = F.fidelity_scores(x, y)
             for name in ("frechet_distance", "precision", "recall", "density", "coverage"):
                 self.add(name.replace("_", " ").capitalize(), getattr(f, name))
-        if smaller > 1:
-            mean, deviation = F.kid(x, y, subset_size=min(smaller, 500), subsets=50)
-            bounds = (float(mean - 2 * deviation), float(mean + 2 * deviation))
-            self.add("KID", float(mean), "PolynomialKernel()", bounds)
+        if smaller > 3:
+            found = kid_interval(x, y)
+            self.add("KID", found.value, "PolynomialKernel()", (found.low, found.high))
+        elif smaller > 1:
+            self.add("KID", float(F.mmd(x, y)), "PolynomialKernel()")
         a, b = (l2_normalize(z[evenly_spaced(len(z), EXACT_ROWS)]) for z in (x, y))
         self.add("KEN, novelty against the reference", float(F.ken_score(a, b)), "CosineKernel()")
         self.add("KEN, what the reference has more of", float(F.ken_score(b, a)), "CosineKernel()")

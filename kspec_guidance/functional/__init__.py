@@ -1,8 +1,11 @@
 """Every score as a pure function of tensors, differentiable in the samples.
 
 Samples are rows ``x`` ``[..., n, d]`` and their prompts rows ``prompt_features`` ``[..., n, p]``; leading dimensions are
-batches. Results are float64 ``[...]``: scores (effective numbers of modes), or nats where the name says entropy. Inputs in
-half precision are converted to float32; spectra are computed in float64.
+batches. Results are float64 ``[...]``: scores (effective numbers of modes), or nats where the name says entropy.
+
+Samples may be on any device and in any floating-point type. Everything is computed in float64 on the host, since not every
+device has float64, and results are there; gradients flow back to the samples. A ``feature_map`` is called with float32 (or
+float64) rows on the device of the samples.
 """
 
 from kspec_guidance.functional.conditional import (

@@ -3,9 +3,8 @@
 from torch import Tensor
 
 from kspec_guidance.features import tensor_product
-from kspec_guidance.functional.inputs import FeatureMap, check_paired, gram, map_rows, second_moment
+from kspec_guidance.functional.inputs import FeatureMap, KernelLike, check_paired, gram, map_rows, second_moment
 from kspec_guidance.functional.vendi import entropy_of
-from kspec_guidance.kernels import Kernel
 
 __all__ = ["conditional_entropy", "conditional_rke_score", "conditional_vendi_score", "information_vendi_score"]
 
@@ -13,7 +12,11 @@ FeatureMaps = tuple[FeatureMap, FeatureMap]
 
 
 def _joint(
-    x: Tensor, prompt_features: Tensor, kernel: Kernel | None, prompt_kernel: Kernel | None, maps: FeatureMaps | None
+    x: Tensor,
+    prompt_features: Tensor,
+    kernel: KernelLike | None,
+    prompt_kernel: KernelLike | None,
+    maps: FeatureMaps | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Matrices with the spectra of ``K / n``, of ``K_T / n``, and of their Hadamard product over ``n``."""
     x, prompt_features = check_paired(x, prompt_features)
@@ -32,8 +35,8 @@ def _joint(
 def conditional_entropy(
     x: Tensor,
     prompt_features: Tensor,
-    kernel: Kernel | None = None,
-    prompt_kernel: Kernel | None = None,
+    kernel: KernelLike | None = None,
+    prompt_kernel: KernelLike | None = None,
     order: float = 1.0,
     feature_map: FeatureMaps | None = None,
 ) -> Tensor:
@@ -45,8 +48,8 @@ def conditional_entropy(
 def conditional_vendi_score(
     x: Tensor,
     prompt_features: Tensor,
-    kernel: Kernel | None = None,
-    prompt_kernel: Kernel | None = None,
+    kernel: KernelLike | None = None,
+    prompt_kernel: KernelLike | None = None,
     order: float = 1.0,
     feature_map: FeatureMaps | None = None,
 ) -> Tensor:
@@ -76,8 +79,8 @@ def conditional_vendi_score(
 def information_vendi_score(
     x: Tensor,
     prompt_features: Tensor,
-    kernel: Kernel | None = None,
-    prompt_kernel: Kernel | None = None,
+    kernel: KernelLike | None = None,
+    prompt_kernel: KernelLike | None = None,
     order: float = 1.0,
     feature_map: FeatureMaps | None = None,
 ) -> Tensor:
@@ -92,8 +95,8 @@ def information_vendi_score(
 def conditional_rke_score(
     x: Tensor,
     prompt_features: Tensor,
-    kernel: Kernel | None = None,
-    prompt_kernel: Kernel | None = None,
+    kernel: KernelLike | None = None,
+    prompt_kernel: KernelLike | None = None,
     feature_map: FeatureMaps | None = None,
 ) -> Tensor:
     """Conditional RKE ``||K_T||_F^2 / ||K o K_T||_F^2``: Conditional-Vendi of order 2, without eigenvalues.

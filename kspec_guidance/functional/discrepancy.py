@@ -1,10 +1,20 @@
 """Maximum mean discrepancy (MMD), and KID."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from kspec_guidance.functional.inputs import FeatureMap, check_pair_of_sets, map_rows
-from kspec_guidance.kernels import Kernel, PolynomialKernel
+from kspec_guidance.functional.inputs import (
+    FeatureMap,
+    KernelLike,
+    as_kernel,
+    check_matrix,
+    check_pair_of_sets,
+    map_rows,
+    on_host,
+)
+from kspec_guidance.kernels import PolynomialKernel
 
 __all__ = ["kid", "mmd"]
 
@@ -12,7 +22,7 @@ __all__ = ["kid", "mmd"]
 def mmd(
     x: Tensor,
     y: Tensor,
-    kernel: Kernel | None = None,
+    kernel: KernelLike | None = None,
     unbiased: bool = True,
     feature_map: FeatureMap | None = None,
     squared: bool = True,
@@ -44,7 +54,8 @@ def mmd(
         sums = a.sum(-2), a.square().sum((-2, -1)), n, b.sum(-2), b.square().sum((-2, -1)), m
         mmd2 = from_sums(*sums, unbiased)
         return mmd2 if squared else mmd2.clamp_min(0).sqrt()
-    kernel = (kernel or PolynomialKernel()).fit(torch.cat([x, y], dim=-2).detach())
+    x, y = on_host(x), on_host(y)
+    kernel = as_kernel(kernel or PolynomialKernel()).fit(torch.cat([x, y], dim=-2).detach())
     kxx, kyy, kxy = kernel(x), kernel(y), kernel(x, y)
 
     def mean(k: Tensor, count: int) -> Tensor:
@@ -67,32 +78,43 @@ def from_sums(a: Tensor, aa: Tensor, n: int, b: Tensor, bb: Tensor, m: int, unbi
 
 
 def kid(
-    x: Tensor, y: Tensor, kernel: Kernel | None = None, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    x: Tensor, y: Tensor, kernel: KernelLike | None = None, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the unbiased MMD over random subsets: the block estimator (Binkowski et al. 2018).
+    """Mean and standard deviation of the unbiased MMD over random subsets (Binkowski et al. 2018, arXiv 1801.01401).
 
     With the cubic polynomial kernel, the default, this is the kernel inception distance of the given features.
 
+    Large subsets of one set overlap, and their spread is smaller than that of new samples: so a subset holds at most half
+    of a set. The standard deviation over such halves estimates the standard error of the MMD of the whole sets (the
+    delete-half jackknife: Shao, Wu 1989); over smaller subsets it is the spread of ``subset_size`` samples, as in
+    torch-fidelity and torchmetrics. If ``subset_size`` reaches the size of both sets, the mean is that of these packages,
+    the MMD of the whole sets. :func:`kspec_guidance.statistics.kid_interval` gives a confidence interval.
+
     Args:
-        x: features ``[n, d]``.
-        y: features ``[m, d]``.
+        x: features ``[n, d]``, n of at least 4.
+        y: features ``[m, d]``, m of at least 4.
         kernel: cubic polynomial by default.
-        subsets: number of subsets.
-        subset_size: samples of each set in a subset; at most the size of the smaller set. Drawn without replacement.
+        subsets: number of subsets; the standard deviation of one is NaN.
+        subset_size: samples of each set in a subset, at least 2, drawn without replacement; at most half of the set.
         seed: seed of the generator that draws the subsets.
 
     Raises:
-        ValueError: for fewer than two samples in a set, or fewer than one subset.
+        ValueError: for fewer than 4 samples in a set, fewer than one subset, or a subset of fewer than 2.
     """
     if subsets < 1:
         raise ValueError(f"subsets must be at least 1, got {subsets}")
-    x, y = check_pair_of_sets(x, y, "y")
-    size = min(subset_size, x.shape[-2], y.shape[-2])
-    kernel = (kernel or PolynomialKernel()).fit(torch.cat([x, y], dim=-2).detach())
+    if subset_size < 2:
+        raise ValueError(f"subset_size must be at least 2, since the MMD is unbiased; got {subset_size}")
+    x, y = (on_host(z) for z in check_pair_of_sets(check_matrix(x), check_matrix(y, "y"), "y"))
+    if min(len(x), len(y)) < 4:
+        raise ValueError(f"subsets need at least 4 samples in each set, got {len(x)} and {len(y)}; use mmd")
+    kernel = as_kernel(kernel or PolynomialKernel()).fit(torch.cat([x, y]).detach())
     g = torch.Generator().manual_seed(seed)
     draws = []
     for _ in range(subsets):
-        i, j = (torch.randperm(z.shape[-2], generator=g)[:size].to(z.device) for z in (x, y))
+        i, j = (torch.randperm(len(z), generator=g)[: min(subset_size, len(z) // 2)] for z in (x, y))
         draws.append(mmd(x[i], y[j], kernel))
     values = torch.stack(draws)
-    return values.mean(), values.std(correction=0)
+    whole = subset_size >= max(len(x), len(y))
+    spread = values.std() if subsets > 1 else values.new_tensor(math.nan)
+    return mmd(x, y, kernel) if whole else values.mean(), spread

@@ -8,28 +8,105 @@ from torch import Tensor
 from kspec_guidance.kernels import CosineKernel, Kernel
 from kspec_guidance.kernels.distances import as_float
 
-__all__ = ["FeatureMap", "check_pair_of_sets", "check_paired", "check_samples", "gram", "map_rows", "smaller_matrix"]
+__all__ = [
+    "FeatureMap",
+    "KernelLike",
+    "as_kernel",
+    "check_matrix",
+    "check_pair_of_sets",
+    "check_paired",
+    "check_samples",
+    "gram",
+    "map_rows",
+    "on_host",
+    "smaller_matrix",
+]
 
 FeatureMap = Callable[[Tensor], Tensor] | Tensor
 """A map of samples to rows ``[..., n, D]`` whose inner products are the kernel, or the rows themselves."""
 
 
-def check_samples(x: Tensor, name: str = "x") -> Tensor:
-    """``x`` in float32 or float64.
+KernelLike = Kernel | Callable[[Tensor, Tensor], Tensor]
+"""A kernel, or a function of rows ``[..., n, d]`` and ``[..., m, d]`` that returns ``[..., n, m]``."""
+
+
+class _FunctionKernel(Kernel):
+    """A kernel given as a function."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
+        self.function = function
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        y = x if y is None else y
+        k, size = self.function(x, y), (*x.shape[:-1], y.shape[-2])
+        if not isinstance(k, Tensor) or k.shape != size:
+            found = list(k.shape) if isinstance(k, Tensor) else type(k).__name__
+            raise TypeError(
+                f"a kernel is a function of rows {list(x.shape)} and {list(y.shape)} that returns a tensor {list(size)}; "
+                f"this one returned {found}"
+            )
+        return on_host(k)
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        return self(x).diagonal(dim1=-2, dim2=-1)
+
+
+def as_kernel(kernel: KernelLike | None) -> Kernel:
+    """``kernel``, wrapped if it is a plain function; the cosine kernel if it is None.
 
     Raises:
-        TypeError: if it is not a tensor.
+        TypeError: if it is neither a kernel nor a function.
+    """
+    if kernel is None:
+        return CosineKernel()
+    if isinstance(kernel, Kernel):
+        return kernel
+    if isinstance(kernel, type) or not callable(kernel):
+        found = f"the class {kernel.__name__}" if isinstance(kernel, type) else repr(kernel)
+        raise TypeError(
+            "kernel must be a kernel such as GaussianKernel(1.0), or a function of rows [n, d] and [m, d] that returns "
+            f"[n, m]; got {found}"
+        )
+    return _FunctionKernel(kernel)
+
+
+def on_host(x: Tensor) -> Tensor:
+    """``x`` in float64 in the host's memory: not every device has float64."""
+    return x.cpu().double()
+
+
+def check_samples(x: Tensor, name: str = "x") -> Tensor:
+    """``x`` in float32 or float64, on its device.
+
+    Raises:
+        TypeError: if it is not a tensor of real numbers.
         ValueError: for fewer than two dimensions, no rows, or values that are not finite.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape [n, d], got {type(x).__name__}")
+    if x.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {x.dtype}")
     if x.ndim < 2:
         raise ValueError(f"{name} must have shape [n, d], got {list(x.shape)}; flatten each sample to one row")
     if x.shape[-2] == 0:
         raise ValueError(f"{name} has no samples; a score needs at least one row")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} has rows of length 0; a score needs at least one feature")
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} contains NaN or infinite values; remove those rows")
     return as_float(x)
+
+
+def check_matrix(x: Tensor, name: str = "x") -> Tensor:
+    """``x`` as by :func:`check_samples`, without batch dimensions.
+
+    Raises:
+        ValueError: as :func:`check_samples`, or for more than two dimensions.
+    """
+    x = check_samples(x, name)
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape [n, d], got {list(x.shape)}; flatten each sample to one row")
+    return x
 
 
 def check_paired(x: Tensor, prompt_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +125,7 @@ def check_paired(x: Tensor, prompt_features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_pair_of_sets(x: Tensor, y: Tensor, name: str = "reference") -> tuple[Tensor, Tensor]:
-    """Two sets of samples in the same space, in float64.
+    """Two sets of samples in the same space, in float64 if they are in the host's memory, else in float32 on their device.
 
     Raises:
         ValueError: as :func:`check_samples`, or if their widths differ.
@@ -58,11 +135,11 @@ def check_pair_of_sets(x: Tensor, y: Tensor, name: str = "reference") -> tuple[T
         raise ValueError(
             f"x has {x.shape[-1]} features per row and {name} has {y.shape[-1]}; embed both with the same model"
         )
-    return x.double(), y.double()
+    return tuple(z.double() if z.device.type == "cpu" else z for z in (x, y))  # type: ignore[return-value]
 
 
 def map_rows(feature_map: FeatureMap, x: Tensor) -> Tensor:
-    """Feature rows ``[..., n, D]`` in float64.
+    """Feature rows ``[..., n, D]`` in float64, on the host. The map is called on the device of ``x``.
 
     Raises:
         ValueError: if the number of rows is not the number of samples.
@@ -72,12 +149,24 @@ def map_rows(feature_map: FeatureMap, x: Tensor) -> Tensor:
         raise ValueError(
             f"feature_map returned rows {list(phi.shape[:-1])} for samples {list(x.shape[:-1])}; return one row per sample"
         )
-    return phi.double()
+    return on_host(phi)
 
 
-def gram(x: Tensor, kernel: Kernel | None) -> Tensor:
+def unit_gram(kernel: Kernel, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """The kernel matrix ``[..., n, m]`` of a kernel scaled to ``k(x, x) = 1``.
+
+    Raises:
+        ValueError: if it is not finite: the kernel overflows, or its diagonal is not positive.
+    """
+    k = kernel.normalised(x, y)
+    if not torch.isfinite(k).all():
+        raise ValueError(f"{kernel!r} gives NaN or infinite values, or a diagonal that is not positive, for these samples")
+    return k
+
+
+def gram(x: Tensor, kernel: KernelLike | None) -> Tensor:
     """Kernel matrix ``[..., n, n]`` in float64 with unit diagonal: rounding in float32 would add spurious modes."""
-    return (kernel or CosineKernel()).normalised(x.double())
+    return unit_gram(as_kernel(kernel), on_host(x))
 
 
 def second_moment(phi: Tensor) -> Tensor:
@@ -86,10 +175,10 @@ def second_moment(phi: Tensor) -> Tensor:
     return (phi.mT @ phi if phi.shape[-1] < n else phi @ phi.mT) / n
 
 
-def smaller_matrix(x: Tensor, kernel: Kernel | None, feature_map: FeatureMap | None) -> Tensor:
+def smaller_matrix(x: Tensor, kernel: KernelLike | None, feature_map: FeatureMap | None) -> Tensor:
     """The smaller matrix with the spectrum of ``K / n``: the features' second moment, or the kernel matrix."""
     if feature_map is not None:
         return second_moment(map_rows(feature_map, x))
     if (kernel is None or isinstance(kernel, CosineKernel)) and x.shape[-1] < x.shape[-2]:
-        return second_moment(CosineKernel.features(x.double()))
+        return second_moment(CosineKernel.features(on_host(x)))
     return gram(x, kernel) / x.shape[-2]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.functional.inputs import FeatureMap, check_samples, gram, map_rows
+from kspec_guidance.functional.inputs import FeatureMap, KernelLike, check_matrix, gram, map_rows
 from kspec_guidance.functional.novelty import differential_spectrum
-from kspec_guidance.kernels import Kernel
+from kspec_guidance.kernels.spectrum import noise_level
 
 __all__ = ["Mode", "novel_modes", "top_modes"]
 
@@ -41,7 +41,7 @@ def _largest(values: Tensor, shares: Tensor, per_mode: int) -> list[Mode]:
 @torch.no_grad()
 def top_modes(
     x: Tensor,
-    kernel: Kernel | None = None,
+    kernel: KernelLike | None = None,
     modes: int = 10,
     per_mode: int = 8,
     feature_map: FeatureMap | None = None,
@@ -51,11 +51,11 @@ def top_modes(
     Args:
         x: ``[n, d]``.
         kernel: as for :func:`~kspec_guidance.functional.vendi_score`.
-        modes: number of modes.
+        modes: number of modes; fewer are returned if fewer have an eigenvalue above 0.
         per_mode: number of samples listed for each mode.
         feature_map: as for :func:`~kspec_guidance.functional.vendi_score`.
     """
-    x = check_samples(x)
+    x = check_matrix(x)
     n = len(x)
     if feature_map is not None and (phi := map_rows(feature_map, x)).shape[-1] < n:
         l, u = torch.linalg.eigh(phi.mT @ phi / n)
@@ -65,6 +65,7 @@ def top_modes(
         l, u = torch.linalg.eigh(k / n)
         values = u * (l.clamp_min(0) * n).sqrt()
     best = l.argsort(descending=True)[:modes]
+    best = best[l[best] > noise_level(l)]
     return _largest(values[:, best], l[best] / l.clamp_min(0).sum(), per_mode)
 
 
@@ -72,7 +73,7 @@ def top_modes(
 def novel_modes(
     x: Tensor,
     reference: Tensor,
-    kernel: Kernel | None = None,
+    kernel: KernelLike | None = None,
     eta: float = 1.0,
     modes: int = 10,
     per_mode: int = 8,
@@ -83,6 +84,7 @@ def novel_modes(
     The positive eigenvalues behind :func:`~kspec_guidance.functional.ken_score`, largest first; fewer than ``modes`` if
     fewer are positive. Swap the sets to find the modes that ``x`` lacks.
     """
+    check_matrix(x), check_matrix(reference, "reference")
     l, vectors = differential_spectrum(x, reference, kernel, eta, feature_map)
     best = l.argsort(descending=True)[:modes]
     best = best[l[best] > 1e-9]

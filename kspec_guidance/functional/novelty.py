@@ -5,8 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.functional.inputs import FeatureMap, check_pair_of_sets, map_rows
-from kspec_guidance.kernels import CosineKernel, Kernel
+from kspec_guidance.functional.inputs import (
+    FeatureMap,
+    KernelLike,
+    as_kernel,
+    check_pair_of_sets,
+    map_rows,
+    on_host,
+    unit_gram,
+)
+from kspec_guidance.kernels import CosineKernel
 
 __all__ = ["differential_spectrum", "entropy_of_mass", "ken_score"]
 
@@ -61,10 +69,17 @@ def _check_eta(eta: float) -> None:
         raise ValueError(f"eta is the weight of the reference set and must be at least 0, got {eta}")
 
 
+def _map_both(feature_map: FeatureMap, x: Tensor, y: Tensor) -> Tensor:
+    """Feature rows ``[..., n + m, D]`` of two sets."""
+    if isinstance(feature_map, Tensor):
+        return map_rows(feature_map, torch.cat([on_host(x), on_host(y)], dim=-2))
+    return torch.cat([map_rows(feature_map, x), map_rows(feature_map, y)], dim=-2)
+
+
 def differential_spectrum(
     x: Tensor,
     reference: Tensor,
-    kernel: Kernel | None,
+    kernel: KernelLike | None,
     eta: float,
     feature_map: FeatureMap | None = None,
     vectors: bool = True,
@@ -83,12 +98,12 @@ def differential_spectrum(
     _check_eta(eta)
     x, y = check_pair_of_sets(x, reference)
     n, m = x.shape[-2], y.shape[-2]
-    both = torch.cat([x, y], dim=-2)
     if feature_map is not None:
-        phi = map_rows(feature_map, both)
+        phi = _map_both(feature_map, x, y)
         k = phi @ phi.mT
     else:
-        k = (kernel or CosineKernel()).fit(both.detach()).normalised(both)
+        both = torch.cat([on_host(x), on_host(y)], dim=-2)
+        k = unit_gram(as_kernel(kernel).fit(both.detach()), both)
     weight = torch.cat([k.new_full((n,), n**-0.5), k.new_full((m,), (eta / m) ** 0.5)])
     sign = torch.cat([torch.ones(n), -torch.ones(m)]).to(k)
     return _SignedSpectrum.apply(weight[:, None] * k * weight, sign, vectors)
@@ -104,7 +119,7 @@ def entropy_of_mass(l: Tensor) -> Tensor:
 
 
 def ken_score(
-    x: Tensor, reference: Tensor, kernel: Kernel | None = None, eta: float = 1.0, feature_map: FeatureMap | None = None
+    x: Tensor, reference: Tensor, kernel: KernelLike | None = None, eta: float = 1.0, feature_map: FeatureMap | None = None
 ) -> Tensor:
     """Kernel-based entropic novelty ``[...]``, in nats (Zhang et al. 2024, arXiv 2402.17287), at least 0.
 
@@ -127,14 +142,12 @@ def ken_score(
     """
     _check_eta(eta)
     x, y = check_pair_of_sets(x, reference)
-    both = torch.cat([x, y], dim=-2)
-    phi = None
+    n, m, phi = x.shape[-2], y.shape[-2], None
     if feature_map is not None:
-        phi = map_rows(feature_map, both)
-    elif isinstance(kernel, CosineKernel | None) and x.shape[-1] < both.shape[-2]:
-        phi = CosineKernel.features(both)
-    if phi is None or phi.shape[-1] >= both.shape[-2]:
+        phi = _map_both(feature_map, x, y)
+    elif isinstance(kernel, CosineKernel | None) and x.shape[-1] < n + m:
+        phi = CosineKernel.features(torch.cat([on_host(x), on_host(y)], dim=-2))
+    if phi is None or phi.shape[-1] >= n + m:
         return entropy_of_mass(differential_spectrum(x, y, kernel, eta, feature_map, vectors=False)[0])
-    n, m = x.shape[-2], y.shape[-2]
     a, b = phi[..., :n, :], phi[..., n:, :]
     return entropy_of_mass(torch.linalg.eigvalsh(a.mT @ a / n - eta * (b.mT @ b) / m))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kspec_guidance.functional.inputs import FeatureMap, check_paired, check_samples, map_rows
+from kspec_guidance.functional.inputs import FeatureMap, check_paired, map_rows, on_host
 from kspec_guidance.kernels import CosineKernel, l2_normalize
 from kspec_guidance.kernels.spectrum import eigenvalues
 
@@ -25,7 +25,7 @@ def unnormalised_score(matrix: Tensor) -> Tensor:
 def _features(x: Tensor, prompt_features: Tensor, feature_map: FeatureMap | tuple[FeatureMap, FeatureMap] | None):
     x, prompt_features = check_paired(x, prompt_features)
     if feature_map is None:
-        return CosineKernel.features(x.double()), CosineKernel.features(prompt_features.double())
+        return CosineKernel.features(on_host(x)), CosineKernel.features(on_host(prompt_features))
     maps = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
     if isinstance(feature_map, Tensor):
         raise ValueError("feature_map as rows needs a pair (rows of x, rows of prompt_features)")
@@ -85,7 +85,8 @@ def prompt_vendi_score(
 def remove_prompt(x: Tensor, prompt_features: Tensor, fit: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Image embeddings ``[..., n, d]`` without what their prompts predict: ``x - C_XT C_TT^+ t`` on rows of norm 1.
 
-    The result is uncorrelated with the prompt embeddings ``t``.
+    The result is uncorrelated with the prompt embeddings ``t``. It has the device of ``x``, and its dtype, or float32 for
+    half precision.
 
     Args:
         x: image embeddings ``[..., n, d]``.
@@ -93,10 +94,10 @@ def remove_prompt(x: Tensor, prompt_features: Tensor, fit: tuple[Tensor, Tensor]
         fit: a larger set ``(x, prompt_features)`` to estimate the moments from; by default the same pairs.
     """
     x, prompt_features = check_paired(x, prompt_features)
-    a, b = l2_normalize(x.double()), l2_normalize(prompt_features.double())
+    a, b = l2_normalize(on_host(x)), l2_normalize(on_host(prompt_features))
     if fit is None:
         p, q = a, b
     else:
-        p, q = (l2_normalize(check_samples(z, "fit").double()) for z in check_paired(*fit))
+        p, q = (l2_normalize(on_host(z)) for z in check_paired(*fit))
     w = regression(p.mT @ q, q.mT @ q)
-    return (a - b @ w.mT).to(x.dtype)
+    return (a - b @ w.mT).to(x)

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from kspec_guidance.functional.inputs import FeatureMap, check_samples, smaller_matrix
+from kspec_guidance.functional.inputs import (
+    FeatureMap,
+    KernelLike,
+    as_kernel,
+    check_samples,
+    on_host,
+    smaller_matrix,
+    unit_gram,
+)
 from kspec_guidance.kernels import CosineKernel, Kernel
 from kspec_guidance.kernels.spectrum import check_order, eigenvalues, renyi_entropy, truncate
 
@@ -24,7 +32,7 @@ def entropy_of(matrix: Tensor, order: float = 1.0, truncation: int | None = None
 
 def kernel_entropy(
     x: Tensor,
-    kernel: Kernel | None = None,
+    kernel: KernelLike | None = None,
     order: float = 1.0,
     truncation: int | None = None,
     feature_map: FeatureMap | None = None,
@@ -33,25 +41,25 @@ def kernel_entropy(
     x = check_samples(x)
     wide = feature_map is None and not (isinstance(kernel, CosineKernel | None) and x.shape[-1] < x.shape[-2])
     if check_order(order) == 2 and truncation is None and wide and x.shape[-2] > 4 * BLOCK_ROWS:
-        return _collision_entropy(x, kernel or CosineKernel())
+        return _collision_entropy(x, as_kernel(kernel))
     return entropy_of(smaller_matrix(x, kernel, feature_map), order, truncation)
 
 
 def _collision_entropy(x: Tensor, kernel: Kernel) -> Tensor:
     """``-log(||K||_F^2 / n^2)`` from blocks on and above the diagonal, so the matrix is never held whole."""
-    x, n = x.double(), x.shape[-2]
+    x, n = on_host(x), x.shape[-2]
     kernel, total = kernel.fit(x.detach()), torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
     parts = x.split(BLOCK_ROWS, dim=-2)
     for i, a in enumerate(parts):
         for b in parts[i:]:
-            squares = kernel.normalised(a, b).square().sum((-2, -1))
+            squares = unit_gram(kernel, a, b).square().sum((-2, -1))
             total = total + (squares if b is a else 2 * squares)
     return -(total / n**2).log()
 
 
 def vendi_score(
     x: Tensor,
-    kernel: Kernel | None = None,
+    kernel: KernelLike | None = None,
     order: float = 1.0,
     truncation: int | None = None,
     feature_map: FeatureMap | None = None,
@@ -65,7 +73,8 @@ def vendi_score(
     Args:
         x: samples ``[..., n, d]``.
         kernel: cosine by default, computed from the smaller of ``n x n`` and ``d x d``. An unset bandwidth is the median
-            distance. Kernels are normalised to a unit diagonal.
+            distance. A plain function of rows ``[n, d]`` and ``[m, d]`` that returns ``[n, m]`` is a kernel too. Kernels
+            are normalised to a unit diagonal.
         order: q in (0, inf].
         truncation: number of eigenvalues kept (Ospanov, Farnia 2024, arXiv 2410.21719).
         feature_map: map of ``x`` to rows ``[..., n, D]`` whose inner products are the kernel, or those rows; O(n) time.
@@ -79,7 +88,7 @@ def vendi_score(
     return kernel_entropy(x, kernel, order, truncation, feature_map).exp()
 
 
-def rke_score(x: Tensor, kernel: Kernel | None = None, feature_map: FeatureMap | None = None) -> Tensor:
+def rke_score(x: Tensor, kernel: KernelLike | None = None, feature_map: FeatureMap | None = None) -> Tensor:
     """Renyi kernel entropy score ``n^2 / ||K||_F^2`` (Jalali, Li, Farnia 2023, arXiv 2310.11714): Vendi of order 2.
 
     Needs no eigenvalues, and holds only a block of a large kernel matrix. Arguments and errors are those of

@@ -1,5 +1,7 @@
 """Distances between rows that are accurate far from the origin, and bandwidths from them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,15 @@ __all__ = [
     "far_centre",
     "l2_normalize",
     "median_bandwidth",
+    "pair_distances",
     "pairwise_distances",
     "row_norms",
     "squared_distances",
     "weighted_median",
 ]
 
+NEAR = 1e-3  # squared distance, relative to the squared norms, below which the formula by inner products loses digits
+PAIR_NUMBERS = 2**22  # numbers in the differences that are held at once
 MEDIAN_ROWS = 2048  # maximum number of rows in the median rule
 PROMPT_BANDWIDTH = 0.35  # for unit-norm prompt features, as published; see benchmarks/prompts.py
 
@@ -89,8 +94,23 @@ def far_centre(y: Tensor) -> Tensor | None:
     return None if bool(accurate) else centre
 
 
+def pair_distances(x: Tensor, y: Tensor, pairs: Sequence[Tensor]) -> Tensor:
+    """``||x_i - y_j||^2`` ``[p]`` of the pairs with the given indices (batches, i, j), from the differences themselves.
+
+    Accurate at any distance; equal pairs of rows give equal values, and equal rows exactly 0.
+    """
+    found, rows = [], max(1, PAIR_NUMBERS // max(1, x.shape[-1]))
+    for *batch, i, j in zip(*(index.split(rows) for index in pairs), strict=True):
+        found.append((x[(*batch, i)] - y[(*batch, j)]).square().sum(-1))
+    return torch.cat(found) if found else x.new_zeros(0)
+
+
 def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """``||x_i - y_j||^2`` ``[..., n, m]``; the diagonal of ``x`` with itself is exactly 0."""
+    """``||x_i - y_j||^2`` ``[..., n, m]``; the diagonal of ``x`` with itself is exactly 0.
+
+    In float64 every value has a small relative error and equal rows are at distance exactly 0, which narrow kernels and
+    entropies of order below 1 need: near pairs are computed again from their differences.
+    """
     same = y is None
     x, y = check_pair(x, x if y is None else y)
     centre = far_centre(y if y.shape[-2] else x)
@@ -103,10 +123,14 @@ def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
         d2.clamp_min_(0)
         if same:
             d2.diagonal(dim1=-2, dim2=-1).zero_()
-        return d2
-    d2 = d2.clamp_min(0)
-    if same:
-        d2 = d2.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0)
+    else:
+        d2 = d2.clamp_min(0)
+        if same:
+            d2 = d2.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0)
+    if d2.dtype == torch.float64:  # always on the host: scores, not guidance
+        near = d2.detach() < NEAR * (xx + yy.mT).detach()
+        x, y = (z.expand(*d2.shape[:-2], *z.shape[-2:]) for z in (x, y))
+        d2 = d2.masked_scatter(near, pair_distances(x, y, near.nonzero(as_tuple=True)))
     return d2
 
 

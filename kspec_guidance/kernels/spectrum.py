@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate_gram", "check_order", "eigenvalues", "renyi_entropy", "truncate"]
+__all__ = ["accumulate_gram", "check_order", "eigenvalues", "noise_level", "renyi_entropy", "truncate"]
 
 BLOCK = 512  # columns of a symmetric product that are computed at once
 
@@ -27,11 +27,19 @@ def eigenvalues(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrix.double()).clamp_min(0)  # reads the lower triangle only
 
 
+def noise_level(spectrum: Tensor) -> Tensor:
+    """Size ``[..., 1]`` below which eigenvalues ``[..., n]`` are rounding errors: ``n`` rounding units of the largest.
+
+    At least 100 units, since a small matrix can be a sum over many samples.
+    """
+    return max(spectrum.shape[-1], 100) * torch.finfo(spectrum.dtype).eps * spectrum.abs().amax(-1, keepdim=True)
+
+
 def renyi_entropy(spectrum: Tensor, order: float = 1.0) -> Tensor:
     """Renyi entropy ``[...]`` in nats of a spectrum ``[..., n]`` that sums to 1.
 
     ``log(sum l^q) / (1 - q)``; Shannon's ``-sum l log l`` at ``q = 1``; ``-log max l`` at infinity. Eigenvalues below
-    ``n`` times the rounding unit, relative to the largest, are ignored as noise: their share would grow as q goes to 0.
+    :func:`noise_level` are ignored: their share would grow as q goes to 0.
 
     >>> renyi_entropy(torch.tensor([0.5, 0.5]), order=2).exp().item()
     2.0
@@ -40,7 +48,7 @@ def renyi_entropy(spectrum: Tensor, order: float = 1.0) -> Tensor:
     l = spectrum.double()
     if math.isinf(order):
         return -l.amax(-1).log()
-    nonzero = l > l.shape[-1] * torch.finfo(l.dtype).eps * l.amax(-1, keepdim=True)
+    nonzero = l > noise_level(l)
     safe = torch.where(nonzero, l, torch.ones_like(l))
     if order == 1:
         return -torch.where(nonzero, safe * safe.log(), 0).sum(-1)

@@ -65,6 +65,9 @@ class StreamMap:
 class StreamingMetric(Metric):
     """Base class: named sums ``[groups, a, b]`` in float64 and numbers of samples ``[groups]``.
 
+    ``update`` takes rows on any device and moves them to the metric's. Sums stay in float64 whatever ``.to(dtype)`` says,
+    and a metric that is moved to a device without float64 (Apple's MPS) stays on the host.
+
     Args:
         groups: number of groups that samples are assigned to in turn; :meth:`interval` leaves out one group at a time.
             Memory is proportional to it. With 1 there are no intervals.
@@ -87,6 +90,16 @@ class StreamingMetric(Metric):
             self.add_state(name, torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
         for name in self.sums:  # a scalar 0 until the first batch determines the size
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+
+    def _apply(self, fn: Callable, exclude_state: Any = "") -> "StreamingMetric":
+        device = fn(torch.zeros(1)).device
+        if device.type == "mps":
+            return self
+        return super()._apply(lambda t: t.to(device), exclude_state)
+
+    def _rows(self, x: Tensor, name: str = "x") -> Tensor:
+        """Rows ``[n, d]`` on the metric's device."""
+        return flat_rows(x, name).to(self.device)
 
     def _deal(self, n: int, count: str) -> list[slice]:
         """Rows of each group: sample k of this process belongs to group k modulo ``groups``."""

@@ -9,7 +9,7 @@ from kspec_guidance.functional.inputs import check_paired
 from kspec_guidance.functional.vendi import entropy_of
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.kernels.spectrum import check_order
-from kspec_guidance.metrics.base import StreamingMetric, StreamMap, flat_rows
+from kspec_guidance.metrics.base import StreamingMetric, StreamMap
 
 __all__ = ["ConditionalRKEScore", "ConditionalVendiScore", "InformationVendiScore"]
 
@@ -55,7 +55,7 @@ class _PromptMetric(StreamingMetric):
         Raises:
             ValueError: for NaN, other widths than before, or different numbers of rows.
         """
-        x, prompt_features = flat_rows(x), flat_rows(prompt_features, "prompt_features")
+        x, prompt_features = self._rows(x), self._rows(prompt_features, "prompt_features")
         if len(x) == 0 == len(prompt_features):
             return
         x, prompt_features = check_paired(x, prompt_features)

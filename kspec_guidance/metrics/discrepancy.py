@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.kernels import Kernel, PolynomialKernel
-from kspec_guidance.metrics.base import StreamingMetric, StreamMap, flat_rows
+from kspec_guidance.metrics.base import StreamingMetric, StreamMap
 
 __all__ = ["MMDScore"]
 
@@ -63,7 +63,7 @@ class MMDScore(StreamingMetric):
         Raises:
             ValueError: for NaN, or another width than before.
         """
-        x, name = flat_rows(x), "_real" if real else ""
+        x, name = self._rows(x), "_real" if real else ""
         if not len(x):
             return
         if self.map is None:
@@ -90,7 +90,7 @@ class MMDScore(StreamingMetric):
                 )
         if self.map is None:
             x, y = (torch.cat(list(r)) if isinstance(r, list) else r for r in (self.rows, self.rows_real))
-            return mmd(x, y, self.kernel, self.unbiased)
+            return mmd(x, y, self.kernel, self.unbiased).to(self.device)
         a, b, aa, bb = (getattr(self, name)[keep].sum(0) for name in ("total", "total_real", "squares", "squares_real"))
         return from_sums(a[0], aa[0, 0], n, b[0], bb[0, 0], m, self.unbiased)
 

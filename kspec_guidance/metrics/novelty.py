@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kspec_guidance.functional.novelty import entropy_of_mass
 from kspec_guidance.kernels import Kernel
-from kspec_guidance.metrics.base import StreamingMetric, StreamMap, flat_rows
+from kspec_guidance.metrics.base import StreamingMetric, StreamMap
 
 __all__ = ["KENScore"]
 
@@ -57,7 +57,7 @@ class KENScore(StreamingMetric):
         Raises:
             ValueError: for NaN, or another width than before.
         """
-        x, name = flat_rows(x), "_real" if real else ""
+        x, name = self._rows(x), "_real" if real else ""
         if len(x):
             self._accumulate(f"moment{name}", f"count{name}", self.map(x))
             self._counted(len(x), f"count{name}")

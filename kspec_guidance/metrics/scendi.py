@@ -7,7 +7,7 @@ from torch import Tensor
 from kspec_guidance.functional.inputs import check_paired
 from kspec_guidance.functional.scendi import schur_parts, unnormalised_score
 from kspec_guidance.kernels import Kernel
-from kspec_guidance.metrics.base import StreamingMetric, StreamMap, flat_rows
+from kspec_guidance.metrics.base import StreamingMetric, StreamMap
 
 __all__ = ["ScendiScore"]
 
@@ -53,7 +53,7 @@ class ScendiScore(StreamingMetric):
         Raises:
             ValueError: for NaN, other widths than before, or different numbers of rows.
         """
-        x, prompt_features = flat_rows(x), flat_rows(prompt_features, "prompt_features")
+        x, prompt_features = self._rows(x), self._rows(prompt_features, "prompt_features")
         if len(x) == 0 == len(prompt_features):
             return
         check_paired(x, prompt_features)

@@ -7,7 +7,7 @@ from torch import Tensor
 from kspec_guidance.functional.vendi import entropy_of
 from kspec_guidance.kernels import Kernel
 from kspec_guidance.kernels.spectrum import check_order
-from kspec_guidance.metrics.base import StreamingMetric, StreamMap, flat_rows
+from kspec_guidance.metrics.base import StreamingMetric, StreamMap
 
 __all__ = ["RKEScore", "VendiScore"]
 
@@ -61,7 +61,7 @@ class VendiScore(StreamingMetric):
         Raises:
             ValueError: for NaN, or another width than before.
         """
-        x = flat_rows(x)
+        x = self._rows(x)
         if len(x):
             self._accumulate("moment", "count", self.map(x))
             self._counted(len(x), "count")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -25,12 +27,33 @@ def test_unbiased_mmd_matches_torchmetrics_kid(g):
 
 def test_kid_of_full_subsets_equals_unbiased_mmd():
     x, y = rows(20, 8), rows(20, 8, 1) + 0.2
-    mean, std = F.kid(x, y, subsets=3)
-    assert mean.item() == pytest.approx(F.mmd(x, y, PolynomialKernel()).item(), rel=1e-9)
-    assert std.item() == pytest.approx(0, abs=1e-12)
-    mean, std = F.kid(x, y, subsets=50, subset_size=10)
+    assert F.kid(x, y, subsets=3)[0].item() == pytest.approx(F.mmd(x, y, PolynomialKernel()).item(), rel=1e-9)
+    _, std = F.kid(x, y, subsets=50, subset_size=10)
     assert std > 0
     assert torch.equal(F.kid(x, y, subsets=5, subset_size=4)[0], F.kid(x, y, subsets=5, subset_size=4)[0])
+    assert math.isnan(F.kid(x, y, subsets=1)[1])
+
+
+@pytest.mark.parametrize(("n", "m"), [(80, 80), (40, 120)])
+def test_kid_spread_of_whole_sets_is_their_standard_error(n, m):
+    draws = [F.kid(rows(n, 4, s), 0.5 + rows(m, 4, s + 500), subsets=20, subset_size=max(n, m)) for s in range(60)]
+    values, spreads = (torch.stack(z) for z in zip(*draws, strict=True))
+    assert 0.75 < spreads.square().mean().sqrt() / values.std() < 1.4
+
+
+def test_kid_matches_torchmetrics_for_small_and_for_whole_subsets():
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    x, y = rows(200, 16), 0.3 + rows(200, 16, 1)
+    for size in (30, 200):
+        theirs = KernelInceptionDistance(feature=torch.nn.Flatten(), subsets=200, subset_size=size)
+        theirs.update(y.float(), real=True), theirs.update(x.float(), real=False)
+        mean, std = F.kid(x, y, subsets=200, subset_size=size)
+        other_mean, other_std = theirs.compute()
+        error = 1e-5 if size == 200 else 5 * std.item() * (2 / 200) ** 0.5  # of the means of two times 200 random subsets
+        assert mean.item() == pytest.approx(other_mean.item(), abs=error)
+        if size == 30:
+            assert std.item() == pytest.approx(other_std.item(), rel=0.25)
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
