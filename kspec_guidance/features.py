@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kspec_guidance.kernels import GaussianKernel, Kernel, LaplacianKernel
 from kspec_guidance.kernels.distances import as_float
-from kspec_guidance.utils.devices import normal_tensors, transfer
+from kspec_guidance.utils.devices import normal, normal_tensors, transfer
 
 __all__ = ["NystromFeatures", "RandomFourierFeatures", "RandomProjection", "tensor_product"]
 
@@ -24,13 +24,13 @@ class _FeatureMap(nn.Module):
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         """A buffer in the dtype and on the device of ``like``."""
         buffer = getattr(self, name)
-        if buffer.dtype == like.dtype and buffer.device == like.device:
+        if buffer.dtype == like.dtype and buffer.device == like.device and not buffer.is_inference():
             return buffer
         key, version = (name, like.dtype, like.device), None if buffer.is_inference() else buffer._version
         found = self._copies.get(key)
         if found is None or found[0] is not buffer or found[1] != version:
             with normal_tensors():
-                found = self._copies[key] = buffer, version, transfer(buffer, like)
+                found = self._copies[key] = buffer, version, normal(transfer(buffer, like))
         return found[2]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_FeatureMap":
@@ -235,6 +235,6 @@ class NystromFeatures(_FeatureMap):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, d]`` to ``[n, num_features]``, in the dtype of the buffers; in that of ``x`` if it is on another device."""
-        z = as_float(self.landmarks)
-        phi = self.kernel.normalised(transfer(x, z), z) @ self.whiten.to(z)
+        like = as_float(self.landmarks[:0])
+        phi = self.kernel.normalised(transfer(x, like), self._buffer("landmarks", like)) @ self._buffer("whiten", like)
         return phi if phi.device == x.device else transfer(phi, as_float(x))

@@ -66,12 +66,12 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 
 def evenly_spaced(n: int, k: int) -> Tensor:
-    """At most ``k`` of the indices ``0 .. n - 1``, ascending and evenly spaced, including the first and the last.
+    """At most ``k`` of the indices ``0 .. n - 1``, ascending and evenly spaced, with the first and the last, on the CPU.
 
     >>> evenly_spaced(7, 3).tolist(), evenly_spaced(2, 3).tolist()
     ([0, 3, 6], [0, 1])
     """
-    return torch.arange(n) if n <= k else torch.linspace(0, n - 1, k).round().long()
+    return torch.arange(n, device="cpu") if n <= k else torch.linspace(0, n - 1, k, device="cpu").round().long()
 
 
 def _squared_norms(x: Tensor) -> Tensor:

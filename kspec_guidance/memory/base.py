@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.kernels.distances import as_float
-from kspec_guidance.utils.devices import normal_tensors
+from kspec_guidance.utils.devices import normal, normal_tensors
 
 if TYPE_CHECKING:
     from kspec_guidance.memory.selection import PromptWeights, Selection
@@ -38,7 +38,7 @@ def _rows_of(x: Tensor, name: str) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] == 0:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a tensor [n, ...] with n of at least 1, got {got}")
-    if x.is_meta:
+    if x.device.type == "meta":
         raise ValueError(f"{name} are on the device 'meta' and have no values; nothing was added")
     return (x if x.is_floating_point() else x.float()).detach().flatten(1)
 
@@ -78,6 +78,9 @@ class Memory:
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({name: normal(x) if isinstance(x, Tensor) else x for name, x in state.items()})
 
     def add(self, x: Tensor, prompt_features: Tensor | None = None) -> None:
         """Add samples ``[n, ...]`` and their prompt features ``[n, p]``; after an error the memory is unchanged."""

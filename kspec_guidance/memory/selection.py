@@ -17,7 +17,7 @@ __all__ = ["PromptWeights", "Selection", "prune"]
 BLOCK_BYTES = 4 << 20  # rows read at once on a CPU: they are used twice, the second time from its cache
 BLOCK_BYTES_GPU = 64 << 20
 GATHER_SHARE, GATHER_BYTES = 0.05, 512 << 20  # maximum share of a store, and bytes, that a selection may copy
-DEVICE_SHARE = 0.25  # maximum share of another device's free memory that a copy may take; GATHER_BYTES if unknown
+DEVICE_SHARE = 0.25  # maximum share of an accelerator's free memory that a copy may take; GATHER_BYTES if unknown
 MIN_RUN = 16  # minimum mean length of contiguous runs that are read in place
 CENTRE_ROWS = 32  # rows sampled to detect whether all are far from the origin
 BANDWIDTH_ROWS = 128  # rows sampled for an open bandwidth: their median is within about 2% of that of all rows
@@ -180,7 +180,7 @@ class Selection:
         return transfer(self.store.gather(indices if self.indices is None else self.indices[indices]), like)
 
     def _is_copied(self, like: Tensor) -> bool:
-        """Whether the rows are copied once: rows of another device than that of ``like``, and few scattered rows."""
+        """Whether the rows are copied once for all reads, rather than block by block for each."""
         key = "copied", like.dtype, like.device
         found = self._cached.get(key)
         if found is None:
@@ -189,13 +189,18 @@ class Selection:
 
     def _decide_copy(self, like: Tensor) -> bool:
         store = self.store
-        if store is None or not len(self):
+        if store is None or not len(self) or (self.indices is None and self._in_place(like)):
             return False
         size = len(self) * store.width * like.element_size()
-        if store.device != like.device:
-            free = free_bytes(like.device)
-            return size <= (GATHER_BYTES if free is None else DEVICE_SHARE * free)
-        return self.indices is not None and self._runs is None and size <= min(GATHER_BYTES, GATHER_SHARE * store.nbytes)
+        if store.device.type == like.device.type == "cpu":  # copies that fit the processor's cache cost little
+            few = size <= min(GATHER_BYTES, GATHER_SHARE * store.nbytes)
+            return few and self.indices is not None and self._runs is None
+        free = free_bytes(like.device)
+        return size <= (GATHER_BYTES if free is None else DEVICE_SHARE * free)
+
+    def _in_place(self, like: Tensor) -> bool:
+        """Whether the rows of the store have the dtype and device of ``like``."""
+        return self.store is not None and self.store.dtype == like.dtype and self.store.device == like.device
 
     def _copy(self, like: Tensor) -> Tensor:
         """The rows ``[m, d]`` as one copy, not scaled, in the dtype and on the device of ``like``; made once."""
@@ -248,7 +253,7 @@ class Selection:
             return [size for run in self._runs or [len(self)] for size in _even_parts(run, block)], None
         views = store.view(0, len(self))
         sizes = [size for view in views for size in _even_parts(len(view), block)]
-        if store.dtype != like.dtype or store.device != like.device:
+        if not self._in_place(like):
             return sizes, None
         return sizes, [part for view in views for part in view.split(_even_parts(len(view), block))]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.utils.devices import normal_tensors, resolve_device
+from kspec_guidance.utils.devices import normal, normal_tensors, resolve_device
 
 __all__ = ["RowStore"]
 
@@ -66,6 +66,10 @@ class RowStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_buffers": {}}  # buffers are not copied or pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.chunks = [normal(chunk) for chunk in self.chunks]
 
     @property
     def scratch_bytes(self) -> int:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["free_bytes", "normal_tensors", "resolve_device", "transfer"]
+__all__ = ["free_bytes", "normal", "normal_tensors", "resolve_device", "transfer"]
 
 
 def transfer(x: Tensor, like: Tensor) -> Tensor:
@@ -27,6 +27,14 @@ def normal_tensors() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def normal(x: Tensor) -> Tensor:
+    """``x``, or a copy that is usable outside inference mode if ``x`` is not."""
+    if not x.is_inference():
+        return x
+    with normal_tensors():
+        return x.clone()
 
 
 def resolve_device(device: torch.device | str) -> torch.device:

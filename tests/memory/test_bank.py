@@ -174,6 +174,77 @@ def test_concurrent_reads_match_and_scratch_is_not_pickled(g):
         torch.testing.assert_close(objective.gradient(z[:1], t[:1], other).rows, sequential[0])
 
 
+def test_concurrent_adds_keep_all_rows():
+    banks = [MemoryBank(), MemoryBank(dtype=torch.float16)]
+    t = torch.eye(7)
+
+    def work(k):
+        for i in range(20):
+            x = torch.full((3, 40), float(20 * k + i))
+            banks[k % 2].add(x, t[[k % 7] * 3])
+            if i % 5 == 4:
+                banks[(k + 1) % 2].merge(banks[k % 2].empty_copy())
+                banks[k % 2].select(t[:2], PROMPT_WEIGHTS, TOLERANCE).rows(x)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    for parity, bank in enumerate(banks):
+        values = [float(20 * k + i) for k in range(parity, 8, 2) for i in range(20)]
+        assert sorted(bank.x[:, 0].tolist()) == sorted(values * 3)
+        assert torch.equal(bank.prompts.argmax(1), (bank.x[:, 0] // 20).long() % 7)
+
+
+def test_default_device_of_torch_does_not_matter(tmp_path):
+    x, t = torch.randn(30, 16), torch.randn(30, 3)
+    phi, psi = RandomFourierFeatures(GaussianKernel(1.0), 16, 32), RandomFourierFeatures(GaussianKernel(1.0), 3, 8)
+    for make in (lambda: MemoryBank(half_life=9), lambda: CentroidMemory(9), lambda: RandomFeatureMemory(phi, psi)):
+        with torch.device("meta"):  # as torch.set_default_device: new tensors of the package must not follow it
+            memory = make()
+            memory.add(x, t)
+            memory.merge(memory)
+            if not isinstance(memory, RandomFeatureMemory):
+                selection = memory.select(t[:2], PROMPT_WEIGHTS, TOLERANCE)
+                selection.kernel_gradient(GaussianKernel(1.0), x[:2])
+                selection.distances(x[:2])
+                memory.save(tmp_path / "m")
+                type(memory).load(tmp_path / "m")
+        assert len(memory) == 60
+
+
+def test_devices_without_values_raise():
+    with pytest.raises(ValueError, match="device 'meta' have no values"):
+        MemoryBank(device="meta")
+    with pytest.raises(ValueError, match="device 'meta' and have no values; nothing was added"):
+        MemoryBank().add(torch.zeros(2, 3, device="meta"))
+    with pytest.raises(ValueError, match="prompt features are on the device 'meta'"):
+        MemoryBank().add(torch.zeros(2, 3), torch.zeros(2, 3, device="meta"))
+    with pytest.raises(ValueError, match="'xpu:77' is not available"):
+        MemoryBank(device="xpu:77")
+
+
+def test_values_beyond_the_dtype_raise_and_keep_rows(tmp_path):
+    half = MemoryBank(dtype=torch.float16)
+    half.add(torch.ones(2, 3))
+    large = MemoryBank()
+    large.add(torch.tensor([[1.0, 2.0, 3.0]]))
+    large.add(torch.tensor([[1.0, 2.0, -1e5]]))
+    large.save(tmp_path / "m")
+    message = r"values up to 1e\+05, more than torch.float16 can store.*dtype=torch.bfloat16"
+    with pytest.raises(ValueError, match=message):
+        half.add(large.x)
+    with pytest.raises(ValueError, match=message):
+        half.merge(large)
+    with pytest.raises(ValueError, match=message):
+        MemoryBank.load(tmp_path / "m", dtype=torch.float16)
+    assert torch.equal(half.x, torch.ones(2, 3))
+    empty = MemoryBank(dtype=torch.float16)
+    with pytest.raises(ValueError, match=message):
+        empty.add(large.x)
+    empty.add(torch.ones(2, 5))  # of another width: nothing of the refused rows is left
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        CentroidMemory().add(torch.tensor([[1e300, 1.0]], dtype=torch.float64))
+
+
 def test_unrelated_prompts_do_not_repel():
     bank = MemoryBank()
     bank.add(torch.randn(50, 8), torch.eye(6)[:1].repeat(50, 1))
