@@ -1,4 +1,4 @@
-"""Memories and feature maps on a real CUDA device; skipped where there is none."""
+"""Memories and feature maps on a CUDA device: results as on the CPU, and steps that do not wait for the device."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from kspec_guidance.memory import CentroidMemory, choose_memory
 from tests.memory.banks import PROMPT_WEIGHTS
 from tests.samples import clustered_samples, normalize_rows
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 KERNEL = GaussianKernel(0.6)
 
 
