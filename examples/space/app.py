@@ -25,7 +25,7 @@ from studio import (
     score_table,
     spectrum,
 )
-from uploads import UploadError, read_uploads
+from uploads import UploadError, Uploads, read_uploads
 
 HOUR = 3600
 COLOURS = {"plain": "#8a8f98", "guided": "#4f46e5"}
@@ -57,7 +57,10 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
         try:
             prompts = read_prompts(text)
             needed = method in ("Novelty", "MMD", "SPARKE + MMD")
-            reference = studio.reference(reference_set, read_uploads(files) if files else []) if needed else None
+            uploads = read_uploads(files) if files and needed else Uploads()
+            for line in uploads.notes():
+                gr.Warning(line)
+            reference = studio.reference(reference_set, uploads) if needed else None
             states = studio.generate(
                 visitor, prompts, int(images_per_prompt), method, float(strength), int(seed or 0), int(steps), reference,
                 bool(remember),
@@ -89,7 +92,10 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
     def evaluate_files(files: list[str] | None) -> Iterator[tuple[list[list[str]], str, str]]:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                rows, report_path = evaluate(studio, read_uploads(files), Path(folder))
+                uploads = read_uploads(files)
+                for line in uploads.notes():
+                    gr.Warning(line)
+                rows, report_path = evaluate(studio, uploads, Path(folder), uploads.notes())
             except ValueError as error:
                 raise gr.Error(str(error), duration=10, print_exception=False) from error
             source = html.escape(Path(report_path).read_text(), quote=True)

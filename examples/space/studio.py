@@ -4,7 +4,7 @@ import inspect
 import queue
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -379,8 +379,12 @@ def pack(state: Progress, visitor: Visitor, folder: Path) -> str:
     return str(folder / "images.zip")
 
 
-def evaluate(studio: Studio, images: list[Image.Image], folder: Path) -> tuple[list[list[str]], str]:
+def evaluate(
+    studio: Studio, images: list[Image.Image], folder: Path, notes: Sequence[str] = ()
+) -> tuple[list[list[str]], str]:
     """Score a set of images; return rows of score, value, interval, and the path of a report page in ``folder``.
+
+    The page shows the notes, e.g. on files that were left out.
 
     Raises:
         InputError: for fewer than 3 images.
@@ -399,6 +403,6 @@ def evaluate(studio: Studio, images: list[Image.Image], folder: Path) -> tuple[l
     with studio.lock:
         image_set = load_images(image_folder, studio.embed)
     report = evaluate_set(image_set, studio.embed)
-    write_page(report, page)
+    write_page(report, page, notes)
     intervals = ["" if s.interval is None else f"{s.interval[0]:.3f} to {s.interval[1]:.3f}" for s in report.scores]
     return [[s.score, f"{s.value:.3f}", i] for s, i in zip(report.scores, intervals, strict=True)], str(page)

@@ -1,15 +1,19 @@
 """Uploaded files as images: checked before they are decoded, and never written under their own names."""
 
-import io
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from kspec_guidance.utils.folders import is_hidden
+from kspec_guidance.utils.images import SourceError, decode_image
+
 MAX_IMAGES = 256
 MAX_BYTES = 8 * 2**20  # of one file
 MAX_PIXELS = 4096 * 4096
+MAX_SIDE = 1024  # to which images are reduced, since all are held in memory
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
@@ -17,62 +21,92 @@ class UploadError(ValueError):
     """A rejected upload; the message says why, and what is accepted."""
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode one file to RGB, over white; its size is read from the header before that.
+class Uploads(list[Image.Image]):
+    """The images of an upload, RGB over white, and what was left out.
 
-    Raises:
-        UploadError: for another format, a broken file, or one that is too large.
+    Attributes:
+        skipped: the reason for each file that is no image that can be read.
+        first_frame_only: animations, of which the first frame was read.
     """
-    if len(data) > MAX_BYTES:
-        raise UploadError(f"{name} is larger than {MAX_BYTES // 2**20} MB; reduce it first")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS:
-                size = f"{file.width} x {file.height}"
-                raise UploadError(f"{name} has {size} pixels; at most {MAX_PIXELS // 10**6} million are accepted")
-            image = file.convert("RGBA")
-    except UploadError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UploadError(f"{name} has far more pixels than the {MAX_PIXELS // 10**6} million that are accepted") from error
-    except Exception as error:  # a decoder may raise anything on a broken file
-        raise UploadError(f"{name} cannot be read as an image; {', '.join(FORMATS)} are accepted") from error
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: dict[str, str] = {}
+        self.first_frame_only: list[str] = []
+
+    def notes(self) -> list[str]:
+        """Lines that say what was left out, with the first names."""
+        lines = []
+        if self.skipped:
+            first = "; ".join(f"{n} {r}" for n, r in list(self.skipped.items())[:3])
+            more = f"; and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
+            lines.append(f"{len(self.skipped)} files are left out: {first}{more}")
+        if self.first_frame_only:
+            lines.append(f"only the first frame is read of {len(self.first_frame_only)} animations")
+        return lines
 
 
-def zip_members(path: Path) -> Iterator[tuple[bytes, str]]:
-    """Yield the content of each file of a zip, and a name to show; the paths inside the zip are not used.
+def zip_members(path: Path) -> Iterator[tuple[bytes | None, str]]:
+    """Yield the content of each file of a zip, None for a damaged one, and a name to show; the paths inside are not used.
 
     Raises:
         UploadError: for too many files, or a zip that cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            infos = [i for i in archive.infolist() if not (i.is_dir() or i.filename.startswith("__MACOSX"))]
+            infos = [i for i in archive.infolist() if not i.is_dir()]
+            infos = [i for i in infos if not any(is_hidden(p) for p in i.filename.split("/") if p != "..")]
             if len(infos) > MAX_IMAGES:
                 raise UploadError(f"the zip has {len(infos)} files; at most {MAX_IMAGES} are accepted")
             for k, info in enumerate(infos):
-                with archive.open(info) as file:
-                    yield file.read(MAX_BYTES + 1), f"file {k + 1} of the zip"  # the header may give another size
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise UploadError(
-            "the zip cannot be read: it is broken, encrypted, or compressed by an unsupported method"
-        ) from error
+                name = re.sub(r"[^\w. -]", "_", info.filename.rpartition("/")[2])[-40:]
+                try:
+                    with archive.open(info) as file:
+                        data = file.read(MAX_BYTES + 1)  # the header may give another size
+                except Exception:  # of a damaged or encrypted file, or an unknown compression
+                    data = None
+                yield data, f"file {k + 1} of the zip ({name})"
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, EOFError) as error:
+        if isinstance(error, UploadError):
+            raise
+        raise UploadError("the zip cannot be read: it is broken, or of an unsupported kind") from error
 
 
-def read_uploads(paths: Sequence[str] | None) -> list[Image.Image]:
-    """Decode all files, and those inside zips.
+def read_uploads(paths: Sequence[str] | None) -> Uploads:
+    """Decode all files, and those inside zips; hidden files of zips are left out.
 
     Raises:
-        UploadError: for the first file that is rejected, for too many, or for none.
+        UploadError: for too many files, or if none can be read.
     """
-    images: list[Image.Image] = []
+    found = Uploads()
     for number, path in enumerate(map(Path, paths or []), 1):
-        files = zip_members(path) if path.suffix.lower() == ".zip" else [(path.read_bytes(), f"file {number}")]
-        for data, name in files:
-            if len(images) == MAX_IMAGES:
+        is_zip = path.suffix.lower() == ".zip"
+        for data, name in zip_members(path) if is_zip else [(path.read_bytes(), f"file {number}")]:
+            if len(found) + len(found.skipped) == MAX_IMAGES:
                 raise UploadError(f"at most {MAX_IMAGES} images are accepted at once")
-            images.append(decode_image(data, name))
-    if not images:
-        raise UploadError("upload images, or a zip of images, first")
-    return images
+            _read(data, f"{name}, upload {number}" if is_zip and len(paths or []) > 1 else name, found)
+    if not found:
+        message = next(
+            (f"{name} {reason}" for name, reason in found.skipped.items()), "upload images, or a zip of images, first"
+        )
+        others = f"; nor can {len(found.skipped) - 1} other files be read" if len(found.skipped) > 1 else ""
+        raise UploadError(message + others)
+    return found
+
+
+def _read(data: bytes | None, name: str, found: Uploads) -> None:
+    """Add a file to the images, or to those that are skipped."""
+    if data is None:
+        found.skipped[name] = "is damaged, encrypted, or compressed by an unsupported method"
+        return
+    if len(data) > MAX_BYTES:
+        found.skipped[name] = f"is larger than {MAX_BYTES // 2**20} MB; reduce it first"
+        return
+    try:
+        image, more = decode_image(data, FORMATS, MAX_PIXELS)
+    except SourceError as error:
+        found.skipped[name] = f"cannot be read as an image: {error}; {', '.join(FORMATS)} are accepted"
+        return
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    found.append(image)
+    found.first_frame_only += [name] if more else []

@@ -17,22 +17,18 @@ EMBEDDER_HELP = f"Image features: {IMAGE_NAMES}."
 TEXT_HELP = f"Prompt features: {TEXT_NAMES}; with none, prompts are either equal or unrelated."
 OUT_HELP = "Page to write, with a JSON file of the same name."
 CACHE_HELP = "Folder of cached features."
-SKIPPED_NAMES = 5  # maximum number of unreadable files that are listed
 
 
 def _load(folder: Path, embedder: Any, prompts: Path | None, cache: Path | None) -> Any:
-    """Load an image set, with a progress bar; unreadable files are listed on the error stream."""
+    """Load an image set, with a progress bar; what was left out is listed on the error stream."""
     from kspec_guidance.evaluation import load_images
 
     with progress_bars() as bars:
         task = bars.add_task(f"reading {folder.name or folder}", total=None)
         found = load_images(folder, embedder, prompts, cache, lambda n: bars.advance(task, n))
         bars.update(task, total=len(found))
-    if found.skipped:
-        names = ", ".join(found.skipped[:SKIPPED_NAMES]) + (" ..." if len(found.skipped) > SKIPPED_NAMES else "")
-        errors().print(
-            f"[yellow]skipped {len(found.skipped)} unreadable: {escape(names)}[/]", highlight=False, soft_wrap=True
-        )
+    for line in found.summary():
+        errors().print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
     return found
 
 
@@ -51,7 +47,7 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of images, .tar shards (WebDataset) or .parquet files.")],
     reference: Annotated[Path | None, typer.Option(help="A second set, for fidelity and novelty.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="metadata.jsonl or captions.csv; by default that of the folder.")
+        Path | None, typer.Option(help="Captions (.jsonl, .csv, .parquet); by default those in the folder.")
     ] = None,
     embedder: Annotated[str, typer.Option(help=EMBEDDER_HELP)] = "demo",
     text_embedder: Annotated[str, typer.Option(help=TEXT_HELP)] = "none",

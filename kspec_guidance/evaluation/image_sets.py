@@ -1,176 +1,100 @@
-"""Images, and prompts if available, from a folder, WebDataset tar shards, or Parquet files."""
+"""Images, and captions if available, from a folder, WebDataset tar shards, or Parquet files."""
 
-import csv
 import hashlib
 import io
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from kspec_guidance.evaluation.captions import match_captions, read_captions
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.evaluation.embedders.cache import FeatureCache
-from kspec_guidance.utils.images import IMAGE_TYPES, SourceError, decode_image, image_files
+from kspec_guidance.evaluation.readers import READ_ERRORS, SetReader
+from kspec_guidance.utils.images import SourceError, decode_image, to_pixels
 
 __all__ = ["ImageSet", "load_images", "read_captions"]
 
-CAPTION_COLUMNS = ("prompt", "caption", "text")
 THUMBNAIL_SIZE = 96
 BATCH_SIZE = 64
+NAMES_SHOWN = 5  # in each line of a summary
 
 
 @dataclass
 class ImageSet:
-    """The readable images of a set.
+    """The readable images of a set, and an account of all its other files and captions.
+
+    Each file is in one of ``names``, ``skipped``, ``caption_files`` and ``unmatched``; each entry of a captions file
+    belongs to an image or is in ``unmatched``.
 
     Attributes:
         path: path of the set.
-        names: names of the images.
-        prompts: prompts of the images, or None.
+        names: names of the images; unprintable characters are escaped.
+        prompts: captions of the images, None for an image without one; None if no image has one.
         thumbnails: small JPEG files.
         features: ``[n, d]``.
-        skipped: names of files that could not be read.
+        skipped: files that were not read, with the reason.
+        unmatched: captions that belong to no image, by the file name in their list or by their own file, with the reason.
+        num_captions: number of captions, matched or not.
+        caption_files: files with captions, and texts beside images.
+        first_frame_only: images that are animated or have several pages, of which the first was read.
+        notes: remarks on how the set was read, e.g. from which column of a table.
     """
 
     path: Path
     names: list[str] = field(default_factory=list)
-    prompts: list[str] | None = None
+    prompts: list[str | None] | None = None
     thumbnails: list[bytes] = field(default_factory=list)
     features: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    skipped: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    unmatched: dict[str, str] = field(default_factory=dict)
+    num_captions: int = 0
+    caption_files: list[str] = field(default_factory=list)
+    first_frame_only: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def without_caption(self) -> list[str]:
+        """Names of images without a caption; empty if no image has one."""
+        return [n for n, p in zip(self.names, self.prompts or [], strict=False) if p is None]
 
-Item = tuple[str, Callable[[], bytes], str | None]
-
-
-def read_captions(path: Path) -> dict[str, str]:
-    """Captions by file name, from ``metadata.jsonl`` or a CSV file with a header.
-
-    The columns are ``file_name`` and ``prompt`` (or ``caption``, ``text``).
-
-    Raises:
-        SourceError: if the file does not exist, or a line cannot be read.
-    """
-    if not path.is_file():
-        raise SourceError(f"no captions file at {path}")
-    found = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows: list[Any] = list(csv.DictReader(file) if path.suffix.lower() == ".csv" else map(_json_row, file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    for number, row in enumerate(rows, 1):
-        if row is None:
-            raise SourceError(f"{path} line {number} is not a JSON object")
-        name = row.get("file_name")
-        prompt = next((row[k] for k in CAPTION_COLUMNS if row.get(k) is not None), None)
-        if not name or prompt is None:
-            raise SourceError(
-                f"{path} entry {number} needs file_name and one of {', '.join(CAPTION_COLUMNS)}, has {list(row)}"
+    def summary(self) -> list[str]:
+        """One line for each kind of thing that was left out, with the first names."""
+        groups: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            kind, _, detail = reason.partition(": ")
+            groups.setdefault(kind, []).append(f"{name} ({detail})" if detail else name)
+        lines = [f"skipped {len(names)} {kind}: {_first(names)}" for kind, names in groups.items()]
+        if self.unmatched:
+            names = [f"{n} ({r})" if r != "no such image" else n for n, r in self.unmatched.items()]
+            lines.append(f"{len(names)} of {self.num_captions} captions matched no image: {_first(names)}")
+        if self.without_caption:
+            lines.append(
+                f"{len(self.without_caption)} of {len(self)} images have no caption; scores given prompts leave them out: "
+                f"{_first(self.without_caption)}"
             )
-        found[str(name)] = str(prompt)
-    return found
+        if self.first_frame_only:
+            names = self.first_frame_only
+            lines.append(f"{len(names)} animated or of several pages, first frame only: {_first(names)}")
+        return lines + self.notes
 
 
-def _json_row(line: str) -> dict | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _constant(data: bytes) -> Callable[[], bytes]:
-    return lambda: data
-
-
-def _folder(path: Path, prompts: dict[str, str]) -> Iterator[Item]:
-    for file in image_files(path):
-        name = file.relative_to(path).as_posix()
-        yield name, file.read_bytes, prompts.get(name, prompts.get(file.name))
-
-
-def _shards(files: list[Path]) -> Iterator[Item]:
-    try:
-        import webdataset
-    except ImportError as error:
-        raise SourceError("tar shards need: pip install 'kspec-guidance[data]'") from error
-    for sample in webdataset.WebDataset([str(f) for f in files], shardshuffle=False):
-        kinds = [k for k in sample if f".{k.rsplit('.', 1)[-1].lower()}" in IMAGE_TYPES]
-        if not kinds:
-            continue
-        prompt = sample["txt"].decode("utf-8", "replace").strip() if "txt" in sample else None
-        if prompt is None and "json" in sample:
-            row = _json_row(sample["json"].decode("utf-8", "replace")) or {}
-            prompt = next((str(row[k]) for k in CAPTION_COLUMNS if row.get(k) is not None), None)
-        yield f"{sample['__key__']}.{kinds[0]}", _constant(sample[kinds[0]]), prompt
-
-
-def _tables(files: list[Path]) -> Iterator[Item]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise SourceError("Parquet files need: pip install 'kspec-guidance[data]'") from error
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        table = datasets.Dataset.from_parquet([str(f) for f in files], cache_dir=scratch)
-        columns = [n for n, f in table.features.items() if isinstance(f, datasets.Image) or _holds_images(f)]
-        if not columns:
-            raise SourceError(f"{files[0]} has no image column (bytes and path); its columns are {list(table.features)}")
-        column = columns[0]
-        if isinstance(table.features[column], datasets.Image):
-            table = table.cast_column(column, datasets.Image(decode=False))
-        for number, row in enumerate(table):
-            cell = row[column]
-            prompt = next((str(row[k]) for k in CAPTION_COLUMNS if row.get(k) is not None), None)
-            name = row.get("file_name") or (cell.get("path") if isinstance(cell, dict) else None) or f"row {number}"
-            data = cell["bytes"] if isinstance(cell, dict) else cell
-            yield str(name), _constant(data or b""), prompt
-
-
-def _holds_images(feature: Any) -> bool:
-    """Whether a column contains structs of bytes and path, as image columns do, or plain bytes."""
-    if isinstance(feature, dict):
-        return "bytes" in feature
-    return getattr(feature, "dtype", None) in ("binary", "large_binary")
-
-
-def _items(path: Path, prompts: Path | None) -> Iterator[Item]:
-    if not path.exists():
-        raise SourceError(f"{path} does not exist; give a folder of images, a .tar shard or a .parquet file")
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in (".tar", ".parquet"))
-    kind = files[0].suffix.lower() if files else ""
-    if path.is_file() and kind not in (".tar", ".parquet"):
-        raise SourceError(f"{path} is not a folder, a .tar shard or a .parquet file")
-    if prompts is None and path.is_dir():
-        prompts = next((path / n for n in ("metadata.jsonl", "captions.csv") if (path / n).is_file()), None)
-    captions = {} if prompts is None else read_captions(prompts)
-    if len({f.suffix.lower() for f in files}) > 1:
-        raise SourceError(f"{path} contains both .tar and .parquet files; pass one of them, or move them to two folders")
-    if kind == ".tar":
-        source: Iterator[Item] = _shards(files)
-    elif kind == ".parquet":
-        source = _tables(files)
-    else:
-        source = _folder(path, captions)
-    for name, read, prompt in source:
-        yield name, read, captions.get(name, prompt)
+def _first(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:NAMES_SHOWN]) + (" ..." if len(names) > NAMES_SHOWN else "")
 
 
 def _thumbnail(image: Image.Image) -> bytes:
-    flat = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image).convert("RGB")
-    flat.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    """A small JPEG file; the image is altered."""
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     out = io.BytesIO()
-    flat.save(out, "JPEG", quality=85)
+    image.save(out, "JPEG", quality=85)
     return out.getvalue()
 
 
@@ -184,13 +108,16 @@ def load_images(
 ) -> ImageSet:
     """Read and embed all images of a folder (with its subfolders), tar shards, or Parquet files.
 
-    Files that cannot be read as images are skipped and listed in ``skipped``. Prompts come from ``prompts``, from
-    ``metadata.jsonl`` or ``captions.csv`` in the folder, from ``.txt`` and ``.json`` members of shards, or from a column.
+    Images of all types that the installed Pillow decodes are read as :func:`~kspec_guidance.utils.images.to_rgb` says. All
+    other files are listed with the reason: what is no image or cannot be read in ``skipped``, captions without an image in
+    ``unmatched``. Captions come from ``prompts``; from ``metadata.jsonl``, ``.csv`` or ``.parquet`` or ``captions.csv`` in
+    any folder of the set, with names relative to it; from texts beside images (``0.txt``, ``0.png.txt``, ``.caption``,
+    ``.json``), also in shards; or from a column. A blank caption counts as none.
 
     Args:
         path: path of the folder, shard or table.
         embedder: computes the features.
-        prompts: captions file; by default that of the folder.
+        prompts: captions file, used instead of those in the folder.
         cache: folder of cached features, by content and embedder.
         progress_callback: called with the number of images read since the last call.
         only: names of the images to read; all by default.
@@ -199,46 +126,88 @@ def load_images(
         SourceError: if there are no readable images, or the prompts cannot be read.
     """
     path = Path(path)
+    reader = SetReader(path, None if prompts is None else Path(prompts))
     cached = None if cache is None else FeatureCache(cache, embedder)
     found, captions = ImageSet(path), []
-    waiting: list[tuple[str, Image.Image]] = []
+    names: list[str] = []
+    waiting: dict[str, Tensor] = {}
     fresh: dict[str, Tensor] = {}
 
     def embed() -> None:
         if waiting:
-            fresh.update(zip((d for d, _ in waiting), embedder([i for _, i in waiting], BATCH_SIZE), strict=True))
+            fresh.update(zip(waiting, embedder(torch.stack(list(waiting.values())), BATCH_SIZE), strict=True))
             waiting.clear()
 
     digests: list[str] = []
     queued: set[str] = set()
-    for name, read, prompt in _items(path, None if prompts is None else Path(prompts)):
+    for name, read, caption in reader.items():
+        names.append(name)
         if only is not None and name not in only:
             continue
         try:
             data = read()
-            image = decode_image(data)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            found.skipped.append(name)
+            image, more = decode_image(data)
+        except READ_ERRORS as error:
+            found.skipped[name] = f"unreadable: {error}"
             continue
         digest = hashlib.sha256(data).hexdigest()
+        if digest not in queued and (cached is None or digest not in cached.rows):
+            waiting[digest] = to_pixels([image], embedder.size, embedder.fit)[0]
+        queued.add(digest)
         found.names.append(name)
         found.thumbnails.append(_thumbnail(image))
-        captions.append(prompt)
+        found.first_frame_only += [name] if more else []
+        captions.append(caption)
         digests.append(digest)
-        if digest not in queued and (cached is None or digest not in cached.rows):
-            waiting.append((digest, image))
-        queued.add(digest)
         if len(waiting) == BATCH_SIZE:
             embed()
         progress_callback(1)
     embed()
+    found.skipped |= reader.skipped if only is None else {}
+    found.notes, found.caption_files = reader.notes, reader.caption_files
     if not digests:
-        broken = f"; {len(found.skipped)} files could not be read" if found.skipped else ""
-        raise SourceError(f"{path} contains no readable images ({', '.join(sorted(IMAGE_TYPES))}){broken}")
+        left_out = "".join(f"; {line}" for line in found.summary())
+        raise SourceError(f"{path} contains no readable images (PNG, JPEG, WebP and others that Pillow decodes){left_out}")
     if cached is not None and fresh:
         cached.rows |= fresh
         cached.save()
     rows = [fresh[d] if d in fresh else cached.rows[d] for d in digests]  # type: ignore[union-attr]
     found.features = torch.stack(rows)
-    found.prompts = [p or "" for p in captions] if any(p is not None for p in captions) else None
+    _assign_captions(found, captions, names, reader)
     return found
+
+
+def _without_prefix(name: str, prefixes: Iterable[str]) -> str:
+    return next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
+
+
+def _assign_captions(found: ImageSet, own: list[str | None], names: list[str], reader: SetReader) -> None:
+    """Set the captions of the images that were read: those of captions files, else their own.
+
+    Args:
+        found: the images.
+        own: the caption that came with each image.
+        names: of all images, also those that were not read.
+        reader: of the set, which has the captions files.
+
+    Raises:
+        SourceError: if no entry of the given captions file belongs to an image.
+    """
+    roots = {f"{folder.as_posix()}/" for folder in (reader.path.absolute(), reader.path.resolve())}
+    entries = [replace(c, name=_without_prefix(c.name, roots)) for c in reader.captions]
+    matched, unmatched, loose = match_captions(entries, names)
+    if reader.captions_file is not None and entries and not matched:
+        raise SourceError(
+            f"none of the {len(entries)} captions in {reader.captions_file} belongs to an image: it lists "
+            f"{_first(c.name for c in entries)}, and the images are {_first(names)}"
+        )
+    unmatched |= {c.name: "its image was skipped" for name, c in matched.items() if name in found.skipped}
+    found.unmatched = reader.unmatched | unmatched
+    listed = {name: c.text for name, c in matched.items()}
+    prompts = [listed[name] if listed.get(name) is not None else p for name, p in zip(found.names, own, strict=True)]
+    found.prompts = prompts if any(p is not None for p in prompts) else None
+    found.num_captions = len(found.unmatched) + sum(p is not None for p in prompts)
+    alone = {name for name, p in zip(found.names, own, strict=True) if p is None}
+    loose = [f"{matched[name].name} to {name}" for name in loose if name in alone]
+    if loose:
+        found.notes.append(f"{len(loose)} captions matched by the end of their path only: {_first(loose)}")

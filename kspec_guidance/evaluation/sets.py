@@ -1,6 +1,7 @@
 """Evaluation and comparison of image sets from their features, for `evaluate` and `compare`; without files or pages."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -80,6 +81,12 @@ class Evaluation:
             "path": str(self.images.path),
             "images": len(self.images),
             "skipped": self.images.skipped,
+            "captions": self.images.num_captions,
+            "unmatched": self.images.unmatched,
+            "without_caption": self.images.without_caption,
+            "caption_files": self.images.caption_files,
+            "first_frame_only": self.images.first_frame_only,
+            "notes": self.images.notes,
             "embedder": self.embedder,
             "scores": [s.as_dict() for s in self.scores],
             "modes": [{"share": m.share, "images": [names[i] for i in m.samples]} for m in self.modes],
@@ -124,15 +131,17 @@ class ComparisonReport:
         }
 
 
-def prompt_ranking(x: Tensor, prompts: list[str]) -> list[PromptScore]:
+def prompt_ranking(x: Tensor, prompts: Sequence[str | None]) -> list[PromptScore]:
     """Prompts with at least two images, from the least to the most diverse per image.
 
     Args:
         x: unit features ``[n, d]``; compared by one Gaussian kernel at the median distance of all.
-        prompts: prompt of each image.
+        prompts: prompt of each image; images without one (None) are left out.
     """
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
+        if prompt is None:
+            continue
         groups.setdefault(prompt, []).append(i)
     kernel = GaussianKernel(median_bandwidth(x))
     scores = [PromptScore(p, i, float(F.vendi_score(x[i], kernel))) for p, i in groups.items() if len(i) > 1]
@@ -149,7 +158,8 @@ def evaluate_set(
     """Score one set: diversity, diversity given prompts, and fidelity and novelty against a reference.
 
     Gaussian kernels use features of norm 1 and the median distance as bandwidth, which the score records contain. Above
-    1,500 images they use 1,024 random features, in one pass.
+    1,500 images they use 1,024 random features, in one pass. Scores given prompts are of the images that have one; their
+    records have the number of these images.
 
     Args:
         images: the set.
@@ -165,12 +175,15 @@ def evaluate_set(
     kernel = GaussianKernel(median_bandwidth(x))
     recorder = ScoreRecorder(len(x), embedder, seed)
     recorder.diversity(x, kernel)
-    if images.prompts is not None and len(set(images.prompts)) > 1:
+    known = {i: p for i, p in enumerate(images.prompts or []) if p is not None}
+    if len(set(known.values())) > 1:
         encoder = text_embedder or one_hot_embedder()
-        t = l2_normalize(encoder(images.prompts).double())
-        recorder.conditional(x, t, kernel)
+        t, captioned = l2_normalize(encoder(list(known.values())).double()), x[list(known)]
+        conditional = ScoreRecorder(len(captioned), embedder, seed)
+        conditional.conditional(captioned, t, kernel)
         if encoder.name == embedder.name and t.shape[1] == x.shape[1]:
-            recorder.add("CLIP score", float(100 * (x * t).sum(1).clamp_min(0).mean()), "CosineKernel()")
+            conditional.add("CLIP score", float(100 * (captioned * t).sum(1).clamp_min(0).mean()), "CosineKernel()")
+        recorder.records += conditional.records
     if reference is not None:
         recorder.against(images.features, reference.features)
     if len(x) <= EXACT_ROWS:

@@ -54,7 +54,11 @@ def test_load_images_from_folder_reports_unreadable_files(folder):
     image_set = load_images(folder, PIXELS)
     assert len(image_set) == 25
     assert image_set.features.shape == (25, 192)
-    assert sorted(image_set.skipped) == ["broken.jpg", "empty.png"]
+    assert image_set.skipped == {
+        "broken.jpg": "unreadable: an unknown or damaged format",
+        "empty.png": "unreadable: an empty file",
+        "notes.txt": "not an image",
+    }
     assert image_set.prompts[image_set.names.index("copy.png")] == "c"
     assert image_set.prompts[image_set.names.index("sub/1.png")] == "b"
 
@@ -71,7 +75,7 @@ def test_tar_and_parquet_sources_match(folder, tmp_path):
                 tar.addfile(info, io.BytesIO(data))
     shard = load_images(tmp_path / "shard-000.tar", PIXELS)
     assert shard.prompts == prompts[1:]
-    assert shard.skipped == ["000.png"]
+    assert list(shard.skipped) == ["000.png"]
     columns = {"image": [{"bytes": encode_png(i), "path": None} for i in images], "caption": prompts}
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     (tmp_path / "tables").mkdir()
@@ -162,7 +166,7 @@ def test_page_is_self_contained_and_escapes_prompts(folder, tmp_path):
     )
     assert page.count("data:image/jpeg;base64,") > 20
     assert page.count("<svg") == 3
-    assert json.loads((tmp_path / "r.json").read_text())["skipped"] == ["broken.jpg", "empty.png"]
+    assert json.loads((tmp_path / "r.json").read_text())["skipped"]["notes.txt"] == "not an image"
 
 
 def test_compare_sets_of_two_styles(tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,8 +15,11 @@ from torch import Tensor
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.utils.atomic_io import replacing
 from kspec_guidance.utils.hashing import hash_json, hash_tensors
+from kspec_guidance.utils.images import SourceError, decode_image
 
 __all__ = ["FeatureCache", "embed_files"]
+
+READING = "upright, 16 bits scaled"  # changes where files are read to other pixels, so that older caches are not used
 
 
 class FeatureCache:
@@ -29,7 +31,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | os.PathLike, embedder: ImageEmbedder):
-        about = [embedder.fingerprint, embedder.size, list(embedder.mean), list(embedder.std), embedder.fit]
+        about = [READING, embedder.fingerprint, embedder.size, list(embedder.mean), list(embedder.std), embedder.fit]
         self.path = Path(folder) / f"features-{hash_json(about, 16)}.safetensors"
         self.rows: dict[str, Tensor] = {}
         if self.path.is_file():
@@ -64,8 +66,11 @@ class LazyImages(Sequence):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        with Image.open(self.paths[index]) as file:
-            return file.convert("RGBA")
+        path = Path(self.paths[index])
+        try:
+            return decode_image(path)[0]
+        except SourceError as error:
+            raise OSError(f"{path} cannot be read as an image: {error}") from error
 
 
 def embed_files(
