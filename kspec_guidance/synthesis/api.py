@@ -1,5 +1,6 @@
 """synthesize: prompts in, a dataset of varied images out."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,13 @@ from kspec_guidance.guidance.presets import SPARKE
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.objectives import Balance
+from kspec_guidance.synthesis.columns import column_types
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
 from kspec_guidance.synthesis.export import FORMATS, Packer
 from kspec_guidance.synthesis.filters import Filter, Screen
 from kspec_guidance.synthesis.generator import Generator
-from kspec_guidance.synthesis.prompts import read_prompts
+from kspec_guidance.synthesis.prompts import Prompt, read_prompts
 from kspec_guidance.synthesis.quotas import Attribute, split_quotas
 from kspec_guidance.synthesis.records import Store, unpack_tensors
 from kspec_guidance.synthesis.schedule import Job, Target, make_jobs
@@ -93,6 +95,8 @@ class Synthesis:
 
 
 @renamed_arguments(images="images_per_prompt", batch="batch_size", tick="progress_callback")
+@torch.inference_mode(False)  # tensors of inference mode could not be added to a memory, nor used by gradients
+@torch.no_grad()
 def synthesize(
     prompts: Any,
     out: str | Path,
@@ -134,7 +138,8 @@ def synthesize(
             images, which are then added to it; an empty memory with default settings is left empty.
         images_per_prompt: number of images of each prompt.
         batch_size: images made at once; they repel each other directly.
-        call: arguments of every pipeline call, such as ``num_inference_steps``, ``guidance_scale``, ``height``.
+        call: arguments of every pipeline call, such as ``num_inference_steps``, ``guidance_scale``, ``height``; a
+            ``negative_prompt``, ``prompt_2`` and the like is one text, for all images.
         seed: of the run; the seed of an image depends on it, the prompt and the attempt.
         quotas: ``{"group": number}`` of images of a group of prompts, in place of ``images_per_prompt``; and
             ``{"name": Attribute(reference, share)}`` for attributes in wanted shares.
@@ -156,11 +161,13 @@ def synthesize(
 
     Raises:
         SynthesisError: for arguments that do not fit each other or the pipeline, before any image is made if possible; if
-            the folder cannot be written to; for changed settings or damaged records, without ``force``.
+            the folder cannot be written to; for changed settings or damaged records, without ``force``; if the pipeline or
+            the filter fails, with the prompts and seeds of the batch, and their exception as its cause.
     """
     out, call = Path(out), dict(call or {})
     check_counts(0, images_per_prompt=images_per_prompt)
     check_counts(batch_size=batch_size, exchange=exchange, shard_size=shard_size)
+    check_counts(None, seed=seed)
     if format not in FORMATS:
         raise SynthesisError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     check_memory(memory, memory_by)
@@ -187,17 +194,20 @@ def synthesize(
             balance = Balance([a.reference for a in attributes.values()])
             run_guide = guide + KernelGuidance(balance, 0.7, stop=0.6, transforms=("off_score", "rescale"))
         generator = Generator(pipe, run_guide, call)
+        if processes.rank == 0:
+            _warn_of_cut(generator, prompt_list)
         if isinstance(embedder, str):
             from kspec_guidance.evaluation.embedders import image_embedder
 
             embedder = image_embedder(embedder)
+        types = column_types([prompt.extra for prompt in prompt_list])
         run_settings = {
             "prompts": describe_prompts(prompt_list, counts),
             "images_per_prompt": images_per_prompt,
             "batch_size": batch_size,
             "seed": seed,
             "pipeline": describe_pipeline(pipe),
-            "call": as_json(call),
+            "call": call,
             "guide": describe_guide(guide),
             "attributes": {
                 name: {"share": a.share, "reference": hash_tensors({"reference": a.reference}, digits=DIGITS)}
@@ -212,9 +222,10 @@ def synthesize(
             "processes": processes.world_size,
             "exchange": exchange if processes.world_size > 1 else None,
         }
+        run_settings = as_json(run_settings)
         store = Store(out, None if format == "imagefolder" else out / ".kspec" / "images")
-        packer = None if format == "imagefolder" else Packer(store, format, shard_size)
-        _open(store, processes, run_settings, force)
+        packer = None if format == "imagefolder" else Packer(store, format, shard_size, types)
+        _open(store, processes, run_settings, force, types)
         try:
             jobs = make_jobs(prompt_list, images_per_prompt, counts, _prompt_numbers(store))
             owners, prompt_features = _share_out(store, processes, generator, jobs, batch_size, memory_by == "group")
@@ -227,6 +238,7 @@ def synthesize(
                 target=prompt_target,
                 digest=hash_json(run_settings, DIGITS),
                 expected_images=sum(job.goal for job in jobs),
+                grouped=any(prompt.group is not None for prompt in prompt_list),
             )
             worker = Worker(
                 generator,
@@ -244,6 +256,7 @@ def synthesize(
                 progress_callback=progress_callback if processes.rank == 0 else None,
             )
             worker.resume()
+            generator.check_mixed(worker.jobs, batch_size, screen.drops or prompt_target is not None)
             made_before, start = worker.made, perf_counter()
             worker.run()
             seconds = perf_counter() - start
@@ -281,13 +294,23 @@ def _restored(guide: KernelGuidance) -> Iterator[None]:
             term.memory = memory
 
 
-def _open(store: Store, processes: Processes, settings: dict[str, Any], force: bool) -> None:
+def _warn_of_cut(generator: Generator, prompts: list[Prompt]) -> None:
+    cut, tokens = generator.count_cut([prompt.text for prompt in prompts])
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(prompts)} prompts are longer than the {tokens} tokens that {type(generator.pipe).__name__} "
+            "reads; the rest of each has no effect on its images",
+            stacklevel=3,
+        )
+
+
+def _open(store: Store, processes: Processes, settings: dict[str, Any], force: bool, types: dict[str, type | None]) -> None:
     """Claim and prepare the folder in process 0; all processes raise if that fails."""
     failure: SynthesisError | None = None
     if processes.rank == 0:
         try:
             store.lock()
-            rows = store.begin(settings, force)
+            rows = store.begin(settings, force, types)
             store.clean({row["file_name"] for row in rows})
             if store.images == store.out:
                 store.write_metadata(rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 from kspec_guidance.synthesis.errors import SynthesisError
 
-__all__ = ["COLUMNS", "Columns", "column_types", "plain_value"]
+__all__ = ["COLUMNS", "TYPES", "Columns", "column_types", "plain_value"]
 
 COLUMNS: dict[str, type] = {  # of the metadata, with the types of their values
     "file_name": str, "prompt": str, "group": str, "seed": int, "attempt": int, "prompt_number": int, "guide": str,

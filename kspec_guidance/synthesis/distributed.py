@@ -46,16 +46,22 @@ class Processes:
             atexit.register(_destroy_process_group)
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """The tensors ``[n, ...]`` of all processes, by rank; n may differ. All processes must call it."""
+        """The tensors ``[n, ...]`` of all processes, by rank; n may differ. All processes must call it.
+
+        An empty tensor of one or two dimensions may have any width: it is sent with that of the others.
+        """
         if self.world_size == 1:
             return [x]
         from accelerate.utils import gather, pad_across_processes
 
         x = x.contiguous()
-        lengths = gather(torch.tensor([len(x)], device=self.device)).cpu().tolist()
+        sizes = gather(torch.tensor([[len(x), x.shape[-1]]], device=self.device)).cpu().tolist()
+        lengths = [n for n, _ in sizes]
         self.bytes_sent += x.numel() * x.element_size()
         if not max(lengths):
             return [x] * self.world_size
+        if x.ndim == 2 and not len(x):
+            x = x.new_zeros(0, next(width for n, width in sizes if n))
         padded = pad_across_processes(x.to(self.device), dim=0)
         gathered = gather(padded).cpu().unflatten(0, (self.world_size, -1))
         return [part[:n] for part, n in zip(gathered, lengths, strict=True)]

@@ -44,8 +44,7 @@ def disk_errors(out: Path) -> Iterator[None]:
                 f"no space left for {out} ({error.strerror}); finished images are safe: free some space and run the same "
                 "command again, it continues where it stopped"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise SynthesisError(
-                f"cannot write to {out} ({error.strerror}); choose another folder or change its permissions"
-            ) from error
-        raise
+        raise SynthesisError(
+            f"cannot write to {out} ({error.strerror or error}); choose another folder or change its permissions. Finished "
+            "images are safe"
+        ) from error

@@ -78,6 +78,8 @@ def _size(n: float) -> str:
 
 
 @renamed_arguments(images="images_per_prompt", batch="batch_size")
+@torch.inference_mode(False)  # as in synthesize
+@torch.no_grad()
 def estimate(
     prompts: Any,
     out: str | Path,

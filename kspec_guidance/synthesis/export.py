@@ -1,38 +1,52 @@
 """WebDataset shards and Parquet files with images, packed from finished batches."""
 
 import io
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kspec_guidance.synthesis.columns import COLUMNS
 from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
-from kspec_guidance.synthesis.records import Record, Store
+from kspec_guidance.synthesis.records import Record, Store, json_row
 from kspec_guidance.utils.atomic_io import replacing
 
 __all__ = ["FORMATS", "Packer"]
 
 FORMATS = ("imagefolder", "webdataset", "parquet")
+SAMPLES_READ = 5  # of the first shard, from which load_dataset("webdataset") infers the types of columns
+DTYPES: dict[type | None, str] = {bool: "bool", int: "int64", float: "float64", str: "string", None: "null"}
 Row = dict[str, Any]
 
 
-def _write_tar(path: Path, rows: list[Row], read: Callable[[Row], bytes]) -> None:
+def _with_values_first(rows: list[Row]) -> list[Row]:
+    """The rows, with those moved to the front that hold the first value of a column which the first five rows lack."""
+    first: list[Row] = []
+    for name in rows[0]:
+        found = next((k for k, row in enumerate(rows) if row.get(name) is not None), 0)
+        if found >= SAMPLES_READ and not any(row.get(name) is not None for row in first):
+            first.append(rows[found])
+    chosen = {row["file_name"] for row in first}
+    return first + [row for row in rows if row["file_name"] not in chosen]
+
+
+def _write_tar(path: Path, rows: list[Row], read: Callable[[Row], bytes], types: Mapping[str, type | None]) -> None:
     import webdataset
 
     with path.open("wb") as file, webdataset.TarWriter(file, mtime=0, user="", group="") as tar:
-        for row in rows:
+        for row in _with_values_first(rows):
             key = row["file_name"].rpartition("/")[2].removesuffix(".png")
-            tar.write({"__key__": key, "png": read(row), "txt": row["prompt"], "json": json.dumps(row).encode()})
+            tar.write({"__key__": key, "png": read(row), "txt": row["prompt"], "json": json_row(row).encode()})
 
 
-def _write_parquet(path: Path, rows: list[Row], read: Callable[[Row], bytes]) -> None:
+def _write_parquet(path: Path, rows: list[Row], read: Callable[[Row], bytes], types: Mapping[str, type | None]) -> None:
     import datasets
 
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in names}
+    schema = {name: datasets.Value(DTYPES[kind]) for name, kind in {**types, **COLUMNS}.items()}
+    features = datasets.Features({**schema, "image": datasets.Image()})
+    table: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in schema}
     table["image"] = [{"bytes": read(row), "path": row["file_name"].rpartition("/")[2]} for row in rows]
     data = io.BytesIO()
-    datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(data)
+    datasets.Dataset.from_dict(table, features).to_parquet(data)
     path.write_bytes(data.getvalue())
 
 
@@ -46,13 +60,14 @@ class Packer:
         store: of the run.
         kind: ``webdataset`` or ``parquet``.
         size: images in a shard.
+        types: of the users' own columns; see :func:`~kspec_guidance.synthesis.columns.column_types`.
 
     Raises:
         SynthesisError: if the library that writes this format is not installed.
     """
 
-    def __init__(self, store: Store, kind: str, size: int):
-        self.store, self.kind, self.size = store, kind, size
+    def __init__(self, store: Store, kind: str, size: int, types: Mapping[str, type | None]):
+        self.store, self.kind, self.size, self.types = store, kind, size, types
         self.pending: list[Row] = []
         self.shards = 0
         try:
@@ -85,7 +100,7 @@ class Packer:
         for epoch in self.store.epochs():
             if epoch == self.store.epoch:
                 continue
-            size = self.store.settings(epoch).get("format", [None, self.size])[1]
+            size = self.store.settings(epoch).get("format", [None, None])[1] or self.size
             for rank in self.store.ranks(epoch):
                 rows = [row for r in self.store.records([epoch]) if r.rank == rank for row in r.rows]
                 shards = 0
@@ -99,7 +114,7 @@ class Packer:
         if not path.exists():
             write = _write_tar if self.kind == "webdataset" else _write_parquet
             with disk_errors(self.store.out), replacing(path, durable=True) as fresh:
-                write(fresh, rows, lambda row: (self.store.images / row["file_name"]).read_bytes())
+                write(fresh, rows, lambda row: (self.store.images / row["file_name"]).read_bytes(), self.types)
         self._delete_images(rows)
 
     def _delete_images(self, rows: list[Row]) -> None:

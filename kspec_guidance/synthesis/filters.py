@@ -1,5 +1,6 @@
 """Which images are dropped: blank ones, near-duplicates, and those that the user's function rejects."""
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,11 @@ class Screen:
         self.duplicates, self.user_filter = duplicates, user_filter
         self.kept = MemoryBank()
 
+    @property
+    def drops(self) -> bool:
+        """Whether it drops other images than blank ones."""
+        return self.duplicates is not None or self.user_filter is not None
+
     def add(self, features: Tensor) -> None:
         """Add features ``[k, d]`` of kept images."""
         if self.duplicates is not None and len(features):
@@ -80,7 +86,15 @@ class Screen:
                 if max(in_batch, float(cosines[k])) >= self.duplicates:
                     reason = "near duplicate"
             if reason is None and self.user_filter is not None:
-                reason = _reason_of(self.user_filter(image, dict(row)))
+                try:
+                    verdict = self.user_filter(image, dict(row))
+                except Exception as error:
+                    place = traceback.extract_tb(error.__traceback__)[-1]
+                    raise SynthesisError(
+                        f"the filter failed for an image of {row['prompt']!r}, seed {row['seed']}: {type(error).__name__}: "
+                        f"{' '.join(str(error).split())} ({place.filename}, line {place.lineno}); finished images are safe"
+                    ) from error
+                reason = _reason_of(verdict)
             reasons.append(reason)
         return reasons
 

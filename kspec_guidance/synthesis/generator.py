@@ -1,6 +1,9 @@
 """Generator: makes one batch of images at a time with a guided pipeline."""
 
 import inspect
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +13,13 @@ from torch import Tensor
 
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.synthesis.errors import SynthesisError
-from kspec_guidance.synthesis.schedule import Sample
+from kspec_guidance.synthesis.schedule import Job, Sample
 
 __all__ = ["GeneratedBatch", "Generator"]
+
+SET_BY_RUN = ("prompt", "num_images_per_prompt", "generator", "latents", "output_type", "return_dict")
+MAX_LISTED = 16  # seeds, or prompts, of a batch in an error
+UNLIMITED = 10**6  # tokens: tokenizers without a limit declare larger numbers
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class Generator:
     Args:
         pipe: a text-to-image pipeline.
         guide: the caller attaches it to the pipeline.
-        call: arguments of every pipeline call, such as ``num_inference_steps``.
+        call: arguments of every pipeline call, such as ``num_inference_steps``. A text for an argument that the pipeline
+            takes for each prompt, such as ``negative_prompt``, is given for each prompt of a batch.
 
     Attributes:
         guidance_seconds: time that guidance has taken so far.
@@ -48,14 +56,27 @@ class Generator:
     def __init__(self, pipe: Any, guide: KernelGuidance, call: dict[str, Any]):
         self.pipe, self.guide, self.call = pipe, guide, call
         self.guide.remember = False
-        parameters = inspect.signature(type(pipe).__call__).parameters
-        self.takes_image_count = "num_images_per_prompt" in parameters
-        if "prompt" not in parameters:
-            raise SynthesisError(f"{type(pipe).__name__} takes no prompt; synthesis needs a text-to-image pipeline")
-        unknown = sorted(k for k in call if k not in parameters)
-        if unknown:  # also if it takes **kwargs: diffusers ignores those that it does not know
-            raise SynthesisError(f"{type(pipe).__name__} does not take {', '.join(unknown)}")
+        self.parameters = inspect.signature(type(pipe).__call__).parameters
+        self.takes_image_count = "num_images_per_prompt" in self.parameters
         self.guidance_seconds = 0.0
+        name = type(pipe).__name__
+        if "prompt" not in self.parameters:
+            raise SynthesisError(f"{name} takes no prompt; synthesis needs a text-to-image pipeline")
+        unknown = sorted(k for k in call if k not in self.parameters)
+        if unknown:  # also if it takes **kwargs: diffusers ignores those that it does not know
+            raise SynthesisError(f"{name} does not take {', '.join(unknown)}")
+        fixed = [k for k in SET_BY_RUN if k in call]
+        if fixed:
+            raise SynthesisError(f"{', '.join(fixed)} cannot be set: a run gives them itself, for each batch")
+        for key, value in call.items():
+            if self._is_text_of_prompt(key) and isinstance(value, list | tuple | bool | int | float):
+                raise SynthesisError(f"{key} must be one text, which is given for all images; got {value!r}")
+
+    def _is_text_of_prompt(self, name: str) -> bool:
+        """Whether an argument of the pipeline is a text for each prompt, or one for all."""
+        kind = str(self.parameters[name].annotation).replace("typing.", "").lower()
+        one, several = re.search(r"(?<!list\[)\bstr\b", kind), "list[str]" in kind
+        return bool(one and several) or re.fullmatch(r"(negative_)?prompt(_\d+)?", name) is not None
 
     @property
     def device(self) -> torch.device:
@@ -63,23 +84,47 @@ class Generator:
         device: Any = getattr(self.pipe, "_execution_device", None) or getattr(self.pipe, "device", "cpu")
         return torch.device(device)
 
+    def _arguments(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Arguments of a call that makes one image of each text."""
+        if self.takes_image_count and len(set(texts)) == 1:
+            return {**self.call, "prompt": texts[0], "num_images_per_prompt": len(texts)}
+        call = {
+            k: [v] * len(texts) if isinstance(v, str) and self._is_text_of_prompt(k) else v for k, v in self.call.items()
+        }
+        count = {"num_images_per_prompt": 1} if self.takes_image_count else {}
+        return {**call, **count, "prompt": list(texts)}
+
+    @contextmanager
+    def _explained(self, texts: Sequence[str], seeds: Sequence[int]) -> Iterator[None]:
+        """Turn errors of the pipeline, and of guidance in it, into a :class:`SynthesisError` that names the batch."""
+        try:
+            yield
+        except SynthesisError:
+            raise
+        except Exception as error:
+            found: dict[str, list[str]] = {}
+            for text, seed in list(zip(texts, seeds, strict=True))[:MAX_LISTED]:
+                found.setdefault(text if len(text) <= 60 else text[:57] + "...", []).append(str(seed))
+            batch = "; ".join(f"{text!r} with seeds {', '.join(numbers)}" for text, numbers in found.items())
+            more = f"; and {len(texts) - MAX_LISTED} more" if len(texts) > MAX_LISTED else ""
+            advice = "; give a smaller batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
+            raise SynthesisError(
+                f"{type(self.pipe).__name__} failed in a batch of {len(texts)} images ({batch}{more}): "
+                f"{type(error).__name__}: {' '.join(str(error).split())}{advice}; finished images are safe, and the same "
+                "command continues after them"
+            ) from error
+
     def make(self, batch: list[Sample]) -> GeneratedBatch:
         """Generate the images of a batch.
 
         Raises:
-            SynthesisError: if the pipeline refuses its arguments or returns no images, or if guidance got no samples.
+            SynthesisError: if the pipeline fails or returns no images, with the prompts and seeds of the batch, or if
+                guidance got no samples.
         """
-        texts = [sample.job.prompt.text for sample in batch]
-        prompts: dict[str, Any] = {"prompt": texts}
-        if self.takes_image_count and len(set(texts)) == 1:
-            prompts = {"prompt": texts[0], "num_images_per_prompt": len(texts)}
-        elif self.takes_image_count:
-            prompts |= {"num_images_per_prompt": 1}
-        generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
-        try:
-            result = self.pipe(**{**self.call, **prompts, "generator": generators, "output_type": "pil"})
-        except ValueError as error:  # of the pipeline or of guidance: settings that do not fit each other
-            raise SynthesisError(str(error)) from error
+        texts, seeds = [sample.job.prompt.text for sample in batch], [sample.seed for sample in batch]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with self._explained(texts, seeds):
+            result = self.pipe(**self._arguments(texts), generator=generators, output_type="pil")
         images = getattr(result, "images", None)
         if not isinstance(images, list) or len(images) != len(batch) or not isinstance(images[0], Image.Image):
             got = type(result).__name__ if images is None else f"{len(images)} {type(images[0]).__name__}"
@@ -90,18 +135,49 @@ class Generator:
         self.guidance_seconds += self.guide.report().seconds
         return GeneratedBatch(images, x, prompt_features)
 
+    def _one_step(self, texts: Sequence[str]) -> None:
+        """Run a single step without images."""
+        call = {**self._arguments(texts), "output_type": "latent"}
+        if "num_inference_steps" in self.parameters:
+            call["num_inference_steps"] = 1
+        call.pop("callback_on_step_end", None)
+        with self._explained(texts, [0] * len(texts)):
+            self.pipe(**call, generator=[torch.Generator().manual_seed(0) for _ in texts])
+
+    def check_mixed(self, jobs: Sequence[Job], batch_size: int, screened: bool) -> None:
+        """Run one step of a batch of two prompts, if the run will have such batches.
+
+        Args:
+            jobs: of this process.
+            batch_size: images in a batch.
+            screened: whether images may be dropped, so that any prompt may end with a part of a batch.
+
+        Raises:
+            SynthesisError: if the pipeline fails for two prompts at once, but not for one.
+        """
+        left = [job for job in jobs if not job.finished]
+        if batch_size == 1 or not any(screened or (job.goal - job.kept) % batch_size for job in left[:-1]):
+            return
+        texts = [left[k % 2].prompt.text for k in range(batch_size)]
+        try:
+            self._one_step(texts)
+        except SynthesisError as error:
+            try:
+                self._one_step(texts[:1] * batch_size)
+            except SynthesisError:
+                return  # not a matter of two prompts: the first batch will tell, with all its steps
+            raise SynthesisError(f"this run needs batches of several prompts; in a test of one step, {error}") from error
+
     def prompt_features(self, texts: list[str], batch_size: int) -> Tensor | None:
         """Features of prompts ``[n, p]`` as guidance gets them, by runs of a single step; None if it gets none."""
         parts, guide = [], self.guide
         scales = [term.scale for term in guide.terms]
-        call = {**self.call, "num_inference_steps": 1, "output_type": "latent"}
         try:
             for term in guide.terms:
                 term.scale = 0.0
             with guide.attach(self.pipe):
                 for start in range(0, len(texts), batch_size):
-                    part = texts[start : start + batch_size]
-                    self.pipe(**{**call, "prompt": part, "generator": [torch.Generator().manual_seed(0) for _ in part]})
+                    self._one_step(texts[start : start + batch_size])
                     features = guide.finished[0][2] if guide.finished else None
                     if features is None:
                         return None
@@ -110,3 +186,22 @@ class Generator:
             for term, scale in zip(guide.terms, scales, strict=True):
                 term.scale = scale
         return torch.cat(parts) if parts else None
+
+    def count_cut(self, texts: Sequence[str]) -> tuple[int, int]:
+        """How many texts all tokenizers of the pipeline cut, and the number of tokens that the longest one keeps."""
+        from transformers import PreTrainedTokenizerBase
+
+        limits = {}
+        for tokenizer in getattr(self.pipe, "components", {}).values():
+            if isinstance(tokenizer, PreTrainedTokenizerBase):
+                limit = tokenizer.model_max_length
+                if "max_sequence_length" in self.parameters and "CLIP" not in type(tokenizer).__name__:
+                    default = self.parameters["max_sequence_length"].default
+                    limit = self.call.get("max_sequence_length") or (default if isinstance(default, int) else limit)
+                limits[limit] = tokenizer
+        if not limits or max(limits) > UNLIMITED:
+            return 0, 0
+        limit = max(limits)
+        long = [text for text in texts if len(text.encode()) + 2 > limit]  # a token has one byte or more
+        rows = limits[limit](long, truncation=True, max_length=limit + 1)["input_ids"] if long else []
+        return sum(len(row) > limit for row in rows), limit

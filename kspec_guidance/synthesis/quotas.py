@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,13 @@ def split_quotas(quotas: Mapping[str, "int | Attribute"] | None) -> tuple[dict[s
     Raises:
         SynthesisError: for any other value, a single attribute, or a share that is not positive.
     """
-    counts, attributes = {}, {}
+    counts: dict[str, int] = {}
+    attributes: dict[str, Attribute] = {}
     for name, quota in (quotas or {}).items():
         if isinstance(quota, Attribute):
             attributes[name] = quota
-        elif isinstance(quota, int) and not isinstance(quota, bool) and quota >= 0:
-            counts[name] = quota
+        elif isinstance(quota, Integral) and not isinstance(quota, bool) and int(quota) >= 0:
+            counts[name] = int(quota)
         else:
             raise SynthesisError(f"quota {name!r} must be a number of images or an Attribute, got {quota!r}")
     if len(attributes) == 1:

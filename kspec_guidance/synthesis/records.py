@@ -11,9 +11,10 @@ between the two, images without a record are deleted and made again, from the sa
 """
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +23,16 @@ import filelock
 from torch import Tensor
 
 from kspec_guidance.memory.io import MemoryFileError, read_about, read_tensors, write_tensors
+from kspec_guidance.synthesis.columns import TYPES, column_types
 from kspec_guidance.synthesis.errors import CheckpointError, SettingsChangedError, SynthesisError, disk_errors
 from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.utils.atomic_io import replace_all, replacing
 
-__all__ = ["Record", "RecordTensors", "Store", "pack_tensors", "unpack_tensors"]
+__all__ = ["Record", "RecordTensors", "Store", "json_row", "pack_tensors", "unpack_tensors"]
 
 IMAGE = re.compile(r"\d{6,}-\d{4,}\.png")
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+DATA_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".tar", ".parquet")
 
 
 @dataclass
@@ -77,6 +80,11 @@ class RecordTensors(NamedTuple):
     features: Tensor
 
 
+def json_row(row: Mapping[str, Any]) -> str:
+    """A row of the metadata as strict JSON: null for NaN and infinite numbers."""
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+
+
 def pack_tensors(x: Tensor, prompt_features: Tensor | None, features: Tensor | None) -> dict[str, Tensor]:
     """What a record stores: prompt features once if all are the same, features only if they are not the samples."""
     tensors = {"x": x.float().cpu()}
@@ -122,10 +130,8 @@ class Store:
             SynthesisError: if another run holds it, if it cannot be written to, or if it holds other data.
         """
         with disk_errors(self.out):
-            if (self.out / "metadata.jsonl").exists() and not self.state.exists():
-                raise SynthesisError(
-                    f"{self.out} holds a metadata.jsonl that no run of this program wrote; choose an empty folder"
-                )
+            if not self.state.exists():
+                self._refuse_foreign_files()
             self.state.mkdir(parents=True, exist_ok=True)
             self._lock = filelock.FileLock(self.state / "lock", timeout=0)
             try:
@@ -134,6 +140,16 @@ class Store:
                 raise SynthesisError(
                     f"another run is writing to {self.out}; wait for it, or choose another folder"
                 ) from error
+
+    def _refuse_foreign_files(self) -> None:
+        """Refuse a new folder with files that ``load_dataset`` would take for a part of the set."""
+        for pattern in ("*", "*/*"):
+            for path in self.out.glob(pattern):
+                if path.suffix.lower() in DATA_SUFFIXES or path.stem == "metadata":
+                    raise SynthesisError(
+                        f"{self.out} holds a {path.relative_to(self.out)} that no run of this program wrote; choose an "
+                        "empty folder, so that the set consists of its own files"
+                    )
 
     def unlock(self) -> None:
         """Release the folder."""
@@ -149,12 +165,17 @@ class Store:
         """All epochs, in order."""
         return sorted(int(p.parent.name[6:]) for p in self.state.glob("epoch-*/settings.json"))
 
-    def begin(self, settings: dict[str, Any], force: bool) -> list[dict[str, Any]]:
+    def begin(
+        self, settings: dict[str, Any], force: bool, types: Mapping[str, type | None] | None = None
+    ) -> list[dict[str, Any]]:
         """Continue the last epoch if its settings are the same, or begin a new one. One process does this.
+
+        Other settings need no ``force`` as long as there are no images.
 
         Args:
             settings: of the run.
             force: begin a new epoch if settings changed, and leave out what is damaged or lost.
+            types: of the users' own columns; see :func:`column_types`.
 
         Returns:
             The rows of all finished images, in the order of prompts and attempts.
@@ -162,7 +183,7 @@ class Store:
         Raises:
             SettingsChangedError: if the settings changed, without ``force``.
             CheckpointError: if records, images or settings are damaged or lost, without ``force``.
-            SynthesisError: if the set has another format.
+            SynthesisError: if the set has another format, or the users' own columns have other types.
         """
         epochs = self.epochs()
         self.epoch = epochs[-1] if epochs else 0
@@ -181,17 +202,35 @@ class Store:
                 f"{self.folder(self.epoch) / 'settings.json'} is damaged; restore it from a copy, or give force=True "
                 "(--force), which keeps the finished images and continues with the settings given now"
             )
-        if old and old["format"][0] != settings["format"][0]:
+        if rows and old and old["format"][0] != settings["format"][0]:
             raise SynthesisError(
                 f"{self.out} holds a set in format {old['format'][0]!r}; choose another folder for format "
                 f"{settings['format'][0]!r}"
             )
+        self._check_columns(rows, types or {}, settings["format"][0])
         changed = differences(old, settings)
-        if epochs and changed and not force:
+        if rows and changed and not force:
             raise SettingsChangedError(self.out, changed, len(rows))
         if not epochs or changed or damaged or missing:
             self._new_epoch(self.epoch + 1 if epochs else 0, settings, missing)
         return sorted((row for row in rows if row["file_name"] not in set(missing)), key=lambda row: row["file_name"])
+
+    def _check_columns(self, rows: list[dict[str, Any]], types: Mapping[str, type | None], kind: str) -> None:
+        """Refuse own columns that cannot be read together with those of the finished images."""
+        old = column_types(rows)
+        changed = []
+        for name in old.keys() & types.keys():
+            before, now = old[name], types[name]
+            if before is not None and now is not None and before != now:
+                changed.append(f"{name}: {TYPES[before]} before, now {TYPES[now]}")
+        if rows and kind == "parquet":  # whose files must have the same columns
+            changed += [f"{name}: none before" for name in types.keys() - old.keys()]
+            changed += [f"{name}: none now" for name in old.keys() - types.keys()]
+        if changed:
+            raise SynthesisError(
+                f"{self.out} holds images with other columns of prompts ({'; '.join(sorted(changed))}), with which "
+                "load_dataset could not read the set; give the columns as before, or choose another folder"
+            )
 
     def _new_epoch(self, number: int, settings: dict[str, Any], missing: list[str]) -> None:
         self.epoch = number
@@ -229,7 +268,8 @@ class Store:
         with disk_errors(self.out):
             for folder in (self.images, *self.images.glob("[0-9]*")):
                 for path in folder.iterdir() if folder.is_dir() else ():
-                    unlisted = IMAGE.fullmatch(path.name) and f"{path.parent.name}/{path.name}" not in keep
+                    own = folder != self.images and IMAGE.fullmatch(path.name)
+                    unlisted = own and f"{folder.name}/{path.name}" not in keep
                     if path.is_file() and (unlisted or TEMPORARY.fullmatch(path.name)):
                         path.unlink()
             for path in self.state.rglob(".*.tmp"):
@@ -314,12 +354,12 @@ class Store:
     def append_metadata(self, rows: list[dict[str, Any]]) -> None:
         """Append the rows of a batch to the metadata in one write; they are sorted at the end of the run."""
         with disk_errors(self.out), open(self.out / "metadata.jsonl", "ab", buffering=0) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            file.write("".join(json_row(row) + "\n" for row in rows).encode())
 
     def write_metadata(self, rows: list[dict[str, Any]]) -> None:
         """Replace ``metadata.jsonl``."""
         with disk_errors(self.out), replacing(self.out / "metadata.jsonl", durable=True) as fresh, fresh.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(json_row(row) + "\n" for row in rows)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace ``summary.json``."""

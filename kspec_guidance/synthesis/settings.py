@@ -1,9 +1,17 @@
 """Settings: what makes two runs the same, and where the settings of two runs differ."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.guidance import KernelGuidance
@@ -31,6 +39,19 @@ MEMORY_KINDS = ("auto", "exact", "centroids", "guide")
 SAMPLE_KEYS = ("pipeline", "space", "size")  # of describe_samples, that agree if two runs' samples can be compared
 FEATURE_KEYS = ("embedder", *SAMPLE_KEYS)  # and likewise the features that scores are computed from
 DIGITS = 12  # of a digest
+TITLES = {  # of settings whose names do not say it
+    "processes": "number of processes",
+    "exchange": "exchange (none in one process)",
+    "prompts.number": "number of prompts",
+    "prompts.first": "first prompt",
+    "prompts.digest": "digest of all prompts with their groups and numbers of images",
+    "pipeline.denoiser": "digest of the pipeline's weights",
+    "pipeline.scheduler.digest": "digest of the scheduler's configuration",
+    "memory[0]": "memory",
+    "memory[1]": "memory_by",
+    "memory[2]": "entries of the guide's memory",
+    "format[1]": "shard_size",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,7 @@ class Settings:
         target: when a prompt is finished before its goal.
         digest: of all settings of the run.
         expected_images: of the whole run.
+        grouped: whether any prompt has a group.
     """
 
     batch_size: int
@@ -56,17 +78,19 @@ class Settings:
     target: Target | None
     digest: str
     expected_images: int
+    grouped: bool = False
 
 
-def check_counts(minimum: int = 1, **counts: Any) -> None:
-    """Check that arguments, given by name, are integers of at least ``minimum``.
+def check_counts(minimum: int | None = 1, **counts: Any) -> None:
+    """Check that arguments, given by name, are integers (also of numpy) of at least ``minimum``, if that is given.
 
     Raises:
         SynthesisError: naming the first one that is not.
     """
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise SynthesisError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        if not isinstance(value, Integral) or isinstance(value, bool) or (minimum is not None and int(value) < minimum):
+            least = "" if minimum is None else f" of at least {minimum}"
+            raise SynthesisError(f"{name} must be an integer{least}, got {value!r}")
 
 
 def check_memory(kind: Any, by: Any) -> None:
@@ -87,12 +111,16 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     >>> differences({"seed": 0, "call": {"steps": 20}}, {"seed": 0, "call": {"steps": 30}, "batch_size": 8})
     ['batch_size: none before, now 8', 'call.steps: 20 before, now 30']
     """
+    lines = []
     if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
         for key in sorted({*old, *new}, key=str):
             lines += differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
-        return lines
-    return [] if old == new else [f"{name}: {_shortened(old)} before, now {_shortened(new)}"]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for k, (before, now) in enumerate(zip(old, new, strict=True)):
+            lines += differences(before, now, f"{name}[{k}]")
+    elif old != new:
+        lines.append(f"{TITLES.get(name, name)}: {_shortened(old)} before, now {_shortened(new)}")
+    return lines
 
 
 def _shortened(value: Any) -> str:
@@ -101,8 +129,21 @@ def _shortened(value: Any) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """The value as JSON returns it; text takes the place of what JSON lacks."""
-    return json.loads(json.dumps(value, default=str))
+    """The value as JSON returns it; of what JSON lacks, a text that is the same in each run: a digest, or a name."""
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
+    if isinstance(value, Tensor | np.ndarray | Image.Image) and getattr(value, "ndim", 1) != 0:
+        data = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        return f"{type(value).__name__} {list(data.shape)} {hash_tensors({'': data}, digits=DIGITS)}"
+    if hasattr(value, "item"):
+        value = value.item()
+    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, float | complex | torch.dtype | torch.device | Path):
+        return str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def describe_prompts(prompts: Sequence[Prompt], quotas: Mapping[str, int]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Worker: one process of a run. It makes batches, commits them, and exchanges samples with the other processes."""
 
 import io
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -145,10 +146,12 @@ class Worker:
     def _row(self, sample: Sample) -> dict[str, Any]:
         """The metadata of an image, without its scores."""
         job, term = sample.job, self.guide.terms[0]
-        row: dict[str, Any] = {"file_name": sample.file_name, "prompt": job.prompt.text}
-        if job.prompt.group is not None:
-            row["group"] = job.prompt.group
-        row |= {
+        group = {"group": job.prompt.group} if self.settings.grouped else {}
+        row: dict[str, Any] = {
+            **job.prompt.extra,
+            "file_name": sample.file_name,
+            "prompt": job.prompt.text,
+            **group,
             "seed": sample.seed,
             "attempt": sample.attempt,
             "prompt_number": job.number,
@@ -156,7 +159,7 @@ class Worker:
             "scale": term.scale,
             "settings": self.settings.digest,
         }
-        return {**{k: v for k, v in job.prompt.extra.items() if k not in row}, **row}
+        return row
 
     def _add_scores(
         self, batch: list[Sample], keep: list[int], rows: list[dict[str, Any]], features: Tensor, made: GeneratedBatch
@@ -172,8 +175,8 @@ class Worker:
             score = round(prompt_score(all_features), 4)
             for position, k in enumerate(kept):
                 cosine = float(largest_cosine(features[k : k + 1], all_features[: len(earlier) + position])[0])
-                rows[k]["nearest"] = round(cosine, 4) if cosine == cosine else None
-                rows[k]["vendi"] = score
+                rows[k]["nearest"] = round(cosine, 4) if math.isfinite(cosine) else None
+                rows[k]["vendi"] = score if math.isfinite(score) else None
                 if assigned is not None:
                     rows[k]["attribute"] = assigned[k]
 
@@ -245,12 +248,9 @@ class Worker:
         """
         message = self.memories.message(self.processes.rank, self.memories.unsent)
         self.memories.unsent.clear()
-        states = self.processes.gather_integers(
-            int(finished), self.earlier_images + self.made, 0 if message is None else message.shape[1]
-        )
-        width = max(state[2] for state in states)
-        if width:
-            empty = torch.zeros(0, width, dtype=self.memories.message_dtype)
+        states = self.processes.gather_integers(int(finished), self.earlier_images + self.made)
+        if self.memories.prompt_features is not None:
+            empty = torch.zeros(0, 0, dtype=self.memories.message_dtype)
             self.memories.receive(self.processes.gather(empty if message is None else message))
         self.exchanges += 1
         self.total_images = sum(state[1] for state in states)

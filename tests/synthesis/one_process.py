@@ -1,18 +1,27 @@
-"""One process of a synthesis: `torchrun --nproc-per-node 2 -m tests.synthesis.one_process OUT [KIND]`.
+"""One process of a synthesis: `torchrun --nproc-per-node 2 -m tests.synthesis.one_process OUT [KIND [NUMBERS]]`.
 
 Writes ``result-*.json`` into OUT, with the rows received and the entries of the memory after each exchange.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from kspec_guidance import SPARKE
+from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.synthesis import Prompt
 from kspec_guidance.synthesis.memories import RunMemories
 from tests.synthesis.small_runs import make, quiet_pipeline
+
+
+def random_features():
+    kernel, prompts = GaussianKernel(1.0), GaussianKernel(0.35)
+    phi, psi = RandomFourierFeatures(kernel, 576, 256), RandomFourierFeatures(prompts, 160, 64)
+    return SPARKE(kernel=kernel, prompt_kernel=prompts, feature_map=phi, prompt_feature_map=psi)
 
 
 def main():
@@ -29,8 +38,12 @@ def main():
     similar = [f"runner{comma} {who}" for comma in (",", "") for who in ("woman", "man")]
     texts = [*similar, "runner", "runner, person", "heart", "red heart"]
     prompts = [Prompt(text, "people" if "runner" in text else "things") for text in texts]
+    if len(sys.argv) > 3:  # numbers of images of the last prompts
+        numbers = [int(n) for n in sys.argv[3].split(",")]
+        prompts = [replace(p, images=n) for p, n in zip(prompts[-len(numbers) :], numbers, strict=True)]
     by, kind = ("group", "exact") if kind == "groups" else ("all", kind)
-    result = make(out, quiet_pipeline(), prompts, 6, 3, guide=SPARKE(), memory=kind, memory_by=by, exchange=2)
+    guide = random_features() if kind == "guide" else SPARKE()
+    result = make(out, quiet_pipeline(), prompts, 6, 3, guide=guide, memory=kind, memory_by=by, exchange=2)
     values = {"made": result.made, "images": result.images, "exchanges": result.exchanges, "received": received}
     (out / f"result-{'first' if result.first else id(values)}.json").write_text(json.dumps(values))
 

@@ -121,3 +121,14 @@ def test_invalid_arguments_are_refused_before_anything_is_written(tmp_path, pipe
     with pytest.raises(SynthesisError, match=message):
         make(tmp_path / "set", pipe, **settings)
     assert not (tmp_path / "set").exists()
+
+
+def test_a_run_under_inference_mode_makes_the_same_images_and_is_resumed_outside(tmp_path, pipe):
+    make(tmp_path / "plain", pipe, ["heart"], 4, 2, guide=SPARKE(space="pooled"))
+    with torch.inference_mode():
+        make(tmp_path / "set", pipe, ["heart"], 4, 2, guide=SPARKE(space="pooled"))
+    assert contents(tmp_path / "set") == contents(tmp_path / "plain")
+    assert make(tmp_path / "set", pipe, ["heart"], 6, 2, guide=SPARKE(space="pooled"), force=True).images == 6
+    with torch.inference_mode():
+        assert make(tmp_path / "set", pipe, ["heart"], 7, 2, guide=SPARKE(space="pooled"), force=True).images == 7
+        assert estimate(["heart"], tmp_path / "new", pipe, SPARKE(), 4, 2, call=CALL).images == 4

@@ -122,6 +122,31 @@ def test_other_numbers_of_processes_and_other_memories(tmp_path, processes, kind
     assert max(r["made"] for r in results) <= 48 // processes + 6
 
 
+def pictures(out):
+    return {path.name: path.read_bytes() for path in out.rglob("*.png")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["exact", "centroids", "guide", "groups"])
+def test_more_processes_than_prompts(tmp_path, kind):
+    """The last prompt of the list: one process has work, and makes the images that a single process makes."""
+    run(tmp_path / "one", 1, kind, "7")
+    results = run(tmp_path / "three", 3, kind, "7")
+    assert sorted(r["made"] for r in results) == [0, 0, 7]
+    assert pictures(tmp_path / "three") == pictures(tmp_path / "one")
+    assert len(rows_of(tmp_path / "three")) == 7
+    again = run(tmp_path / "three", 3, kind, "7")  # nothing is left
+    assert [(r["made"], r["images"]) for r in again] == [(0, 7)] * 3
+    assert pictures(tmp_path / "three") == pictures(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_long_before_the_others(tmp_path):
+    results = run(tmp_path / "set", 3, "exact", "0,1,17")
+    assert sorted(r["made"] for r in results) == [0, 1, 17]
+    assert len(rows_of(tmp_path / "set")) == 18
+
+
 @pytest.mark.slow
 def test_a_group_with_its_own_memory_stays_in_one_process(tmp_path):
     results = run(tmp_path / "set", 2, "groups")

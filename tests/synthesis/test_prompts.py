@@ -89,11 +89,9 @@ def test_rows_of_tables_with_the_types_of_numpy_and_pandas():
 
     table = pd.DataFrame({"prompt": ["heart", "runner"], "group": [1.0, None], "images": [3.0, None], "id": [1, 2]})
     arrow = pa.Table.from_pandas(table)
-    rows = [
-        {"prompt": np.str_("heart"), "group": np.int64(1), "images": np.float32(3), "id": np.int8(1)},
-        *read_rows_of(arrow),
-    ]
-    for source in (table, arrow, table.to_dict("records")):
+    rows = [{"prompt": np.str_("heart"), "group": np.int64(1), "images": np.float32(3), "id": np.int8(1)}]
+    rows += arrow.to_pylist()[1:]
+    for source in (table, arrow, table.to_dict("records"), rows):
         found = read_prompts(source)
         assert [(p.text, p.group, p.images, p.extra) for p in found] == [
             ("heart", "1", 3, {"id": 1}),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +112,19 @@ def test_unusable_folders_are_refused(tmp_path, pipe):
     (tmp_path / "other" / "metadata.jsonl").write_text("{}")
     with pytest.raises(SynthesisError, match="that no run of this program wrote"):
         make(tmp_path / "other", pipe)
+    (tmp_path / "pictures" / "0000").mkdir(parents=True)
+    (tmp_path / "pictures" / "0000" / "000123-0001.png").write_bytes(b"mine")
+    with pytest.raises(SynthesisError, match=r"holds a 0000.000123-0001.png that no run of this program wrote"):
+        make(tmp_path / "pictures", pipe)
+    assert (tmp_path / "pictures" / "0000" / "000123-0001.png").exists()
+    for folder in (tmp_path / ("x" * 300), Path("/proc/set")):
+        with pytest.raises(SynthesisError, match="cannot write to"):
+            make(folder, pipe)
+
+
+def test_files_of_others_in_the_folder_of_a_run_are_left_alone(tmp_path, pipe):
+    make(tmp_path, pipe, ["heart"], 1, call={"num_inference_steps": 1})
+    mine = tmp_path / "20240101-1234.png"  # a name as the run gives, but not in a folder of the run
+    mine.write_bytes(b"mine")
+    make(tmp_path, pipe, ["heart"], 1, call={"num_inference_steps": 1})
+    assert mine.exists()

@@ -1,9 +1,14 @@
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kspec_guidance import SPARKE
 from kspec_guidance.evaluation.embedders import ImageEmbedder
 from kspec_guidance.synthesis import SettingsChangedError
+from kspec_guidance.synthesis.settings import as_json, differences
 from tests.synthesis.small_runs import CALL, make, rows_of
 
 
@@ -13,9 +18,13 @@ def test_changed_settings_are_listed_and_refused_and_force_continues(tmp_path, p
     with pytest.raises(SettingsChangedError) as error:
         make(tmp_path, pipe, ["heart", "man"], guide=SPARKE(0.3), call={**CALL, "num_inference_steps": 4})
     message = str(error.value)
-    for text in ("6 images", "images_per_prompt: 3 before, now 5", "num_inference_steps: 3 before, now 4", "--force"):
+    changed = (
+        "images_per_prompt: 3 before, now 5",
+        "num_inference_steps: 3 before, now 4",
+        "terms[0].scale: 1.0 before, now 0.3",
+    )
+    for text in ("6 images", *changed, "--force"):
         assert text in message
-    assert any("scale" in d or "terms" in d for d in error.value.differences)
     prompts = ["man", "runner", "heart"]
     result = make(tmp_path, pipe, prompts, guide=SPARKE(0.3), force=True)
     assert (result.images, result.made) == (15, 9)
@@ -36,3 +45,31 @@ def test_after_a_change_of_space_or_embedder_old_images_count_and_their_tensors_
     assert (result.images, result.made) == (18, 8)
     assert len({row["file_name"] for row in rows_of(tmp_path)}) == 18
     assert make(tmp_path, pipe, ["heart", "man"], **settings).made == 0
+
+
+def test_differences_name_the_setting_also_inside_of_lists():
+    old = {"processes": 1, "memory": ["auto", "all", 0], "guide": {"terms": [{"scale": 1.0, "start": 0.0}]}}
+    new = {"processes": 2, "memory": ["auto", "group", 0], "guide": {"terms": [{"scale": 0.5, "start": 0.0}]}}
+    assert differences(old, new) == [
+        "guide.terms[0].scale: 1.0 before, now 0.5",
+        "memory_by: all before, now group",
+        "number of processes: 1 before, now 2",
+    ]
+
+
+def test_settings_without_a_form_in_json_are_the_same_in_each_run():
+    def value(fill):
+        return {
+            "image": Image.new("RGB", (4, 4), fill), "tensor": torch.full((2,), float(len(fill))), "number": np.float32(2),
+            "callback": lambda: None, "steps": (1, 2), "nan": float("nan"), "dtype": torch.float16,
+        }  # fmt: skip
+
+    one, same, other = as_json(value("red")), as_json(value("red")), as_json(value("green"))
+    assert one == same == json.loads(json.dumps(one, allow_nan=False))
+    assert (one["image"] != other["image"], one["tensor"] != other["tensor"]) == (True, True)
+    assert (one["number"], one["steps"], one["dtype"]) == (2.0, [1, 2], "torch.float16")
+
+
+def test_a_folder_without_images_takes_other_settings(tmp_path, pipe):
+    assert make(tmp_path, pipe, ["heart"], 0).images == 0
+    assert make(tmp_path, pipe, ["heart"], 2, format="parquet").images == 2
