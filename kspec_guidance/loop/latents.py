@@ -6,7 +6,8 @@
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from kspec_guidance.loop.components import autoencoder_of, image_size
 from kspec_guidance.utils.images import load_folder, to_pixels
+from kspec_guidance.utils.placement import compute_dtype, execution_device
 
-__all__ = ["encode", "encode_reference", "from_loop", "to_loop"]
+__all__ = ["decode", "encode", "encode_reference", "from_loop", "overflow_message", "to_loop"]
 
 PACKS = ["height", "width"]  # last arguments of a ``_pack_latents`` of 2 x 2 blocks to tokens: Flux, Qwen-Image
 
@@ -44,15 +46,49 @@ def _scaling(vae: Any) -> tuple[float, float]:
     return getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
 
 
+@contextmanager
+def _running(vae: Any, x: Tensor) -> Iterator[Tensor]:
+    """An autoencoder's input on the device and in the dtype in which the autoencoder computes.
+
+    If its config has ``force_upcast``, it runs in float32 in place of float16, in which it overflows, as in diffusers.
+    """
+    gradients = torch.is_grad_enabled()  # inference_mode(False) enables them
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):  # weights that are cast here are normal tensors
+        dtype = compute_dtype(vae, x.dtype)
+        upcast = dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
+        if upcast:
+            vae.float()
+        try:
+            yield x.to(execution_device(vae, x.device), torch.float32 if upcast else dtype)
+        finally:
+            if upcast:
+                vae.half()
+
+
+def overflow_message(vae: Any) -> str:
+    """Message of an error: NaN or infinite values of an autoencoder."""
+    return (
+        f"{type(vae).__name__} returned NaN or infinite values in {compute_dtype(vae, torch.float32)}: run it in float32, "
+        "pipe.vae.to(torch.float32), or take weights that are made for half precision"
+    )
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images ``[m, c, h, w]`` or clips ``[m, c, f, h, w]`` of unscaled latents, on the device of the autoencoder."""
+    with _running(vae, latents) as z:
+        out = vae.decode(z)
+    return getattr(out, "sample", out)
+
+
 def encode(vae: Any, pixels: Tensor) -> Tensor:
     """Latents ``[m, c, ...]`` of images ``[m, 3, h, w]`` or clips ``[m, 3, f, h, w]`` in -1..1: the mode, unscaled.
 
-    Video encoders receive images as clips of one frame.
+    Video encoders receive images as clips of one frame. The result is on the device of the autoencoder.
     """
-    x = pixels.to(vae.device, vae.dtype)
-    if x.ndim == 4 and any(isinstance(m, torch.nn.Conv3d) for m in getattr(vae, "encoder", vae).modules()):
-        x = x[:, :, None]
-    out = vae.encode(x)
+    with _running(vae, pixels) as x:
+        if x.ndim == 4 and any(isinstance(m, torch.nn.Conv3d) for m in getattr(vae, "encoder", vae).modules()):
+            x = x[:, :, None]
+        out = vae.encode(x)
     if getattr(out, "latent_dist", None) is not None:
         return out.latent_dist.mode().float()
     found = next((getattr(out, k) for k in ("latents", "latent") if getattr(out, k, None) is not None), out)
@@ -125,7 +161,6 @@ def _unpacked(x: Tensor, pipe: Any, vae: Any, size: tuple[int, int] | None) -> T
     return pipe._unpack_latents(x, height, width, factor)
 
 
-@torch.no_grad()
 def encode_reference(
     pipe: Any,
     images: Tensor | Sequence[Image.Image] | str | os.PathLike,
@@ -146,7 +181,7 @@ def encode_reference(
 
     Raises:
         ValueError: for a wrong shape or range, a folder without images or with an unreadable one, or a pipeline without an
-            image autoencoder.
+            image autoencoder, or one that returns NaN or infinite values.
     """
     if not isinstance(images, Tensor):
         size = image_size(pipe) if size is None else size
@@ -165,4 +200,12 @@ def encode_reference(
         raise ValueError(
             f"{type(pipe).__name__} has no image autoencoder; pass a reference [m, ...] in the shape of its samples"
         )
-    return torch.cat([to_loop(encode(vae, part), pipe, vae) for part in images.split(batch_size)])
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            latents = torch.cat([to_loop(encode(vae, part), pipe, vae) for part in images.split(batch_size)])
+    finally:
+        if hasattr(vae, "_hf_hook") and hasattr(type(pipe), "maybe_free_model_hooks"):
+            type(pipe).maybe_free_model_hooks(pipe)  # as at the end of a call, but not observed as one
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError(overflow_message(vae))
+    return latents

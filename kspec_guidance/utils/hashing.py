@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kspec_guidance.utils.placement import stored_weights
+
 __all__ = ["fingerprint", "hash_json", "hash_tensors", "weights_fingerprint"]
 
 
@@ -30,7 +32,7 @@ def hash_tensors(tensors: Mapping[str, Tensor], about: str = "", digits: int = 6
 def weights_fingerprint(network: Any) -> str:
     """Digest of all weights of a module, 12 hexadecimal digits; for other callables, of their name."""
     if isinstance(network, nn.Module):
-        return hash_tensors(network.state_dict(), type(network).__qualname__, 12)
+        return hash_tensors(stored_weights(network), type(network).__qualname__, 12)
     return hash_json([getattr(network, "__module__", ""), getattr(network, "__qualname__", type(network).__qualname__)], 12)
 
 

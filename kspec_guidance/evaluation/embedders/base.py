@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kspec_guidance.utils.hashing import weights_fingerprint
 from kspec_guidance.utils.images import Images, to_pixels
+from kspec_guidance.utils.placement import compute_dtype, execution_device
 from kspec_guidance.utils.progress import progress as _progress
 
 __all__ = ["ImageEmbedder", "TextEmbedder"]
@@ -37,12 +39,24 @@ class ImageEmbedder:
     fit: str = "crop"
     device: str | torch.device = "cpu"
     fingerprint: str = field(default="")
+    _statistics: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.network, nn.Module):
             self.network = self.network.eval().requires_grad_(False).to(self.device)
         self.fingerprint = self.fingerprint or weights_fingerprint(self.network)
 
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels ``[n, 3, h, w]`` in 0..1 with ``mean`` and ``std`` removed, on their device and in their dtype."""
+        key = pixels.device, pixels.dtype
+        if key not in self._statistics:  # copied once to each device
+            with torch.inference_mode(False):
+                mean, std = (torch.tensor(list(v)).to(*key).view(1, 3, 1, 1) for v in (self.mean, self.std))
+                self._statistics[key] = mean, std
+        mean, std = self._statistics[key]
+        return (pixels - mean) / std
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, images: Images, batch_size: int = 32, progress: bool = False) -> Tensor:
         """Features ``[n, d]`` of images, on the CPU.
@@ -50,12 +64,12 @@ class ImageEmbedder:
         Raises:
             ValueError: for images that :func:`to_pixels` rejects, or features that are not finite.
         """
-        mean, std = (torch.tensor(list(v)).view(1, 3, 1, 1) for v in (self.mean, self.std))
         rows = []
         with _progress(len(images), progress, f"embedding with {self.name}") as advance:
             for start in range(0, len(images), batch_size):
                 pixels = to_pixels(images[start : start + batch_size], self.size, self.fit)
-                found = self.network(((pixels - mean) / std).to(self.device))
+                x = self.normalize(pixels.to(execution_device(self.network, torch.device(self.device))))
+                found = self.network(x.to(compute_dtype(self.network, x.dtype)))
                 if not torch.isfinite(found).all():
                     raise ValueError(
                         f"{self.name} returned NaN or infinite features for images {start} to {start + len(found)}"
@@ -79,6 +93,7 @@ class TextEmbedder:
     name: str
     fingerprint: str
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> Tensor:
         """Features ``[n, p]`` of texts, on the CPU.

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.loop.components import autoencoder_of, image_size
 from kspec_guidance.loop.latents import encode, to_loop
@@ -27,7 +29,8 @@ def pipeline_embedder(pipe: Any, size: int | None = None) -> ImageEmbedder:
     size = min(256, *(image_size(pipe) or (256,))) if size is None else size
     half = (0.5, 0.5, 0.5)
     name = f"{type(vae).__name__} of {type(pipe).__name__}"
-    return ImageEmbedder(
-        lambda x: to_loop(encode(vae, x), pipe, vae).flatten(1), size, name, half, half, "squash", vae.device,
-        weights_fingerprint(vae),
-    )  # fmt: skip
+
+    def network(x: Tensor) -> Tensor:
+        return to_loop(encode(vae, x), pipe, vae).flatten(1)
+
+    return ImageEmbedder(network, size, name, half, half, "squash", fingerprint=weights_fingerprint(vae))

@@ -1,5 +1,6 @@
 """Activations of the denoiser, at the cost of running its first half again."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback, by_autograd
 from kspec_guidance.loop.context import CallContext, DenoiserCall
+from kspec_guidance.utils.placement import accelerate_hooks, diffusers_hooks
 
 __all__ = ["Activations"]
 
@@ -52,6 +54,35 @@ def wanted_rows(arguments: dict[str, Any], n: int) -> dict[str, Any]:
     return {k: cut(v) for k, v in arguments.items()}
 
 
+def _refuse_caches(denoiser: nn.Module) -> None:
+    """Check that the denoiser keeps no state from one call to the next.
+
+    Raises:
+        ValueError: if it does.
+    """
+    found = {type(h).__name__ for part in denoiser.modules() for h in diffusers_hooks(part) if h._is_stateful}
+    if found:
+        raise ValueError(
+            f"space='activations' runs the denoiser a second time at each step, which its cache "
+            f"({', '.join(sorted(found))}) would count as a step; call denoiser.disable_cache(), or "
+            "choose another space, such as 'x0' or 'pooled'"
+        )
+
+
+def _offload(denoiser: nn.Module) -> None:
+    """Offload the weights that a forward pass loaded but, being stopped, did not offload."""
+    for part in denoiser.modules():
+        for hook in accelerate_hooks(part):
+            if getattr(hook, "offload", False) and not all(p.is_meta for p in part.parameters(recurse=False)):
+                hook.post_forward(part, None)  # of enable_sequential_cpu_offload
+        for hook in diffusers_hooks(part):
+            group = getattr(hook, "group", None)  # of enable_group_offload
+            if group is not None and group.offload_leader is part:
+                weights = itertools.chain(group.parameters, *(m.parameters() for m in group.modules))
+                if any(p.device == group.onload_device for p in weights):
+                    group.offload_()
+
+
 @dataclass(frozen=True)
 class Activations(FeatureSpace):
     """Means over positions of a middle block of the denoiser (arXiv 2606.27371).
@@ -76,12 +107,12 @@ class Activations(FeatureSpace):
                 "space='activations' needs the arguments of the denoiser: attach the guide to a pipeline with a denoiser"
             )
         denoiser = getattr(denoiser_call.module, "_orig_mod", denoiser_call.module)
+        _refuse_caches(denoiser)
         block = denoiser.get_submodule(self.module) if self.module else middle_of(denoiser)
         arguments = wanted_rows(denoiser_call.arguments, len(x))
         name = next(k for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim > 1)
-        dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), x.dtype)
 
-        def f(leaf: Tensor) -> Tensor:
+        def until_block(leaf: Tensor) -> Tensor:
             outputs: list[Tensor] = []
 
             def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -90,18 +121,19 @@ class Activations(FeatureSpace):
 
             handle = block.register_forward_hook(stop)
             try:
-                denoiser.forward(**{**arguments, name: leaf.to(dtype)})
+                denoiser.forward(**{**arguments, name: leaf})
             except _Reached:
                 pass
             finally:
                 handle.remove()
-            y = outputs[0].float()
-            y = y.view(len(leaf), -1, *y.shape[1:]) if len(y) != len(leaf) else y
-            if y.ndim == 3:
-                return y.mean(1)  # tokens
-            return y.flatten(2).mean(2)
+                _offload(denoiser)
+            return outputs[0]
 
-        rows, pullback = by_autograd(f, arguments[name])
+        def means(y: Tensor) -> Tensor:
+            y = y.view(len(x), -1, *y.shape[1:]) if len(y) != len(x) else y
+            return y.mean(1) if y.ndim == 3 else y.flatten(2).mean(2)  # of tokens, or of positions
+
+        rows, pullback = by_autograd(until_block, arguments[name], means, modules=[denoiser])
 
         def to_x(g: Tensor) -> Tensor:
             d = pullback(g).float()

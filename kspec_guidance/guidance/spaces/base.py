@@ -1,37 +1,145 @@
 """FeatureSpace: feature rows of samples, and the pullback of gradients in them."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
+from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.loop.context import CallContext, DenoiserCall
 
-__all__ = ["FeatureSpace", "Pullback", "by_autograd"]
+__all__ = ["FeatureSpace", "Pullback", "by_autograd", "constant_weights"]
 
 Pullback = Callable[[Tensor], Tensor]
 
 
-def by_autograd(f: Callable[[Tensor], Tensor], x: Tensor, chunk: int | None = None) -> tuple[Tensor, Pullback]:
-    """Rows ``f(x)`` ``[n, d]`` and the pullback of a gradient in them, ``chunk`` samples at a time.
+def _constant(x: Tensor) -> Tensor:
+    if x.is_inference():
+        return x.clone()
+    return x.detach() if isinstance(x, nn.Parameter) else x
 
-    The pullback evaluates ``f`` again, so that at most the graph of one chunk is in memory.
+
+class _ConstantWeights(TorchFunctionMode):
+    """Operations take parameters, and tensors of inference mode, as constants."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in ("__get__", "__set__"):  # attributes, such as the ``data`` that offloading replaces
+            return func(*args, **kwargs)
+        if name == "to":  # offloading relies on parameters that remain parameters where nothing is moved
+            out = func(*args, **kwargs)
+            return out.detach() if isinstance(args[0], nn.Parameter) and out is not args[0] else out
+        in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        kept = {"out": kwargs["out"]} if "out" in kwargs else {}
+        first, rest = (args[:1], args[1:]) if in_place else ((), args)
+        rest, kwargs = tree_map_only(Tensor, _constant, (rest, kwargs))
+        return func(*first, *rest, **kwargs | kept)
+
+
+def _is_compiled(module: Any) -> bool:
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    return any(p._compiled_call_impl is not None or hasattr(p, "_orig_mod") for p in parts) or any(
+        hasattr(v, "_torchdynamo_orig_callable") for v in (module, *getattr(module, "__dict__", {}).values())
+    )  # Module.compile(), torch.compile(module), and compiled functions and methods
+
+
+class _ForceEager:
+    """Compiled code runs uncompiled. The setting of torch is one for all threads, so the last to leave resets it."""
+
+    def __init__(self) -> None:
+        self.lock, self.users = threading.Lock(), 0
+        self.stance: Any = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.users += 1
+            self.stance = self.stance or torch.compiler.set_stance("force_eager")
+
+    def __exit__(self, *error: Any) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                self.stance.__exit__(*error)
+                self.stance = None
+
+
+_force_eager = _ForceEager()
+
+
+@contextmanager
+def constant_weights() -> Iterator[None]:
+    """Autograd with respect to the inputs of networks, also within ``torch.inference_mode``.
+
+    Networks are not changed, so threads may share them. No operation saves its input for a gradient of weights; tensors
+    that were created in inference mode can be saved for the backward pass; and the backward pass uses the weights of the
+    forward pass, although hooks of offloading have moved them away since.
     """
-    parts = x.detach().split(chunk or len(x))
-    with torch.no_grad():
-        rows = torch.cat([f(p).flatten(1).float() for p in parts])
+    with torch.inference_mode(False), torch.enable_grad(), _ConstantWeights():
+        yield
+
+
+def _normalised(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """``x`` with the largest absolute value of each of its ``n`` samples scaled to 1, and these values ``[n]``."""
+    size = x.reshape(n, -1).abs().amax(1).clamp_min(torch.finfo(x.dtype).tiny)
+    return (x.reshape(n, -1) / size[:, None]).view(x.shape), size
+
+
+def _vjp(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """Gradient ``[n, ...]`` of ``y * w`` in ``x``.
+
+    ``torch.autograd.grad`` would leave the modes of torch functions during the backward pass; then gradient checkpointing
+    would not compute the same operations again.
+    """
+    return _engine_run_backward((y,), (w.to(y),), False, False, (x,), False, accumulate_grad=False)[0]
+
+
+def by_autograd(
+    network: Callable[[Tensor], Tensor],
+    x: Tensor,
+    head: Callable[[Tensor], Tensor] = lambda y: y,
+    chunk: int | None = None,
+    modules: Sequence[Any] = (),
+) -> tuple[Tensor, Pullback]:
+    """Rows ``head(network(x))`` ``[n, d]`` and the pullback of a gradient in them, ``chunk`` samples at a time.
+
+    The pullback evaluates the network again, so that at most the graph of one chunk is in memory. The network may compute
+    in half precision and on another device; the head receives its output in float32. Gradients are scaled to 1 before they
+    enter the network, since small values are zero in float16.
+
+    Args:
+        network: differentiable function of samples.
+        x: samples ``[n, ...]``.
+        head: differentiable function of the network's output, of rows ``[n, ...]``.
+        chunk: number of samples at a time; None for all.
+        modules: those that are called; they run uncompiled, since gradients and hooks would compile them again.
+    """
+    compiled = hasattr(torch.compiler, "set_stance") and any(map(_is_compiled, modules))  # since torch 2.6
+    eager = _force_eager if compiled else nullcontext()
+    with eager, torch.inference_mode(False), torch.no_grad():
+        parts = x.detach().split(chunk or len(x))
+        rows = torch.cat([head(as_float(network(p))).flatten(1).float().to(x.device) for p in parts])
 
     def pullback(g: Tensor) -> Tensor:
         out = []
-        for part, cotangent in zip(parts, g.split(chunk or len(x)), strict=True):
-            with torch.enable_grad():
-                leaf = part.clone().requires_grad_()
-                y = f(leaf).flatten(1)
-                (d,) = torch.autograd.grad(y, leaf, cotangent.to(y))
-            out.append(d)
-        return torch.cat(out)
+        with eager, torch.inference_mode(False):
+            for part, w in zip(parts, g.split(chunk or len(x)), strict=True):
+                with constant_weights():
+                    leaf = part.clone().requires_grad_()
+                    y = network(leaf)
+                    top = as_float(y.detach()).requires_grad_()
+                    features = head(top).flatten(1)
+                    w, size = _normalised(as_float(w), len(part))
+                    w, factor = _normalised(_vjp(features, top, w), len(part))
+                    d = as_float(_vjp(y, leaf, w))
+                    out.append(d * (size * factor.to(size)).view(-1, *[1] * (d.ndim - 1)))
+            return torch.cat(out)
 
     return rows, pullback
 

@@ -1,14 +1,16 @@
 """Spaces of negligible cost: latents, clean or noisy, and their block means."""
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nnf
 
 from kspec_guidance.features import RandomProjection
-from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback, by_autograd
+from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback
+from kspec_guidance.guidance.spaces.resampling import block_mean_matrix, resample
 from kspec_guidance.loop.context import CallContext, DenoiserCall
 
 __all__ = ["Latents", "Pooled", "X0"]
@@ -39,6 +41,12 @@ class Latents(X0):
     noisy: ClassVar[bool] = True
 
 
+@lru_cache(maxsize=4)
+def _projection(input_dim: int, output_dim: int, seed: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return RandomProjection(input_dim, output_dim, seed).matrix.to(device)
+
+
 @dataclass(frozen=True)
 class Pooled(FeatureSpace):
     """Block means of the clean prediction, or a random projection of it: low dimension, suitable for wide kernels.
@@ -62,23 +70,32 @@ class Pooled(FeatureSpace):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
-    def _map(self, x: Tensor) -> Tensor:
-        if self.project is not None or x.ndim not in (3, 4, 5):
-            rows = x.flatten(1)
-            if self.project is None or self.project >= rows.shape[1]:
-                return rows
-            return RandomProjection(rows.shape[1], self.project, self.seed)(rows)
+    def _linear(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A view of ``x``, and the matrices by which its last axes are multiplied."""
+        if x.ndim not in (3, 4, 5) or self.project is not None:
+            x = x.flatten(1)
+            if self.project is None or self.project >= x.shape[1]:
+                return x, []
+            return x, [_projection(x.shape[1], self.project, self.seed, x.device)]
         if x.ndim == 3:
-            x = x.mT if x.shape[1] > x.shape[2] else x
-            return nnf.adaptive_avg_pool1d(x, min(self.grid**2, x.shape[2]))
-        size: Any = tuple(min(self.grid, s) for s in x.shape[2:])
-        return nnf.adaptive_avg_pool2d(x, size) if x.ndim == 4 else nnf.adaptive_avg_pool3d(x, size)
+            x = x.mT if x.shape[1] > x.shape[2] else x  # positions last
+            return x, [block_mean_matrix(x.shape[2], min(self.grid**2, x.shape[2]), x.device)]
+        return x, [block_mean_matrix(s, min(self.grid, s), x.device) for s in x.shape[2:]]
 
     def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
-        return by_autograd(self._map, x)
+        samples, matrices = self._linear(x)
+        means = resample(samples.float(), matrices)
+
+        def pullback(g: Tensor) -> Tensor:
+            d = resample(g.float().view(means.shape), [m.mT for m in matrices])
+            return d.view(x.shape) if d.ndim != x.ndim else d.mT if samples.shape != x.shape else d
+
+        return means.flatten(1), pullback
 
     def shape(self, x: Tensor) -> tuple[int, ...]:
-        return (self._map(torch.zeros_like(x[:1])).numel(),)
+        samples, matrices = self._linear(x[:1])
+        before, after = (math.prod(m.shape[k] for m in matrices) for k in (0, 1))
+        return (samples.numel() // before * after,)
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "grid": self.grid, "project": self.project, "seed": self.seed}

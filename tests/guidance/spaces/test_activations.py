@@ -1,8 +1,12 @@
+import diffusers
+import pytest
 import torch
 
+from kspec_guidance import SPARKE
 from kspec_guidance.guidance.spaces import Activations
 from kspec_guidance.guidance.spaces.activations import wanted_rows
 from kspec_guidance.loop.context import CallContext, DenoiserCall
+from tests import tiny
 
 
 def test_activation_pullback_matches_autograd(pipe):
@@ -34,3 +38,53 @@ def test_wanted_rows_are_last_rows_of_call(g):
     assert torch.equal(selected["parts"][1], x[2:])
     assert selected["timestep"].ndim == 0
     assert torch.equal(wanted_rows({"sample": x}, 4)["sample"], x)
+
+
+CACHES = {
+    "first block": lambda: diffusers.FirstBlockCacheConfig(threshold=0.1),
+    "pyramid": lambda: diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+    "taylor": lambda: diffusers.TaylorSeerCacheConfig(),
+    "mag": lambda: diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=[1.0] * 4),
+    "faster": lambda: diffusers.FasterCacheConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_cached_denoiser_is_refused(name):
+    pipe = tiny.build("FluxPipeline")
+    pipe.transformer.enable_cache(CACHES[name]())
+    x = torch.randn(2, 16, 16)
+    with pytest.raises(ValueError, match=r"its cache \(.*Hook\) would count as a step; call denoiser.disable_cache"):
+        Activations().features(x, CallContext(pipe), DenoiserCall(pipe.transformer, {"hidden_states": x}))
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offloaded_weights_are_offloaded_again(monkeypatch, offload_type):
+    """On the CPU both devices are the same, so the groups' own calls are counted."""
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    loaded = set()
+    for name, note in (("onload_", loaded.add), ("offload_", loaded.discard)):
+        original = getattr(ModuleGroup, name)
+        monkeypatch.setattr(ModuleGroup, name, lambda group, f=original, note=note: (note(group), f(group))[1])
+    pipe, guide = tiny.build("FluxPipeline"), SPARKE(0.5, space="activations", stop=1.0)
+    pipe.transformer.enable_group_offload(
+        torch.device("cpu"), torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1
+    )
+    with guide.attach(pipe):
+        pipe(**tiny.call_kwargs(pipe))
+    assert guide.report().steps_guided == 4
+    assert not loaded
+
+
+def test_denoiser_with_float8_storage():
+    pipe, guide = tiny.build("StableDiffusionPipeline"), SPARKE(0.5, space="activations", stop=1.0)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with guide.attach(pipe):
+        pipe(**tiny.call_kwargs(pipe))
+    assert guide.report().steps_guided == 4
+    assert any(p.dtype == torch.float8_e4m3fn for p in pipe.unet.parameters())

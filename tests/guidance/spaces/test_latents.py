@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from kspec_guidance import KernelGuidance
@@ -28,3 +29,28 @@ def test_random_features_in_pooled_space_approximate_exact(pipe):
     plain = sample_latents(pipe)
     assert (moved - exact).norm() < 0.5 * (exact - plain).norm()
     assert guide.memory.total.numel() == 2048
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 7, 10), (2, 3, 5, 6, 7), (2, 3, 40), (2, 3, 37)], ids=str)
+def test_pooled_features_equal_adaptive_pooling(shape, g):
+    x = torch.randn(*shape, generator=g)
+    pool = getattr(torch.nn.functional, f"adaptive_avg_pool{x.ndim - 2}d")
+    expected = pool(x, 9 if x.ndim == 3 else 3).flatten(1)
+    torch.testing.assert_close(Pooled(3).features(x, CallContext())[0], expected)
+    torch.testing.assert_close(Pooled(3).features(x.half(), CallContext())[0], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_projection_is_drawn_once(monkeypatch, g):
+    from kspec_guidance.features import RandomProjection
+    from kspec_guidance.guidance.spaces import latents
+
+    drawn = []
+    latents._projection.cache_clear()
+    monkeypatch.setattr(latents, "RandomProjection", lambda *a: drawn.append(a) or RandomProjection(*a))
+    x = torch.randn(3, 4, 8, 8, generator=g)
+    for _ in range(2):
+        rows, pullback = Pooled(project=7).features(x, CallContext())
+        pullback(rows)
+        Pooled(project=7).shape(x)
+    assert torch.equal(rows, RandomProjection(256, 7)(x.flatten(1)))
+    assert drawn == [(256, 7, 0)]
