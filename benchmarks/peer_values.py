@@ -1,9 +1,11 @@
-"""Values that the authors' code prints, for tests/functional/test_peers.py.
+"""Values that the authors' code prints, for benchmarks/peers.py.
 
-    python benchmarks/peer_values.py --peers FOLDER
+    python -m benchmarks.peer_values --peers FOLDER
 
-FOLDER holds git checkouts of aziksh-ospanov/FKEA, aziksh-ospanov/scendi-score and buyeah1109/KEN. Inputs go to
-tests/data/peers/inputs.safetensors; values, commits and the rounding of the printed values to tests/data/peers/values.json.
+FOLDER holds git checkouts of aziksh-ospanov/FKEA, aziksh-ospanov/scendi-score, aziksh-ospanov/truncated-vendi,
+buyeah1109/KEN, mjalali/conditional-vendi, mjalali/renyi-kernel-entropy, vertaix/Vendi-Score, toshas/torch-fidelity and
+clovaai/generative-evaluation-prdc. Inputs go to tests/data/peers/inputs.safetensors; values, commits and the rounding of
+the printed values to tests/data/peers/values.json.
 """
 
 import argparse
@@ -13,11 +15,15 @@ import io
 import json
 import logging
 import subprocess
+import sys
 import types
 from pathlib import Path
 
 import torch
+import torchmetrics
 from safetensors.torch import save_file
+
+from benchmarks.peers import INSTALLABLE
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "peers"
 
@@ -31,6 +37,14 @@ def inputs() -> dict[str, torch.Tensor]:
         return centres[torch.randint(7, (n,), generator=g)] + 0.3 * torch.randn(n, d, generator=g, dtype=torch.float64)
 
     return {"x": rows(60, 8), "y": rows(45, 8), "prompt_features": rows(60, 8), "frequencies": rows(8, 24)}
+
+
+REPOSITORIES = {  # of the packages in benchmarks/peers.py
+    "vendi-score": "vertaix/Vendi-Score",
+    "rke-score": "mjalali/renyi-kernel-entropy",
+    "prdc": "clovaai/generative-evaluation-prdc",
+    "torch-fidelity": "toshas/torch-fidelity",
+}
 
 
 def load(path: Path) -> types.ModuleType:
@@ -86,6 +100,34 @@ def main() -> None:
         "repository": "aziksh-ospanov/scendi-score", "commit": commit(peers / "scendi-score"), "rounding": 1e-7,
         "printed": {"images": images, "prompts": prompts},
     }  # fmt: skip
+
+    sys.modules["log"] = types.SimpleNamespace(make_logger=lambda *args: logger)  # a file that its repository lacks
+    conditional = load(peers / "conditional-vendi" / "conditional_evaluation.py").ConditionalEvaluation(sigma=1.5)
+    h, information, *_ = conditional.conditional_entropy(z["x"], z["prompt_features"], order=1)
+    printed = {"conditional": h.exp().item(), "information": information.exp().item()}
+    h, *_ = conditional.conditional_entropy(z["x"], z["prompt_features"], order=2)
+    values["Conditional-Vendi"] = {
+        "repository": "mjalali/conditional-vendi", "commit": commit(peers / "conditional-vendi"), "rounding": 0,
+        "printed": printed | {"conditional, q=2": h.exp().item()},
+    }  # fmt: skip
+
+    truncated = load(peers / "truncated-vendi" / "truncated_vendi.py").TruncatedVendi(z["x"])
+    printed = {"t=10": float(truncated.compute_score(1, truncation=10, kernel="gaussian", sigma=1.5))}
+    values["truncated-vendi"] = {
+        "repository": "aziksh-ospanov/truncated-vendi", "commit": commit(peers / "truncated-vendi"), "rounding": 0,
+        "printed": printed,
+    }  # fmt: skip
+
+    for name, run in INSTALLABLE.items():
+        at, version = {"repository": None, "commit": None}, torchmetrics.__version__
+        if name in REPOSITORIES:
+            folder = peers / REPOSITORIES[name].split("/")[1]
+            sys.path.insert(0, str(folder))
+            at, version = {"repository": REPOSITORIES[name], "commit": commit(folder)}, None
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = run(z["x"], z["y"], z["prompt_features"])
+        rounding = 1e-7 if name == "torch-fidelity" else 0  # its precision and recall are means in float32
+        values[name] = {**at, "version": version, "rounding": rounding, "printed": found}
 
     DATA.mkdir(parents=True, exist_ok=True)
     save_file(z, DATA / "inputs.safetensors")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kspec_guidance import functional as F
+from kspec_guidance import metrics
 from kspec_guidance import testing as oracles
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.statistics import (
@@ -14,6 +15,7 @@ from kspec_guidance.statistics import (
     convergence_curve,
     jackknife,
     jackknife_interval,
+    kid_interval,
 )
 
 
@@ -28,13 +30,78 @@ def test_jackknife_of_mean_matches_standard_error():
     assert result.high - result.value == pytest.approx(2.0227 * result.standard_error, rel=1e-4)  # Student, 39 degrees
 
 
-def test_jackknife_interval_has_nominal_coverage():
-    true_mean = 0.0
-    hits = 0
-    for seed in range(100):
-        result = jackknife(lambda z: z.mean(), rows(60, 1, seed), groups=12, seed=seed)
-        hits += result.low <= true_mean <= result.high
-    assert 88 <= hits <= 100
+def coverage(intervals, truth=None):
+    """Share of 95% intervals that contain the truth, by default the mean value of the independent draws."""
+    truth = sum(r.value for r in intervals) / len(intervals) if truth is None else truth
+    return sum(r.low <= truth <= r.high for r in intervals) / len(intervals)
+
+
+def test_jackknife_interval_of_mean_has_nominal_coverage():
+    draws = [jackknife(lambda z: z.mean(), rows(60, 1, seed), groups=12, seed=seed) for seed in range(200)]
+    assert 0.9 <= coverage(draws, truth=0.0) <= 0.99
+
+
+def mixture(n, seed, shift=0.0):
+    """Samples of five clusters of unequal weights."""
+    g = torch.Generator().manual_seed(seed)
+    of = torch.multinomial(torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05]), n, True, generator=g)
+    return shift + 1.5 * rows(5, 4, 99)[of] + 0.3 * torch.randn(n, 4, generator=g, dtype=torch.float64)
+
+
+K = GaussianKernel(1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda x, t: F.vendi_score(x, K),
+        lambda x, t: F.vendi_score(x, K, 0.5),
+        lambda x, t: F.vendi_score(x, truncation=3),
+        lambda x, t: F.rke_score(x, K),
+        lambda x, t: F.conditional_vendi_score(x, t, K, K),
+        lambda x, t: F.information_vendi_score(x, t, K, K),
+        lambda x, t: F.conditional_rke_score(x, t, K, K),
+        lambda x, t: F.scendi_score(x, t),
+        lambda x, t: F.prompt_vendi_score(x, t),
+    ],
+)
+@pytest.mark.parametrize(("n", "groups"), [(60, 10), (63, 20)])
+def test_jackknife_intervals_of_scores_have_nominal_coverage(score, n, groups):
+    draws = []
+    for seed in range(120):
+        x = mixture(n, seed)
+        draws.append(jackknife(score, x, x[:, :3] + 0.5 * rows(n, 3, seed + 999), groups=groups, seed=seed))
+    assert 0.89 <= coverage(draws) <= 0.995
+    errors = torch.tensor([r.standard_error for r in draws])
+    assert 0.75 < errors.square().mean().sqrt() / torch.tensor([r.value for r in draws]).std() < 1.35
+
+
+@pytest.mark.slow
+def test_streaming_intervals_have_nominal_coverage():
+    draws = []
+    for seed in range(120):
+        metric = metrics.VendiScore(groups=10)
+        metric.update(mixture(80, seed))
+        draws.append(metric.interval())
+    assert 0.89 <= coverage(draws) <= 0.995
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "m", "shift", "size", "at_most"),
+    [(80, 80, 2.0, 1000, 0.995), (40, 200, 1.0, 1000, 1), (120, 120, 1.0, 20, 1), (40, 40, 0.0, 1000, 1)],
+)
+def test_kid_intervals_have_nominal_coverage(n, m, shift, size, at_most):
+    """Not below: equal distributions (the last) have wider intervals than needed."""
+    draws = [kid_interval(mixture(n, s), mixture(m, s + 999, shift), subsets=20, subset_size=size) for s in range(120)]
+    assert 0.89 <= coverage(draws) <= at_most
+
+
+def test_kid_interval_of_whole_sets_has_width_and_covers():
+    draws = [kid_interval(rows(40, 3, s), rows(40, 3, s + 99) + 1, subsets=10, subset_size=40) for s in range(40)]
+    assert all(r.high > r.value > r.low for r in draws)
+    assert coverage(draws) >= 0.85
 
 
 def test_jackknife_leaves_out_rows_of_all_sets_together():
@@ -106,6 +173,9 @@ def test_bandwidth_curve_ranges_from_n_to_one():
         (lambda: jackknife(F.vendi_score, rows(3, 2)), "at least 4 rows"),
         (lambda: jackknife(F.scendi_score, rows(9, 2), rows(8, 2)), "same number of rows"),
         (lambda: jackknife_interval(torch.tensor(1.0), torch.ones(5), level=95), "between 0 and 1"),
+        (lambda: kid_interval(rows(9, 2), rows(9, 2), subsets=1), "at least 2 subsets"),
+        (lambda: kid_interval(rows(3, 2), rows(9, 2)), "at least 4 samples"),
+        (lambda: kid_interval(rows(9, 2), rows(9, 2), level=0.0), "between 0 and 1"),
         (lambda: compare(rows(3, 2), rows(3, 4)), "same model"),
         (lambda: compare(rows(3, 2), rows(3, 2), permutations=0), "permutations"),
         (lambda: compare_paired([1.0], [1.0, 2.0]), "of the same length"),

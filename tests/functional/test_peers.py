@@ -1,49 +1,30 @@
-"""Scores against values that the authors' code prints (benchmarks/peer_values.py writes them, with its commits)."""
+"""Scores against those of other packages and of the papers' code (benchmarks/peers.py)."""
 
-import json
+import re
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from kspec_guidance import functional as F
-from kspec_guidance.kernels import GaussianKernel
+from benchmarks.peers import INSTALLABLE, markdown, table
 
-DATA = Path(__file__).parents[1] / "data" / "peers"
-INPUTS = load_file(DATA / "inputs.safetensors")
-VALUES = json.loads((DATA / "values.json").read_text())
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "migration.md"
+STORED = table(live=False)
 
 
-def expected(score, key):
-    peer = VALUES[score]
-    return pytest.approx(peer["printed"][key], abs=1.01 * peer["rounding"])
+@pytest.mark.parametrize("row", STORED, ids=lambda r: f"{r.peer} {r.score}")
+def test_score_equals_other_code(row):
+    assert row.ours == pytest.approx(row.theirs, abs=1.01 * row.tolerance)
 
 
-@pytest.mark.parametrize(
-    ("key", "order"), [("VENDI-1", 1.0), ("VENDI-1.5", 1.5), ("RKE", 2.0), ("VENDI-inf", float("inf"))]
-)
-def test_fkea_equals_the_authors_code(key, order):
-    def feature_map(x):
-        product = x @ INPUTS["frequencies"]
-        return torch.cat([product.cos(), product.sin()], dim=1) / INPUTS["frequencies"].shape[1] ** 0.5
-
-    assert F.vendi_score(INPUTS["x"], order=order, feature_map=feature_map).item() == expected("FKEA", key)
+def test_installed_packages_give_the_stored_values():
+    live = table()
+    assert {"torchmetrics"} <= {r.peer for r in live if r.live} <= set(INSTALLABLE)
+    for row, stored in zip(live, STORED, strict=True):
+        assert row.theirs == pytest.approx(stored.theirs, rel=1e-6), row
 
 
-@pytest.mark.parametrize("eta", [1.0, 3.0])
-def test_ken_equals_the_authors_code(eta):
-    found = F.ken_score(INPUTS["x"], INPUTS["y"], GaussianKernel(1.5), eta=eta)
-    assert found.item() == expected("KEN", f"eta={eta:g}")
-
-
-def test_scendi_equals_the_authors_code():
-    """Their cosine kernel compares columns of the features (dimensions), so the columns are scaled the same way here."""
-
-    def columns(z):
-        return z / z.norm(dim=0, keepdim=True) * (len(z) / z.shape[1]) ** 0.5
-
-    maps = columns(INPUTS["x"]), columns(INPUTS["prompt_features"])
-    args = INPUTS["x"], INPUTS["prompt_features"], maps
-    assert F.scendi_score(*args).item() == expected("Scendi", "images")
-    assert F.prompt_vendi_score(*args).item() == expected("Scendi", "prompts")
+def test_table_of_the_documentation_is_current():
+    """The printed digits; the last one may depend on the machine."""
+    pattern = re.compile(r"^\|.*\|$", re.MULTILINE)
+    shown = [line for line in pattern.findall(PAGE.read_text()) if line in markdown(STORED).splitlines()]
+    assert len(shown) == len(STORED) + 2

@@ -137,3 +137,82 @@ def test_vendi_matches_vendi_score_package():
     for q in (1, 2, math.inf):
         ours = F.vendi_score(x, GaussianKernel(1.0), q).item()
         assert ours == pytest.approx(vendi.score_K(k, q="inf" if q == math.inf else q), rel=1e-6)
+
+
+def entropy_number(p, order):
+    """The Renyi number of a distribution."""
+    if order == 1:
+        return math.exp(-sum(v * math.log(v) for v in p))
+    return 1 / max(p) if order == math.inf else sum(v**order for v in p) ** (1 / (1 - order))
+
+
+COPIES = [1, 3, 20, 40]
+SHARES = [c / sum(COPIES) for c in COPIES]
+
+
+@pytest.mark.parametrize("order", [0.01, *ORDERS])
+@pytest.mark.parametrize(
+    "kernel", [None, GaussianKernel(1e-4), LaplacianKernel(1e-4), lambda a, b: GaussianKernel(1e-3)(a, b)]
+)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_scores_of_copies_match_closed_form_for_every_order(order, kernel, offset):
+    """A narrow kernel sees four points with multiplicities; rounding must not turn copies into modes."""
+    count = torch.tensor(COPIES)
+    points = torch.eye(4, 30, dtype=torch.float64) if kernel is None else offset + rows(4, 30)
+    x, prompts = points.repeat_interleave(count, 0), torch.ones(64, 3)
+    expected = pytest.approx(entropy_number(SHARES, order), rel=1e-6)
+    assert F.vendi_score(x, kernel, order).item() == expected
+    assert F.conditional_vendi_score(x, prompts, kernel, order=order).item() == expected
+    own_prompt = torch.arange(4)[:, None].eq(torch.arange(4)).float().repeat_interleave(count, 0)
+    assert F.information_vendi_score(x, own_prompt, kernel, order=order).item() == expected
+    assert F.conditional_vendi_score(x, own_prompt, kernel, order=order).item() == pytest.approx(1, rel=1e-6)
+    if order == 2:
+        assert F.rke_score(x, kernel).item() == expected
+        assert F.conditional_rke_score(x, prompts, kernel).item() == expected
+
+
+@pytest.mark.parametrize("scale", [1 / 3, 7.0])
+def test_rows_that_differ_by_rounding_are_one_mode(scale):
+    u = rows(10, 64)
+    x = torch.cat([u / u.norm(dim=1, keepdim=True), (u * scale) / (u * scale).norm(dim=1, keepdim=True)])
+    assert F.vendi_score(x, GaussianKernel(1e-5), 0.5).item() == pytest.approx(10, rel=1e-6)
+
+
+def test_small_orders_do_not_count_rounding_of_many_samples():
+    x = rows(50_000, 2) @ rows(2, 5, 1)  # two dimensions in five
+    l = torch.linalg.eigvalsh(
+        F.scendi_matrices(x, torch.ones(50_000, 1))[0] + F.scendi_matrices(x, torch.ones(50_000, 1))[1]
+    )
+    expected = entropy_number(l[-2:].tolist(), 0.05)
+    assert F.vendi_score(x, order=0.05).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_plain_function_is_a_kernel_with_gradients(g):
+    x = torch.randn(9, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    function = lambda a, b: 3 * GaussianKernel(1.0)(a, b)  # noqa: E731  normalised to a unit diagonal
+    for score in (F.vendi_score, F.rke_score, lambda z, k: F.ken_score(z, x.detach()[:4], k)):
+        (found,) = torch.autograd.grad(score(x, function), x)
+        (expected,) = torch.autograd.grad(score(x, GaussianKernel(1.0)), x)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("gaussian", "must be a kernel such as GaussianKernel"),
+        (GaussianKernel, "got the class GaussianKernel"),
+        (lambda a, b: float((a[0] @ b[0]).item()), "returned float"),
+        (lambda a, b: a @ a.mT @ a, r"returned \[8, 2\]"),
+    ],
+)
+def test_what_is_no_kernel_raises_type_error(kernel, message):
+    for score in (F.vendi_score, lambda x, k: F.mmd(x, x + 1, k), lambda x, k: F.conditional_rke_score(x, x, k, k)):
+        with pytest.raises(TypeError, match=message):
+            score(rows(8, 2), kernel)
+
+
+def test_kernel_that_overflows_raises():
+    with pytest.raises(ValueError, match="infinite"):
+        F.vendi_score(1e200 * rows(5, 3), PolynomialKernel(3))
+    with pytest.raises(ValueError, match="not positive"):
+        F.vendi_score(rows(5, 3), lambda a, b: torch.zeros(len(a), len(b)))
