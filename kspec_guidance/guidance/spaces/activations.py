@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback, by_autograd
@@ -79,7 +80,7 @@ def _offload(denoiser: nn.Module) -> None:
             group = getattr(hook, "group", None)  # of enable_group_offload
             if group is not None and group.offload_leader is part:
                 weights = itertools.chain(group.parameters, *(m.parameters() for m in group.modules))
-                if any(p.device == group.onload_device for p in weights):
+                if any(p.device != torch.device(group.offload_device) for p in weights):
                     group.offload_()
 
 
