@@ -1,10 +1,8 @@
 """Activations of the denoiser, at the cost of running its first half again."""
 
-import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback, by_autograd
@@ -77,11 +75,8 @@ def _offload(denoiser: nn.Module) -> None:
             if getattr(hook, "offload", False) and not all(p.is_meta for p in part.parameters(recurse=False)):
                 hook.post_forward(part, None)  # of enable_sequential_cpu_offload
         for hook in diffusers_hooks(part):
-            group = getattr(hook, "group", None)  # of enable_group_offload
-            if group is not None and group.offload_leader is part:
-                weights = itertools.chain(group.parameters, *(m.parameters() for m in group.modules))
-                if any(p.device != torch.device(group.offload_device) for p in weights):
-                    group.offload_()
+            if hasattr(hook, "group") and hook.group.offload_leader is part:  # of enable_group_offload
+                hook.group.offload_()
 
 
 @dataclass(frozen=True)
