@@ -57,12 +57,16 @@ def jackknife_interval(value: Tensor, left_out: Tensor, level: float = 0.95) -> 
     ``se^2 = (g - 1) / g sum (s_i - mean s)^2``, times the Student quantile of ``g - 1`` degrees of freedom.
 
     Raises:
-        ValueError: for a level outside (0, 1).
+        ValueError: for a level outside (0, 1), fewer than two groups, or scores that are not finite.
     """
     from scipy.stats import t
 
     _check_level(level)
     g = len(left_out)
+    if left_out.ndim != 1 or g < 2:
+        raise ValueError(f"left_out must hold one score for each of at least 2 groups, got shape {list(left_out.shape)}")
+    if not (math.isfinite(value) and bool(torch.isfinite(left_out).all())):
+        raise ValueError("the score is NaN or infinite for the set or a part of it")
     se = math.sqrt((g - 1) / g * float((left_out - left_out.mean()).square().sum()))
     half = float(t.ppf((1 + level) / 2, g - 1)) * se
     return Interval(float(value), float(value) - half, float(value) + half, se, level)
@@ -184,7 +188,7 @@ def compare(
         seed: of all draws.
 
     Raises:
-        ValueError: for empty sets, different widths, or fewer than one permutation.
+        ValueError: for empty sets, different widths, fewer than one permutation, or scores that are not finite.
 
     Warns:
         UserWarning: for sets of different sizes without ``matched``, since diversity scores increase with it.
@@ -202,11 +206,18 @@ def compare(
             stacklevel=2,
         )
     both = torch.cat([a, b.to(a)])
-    first, second = float(score(a)), float(score(b))
+
+    def finite(rows: Tensor) -> float:
+        value = float(score(rows))
+        if not math.isfinite(value):
+            raise ValueError(f"the score is {value} for a set of {len(rows)} rows; a test needs finite scores")
+        return value
+
+    first, second = finite(a), finite(b)
     extreme = 0
     for _ in range(permutations):
         order = torch.randperm(len(both), generator=g)
-        difference = float(score(both[order[: len(a)]])) - float(score(both[order[len(a) :]]))
+        difference = finite(both[order[: len(a)]]) - finite(both[order[len(a) :]])
         extreme += abs(difference) >= abs(first - second) - 1e-12
     p = (1 + extreme) / (1 + permutations)
     return Comparison(first, second, p, (len(a), len(b)), f"{permutations} permutations of rows")
@@ -218,11 +229,13 @@ def compare_paired(a: Sequence[float], b: Sequence[float], permutations: int = 1
     Exact when there are at most ``permutations`` sign patterns.
 
     Raises:
-        ValueError: for lists of different lengths, or empty lists.
+        ValueError: for lists of different lengths, empty lists, or scores that are not finite.
     """
     x, y = torch.tensor(list(a), dtype=torch.float64), torch.tensor(list(b), dtype=torch.float64)
     if len(x) != len(y) or not len(x):
         raise ValueError(f"paired scores must be two non-empty lists of the same length, got {len(x)} and {len(y)}")
+    if not (torch.isfinite(x) & torch.isfinite(y)).all():
+        raise ValueError("paired scores must be finite; leave out pairs with NaN or infinite values")
     d = y - x
     if 2 ** len(d) <= permutations:
         bits = torch.arange(2 ** len(d))[:, None] >> torch.arange(len(d)) & 1

@@ -24,6 +24,8 @@ def _joint(
     if maps is None:
         k, kt = gram(x, kernel), gram(prompt_features, prompt_kernel)
         return k / n, kt / n, k * kt / n
+    if not isinstance(maps, tuple) or len(maps) != 2:
+        raise ValueError("feature_map must be a pair: a map (or its rows) of x, and one of prompt_features")
     a, b = map_rows(maps[0], x), map_rows(maps[1], prompt_features)
     if a.shape[-1] * b.shape[-1] < n:
         both = second_moment(tensor_product(a, b))

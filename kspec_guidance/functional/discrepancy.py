@@ -64,6 +64,8 @@ def mmd(
         return (k.sum((-2, -1)) - k.diagonal(dim1=-2, dim2=-1).sum(-1)) / (count * (count - 1))
 
     mmd2 = mean(kxx, n) + mean(kyy, m) - 2 * kxy.mean((-2, -1))
+    if not torch.isfinite(mmd2).all():
+        raise ValueError(f"{kernel!r} gives NaN or infinite values for these samples; rescale them")
     return mmd2 if squared else mmd2.clamp_min(0).sqrt()
 
 

@@ -67,8 +67,9 @@ class FidelityScores:
 
 
 def _check_nearest(a: Tensor, b: Tensor, nearest: int) -> None:
-    if not 1 <= nearest < min(len(a), len(b)):
-        raise ValueError(f"nearest must be at least 1 and below {min(len(a), len(b))}, the smaller set, got {nearest}")
+    if not isinstance(nearest, int) or not 1 <= nearest < min(len(a), len(b)):
+        smaller = min(len(a), len(b))
+        raise ValueError(f"nearest must be an integer of at least 1 and below {smaller}, the smaller set, got {nearest!r}")
 
 
 class _Distances:

@@ -1,5 +1,6 @@
 """Input checks, and the matrices whose spectra the scores are functions of."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,12 +23,14 @@ __all__ = [
     "smaller_matrix",
 ]
 
+LARGEST = 1e150  # absolute value of features
+
 FeatureMap = Callable[[Tensor], Tensor] | Tensor
 """A map of samples to rows ``[..., n, D]`` whose inner products are the kernel, or the rows themselves."""
 
 
 KernelLike = Kernel | Callable[[Tensor, Tensor], Tensor]
-"""A kernel, or a function of rows ``[..., n, d]`` and ``[..., m, d]`` that returns ``[..., n, m]``."""
+"""A kernel, or a positive-definite function of rows ``[..., n, d]`` and ``[..., m, d]`` that returns ``[..., n, m]``."""
 
 
 class _FunctionKernel(Kernel):
@@ -37,7 +40,7 @@ class _FunctionKernel(Kernel):
         self.function = function
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        y = x if y is None else y
+        same, y = y is None, x if y is None else y
         k, size = self.function(x, y), (*x.shape[:-1], y.shape[-2])
         if not isinstance(k, Tensor) or k.shape != size:
             found = list(k.shape) if isinstance(k, Tensor) else type(k).__name__
@@ -45,7 +48,12 @@ class _FunctionKernel(Kernel):
                 f"a kernel is a function of rows {list(x.shape)} and {list(y.shape)} that returns a tensor {list(size)}; "
                 f"this one returned {found}"
             )
+        if same and not torch.allclose(k, k.mT, rtol=1e-4, atol=1e-4 * float(k.detach().abs().amax()), equal_nan=True):
+            raise ValueError("this function is no kernel, since k(x, y) differs from k(y, x)")
         return on_host(k)
+
+    def __repr__(self) -> str:
+        return repr(self.function)
 
     def diagonal(self, x: Tensor) -> Tensor:
         return self(x).diagonal(dim1=-2, dim2=-1)
@@ -80,7 +88,7 @@ def check_samples(x: Tensor, name: str = "x") -> Tensor:
 
     Raises:
         TypeError: if it is not a tensor of real numbers.
-        ValueError: for fewer than two dimensions, no rows, or values that are not finite.
+        ValueError: for fewer than two dimensions, no rows or features, or values that are not finite or out of range.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape [n, d], got {type(x).__name__}")
@@ -92,9 +100,13 @@ def check_samples(x: Tensor, name: str = "x") -> Tensor:
         raise ValueError(f"{name} has no samples; a score needs at least one row")
     if x.shape[-1] == 0:
         raise ValueError(f"{name} has rows of length 0; a score needs at least one feature")
-    if not torch.isfinite(x).all():
+    x = as_float(x)
+    largest = float(x.detach().abs().amax())
+    if not math.isfinite(largest):
         raise ValueError(f"{name} contains NaN or infinite values; remove those rows")
-    return as_float(x)
+    if not (largest == 0 or 1 / LARGEST < largest < LARGEST):
+        raise ValueError(f"{name} has values up to {largest:.3g}, whose squares leave the range of float64; rescale them")
+    return x
 
 
 def check_matrix(x: Tensor, name: str = "x") -> Tensor:
@@ -142,13 +154,18 @@ def map_rows(feature_map: FeatureMap, x: Tensor) -> Tensor:
     """Feature rows ``[..., n, D]`` in float64, on the host. The map is called on the device of ``x``.
 
     Raises:
-        ValueError: if the number of rows is not the number of samples.
+        TypeError: if the map returns no tensor.
+        ValueError: if the number of rows is not the number of samples, or for values that are not finite.
     """
     phi = feature_map if isinstance(feature_map, Tensor) else feature_map(x)
+    if not isinstance(phi, Tensor):
+        raise TypeError(f"feature_map must return a torch.Tensor of one row per sample, got {type(phi).__name__}")
     if phi.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"feature_map returned rows {list(phi.shape[:-1])} for samples {list(x.shape[:-1])}; return one row per sample"
         )
+    if not torch.isfinite(phi).all():
+        raise ValueError("feature_map gives NaN or infinite values for these samples")
     return on_host(phi)
 
 

@@ -1,5 +1,6 @@
 """KEN: the modes of a set that are more frequent than in a reference set."""
 
+import math
 from typing import Any
 
 import torch
@@ -64,9 +65,9 @@ class _SignedSpectrum(torch.autograd.Function):
         return (sv * weight[..., None, :]) @ sv.mT, None, None
 
 
-def _check_eta(eta: float) -> None:
-    if not eta >= 0:
-        raise ValueError(f"eta is the weight of the reference set and must be at least 0, got {eta}")
+def check_eta(eta: float) -> None:
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta is the weight of the reference set and must be at least 0 and finite, got {eta}")
 
 
 def _map_both(feature_map: FeatureMap, x: Tensor, y: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def differential_spectrum(
     Raises:
         ValueError: for a negative ``eta``, no samples, different widths, or NaN.
     """
-    _check_eta(eta)
+    check_eta(eta)
     x, y = check_pair_of_sets(x, reference)
     n, m = x.shape[-2], y.shape[-2]
     if feature_map is not None:
@@ -115,7 +116,7 @@ def entropy_of_mass(l: Tensor) -> Tensor:
     safe = torch.where(positive, l, 1.0)
     mass = torch.where(positive, l, 0.0).sum(-1, keepdim=True)
     share = torch.where(positive, safe / torch.where(mass > 0, mass, 1.0), 1.0)
-    return -torch.where(positive, safe * share.log(), 0.0).sum(-1)
+    return torch.where(positive, safe * -share.log(), 0.0).sum(-1)
 
 
 def ken_score(
@@ -140,7 +141,7 @@ def ken_score(
     >>> round(ken_score(torch.eye(4), torch.ones(3, 4)[:, :1] * torch.eye(4)[:1]).item(), 4)  # 3 of 4 modes are new
     0.824
     """
-    _check_eta(eta)
+    check_eta(eta)
     x, y = check_pair_of_sets(x, reference)
     n, m, phi = x.shape[-2], y.shape[-2], None
     if feature_map is not None:

@@ -166,7 +166,7 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
     x, y = median_rows(x), None if y is None else median_rows(y)
     d = pairwise_distances(x, y)
     scale = max(float(z.abs().max()) for z in (x, x if y is None else y)) if d.numel() else 1.0
-    d = d[d > 1e-6 * scale]
+    d = d[d > 8 * torch.finfo(d.dtype).eps * scale]
     return float(d.median()) if d.numel() else 1.0
 
 

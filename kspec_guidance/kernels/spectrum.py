@@ -52,7 +52,9 @@ def renyi_entropy(spectrum: Tensor, order: float = 1.0) -> Tensor:
     safe = torch.where(nonzero, l, torch.ones_like(l))
     if order == 1:
         return -torch.where(nonzero, safe * safe.log(), 0).sum(-1)
-    return torch.where(nonzero, safe.pow(order), 0).sum(-1).log() / (1 - order)
+    if abs(order - 1) < 0.1:  # sum l^q = 1 + sum l (l^(q - 1) - 1), without the cancellation
+        return torch.where(nonzero, safe * torch.expm1((order - 1) * safe.log()), 0).sum(-1).log1p() / (1 - order)
+    return torch.where(nonzero, order * safe.log(), -math.inf).logsumexp(-1) / (1 - order)
 
 
 def truncate(spectrum: Tensor, truncation: int | None) -> Tensor:
@@ -65,8 +67,8 @@ def truncate(spectrum: Tensor, truncation: int | None) -> Tensor:
     """
     if truncation is None:
         return spectrum
-    if truncation < 1:
-        raise ValueError(f"truncation must keep at least 1 eigenvalue, got {truncation}")
+    if not isinstance(truncation, int) or truncation < 1:
+        raise ValueError(f"truncation must be an integer, and keep at least 1 eigenvalue; got {truncation!r}")
     top = spectrum.topk(min(truncation, spectrum.shape[-1]), dim=-1).values
     return top + (1 - top.sum(-1, keepdim=True)) / top.shape[-1]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.functional.novelty import entropy_of_mass
+from kspec_guidance.functional.novelty import check_eta, entropy_of_mass
 from kspec_guidance.kernels import Kernel
 from kspec_guidance.metrics.base import StreamingMetric, StreamMap
 
@@ -46,8 +46,7 @@ class KENScore(StreamingMetric):
         **kwargs: Any,
     ):
         super().__init__(groups, **kwargs)
-        if not eta >= 0:
-            raise ValueError(f"eta is the weight of the reference set and must be at least 0, got {eta}")
+        check_eta(eta)
         self.eta, self.reset_real_features = eta, reset_real_features
         self.map = StreamMap(kernel, num_features, seed)
 

@@ -213,6 +213,27 @@ def test_what_is_no_kernel_raises_type_error(kernel, message):
 
 def test_kernel_that_overflows_raises():
     with pytest.raises(ValueError, match="infinite"):
-        F.vendi_score(1e200 * rows(5, 3), PolynomialKernel(3))
+        F.vendi_score(1e80 * rows(5, 3), PolynomialKernel(3))
     with pytest.raises(ValueError, match="not positive"):
         F.vendi_score(rows(5, 3), lambda a, b: torch.zeros(len(a), len(b)))
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1e-6, 1e-9, 1e-12, 1e-15])
+def test_vendi_is_continuous_in_the_order_at_one(distance):
+    x = rows(30, 5)
+    for order in (1 - distance, 1 + distance):
+        expected = pytest.approx(F.vendi_score(x).item(), rel=2 * distance + 1e-12)
+        assert F.vendi_score(x, order=order).item() == expected
+
+
+def test_vendi_of_large_order_is_that_of_infinity():
+    x = rows(30, 5)
+    assert F.vendi_score(x, order=1e9).item() == pytest.approx(F.vendi_score(x, order=math.inf).item(), rel=1e-6)
+
+
+def test_orders_around_the_series_agree():
+    x = rows(30, 5)
+    l = torch.linalg.eigvalsh(GaussianKernel(1.0)(x) / 30)
+    for order in (0.85, 0.9, 0.95, 1.05, 1.1, 1.15):
+        expected = l.clamp_min(1e-300).pow(order).sum().pow(1 / (1 - order)).item()
+        assert F.vendi_score(x, GaussianKernel(1.0), order).item() == pytest.approx(expected, rel=1e-9)
