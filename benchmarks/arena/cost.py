@@ -73,6 +73,7 @@ def own_seconds(name: str, shape: tuple[int, ...]) -> float | None:
         for _ in range(6):
             began = time.perf_counter()
             run.step(prediction, context)
+            run.before_step(x, prediction, context)
             run.after_step(x, prediction, context)
             times.append(time.perf_counter() - began)
     else:

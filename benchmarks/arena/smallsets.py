@@ -17,7 +17,7 @@ from .harness import measure, slug
 from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-SHOWN = ["SPARKE, ours, order 0.5", "SPARKE, ours", "OSCAR", "DiverseFlow", "interval CFG", "SPARKE, published",
+SHOWN = ["SPARKE, ours, order 0.5", "SPARKE, ours", "OSCAR", "DiverseFlow", "interval CFG", "SPARKE, authors' code",
          "particle guidance", "CADS", "group inference"]  # fmt: skip
 
 

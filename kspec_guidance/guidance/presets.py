@@ -7,11 +7,11 @@ from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.guidance.guide import KernelGuidance
-from kspec_guidance.guidance.spaces import FeatureSpace
+from kspec_guidance.guidance.spaces import FeatureSpace, Latents
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS
-from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, PolynomialKernel
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel
 from kspec_guidance.memory import Memory
-from kspec_guidance.objectives import MMD, ConditionalRKE, Novelty, Vendi
+from kspec_guidance.objectives import MMD, ConditionalRKE, Novelty, PublishedMMD, PublishedRKE, Vendi
 
 __all__ = ["SPARKE", "MMDGuidance", "NoveltyGuidance", "VendiGuidance"]
 
@@ -69,15 +69,47 @@ class SPARKE(KernelGuidance):
         super().__init__(objective, scale, space, start, stop, every, transforms=transforms, memory=memory, **kwargs)
 
     @classmethod
-    def published(cls, scale: float = 0.1, **kwargs: Any) -> "SPARKE":
-        """The paper's settings: noisy latents, fixed bandwidths, the gradient rescaled to the norm at every 10th step.
+    def published(cls, scale: float = 0.03, variant: str = "code", **kwargs: Any) -> "SPARKE":
+        """SPARKE as its authors run it, or as their paper writes it; the two are different steps.
+
+        ``code`` is mjalali/sparke-diffusers at commit 968fb0e, to rounding, for images that are generated one by one with
+        one guide. At every 10th step the noisy latents move *before* the scheduler's step, whose model output stays as it
+        was, by ``scale`` times their norm along the gradient (:class:`~kspec_guidance.objectives.PublishedRKE`, bandwidths
+        0.6 and 0.3). The memory holds the noisy latents that each last step started from, for the newest 4,000 images. The
+        first image is not guided. What differs: prompt features are those of the pipeline, not of CLIP ViT-B/32; the
+        memory grows with any number of steps, where the authors' needs a guided last step at timestep 20, 1 or 0 (51 steps)
+        and otherwise stays empty, without guidance; images of one batch also repel each other, where theirs is limited to
+        one.
+
+        ``paper`` is Algorithm 1 of arXiv 2506.10173: the gradient of ``||K o K_T||_F^2 / n^2`` times ``scale``, with no
+        rescaling, is subtracted *after* every 10th step; bandwidths 0.8 and 0.3, all finished images as memory; 50 steps of
+        DPM-Solver with Stable Diffusion 2.1. Samples are scaled to norm 1 as in the code, since the kernel is 0 at the
+        distances between latents, about 180. The moves of latents with norm 128 are then below 1e-5 of it: use ``code``.
 
         Args:
-            scale: size of the move, relative to the norm of the latents.
-            kwargs: settings that replace the paper's.
+            scale: in ``code`` the size of the move relative to the norm of the latents, 0.03 in the authors' script and 0.4
+                in their README; in ``paper`` the factor of the gradient.
+            variant: ``code`` or ``paper``.
+            kwargs: settings that replace the published ones: those of :class:`~kspec_guidance.guidance.Term`, ``kernel``,
+                ``prompt_kernel`` and ``seed``.
+
+        Raises:
+            TypeError: for an unknown argument; the message suggests a known one.
+            ValueError: for another variant, or settings outside their ranges.
         """
-        settings: dict[str, Any] = {"space": "latents", "stop": 1.0, "every": 10, "transforms": ("rescale",)}
-        return cls(scale, GaussianKernel(0.7), GaussianKernel(0.35), **(settings | kwargs))
+        settings: dict[str, Any] = {"prompt_kernel": GaussianKernel(0.3), "every": 10}
+        if variant == "code":
+            settings |= {"kernel": GaussianKernel(0.6), "space": Latents(before=True, as_compared=True)}
+            settings |= {"transforms": ("rescale_from",)}
+        elif variant == "paper":
+            settings |= {"kernel": GaussianKernel(0.8), "space": "latents", "transforms": ("plain",)}
+        else:
+            raise ValueError(f"variant must be 'code' or 'paper', got {variant!r}")
+        settings |= kwargs
+        objective = PublishedRKE(settings.pop("kernel"), settings.pop("prompt_kernel"), variant)
+        guide = cls.__new__(cls)
+        KernelGuidance.__init__(guide, objective, scale, **settings)
+        return guide
 
     @staticmethod
     def preset(name: str, **kwargs: Any) -> KernelGuidance:
@@ -147,7 +179,7 @@ class MMDGuidance(KernelGuidance):
     Args:
         reference: samples ``[m, ...]`` in the pipeline's latent space, see :func:`encode_reference`.
         scale: size of the move per step, relative to the norm of the prediction.
-        kernel: by default Gaussian at the median distance of the references; the paper uses ``PolynomialKernel()``.
+        kernel: by default Gaussian at the median distance of the references; :meth:`published` has ``PolynomialKernel()``.
         reference_prompts: prompt features ``[m, p]`` of the references; each prompt then moves toward references of
             similar prompts.
         prompt_kernel: kernel of unit-norm prompt features; by default Gaussian with bandwidth 0.35.
@@ -190,21 +222,35 @@ class MMDGuidance(KernelGuidance):
         super().__init__(objective, scale, space, start, stop, every, transforms=transforms, memory=memory, **kwargs)
 
     @classmethod
-    def published(cls, reference: Tensor, scale: float = 1e-3, **kwargs: Any) -> "MMDGuidance":
-        """The paper's settings: cubic kernel, noisy latents, the gradient rescaled to the norm at every step.
+    def published(cls, reference: Tensor, scale: float = 2e-3, **kwargs: Any) -> "MMDGuidance":
+        """MMD guidance as its authors run it: matinamehdizadeh/MMD-Guidance at commit 6246126, to rounding.
+
+        That is for images generated one by one with one guide. After each of the 1,000 steps of a DDPM sampler, the latents
+        move by ``scale`` times their norm against the gradient of the squared MMD with the cubic kernel, for the image and
+        the memory of earlier ones. The memory holds what each last step gave, before its move; when it has 100 rows, it
+        keeps only the newest. The first image is not guided. Images of a larger batch count as memory rows, where the
+        authors' step is for one.
+
+        The paper (arXiv 2601.08379) writes another step: the gradient for a whole batch, times a factor, with no rescaling
+        and no memory. The prompt-aware part of the authors' code is not published.
 
         Args:
             reference: see :class:`MMDGuidance`.
-            scale: size of the move, relative to the norm of the latents.
-            kwargs: settings that replace the paper's.
+            scale: size of the move, relative to the norm of the latents; the authors' README has 2e-3, the default of their
+                sampling loop is 2.5e-4.
+            kwargs: settings that replace the published ones: those of :class:`~kspec_guidance.guidance.Term`, ``kernel``,
+                ``reference_prompts``, ``prompt_kernel`` and ``seed``.
+
+        Raises:
+            TypeError: for an unknown argument; the message suggests a known one.
+            ValueError: for settings outside their ranges.
         """
-        settings: dict[str, Any] = {
-            "space": "latents",
-            "stop": 1.0,
-            "transforms": ("rescale",),
-            "kernel": PolynomialKernel(),
-        }
-        return cls(reference, scale, **(settings | kwargs))
+        settings: dict[str, Any] = {"space": Latents(as_compared=True), "transforms": ("rescale_damped",)} | kwargs
+        of_objective = ("kernel", "reference_prompts", "prompt_kernel")
+        objective = PublishedMMD(reference, **{name: settings.pop(name) for name in of_objective if name in settings})
+        guide = cls.__new__(cls)
+        KernelGuidance.__init__(guide, objective, scale, **settings)
+        return guide
 
 
 class NoveltyGuidance(KernelGuidance):

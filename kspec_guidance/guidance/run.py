@@ -1,5 +1,6 @@
 """Run: applies a guide to the steps of a pipeline; :meth:`Run.step` is one guided step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,7 @@ class TermState:
     pairs: Any = None
     prepared: bool = False
     kept: list[Tensor] = field(default_factory=list)  # features of each guided step, if steps are not comparable
+    compared: Tensor | None = None  # samples of the latest step before their move, if the memory stores those
 
 
 def jitter(n: int, d: int, seed: int) -> Tensor:
@@ -106,22 +108,35 @@ class Run:
                 f"NaN or infinite values in the prediction at step {context.step + 1} of {context.total}; the memory was "
                 "not changed. Lower guidance_scale or scale, or use float32 if the model overflows in half precision"
             )
-        move = self._move(x0, prediction, context, noisy=False)
+        move = self._move([s for s in self._states if not s.term.space.noisy], x0, prediction, context)
         return move if move is None or layout.trivial else layout.unpack(move)
 
-    def after_step(self, latents: Any, prediction: Prediction, context: StepContext) -> Any | None:
-        """The latents after the step, moved by the terms that move noisy samples; None if there are none."""
-        if not any(state.term.space.noisy for state in self._states):
-            return None
-        move = self._move(context.layout.pack(latents).float(), prediction, context, noisy=True)
-        return None if move is None else latents + context.layout.unpack(move).to(latents.dtype)
+    def before_step(self, sample: Any, prediction: Prediction, context: StepContext) -> Any | None:
+        """The noisy sample, moved by the terms that move it before the step; None if there are none."""
+        return self._moved(sample, prediction, context, before=True)
 
-    def _move(self, x: Tensor, prediction: Prediction, context: StepContext, noisy: bool) -> Tensor | None:
-        """The move of packed samples ``[n, ...]`` by all terms that are active at this step; None if there are none."""
+    def after_step(self, latents: Any, prediction: Prediction, context: StepContext) -> Any | None:
+        """The latents after the step, moved by the terms that move noisy samples then; None if there are none."""
+        return self._moved(latents, prediction, context, before=False)
+
+    def _moved(self, sample: Any, prediction: Prediction, context: StepContext, before: bool) -> Any | None:
+        """A noisy sample, moved by the terms that move it before or after the step; None if there are none."""
+        states = [s for s in self._states if s.term.space.noisy and s.term.space.before is before]
+        if not states:
+            return None
+        x = context.layout.pack(sample).float()
+        for state in states:
+            if state.term.space.as_compared:
+                state.compared = x.clone()
+        move = self._move(states, x, prediction, context)
+        return None if move is None else sample + context.layout.unpack(move).to(sample.dtype)
+
+    def _move(self, states: Sequence[TermState], x: Tensor, prediction: Prediction, context: StepContext) -> Tensor | None:
+        """The move of packed samples ``[n, ...]`` by the terms that are active at this step; None if there are none."""
         target, score, total, noise_to_signal = x.flatten(1), None, None, prediction.noise_to_signal
-        for state in self._states:
+        for state in states:
             term = state.term
-            if term.space.noisy is not noisy or context.step not in state.steps:
+            if context.step not in state.steps:
                 continue
             if term.sigma_interval is not None and not term.sigma_interval[0] <= noise_to_signal <= term.sigma_interval[1]:
                 continue
@@ -173,7 +188,7 @@ class Run:
             if term.space.step_by_step:  # one row of features per guided step, for complete runs only
                 features = torch.stack(state.kept, dim=1) if state.kept and len(state.kept) == len(state.steps) else None
             else:
-                features = term.space.final(final, context.call)
+                features = term.space.final(final if state.compared is None else state.compared, context.call)
             if features is not None:
                 self.finished.append(Finished(term.memory, features, context.prompts))
         if self.guide.remember:

@@ -11,7 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TRANSFORMS", "Transform", "TransformState", "bound", "fade", "off_score", "rescale", "tangent"]
+__all__ = [
+    "TRANSFORMS",
+    "Transform",
+    "TransformState",
+    "bound",
+    "fade",
+    "off_score",
+    "plain",
+    "rescale",
+    "rescale_damped",
+    "rescale_from",
+    "tangent",
+]
+
+LEAST_NORM = 1e-8  # gradient norm up to which SPARKE's code does not rescale
+DAMPING = 1e-5  # added to the gradient norm by the code of MMD guidance
 
 
 @dataclass(frozen=True)
@@ -70,10 +85,25 @@ def off_score(move: Tensor, state: TransformState) -> Tensor:
 
 
 def rescale(move: Tensor, state: TransformState) -> Tensor:
-    """Scale every move to ``scale`` times the norm of its target, however small the gradient: the published step."""
+    """Scale every move to ``scale`` times the norm of its target, however small the gradient."""
     size = norms(move)
     unit = torch.where(size > 0, move / size.clamp_min(torch.finfo(move.dtype).tiny), 0)
     return state.scale * norms(state.target) * unit
+
+
+def rescale_from(move: Tensor, state: TransformState) -> Tensor:
+    """As :func:`rescale` for gradients of norm above 1e-8, else ``scale`` times the gradient: the step of SPARKE's code."""
+    return torch.where(norms(move) > LEAST_NORM, rescale(move, state), plain(move, state))
+
+
+def rescale_damped(move: Tensor, state: TransformState) -> Tensor:
+    """As :func:`rescale`, with 1e-5 added to the norm of the gradient: the step of the code of MMD guidance."""
+    return state.scale * norms(state.target) * move / (norms(move) + DAMPING)
+
+
+def plain(move: Tensor, state: TransformState) -> Tensor:
+    """``scale`` times the gradient, whatever its size: the step that papers write."""
+    return state.scale * move
 
 
 def bound(move: Tensor, state: TransformState) -> Tensor:
@@ -101,6 +131,9 @@ TRANSFORMS: dict[str, Transform] = {
     "tangent": tangent,
     "off_score": off_score,
     "rescale": rescale,
+    "rescale_from": rescale_from,
+    "rescale_damped": rescale_damped,
+    "plain": plain,
     "bound": bound,
     "fade": fade,
 }

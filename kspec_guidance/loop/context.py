@@ -104,6 +104,9 @@ class StepHandler(Protocol):
     def step(self, prediction: Prediction, context: StepContext) -> Any | None:
         """The move of the clean prediction x0 at this step, in its layout; None for no move."""
 
+    def before_step(self, sample: Any, prediction: Prediction, context: StepContext) -> Any | None:
+        """The noisy sample that the step starts from, in place of this one; None to keep it."""
+
     def after_step(self, latents: Tensor, prediction: Prediction, context: StepContext) -> Tensor | None:
         """The latents that replace those after the step; None to keep them."""
 

@@ -219,6 +219,8 @@ class SchedulerHook:
             move = self.handler.step(prediction, context)
             if move is not None:
                 model_output = prediction.moved(model_output, move)
+            moved = self.handler.before_step(sample, prediction, context)
+            sample = sample if moved is None else moved
         context.seconds += time.perf_counter() - began
         result = proceed(model_output, sample)
         began = time.perf_counter()

@@ -17,7 +17,7 @@ from kspec_guidance.utils.devices import free_bytes, resolve_device, transfer
 
 __all__ = ["MemoryBank"]
 
-FORGETTING = ("window", "reservoir")
+FORGETTING = ("window", "reservoir", "restart")
 DEVICE_BYTES = 256 << 20  # bytes of rows, and share of a device's free memory, beyond which they move to the host
 DEVICE_SHARE = 0.25
 SETTINGS = ("dtype", "device", "folder", "limit", "forget", "half_life", "seed")
@@ -40,7 +40,8 @@ class MemoryBank(Memory):
         folder: store the rows in unnamed, memory-mapped files in this folder, for more rows than fit into RAM.
         limit: maximum number of rows; None for no limit.
         forget: which rows to drop at the ``limit``: ``window`` drops the oldest, ``reservoir`` random ones, so that the
-            rows are a uniform sample of all that were added.
+            rows are a uniform sample of all that were added; ``restart`` drops all but the newest row as soon as the limit
+            is reached.
         half_life: number of further samples after which a row has half its weight; None for no decay.
         seed: seed of the reservoir.
 
@@ -73,6 +74,8 @@ class MemoryBank(Memory):
             raise ValueError(f"limit must be an integer of at least 1, or None for no limit; got {limit!r}")
         if forget not in FORGETTING:
             raise ValueError(f"forget must be one of {', '.join(FORGETTING)}, got {forget!r}")
+        if forget == "restart" and (limit is None or limit < 2):
+            raise ValueError(f"forget='restart' needs a limit of at least 2, got {limit!r}")
         if half_life is not None and not half_life > 0:
             raise ValueError(f"half_life must be a positive number of samples, got {half_life!r}")
         if folder is not None and device is not None and torch.device(device).type != "cpu":
@@ -198,8 +201,12 @@ class MemoryBank(Memory):
         return stored, norms
 
     def _append(self, rows: Tensor, prompt_features: Tensor | None, shape: tuple[int, ...]) -> None:
-        limit = self.limit or 2**62
-        n = min(self._count + len(rows), limit)
+        limit, count, dropped = self.limit or 2**62, self._count, 0
+        if self.forget == "restart" and count + len(rows) >= limit:  # the rows after the last restart are all new ones
+            dropped = len(rows) - 1 - (count + len(rows) - 1) % (limit - 1)
+            count, rows = 0, rows[dropped:]
+            prompt_features = None if prompt_features is None else prompt_features[dropped:]
+        n = min(count + len(rows), limit)
         device = self._home(rows, n)
         stored, norms = self._stored(rows, device)
         store = self._store
@@ -208,7 +215,7 @@ class MemoryBank(Memory):
         elif store.device != device:
             store = store.on(device)
         store.reserve(n, self.limit)
-        self._store = store
+        self._store, self._count, self._added = store, count, self._added + dropped
         self.shape, self.prompt_dim = shape, None if prompt_features is None else prompt_features.shape[1]
         ids = None if prompt_features is None else self._prompt_ids(prompt_features)
         self._grow(n)

@@ -9,6 +9,7 @@ from kspec_guidance.kernels import PROMPT_BANDWIDTH
 from kspec_guidance.objectives.base import SAMPLE_BANDWIDTH, TOLERANCE, Gradient, Objective, Pairs, natural_rows
 from kspec_guidance.objectives.mmd import MMD
 from kspec_guidance.objectives.novelty import Novelty
+from kspec_guidance.objectives.published import PublishedMMD, PublishedRKE
 from kspec_guidance.objectives.rke import RKE, ConditionalRKE
 from kspec_guidance.objectives.vendi import Vendi
 from kspec_guidance.objectives.witness import Balance
@@ -20,6 +21,8 @@ __all__ = [
     "MMD",
     "Vendi",
     "Balance",
+    "PublishedRKE",
+    "PublishedMMD",
     "Objective",
     "Gradient",
     "Pairs",

@@ -118,6 +118,17 @@ class Objective:
     def _prompts(self, prompt_features: Tensor | None) -> Tensor | None:
         return prompt_features if self.conditional else None
 
+    def _check_prompts(self, prompt_features: Tensor | None, memory: Memory | None) -> Tensor | None:
+        """The prompt features, if they are used, checked to have the width of those in memory."""
+        prompt_features = self._prompts(prompt_features)
+        known = memory.prompt_dim if memory is not None and len(memory) else None
+        if prompt_features is not None and known is not None and prompt_features.shape[-1] != known:
+            raise ValueError(
+                f"prompt features have width {prompt_features.shape[-1]}, those in memory {known}; "
+                "use one text encoder with one memory, or clear() the memory"
+            )
+        return prompt_features
+
     def _select(
         self, prompt_features: Tensor | None, memory: Memory | None, prompt_weights: PromptWeights | None
     ) -> Selection | None:

@@ -50,7 +50,7 @@ class MMD(Objective):
         self.conditional = self.reference_prompts is not None
         if self.feature_map is not None and self.conditional:
             need_prompt_feature_map("a prompt-aware MMD", self.prompt_feature_map)
-        self._reference = self.make_memory()
+        self._reference = MMD.make_memory(self)
         self._reference.add(self.reference, self.reference_prompts)
         self.fitted: Kernel | None = None
 

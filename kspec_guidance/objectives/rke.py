@@ -60,16 +60,6 @@ class RKE(Objective):
             return MemoryBank()
         return RandomFeatureMemory(self._squared_map, self._squared_prompt_map, self.normalize)
 
-    def _check_prompts(self, prompt_features: Tensor | None, memory: Memory | None) -> Tensor | None:
-        prompt_features = self._prompts(prompt_features)
-        known = memory.prompt_dim if memory is not None and len(memory) else None
-        if prompt_features is not None and known is not None and prompt_features.shape[-1] != known:
-            raise ValueError(
-                f"prompt features have width {prompt_features.shape[-1]}, those in memory {known}; "
-                "use one text encoder with one memory, or clear() the memory"
-            )
-        return prompt_features
-
     def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Pairs:
         """The weights ``k_T(t_i, t_j)^2`` of all pairs; all are 1 without prompts."""
         t, inside = self._check_prompts(prompt_features, memory), off_diagonal(len(x), x)

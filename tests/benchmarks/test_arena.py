@@ -85,7 +85,7 @@ def test_a_method_restores_the_pipeline(name: str, bed: Analytic) -> None:
     [("lower CFG", {"weight": 3.0}), ("interval CFG", {"start": 0.0, "stop": 1.0}), ("score rescaling", {"k": 1.0}),
      ("CADS", {"s": 0.0, "tau1": 1.0}), ("seed variance", {"noise": 0.0}), ("particle guidance", {"weight": 0.0}),
      ("DiverseFlow", {"weight": 0.0}), ("SPELL", {"r": 0.0}), ("OSCAR", {"weight": 0.0, "noise_weight": 0.0}),
-     ("EDDY", {"weight": 0.0}), ("SPARKE, ours", {"scale": 0.0}), ("SPARKE, published", {"scale": 0.0})],
+     ("EDDY", {"weight": 0.0}), ("SPARKE, ours", {"scale": 0.0}), ("SPARKE, authors' code", {"scale": 0.0})],
 )  # fmt: skip
 def test_a_method_without_strength_is_plain_sampling(name: str, off: dict, bed: Analytic) -> None:
     case = Case("prompt 2", 1)

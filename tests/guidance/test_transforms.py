@@ -3,7 +3,17 @@ import math
 import pytest
 import torch
 
-from kspec_guidance.guidance.transforms import TransformState, bound, fade, off_score, rescale, tangent
+from kspec_guidance.guidance.transforms import (
+    TransformState,
+    bound,
+    fade,
+    off_score,
+    plain,
+    rescale,
+    rescale_damped,
+    rescale_from,
+    tangent,
+)
 from tests.samples import rows
 
 MOVE, TARGET, SCORE = (rows(4, 16, seed) for seed in (0, 1, 2))
@@ -27,6 +37,14 @@ def test_rescale_sets_relative_norm_and_keeps_zeros():
     torch.testing.assert_close(rescale(MOVE, state()).norm(dim=1), 0.2 * SIZE)
     torch.testing.assert_close(torch.cosine_similarity(rescale(MOVE, state()), MOVE), torch.ones(4, dtype=torch.float64))
     assert rescale(torch.zeros_like(MOVE), state()).abs().max() == 0
+
+
+def test_published_steps_at_small_gradients():
+    unit = MOVE / MOVE.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(rescale_from(2e-8 * unit, state()), rescale(MOVE, state()))
+    torch.testing.assert_close(rescale_from(5e-9 * unit, state()), 0.2 * 5e-9 * unit)
+    torch.testing.assert_close(rescale_damped(1e-5 * unit, state()), rescale(MOVE, state()) / 2)
+    torch.testing.assert_close(plain(MOVE, state()), 0.2 * MOVE)
 
 
 def test_bound_scales_relative_to_largest_gradient():

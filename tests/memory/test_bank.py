@@ -12,7 +12,7 @@ from kspec_guidance.memory import CentroidMemory
 from kspec_guidance.objectives import RKE, ConditionalRKE
 from kspec_guidance.objectives.base import TOLERANCE
 from tests.memory.banks import PROMPT_WEIGHTS, filled_bank, small_bank
-from tests.samples import normalize_rows
+from tests.samples import normalize_rows, rows
 
 
 def test_add_preserves_order():
@@ -263,3 +263,19 @@ def test_unrelated_prompts_do_not_repel():
 def test_invalid_settings_raise(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         MemoryBank(**settings)
+
+
+@pytest.mark.parametrize("parts", [[1] * 23, [3] * 7 + [2], [23], [9, 14]])
+def test_restart_keeps_newest_row_at_limit(parts):
+    x, t = rows(23, 4, 0), rows(23, 3, 1)
+    bank, kept, start = MemoryBank(limit=5, forget="restart"), [], 0
+    for n in parts:
+        bank.add(x[start : start + n], t[start : start + n])
+        start += n
+    for k in range(23):
+        kept = [*kept, k][-1:] if len(kept) == 4 else [*kept, k]
+    torch.testing.assert_close(bank.x, x[kept].float())
+    torch.testing.assert_close(bank.prompts, torch.nn.functional.normalize(t[kept].float()))
+    assert bank.total_added == 23
+    with pytest.raises(ValueError, match=r"restart.* needs a limit of at least 2"):
+        MemoryBank(forget="restart")

@@ -13,8 +13,8 @@ from kspec_guidance.kernels import (
     PolynomialKernel,
     RationalQuadraticKernel,
 )
-from kspec_guidance.memory import MemoryBank
-from kspec_guidance.objectives import MMD, RKE, ConditionalRKE, Novelty, Vendi
+from kspec_guidance.memory import CentroidMemory, MemoryBank
+from kspec_guidance.objectives import MMD, RKE, ConditionalRKE, Novelty, PublishedRKE, Vendi
 from tests.objectives.common import FEATURE_MAP, PROMPT_KERNEL, D, P, fill, relative_error
 from tests.samples import rows
 
@@ -51,6 +51,16 @@ def test_closed_form_gradient_matches_autograd(name, kernel, with_memory):
 def test_vendi_gradient_matches_autograd(kernel, order, prompt_kernel):
     objective = Vendi(kernel, order, prompt_kernel, normalize=False)
     assert relative_error(objective, fill(MemoryBank())) < 1e-8
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("size", [0, 5, 7])  # with a batch of 5: up to 10 samples, and more
+def test_published_gradient_matches_autograd(form, size):
+    objective = PublishedRKE(GaussianKernel(1.3), PROMPT_KERNEL, form)
+    objective.normalize = False
+    assert relative_error(objective, fill(MemoryBank(), size) if size else MemoryBank()) < 1e-8
+    with pytest.raises(TypeError, match="need the rows of a MemoryBank, got a CentroidMemory"):
+        objective.gradient(rows(5, D, 0), rows(5, P, 1), CentroidMemory())
 
 
 def test_inaccurate_random_features_warn_with_suggestion():

@@ -4,6 +4,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kspec_guidance import SPARKE, KernelGuidance, VendiGuidance
 from kspec_guidance.guidance.spaces import Pixels
 from kspec_guidance.objectives import Vendi
@@ -52,17 +55,24 @@ class OursVivid(Ours):
 
 @dataclass
 class Published(Guided):
-    """SPARKE as published: noisy latents, fixed bandwidths, the gradient rescaled to the norm (arXiv 2506.10173)."""
+    """The step of SPARKE's authors, with images one after another and a memory of them (commit in SPARKE.published).
 
-    name = "SPARKE, published"
+    Their memory would be empty here, since no last step is at timestep 20, 1 or 0; this one is filled.
+    """
+
+    name = "SPARKE, authors' code"
     paper = "arXiv 2506.10173"
     tuned = {"scale": Log(0.003, 1.0), "every": Whole(1, 10)}
     strength = "scale"
-    scale: float = 0.1
+    scale: float = 0.03
     every: int = 10
 
     def guide(self, pipe: Any) -> KernelGuidance:
         return SPARKE.published(self.scale, every=self.every)
+
+    def sample(self, bed: Any, case: Any) -> Tensor:
+        with self.attach(bed.pipe):
+            return torch.cat([bed.run(case, 1, noise[None]) for noise in bed.start(case, bed.images)])
 
 
 @dataclass

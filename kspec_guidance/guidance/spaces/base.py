@@ -151,7 +151,7 @@ class FeatureSpace:
     Attributes:
         name: name in guides and settings.
         direct: whether the features are the flattened samples.
-        noisy: whether moves apply to the noisy sample after the step, rather than to the clean prediction before it.
+        noisy: whether moves apply to the noisy sample, rather than to the clean prediction.
         step_by_step: whether features of different steps are not comparable, so that the memory stores one row of features
             per guided step.
         needs_denoiser_call: whether the space uses the arguments of the denoiser's call.
@@ -162,6 +162,16 @@ class FeatureSpace:
     noisy: ClassVar[bool] = False
     step_by_step: ClassVar[bool] = False
     needs_denoiser_call: ClassVar[bool] = False
+
+    @property
+    def before(self) -> bool:
+        """Whether a noisy sample is compared and moved before the step, whose model output stays, rather than after it."""
+        return False
+
+    @property
+    def as_compared(self) -> bool:
+        """Whether the memory stores what was compared at the last step, rather than the finished sample."""
+        return False
 
     def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
         """Feature rows ``[n, d]`` of packed samples ``[n, ...]``, and the pullback of a gradient in them.

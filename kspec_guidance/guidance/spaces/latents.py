@@ -35,10 +35,21 @@ class X0(FeatureSpace):
 
 @dataclass(frozen=True)
 class Latents(X0):
-    """The noisy sample, moved after the step as in the papers."""
+    """The noisy sample, moved after the step as in the papers, or before it as in the code of SPARKE.
 
+    Args:
+        before: compare and move the sample before the step; the model output stays that of the sample as it was.
+        as_compared: store in the memory what was compared at the last step, without its move: with ``before`` the noisy
+            sample that the last step starts from. By default the finished sample is stored.
+    """
+
+    before: bool = False
+    as_compared: bool = False
     name: ClassVar[str] = "latents"
     noisy: ClassVar[bool] = True
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "before": self.before, "as_compared": self.as_compared}
 
 
 @lru_cache(maxsize=4)
