@@ -62,7 +62,9 @@ def main() -> None:
         "default transforms": lambda s: SPARKE(s),
         "papers' step on x0, every step": lambda s: SPARKE(s, narrow, stop=1.0, transforms=("rescale",)),
         "papers' step, first 60%": lambda s: SPARKE(s, narrow, transforms=("rescale",)),
-        "SPARKE.published (latents, every 10th)": lambda s: SPARKE.published(s),
+        "papers' step on latents, every 10th": lambda s: SPARKE(
+            s, narrow, space="latents", stop=1.0, every=10, transforms=("rescale",)
+        ),
     }
     found = {"plain": variety(lambda: None, args.seeds)}
     print("plain: {:.1f} modes, {:.2f} valid".format(*found["plain"]))

@@ -40,9 +40,9 @@ GUIDES: dict[str, Callable[[float], KernelGuidance] | None] = {
     "SPARKE, 2,048 random features, bandwidth 0.7": random_features,
     "order 0.5, 128 nearest rows": lambda s: VendiGuidance(s, order=0.5),
     "order 0.5, 64 weighted means": lambda s: VendiGuidance(s, order=0.5, memory=CentroidMemory(64)),
-    "SPARKE, published": lambda s: SPARKE.published(s),
+    "SPARKE, authors' code": lambda s: SPARKE.published(s),
 }
-SCALES = {"SPARKE, published": (0.05, 0.15)}
+SCALES = {"SPARKE, authors' code": (0.05, 0.15)}
 
 
 def long_run(make: Callable[[float], KernelGuidance] | None, scale: float, batch: int, prompt: str, seed: int) -> dict:
@@ -73,11 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena" / "longruns.json")
+    parser.add_argument("--guides", nargs="+", default=list(GUIDES), choices=list(GUIDES))
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    names, results = Analytic(32, skewed=True).prompts("report")[: args.prompts], {}
+    names = Analytic(32, skewed=True).prompts("report")[: args.prompts]
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
     for batch in (16, 4, 1):
-        for label, make in GUIDES.items():
+        for label in args.guides:
+            make = GUIDES[label]
             by: dict[str, Any] = {}
             for scale in (0.0,) if make is None else SCALES.get(label, (1.0, 4.0)):
                 runs = [long_run(make, scale, batch, p, 50_000) for p in names]

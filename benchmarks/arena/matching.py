@@ -67,12 +67,13 @@ class Attraction(Method):
         return self.weight * norms(m.x0) * g / norms(g).amax().clamp_min(1e-12)
 
 
+ONE_BY_ONE = "MMD, authors' code"  # images one after another, with a memory of them
 Make = Callable[[Tensor, float], Any]
 METHODS: dict[str, tuple[Make, list[float]]] = {
     "plain": (lambda r, s: None, [0.0]),
     "MMD, ours": (lambda r, s: MMDGuidance(r, s), [0.3, 0.7, 1.5, 3.0, 6.0]),
     "MMD, ours, cubic kernel": (lambda r, s: MMDGuidance(r, s, PolynomialKernel()), [0.3, 0.7, 1.5, 3.0, 6.0]),
-    "MMD, published": (lambda r, s: MMDGuidance.published(r, s), [1e-3, 1e-2, 0.03, 0.1]),
+    ONE_BY_ONE: (lambda r, s: MMDGuidance.published(r, s), [2e-3, 1e-2, 0.03, 0.1]),
     "mean shift": (lambda r, s: MeanShift(reference=r, weight=s), [0.2, 0.5, 1.0, 2.0]),
     "attraction": (lambda r, s: Attraction(reference=r, weight=s), [0.1, 0.3, 0.7, 1.5]),
 }
@@ -205,15 +206,21 @@ def emoji() -> Target:
                   lambda c: Case(f"{c.prompt}, noto style", c.seed), exact=False)  # fmt: skip
 
 
-def trial(target: Target, make: Make, size: int, strength: float, seed: int, styled: bool = False) -> dict[str, float]:
-    """Four batches with one memory."""
+def trial(
+    target: Target, make: Make, size: int, strength: float, seed: int, styled: bool = False, single: bool = False
+) -> dict[str, float]:
+    """Four batches with one memory; with ``single`` as many images, one by one."""
     bed, out, valid = target.bed, [], []
     guide = make(target.reference(size, seed), strength)
     for batch in range(BATCHES):
         case = target.case(10 * seed + batch)
         case = target.styled(case) if styled and target.styled is not None else case
         with nullcontext() if guide is None else guide.attach(bed.pipe):
-            x = torch.nan_to_num((target.run or bed.run)(case, bed.images), 0.0, 1e3, -1e3)
+            if single:
+                x = torch.cat([bed.run(case, 1, noise[None]) for noise in bed.start(case, bed.images)])
+            else:
+                x = (target.run or bed.run)(case, bed.images)
+            x = torch.nan_to_num(x, 0.0, 1e3, -1e3)
         out.append(x)
         valid.append(target.valid(x))
     x = torch.cat(out)
@@ -236,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--beds", nargs="+", default=["mixture", "prompts", "digits", "emoji"])
+    parser.add_argument("--methods", nargs="+", help="of each bed; by default all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena" / "matching.json")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -244,22 +252,25 @@ def main() -> None:
         target = {"mixture": mixture, "prompts": prompts, "digits": digits, "emoji": emoji}[name]()
         base = [trial(target, METHODS["plain"][0], 16, 0.0, s) for s in range(2)]
         floor = mean([b["valid"] for b in base]) - FIDELITY_LOSS
-        methods: dict[str, Any] = {}
+        methods: dict[str, Any] = results.get(target.bed.name, {}).get("methods", {}) if args.methods else {}
         methods_of_bed = {**METHODS, **target.extra_methods}
         if target.styled is not None:
             methods_of_bed["asked for in words"] = (METHODS["plain"][0], [0.0])
         for label, (make, scales) in methods_of_bed.items():
+            if (args.methods and label not in args.methods) or (label == ONE_BY_ONE and target.run is not None):
+                continue
             fixed = label in ("plain", "asked for in words")
+            single = label == ONE_BY_ONE
             for size in target.sizes[:1] if fixed else target.sizes:
                 tried = []
                 for s in scales:
-                    found = [trial(target, make, size, s, k) for k in range(2)] if len(scales) > 1 else base
+                    found = [trial(target, make, size, s, k, single=single) for k in range(2)] if len(scales) > 1 else base
                     lost = max(0.0, floor - mean([f["valid"] for f in found]))
                     tried.append((mean([f["distance"] for f in found]) + 10 * lost, s))
                 best = min(tried)[1]
                 by_prompt = label == "asked for in words"
                 seeds = range(100, 100 + args.trials)
-                found = [trial(target, make, size, best, k, by_prompt) for k in seeds]
+                found = [trial(target, make, size, best, k, by_prompt, single) for k in seeds]
                 figures: dict[str, float] = {"strength": best}
                 for k in ("distance", "valid", "mmd"):
                     figures |= interval([f[k] for f in found], k)

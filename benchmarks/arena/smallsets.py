@@ -25,10 +25,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beds", nargs="+", default=["mixture-8", "mixture-32"])
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--methods", nargs="+", default=["plain", *SHOWN], choices=["plain", *SHOWN])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "arena")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    results: dict[str, Any] = {}
+    out = args.results / "smallsets.json"
+    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     for name in args.beds:
         bed = BEDS[name]()
         tuned = json.loads((args.results / f"{slug(bed.name)}.json").read_text())["methods"]
@@ -37,7 +39,7 @@ def main() -> None:
         for images in (4, 8, 16):
             bed.images = images
             base = measure(bed, METHODS["plain"], cases)
-            for method in ["plain", *SHOWN]:
+            for method in args.methods:
                 found = measure(bed, lambda m=method, t=tuned: METHODS[m](**t[m].get("tuned", {})), cases)
                 modes, plain = w @ np.array(found["modes"]), w @ np.array(base["modes"])
                 low, high = np.quantile(modes / plain - 1, [0.025, 0.975])
@@ -47,7 +49,7 @@ def main() -> None:
                 }  # fmt: skip
                 r = results[bed.name][method][str(images)]
                 print(f"{bed.name:34}{images:4}  {method:26}{r['modes']:.2f} {r['gain']:+.0%} {r['valid']:.3f}", flush=True)
-    (args.results / "smallsets.json").write_text(json.dumps(results, indent=1) + "\n")
+    out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
