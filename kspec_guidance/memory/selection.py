@@ -285,12 +285,13 @@ class Selection:
     def centre(self, like: Tensor) -> Tensor | None:
         """Centre of the rows as they are compared, if they are so far from the origin that precision is lost; else None.
 
-        It is decided once.
+        It is decided once, by one read of the host: without a centre, sums need no copies of the rows.
         """
         key = "centre", like.dtype, like.device
         if key not in self._cached:
             with normal_tensors():
-                self._cached[key] = far_centre(self.rows(like, evenly_spaced(len(self), CENTRE_ROWS)))
+                found = far_centre(self.rows(like, evenly_spaced(len(self), CENTRE_ROWS)))
+                self._cached[key] = None if found is None or not bool(found.any()) else found
         return self._cached[key]
 
     # -- sums over the rows ------------------------------------------------------------------------------------------
