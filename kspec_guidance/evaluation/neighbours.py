@@ -1,10 +1,12 @@
 """Nearest rows by cosine: near-duplicates within a set, and the largest cosine to another."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.kernels import l2_normalize
 
 __all__ = ["Duplicate", "largest_cosine", "near_duplicates"]
@@ -29,15 +31,15 @@ def near_duplicates(x: Tensor, pairs: int = 12, at_least: float = 0.9) -> list[D
         pairs: maximum number of pairs.
         at_least: minimum cosine of a pair.
     """
-    u, found = l2_normalize(x.double()), []
+    u, found = l2_normalize(on_host(x)), []
     for start in range(0, len(u), BLOCK_ROWS):
         block = u[start : start + BLOCK_ROWS] @ u.T
         i = torch.arange(start, start + len(block))[:, None]
-        block = block.masked_fill(torch.arange(len(u))[None] <= i, -1.0)
+        block = block.masked_fill(torch.arange(len(u))[None] <= i, -math.inf)
         values, flat = block.flatten().topk(min(pairs, block.numel()))
         rows, columns = flat // len(u) + start, flat % len(u)
         candidates = zip(rows.tolist(), columns.tolist(), values.tolist(), strict=True)
-        found += [Duplicate(a, b, v) for a, b, v in candidates if v >= at_least]
+        found += [Duplicate(a, b, v) for a, b, v in candidates if a < b and v >= at_least]
     return sorted(found, key=lambda d: -d.cosine)[:pairs]
 
 
@@ -45,4 +47,4 @@ def largest_cosine(x: Tensor, others: Tensor) -> Tensor:
     """Largest cosine of each row of ``x`` ``[n, d]`` with the rows of ``others`` ``[m, d]``, as ``[n]``; NaN if m is 0."""
     if not len(others):
         return torch.full((len(x),), float("nan"))
-    return (l2_normalize(x.float()) @ l2_normalize(others.float()).T).amax(1)
+    return (l2_normalize(x.cpu().float()) @ l2_normalize(others.cpu().float()).T).amax(1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from kspec_guidance import functional as F
 from kspec_guidance import metrics
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
+from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, CosineKernel, GaussianKernel, l2_normalize
 from kspec_guidance.kernels.distances import evenly_spaced
 from kspec_guidance.statistics import jackknife, kid_interval
@@ -139,7 +140,7 @@ class ScoreRecorder:
         Raises:
             ValueError: for features of different width.
         """
-        x, y = features.double(), reference.double()
+        x, y = on_host(features), on_host(reference)
         if x.shape[1] != y.shape[1]:
             raise ValueError(
                 f"the reference has {y.shape[1]} features per image, the set {x.shape[1]}; embed both with the same model"

@@ -86,6 +86,7 @@ class StreamingMetric(Metric):
         if groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
         self.groups = groups
+        self._widths: dict[str, int] = {}  # features per row, by argument of update
         for name in self.counts:
             self.add_state(name, torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
         for name in self.sums:  # a scalar 0 until the first batch determines the size
@@ -98,8 +99,29 @@ class StreamingMetric(Metric):
         return super()._apply(lambda t: t.to(device), exclude_state)
 
     def _rows(self, x: Tensor, name: str = "x") -> Tensor:
-        """Rows ``[n, d]`` on the metric's device."""
-        return flat_rows(x, name).to(self.device)
+        """Rows ``[n, d]`` on the metric's device; random features of other widths than before would add up unnoticed."""
+        x = flat_rows(x, name)
+        if not len(x):
+            return x
+        if not any(int(getattr(self, count).sum()) for count in self.counts):
+            self._widths.pop(name, None)
+        self._check_width(name, self._widths.setdefault(name, x.shape[1]), x.shape[1])
+        return x.to(self.device)
+
+    def _check_width(self, name: str, before: int, now: int) -> None:
+        if now != before:
+            raise ValueError(
+                f"{type(self).__name__} has {name} of {before} features per row, and this batch has {now}; use one "
+                "embedder for all batches, or call reset()"
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch, and return the score of this batch alone."""
+        before = dict(self._widths) if self._update_count else {}
+        value = super().forward(*args, **kwargs)
+        for name, width in before.items():
+            self._check_width(name, width, self._widths[name])
+        return value
 
     def _deal(self, n: int, count: str) -> list[slice]:
         """Rows of each group: sample k of this process belongs to group k modulo ``groups``."""
@@ -109,6 +131,8 @@ class StreamingMetric(Metric):
     def _accumulate(self, name: str, count: str, a: Tensor, b: Tensor | None = None) -> None:
         """Add ``a' b`` (``a' a``) of each group's rows to the sum ``name``."""
         total = getattr(self, name)
+        if total.is_inference() and not torch.is_inference_mode_enabled():
+            total = total.clone()
         size = (self.groups, a.shape[1], a.shape[1] if b is None else b.shape[1])
         if total.ndim == 0:
             total = torch.zeros(size, dtype=torch.float64, device=a.device)

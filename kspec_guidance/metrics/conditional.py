@@ -36,7 +36,7 @@ class _PromptMetric(StreamingMetric):
     ):
         super().__init__(groups, **kwargs)
         self.kernel, self.prompt_kernel = kernel or GaussianKernel(0.7), prompt_kernel or GaussianKernel(0.35)
-        self._widths = self._bandwidth("kernel", self.kernel), self._bandwidth("prompt_kernel", self.prompt_kernel)
+        self._bandwidths = self._bandwidth("kernel", self.kernel), self._bandwidth("prompt_kernel", self.prompt_kernel)
         self.order = check_order(order)
         self.map = StreamMap(GaussianKernel(1.0), num_features, seed)
 
@@ -59,8 +59,8 @@ class _PromptMetric(StreamingMetric):
         if len(x) == 0 == len(prompt_features):
             return
         x, prompt_features = check_paired(x, prompt_features)
-        a = l2_normalize(x) / self._widths[0]
-        b = l2_normalize(prompt_features) / self._widths[1]
+        a = l2_normalize(x) / self._bandwidths[0]
+        b = l2_normalize(prompt_features) / self._bandwidths[1]
         parts = {"moment_samples": a, "moment_prompts": b, "moment_both": torch.cat([a, b.to(a)], dim=1)}
         for name in self.sums:
             self._accumulate(name, "count", self.map(parts[name]))

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kspec_guidance.functional.vendi import entropy_of
 from kspec_guidance.kernels import Kernel
-from kspec_guidance.kernels.spectrum import check_order
+from kspec_guidance.kernels.spectrum import check_order, truncate
 from kspec_guidance.metrics.base import StreamingMetric, StreamMap
 
 __all__ = ["RKEScore", "VendiScore"]
@@ -29,7 +30,7 @@ class VendiScore(StreamingMetric):
         groups: number of groups for :meth:`interval`; memory is proportional to it.
 
     Raises:
-        ValueError: for a kernel that cannot be streamed, or an order outside (0, inf].
+        ValueError: for a kernel that cannot be streamed, an order outside (0, inf], or a truncation below 1.
 
     >>> import torch
     >>> metric = VendiScore()
@@ -53,6 +54,7 @@ class VendiScore(StreamingMetric):
     ):
         super().__init__(groups, **kwargs)
         self.order, self.truncation = check_order(order), truncation
+        truncate(torch.ones(1), truncation)  # checks it before the first batch
         self.map = StreamMap(kernel, num_features, seed)
 
     def update(self, x: Tensor) -> None:

@@ -239,3 +239,56 @@ def test_results_agree_for_one_two_and_four_processes(tmp_path):
         for other in (two, four):
             assert other[name][1] == one[name][1]
             assert other[name][0] == pytest.approx(one[name][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_batches_of_another_width_raise_until_reset(name):
+    metric = FACTORIES[name]()
+    prompts, sets = isinstance(metric, PROMPT_METRICS), isinstance(metric, REFERENCE_METRICS)
+    arguments = (T,) if prompts else ()
+    metric.update(X, *arguments)
+    with pytest.raises(ValueError, match="reset"):
+        metric.update(X[:, :5], *arguments)
+    if prompts:
+        with pytest.raises(ValueError, match="prompt_features"):
+            metric.update(X, T[:, :3])
+    if sets:
+        with pytest.raises(ValueError, match="reset"):
+            metric.update(Y[:, :5], real=True)
+    metric.reset()
+    metric.update(X[:, :5], *arguments)
+
+
+def test_forward_of_another_width_raises():
+    metric = metrics.VendiScore(GAUSSIAN, num_features=16)
+    assert metric(X) == metric(X)
+    with pytest.raises(ValueError, match="reset"):
+        metric(X[:, :5])
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_metrics_begun_in_inference_mode_go_on_outside(name):
+    metric, plain = FACTORIES[name](), FACTORIES[name]()
+    arguments = (T,) if isinstance(metric, PROMPT_METRICS) else ()
+    with torch.inference_mode():
+        metric.update(X, *arguments)
+    metric.update(X, *arguments)
+    plain.update(X, *arguments), plain.update(X, *arguments)
+    if isinstance(metric, REFERENCE_METRICS):
+        metric.update(Y, real=True), plain.update(Y, real=True)
+    assert metric.compute() == plain.compute()
+
+
+def test_truncation_is_checked_before_the_first_batch():
+    with pytest.raises(ValueError, match="truncation"):
+        metrics.VendiScore(truncation=0)
+
+
+def test_streams_of_copies_count_them_once():
+    x, order = X.repeat(20, 1), 0.3
+    for make in (lambda: metrics.VendiScore(order=order), lambda: metrics.VendiScore(GAUSSIAN, order, num_features=128)):
+        metric, once = make(), make()
+        once.update(X)
+        for batch in x.split(33):
+            metric.update(batch)
+        assert metric.compute().item() == pytest.approx(once.compute().item(), rel=1e-5)

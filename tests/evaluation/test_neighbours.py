@@ -1,0 +1,18 @@
+import torch
+
+from kspec_guidance.evaluation.neighbours import largest_cosine, near_duplicates
+from tests.samples import rows
+
+
+def test_near_duplicates_are_pairs_of_distinct_rows():
+    x = torch.cat([rows(5, 4), 2 * rows(5, 4)[:2]])
+    found = near_duplicates(x, pairs=100, at_least=-2.0)
+    assert len(found) == 7 * 6 // 2
+    assert [(d.first, d.second) for d in found[:2]] == [(0, 5), (1, 6)]
+    assert near_duplicates(x[:1], at_least=-2.0) == []
+
+
+def test_largest_cosine_of_rows_in_the_other_set_is_one():
+    x = rows(5, 4)
+    torch.testing.assert_close(largest_cosine(3 * x[:2], x), torch.ones(2))
+    assert largest_cosine(x, x[:0]).isnan().all()
