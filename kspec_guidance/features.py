@@ -222,7 +222,7 @@ class NystromFeatures(_FeatureMap):
         """``K_ZZ^(-1/2)`` on the eigenvectors whose eigenvalues exceed the rounding noise of the landmarks' dtype."""
         z = as_float(self.landmarks)
         l, v = torch.linalg.eigh(self.kernel.normalised(z.cpu().double()))
-        keep = l > len(l) * 45 * torch.finfo(z.dtype).eps * l.max()  # in float64, 45 eps is 1e-14
+        keep = l > len(l) * max(1e-14, torch.finfo(z.dtype).eps) * l.max()
         return transfer(v[:, keep] * l[keep].rsqrt(), z)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NystromFeatures":

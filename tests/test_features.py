@@ -1,7 +1,10 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
-from kspec_guidance.features import RandomFourierFeatures, RandomProjection, tensor_product
+from kspec_guidance.features import NystromFeatures, RandomFourierFeatures, RandomProjection, tensor_product
 from kspec_guidance.kernels import GaussianKernel, LaplacianKernel
 
 
@@ -79,3 +82,53 @@ def test_invalid_settings_raise(args, message):
 def test_mismatched_input_width_raises():
     with pytest.raises(ValueError, match="input_dim=4, got rows of length 5"):
         RandomFourierFeatures(GaussianKernel(1.0), 4, 8)(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("make", [
+    lambda seed: RandomFourierFeatures(GaussianKernel(1.0), 4, 8, seed=seed), lambda seed: RandomProjection(4, 3, seed),
+    lambda seed: NystromFeatures(GaussianKernel(1.0), torch.arange(12.0).view(3, 4) + seed),
+])  # fmt: skip
+def test_copies_of_buffers_are_made_once_and_follow_changes(make, g):
+    x = torch.randn(5, 4, generator=g).to(torch.float64 if isinstance(make(0), RandomProjection) else torch.float32)
+    phi, other = make(0), make(1)
+    phi(x), other(x)
+    copies = {name: found[2] for name, found in phi._copies.items()}
+    phi(x)
+    assert all(phi._copies[name][2] is kept for name, kept in copies.items())
+    phi.load_state_dict(other.state_dict())
+    torch.testing.assert_close(phi(x), other(x))
+    with torch.no_grad():
+        for buffer in phi.buffers():
+            buffer.mul_(0)
+    assert phi(x).std(0).max() == 0
+    for copied in (pickle.loads(pickle.dumps(other)), copy.deepcopy(other)):
+        assert not copied._copies
+        assert torch.equal(copied(x), other(x))
+    assert other.state_dict().keys() == dict(other.named_buffers()).keys()
+
+
+def test_random_features_follow_dtype_and_accept_half_precision(g):
+    x = torch.randn(6, 4, generator=g)
+    phi = RandomFourierFeatures(GaussianKernel(1.0), 4, 64)
+    expected = phi(x)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert phi(x.to(dtype)).dtype == torch.float32
+        torch.testing.assert_close(phi(x.to(dtype)), expected, atol=0.02, rtol=0)
+    assert phi.to(torch.float32).frequencies.dtype == torch.float32
+    torch.testing.assert_close(phi(x), expected)
+    assert phi.half()(x).dtype == torch.float32
+
+
+def test_nystrom_features_follow_dtype_without_noise_of_small_eigenvalues(g):
+    x = torch.randn(40, 3, generator=g)
+    kernel = GaussianKernel(3.0)  # of low rank
+    phi = NystromFeatures(kernel, x)
+    exact, features = kernel(x.double()), phi.num_features
+    torch.testing.assert_close(phi(x) @ phi(x).mT, exact, rtol=1e-9, atol=1e-9)
+    single = copy.deepcopy(phi).to(torch.float32)
+    assert single(x).dtype == torch.float32
+    assert single.num_features == single(x).shape[1] < features
+    torch.testing.assert_close((single(x) @ single(x).mT).double(), exact, rtol=0, atol=3e-4)
+    half = single.half()
+    assert half(x.half()).dtype == torch.float32
+    torch.testing.assert_close((half(x) @ half(x).mT).double(), exact, rtol=0.01, atol=0.01)
