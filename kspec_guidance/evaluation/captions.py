@@ -40,7 +40,7 @@ class Caption:
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Captions by file name, from a ``.jsonl``, ``.csv`` or ``.parquet`` file; the first of each file name.
+    """Captions by file name, from a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file; the first of each file name.
 
     The columns are ``file_name`` (or ``*_file_name``) and ``prompt`` (or ``caption``, ``text``).
 
@@ -68,7 +68,9 @@ def parse_captions(name: str, data: bytes) -> list[Caption]:
         SourceError: if a line cannot be read, or has no file name.
     """
     suffix = posixpath.splitext(name)[1].lower()
-    rows = list({".csv": _csv_rows, ".parquet": _parquet_rows}.get(suffix, _jsonl_rows)(name, data))
+    if suffix not in READERS:
+        raise SourceError(f"captions are read from {', '.join(READERS)} files, not from {name}")
+    rows = list(READERS[suffix](name, data))
     found = []
     for place, row in rows:
         listed = _file_names(row)
@@ -85,8 +87,9 @@ def _file_names(row: dict[str, Any]) -> list[str]:
     """File names of an entry: ``file_name``, ``image_file_name``, other ``*_file_name``, or a list ``file_names``."""
     keys = [k for k in row if k.endswith("_file_name")]
     keys = ["file_name", "image_file_name", *keys, "file_names", "image_file_names"]
-    value = next((row[k] for k in keys if row.get(k)), None)
-    return [str(v) for v in value] if isinstance(value, list) else [] if value is None else [str(value)]
+    value = next((row[k] for k in keys if row.get(k) is not None), None)
+    names = value if isinstance(value, list) else [] if value is None else [value]
+    return [str(name) for name in names if str(name).strip()]
 
 
 def caption_of(row: dict[str, Any], place: str) -> str | None:
@@ -122,7 +125,8 @@ def _text(name: str, data: bytes) -> str:
 
 
 def _csv_rows(name: str, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(_text(name, data), newline=""), strict=True, skipinitialspace=True)
+    text, delimiter = io.StringIO(_text(name, data), newline=""), "\t" if name.lower().endswith(".tsv") else ","
+    reader = csv.reader(text, strict=True, skipinitialspace=True, delimiter=delimiter)
     header: list[str] = []
     try:
         for fields in reader:
@@ -131,6 +135,9 @@ def _csv_rows(name: str, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             if not header:
                 header = [field.strip() for field in fields]
+                twice = sorted({h for h in header if h and header.count(h) > 1})
+                if twice:
+                    raise SourceError(f"{place} has several columns named {', '.join(twice)}")
                 continue
             if len(fields) > len(header):
                 raise SourceError(f"{place} has {len(fields)} fields, but the header has {len(header)}; {QUOTE_ADVICE}")
@@ -173,15 +180,22 @@ def _parquet_rows(name: str, data: bytes) -> Iterator[tuple[str, dict[str, Any]]
         yield f"{name} row {number}", row
 
 
+READERS = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
+
+
 def parse_sidecar(name: str, data: bytes) -> str | None:
     """The caption in a text or JSON file that belongs to an image; None if it has none.
 
     Raises:
-        SourceError: for text that is not UTF-8.
+        SourceError: for text that is not UTF-8, or not JSON.
     """
     text = _text(name, data)
     if name.lower().endswith(".json"):
-        return caption_of(_json_row(text) or {}, name)
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"not JSON: {error}") from error
+        return caption_of(row, name) if isinstance(row, dict) else None
     return _clean(text.strip())
 
 

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -63,6 +64,20 @@ class ImageSet:
     def without_caption(self) -> list[str]:
         """Names of images without a caption; empty if no image has one."""
         return [n for n, p in zip(self.names, self.prompts or [], strict=False) if p is None]
+
+    def account(self) -> dict[str, Any]:
+        """Plain values, ready for JSON: how many images were read, and all that was left out."""
+        return {
+            "path": str(self.path),
+            "images": len(self),
+            "skipped": self.skipped,
+            "captions": self.num_captions,
+            "unmatched": self.unmatched,
+            "without_caption": self.without_caption,
+            "caption_files": self.caption_files,
+            "first_frame_only": self.first_frame_only,
+            "notes": self.notes,
+        }
 
     def summary(self) -> list[str]:
         """One line for each kind of thing that was left out, with the first names."""
@@ -196,7 +211,9 @@ def _assign_captions(found: ImageSet, own: list[str | None], names: list[str], r
     roots = {f"{folder.as_posix()}/" for folder in (reader.path.absolute(), reader.path.resolve())}
     entries = [replace(c, name=_without_prefix(c.name, roots)) for c in reader.captions]
     matched, unmatched, loose = match_captions(entries, names)
-    if reader.captions_file is not None and entries and not matched:
+    if reader.captions_file is not None and not entries:
+        raise SourceError(f"{reader.captions_file} has no captions")
+    if reader.captions_file is not None and not matched:
         raise SourceError(
             f"none of the {len(entries)} captions in {reader.captions_file} belongs to an image: it lists "
             f"{_first(c.name for c in entries)}, and the images are {_first(names)}"

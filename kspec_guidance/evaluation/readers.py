@@ -153,14 +153,16 @@ class SetReader:
             names.sort(key=lambda n: CAPTION_FILES.index(posixpath.basename(n).lower()))
             for name in names[1:] if self.captions_file is None else names:
                 self.skipped[name] = f"captions are read from {self.captions_file or names[0]} instead"
+            before = len(self.captions)
             if self.captions_file is None:
                 try:
                     self.captions += [_based(c, folder) for c in parse_captions(names[0], files[names[0]](-1))]
                 except NoCaptionColumn:
                     if posixpath.basename(names[0]).lower().startswith("captions"):
                         raise
-                    self.notes.append(f"{names[0]} has no captions: no column {', '.join(CAPTION_COLUMNS)}")
                 self.caption_files.append(names[0])
+                if len(self.captions) == before:
+                    self.notes.append(f"{names[0]} has no captions")
             for name in names:
                 del files[name]
 
@@ -218,8 +220,11 @@ class SetReader:
     def _shard(self, name: str, path: Path) -> Iterator[Item]:
         try:
             tar = tarfile.open(path, "r:*")  # noqa: SIM115 (closed below)
+        except tarfile.ReadError:
+            self.skipped[name] = "unreadable: not a tar archive, or damaged at its start"
+            return
         except READ_ERRORS as error:
-            self.skipped[name] = f"unreadable: {error or type(error).__name__}"
+            self.skipped[name] = f"unreadable: {_line(error)}"
             return
         with tar:
             files: dict[str, Read] = {}
@@ -254,7 +259,7 @@ class SetReader:
             if block:
                 self.skipped[name] = f"unreadable: after {count} files, damaged or joined with another archive"
         except READ_ERRORS as error:
-            self.skipped[name] = f"unreadable: after {count} files, {error or type(error).__name__}"
+            self.skipped[name] = f"unreadable: after {count} files, {_line(error)}"
 
     def _table(self, name: str, path: Path) -> Iterator[Item]:
         try:
@@ -262,9 +267,10 @@ class SetReader:
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise SourceError("Parquet files need: pip install 'kspec-guidance[data]'") from error
-        number = 0
+        number = total = 0
         try:
             with parquet.ParquetFile(path) as file:
+                total = file.metadata.num_rows
                 column = self._column(name, file.schema_arrow)
                 if column is None:
                     return
@@ -275,7 +281,7 @@ class SetReader:
                         number += 1
                         yield self._row(name, path, number, row, column)
         except (pyarrow.ArrowException, OSError) as error:
-            self.skipped[name] = f"unreadable: after {number} rows: {error}"
+            self.skipped[name] = f"unreadable: after {number} of {total} rows, {_line(error)}"
         if not number and name not in self.skipped:
             self.skipped[name] = "a table without rows"
 
@@ -324,6 +330,11 @@ class SetReader:
         raise SourceError(f"the row has no bytes, and there is no file {listed}")
 
 
+def _line(error: Exception) -> str:
+    """The message of an error of a library, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _read_file(path: Path, size: int) -> bytes:
     with path.open("rb") as file:
         return file.read(size)
@@ -337,7 +348,7 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, now: bool) -> Read:
             stream = tar.extractfile(member)
             data = b"" if stream is None else stream.read(size)
         except READ_ERRORS as error:
-            raise SourceError(f"its archive is damaged: {error or type(error).__name__}") from error
+            raise SourceError(f"its archive is damaged: {_line(error)}") from error
         if size < 0 and member.isfile() and len(data) != member.size:
             raise SourceError("its archive is cut off")
         return data

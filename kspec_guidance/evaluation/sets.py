@@ -62,6 +62,7 @@ class Evaluation:
         modes: modes, largest first.
         duplicates: near-duplicates, most similar first.
         prompts: scores of prompts, from the least to the most diverse.
+        reference: the second set of the scores of fidelity and novelty.
     """
 
     images: ImageSet
@@ -73,20 +74,14 @@ class Evaluation:
     modes: list[F.Mode]
     duplicates: list[Duplicate]
     prompts: list[PromptScore] = field(default_factory=list)
+    reference: ImageSet | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; images and features left out."""
         names = self.images.names
         return {
-            "path": str(self.images.path),
-            "images": len(self.images),
-            "skipped": self.images.skipped,
-            "captions": self.images.num_captions,
-            "unmatched": self.images.unmatched,
-            "without_caption": self.images.without_caption,
-            "caption_files": self.images.caption_files,
-            "first_frame_only": self.images.first_frame_only,
-            "notes": self.images.notes,
+            **self.images.account(),
+            "reference": None if self.reference is None else self.reference.account(),
             "embedder": self.embedder,
             "scores": [s.as_dict() for s in self.scores],
             "modes": [{"share": m.share, "images": [names[i] for i in m.samples]} for m in self.modes],
@@ -203,6 +198,7 @@ def evaluate_set(
         modes,
         near_duplicates(x),
         [] if images.prompts is None else prompt_ranking(x, images.prompts),
+        reference,
     )
 
 

@@ -208,6 +208,7 @@ def test_texts_are_not_captions_of_other_images(tmp_path):
         ('file_name,caption\n\n1.png,ok\n0.png,"red\n', "line 4"),
         ('file_name,caption\n0.png,"red" heart\n', "line 2"),
         ("file_name;caption\n0.png;red\n", "needs file_name"),
+        ("file_name,caption,caption\n0.png,a,b\n", "several columns named caption"),
         (b"file_name,caption\n1.png,b\n0.png,caf\xe9\n", r"UTF-8 text \(line 3"),
         (b"file_name,caption\n0.png,\xff" + b"x" * 200_000, "UTF-8"),
         ("file_name,caption\n,red\n", "line 2 needs file_name"),
@@ -253,7 +254,7 @@ def test_metadata_without_captions_is_mentioned_and_other_file_name_columns_are_
     write(tmp_path, {"0.png": 0, "metadata.jsonl": '{"file_name": "0.png", "label": 3}\n'})
     found = load_images(tmp_path, RED)
     assert found.prompts is None
-    assert found.notes == ["metadata.jsonl has no captions: no column prompt, caption, text"]
+    assert found.notes == ["metadata.jsonl has no captions"]
     with pytest.raises(SourceError, match="needs file_name"):
         load_images(tmp_path, RED, prompts=tmp_path / "metadata.jsonl")
     write(tmp_path, {"metadata.jsonl": '{"mask_file_name": "m.png", "image_file_name": "0.png", "text": "a"}\n'})
@@ -268,6 +269,38 @@ def test_given_captions_of_which_none_matches_are_an_error(tmp_path):
         load_images(tmp_path / "set", RED, prompts=tmp_path / "other.jsonl")
     write(tmp_path, {"other.jsonl": lines(("0.png", "c"))})
     assert prompts(tmp_path / "set", prompts=tmp_path / "other.jsonl") == {"0.png": "c"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.csv", "", "has no captions"),
+        ("c.jsonl", "\n", "has no captions"),
+        ("c.json", "[]", r"read from \.jsonl, \.csv, \.tsv, \.parquet files"),
+        ("c.txt", "a", "not from"),
+        ("c.parquet", "PAR1", "is not a Parquet file"),
+    ],
+)
+def test_given_captions_without_any_are_an_error(tmp_path, name, text, message):
+    write(tmp_path, {"set/0.png": 0, name: text})
+    with pytest.raises(SourceError, match=message):
+        load_images(tmp_path / "set", RED, prompts=tmp_path / name)
+
+
+def test_captions_of_tabs_and_of_numbers_are_read(tmp_path):
+    write(tmp_path, {"set/0": encoded(), "set/0.png": 0, "c.tsv": "file_name\tcaption\n0.png\ta, b\n"})
+    assert prompts(tmp_path / "set", prompts=tmp_path / "c.tsv") == {"0.png": "a, b"}
+    write(tmp_path, {"set/metadata.jsonl": '{"file_name": 0, "text": 7}\n{"file_name": "0.png", "text": 8}\n'})
+    found = load_images(tmp_path / "set", RED)
+    assert (found.prompts, found.unmatched) == (["8"], {"0": "no such image"})
+
+
+def test_the_reference_set_is_accounted_for(tmp_path):
+    write(tmp_path, {f"{s}/{k}.png": 9 * k for s in "ab" for k in range(4)} | {"b/x.png": b""})
+    result = evaluate_set(load_images(tmp_path / "a", RED), RED, reference=load_images(tmp_path / "b", RED))
+    assert result.as_dict()["reference"]["skipped"] == {"x.png": "unreadable: an empty file"}
+    write_page(result, tmp_path / "r.html")
+    assert "Reference: skipped 1 unreadable: x.png" in (tmp_path / "r.html").read_text()
 
 
 def test_scores_given_prompts_leave_images_without_caption_out(tmp_path):
@@ -413,7 +446,7 @@ def test_a_shard_that_is_damaged_or_no_shard_is_named(tmp_path):
     found = load_images(tmp_path, RED)
     assert {"a.tar", "b.tar", "c.tar", "d.tar", "f.tar.gz"} <= set(found.skipped)
     assert len(found) == 5
-    with pytest.raises(SourceError, match=r"contains no readable images.*skipped 1 unreadable: c\.tar"):
+    with pytest.raises(SourceError, match=r"no readable images.*skipped 1 unreadable: c\.tar \(not a tar archive"):
         load_images(tmp_path / "c.tar", RED)
 
 
