@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kspec_guidance.utils.folders import is_hidden
+from kspec_guidance.utils.folders import HIDDEN, is_hidden
 from kspec_guidance.utils.images import SourceError, decode_image
 
 MAX_IMAGES = 256
@@ -46,8 +46,10 @@ class Uploads(list[Image.Image]):
         return lines
 
 
-def zip_members(path: Path) -> Iterator[tuple[bytes | None, str]]:
-    """Yield the content of each file of a zip, None for a damaged one, and a name to show; the paths inside are not used.
+def zip_members(path: Path) -> Iterator[tuple[bytes, str, str | None]]:
+    """Yield the content of each file of a zip, a name to show, and the reason if it is not read.
+
+    The paths inside the zip are not used.
 
     Raises:
         UploadError: for too many files, or a zip that cannot be read.
@@ -55,17 +57,20 @@ def zip_members(path: Path) -> Iterator[tuple[bytes | None, str]]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = [i for i in archive.infolist() if not i.is_dir()]
-            infos = [i for i in infos if not any(is_hidden(p) for p in i.filename.split("/") if p != "..")]
-            if len(infos) > MAX_IMAGES:
-                raise UploadError(f"the zip has {len(infos)} files; at most {MAX_IMAGES} are accepted")
+            visible = [i for i in infos if not any(is_hidden(p) for p in i.filename.split("/") if p != "..")]
+            if len(visible) > MAX_IMAGES:
+                raise UploadError(f"the zip has {len(visible)} files; at most {MAX_IMAGES} are accepted")
+            known = set(map(id, visible))
             for k, info in enumerate(infos):
                 name = re.sub(r"[^\w. -]", "_", info.filename.rpartition("/")[2])[-40:]
+                data, reason = b"", None if id(info) in known else f"is {HIDDEN}"
                 try:
-                    with archive.open(info) as file:
-                        data = file.read(MAX_BYTES + 1)  # the header may give another size
+                    if reason is None:
+                        with archive.open(info) as file:
+                            data = file.read(MAX_BYTES + 1)  # the header may give another size
                 except Exception:  # of a damaged or encrypted file, or an unknown compression
-                    data = None
-                yield data, f"file {k + 1} of the zip ({name})"
+                    reason = "is damaged, encrypted, or compressed by an unsupported method"
+                yield data, f"file {k + 1} of the zip ({name})", reason
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, EOFError) as error:
         if isinstance(error, UploadError):
             raise
@@ -73,18 +78,23 @@ def zip_members(path: Path) -> Iterator[tuple[bytes | None, str]]:
 
 
 def read_uploads(paths: Sequence[str] | None) -> Uploads:
-    """Decode all files, and those inside zips; hidden files of zips are left out.
+    """Decode all files, and those inside zips; what is not an image that can be read is skipped.
 
     Raises:
         UploadError: for too many files, or if none can be read.
     """
-    found = Uploads()
+    found, count = Uploads(), 0
     for number, path in enumerate(map(Path, paths or []), 1):
         is_zip = path.suffix.lower() == ".zip"
-        for data, name in zip_members(path) if is_zip else [(path.read_bytes(), f"file {number}")]:
-            if len(found) + len(found.skipped) == MAX_IMAGES:
+        for data, label, reason in zip_members(path) if is_zip else [(path.read_bytes(), f"file {number}", None)]:
+            name = f"{label}, upload {number}" if is_zip and len(paths or []) > 1 else label
+            if reason is not None:
+                found.skipped[name] = reason
+                continue
+            if count == MAX_IMAGES:
                 raise UploadError(f"at most {MAX_IMAGES} images are accepted at once")
-            _read(data, f"{name}, upload {number}" if is_zip and len(paths or []) > 1 else name, found)
+            count += 1
+            _read(data, name, found)
     if not found:
         message = next(
             (f"{name} {reason}" for name, reason in found.skipped.items()), "upload images, or a zip of images, first"
@@ -94,11 +104,8 @@ def read_uploads(paths: Sequence[str] | None) -> Uploads:
     return found
 
 
-def _read(data: bytes | None, name: str, found: Uploads) -> None:
+def _read(data: bytes, name: str, found: Uploads) -> None:
     """Add a file to the images, or to those that are skipped."""
-    if data is None:
-        found.skipped[name] = "is damaged, encrypted, or compressed by an unsupported method"
-        return
     if len(data) > MAX_BYTES:
         found.skipped[name] = f"is larger than {MAX_BYTES // 2**20} MB; reduce it first"
         return

@@ -80,6 +80,46 @@ def test_invalid_images_are_rejected(data, message, tmp_path):
             read_uploads([path])
 
 
+def test_every_file_of_an_upload_is_read_or_named_with_the_reason(tmp_path):
+    from uploads import UploadError, read_uploads
+
+    good = encode_png(Image.new("RGB", (5, 4)))
+    files = {"a/b/0.png": good, "__MACOSX/a/._0.png": b"", "a/.DS_Store": b"", "README.txt": b"x", "<b>.png": b"",
+             "big.png": b"\0" * (8 * 2**20 + 1), "in.zip": b"PK", "damaged.png": good * 9}  # fmt: skip
+    path = Path(write_zip(tmp_path / "a.zip", files))
+    data = bytearray(path.read_bytes())
+    start = data.rindex(b"damaged.png", 0, data.index(b"PK\x01\x02")) + len("damaged.png")
+    data[start + 5 : start + 25] = b"\xff" * 20
+    path.write_bytes(data)
+    found = read_uploads([str(path)])
+    assert len(found) + len(found.skipped) == len(files)
+    assert len(found) == 1
+    assert "file 5 of the zip (_b_.png)" in found.skipped
+    assert "7 files are left out: " in found.notes()[0]
+    write_zip(tmp_path / "b.zip", {"in.zip": path.read_bytes()})
+    with pytest.raises(UploadError, match=r"in\.zip\) cannot be read as an image"):
+        read_uploads([str(tmp_path / "b.zip")])
+
+
+def test_uploads_are_read_as_by_evaluate_and_reduced(tmp_path):
+    import numpy as np
+    from uploads import read_uploads
+
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGB", (3000, 30)).save(tmp_path / "wide.png")
+    Image.new("L", (9, 9)).save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("L", (9, 9), 255)])
+    deep, turned, wide, first = found = read_uploads(
+        [str(tmp_path / n) for n in ("deep.png", "turned.jpg", "wide.png", "a.gif")]
+    )
+    assert np.abs(np.asarray(deep)[..., 0].astype(int) - (ramp // 257)).max() <= 1
+    assert (turned.size, wide.size, first.getpixel((0, 0))) == ((20, 40), (1024, 10), (0, 0, 0))
+    assert found.notes() == ["only the first frame is read of 1 animations"]
+
+
 def test_invalid_zips_are_rejected(tmp_path):
     from uploads import UploadError, read_uploads
 
