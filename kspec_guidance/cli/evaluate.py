@@ -28,7 +28,7 @@ def _load(folder: Path, embedder: Any, prompts: Path | None, cache: Path | None)
         found = load_images(folder, embedder, prompts, cache, lambda n: bars.advance(task, n))
         bars.update(task, total=len(found))
     for line in found.summary():
-        errors().print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
+        errors().print(f"[yellow]{escape(f'{folder.name or folder}: {line}')}[/]", highlight=False, soft_wrap=True)
     return found
 
 

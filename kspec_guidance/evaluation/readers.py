@@ -257,7 +257,7 @@ class SetReader:
             while block and not block.strip(b"\0"):
                 block = stream.read(2**20)
             if block:
-                self.skipped[name] = f"unreadable: after {count} files, damaged or joined with another archive"
+                self.skipped[name] = f"unreadable: after {count} files, cut off, damaged, or joined with another archive"
         except READ_ERRORS as error:
             self.skipped[name] = f"unreadable: after {count} files, {_line(error)}"
 

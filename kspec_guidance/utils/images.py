@@ -32,12 +32,13 @@ __all__ = [
 
 Images = Sequence[Image.Image] | Tensor
 PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")  # decoders that are used where they are installed
-# Ghostscript and Windows would draw the first two; the others are recognised by Pillow, but not decoded.
-EXCLUDED_FORMATS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
+# Ghostscript and Windows would draw the first two. Pillow reads numbers of FITS in the wrong byte order, and recognises the
+# others without decoding them.
+EXCLUDED_FORMATS = ("EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG")
 UNREAD_TYPES = (".heic", ".heif", ".jxl")  # images that mimetypes may not know
 TEXT_TYPES = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet")  # captions beside images
 OPAQUE_MODES = ("1", "L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
-ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 274, 258, 262, 339  # tags of EXIF and TIFF
 
 
 class SourceError(ValueError):
@@ -191,6 +192,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _grey(image: Image.Image, file: Image.Image) -> Image.Image:
     """8-bit grey of 16-bit or 32-bit integers, or floating point; ``file`` has the format and the tags."""
     values, tags = np.asarray(image).astype(np.float64), getattr(file, "tag_v2", {})
+    if file.mode == "I" and file.format == "TIFF" and tags.get(SAMPLE_FORMAT, (1,))[0] == 1:
+        values %= 2**32  # unsigned, in Pillow's signed mode
     finite = values[np.isfinite(values)]
     if not finite.size:
         raise SourceError("an image without finite values")

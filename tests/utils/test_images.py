@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -24,7 +25,31 @@ def read(data):
     return np.asarray(decode_image(data)[0]).astype(int)
 
 
+def tiff(samples, bits, kind):
+    """A TIFF file of one grey channel, in the byte order of the samples."""
+    order = ">" if samples.dtype.byteorder == ">" else "<"
+    data, (height, width) = samples.tobytes(), samples.shape
+    tags = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, height),
+        (279, len(data)),
+        (339, kind),
+    ]
+    entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags)
+    head = (b"MM\0*" if order == ">" else b"II*\0") + struct.pack(order + "I", 8 + len(data))
+    return head + data + struct.pack(order + "H", len(tags)) + entries + struct.pack(order + "I", 0)
+
+
 DEEP = {
+    "big-endian 16-bit TIFF": tiff((RAMP * 65535).astype(">u2"), 16, 1),
+    "signed 16-bit TIFF": tiff((RAMP * 60000 - 30000).astype("<i2"), 16, 2),
+    "unsigned 32-bit TIFF": tiff((RAMP * (2**32 - 1)).astype("<u4"), 32, 1),
     "16-bit PNG": encode(Image.fromarray((RAMP * 65535).astype(np.uint16)), "PNG"),
     "16-bit TIFF": encode(Image.fromarray((RAMP * 65535).astype(np.uint16)), "TIFF"),
     "32-bit TIFF": encode(Image.fromarray((RAMP * 2_000_000).astype(np.int32)), "TIFF"),
