@@ -191,12 +191,16 @@ class MemoryBank(Memory):
         if not torch.isfinite(norms).all():  # or float32 norms have overflowed
             norms = _norms(stored.cpu())
         if not torch.isfinite(norms).all():
-            if not torch.isfinite(rows).all():
+            if not torch.isfinite(as_float(rows)).all():
                 raise ValueError("samples contain NaN or infinite values; nothing was added")
+            wider = (
+                "use a memory with dtype=torch.bfloat16 or torch.float32"
+                if self.dtype == torch.float16
+                else "scale them down"
+            )
             raise ValueError(
-                f"samples have values up to {float(rows.abs().max()):.3g}, more than {self.dtype} can store "
-                f"({torch.finfo(self.dtype).max:.3g}); nothing was added. Use a memory with dtype=torch.bfloat16 or "
-                "torch.float32, or scale the samples"
+                f"samples have values up to {float(as_float(rows).abs().max()):.3g}, more than {self.dtype} can store "
+                f"({torch.finfo(self.dtype).max:.3g}); nothing was added; {wider}"
             )
         return stored, norms
 

@@ -222,6 +222,20 @@ def test_devices_without_values_raise():
         MemoryBank(device="xpu:77")
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", [MemoryBank, lambda: MemoryBank(dtype=torch.float16), lambda: CentroidMemory(4)])
+def test_samples_of_any_dtype_and_layout_are_copied(make, dtype):
+    for x in (torch.ones(3, 2).to(dtype).T, torch.ones(1, 3).to(dtype).expand(2, 3)):
+        memory = make()
+        memory.add(x)
+        memory.add(x)
+        before = memory.x.clone()
+        x.zero_()
+        assert len(memory) == 4
+        assert memory.x.min() > 0
+        assert torch.equal(memory.x, before)
+
+
 def test_values_beyond_the_dtype_raise_and_keep_rows(tmp_path):
     half = MemoryBank(dtype=torch.float16)
     half.add(torch.ones(2, 3))
@@ -241,6 +255,10 @@ def test_values_beyond_the_dtype_raise_and_keep_rows(tmp_path):
     with pytest.raises(ValueError, match=message):
         empty.add(large.x)
     empty.add(torch.ones(2, 5))  # of another width: nothing of the refused rows is left
+    with pytest.raises(ValueError, match=r"up to 1e\+300, more than torch.float32.*scale them down"):
+        MemoryBank().add(torch.full((2, 3), 1e300, dtype=torch.float64))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        MemoryBank().add(torch.full((2, 3), float("nan")).to(torch.float8_e4m3fn))
     with pytest.raises(ValueError, match="NaN or infinite"):
         CentroidMemory().add(torch.tensor([[1e300, 1.0]], dtype=torch.float64))
 
