@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kspec_guidance.loop.components import autoencoder_of, image_size
 from kspec_guidance.utils.images import load_folder, to_pixels
-from kspec_guidance.utils.placement import compute_dtype, execution_device
+from kspec_guidance.utils.placement import compute_dtype, diffusers_hooks, execution_device
 
 __all__ = ["decode", "encode", "encode_reference", "from_loop", "overflow_message", "to_loop"]
 
@@ -51,12 +51,21 @@ def _running(vae: Any, x: Tensor) -> Iterator[Tensor]:
     """An autoencoder's input on the device and in the dtype in which the autoencoder computes.
 
     If its config has ``force_upcast``, it runs in float32 in place of float16, in which it overflows, as in diffusers.
+
+    Raises:
+        ValueError: if its weights cannot be cast.
     """
     gradients = torch.is_grad_enabled()  # inference_mode(False) enables them
     with torch.inference_mode(False), torch.set_grad_enabled(gradients):  # weights that are cast here are normal tensors
         dtype = compute_dtype(vae, x.dtype)
         upcast = dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
         if upcast:
+            if any(getattr(getattr(h, "group", None), "stream", None) for m in vae.modules() for h in diffusers_hooks(m)):
+                raise ValueError(
+                    f"{type(vae).__name__} must run in float32 (force_upcast in its config), but group offloading with "
+                    "use_stream=True keeps copies of its weights in float16; load it in float32, or exclude it from "
+                    "offloading"
+                )
             vae.float()
         try:
             yield x.to(execution_device(vae, x.device), torch.float32 if upcast else dtype)

@@ -1,5 +1,7 @@
 """Images encoded to samples of each family's denoising loop, and unpacked to latents of its autoencoder."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -111,3 +113,37 @@ def test_invalid_reference_raises(pipe):
         encode_reference(pipe, torch.full((2, 3, 64, 64), 255.0))
     with pytest.raises(ValueError, match="has no image autoencoder"):
         encode_reference(tiny.build("IFPipeline"), torch.zeros(2, 3, 64, 64))
+
+
+def test_encoder_that_overflows_in_half_precision_runs_in_float32():
+    pipe, x = tiny.build("StableDiffusionXLPipeline"), random_images(2, 3, 32, 32)
+    expected = encode_reference(pipe, x)
+    pipe.vae.half()
+    seen = []
+    handle = pipe.vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    torch.testing.assert_close(encode_reference(pipe, x), expected, atol=2e-3, rtol=1e-2)
+    assert seen == [torch.float32]
+    assert pipe.vae.dtype == torch.float16
+    handle.remove()
+    torch.nn.init.constant_(pipe.vae.encoder.conv_out.bias, float("nan"))
+    with pytest.raises(ValueError, match=r"AutoencoderKL returned NaN or infinite values in torch\.float16"):
+        encode_reference(pipe, x)
+
+
+def test_upcast_of_weights_in_pinned_memory_raises():
+    pipe = tiny.build("StableDiffusionXLPipeline")
+    pipe.vae.half()
+    hook = SimpleNamespace(group=SimpleNamespace(stream=object(), onload_device="cpu"))
+    pipe.vae._diffusers_hook = SimpleNamespace(hooks={"group_offloading": hook}, get_hook=lambda name: None)
+    with pytest.raises(ValueError, match=r"must run in float32 .* use_stream=True keeps copies"):
+        encode(pipe.vae, random_images(1, 3, 32, 32))
+    assert {p.dtype for p in pipe.vae.parameters()} == {torch.float16}
+
+
+def test_reference_encoded_in_inference_mode_is_a_normal_tensor(pipe):
+    x = random_images(2, 3, 64, 64)
+    with torch.inference_mode():
+        reference = encode_reference(pipe, x)
+    assert not reference.is_inference()
+    assert torch.equal(reference, encode_reference(pipe, x))
+    assert not reference.requires_grad

@@ -1,7 +1,7 @@
 """The decoded prediction and its embeddings: samples are compared as images, at the cost of the decoder."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,7 @@ class Pixels(FeatureSpace):
     vae: Any = None
     size: int | None = 16
     chunk: int = 1
+    _checked: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
     name: ClassVar[str] = "pixels"
 
     def decoder(self, call: CallContext) -> Any:
@@ -71,18 +72,25 @@ class Pixels(FeatureSpace):
 
     def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
         self._warn_of_offloading(call)
-        return by_autograd(lambda p: self.decode(p, call), x, self._head, self.chunk, self._networks(call))
+        rows, pullback = by_autograd(lambda p: self.decode(p, call), x, self._head, self.chunk, self._networks(call))
+        if self._checked != [id(call)]:  # once a call: the check waits for the device
+            self._checked[:] = [id(call)]
+            self._check(rows, x, call)
+        return rows, pullback
 
     def final(self, x: Tensor, call: CallContext) -> Tensor:
-        """Features of finished samples ``[n, ...]``, for the memory.
+        rows = super().final(x, call)
+        self._check(rows, x, call)
+        return rows
+
+    def _check(self, rows: Tensor, x: Tensor, call: CallContext) -> None:
+        """Check features of finite samples.
 
         Raises:
-            ValueError: if the decoder returns NaN or infinite values for finite samples.
+            ValueError: if the decoder returned NaN or infinite values.
         """
-        rows = super().final(x, call)
         if not bool(torch.isfinite(rows).all()) and bool(torch.isfinite(x).all()):
             raise ValueError(overflow_message(self.decoder(call)))
-        return rows
 
     def _warn_of_offloading(self, call: CallContext) -> None:
         hook = getattr(self.decoder(call), "_hf_hook", None)

@@ -46,3 +46,17 @@ def test_fingerprint_depends_on_weights():
     copy = torch.nn.Linear(4, 4)
     copy.load_state_dict(a.state_dict())
     assert weights_fingerprint(copy) == weights_fingerprint(a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_network_in_half_precision(dtype):
+    network = lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8, 8), torch.nn.Flatten())  # noqa: E731
+    torch.manual_seed(0)
+    expected = ImageEmbedder(network(), 16, "a")(torch.ones(2, 3, 16, 16))
+    torch.manual_seed(0)
+    embedder = ImageEmbedder(network().to(dtype), 16, "a")
+    with torch.inference_mode():
+        found = embedder(torch.ones(2, 3, 16, 16))
+    assert found.dtype == torch.float32
+    assert not found.is_inference()
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
