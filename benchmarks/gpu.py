@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from kspec_guidance import SPARKE, MemoryBank, VendiGuidance
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
-STEPS, REPEATS, DTYPE = 8, 3, torch.bfloat16
+STEPS, REPEATS, DTYPE = 8, 2, torch.bfloat16
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -78,7 +79,7 @@ def sdxl() -> tuple[Any, dict[str, Any]]:
     prompt, pooled = embeddings(1, 77, 2048), embeddings(1, 1280)
     arguments = {
         "prompt_embeds": prompt, "negative_prompt_embeds": prompt * 0, "pooled_prompt_embeds": pooled,
-        "negative_pooled_prompt_embeds": pooled * 0, "num_images_per_prompt": 4,
+        "negative_pooled_prompt_embeds": pooled * 0, "num_images_per_prompt": 2,
     }  # fmt: skip
     return pipe, arguments
 
@@ -89,7 +90,7 @@ def flux() -> tuple[Any, dict[str, Any]]:
     vae = random_model(diffusers.AutoencoderKL, latent_channels=16, **VAE)
     pipe = diffusers.FluxPipeline(scheduler, vae, None, None, None, None, transformer)
     arguments = {"prompt_embeds": embeddings(1, 512, 4096), "pooled_prompt_embeds": embeddings(1, 768)}
-    return pipe, arguments | {"num_images_per_prompt": 2, "height": 1024, "width": 1024}
+    return pipe, arguments | {"num_images_per_prompt": 1, "height": 1024, "width": 1024}
 
 
 def denoiser(pipe: Any) -> Any:
@@ -100,7 +101,7 @@ def compiled(pipe: Any) -> None:
     denoiser(pipe).compile_repeated_blocks(fullgraph=True)
 
 
-PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {"SD 1.5": sd15, "SDXL": sdxl, "Flux": flux}
+PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {"SD 1.5": sd15, "Flux": flux, "SDXL": sdxl}
 GUIDES: dict[str, Callable[[], Any]] = {
     "SPARKE()": SPARKE,
     "SPARKE(), 1,000 rows in memory": lambda: SPARKE(memory=MemoryBank()),
@@ -108,106 +109,102 @@ GUIDES: dict[str, Callable[[], Any]] = {
     'SPARKE(space="pooled")': lambda: SPARKE(space="pooled"),
     'SPARKE(space="pixels")': lambda: SPARKE(space="pixels"),
 }
-MODES: dict[str, tuple[Callable[[Any], None], tuple[str, ...]]] = {  # changes of the pipeline, and the guides to run
-    "on the device": (lambda pipe: None, tuple(GUIDES)),
-    "model offload": (lambda pipe: pipe.enable_model_cpu_offload(), ("SPARKE()", 'SPARKE(space="pixels")')),
-    "compiled blocks": (compiled, ("SPARKE()",)),
+ALL = tuple(GUIDES)
+MODES: dict[str, tuple[Callable[[Any], None], dict[str, tuple[str, ...]]]] = {  # a change of the pipeline; guides by model
+    "on the device": (lambda pipe: None, {"SD 1.5": ALL, "Flux": ALL[:2], "SDXL": (*ALL[:2], ALL[-1])}),
+    "compiled blocks": (compiled, {"SD 1.5": ALL[:1], "Flux": ALL[:1]}),
+    "model offload": (lambda pipe: pipe.enable_model_cpu_offload(), {"SDXL": ALL[:1]}),
 }
 
 
-def calls(pipe: Any, arguments: dict[str, Any], guide: Any) -> tuple[torch.Tensor, float]:
-    """Latents of one call and its seconds per step."""
-    generator = [torch.Generator().manual_seed(k) for k in range(arguments["num_images_per_prompt"])]
-    settings = arguments | {"num_inference_steps": STEPS, "output_type": "latent", "generator": generator}
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    if guide is None:
-        latents = pipe(**settings).images
-    else:
-        with guide.attach(pipe):
-            latents = pipe(**settings).images
-    torch.cuda.synchronize()
-    return latents, (time.perf_counter() - began) / STEPS
+class Call:
+    """One call of a pipeline, to latents: its seconds per step and its peak of allocated gigabytes."""
+
+    def __init__(self, pipe: Any, arguments: dict[str, Any], guide: Any = None):
+        generator = [torch.Generator().manual_seed(k) for k in range(arguments["num_images_per_prompt"])]
+        settings = arguments | {"num_inference_steps": STEPS, "output_type": "latent", "generator": generator}
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        with guide.attach(pipe) if guide is not None else nullcontext():
+            self.latents = pipe(**settings).images
+        torch.cuda.synchronize()
+        self.seconds = (time.perf_counter() - began) / STEPS
+        self.peak = torch.cuda.max_memory_allocated() / 1e9
 
 
-def waits(f: Callable[[], object]) -> int:
-    """Calls that waited for the device."""
+def waits(pipe: Any, arguments: dict[str, Any], guide: Any = None) -> int:
+    """How often a call waits for the device."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            f()
+            Call(pipe, arguments, guide)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
-def peak(f: Callable[[], object]) -> float:
-    """Peak of allocated gigabytes."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    f()
-    return torch.cuda.max_memory_allocated() / 1e9
-
-
-def fill_memory(guide: Any, pipe: Any, arguments: dict[str, Any]) -> None:
-    """Add 1,000 random rows of the prompt, in the shape and with the encoder of a call."""
-    calls(pipe, arguments, guide)
-    bank = guide.memory
-    for _ in range(10):
-        bank.add(torch.randn(100, *bank.shape, device="cuda"), bank.prompts[:1].to("cuda").expand(100, -1))
-
-
-def measure(model: str, mode: str, pipe: Any, arguments: dict[str, Any], name: str) -> dict[str, Any]:
-    """Plain and guided calls in turn."""
+def filled(name: str, pipe: Any, arguments: dict[str, Any]) -> Any:
+    """A guide of this name that remembers one earlier call, and 1,000 random rows of the same prompt if its name says so."""
     guide = GUIDES[name]()
+    Call(pipe, arguments, guide)
     if "1,000 rows" in name:
-        fill_memory(guide, pipe, arguments)
+        bank = guide.memory
+        for _ in range(10):
+            bank.add(torch.randn(100, *bank.shape, device="cuda"), bank.prompts[:1].to("cuda").expand(100, -1))
     guide.remember = False  # all repeats have the same memory
-    plain, moved = [], []
-    calls(pipe, arguments, guide)
-    for _ in range(REPEATS):
-        latents, t = calls(pipe, arguments, None)
-        plain.append(t)
-        changed, t = calls(pipe, arguments, guide)
-        moved.append(t)
-    if not torch.isfinite(changed).all() or torch.equal(changed, latents):
-        raise RuntimeError(f"{model}, {mode}, {name}: guidance gave no other finite latents")
+    return guide
+
+
+def measure(pipe: Any, arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    """Plain and guided calls in turn."""
+    guide = filled(name, pipe, arguments)
+    Call(pipe, arguments)
+    pairs = [(Call(pipe, arguments), Call(pipe, arguments, guide)) for _ in range(REPEATS)]
+    plain, moved = pairs[-1]
+    if not torch.isfinite(moved.latents).all() or torch.equal(moved.latents, plain.latents):
+        raise RuntimeError("guidance gave no other finite latents")
     steps = guide.report().steps_guided
-    extra = peak(lambda: calls(pipe, arguments, guide)) - peak(lambda: calls(pipe, arguments, None))
-    waited = waits(lambda: calls(pipe, arguments, guide)) - waits(lambda: calls(pipe, arguments, None))
-    base, added = statistics.median(plain), statistics.median(moved) - statistics.median(plain)
-    row = {
-        "model": model, "mode": mode, "guide": name, "images": len(latents), "step_ms": base * 1e3,
-        "added_ms": added * STEPS / steps * 1e3, "share": added / base, "peak_extra_gb": extra,
-        "reported_ms": guide.report().seconds / steps * 1e3, "waits_per_guided_step": waited / steps,
-    }  # fmt: skip
-    print(" | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
-    return row
+    base = statistics.median(p.seconds for p, _ in pairs)
+    added = statistics.median(m.seconds - p.seconds for p, m in pairs)
+    return {
+        "images": len(moved.latents),
+        "step_ms": base * 1e3,
+        "added_ms": added * STEPS / steps * 1e3,
+        "share": added / base,
+        "peak_extra_gb": moved.peak - plain.peak,
+        "reported_ms": guide.report().seconds / steps * 1e3,
+        "waits_per_guided_step": (waits(pipe, arguments, guide) - waits(pipe, arguments)) / steps,
+    }
 
 
 def run(words: list[str]) -> dict[str, Any]:
-    rows = []
+    """All rows, written after each."""
+    versions = {"torch": torch.__version__.partition("+")[0], "diffusers": diffusers.__version__}
+    record: dict[str, Any] = {"device": torch.cuda.get_device_name(), "steps": STEPS} | versions | {"rows": []}
     for model, make in PIPELINES.items():
         if words and not any(word in model for word in words):
             continue
-        for mode, (change, names) in MODES.items():
+        for mode, (change, guides) in MODES.items():
+            if model not in guides:
+                continue
             pipe, arguments = make()
             pipe.set_progress_bar_config(disable=True)
             change(pipe)
-            for name in names:
+            for name in guides[model]:
+                row: dict[str, Any] = {"model": model, "mode": mode, "guide": name}
                 try:
-                    rows.append(measure(model, mode, pipe, arguments, name))
+                    row |= measure(pipe, arguments, name)
                 except Exception as error:
-                    message = f"{type(error).__name__}: {error}"[:300]
-                    print(f"{model} | {mode} | {name}: {message}", flush=True)
-                    rows.append({"model": model, "mode": mode, "guide": name, "error": message})
+                    row["error"] = f"{type(error).__name__}: {error}"[:300]
+                print(" | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+                record["rows"].append(row)
+                RESULTS.write_text(json.dumps(record, indent=1) + "\n")
             del pipe
             gc.collect()
             torch.cuda.empty_cache()
-    versions = {"torch": torch.__version__.partition("+")[0], "diffusers": diffusers.__version__}
-    return {"device": torch.cuda.get_device_name(), "steps": STEPS, "dtype": "bfloat16"} | versions | {"rows": rows}
+    return record
 
 
 def page(record: dict[str, Any]) -> None:
@@ -235,9 +232,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: nothing is measured")
-    record = run(words)
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-    page(record)
+    page(run(words))
 
 
 if __name__ == "__main__":
