@@ -9,7 +9,7 @@ __all__ = ["DEVICE_HELP", "DTYPE_HELP", "MODEL_HELP", "OPTION_HELP", "load_pipel
 MODEL_HELP = "'demo' for the embedded pipeline, or a diffusers folder or hub id."
 DTYPE_HELP = "float32, float16 or bfloat16."
 DEVICE_HELP = "cpu, cuda, cuda:1, mps; by default the GPU of this process."
-OPTION_HELP = "Further arguments of the pipeline's call, as name=value (height=512)."
+OPTION_HELP = "Further arguments of the pipeline's call, as name=value (negative_prompt=blurry)."
 
 
 def load_pipeline(model: str, dtype: str, device: str | None) -> Any:
@@ -32,8 +32,8 @@ def load_pipeline(model: str, dtype: str, device: str | None) -> Any:
 
         try:
             pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True, torch_dtype=dtypes[dtype])
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load {model!r}: {error}") from error
+        except Exception as error:  # of the hub, the files, or a package that the pipeline needs
+            raise ValueError(f"cannot load {model!r}: {type(error).__name__}: {error}") from error
     if device is None and torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     try:
@@ -49,13 +49,15 @@ def read_pairs(values: list[str] | None, option: str) -> dict[str, str]:
     """``name=value`` texts as a dictionary.
 
     Raises:
-        ValueError: for a text of another form.
+        ValueError: for a text of another form, or a name that is given twice.
     """
-    found = {}
+    found: dict[str, str] = {}
     for value in values or []:
         key, equals, text = value.partition("=")
         if not (key and equals and text):
             raise ValueError(f"{option} must have the form name=value, got {value!r}")
+        if key in found:
+            raise ValueError(f"{option} {key} is given twice: {found[key]!r} and {text!r}")
         found[key] = text
     return found
 

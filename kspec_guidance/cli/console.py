@@ -1,6 +1,7 @@
 """Terminal output: results, errors and progress bars."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["console", "counter", "errors", "fail", "progress_bars", "synthesis_progress"]
+__all__ = ["console", "counter", "errors", "fail", "plain_warnings", "progress_bars", "synthesis_progress"]
 
 REPORT_SECONDS = 30  # between two progress lines if the error stream is not a terminal
 
@@ -27,6 +28,22 @@ def fail(message: str) -> typer.Exit:
     """Print an error, and return the exception to raise."""
     errors().print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings for the user as one line, without the place in the code."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_plainly(message: Any, category: type[Warning], *place: Any, **kwargs: Any) -> None:
+            if category is UserWarning:
+                errors().print(f"[bold yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+            else:
+                show(message, category, *place, **kwargs)
+
+        warnings.showwarning = show_plainly
+        yield
 
 
 def progress_bars() -> Progress:

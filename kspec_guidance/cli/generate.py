@@ -14,7 +14,7 @@ from kspec_guidance.cli.arguments import (
     read_options,
     read_pairs,
 )
-from kspec_guidance.cli.console import console, errors, fail, synthesis_progress
+from kspec_guidance.cli.console import console, errors, fail, plain_warnings, synthesis_progress
 
 __all__ = ["generate"]
 
@@ -88,8 +88,14 @@ def generate(
         pipe = load_pipeline(model, dtype, device)
         call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **read_options(option)}
         guide = SPARKE(scale, memory=bank)
-        quotas: dict[str, Any] = {name: int(number) for name, number in read_pairs(quota, "--quota").items()}
+        quotas: dict[str, Any] = {}
+        for name, number in read_pairs(quota, "--quota").items():
+            if not number.isdecimal():
+                raise SynthesisError(f"--quota {name} is a number of images, got {number!r}")
+            quotas[name] = int(number)
         for name, references in read_pairs(attribute, "--attribute").items():
+            if name in quotas:
+                raise SynthesisError(f"{name!r} is both a --quota and an --attribute; give them different names")
             height = call.get("height")
             quotas[name] = read_attribute(pipe, references, (height, call.get("width", height)) if height else None)
         if dry_run:
@@ -98,7 +104,7 @@ def generate(
             )
             console.print(str(plan), highlight=False, markup=False)
             return
-        with synthesis_progress() as progress_callback:
+        with plain_warnings(), synthesis_progress() as progress_callback:
             result = synthesize(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas, target=target,
                 filter=None if filter is None else load_filter(filter), duplicates=duplicates, memory=memory,

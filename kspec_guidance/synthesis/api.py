@@ -255,6 +255,8 @@ def synthesize(
                 prompt_features=prompt_features,
                 progress_callback=progress_callback if processes.rank == 0 else None,
             )
+            if memory_file is not None and processes.rank == 0:
+                _prepare(Path(memory_file))
             worker.resume()
             generator.check_mixed(worker.jobs, batch_size, screen.drops or prompt_target is not None)
             made_before, start = worker.made, perf_counter()
@@ -396,6 +398,14 @@ def _conclude(
     processes.wait_for_all()
 
 
+def _prepare(memory_file: Path) -> None:
+    """Check that a memory can be saved here, before the run."""
+    if memory_file.is_dir():
+        raise SynthesisError(f"memory_file {memory_file} is a folder; give the name of a file")
+    with disk_errors(memory_file):
+        memory_file.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _save_memory(store: Store, guide_memory: Any, entries: int, path: Path) -> None:
     """Save the first ``entries`` entries of the guide's memory, and all images of the set, as one exact memory."""
     bank = MemoryBank(getattr(guide_memory, "space", None), getattr(guide_memory, "prompt_encoder", None))
@@ -410,5 +420,4 @@ def _save_memory(store: Store, guide_memory: Any, entries: int, path: Path) -> N
         if len(x):
             bank.add(x, prompt_features)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         bank.save(path)

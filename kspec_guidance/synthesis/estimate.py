@@ -122,6 +122,7 @@ def estimate(
     remember = guide.remember
     generator = Generator(pipe, guide, dict(call or {}))
     try:
+        generator.check_mixed(jobs, batch_size, screened=False)
         with guide.attach(pipe):
             for _ in range(2):
                 start = time.perf_counter()

@@ -31,8 +31,8 @@ def load_filter(name: str) -> Filter:
     sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise SynthesisError(f"cannot import the filter {name!r}: {error}") from error
+    except Exception as error:  # of the user's module
+        raise SynthesisError(f"cannot import the filter {name!r}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove("")
     if not callable(found):

@@ -1,7 +1,9 @@
 """Generator: makes one batch of images at a time with a guided pipeline."""
 
 import inspect
+import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +71,8 @@ class Generator:
         if fixed:
             raise SynthesisError(f"{', '.join(fixed)} cannot be set: a run gives them itself, for each batch")
         for key, value in call.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SynthesisError(f"{key} must be a finite number, got {value}")
             if self._is_text_of_prompt(key) and isinstance(value, list | tuple | bool | int | float):
                 raise SynthesisError(f"{key} must be one text, which is given for all images; got {value!r}")
 
@@ -95,7 +99,7 @@ class Generator:
         return {**call, **count, "prompt": list(texts)}
 
     @contextmanager
-    def _explained(self, texts: Sequence[str], seeds: Sequence[int]) -> Iterator[None]:
+    def _explained(self, what: str, texts: Sequence[str], seeds: Sequence[int] | None = None) -> Iterator[None]:
         """Turn errors of the pipeline, and of guidance in it, into a :class:`SynthesisError` that names the batch."""
         try:
             yield
@@ -103,13 +107,15 @@ class Generator:
             raise
         except Exception as error:
             found: dict[str, list[str]] = {}
-            for text, seed in list(zip(texts, seeds, strict=True))[:MAX_LISTED]:
-                found.setdefault(text if len(text) <= 60 else text[:57] + "...", []).append(str(seed))
-            batch = "; ".join(f"{text!r} with seeds {', '.join(numbers)}" for text, numbers in found.items())
+            for k, text in enumerate(texts[:MAX_LISTED]):
+                numbers = found.setdefault(text if len(text) <= 60 else text[:57] + "...", [])
+                if seeds is not None:
+                    numbers.append(str(seeds[k]))
+            batch = "; ".join(f"{text!r} with seeds {', '.join(n)}" if n else repr(text) for text, n in found.items())
             more = f"; and {len(texts) - MAX_LISTED} more" if len(texts) > MAX_LISTED else ""
             advice = "; give a smaller batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
             raise SynthesisError(
-                f"{type(self.pipe).__name__} failed in a batch of {len(texts)} images ({batch}{more}): "
+                f"{type(self.pipe).__name__} failed in {what} of {len(texts)} images ({batch}{more}): "
                 f"{type(error).__name__}: {' '.join(str(error).split())}{advice}; finished images are safe, and the same "
                 "command continues after them"
             ) from error
@@ -123,12 +129,19 @@ class Generator:
         """
         texts, seeds = [sample.job.prompt.text for sample in batch], [sample.seed for sample in batch]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with self._explained(texts, seeds):
+        with self._explained("a batch", texts, seeds):
             result = self.pipe(**self._arguments(texts), generator=generators, output_type="pil")
         images = getattr(result, "images", None)
         if not isinstance(images, list) or len(images) != len(batch) or not isinstance(images[0], Image.Image):
             got = type(result).__name__ if images is None else f"{len(images)} {type(images[0]).__name__}"
             raise SynthesisError(f"{type(self.pipe).__name__} returned {got}; expected {len(batch)} images")
+        for key, size in (("height", images[0].height), ("width", images[0].width)):
+            if self.call.get(key, size) not in (size, None):
+                warnings.warn(
+                    f"{key} is {self.call[key]}, but {type(self.pipe).__name__} made images of {images[0].width} x "
+                    f"{images[0].height}; many pipelines need both height and width",
+                    stacklevel=2,
+                )
         if not self.guide.finished:
             raise SynthesisError(f"guidance got no finished samples from {type(self.pipe).__name__}; see docs/support.md")
         _, x, prompt_features = self.guide.finished[0]
@@ -141,7 +154,7 @@ class Generator:
         if "num_inference_steps" in self.parameters:
             call["num_inference_steps"] = 1
         call.pop("callback_on_step_end", None)
-        with self._explained(texts, [0] * len(texts)):
+        with self._explained("one step", texts):
             self.pipe(**call, generator=[torch.Generator().manual_seed(0) for _ in texts])
 
     def check_mixed(self, jobs: Sequence[Job], batch_size: int, screened: bool) -> None:
@@ -166,7 +179,7 @@ class Generator:
                 self._one_step(texts[:1] * batch_size)
             except SynthesisError:
                 return  # not a matter of two prompts: the first batch will tell, with all its steps
-            raise SynthesisError(f"this run needs batches of several prompts; in a test of one step, {error}") from error
+            raise SynthesisError(f"this run needs batches of several prompts, and {error}") from error
 
     def prompt_features(self, texts: list[str], batch_size: int) -> Tensor | None:
         """Features of prompts ``[n, p]`` as guidance gets them, by runs of a single step; None if it gets none."""

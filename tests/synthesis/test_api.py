@@ -115,6 +115,9 @@ def test_the_arguments_of_the_first_release_candidate_still_work(tmp_path, pipe)
         ({"quotas": {"x": 3}}, "no prompt has group x"),
         ({"call": {"steps": 3}}, "does not take steps"),
         ({"prompts": []}, "no prompts"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"call": {"generator": None}}, "generator cannot be set"),
+        ({"call": {"negative_prompt": ["a", "b"]}}, "negative_prompt must be one text"),
     ],
 )
 def test_invalid_arguments_are_refused_before_anything_is_written(tmp_path, pipe, settings, message):

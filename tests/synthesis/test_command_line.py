@@ -1,3 +1,5 @@
+import re
+
 from tests.synthesis.small_runs import rows_of
 
 
@@ -28,9 +30,52 @@ def test_command_line(tmp_path):
     assert rows_of(tmp_path / "set")[-3]["attribute"] in ("dark", "light")
     for options, message in (
         (("--quota", "b"), "name=value"), (("--target", "x"), "cannot read the target"),
+        (("--quota", "b=many"), "--quota b is a number of images, got 'many'"),
+        (("--option", "eta=0", "--option", "eta=1"), "--option eta is given twice: '0' and '1'"),
+        (("--memory-file", str(tmp_path)), "no memory file at"),
         (("--filter", "nothing:here"), "import"), (("--device", "nowhere"), "cannot use device"),
         (("--dtype", "int8"), "dtype must be one of"), (("heart",), "not both"),
     ):  # fmt: skip
         result = call(*options)
         assert result.exit_code == 2, message
         assert message in result.stderr
+
+
+def test_an_error_of_the_pipeline_is_one_line_without_a_traceback(tmp_path):
+    from typer.testing import CliRunner
+
+    from kspec_guidance.cli import app
+
+    line = ["generate", "heart", "man", "--out", str(tmp_path / "set"), "--steps", "2", "--images", "2", "--batch", "3"]
+    result = CliRunner().invoke(app, [*line, "--no-report", "--option", "guidance_rescale=much"])
+    assert result.exit_code == 2
+    (text,) = [text for text in result.stderr.splitlines() if "error:" in text]
+    assert "failed in a batch of 3 images ('heart' with seeds" in text
+    assert "TypeError" in text
+    assert "Traceback" not in result.output
+    result = CliRunner().invoke(app, [*line, "--no-report", "--option", "negative_prompt=blurry"])
+    assert result.exit_code == 0, result.output
+    assert len(rows_of(tmp_path / "set")) == 4
+
+
+def test_warnings_are_lines_without_the_place_in_the_code(tmp_path):
+    from typer.testing import CliRunner
+
+    from kspec_guidance.cli import app
+
+    (tmp_path / "p.jsonl").write_text('{"prompt": "heart", "seed": 3}')
+    line = [
+        "generate",
+        "--prompts",
+        str(tmp_path / "p.jsonl"),
+        "--out",
+        str(tmp_path / "set"),
+        "--steps",
+        "1",
+        "--images",
+        "1",
+    ]
+    result = CliRunner().invoke(app, [*line, "--no-report"])
+    assert result.exit_code == 0
+    assert re.search(r"^warning: columns of prompts .*: seed is written as source_seed$", result.stderr, re.MULTILINE)
+    assert "UserWarning" not in result.stderr

@@ -80,7 +80,7 @@ def test_an_error_of_the_pipeline_names_the_batch_and_the_run_can_be_resumed(tmp
 
 def test_a_pipeline_that_fails_for_two_prompts_fails_before_the_first_image(tmp_path, pipe, monkeypatch):
     failing(monkeypatch, pipe, lambda kwargs: isinstance(kwargs["prompt"], list))
-    with pytest.raises(SynthesisError, match="needs batches of several prompts; in a test of one step"):
+    with pytest.raises(SynthesisError, match=r"needs batches of several prompts, and .* failed in one step of 3 images"):
         make(tmp_path, pipe, ["heart", "runner"], 4, 3)
     assert not list(tmp_path.rglob("*.png"))
     assert make(tmp_path, pipe, ["heart", "runner"], 4, 2).images == 8  # and other settings are no matter yet
@@ -96,3 +96,10 @@ def test_an_error_of_the_filter_names_the_image(tmp_path, pipe):
 def test_prompts_that_are_cut_are_counted_with_the_longest_limit(pipe):
     generator = Generator(pipe, SPARKE(), {})
     assert generator.count_cut(["heart", "heart " * 14, "heart " * 15, "\U0001f3a8" * 40]) == (2, 16)
+
+
+def test_sizes_that_the_pipeline_ignores_are_told(tmp_path, pipe):
+    with pytest.warns(UserWarning, match="height is 32, but StableDiffusionPipeline made images of 64 x 64"):
+        make(tmp_path, pipe, ["heart"], 1, call={"num_inference_steps": 1, "height": 32})
+    with pytest.raises(SynthesisError, match="guidance_scale must be a finite number, got nan"):
+        Generator(pipe, SPARKE(), {"guidance_scale": float("nan")})
