@@ -20,7 +20,8 @@ __all__ = [
     "weighted_median",
 ]
 
-NEAR = 1e-3  # squared distance, relative to the squared norms, below which the formula by inner products loses digits
+NEAR = 2e-3  # squared distance, relative to the squared norm, below which the formula by inner products loses digits
+NEAR_ROWS = 1024  # rows that are searched for near pairs at once
 PAIR_NUMBERS = 2**22  # numbers in the differences that are held at once
 MEDIAN_ROWS = 2048  # maximum number of rows in the median rule
 PROMPT_BANDWIDTH = 0.35  # for unit-norm prompt features, as published; see benchmarks/prompts.py
@@ -105,6 +106,12 @@ def pair_distances(x: Tensor, y: Tensor, pairs: Sequence[Tensor]) -> Tensor:
     return torch.cat(found) if found else x.new_zeros(0)
 
 
+def _near(d2: Tensor, x: Tensor, y: Tensor, xx: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask of near pairs, and their distances."""
+    near = d2.detach() < NEAR * xx.detach()
+    return near, pair_distances(x, y, near.nonzero(as_tuple=True))
+
+
 def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
     """``||x_i - y_j||^2`` ``[..., n, m]``; the diagonal of ``x`` with itself is exactly 0.
 
@@ -128,9 +135,11 @@ def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
         if same:
             d2 = d2.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0)
     if d2.dtype == torch.float64:  # always on the host: scores, not guidance
-        near = d2.detach() < NEAR * (xx + yy.mT).detach()
         x, y = (z.expand(*d2.shape[:-2], *z.shape[-2:]) for z in (x, y))
-        d2 = d2.masked_scatter(near, pair_distances(x, y, near.nonzero(as_tuple=True)))
+        if d2.requires_grad:
+            return d2.masked_scatter(*_near(d2, x, y, xx))
+        for part, rows, norms in zip(*(z.split(NEAR_ROWS, dim=-2) for z in (d2, x, xx)), strict=True):
+            part.masked_scatter_(*_near(part, rows, y, norms))  # in place, a few rows at a time
     return d2
 
 
