@@ -18,6 +18,7 @@ from kspec_guidance.evaluation.captions import (
     Caption,
     NoCaptionColumn,
     caption_of,
+    match_captions,
     match_sidecars,
     parse_captions,
     parse_sidecar,
@@ -143,7 +144,7 @@ class SetReader:
     def _is_image(self, name: str) -> bool:
         return posixpath.splitext(name)[1].lower() in self._types
 
-    def _list_captions(self, files: dict[str, Read]) -> None:
+    def _list_captions(self, files: dict[str, Read], shard: str = "") -> None:
         """Read the captions file of each folder, and remove it and its rivals from the files."""
         by_folder: dict[str, list[str]] = {}
         for name in files:
@@ -152,7 +153,7 @@ class SetReader:
         for folder, names in sorted(by_folder.items(), key=lambda entry: -entry[0].count("/") - bool(entry[0])):
             names.sort(key=lambda n: CAPTION_FILES.index(posixpath.basename(n).lower()))
             for name in names[1:] if self.captions_file is None else names:
-                self.skipped[name] = f"captions are read from {self.captions_file or names[0]} instead"
+                self.skipped[self._unique(name, shard)] = f"captions are read from {self.captions_file or names[0]} instead"
             before = len(self.captions)
             if self.captions_file is None:
                 try:
@@ -168,8 +169,14 @@ class SetReader:
 
     def _tree(self, files: dict[str, Read], shard: str = "") -> Iterator[Item]:
         """Images among the files of a folder or shard, with the captions beside them."""
-        self._list_captions(files)
+        start = len(self.captions)
+        self._list_captions(files, shard)
         images = [n for n in files if self._is_image(n)]
+        listed: dict[str, Caption] = {}
+        if shard:  # captions in a shard are those of its own images
+            listed, unmatched, _ = match_captions(self.captions[start:], images)
+            self.unmatched |= {self._unique(name, shard): reason for name, reason in unmatched.items()}
+            del self.captions[start:]
         texts = [n for n in files if n.lower().endswith(SIDECAR_TYPES)]
         texts = [n for n in texts if not self._is_image(n)]
         sidecars = match_sidecars(images, texts, first_dot=bool(shard))
@@ -185,19 +192,19 @@ class SetReader:
         if shard:
             images = self._of_each_key(images, shard)
         for name in images:
-            caption = None
+            caption = listed[name].text if name in listed else None
             for text in sidecars.get(name, []):
-                caption = caption or self._sidecar(text, files[text])
+                caption = caption or self._sidecar(text, files[text], shard)
             yield self._unique(name, shard), partial(files[name], -1), caption
 
-    def _sidecar(self, name: str, read: Read) -> str | None:
+    def _sidecar(self, name: str, read: Read, shard: str) -> str | None:
         try:
             data = read(MAX_TEXT_BYTES + 1)
             if len(data) > MAX_TEXT_BYTES:
                 raise SourceError(f"larger than {MAX_TEXT_BYTES // 2**20} MiB")
             return parse_sidecar(name, data)
         except SourceError as error:
-            self.unmatched[name] = f"unreadable: {error}"
+            self.unmatched[self._unique(name, shard)] = f"unreadable: {error}"
             self.caption_files = [n for n in self.caption_files if n != name]
             return None
 

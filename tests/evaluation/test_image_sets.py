@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import sys
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -193,11 +194,12 @@ def test_texts_beside_images_are_their_captions(tmp_path, image, text):
 
 
 def test_texts_are_not_captions_of_other_images(tmp_path):
-    write(tmp_path, {"a.png": 0, "A.png": 1, "a.txt": "lower", "sub/b.png": 2, "b.txt": "not of sub", "README.txt": "x"})
+    files = {"a.png": 0, "A.png": 1, "a.txt": "lower", "sub/b.png": 2, "b.txt": "not of sub", "README.txt": "x"}
+    write(tmp_path, {"s.tar": tar_bytes(files)})  # a file system may not tell a.png from A.png
     found = load_images(tmp_path, RED)
     assert dict(zip(found.names, found.prompts, strict=True)) == {"A.png": None, "a.png": "lower", "sub/b.png": None}
     assert set(found.unmatched) == {"b.txt", "README.txt"}
-    write(tmp_path, {"A.png.txt": b"caf\xe9"})
+    write(tmp_path, {"s.tar": tar_bytes(files | {"A.png.txt": b"caf\xe9"})})
     assert load_images(tmp_path, RED).unmatched["A.png.txt"].startswith("unreadable: A.png.txt cannot be read as UTF-8")
 
 
@@ -333,6 +335,7 @@ def test_frames_beyond_the_first_are_mentioned(tmp_path):
     assert "4 animated or of several pages, first frame only: a.gif, b.png, c.tif, d.webp" in found.summary()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
 def test_names_that_cannot_be_printed_are_escaped(tmp_path):
     names = [b"a\xff.png", b"b\n.png", b"c\x1b[2J.png", "d\u202e.png".encode()]
     for name in names:
@@ -393,6 +396,14 @@ def test_names_that_come_again_are_other_samples(tmp_path):
     found = load_images(tmp_path, RED)
     assert found.names == ["0.png", "a.tar/0.png", "b.tar/0.png"]
     assert (reds(found), found.prompts) == ([1, 2, 1], ["a", "b", "a"])
+
+
+def test_captions_listed_in_a_shard_are_those_of_its_images(tmp_path):
+    listed = {"0.png": 2, "metadata.jsonl": lines(("0.png", "b"), ("9.png", "c"))}
+    write(tmp_path, {"a.tar": tar_bytes({"0.png": 1}), "b.tar": tar_bytes(listed), "c.tar": tar_bytes(listed)})
+    found = load_images(tmp_path, RED)
+    assert dict(zip(found.names, found.prompts, strict=True)) == {"0.png": None, "b.tar/0.png": "b", "c.tar/0.png": "b"}
+    assert list(found.unmatched) == ["9.png", "c.tar/9.png"]
 
 
 def test_links_and_devices_in_a_shard(tmp_path):
