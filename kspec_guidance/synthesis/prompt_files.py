@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ def read_rows(source: Any) -> Rows:
         return _numbered(source.to_dicts() if hasattr(source, "to_dicts") else source.to_dict("records"))
     if isinstance(source, Mapping) and hasattr(source, "column_names"):  # datasets.DatasetDict
         return _numbered(_training_split(source))
+    if isinstance(source, Set):
+        raise SynthesisError(f"prompts must have an order that is the same in each run, got a {type(source).__name__}")
     if not isinstance(source, Iterable) or isinstance(source, Mapping | bytes | bytearray):
         hint = "; for a dictionary of columns: pandas.DataFrame(columns)" if isinstance(source, Mapping) else ""
         raise SynthesisError(f"prompts must be a list, a file or a dataset, got {type(source).__name__}{hint}")
@@ -72,7 +74,9 @@ def _read_file(path: Path, name: str) -> Rows:
             yield from ((f"{path} prompt {number}", row) for number, row in enumerate(rows, 1))
         elif kind == ".txt" or not kind:
             with path.open(encoding="utf-8-sig") as file:
-                yield from ((f"{path} line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path} line {number}", _checked(line, f"{path} line {number}")
         else:
             raise SynthesisError(f"{path} has an unknown suffix; expected one of {', '.join(SUFFIXES)}")
     except UnicodeDecodeError as error:
@@ -96,9 +100,12 @@ def _read_table(path: Path, delimiter: str) -> Rows:
                 where = f"{path} line {reader.line_num}"
                 if not any(field.strip() for field in fields):
                     continue
+                _checked("".join(fields), where)
                 if header is None:
                     header = [field.strip() for field in fields]
                     _check_names(header, where)
+                    if len(header) == 1 and delimiter == "," and any(mark in header[0] for mark in ";\t|"):
+                        raise SynthesisError(f"{where} has one column, {header[0]!r}; separate columns by commas")
                     continue
                 if len(fields) != len(header):
                     raise SynthesisError(
@@ -108,6 +115,12 @@ def _read_table(path: Path, delimiter: str) -> Rows:
                 yield where, {name: field for name, field in zip(header, fields, strict=True) if name}
         except csv.Error as error:
             raise SynthesisError(f"{path} line {reader.line_num}: {error}; {advice}") from error
+
+
+def _checked(text: str, where: str) -> str:
+    if "\0" in text:
+        raise SynthesisError(f"{where} holds null characters, as in text that is UTF-16; convert the file to UTF-8")
+    return text
 
 
 def _parse_json(text: str, where: str, advice: str = "") -> Any:

@@ -123,6 +123,9 @@ def test_numbers_of_images(images, count):
         ("p.csv", 'prompt,group\n"red" heart,a\n', "line 2: .*quotes in them doubled"),
         ("p.tsv", "prompt\tgroup\nheart\ta\tb\n", "line 2 has 3 fields.*a tab"),
         ("p.csv", "prompt,id,id\nheart,1,2\n", "line 1 has several columns named id"),
+        ("p.csv", "prompt;group\nheart;a\n", "line 1 has one column, 'prompt;group'; separate columns by commas"),
+        ("p.txt", "h\0e\0a\0r\0t\0", "line 1 holds null characters, as in text that is UTF-16"),
+        ("p.csv", "prompt\nh\0e\0", "line 2 holds null characters"),
         ("p.csv", "", "no prompts in"),
         ("p.csv", "prompt,group\n", "no prompts in"),
         ("p.json", '{"prompt": "a"}\n{"prompt": "b"}\n', "not JSON.*named .jsonl"),
@@ -191,6 +194,11 @@ def test_prompts_that_are_listed_again_must_agree():
         read_prompts([{"prompt": "heart", "images": 3}, "heart"])
     with pytest.warns(UserWarning, match=r"1 prompts without text are left out \(the first is prompt 2\)"):
         assert len(read_prompts(["heart", " "])) == 1
+
+
+def test_a_set_of_prompts_is_refused():
+    with pytest.raises(SynthesisError, match="must have an order that is the same in each run, got a set"):
+        read_prompts({"heart", "runner"})
 
 
 @pytest.mark.parametrize("source", [{"prompt": ["heart"]}, b"heart", 3, None])
