@@ -277,7 +277,7 @@ def direction(folder, largest=100_000):
 def bandwidth_ratio(bank, x, t):
     selection = bank.select(t, PromptWeights(GaussianKernel(0.35)), 1e-3)
     of_sample, of_all = ((d, w.expand_as(d)) for d, w in (selection.distances(x, k) for k in (128, 10**9)))
-    return weighted_median(*of_sample) / weighted_median(*of_all)
+    return float(weighted_median(*of_sample) / weighted_median(*of_all))
 
 
 def pooled(x):

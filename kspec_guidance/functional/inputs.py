@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.kernels import CosineKernel, Kernel
+from kspec_guidance.kernels.base import FunctionKernel, KernelLike
+from kspec_guidance.kernels.base import as_kernel as kernel_of
 from kspec_guidance.kernels.distances import as_float
 
 __all__ = [
@@ -29,34 +31,14 @@ FeatureMap = Callable[[Tensor], Tensor] | Tensor
 """A map of samples to rows ``[..., n, D]`` whose inner products are the kernel, or the rows themselves."""
 
 
-KernelLike = Kernel | Callable[[Tensor, Tensor], Tensor]
-"""A kernel, or a positive-definite function of rows ``[..., n, d]`` and ``[..., m, d]`` that returns ``[..., n, m]``."""
-
-
-class _FunctionKernel(Kernel):
-    """A kernel given as a function."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
-        self.function = function
+class _FunctionKernel(FunctionKernel):
+    """A kernel given as a function, for scores: on the host, and checked to be symmetric."""
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        same, y = y is None, x if y is None else y
-        k, size = self.function(x, y), (*x.shape[:-1], y.shape[-2])
-        if not isinstance(k, Tensor) or k.shape != size:
-            found = list(k.shape) if isinstance(k, Tensor) else type(k).__name__
-            raise TypeError(
-                f"a kernel is a function of rows {list(x.shape)} and {list(y.shape)} that returns a tensor {list(size)}; "
-                f"this one returned {found}"
-            )
-        if same and not torch.allclose(k, k.mT, rtol=1e-4, atol=1e-4 * float(k.detach().abs().amax()), equal_nan=True):
+        k = super().__call__(x, y)
+        if y is None and not torch.allclose(k, k.mT, rtol=1e-4, atol=1e-4 * float(k.detach().abs().amax()), equal_nan=True):
             raise ValueError("this function is no kernel, since k(x, y) differs from k(y, x)")
         return on_host(k)
-
-    def __repr__(self) -> str:
-        return repr(self.function)
-
-    def diagonal(self, x: Tensor) -> Tensor:
-        return self(x).diagonal(dim1=-2, dim2=-1)
 
 
 def as_kernel(kernel: KernelLike | None) -> Kernel:
@@ -65,17 +47,8 @@ def as_kernel(kernel: KernelLike | None) -> Kernel:
     Raises:
         TypeError: if it is neither a kernel nor a function.
     """
-    if kernel is None:
-        return CosineKernel()
-    if isinstance(kernel, Kernel):
-        return kernel
-    if isinstance(kernel, type) or not callable(kernel):
-        found = f"the class {kernel.__name__}" if isinstance(kernel, type) else repr(kernel)
-        raise TypeError(
-            "kernel must be a kernel such as GaussianKernel(1.0), or a function of rows [n, d] and [m, d] that returns "
-            f"[n, m]; got {found}"
-        )
-    return _FunctionKernel(kernel)
+    found = CosineKernel() if kernel is None else kernel_of(kernel)
+    return _FunctionKernel(found.function) if isinstance(found, FunctionKernel) else found
 
 
 def on_host(x: Tensor) -> Tensor:

@@ -162,11 +162,13 @@ class KernelGuidance(PipelineCallback):
                         f"memory holds features of shape {memory.shape}, got {tuple(x.shape[1:])}; "
                         "use a separate memory per resolution, or clear() it"
                     )
-            found = [
-                ascent_direction(term.objective, as_float(x).flatten(1), prompts, term.memory, self.seed * 1_000_003)[0]
-                for term in self.terms
-            ]
-            return torch.stack(found).sum(0).view(x.shape).to(x.dtype)
+            rows, total = as_float(x).flatten(1), torch.zeros_like(as_float(x).flatten(1))
+            for term in self.terms:
+                g, found = ascent_direction(term.objective, rows, prompts, term.memory)
+                if found.coincident is not None and bool(found.coincident.any()):
+                    g = ascent_direction(term.objective, rows, prompts, term.memory, seed=self.seed * 1_000_003)[0]
+                total = total + g
+            return total.view(x.shape).to(x.dtype)
 
     def __add__(self, other: "KernelGuidance") -> "KernelGuidance":
         """Combine both guides in one pass; an empty exact memory is replaced by the first exact memory of its space."""

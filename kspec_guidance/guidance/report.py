@@ -50,7 +50,7 @@ class GuidanceReport:
         self.total_steps, self.scheduler, self.layout = total_steps, scheduler, layout
         # recorded by the run; the scores are computed on access
         self.context: StepContext | None = None
-        self.moves: list[tuple[int, Tensor, float]] = []  # step, relative moves [n], noise-to-signal
+        self.moves: list[tuple[int, Tensor, float | Tensor]] = []  # step, relative moves [n], noise-to-signal
         self.latest: tuple[Tensor, Tensor] | None = None  # moved samples of the last guided step, and the move
         self.finished: Tensor | None = None
         self.memory_rows: tuple[Tensor, Tensor | None] | None = None  # at the start of the run, and their prompts
@@ -67,7 +67,7 @@ class GuidanceReport:
     @property
     def steps(self) -> list[StepRecord]:
         """The guided steps, in order."""
-        return [StepRecord(step, float(relative.mean()), noise) for step, relative, noise in self.moves]
+        return [StepRecord(step, float(relative.mean()), float(noise)) for step, relative, noise in self.moves]
 
     @property
     def steps_guided(self) -> int:
@@ -77,7 +77,7 @@ class GuidanceReport:
     @property
     def seconds(self) -> float:
         """Time spent in guidance, without the denoiser and the scheduler."""
-        return 0.0 if self.context is None else self.context.seconds
+        return 0.0 if self.context is None else self.context.time.seconds
 
     @property
     def mean_relative_move(self) -> float:
@@ -88,8 +88,9 @@ class GuidanceReport:
     def _scores(self, x: Tensor | None) -> dict[str, float]:
         if x is None or self.latest is None:
             return {}
-        rows, first = natural_rows(x, normalize=True), natural_rows(self.latest[0], normalize=True)
-        t = None if self.context is None else self.context.prompts
+        # on the CPU, since scores need float64, which some accelerators lack
+        rows, first = natural_rows(x.cpu(), normalize=True), natural_rows(self.latest[0].cpu(), normalize=True)
+        t = None if self.context is None or self.context.prompts is None else self.context.prompts.cpu()
         if self.memory_rows is not None and self.memory_rows[0].shape[1] == rows.shape[1]:
             old, old_prompts = natural_rows(self.memory_rows[0], normalize=True).to(rows), self.memory_rows[1]
             rows, first = torch.cat([rows, old]), torch.cat([first, old])

@@ -1,5 +1,7 @@
 """Run: applies a guide to the steps of a pipeline; :meth:`Run.step` is one guided step."""
 
+import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,12 +10,16 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.guidance.report import GuidanceReport
+from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.term import Term
-from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, row_dots
+from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, norms, row_dots
+from kspec_guidance.kernels.distances import row_norms
 from kspec_guidance.loop.context import StepContext
-from kspec_guidance.loop.prediction import Prediction
+from kspec_guidance.loop.prediction import Prediction, keep_finite
 from kspec_guidance.memory import Memory, MemoryBank
 from kspec_guidance.objectives import Gradient, Objective
+from kspec_guidance.utils.precision import full_precision
+from kspec_guidance.utils.transfer import read
 
 if TYPE_CHECKING:
     from kspec_guidance.guidance.guide import KernelGuidance
@@ -42,13 +48,19 @@ class TermState:
 
 
 def jitter(n: int, d: int, seed: int) -> Tensor:
-    """Random rows ``[n, d]`` of norm 0.01 that separate exact duplicates; determined by the seed."""
-    noise = torch.randn(n, d, generator=torch.Generator().manual_seed(seed % 2**63))
+    """Random rows ``[n, d]`` of norm 0.01 that separate exact duplicates; determined by the seed, on any device."""
+    noise = torch.randn(n, d, generator=torch.Generator().manual_seed(seed % 2**63), device="cpu")
     return noise / noise.norm(dim=1, keepdim=True) * 1e-2
 
 
 def ascent_direction(
-    objective: Objective, rows: Tensor, prompts: Tensor | None, memory: Memory | None, seed: int, pairs: Any = None
+    objective: Objective,
+    rows: Tensor,
+    prompts: Tensor | None,
+    memory: Memory | None,
+    pairs: Any = None,
+    *,
+    seed: int | None = None,
 ) -> tuple[Tensor, Gradient]:
     """Ascent direction ``[n, d]`` at feature rows ``[n, d]``, before any scaling, and the gradient of the objective.
 
@@ -57,20 +69,21 @@ def ascent_direction(
         rows: features in float32 or float64, not normalised.
         prompts: unit-norm prompt features ``[n, p]``.
         memory: memory of earlier samples.
-        seed: seed of the noise that separates coincident rows.
         pairs: see :meth:`Objective.pairs`.
+        seed: seed of noise that separates coincident rows first; by default they are not separated.
     """
-    size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    size = torch.where(size > 0, size, 1.0)
-    u = rows / size if objective.normalize else rows
-    found = objective.gradient(u, prompts, memory, pairs=pairs)
-    if found.coincident is not None and bool(found.coincident.any()):
-        noise = jitter(len(u), u.shape[1], seed).to(u)
-        found = objective.gradient(u, prompts, memory, pairs=pairs, jitter=noise if objective.normalize else noise * size)
-    g = found.rows
-    if objective.normalize:  # through x / |x|
-        g = torch.addcmul(g, u, row_dots(g, u), value=-1).div_(size)
-    return g, found
+    with full_precision(rows.device):
+        size = row_norms(rows)
+        u = rows / size if objective.normalize else rows
+        noise = None
+        if seed is not None:
+            noise = jitter(len(u), u.shape[1], seed).to(u)
+            noise = noise if objective.normalize else noise * size
+        found = objective.gradient(u, prompts, memory, pairs=pairs, jitter=noise)
+        g = found.rows
+        if objective.normalize:  # through x / |x|
+            g = torch.addcmul(g, u, row_dots(g, u), value=-1).div_(size)
+        return g, found
 
 
 class Run:
@@ -86,14 +99,22 @@ class Run:
         self.finished: list[Finished] = []  # of the last pass
         self.attachment: Any = None
         self._states: list[TermState] = []
+        self._of_predictions: list[TermState] = []  # by what they move, and when
+        self._before_step: list[TermState] = []
+        self._after_step: list[TermState] = []
+        self._unchecked: list[tuple[str, int, Tensor]] = []  # what, step, and whether it is finite
         self.needs_denoiser_call = any(term.space.needs_denoiser_call for term in guide.terms)
 
     def begin(self, context: StepContext, sample: Any) -> None:
         """Begin a pass through the timesteps: bind memories to the samples' shape, and create a new report."""
         packed, encoder = context.layout.pack(sample), context.call.encoder
         self.report = GuidanceReport.of(context, self.guide.memory)
-        self.finished = []
+        self.finished, self._unchecked = [], []
         self._states = [TermState(term, term.guided_steps(context.total)) for term in self.guide.terms]
+        noisy = [state for state in self._states if state.term.space.noisy]
+        self._of_predictions = [state for state in self._states if not state.term.space.noisy]
+        self._before_step = [state for state in noisy if state.term.space.before]
+        self._after_step = [state for state in noisy if not state.term.space.before]
         for term in self.guide.terms:
             shape = term.space.shape(packed)
             if shape is not None:
@@ -103,67 +124,95 @@ class Run:
         """The move of x0: the sum over terms of transform(gradient), in the layout of the loop."""
         layout = context.layout
         x0 = prediction.x0 if layout.trivial else layout.pack(prediction.x0)
-        if not bool(torch.isfinite(torch.linalg.vector_norm(x0.flatten(1), dim=1)).all()):
-            raise ValueError(
-                f"NaN or infinite values in the prediction at step {context.step + 1} of {context.total}; the memory was "
-                "not changed. Lower guidance_scale or scale, or use float32 if the model overflows in half precision"
-            )
-        move = self._move([s for s in self._states if not s.term.space.noisy], x0, prediction, context)
-        return move if move is None or layout.trivial else layout.unpack(move)
+        active = self._active(self._of_predictions, prediction, context)
+        if not active:
+            self._expect_finite("prediction", torch.linalg.vector_norm(x0.flatten(1), dim=1), context.step)
+            if not self._active(self._before_step + self._after_step, prediction, context):
+                self._read(context)
+            return None
+        move = self._move(x0, active, prediction, context)
+        return move if layout.trivial else layout.unpack(move)
 
     def before_step(self, sample: Any, prediction: Prediction, context: StepContext) -> Any | None:
         """The noisy sample, moved by the terms that move it before the step; None if there are none."""
-        return self._moved(sample, prediction, context, before=True)
+        return self._moved(self._before_step, sample, prediction, context)
 
     def after_step(self, latents: Any, prediction: Prediction, context: StepContext) -> Any | None:
         """The latents after the step, moved by the terms that move noisy samples then; None if there are none."""
-        return self._moved(latents, prediction, context, before=False)
+        return self._moved(self._after_step, latents, prediction, context)
 
-    def _moved(self, sample: Any, prediction: Prediction, context: StepContext, before: bool) -> Any | None:
-        """A noisy sample, moved by the terms that move it before or after the step; None if there are none."""
-        states = [s for s in self._states if s.term.space.noisy and s.term.space.before is before]
+    def _moved(self, states: list[TermState], sample: Any, prediction: Prediction, context: StepContext) -> Any | None:
+        """A noisy sample, moved by those of these terms that are active at this step; None if there are none."""
         if not states:
             return None
         x = context.layout.pack(sample).float()
         for state in states:
             if state.term.space.as_compared:
                 state.compared = x.clone()
-        move = self._move(states, x, prediction, context)
-        return None if move is None else sample + context.layout.unpack(move).to(sample.dtype)
-
-    def _move(self, states: Sequence[TermState], x: Tensor, prediction: Prediction, context: StepContext) -> Tensor | None:
-        """The move of packed samples ``[n, ...]`` by the terms that are active at this step; None if there are none."""
-        target, score, total, noise_to_signal = x.flatten(1), None, None, prediction.noise_to_signal
-        for state in states:
-            term = state.term
-            if context.step not in state.steps:
-                continue
-            if term.sigma_interval is not None and not term.sigma_interval[0] <= noise_to_signal <= term.sigma_interval[1]:
-                continue
-            if score is None and "off_score" in term.transforms:
-                score = prediction.score
-                score = (score if context.layout.trivial else context.layout.pack(score)).flatten(1)
-            move, found = self._gradient(state, x, context)
-            values = TransformState(
-                target,
-                score,
-                context.step / context.total,
-                (term.start, term.stop),
-                float(term.scale),
-                found.effective_count,
-            )
-            for name in term.transforms:
-                move = TRANSFORMS[name](move, values)
-            total = move if total is None else total + move
-        if total is None:
+        active = self._active(states, prediction, context)
+        if not active:
             return None
-        relative = torch.linalg.vector_norm(total, dim=1) / torch.linalg.vector_norm(target, dim=1).clamp_min(1e-12)
-        self.report.moves.append((context.step, relative, noise_to_signal))
-        self.report.latest = target, total
-        return total.view(x.shape)
+        move = context.layout.unpack(self._move(x, active, prediction, context))
+        return keep_finite(sample + move.to(sample.dtype), sample, context.overflows)
 
-    def _gradient(self, state: TermState, x: Tensor, context: StepContext) -> tuple[Tensor, Gradient]:
-        """Ascent direction of one term at the samples ``[n, d]``, pulled back through its space."""
+    @staticmethod
+    def _active(states: list[TermState], prediction: Prediction, context: StepContext) -> list[TermState]:
+        """Those of the terms that are active at this step."""
+
+        def in_interval(interval: tuple[float, float] | None) -> bool:
+            return interval is None or interval[0] <= float(prediction.noise_to_signal) <= interval[1]
+
+        return [s for s in states if context.step in s.steps and in_interval(s.term.sigma_interval)]
+
+    def _move(self, x: Tensor, active: list[TermState], prediction: Prediction, context: StepContext) -> Tensor:
+        """The move of packed samples ``[n, ...]`` by all terms that are active at this step."""
+        target, score = x.flatten(1), None
+        if any("off_score" in state.term.transforms for state in active):
+            score = prediction.score
+            score = (score if context.layout.trivial else context.layout.pack(score)).flatten(1)
+        sizes = norms(target)
+        self._expect_finite("prediction", sizes, context.step)
+        inputs = [self._features(state, x, context) for state in active]
+        found = [ascent_direction(*arguments) for arguments, _ in inputs]
+
+        def total() -> tuple[Tensor, Tensor]:
+            """The move ``[n, d]`` and its norms ``[n, 1]``."""
+            moves = []
+            for state, (_, pullback), (g, gradient) in zip(active, inputs, found, strict=True):
+                term = state.term
+                move = g if pullback is None else pullback(g).flatten(1).to(x.dtype)
+                values = TransformState(
+                    target,
+                    score,
+                    context.step / context.total,
+                    (term.start, term.stop),
+                    float(term.scale),
+                    gradient.effective_count,
+                    sizes,
+                )
+                for name in term.transforms:
+                    move = TRANSFORMS[name](move, values)
+                moves.append(move)
+            move = functools.reduce(torch.add, moves)
+            size = norms(move)
+            self._expect_finite("move", size, context.step)
+            return move, size
+
+        move, size = total()
+        coincident = self._read(context, [gradient for _, gradient in found])
+        if any(coincident):  # rare: from their start on, samples of different seeds differ
+            seed = self.guide.seed * 1_000_003 + context.step
+            found = [
+                ascent_direction(*arguments, seed=seed) if again else result
+                for (arguments, _), result, again in zip(inputs, found, coincident, strict=True)
+            ]
+            move, size = total()
+        self.report.moves.append((context.step, (size / sizes.clamp_min(1e-12))[:, 0], prediction.noise_to_signal))
+        self.report.latest = target, move
+        return move.view(x.shape)
+
+    def _features(self, state: TermState, x: Tensor, context: StepContext) -> tuple[tuple, Pullback | None]:
+        """The arguments of :func:`ascent_direction` for one term at the samples, and the pullback of its space."""
         term, memory, space = state.term, state.term.memory, state.term.space
         rows, pullback = (x.flatten(1), None) if space.direct else space.features(x, context.call, context.denoiser_call)
         if space.step_by_step:
@@ -172,14 +221,52 @@ class Run:
         elif not state.prepared:
             if space.shape(x) is None:
                 memory.bind((rows.shape[1],), space.name, context.call.encoder)
-            state.pairs, state.prepared = term.objective.pairs(rows, context.prompts, memory), True
-        seed = self.guide.seed * 1_000_003 + context.step
-        g, found = ascent_direction(term.objective, rows, context.prompts, memory, seed, state.pairs)
-        return (g if pullback is None else pullback(g).flatten(1).to(x.dtype)), found
+            with full_precision(rows.device):
+                state.pairs, state.prepared = term.objective.pairs(rows, context.prompts, memory), True
+        return (term.objective, rows, context.prompts, memory, state.pairs), pullback
+
+    # -- reading values of the device --------------------------------------------------------------------------------
+
+    def _expect_finite(self, what: str, norms: Tensor, step: int) -> None:
+        """Note that these norms must be finite; checked when values of the device are read next."""
+        self._unchecked.append((what, step, torch.isfinite(norms).all()))
+
+    def _read(self, context: StepContext, gradients: Sequence[Gradient] = ()) -> list[bool]:
+        """For each gradient, whether rows coincide: the one time at which a guided step waits for the device.
+
+        The noted checks are read with it; if an objective has waited already, they are left for the next step.
+
+        Raises:
+            ValueError: if a prediction or a move is not finite.
+        """
+        masks = [None if g.coincident is None else g.coincident.any() for g in gradients]
+        waiting = [mask for mask in masks if mask is not None]
+        if not all(g.finite for g in gradients):
+            raise _not_finite("prediction", context.step, context.total)
+        waited = any(g.coincident is not None and g.coincident.device != g.rows.device for g in gradients)
+        waits = any(mask.device.type != "cpu" for mask in waiting)
+        checks: list[tuple[str, int, Tensor]] = []
+        if waits or not waited:
+            checks, self._unchecked = self._unchecked, []
+        values = [bool(value) for value in read(*[flag for *_, flag in checks], *waiting)]
+        for (what, step, _), finite in zip(checks, values, strict=False):
+            if not finite:
+                raise _not_finite(what, step, context.total)
+        found = iter(values[len(checks) :])
+        return [mask is not None and next(found) for mask in masks]
 
     def finish(self, context: StepContext) -> None:
         """List the finished samples, and add them once to each memory."""
         final = context.layout.pack(context.final)
+        size = torch.linalg.vector_norm(final.flatten(1), dim=1, dtype=torch.float32)
+        self._expect_finite("result", size, context.step - 1)
+        self._read(context)
+        if any(bool(overflow) for overflow in read(*context.overflows)):
+            warnings.warn(
+                "moves that would have overflowed float16 were left out, at noise levels near 0; use bfloat16 or float32, "
+                "or a lower stop=",
+                stacklevel=2,
+            )
         self.report.finished = final
         for state in self._states:
             term = state.term
@@ -192,8 +279,16 @@ class Run:
             if features is not None:
                 self.finished.append(Finished(term.memory, features, context.prompts))
         if self.guide.remember:
-            for memory, features, prompts in self.finished:
-                memory.add(features, prompts)
+            with full_precision(final.device):
+                for memory, features, prompts in self.finished:
+                    memory.add(features, prompts)
+
+
+def _not_finite(what: str, step: int, total: int) -> ValueError:
+    return ValueError(
+        f"NaN or infinite values in the {what} at step {step + 1} of {total}; the memory was not changed. Lower "
+        "guidance_scale or scale, or use float32 if the model overflows in half precision"
+    )
 
 
 def _memory_of_step(term: Term, k: int, shape: tuple[int, int], encoder: str | None) -> Memory:

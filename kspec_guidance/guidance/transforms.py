@@ -41,6 +41,7 @@ class TransformState:
         scale: size of the move, relative to the norm of the target.
         effective_count: effective number of samples of its own prompt that each sample is compared with ``[n]``; None if
             undefined.
+        sizes: norms of the target ``[n, 1]``; computed if not given.
     """
 
     target: Tensor
@@ -49,6 +50,11 @@ class TransformState:
     window: tuple[float, float]
     scale: float
     effective_count: Tensor | None = None
+    sizes: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.sizes is None:
+            object.__setattr__(self, "sizes", norms(self.target))
 
 
 Transform = Callable[[Tensor, TransformState], Tensor]
@@ -88,7 +94,7 @@ def rescale(move: Tensor, state: TransformState) -> Tensor:
     """Scale every move to ``scale`` times the norm of its target, however small the gradient."""
     size = norms(move)
     unit = torch.where(size > 0, move / size.clamp_min(torch.finfo(move.dtype).tiny), 0)
-    return state.scale * norms(state.target) * unit
+    return state.scale * state.sizes * unit
 
 
 def rescale_from(move: Tensor, state: TransformState) -> Tensor:
@@ -98,7 +104,7 @@ def rescale_from(move: Tensor, state: TransformState) -> Tensor:
 
 def rescale_damped(move: Tensor, state: TransformState) -> Tensor:
     """As :func:`rescale`, with 1e-5 added to the norm of the gradient: the step of the code of MMD guidance."""
-    return state.scale * norms(state.target) * move / (norms(move) + DAMPING)
+    return state.scale * state.sizes * move / (norms(move) + DAMPING)
 
 
 def plain(move: Tensor, state: TransformState) -> Tensor:
@@ -117,7 +123,7 @@ def bound(move: Tensor, state: TransformState) -> Tensor:
     factor = torch.where(largest > 0, state.scale / largest, 0)
     if state.effective_count is not None:
         factor = factor * state.effective_count.amax().clamp(max=1)
-    return factor * norms(state.target) * move
+    return factor * state.sizes * move
 
 
 def fade(move: Tensor, state: TransformState) -> Tensor:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels.distances import as_float
+from kspec_guidance.kernels.distances import as_float, check_pair
 
-__all__ = ["Kernel", "ProductKernel", "Weight"]
+__all__ = ["FunctionKernel", "Kernel", "KernelLike", "ProductKernel", "Weight", "as_kernel"]
 
 Weight = Tensor | Callable[[Tensor], Tensor]
 
@@ -80,6 +80,10 @@ class Kernel:
         """This kernel with its open parameters set from the rows of ``x`` (and ``y``, if given)."""
         return self
 
+    def fit_on_device(self, x: Tensor) -> "Kernel":
+        """As :meth:`fit` to the rows of ``x``, for a guided step: parameters on an accelerator are not read by the host."""
+        return self.fit(x)
+
     def diagonal(self, x: Tensor) -> Tensor:
         """``k(x_i, x_i)`` ``[..., n]``."""
         return torch.ones(x.shape[:-1], dtype=as_float(x).dtype, device=x.device)
@@ -118,6 +122,9 @@ class ProductKernel(Kernel):
     def fit(self, x: Tensor, y: Tensor | None = None) -> "ProductKernel":
         return ProductKernel(self.first.fit(x, y), self.second.fit(x, y))
 
+    def fit_on_device(self, x: Tensor) -> "ProductKernel":
+        return ProductKernel(self.first.fit_on_device(x), self.second.fit_on_device(x))
+
     def diagonal(self, x: Tensor) -> Tensor:
         return self.first.diagonal(x) * self.second.diagonal(x)
 
@@ -136,3 +143,57 @@ class ProductKernel(Kernel):
             return None
         (a, a_p, a_x), (b, b_p, b_x) = first, second
         return a * b, a_p * b + a * b_p, a_x * b + a * b_x
+
+
+KernelLike = Kernel | Callable[[Tensor, Tensor], Tensor]
+"""A kernel, or a positive-definite function of rows ``[..., n, d]`` and ``[..., m, d]`` that returns ``[..., n, m]``."""
+
+
+@dataclass(frozen=True, repr=False)
+class FunctionKernel(Kernel):
+    """A kernel given as a function, with its derivative by autograd."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        x, y = check_pair(x, x if y is None else y)
+        k, size = self.function(x, y), (*x.shape[:-1], y.shape[-2])
+        if not isinstance(k, Tensor) or k.shape != size:
+            found = list(k.shape) if isinstance(k, Tensor) else type(k).__name__
+            raise TypeError(
+                f"a kernel is a function of rows {list(x.shape)} and {list(y.shape)} that returns a tensor {list(size)}; "
+                f"this one returned {found}"
+            )
+        return k.to(x)
+
+    def __repr__(self) -> str:
+        return repr(self.function)
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        return self(x).diagonal(dim1=-2, dim2=-1)
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():  # tensors of inference mode have no gradients, copies do
+            leaf = x.detach().clone().requires_grad_()
+            k = self(leaf, y.detach().clone())
+            if not k.requires_grad:
+                raise TypeError("a kernel function must be differentiable by autograd in its first rows to guide samples")
+            (g,) = torch.autograd.grad(k, leaf, evaluate(weight, k.detach()).detach().clone().to(k))
+        return g
+
+
+def as_kernel(kernel: KernelLike) -> Kernel:
+    """``kernel``, wrapped if it is a plain function.
+
+    Raises:
+        TypeError: if it is neither a kernel nor a function.
+    """
+    if isinstance(kernel, Kernel):
+        return kernel
+    if isinstance(kernel, type) or not callable(kernel):
+        found = f"the class {kernel.__name__}" if isinstance(kernel, type) else repr(kernel)
+        raise TypeError(
+            "kernel must be a kernel such as GaussianKernel(1.0), or a function of rows [n, d] and [m, d] that returns "
+            f"[n, m]; got {found}"
+        )
+    return FunctionKernel(kernel)

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kspec_guidance.utils.transfer import surely_none
+
 __all__ = [
     "PROMPT_BANDWIDTH",
     "as_float",
     "check_pair",
+    "distances_of_pairs",
     "evenly_spaced",
     "far_centre",
     "l2_normalize",
@@ -24,6 +27,7 @@ NEAR = 2e-3  # squared distance, relative to the squared norm, below which the f
 NEAR_ROWS = 1024  # rows that are searched for near pairs at once
 PAIR_NUMBERS = 2**22  # numbers in the differences that are held at once
 MEDIAN_ROWS = 2048  # maximum number of rows in the median rule
+WEIGHT_BITS = 30  # of the largest weight in a weighted median; sums of 2^33 such weights fit into 64 bits
 PROMPT_BANDWIDTH = 0.35  # for unit-norm prompt features, as published; see benchmarks/prompts.py
 
 
@@ -87,12 +91,13 @@ def far_centre(y: Tensor) -> Tensor | None:
     """The centre of the rows ``[..., n, d]`` if they are so far from the origin that ``|x|^2 + |y|^2 - 2 x.y`` cancels.
 
     None otherwise, since subtracting it writes a copy of all rows. About 64 rows are sampled: if their mean has at most
-    95% of their squared norm, the rounding error grows by a factor of at most 20.
+    95% of their squared norm, the rounding error grows by a factor of at most 20. On an accelerator the decision stays on
+    the device, so the result is a tensor: zeros instead of None.
     """
     sample = y[..., :: max(1, y.shape[-2] // 64), :]
     centre = sample.mean(dim=-2, keepdim=True)
-    accurate = centre.square().sum() <= 0.95 * sample.square().sum(-1).mean(-1).sum()
-    return None if bool(accurate) else centre
+    far = centre.square().sum() > 0.95 * sample.square().sum(-1).mean(-1).sum()
+    return None if surely_none(far) else torch.where(far, centre, 0)
 
 
 def pair_distances(x: Tensor, y: Tensor, pairs: Sequence[Tensor]) -> Tensor:
@@ -172,25 +177,42 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None) -> float:
     >>> median_bandwidth(torch.tensor([[0.0], [1.0], [4.0]]))
     3.0
     """
-    x, y = median_rows(x), None if y is None else median_rows(y)
-    d = pairwise_distances(x, y)
-    scale = max(float(z.abs().max()) for z in (x, x if y is None else y)) if d.numel() else 1.0
-    d = d[d > 8 * torch.finfo(d.dtype).eps * scale]
+    d, distinct = distances_of_pairs(x, y)
+    d = d[distinct]
     return float(d.median()) if d.numel() else 1.0
 
 
-def weighted_median(values: Tensor, weights: Tensor) -> float | None:
-    """The value at which half of the total weight is reached; None if all weights are 0.
+def distances_of_pairs(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The distances of the median rule, flattened, and the mask of those that are not 0 up to rounding."""
+    x, y = median_rows(x), None if y is None else median_rows(y)
+    d = pairwise_distances(x, y)
+    if not d.numel():
+        return d, d > 0
+    scale = x.abs().amax() if y is None else torch.maximum(x.abs().amax(), y.abs().amax())
+    return d, d > 8 * torch.finfo(d.dtype).eps * scale
+
+
+def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
+    """The value at which half of the total weight is reached; 1 if all weights are 0, or if the value is 0.
+
+    Computed on the device of the values, without waiting for it. The weights are added as integers: sums of floating-point
+    numbers in parallel are not reproducible.
 
     Args:
-        values: tensor of any shape.
+        values: nonnegative tensor of any shape.
         weights: nonnegative tensor of the same shape.
 
-    >>> weighted_median(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 1.0, 9.0]))
+    Returns:
+        A tensor of one element.
+
+    >>> float(weighted_median(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 1.0, 9.0])))
     5.0
     """
+    if not values.numel():
+        return values.new_ones(())
     values, order = values.flatten().sort()
-    total = weights.flatten()[order].cumsum(0)
-    if not len(total) or total[-1] <= 0:
-        return None
-    return float(values[int(torch.searchsorted(total, total[-1] / 2).clamp(max=len(total) - 1))])
+    unit = weights.amax().clamp_min(torch.finfo(weights.dtype).tiny)
+    total = weights.flatten()[order].div_(unit).mul_(2.0**WEIGHT_BITS).long().cumsum(0)
+    index = (total * 2 < total[-1]).sum().clamp_max(len(values) - 1)
+    found = values.gather(0, index[None])[0]
+    return torch.where((total[-1] > 0) & (found > 0), found, 1.0)

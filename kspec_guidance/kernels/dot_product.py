@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kspec_guidance.kernels.base import Kernel, Weight, evaluate
 from kspec_guidance.kernels.distances import as_float, check_pair, l2_normalize, row_norms
+from kspec_guidance.utils.transfer import surely_none
 
 __all__ = ["CosineKernel", "PolynomialKernel"]
 
@@ -21,13 +22,13 @@ class CosineKernel(Kernel):
         """Rows whose inner products are the kernel: unit rows, with a further coordinate if there are rows of zeros."""
         zero = (x == 0).all(dim=-1, keepdim=True)
         u = l2_normalize(x)
-        return torch.cat([u, zero.to(u)], dim=-1) if bool(zero.any()) else u
+        return u if surely_none(zero) else torch.cat([u, zero.to(u)], dim=-1)
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         x, y = check_pair(x, x if y is None else y)
         k = l2_normalize(x) @ l2_normalize(y).mT
         zero_x, zero_y = (x == 0).all(dim=-1), (y == 0).all(dim=-1)
-        return k + (zero_x[..., :, None] & zero_y[..., None, :]).to(k) if bool(zero_x.any()) else k
+        return k if surely_none(zero_x) else k + (zero_x[..., :, None] & zero_y[..., None, :]).to(k)
 
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         x, y = check_pair(x, y)

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.kernels.base import Kernel, Weight, evaluate
-from kspec_guidance.kernels.distances import check_pair, far_centre, median_bandwidth, median_rows, squared_distances
+from kspec_guidance.kernels.distances import (
+    check_pair,
+    distances_of_pairs,
+    far_centre,
+    median_rows,
+    squared_distances,
+    weighted_median,
+)
 
 __all__ = ["GaussianKernel", "LaplacianKernel", "RationalQuadraticKernel"]
 
@@ -15,14 +22,17 @@ CHUNK = 1 << 24  # elements of the [n, m, d] differences that the Laplacian kern
 
 
 class _Stationary(Kernel):
-    """Kernels with a ``bandwidth``; for ``None``, ``fit`` sets it by the median rule."""
+    """Kernels with a ``bandwidth``; for ``None``, ``fit`` sets it by the median rule.
+
+    A bandwidth that was fitted on an accelerator, in a guided step, is a tensor of one element.
+    """
 
     bandwidth: float | None
     stationary = True
 
     def __post_init__(self):
         b = self.bandwidth
-        if b is not None and not (isinstance(b, int | float) and 0 < b < math.inf):
+        if b is not None and not isinstance(b, Tensor) and not (isinstance(b, int | float) and 0 < b < math.inf):
             raise ValueError(f"bandwidth must be a positive finite number, got {b!r}")
 
     @property
@@ -32,6 +42,12 @@ class _Stationary(Kernel):
     def fit(self, x: Tensor, y: Tensor | None = None) -> "_Stationary":
         return self if self.bandwidth is not None else replace(self, bandwidth=self._median(x, y))  # type: ignore[type-var]
 
+    def fit_on_device(self, x: Tensor) -> "_Stationary":
+        if self.bandwidth is not None or x.device.type == "cpu":
+            return self.fit(x)
+        d, distinct = self._distances(x, None)
+        return replace(self, bandwidth=weighted_median(d, distinct.to(d)))  # type: ignore[type-var]
+
     def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor] | None:
         """The kernel of squared distances, and -2 times its derivative in them; None if they do not determine it."""
         return None
@@ -40,9 +56,16 @@ class _Stationary(Kernel):
         found = self.of_distances(torch.sub(xx + yy, p, alpha=2).clamp_min(0))
         return None if found is None else (*found, found[1] / -2)
 
+    def _distances(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The distances of the median rule, and the mask of those that count."""
+        return distances_of_pairs(x, y)
+
+    @torch.no_grad()
     def _median(self, x: Tensor, y: Tensor | None) -> float:
         """The median rule."""
-        return median_bandwidth(x, y)
+        d, distinct = self._distances(x, y)
+        d = d[distinct]
+        return float(d.median()) if d.numel() else 1.0
 
     def _width(self, x: Tensor, y: Tensor | None) -> float:
         """The given bandwidth, or that of the median rule."""
@@ -134,11 +157,10 @@ class LaplacianKernel(_Stationary):
 
     bandwidth: float | None = None
 
-    def _median(self, x: Tensor, y: Tensor | None) -> float:
-        x, y = check_pair(median_rows(x.detach()), median_rows((x if y is None else y).detach()))
+    def _distances(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, y = check_pair(median_rows(x), median_rows(x if y is None else y))
         d = torch.cdist(x, y, p=1).flatten()
-        d = d[d > 0]
-        return float(d.median()) if d.numel() else 1.0
+        return d, d > 0
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         b = self._width(x, y)

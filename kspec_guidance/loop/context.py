@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kspec_guidance.loop.layouts import Layout
 from kspec_guidance.loop.prediction import Prediction
+from kspec_guidance.utils.timing import Stopwatch
 
 __all__ = ["CallContext", "DenoiserCall", "StepContext", "StepHandler"]
 
@@ -57,7 +58,8 @@ class StepContext:
         prompts: features ``[n, p]``, one row per sample; None if prompts are unknown.
         step: index of the current step.
         denoiser_call: first call of the denoiser at this step, if the handler needs it.
-        seconds: time spent in the handler, without the denoiser and the scheduler.
+        time: time spent in the handler, without the denoiser and the scheduler.
+        overflows: whether a move has overflowed the dtype of the samples, see :func:`keep_finite`.
         final: sample after the latest step.
         done: whether the last step was taken, or the call has ended.
         thread: thread that takes the steps.
@@ -72,7 +74,8 @@ class StepContext:
     prompts: Tensor | None = None
     step: int = 0
     denoiser_call: DenoiserCall | None = None
-    seconds: float = 0.0
+    time: Stopwatch = field(default_factory=Stopwatch)
+    overflows: list[Tensor] = field(default_factory=list)
     final: Any = None
     done: bool = False
     thread: threading.Thread = field(default_factory=threading.current_thread)

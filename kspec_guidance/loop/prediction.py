@@ -11,17 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "PARAMETRISATIONS",
     "Parametrisation",
     "Prediction",
     "UnsupportedSchedulerError",
+    "keep_finite",
     "parametrisation_of",
     "predict",
     "supported_schedulers",
 ]
 
+_HOST_COPIES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of noise levels that a scheduler keeps on an accelerator
 Level = float | Tensor  # a tensor if tokens have different noise levels
 Arguments = Mapping[str, Any]  # the further arguments of ``scheduler.step``, by name
 
@@ -65,12 +68,30 @@ class Prediction:
         return _combine(1.0, self.sample, -self.alpha, self.x0)
 
     @property
-    def noise_to_signal(self) -> float:
-        """``sigma / alpha``, the noise level in the convention of Euler schedulers; infinite for pure noise."""
+    def noise_to_signal(self) -> Level:
+        """``sigma / alpha``, the noise level in the convention of Euler schedulers; infinite for pure noise.
+
+        The ratio of means, as a tensor of one element, if tokens have different levels.
+        """
         alpha, sigma = self.alpha, self.sigma
-        if isinstance(alpha, Tensor) or isinstance(sigma, Tensor):
-            alpha, sigma = float(torch.as_tensor(alpha).mean()), float(torch.as_tensor(sigma).mean())
+        if isinstance(alpha, Tensor) and isinstance(sigma, Tensor):
+            return torch.where(alpha.mean() > 0, sigma.mean() / alpha.mean(), float("inf"))
         return sigma / alpha if alpha > 0 else float("inf")
+
+
+def keep_finite(moved: Any, original: Any, overflows: list[Tensor]) -> Any:
+    """``moved``, or ``original`` where a move has overflowed float16 (near the end of a run, where slopes are small).
+
+    Rows with an overflow are not moved. Whether there are any is appended to ``overflows``, on the device: nothing waits.
+    Other dtypes have the range of float32, far above any move.
+    """
+    if isinstance(moved, list | tuple):
+        return type(moved)(keep_finite(m, o, overflows) for m, o in zip(moved, original, strict=True))
+    if moved.dtype != torch.float16:
+        return moved
+    finite = torch.isfinite(moved).flatten(1).all(1)
+    overflows.append(~finite.all())
+    return torch.where(finite.view(-1, *[1] * (moved.ndim - 1)), moved, original)
 
 
 def _combine(a: Level, x: Tensor, b: Level, y: Tensor) -> Tensor:
@@ -83,12 +104,30 @@ def _combine(a: Level, x: Tensor, b: Level, y: Tensor) -> Tensor:
 # -- the noise level of a step -----------------------------------------------------------------------------------------
 
 
-def _first(timestep: Tensor | float) -> float:
+def _on_host(values: Tensor) -> Tensor:
+    """Values on the CPU. A tensor on an accelerator is copied once: schedulers replace their noise levels in each run."""
+    if values.device.type == "cpu":
+        return values
+    found = _HOST_COPIES.get(values)
+    version = 0 if values.is_inference() else values._version
+    if found is None or found[0] != version:
+        found = _HOST_COPIES[values] = version, values.detach().cpu()
+    return found[1]
+
+
+def _time(scheduler: Any, timestep: Tensor | float) -> float:
+    """The timestep of a step, or the first of several; an element of ``scheduler.timesteps`` is read with all others."""
+    times = getattr(scheduler, "timesteps", None)
+    if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and isinstance(times, Tensor):
+        index = int(timestep.storage_offset() - times.storage_offset())
+        same = timestep.untyped_storage()._cdata == times.untyped_storage()._cdata and timestep.dtype == times.dtype
+        if same and times.ndim == 1 and times.is_contiguous() and 0 <= index < len(times):
+            return _at(times, index)
     return float(torch.as_tensor(timestep).flatten()[0])
 
 
 def _at(values: Tensor, index: int) -> float:
-    return float(values[index].double())
+    return float(_on_host(values)[index])
 
 
 def _step_index(scheduler: Any, timestep: Tensor | float) -> int:
@@ -113,12 +152,12 @@ def _flow_sigma(scheduler: Any, timestep: Tensor | float, arguments: Arguments) 
     if arguments.get("per_token_timesteps") is not None:  # with a condition image each token [n, l] has its own level
         return arguments["per_token_timesteps"].float()[..., None] / scheduler.config.num_train_timesteps
     if arguments.get("dmd_sigmas") is not None:  # Helios, distilled
-        times = arguments["dmd_timesteps"].double()
-        return _at(arguments["dmd_sigmas"], int((times - float(timestep)).abs().argmin()))
+        times = _on_host(arguments["dmd_timesteps"]).double()
+        return _at(arguments["dmd_sigmas"], int((times - _time(scheduler, timestep)).abs().argmin()))
     if type(scheduler).__name__ == "FlowMapEulerDiscreteScheduler":  # its step looks up the time, not the step index
         index = scheduler.index_for_timestep(timestep)
         if index is None:
-            return _first(timestep) / scheduler.config.num_train_timesteps
+            return _time(scheduler, timestep) / scheduler.config.num_train_timesteps
         return _at(scheduler.sigmas, int(torch.as_tensor(index).flatten()[0]))
     return _sigma(scheduler, timestep)
 
@@ -168,7 +207,7 @@ class VariancePreserving(Parametrisation):
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
         last = len(scheduler.alphas_cumprod) - 1
-        abar = _at(scheduler.alphas_cumprod, min(max(int(_first(timestep)), 0), last))
+        abar = _at(scheduler.alphas_cumprod, min(max(int(_time(scheduler, timestep)), 0), last))
         return abar**0.5, (1 - abar) ** 0.5
 
 
@@ -176,7 +215,7 @@ class VariancePreservingSigma(Parametrisation):
     """``sigmas[step_index]``, converted to alpha and sigma by the scheduler; a flow with ``use_flow_sigmas``."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
-        level = torch.tensor(_sigma(scheduler, timestep), dtype=torch.float64)
+        level = torch.tensor(_sigma(scheduler, timestep), dtype=torch.float64, device="cpu")
         alpha, sigma = scheduler._sigma_to_alpha_sigma_t(level)
         return float(alpha), float(sigma)
 
@@ -185,7 +224,7 @@ class VariancePreservingTime(Parametrisation):
     """alpha-bar as a function of a time in 0..1."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
-        time = torch.tensor([_first(timestep)], dtype=torch.float64)
+        time = torch.tensor([_time(scheduler, timestep)], dtype=torch.float64, device="cpu")
         abar = float(scheduler._alpha_cumprod(time, "cpu"))
         return abar**0.5, (1 - abar) ** 0.5
 
@@ -240,7 +279,7 @@ class FlowTowardData(Parametrisation):
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
         inverted = getattr(scheduler.config, "invert_sigmas", False)  # OmniGen
-        time = _sigma(scheduler, timestep) if inverted else _first(timestep)
+        time = _sigma(scheduler, timestep) if inverted else _time(scheduler, timestep)
         return time, 1 - time
 
     def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
@@ -254,7 +293,7 @@ class TrigFlow(Parametrisation):
         if hasattr(scheduler, "alphas"):
             index = _step_index(scheduler, timestep)
             return _at(scheduler.alphas, index), _at(scheduler.betas, index)
-        angle = torch.tensor(_first(timestep), dtype=torch.float64)
+        angle = torch.tensor(_time(scheduler, timestep), dtype=torch.float64, device="cpu")
         return float(angle.cos()), float(angle.sin())
 
     def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
@@ -265,7 +304,7 @@ class Score(Parametrisation):
     """``x = x0 + sigma noise``, the output the score."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
-        return 1.0, _at(scheduler.discrete_sigmas, int(_first(timestep) * (len(scheduler.timesteps) - 1)))
+        return 1.0, _at(scheduler.discrete_sigmas, int(_time(scheduler, timestep) * (len(scheduler.timesteps) - 1)))
 
     def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
         return 1.0, sigma**2
@@ -275,7 +314,7 @@ class KarrasVe(Parametrisation):
     """``x = x0 + sigma noise`` at a raised noise level, the output noise with the opposite sign."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
-        return 1.0, _first(timestep)
+        return 1.0, _time(scheduler, timestep)
 
     def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
         return 1.0, sigma

@@ -7,7 +7,6 @@ neither copied nor subclassed, and the denoiser is not modified.
 import functools
 import inspect
 import threading
-import time
 import types
 import weakref
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, StepHandler
 from kspec_guidance.loop.layouts import Layout
-from kspec_guidance.loop.prediction import parametrisation_of, predict
+from kspec_guidance.loop.prediction import keep_finite, parametrisation_of, predict
 from kspec_guidance.loop.prompts import prompts_of_samples
 
 __all__ = ["MethodPatch", "SchedulerHook"]
@@ -213,18 +212,16 @@ class SchedulerHook:
             context.check_thread()
         self.context = None  # until this step has succeeded: an aborted pass is not continued
         context.denoiser_call = None if self.denoiser_call is None else self.denoiser_call()
-        began = time.perf_counter()
-        with torch.no_grad():
+        device = context.layout.device(sample)
+        with torch.no_grad(), context.time.measure(device):
             prediction = predict(self.scheduler, model_output, timestep, sample, arguments, self.parametrisation)
             move = self.handler.step(prediction, context)
             if move is not None:
-                model_output = prediction.moved(model_output, move)
+                model_output = keep_finite(prediction.moved(model_output, move), model_output, context.overflows)
             moved = self.handler.before_step(sample, prediction, context)
             sample = sample if moved is None else moved
-        context.seconds += time.perf_counter() - began
         result = proceed(model_output, sample)
-        began = time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), context.time.measure(device):
             latents = self.handler.after_step(result[0], prediction, context)
             if latents is not None:
                 result = _with_sample(result, latents)
@@ -232,7 +229,6 @@ class SchedulerHook:
             context.final = result[0]
             if context.step >= context.total:
                 self._finish(context)
-        context.seconds += time.perf_counter() - began
         self.context = context
         return result
 

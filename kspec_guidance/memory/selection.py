@@ -380,9 +380,10 @@ class Selection:
             fold = -0.5 / kernel.bandwidth**2
             scaled, d2 = scaled * kernel.bandwidth**-2, d2.mul_(fold)
         total, sizes = torch.zeros_like(x), self.sizes(x)
+        scale = scale * (-2 * fold)  # of the products
         parts = zip(d2.split(sizes, 1), scale.split(sizes), scaled.split(sizes, 1), self.blocks(x), strict=True)
         for block, block_scale, weight, rows in parts:
-            block.addcmul_(x @ rows.mT, block_scale, value=-2 * fold)
+            block.addcmul_(x @ rows.mT, block_scale)
             slope = torch.exp(block) if gaussian else kernel.of_distances(block)[1]
             total.addmm_(slope.mul_(weight), rows)
         k, slope = kernel.of_distances(d2.div_(fold).clamp_min_(0))

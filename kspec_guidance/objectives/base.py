@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import Kernel, l2_normalize
+from kspec_guidance.kernels.base import as_kernel
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, Selection
 
@@ -27,12 +28,15 @@ class Gradient(NamedTuple):
         effective_count: effective number of samples of its own prompt that each row is compared with ``[n]``; None if
             undefined.
         coincident: mask ``[n]`` of rows that coincide with another entry, so that their direction is undefined; None if
-            this cannot happen. A ``jitter`` separates them first.
+            this cannot happen. A ``jitter`` separates them first. On the CPU if the objective has read other values of
+            the device already, else on the device of the rows.
+        finite: False if the objective has read values that are NaN or infinite.
     """
 
     rows: Tensor
     effective_count: Tensor | None = None
     coincident: Tensor | None = None
+    finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,14 +156,16 @@ def off_diagonal(n: int, like: Tensor) -> Tensor:
     return 1 - torch.eye(n, dtype=like.dtype, device=like.device)
 
 
-def check_closed_form(kernel: Kernel) -> None:
-    """Check that a kernel has a closed-form gradient.
+def differentiable(kernel: Kernel) -> Kernel:
+    """A kernel that has gradients; a plain function becomes a kernel.
 
     Raises:
-        TypeError: if it does not.
+        TypeError: for a kernel without a closed-form gradient, and for anything that is no kernel.
     """
+    kernel = as_kernel(kernel)
     if type(kernel).vjp is Kernel.vjp:
-        kernel.vjp(torch.empty(0, 1), torch.empty(0, 1), torch.empty(0, 0))
+        kernel.vjp(torch.empty(0, 1), torch.empty(0, 1), torch.empty(0, 0))  # raises, and names the class
+    return kernel
 
 
 def need_prompt_feature_map(name: str, feature_map: RandomFourierFeatures | None) -> RandomFourierFeatures:

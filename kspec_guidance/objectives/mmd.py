@@ -8,9 +8,10 @@ from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, PolynomialKernel
+from kspec_guidance.kernels.base import as_kernel
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory, Selection
-from kspec_guidance.objectives.base import Gradient, Objective, Pairs, check_closed_form, need_prompt_feature_map
+from kspec_guidance.objectives.base import Gradient, Objective, Pairs, differentiable, need_prompt_feature_map
 
 __all__ = ["MMD"]
 
@@ -46,7 +47,7 @@ class MMD(Objective):
     normalize: bool = False
 
     def __post_init__(self):
-        check_closed_form(self.kernel)
+        self.kernel, self.prompt_kernel = differentiable(self.kernel), as_kernel(self.prompt_kernel)
         self.conditional = self.reference_prompts is not None
         if self.feature_map is not None and self.conditional:
             need_prompt_feature_map("a prompt-aware MMD", self.prompt_feature_map)

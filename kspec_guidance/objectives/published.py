@@ -9,7 +9,7 @@ from torch import Tensor
 from kspec_guidance.kernels import GaussianKernel, Kernel
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, Selection
-from kspec_guidance.objectives.base import Gradient, Objective, Pairs, check_closed_form, off_diagonal
+from kspec_guidance.objectives.base import Gradient, Objective, Pairs, differentiable, off_diagonal
 from kspec_guidance.objectives.mmd import MMD
 
 __all__ = ["PublishedMMD", "PublishedRKE"]
@@ -59,7 +59,7 @@ class PublishedRKE(Objective):
         for name, kernel in (("kernel", self.kernel), ("prompt_kernel", self.prompt_kernel)):
             if kernel.open:
                 raise ValueError(f"{name} needs a bandwidth, as published settings have fixed ones; got {kernel!r}")
-        check_closed_form(self.kernel)
+        self.kernel = differentiable(self.kernel)
 
     def make_memory(self) -> Memory:
         return MemoryBank(limit=SPARKE_ROWS - 1) if self.form == "code" else MemoryBank()

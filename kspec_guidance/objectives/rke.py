@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, pairwise_distances
+from kspec_guidance.kernels.base import as_kernel
 from kspec_guidance.kernels.distances import MEDIAN_ROWS, as_float, evenly_spaced, weighted_median
 from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory
 from kspec_guidance.memory.selection import ALIKE
@@ -16,7 +17,7 @@ from kspec_guidance.objectives.base import (
     Gradient,
     Objective,
     Pairs,
-    check_closed_form,
+    differentiable,
     need_prompt_feature_map,
     off_diagonal,
 )
@@ -50,7 +51,8 @@ class RKE(Objective):
     prompt_feature_map: RandomFourierFeatures | None = field(default=None, init=False)
 
     def __post_init__(self):
-        check_closed_form(self.kernel)
+        self.kernel = differentiable(self.kernel)
+        self.prompt_kernel = None if self.prompt_kernel is None else as_kernel(self.prompt_kernel)
         self._squared_map = None if self.feature_map is None else self.feature_map.power(2)
         self._squared_prompt_map: RandomFourierFeatures | None = None
         self._warned = False
@@ -119,11 +121,11 @@ class RKE(Objective):
         Of a memory of more than 128 rows, about 128 evenly spaced ones are used; for other open kernels 2,048.
         """
         if not self.kernel.open:
-            return self.kernel.fit(x.detach())
+            return self.kernel.fit(x)
         if not isinstance(self.kernel, GaussianKernel):
             selection = pairs.selection
             rows = x[:0] if selection is None else selection.rows(x, evenly_spaced(len(selection), MEDIAN_ROWS))
-            return self.kernel.fit(torch.cat([x, rows]).detach())
+            return self.kernel.fit_on_device(torch.cat([x, rows]).detach())
         with torch.no_grad():
             xx = products.diagonal()
             d, w = (xx[:, None] + xx - 2 * products).clamp_min(0).sqrt(), pairs.inside
@@ -131,7 +133,7 @@ class RKE(Objective):
                 d_memory, w_memory = pairs.selection.distances(x)
                 d, w = torch.cat([d, d_memory], 1), torch.cat([w, w_memory.expand_as(d_memory)], 1)
             median = weighted_median(d, w * (d > DISTINCT * d.max()))
-        return GaussianKernel(SAMPLE_BANDWIDTH * (median or 1.0))
+        return GaussianKernel(SAMPLE_BANDWIDTH * median)  # type: ignore[arg-type]
 
     def _descent(
         self, squared: Kernel, x: Tensor, centred: Tensor, products: Tensor, pairs: Pairs

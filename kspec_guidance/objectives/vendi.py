@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel
+from kspec_guidance.kernels.base import as_kernel
 from kspec_guidance.kernels.distances import as_float, squared_distances, weighted_median
 from kspec_guidance.kernels.spectrum import check_order, renyi_entropy
 from kspec_guidance.memory import Memory, PromptWeights
-from kspec_guidance.objectives.base import Gradient, Objective, Pairs, check_closed_form, off_diagonal
+from kspec_guidance.objectives.base import Gradient, Objective, Pairs, differentiable, off_diagonal
 from kspec_guidance.objectives.rke import DISTINCT
+from kspec_guidance.utils.transfer import read
 
 __all__ = ["Vendi"]
 
 COINCIDENT = 1e-10  # squared distance below which two entries are treated as one point
+ROUNDING = 16  # likewise below this number of rounding units of the squared norm
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Vendi(Objective):
     normalize: bool = True
 
     def __post_init__(self):
-        check_closed_form(self.kernel)
+        self.kernel = differentiable(self.kernel)
+        self.prompt_kernel = None if self.prompt_kernel is None else as_kernel(self.prompt_kernel)
         check_order(self.order)
         if type(self.kernel).diagonal is not Kernel.diagonal:
             raise ValueError(f"the Vendi objective needs a kernel with k(x, x) = 1, got {self.kernel!r}")
@@ -69,8 +73,8 @@ class Vendi(Objective):
             count = count + selection.effective_count(len(x)).to(count)
         return VendiPairs(inside, selection, effective_count=count, prompts=t)
 
-    def _matrix(self, x: Tensor, pairs: VendiPairs) -> tuple[Tensor, Kernel, Tensor | float]:
-        """All rows ``[N, d]``, the fitted kernel and the prompt weights ``[N, N]``; memory rows are the nearest ones."""
+    def _rows(self, x: Tensor, pairs: VendiPairs) -> tuple[Tensor, Tensor | float]:
+        """All rows ``[N, d]`` and the prompt weights ``[N, N]``; memory rows are the nearest ones."""
         selection, rows, prompts = pairs.selection, x[:0], pairs.prompts
         if selection is not None and len(selection):
             nearest = selection.nearest(x, self.max_rows)
@@ -81,22 +85,23 @@ class Vendi(Objective):
         z = torch.cat([x, rows])
         weights: Tensor | float = 1.0
         if prompts is not None and self.prompt_kernel is not None:
-            weights = self.prompt_kernel(prompts).to(z)
-        return z, self._fit(z, weights), weights
+            weights = self.prompt_kernel.fit_on_device(prompts)(prompts).to(z)
+        return z, weights
 
     @torch.no_grad()
-    def _fit(self, z: Tensor, weights: Tensor | float) -> Kernel:
+    def _fit(self, z: Tensor, d2: Tensor, weights: Tensor | float) -> Kernel:
         """The fitted kernel; an open Gaussian gets the median distance of pairs of similar prompts."""
         if not self.kernel.open or not isinstance(self.kernel, GaussianKernel):
-            return self.kernel.fit(z.detach())
-        d = squared_distances(z).sqrt()
+            return self.kernel.fit_on_device(z.detach())
+        d = d2.sqrt()
         w = off_diagonal(len(z), z) * weights * (d > DISTINCT * d.max())
-        return GaussianKernel(weighted_median(d, w) or 1.0)
+        return GaussianKernel(weighted_median(d, w))  # type: ignore[arg-type]
 
     def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         x = as_float(x)
-        z, kernel, weights = self._matrix(x, self.pairs(x, prompt_features, memory))
-        matrix = (kernel(z) * weights).double() / len(z)
+        z, weights = self._rows(x, self.pairs(x, prompt_features, memory))
+        kernel = self._fit(z, squared_distances(z.detach()), weights)
+        matrix = (kernel(z) * weights).cpu().double() / len(z)
         l = torch.linalg.eigvalsh((matrix + matrix.mT) / 2).clamp_min(0)
         return renyi_entropy(l / l.sum(), self.order)
 
@@ -111,17 +116,28 @@ class Vendi(Objective):
     ) -> Gradient:
         x = as_float(x)
         n, pairs = len(x), self.pairs(x, prompt_features, memory) if pairs is None else pairs
-        z, kernel, weights = self._matrix(x, pairs)
-        d2 = squared_distances(z[:n], z)
-        d2[:, :n].fill_diagonal_(float("inf"))
-        coincident = d2.amin(1) < COINCIDENT
+        z, weights = self._rows(x, pairs)
+        d2 = squared_distances(z)
+        kernel, others = self._fit(z, d2, weights), d2[:n].clone()
+        others[:, :n].fill_diagonal_(float("inf"))
+        rounding = ROUNDING * torch.finfo(x.dtype).eps * (1.0 if self.normalize else x.square().sum(1))
+        coincident = others.amin(1) < rounding + COINCIDENT
         if jitter is not None:
             z[:n] += jitter * coincident[:, None]
-        matrix = (kernel(z) * weights).double() / len(z)
-        l, v = torch.linalg.eigh((matrix + matrix.mT) / 2)
-        outer = ((v * self._slope(l.clamp_min(0))) @ v.mT / len(z)).to(x) * weights
+            d2 = squared_distances(z)
+        k = kernel.of_distances(d2)[0] if isinstance(kernel, GaussianKernel) else kernel(z)
+        matrix, coincident = read(k * weights, coincident)  # the host computes eigenvalues, in float64
+        outer = self._matrix_gradient(matrix.double() / len(z)).to(x.dtype).to(x.device) * weights
         outer.fill_diagonal_(0)  # k(z, z) is constant
-        return Gradient(kernel.vjp(z[:n], z, 2 * outer[:n]), pairs.effective_count, coincident)
+        g, finite = kernel.vjp(z[:n], z, 2 * outer[:n]), bool(torch.isfinite(matrix).all())
+        return Gradient(g, pairs.effective_count, coincident > 0, finite)
+
+    def _matrix_gradient(self, matrix: Tensor) -> Tensor:
+        """``dH / dK`` ``[N, N]`` of ``K / N``; NaN for a matrix that is not finite."""
+        if not bool(torch.isfinite(matrix).all()):
+            return torch.full_like(matrix, float("nan"))
+        l, v = torch.linalg.eigh((matrix + matrix.mT) / 2)
+        return (v * self._slope(l.clamp_min(0))) @ v.mT / len(matrix)
 
     def _slope(self, l: Tensor) -> Tensor:
         """``dH / dl`` on the simplex, 0 for eigenvalues that are rounding noise."""

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kspec_guidance import SPARKE
 from kspec_guidance.kernels import (
     CosineKernel,
     GaussianKernel,
@@ -14,6 +15,9 @@ from kspec_guidance.kernels import (
     RationalQuadraticKernel,
     median_bandwidth,
 )
+from kspec_guidance.kernels.base import as_kernel
+from kspec_guidance.objectives import RKE, Vendi
+from kspec_guidance.testing import check_kernel
 
 KERNELS = [
     GaussianKernel(1.3),
@@ -125,3 +129,32 @@ def test_vjp_without_closed_form_raises():
 def test_invalid_input_raises(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def cauchy(x, y):
+    """A kernel as a plain function."""
+    return 1 / (1 + (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1))
+
+
+def test_function_is_a_kernel_with_gradient():
+    check_kernel(as_kernel(cauchy))
+
+
+def test_function_kernel_guides_like_its_closed_form():
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    closed = RationalQuadraticKernel(0.5**0.5)  # 1 / (1 + d^2)
+    with torch.inference_mode():
+        expected = RKE(closed, normalize=False).gradient(x).rows
+        assert torch.allclose(RKE(cauchy, normalize=False).gradient(x).rows, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", GaussianKernel, 0.5])
+@pytest.mark.parametrize("make", [RKE, Vendi, lambda kernel: SPARKE(prompt_kernel=kernel)])
+def test_what_is_no_kernel_is_refused_by_objectives(make, kernel):
+    with pytest.raises(TypeError, match="kernel must be a kernel such as"):
+        make(kernel)
+
+
+def test_function_without_gradient_is_refused_in_guidance():
+    with pytest.raises(TypeError, match="differentiable"):
+        RKE(lambda x, y: torch.ones(len(x), len(y))).gradient(torch.eye(3))

@@ -21,7 +21,7 @@ def test_conditional_vendi_selects_rows_of_similar_prompts_up_to_max_rows():
     torch.testing.assert_close(
         objective.pairs(x, t, bank).effective_count, torch.full((2,), 7.0), atol=1e-3, rtol=0, check_dtype=False
     )
-    assert objective._matrix(x, objective.pairs(x, t, bank))[0].shape == (8, D)
+    assert objective._rows(x, objective.pairs(x, t, bank))[0].shape == (8, D)
 
 
 def test_conditional_vendi_accepts_centroid_memory():

@@ -1,0 +1,192 @@
+"""Guided steps on a simulated accelerator: the results of the CPU, no mixed devices, and one wait of the host per step."""
+
+import diffusers
+import pytest
+import torch
+
+import kspec_guidance.kernels as kernels
+from kspec_guidance import SPARKE, KernelGuidance, MemoryBank, MMDGuidance, NoveltyGuidance, VendiGuidance
+from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.kernels import GaussianKernel
+from kspec_guidance.memory import CentroidMemory
+from kspec_guidance.objectives import RKE, Balance, Vendi
+
+from .loops import SHAPE, STEPS, Loop, noise, prompts
+from .simulated import SimulatedDevice
+
+REFERENCE = noise(7, 6, *SHAPE[1:])
+WIDTH = REFERENCE[0].numel()
+GUIDES = {
+    **{f"preset {name}": lambda name=name: SPARKE.preset(name, stop=1.0, every=1) for name in SPARKE.PRESETS},
+    "Vendi, order 1": lambda: VendiGuidance(order=1.0, stop=1.0),
+    "MMD": lambda: MMDGuidance(REFERENCE, stop=1.0),
+    "MMD, published": lambda: MMDGuidance.published(REFERENCE),
+    "MMD, prompts": lambda: MMDGuidance(REFERENCE, stop=1.0, reference_prompts=prompts(6)),
+    "novelty": lambda: NoveltyGuidance(REFERENCE, stop=1.0),
+    "novelty, prompts": lambda: NoveltyGuidance(REFERENCE, stop=1.0, reference_prompts=prompts(6)),
+}
+OTHERS = {
+    "random features": lambda: SPARKE(
+        stop=1.0,
+        feature_map=RandomFourierFeatures(GaussianKernel(1.0), WIDTH, 8 * WIDTH),
+        prompt_feature_map=RandomFourierFeatures(GaussianKernel(0.35), 5, 64),
+    ),
+    "balance": lambda: KernelGuidance(Balance([REFERENCE[:3], REFERENCE[3:]]), 0.3),
+    "means": lambda: SPARKE(stop=1.0, memory=CentroidMemory(capacity=2)),
+    "pooled": lambda: SPARKE(stop=1.0, space="pooled"),
+    "two terms": lambda: SPARKE(stop=1.0) + MMDGuidance(REFERENCE, stop=1.0),
+    "Vendi, cosine": lambda: KernelGuidance(Vendi(), 0.5),
+    "function": lambda: SPARKE(stop=1.0, kernel=lambda x, y: 1 / (1 + torch.cdist(x, y).square())),
+    **{f"RKE, {name}": lambda name=name: KernelGuidance(RKE(getattr(kernels, name)()), 0.5)
+       for name in ("CosineKernel", "RationalQuadraticKernel", "LaplacianKernel", "PolynomialKernel")},
+}  # fmt: skip
+SCHEDULERS = {
+    "DDIM": {"clip_sample": False},
+    "DDPM": {"clip_sample": False},
+    "EulerDiscrete": {},
+    "EulerAncestralDiscrete": {},
+    "DPMSolverMultistep": {"algorithm_type": "dpmsolver++"},
+    "UniPCMultistep": {},
+    "FlowMatchEulerDiscrete": {},
+    "LCM": {"clip_sample": False},
+    "HeunDiscrete": {},
+}
+
+
+class FakeEvent:
+    """Stands for an event of CUDA."""
+
+    def __init__(self, **settings):
+        pass
+
+    def record(self, stream):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 2.0
+
+
+@pytest.fixture(autouse=True)
+def events(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+
+
+def scheduler(name="DDIM"):
+    return getattr(diffusers, f"{name}Scheduler")(**SCHEDULERS[name])
+
+
+def on_device(make, kind="cuda", name="DDIM", runs=2, **settings):
+    """The last of several runs of one guide, and the report's text."""
+    with SimulatedDevice(kind) as device:
+        guide = make()
+        for _ in range(runs):
+            loop = Loop(guide, scheduler(name), device, **settings)
+            x = loop()
+        with device.not_counting():
+            text = str(guide.report())
+    return x, loop, text
+
+
+def on_cpu(make, name="DDIM", runs=2, **settings):
+    guide = make()
+    for _ in range(runs):
+        x = Loop(guide, scheduler(name), **settings)()
+    return x
+
+
+def assert_same(found, expected, rtol=1e-3):
+    assert found.dtype == expected.dtype
+    assert float((found.float() - expected.float()).norm() / expected.float().norm()) < rtol
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_guided_step_waits_for_the_device_once(name):
+    x, loop, text = on_device(GUIDES[name])
+    assert_same(x, on_cpu(GUIDES[name]))
+    assert all(sum(reads.values()) <= 1 for reads in loop.reads[1:]), loop.reads[1:]
+    # the first: timesteps and the step index twice each, noise levels, prompts for memory and references, the step itself
+    assert sum(loop.reads[0].values()) <= 8, loop.reads[0]
+    assert sum(loop.finishing.values()) <= 4, loop.finishing
+    assert f"guided {STEPS} of {STEPS}" in text
+
+
+@pytest.mark.parametrize("name", ["preset default", "preset vivid"])
+def test_memory_on_host_costs_no_further_wait(name):
+    def make():
+        guide = GUIDES[name]()
+        guide.terms[0].memory = MemoryBank(device="cpu")
+        return guide
+
+    x, loop, _ = on_device(make)
+    assert_same(x, on_cpu(make))
+    assert all(sum(reads.values()) <= 1 for reads in loop.reads[1:]), loop.reads[1:]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_runs_on_device_with_result_of_cpu(name):
+    x, loop, _ = on_device(GUIDES["preset default"], name=name)
+    assert_same(x, on_cpu(GUIDES["preset default"], name=name))
+    assert all(sum(reads.values()) <= 1 for reads in loop.reads[1:]), loop.reads[1:]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_objectives_kernels_and_memories_run_on_device(name):
+    assert_same(on_device(OTHERS[name])[0], on_cpu(OTHERS[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_on_device(dtype):
+    x, loop, _ = on_device(GUIDES["preset default"], name="FlowMatchEulerDiscrete", dtype=dtype)
+    assert_same(x, on_cpu(GUIDES["preset default"], name="FlowMatchEulerDiscrete", dtype=dtype), rtol=0.02)
+    assert all(sum(reads.values()) <= 1 for reads in loop.reads[1:]), loop.reads[1:]
+
+
+@pytest.mark.parametrize("name", {**GUIDES, **OTHERS})
+def test_no_float64_on_device(name):
+    make = {**GUIDES, **OTHERS}[name]
+    on_device(make, kind="mps", name="FlowMatchEulerDiscrete")
+
+
+@pytest.mark.parametrize("name", ["preset default", "preset vivid", "MMD"])
+def test_deterministic_algorithms(name):
+    torch.use_deterministic_algorithms(True)
+    try:
+        on_device(GUIDES[name])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["preset default", "preset vivid"])
+def test_coincident_samples_are_separated_alike_on_every_device(name):
+    make = GUIDES[name]
+    same = {"prompts": prompts()[:1].expand(3, -1).clone()}
+
+    class Coincident(Loop):
+        def _to(self, x):
+            return super()._to(x[:1].expand_as(x).clone())
+
+    def run(device=None):
+        return Coincident(make(), scheduler(), device, **same)()
+
+    with SimulatedDevice() as device:
+        x = run(device)
+    assert (x[0] - x[1]).norm() > 1e-2 * x[0].norm()
+    assert_same(x, run())
+
+
+def test_seconds_on_cuda_are_those_of_events():
+    with SimulatedDevice() as device:
+        guide = GUIDES["preset default"]()
+        Loop(guide, scheduler(), device)()
+    assert guide.report().seconds == pytest.approx(2 * STEPS * 2e-3)  # before and after each step
+    assert guide.report().seconds == pytest.approx(2 * STEPS * 2e-3)  # read again: not counted twice
+
+
+def test_distinct_samples_are_not_separated(monkeypatch):
+    monkeypatch.setattr("kspec_guidance.guidance.run.jitter", None)
+    for name in GUIDES:
+        on_cpu(GUIDES[name], runs=1)
