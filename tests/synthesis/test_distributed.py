@@ -127,7 +127,7 @@ def pictures(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["exact", "centroids", "guide", "groups"])
+@pytest.mark.parametrize("kind", ["exact", "guide"])
 def test_more_processes_than_prompts(tmp_path, kind):
     """The last prompt of the list: one process has work, and makes the images that a single process makes."""
     run(tmp_path / "one", 1, kind, "7")
