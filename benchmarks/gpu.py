@@ -110,7 +110,7 @@ GUIDES: dict[str, Callable[[], Any]] = {
     'SPARKE(space="pixels")': lambda: SPARKE(space="pixels"),
 }
 ALL = tuple(GUIDES)
-MODES: dict[str, tuple[Callable[[Any], None], dict[str, tuple[str, ...]]]] = {  # change, guides by model
+MODES: dict[str, tuple[Callable[[Any], None], dict[str, tuple[str, ...]]]] = {  # change, guides
     "on the device": (lambda pipe: None, {"SD 1.5": ALL, "Flux": ALL[:2], "SDXL": (*ALL[:2], ALL[-1])}),
     "compiled blocks": (compiled, {"SD 1.5": ALL[:1], "Flux": ALL[:1]}),
     "model offload": (lambda pipe: pipe.enable_model_cpu_offload(), {"SDXL": ALL[:1]}),
