@@ -146,7 +146,7 @@ def waits(pipe: Any, arguments: dict[str, Any], guide: Any = None) -> int:
 
 
 def filled(name: str, pipe: Any, arguments: dict[str, Any]) -> Any:
-    """A guide of this name that remembers one earlier call, and 1,000 random rows of the same prompt if its name says so."""
+    """A guide of this name that remembers one earlier call, and 1,000 random rows of its prompt if the name says so."""
     guide = GUIDES[name]()
     Call(pipe, arguments, guide)
     if "1,000 rows" in name:
