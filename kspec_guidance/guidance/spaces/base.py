@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.loop.context import CallContext, DenoiserCall
@@ -20,10 +19,10 @@ __all__ = ["FeatureSpace", "Pullback", "by_autograd", "constant_weights"]
 Pullback = Callable[[Tensor], Tensor]
 
 
-def _constant(x: Tensor) -> Tensor:
-    if x.is_inference():
-        return x.clone()
-    return x.detach() if isinstance(x, nn.Parameter) else x
+def _constant(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.clone() if x.is_inference() else x.detach() if isinstance(x, nn.Parameter) else x
+    return type(x)(map(_constant, x)) if type(x) in (tuple, list) else x
 
 
 class _ConstantWeights(TorchFunctionMode):
@@ -39,8 +38,7 @@ class _ConstantWeights(TorchFunctionMode):
         in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
         kept = {"out": kwargs["out"]} if "out" in kwargs else {}
         first, rest = (args[:1], args[1:]) if in_place else ((), args)
-        rest, kwargs = tree_map_only(Tensor, _constant, (rest, kwargs))
-        return func(*first, *rest, **kwargs | kept)
+        return func(*first, *map(_constant, rest), **{k: _constant(v) for k, v in kwargs.items()} | kept)
 
 
 def _is_compiled(module: Any) -> bool:
