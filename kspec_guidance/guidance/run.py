@@ -153,7 +153,10 @@ class Run:
         if not active:
             return None
         move = context.layout.unpack(self._move(x, active, prediction, context))
-        return keep_finite(sample + move.to(sample.dtype), sample, context.overflows)
+        if isinstance(sample, Tensor):
+            return keep_finite(sample + move.to(sample.dtype), sample, context.overflows)
+        moved = type(sample)(part + m.to(part.dtype) for part, m in zip(sample, move, strict=True))
+        return keep_finite(moved, sample, context.overflows)
 
     @staticmethod
     def _active(states: list[TermState], prediction: Prediction, context: StepContext) -> list[TermState]:

@@ -10,6 +10,11 @@ from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from safetensors.torch import load_file
 
 from kspec_guidance import SPARKE, KernelGuidance, MMDGuidance
+from kspec_guidance.guidance.run import Run
+from kspec_guidance.guidance.spaces import Latents
+from kspec_guidance.loop.context import CallContext, StepContext
+from kspec_guidance.loop.layouts import Layout
+from kspec_guidance.loop.prediction import Prediction
 
 DATA = Path(__file__).parents[1] / "data" / "published"
 SPARKE_DATA, MMD_DATA = (load_file(DATA / f"{name}.safetensors") for name in ("sparke", "mmd"))
@@ -134,3 +139,19 @@ def test_published_settings_can_be_replaced_and_wrong_ones_raise():
         SPARKE.published(kernel=GaussianKernel())
     with pytest.raises(TypeError, match=r"SPARKE\(\) has no argument 'strength'"):
         SPARKE.published(strength=1)
+
+
+@pytest.mark.parametrize("space", [Latents(before=True), Latents()])
+def test_noisy_state_of_several_tensors_moves_in_its_own_form(space):
+    state = [torch.randn(3, 2, 4, 4), torch.randn(3, 5).half()]
+    layout = Layout.of(state)
+    context = StepContext(CallContext(), DDPMScheduler(), None, layout, [s.shape for s in state], 10)
+    packed = layout.pack(state)
+    prediction = Prediction(packed, packed, 0.8, 0.6, -0.75)
+    run = Run(SPARKE.published(0.1, space=space))
+    run.begin(context, state)
+    before, after = run.before_step(state, prediction, context), run.after_step(state, prediction, context)
+    moved, kept = (before, after) if space.before else (after, before)
+    assert kept is None
+    assert [(type(m), m.shape, m.dtype) for m in moved] == [(type(s), s.shape, s.dtype) for s in state]
+    assert not torch.equal(moved[1], state[1])
