@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kspec_guidance.kernels import GaussianKernel, Kernel, LaplacianKernel
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.utils.devices import normal, normal_tensors, transfer
+from kspec_guidance.utils.precision import full_precision
 
 __all__ = ["NystromFeatures", "RandomFourierFeatures", "RandomProjection", "tensor_product"]
 
@@ -170,7 +171,8 @@ class RandomProjection(_FeatureMap):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., input_dim]`` to ``[..., output_dim]``."""
         x = as_float(x)
-        return x @ self._buffer("matrix", x)
+        with full_precision(x.device):
+            return x @ self._buffer("matrix", x)
 
 
 def tensor_product(a: Tensor, b: Tensor) -> Tensor:

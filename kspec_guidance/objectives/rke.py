@@ -133,7 +133,8 @@ class RKE(Objective):
                 d_memory, w_memory = pairs.selection.distances(x)
                 d, w = torch.cat([d, d_memory], 1), torch.cat([w, w_memory.expand_as(d_memory)], 1)
             median = weighted_median(d, w * (d > DISTINCT * d.max()))
-        return GaussianKernel(SAMPLE_BANDWIDTH * median)  # type: ignore[arg-type]
+        median = SAMPLE_BANDWIDTH * median
+        return GaussianKernel(float(median) if x.device.type == "cpu" else median)  # type: ignore[arg-type]
 
     def _descent(
         self, squared: Kernel, x: Tensor, centred: Tensor, products: Tensor, pairs: Pairs

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kspec_guidance import SPARKE
+from kspec_guidance.features import RandomProjection
 from kspec_guidance.utils.precision import full_precision
 
 from .loops import Loop, noise
@@ -55,6 +56,14 @@ def test_full_precision_applies_within_its_context_alone(setting):
                 assert torch.equal(product(), expected)
             assert torch.equal(product(), expected)
         assert torch.equal(product(), reduced)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_random_projection_does_not_depend_on_precision_of_products(setting):
+    project = RandomProjection(64, 32)
+    expected = project(noise(0, 4, 64))
+    with products(setting):
+        assert torch.equal(project(noise(0, 4, 64)), expected)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
