@@ -110,10 +110,12 @@ its loop calls `scheduler.step` in its source, but was not run here, for the rea
 step that could be guided. *Parametrisation* is a class of `kspec_guidance.loop.prediction`, see below.
 """
 WAYS = """
-Ways in: *callback* is `callback_on_step_end=guide`, from the second step on; *callback (latents)* needs
-`guide.tensor_inputs = ["latents"]` first, since the class passes no prompt embeddings to callbacks: all images then count
-as images of one prompt; *attach* is `with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular
-block* is `insert_guidance(blocks, guide)`. The batch is the number of samples in one call. LoRA, IP-Adapter, several
+Ways in: *callback* is `callback_on_step_end=guide`, from the second step on; *callback (no prompts)*: the class
+hides its prompts from callbacks, so a warning is issued and all images count as images of one prompt; *attach* is
+`with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular block* is `insert_guidance(blocks, guide)`.
+*Prompt encoder* is what prompt features are read from; those *with padding* are means over all tokens. The batch is the
+number of samples in one call; the memory holds one row for each, as is checked here (Marigold: one for each member of
+an ensemble; Text2Video-Zero: one for a clip). LoRA, IP-Adapter, several
 ControlNets and the hand-over from a base model to a refiner are run in
 [tests/loop/test_scheduler_hook.py](../tests/loop/test_scheduler_hook.py).
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, TypeVar
@@ -19,6 +20,7 @@ from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS, Term
 from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.loop.attachment import Attachment, StepwiseAttachment
+from kspec_guidance.loop.callers import pipeline_of
 from kspec_guidance.loop.components import find_scheduler
 from kspec_guidance.loop.prompts import repeat_rows
 from kspec_guidance.memory import Memory, MemoryBank
@@ -70,7 +72,6 @@ class KernelGuidance(PipelineCallback):
         ValueError: for settings outside their ranges.
     """
 
-    tensor_inputs = ["latents", "prompt_embeds"]
     _registry: ClassVar[dict[str, type["KernelGuidance"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -191,8 +192,9 @@ class KernelGuidance(PipelineCallback):
     def attach(self, pipe: Any, scheduler: str | None = None) -> AbstractContextManager["KernelGuidance"]:
         """Attach the guide to ``pipe`` (or a bare scheduler) until the ``with`` block ends, or until :meth:`detach`.
 
-        Attaching the same guide again has no effect. After the block, or an exception in it, the pipeline is restored; if
-        other code has wrapped ``scheduler.step`` since, its wrapper stays, and the pipeline is no longer guided.
+        Only calls of this pipeline are guided, also if other pipelines share its scheduler. Attaching the same guide again
+        has no effect; of nested blocks the outermost detaches. After the block, or an exception in it, the pipeline is
+        restored; if other code has wrapped ``scheduler.step`` since, its wrapper stays, and the pipeline is no longer guided.
 
         Args:
             pipe: a pipeline, classic or modular, or a scheduler.
@@ -200,10 +202,11 @@ class KernelGuidance(PipelineCallback):
 
         Raises:
             UnsupportedSchedulerError: if the pipeline has no supported scheduler.
-            ValueError: if another guide is attached to this pipeline.
+            ValueError: if another guide is attached to this pipeline, or this guide to another pipeline.
         """
         attachment = self._run.attachment
         if not isinstance(attachment, Attachment) or attachment.pipe is not pipe:
+            self._check_free()
             self.detach()
             run = Run(self)
             run.attachment = Attachment(pipe, run, self, scheduler)
@@ -212,12 +215,29 @@ class KernelGuidance(PipelineCallback):
 
     @contextmanager
     def _attached(self) -> Iterator["KernelGuidance"]:
+        attachment = self._run.attachment
+        attachment.blocks += 1
         try:
             yield self
-            if self._run.attachment is not None:
-                self._run.attachment.end()
+            attachment.end()
         finally:
-            self.detach()
+            attachment.blocks -= 1
+            if not attachment.blocks and self._run.attachment is attachment:
+                self.detach()
+
+    def _check_free(self) -> None:
+        """Check that the guide is not used by another pipeline.
+
+        Raises:
+            ValueError: if it is attached to one.
+            RuntimeError: if it is the callback of a call in progress.
+        """
+        found = self._run.attachment
+        advice = "use one guide for each pipeline, with memory=guide.memory to share the memory"
+        if isinstance(found, Attachment):
+            raise ValueError(f"this guide is attached to a {type(found.pipe).__name__}; detach() it first, or {advice}")
+        if found is not None and found.in_progress():
+            raise RuntimeError(f"this guide is used by a call of a {type(found.pipe).__name__} in progress; {advice}")
 
     def detach(self) -> None:
         """Remove all hooks, if any. Memory and report are kept."""
@@ -225,16 +245,34 @@ class KernelGuidance(PipelineCallback):
             self._run.attachment.remove()
             self._run.attachment = None
 
+    @property
+    def tensor_inputs(self) -> list[str]:
+        """Names of the tensors that a callback needs: none. Many pipelines read this when a call with a callback begins.
+
+        The guide then observes the call, as in :meth:`attach`, since callbacks are called after the prompts were encoded.
+        """
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__") == "diffusers.callbacks":
+            frame = frame.f_back
+        pipe = pipeline_of(frame)
+        if pipe is not None and not self._is_attached_to(pipe):
+            self._stepwise(pipe).observe()
+        return []
+
     def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         """The ``callback_on_step_end`` of diffusers: hooks the *next* step only, so that no hook remains after a run.
 
         A callback runs after its step and without the model output, so guidance begins at the second step. An attached
-        guide ignores the callback, so no step is guided twice.
+        guide ignores the callback, so no step is guided twice. Pipelines that do not read :attr:`tensor_inputs` hide their
+        prompts from callbacks: a warning says so, and all images count as images of one prompt.
         """
         if self._is_attached_to(pipeline):
             return callback_kwargs
         total = getattr(pipeline, "num_timesteps", None) or len(find_scheduler(pipeline).timesteps)
-        stepwise = self._stepwise(pipeline, step_index == 0, callback_kwargs)
+        new = self._run.attachment is None or self._run.attachment.pipe is not pipeline
+        stepwise = self._stepwise(pipeline)
+        if step_index == 0 or new:
+            stepwise.begin_call()
         if step_index + 1 < total:
             stepwise.before_step(step_index + 1, total)
         else:
@@ -251,21 +289,23 @@ class KernelGuidance(PipelineCallback):
             tensors: ``prompt_embeds`` and ``latents``, if available; read at the first step.
         """
         if not self._is_attached_to(pipeline):
-            self._stepwise(pipeline, step_index == 0, tensors).before_step(step_index, total)
+            stepwise = self._stepwise(pipeline)
+            if step_index == 0:
+                stepwise.begin_call(tensors)
+            stepwise.before_step(step_index, total)
 
     def _is_attached_to(self, pipeline: Any) -> bool:
         attachment = self._run.attachment
-        return isinstance(attachment, Attachment) and attachment.pipe is pipeline
+        return isinstance(attachment, Attachment) and attachment.serves(pipeline)
 
-    def _stepwise(self, pipeline: Any, first: bool, tensors: dict[str, Any]) -> StepwiseAttachment:
-        """The attachment for single steps of a pipeline; ``first`` begins a call."""
+    def _stepwise(self, pipeline: Any) -> StepwiseAttachment:
+        """The attachment for single steps of a pipeline."""
         found = self._run.attachment
         if not isinstance(found, StepwiseAttachment) or found.pipe is not pipeline:
+            self._check_free()
             self.detach()
             self._run = Run(self)
             found = self._run.attachment = StepwiseAttachment(pipeline, self._run, self)
-        if first:
-            found.begin_call(tensors)
         return found
 
     # -- settings ----------------------------------------------------------------------------------------------------

@@ -107,7 +107,13 @@ class Run:
 
     def begin(self, context: StepContext, sample: Any) -> None:
         """Begin a pass through the timesteps: bind memories to the samples' shape, and create a new report."""
-        packed, encoder = context.layout.pack(sample), context.call.encoder
+        packed, call = context.layout.pack(sample), context.call
+        conditional = any(term.objective.conditional for term in self.guide.terms)
+        if conditional and context.prompts is None and call.prompted and not call.warned:
+            call.warn(
+                f"the prompts of this call of {type(call.pipe).__name__} cannot be read, so all its samples count as "
+                "samples of one prompt. Callbacks see the prompts of some pipelines only; use `with guide.attach(pipe)`"
+            )
         self.report = GuidanceReport.of(context, self.guide.memory)
         self.finished, self._unchecked = [], []
         self._states = [TermState(term, term.guided_steps(context.total)) for term in self.guide.terms]
@@ -118,7 +124,7 @@ class Run:
         for term in self.guide.terms:
             shape = term.space.shape(packed)
             if shape is not None:
-                term.memory.bind(shape, term.space.name, encoder)
+                term.memory.bind(shape, term.space.name, call.encoder)
 
     def step(self, prediction: Prediction, context: StepContext) -> Any | None:
         """The move of x0: the sum over terms of transform(gradient), in the layout of the loop."""

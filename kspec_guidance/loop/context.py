@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kspec_guidance.loop.layouts import Layout
 from kspec_guidance.loop.prediction import Prediction
+from kspec_guidance.utils.messages import warn_user
 from kspec_guidance.utils.timing import Stopwatch
 
 __all__ = ["CallContext", "DenoiserCall", "StepContext", "StepHandler"]
@@ -30,18 +31,28 @@ class CallContext:
         prompts: unit-norm features ``[rows, p]``, one row per prompt or sample, possibly with negative prompts.
         encoder: fingerprint or name of the source of the prompt features.
         class_labels: whether the features are class labels; negatives then come last.
+        prompted: whether the pipeline takes prompts.
         count: number of images or clips.
         size: height and width in pixels.
         steps: number of scheduler steps that the pipeline plans.
+        warned: warnings of this call so far.
     """
 
     pipe: Any = None
     prompts: Tensor | None = None
     encoder: str | None = None
     class_labels: bool = False
+    prompted: bool = False
     count: int | None = None
     size: tuple[int, int] | None = None
     steps: int | None = None
+    warned: set[str] = field(default_factory=set)
+
+    def warn(self, message: str) -> None:
+        """Issue a warning once in this call."""
+        if message not in self.warned:
+            self.warned.add(message)
+            warn_user(message)
 
 
 @dataclass(eq=False)

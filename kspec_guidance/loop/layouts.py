@@ -31,6 +31,8 @@ class Layout:
     Args:
         kind: see the module's table; ``other`` for more dimensions.
         group: number of consecutive rows that form one sample.
+        copies: number of copies of the batch that are stepped together: some loops pass both halves of classifier-free
+            guidance to the scheduler.
         shapes: shapes of the tensors of a ``several`` state, without the batch dimension.
 
     >>> x = torch.zeros(6, 4, 8, 8)
@@ -41,6 +43,7 @@ class Layout:
     kind: str
     group: int = 1
     shapes: tuple[tuple[int, ...], ...] = ()
+    copies: int = 1
 
     @classmethod
     def of(cls, sample: Any, count: int | None = None) -> "Layout":
@@ -56,18 +59,22 @@ class Layout:
         if not isinstance(sample, Tensor) or sample.ndim < 2:
             got = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
             raise ValueError(f"a sample must be a tensor [n, ...], got {got}")
+        kind = KIND_BY_DIMENSIONS.get(sample.ndim, "other")
         if count and len(sample) > count and len(sample) % count == 0:
-            return cls("frames", len(sample) // count)
-        return cls(KIND_BY_DIMENSIONS.get(sample.ndim, "other"))
+            copies = len(sample) // count
+            if bool((sample.reshape(copies, -1) == sample[:count].reshape(1, -1)).all()):
+                return cls(kind, copies=copies)
+            return cls("frames", copies)
+        return cls(kind)
 
     @functools.cached_property
     def trivial(self) -> bool:
         """Whether a sample is one tensor with one row per image or clip, so that packing has no effect."""
-        return self.group == 1 and self.kind != "several"
+        return self.group == self.copies == 1 and self.kind != "several"
 
     def count(self, sample: Any) -> int:
         """Number of images or clips in the sample."""
-        return len(sample[0]) if self.kind == "several" else len(sample) // self.group
+        return len(sample[0]) if self.kind == "several" else len(sample) // self.group // self.copies
 
     @staticmethod
     def device(sample: Any) -> torch.device:
@@ -78,6 +85,8 @@ class Layout:
         """Convert a sample to one row per image or clip ``[n, ...]``."""
         if self.kind == "several":
             return torch.cat([s.flatten(1) for s in sample], dim=1)
+        if self.copies > 1:
+            return sample[: len(sample) // self.copies]
         return sample if self.group == 1 else sample.unflatten(0, (-1, self.group))
 
     def unpack(self, x: Tensor) -> Any:
@@ -85,4 +94,6 @@ class Layout:
         if self.kind == "several":
             sizes = [torch.Size(s).numel() for s in self.shapes]
             return tuple(p.view(len(x), *s) for p, s in zip(x.split(sizes, 1), self.shapes, strict=True))
+        if self.copies > 1:
+            return torch.cat([x] * self.copies)
         return x if self.group == 1 else x.flatten(0, 1)

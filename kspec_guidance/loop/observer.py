@@ -1,6 +1,7 @@
 """PipelineObserver: records prompts, sizes and denoiser calls of a running pipeline, without encoding prompts again."""
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,32 @@ from torch import Tensor, nn
 
 from kspec_guidance.loop.components import denoiser_of, sub_pipelines
 from kspec_guidance.loop.context import CallContext, DenoiserCall
-from kspec_guidance.loop.prompts import condition_of, masked_mean, prompt_tensor, token_mask, wanted_half
-from kspec_guidance.loop.scheduler_hook import Function, MethodPatch
+from kspec_guidance.loop.prompts import (
+    condition_of,
+    masked_mean,
+    prompt_count,
+    prompt_major,
+    prompt_tensor,
+    token_mask,
+    wanted_rows,
+)
+from kspec_guidance.loop.scheduler_hook import Function, MethodPatch, never
 from kspec_guidance.utils.hashing import fingerprint
 
 __all__ = ["DenoiserWatch", "PipelineObserver"]
 
 ENCODE_METHODS = ("encode_prompt", "_encode_prompt", "_encode_text_prompt")
+CONDITIONS = {"prompt", "prompt_embeds", "image_embeds", "class_labels"}  # arguments of a call that state what is wanted
+_fingerprints: "weakref.WeakKeyDictionary[nn.Module, tuple[int, str]]" = weakref.WeakKeyDictionary()
+
+
+def encoder_fingerprint(encoder: nn.Module) -> str:
+    """:func:`fingerprint`, computed once per encoder, and again if parameters were added or removed."""
+    size = sum(1 for _ in encoder.parameters())
+    known = _fingerprints.get(encoder)
+    if known is None or known[0] != size:
+        known = _fingerprints[encoder] = size, fingerprint(encoder)
+    return known[1]
 
 
 class PipelineObserver:
@@ -26,9 +46,10 @@ class PipelineObserver:
     Args:
         pipe: a pipeline, classic or modular.
         on_call: called when a call begins and when its prompts are encoded, before they are recorded.
-        on_end: called when a call ends.
+        on_end: called when a call ends, also if it was interrupted.
         denoiser_calls: whether to keep the arguments of the denoiser's first call at each step.
-        tag: see :class:`MethodPatch`.
+        tag, replaceable: see :class:`MethodPatch`.
+        in_pass: whether the steps of the current call have begun.
 
     Raises:
         ValueError: if the pipeline is observed under another tag.
@@ -41,8 +62,12 @@ class PipelineObserver:
         on_end: Callable[[], None],
         denoiser_calls: bool,
         tag: Any,
+        replaceable: Callable[[], bool] = never,
+        in_pass: Callable[[], bool] = never,
     ):
         self.pipe, self.on_call, self.on_end, self.tag = pipe, on_call, on_end, tag
+        self._replaceable, self._in_pass = replaceable, in_pass
+        self._prompted = not CONDITIONS.isdisjoint(inspect.signature(type(pipe).__call__).parameters)
         self._patches: list[MethodPatch] = []
         self._denoiser: DenoiserWatch | None = None
         self._token_ids: list[tuple[Tensor, Tensor | None, int | None]] = []
@@ -59,8 +84,8 @@ class PipelineObserver:
             if encode is not None:
                 self._patch(inner, encode, self._around_encode)
         self._encodes = bool(self._patches)
-        for inner in sub_pipelines(self.pipe):
-            self._patch(inner, "prepare_latents", self._around_latents)
+        patched = [self._patch(inner, "prepare_latents", self._around_latents) for inner in sub_pipelines(self.pipe)]
+        self._has_latents = any(patched)
         self._has_start = self._patch(self.pipe, "check_inputs", self._around_start)
         self._patch(self.pipe, "maybe_free_model_hooks", self._around_end)
         if denoiser_calls or not self._encodes:
@@ -68,7 +93,7 @@ class PipelineObserver:
 
     def _patch(self, owner: Any, name: str, wrap: Callable[[Function], Function]) -> bool:
         if callable(getattr(owner, name, None)):
-            self._patches.append(MethodPatch(owner, name, wrap, self.tag))
+            self._patches.append(MethodPatch(owner, name, wrap, self.tag, self._replaceable))
             return True
         return False
 
@@ -86,14 +111,19 @@ class PipelineObserver:
         self._encoder: str | None = None
         self._count: int | None = None
         self._size: tuple[int, int] | None = None
+        self._warned: set[str] = set()
         self._class_labels, self._open = False, True  # _open: whether prompts of the current call are still expected
+
+    def close(self) -> None:
+        """Expect no further prompts in the current call: what is encoded later is not recorded."""
+        self._open = False
 
     def context(self) -> CallContext:
         """The recorded data of the current call."""
         steps = getattr(self.pipe, "num_timesteps", None)
         return CallContext(
-            self.pipe, self._prompts, self._encoder, self._class_labels, self._count, self._size,
-            steps if isinstance(steps, int) else None,
+            self.pipe, self._prompts, self._encoder, self._class_labels, self._prompted, self._count, self._size,
+            steps if isinstance(steps, int) else None, self._warned,
         )  # fmt: skip
 
     def denoiser_call(self) -> DenoiserCall | None:
@@ -112,8 +142,7 @@ class PipelineObserver:
 
     def _around_end(self, original: Function) -> Function:
         def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
-            if not getattr(self.pipe, "interrupt", False):
-                self.on_end()
+            self.on_end()
             self._open = True
             return original(*args, **kwargs)
 
@@ -147,23 +176,38 @@ class PipelineObserver:
                     handle.remove()
             embeds = prompt_tensor(result)
             if embeds is not None:
-                self._note_prompts(wanted_half(masked_mean(embeds, self._mask(embeds, result)), signature, args, kwargs))
+                self._note_prompts(embeds, result, signature.bind(*args, **kwargs))
             return result
 
         return encode_prompt
 
-    def _note_prompts(self, features: Tensor) -> None:
+    def _note_prompts(self, embeds: Tensor, result: Any, bound: inspect.BoundArguments) -> None:
         if self._has_start and not self._open:
             return  # a further encoding of the same call: negative prompts, or a second encoder
         self.on_call()
-        encoders = self._encoders()
-        self._prompts, self._encoder = features, fingerprint(encoders[0]) if encoders else "given"
+        bound.apply_defaults()
+        given, encoders = bound.arguments, self._encoders()
+        if given.get("prompt_embeds") is not None:
+            self._token_ids.clear()  # the tokens are those of negative prompts
+        mask, wanted = self._returned_mask(embeds, result), wanted_rows(embeds, given, self.pipe)
+        if mask is None:
+            mask = self._mask(wanted)
+        else:
+            mask = prompt_major(wanted_rows(mask, given, self.pipe), prompt_count(given))
+        self._prompts = masked_mean(wanted, mask)
+        self._encoder = encoder_fingerprint(encoders[0]) if encoders else "given"
+        if mask is None and embeds.ndim > 2:
+            self._encoder += ", with padding"  # not comparable with features of the prompt's tokens
         self._open = False
 
     def _note_condition(self, call: DenoiserCall) -> None:
-        found = condition_of(call) if self._open else None
+        if not self._open and self._in_pass():
+            return
+        found = condition_of(call)
         if found is not None:
-            self._prompts, self._class_labels = found
+            self._prompts, labelled = found
+            self._class_labels = labelled is not None
+            self._count = labelled if labelled and not self._has_latents else self._count
             self._encoder = "labels" if self._class_labels else "the denoiser's condition"
             self._open = False
 
@@ -176,13 +220,18 @@ class PipelineObserver:
         if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point():
             self._token_ids.append((ids, kwargs.get("attention_mask"), getattr(module.config, "bos_token_id", None)))
 
-    def _mask(self, embeds: Tensor, result: Any) -> Tensor | None:
-        """Mask ``[n, l]`` of the prompt tokens of the embeddings; None if unknown."""
+    @staticmethod
+    def _returned_mask(embeds: Tensor, result: Any) -> Tensor | None:
+        """Mask ``[rows, l]`` of the prompt tokens that an encoder returned with its embeddings; None if there is none."""
+        for part in result if isinstance(result, tuple | list) and embeds.ndim > 2 else ():
+            if isinstance(part, Tensor) and part.shape == embeds.shape[:2] and bool(((part == 0) | (part == 1)).all()):
+                return part
+        return None
+
+    def _mask(self, embeds: Tensor) -> Tensor | None:
+        """Mask ``[n, l]`` of the prompt tokens from the encoder's input; None if unknown."""
         if embeds.ndim != 3:
             return None
-        for part in result if isinstance(result, tuple | list) else ():
-            if isinstance(part, Tensor) and part.shape == embeds.shape[:2] and not part.is_floating_point():
-                return part
         for ids, attention, bos in self._token_ids:
             mask = token_mask(ids, bos) if attention is None else attention
             if mask.shape[1] == embeds.shape[1] and embeds.shape[0] % len(mask) == 0:
@@ -201,7 +250,7 @@ class DenoiserWatch:
 
     def __init__(self, pipe: Any, on_call: Callable[[DenoiserCall], None] | None = None, keep: bool = True):
         self.kept: DenoiserCall | None = None
-        self._handle: Any = None
+        self._handle: Any = None  # a hook, or a patch of a module that was compiled in place
         denoiser = denoiser_of(pipe)
         if denoiser is None:
             return
@@ -217,7 +266,17 @@ class DenoiserWatch:
             if on_call is not None:
                 on_call(call)
 
-        self._handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
+        def around_compiled(compiled: Function) -> Function:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                record(denoiser, args, kwargs)
+                return compiled(*args, **kwargs)
+
+            return call
+
+        if getattr(denoiser, "_compiled_call_impl", None) is not None:  # hooks would be part of the graph
+            self._handle = MethodPatch(denoiser, "_compiled_call_impl", around_compiled, self)
+        else:
+            self._handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
 
     def take(self) -> DenoiserCall | None:
         """Return the kept call, or None, and reset it."""

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kspec_guidance.loop.callers import in_progress
+from kspec_guidance.loop.components import check_recomputable, denoiser_of
 from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, StepHandler
 from kspec_guidance.loop.layouts import Layout
 from kspec_guidance.loop.prediction import keep_finite, parametrisation_of, predict
@@ -29,6 +31,11 @@ REPEATED_STEPS = {"CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"}
 ARGUMENT_NAMES = {"sample_hat": "sample", "sigma_hat": "timestep"}  # KarrasVe's names
 
 
+def never() -> bool:
+    """False."""
+    return False
+
+
 class MethodPatch:
     """Replaces a method of one object until :meth:`remove`.
 
@@ -40,6 +47,7 @@ class MethodPatch:
         name: name of the method.
         wrap: function from the previous method to its replacement.
         tag: identifies the owner of the patch; a method accepts patches of one tag at a time.
+        replaceable: whether a patch of another tag may replace this one, as left over from a call that was aborted.
 
     Raises:
         ValueError: if the method is patched under another tag.
@@ -49,16 +57,26 @@ class MethodPatch:
     name: str
     tag: Any
     active: bool
+    replaceable: Callable[[], bool]
     _patches: "ClassVar[weakref.WeakSet[MethodPatch]]" = weakref.WeakSet()
 
-    def __init__(self, owner: Any, name: str, wrap: Callable[[Function], Function], tag: Any):
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        wrap: Callable[[Function], Function],
+        tag: Any,
+        replaceable: Callable[[], bool] = never,
+    ):
         for other in list(self._patches):
             if other.active and other.owner is owner and other.name == name and other.tag is not tag:
-                raise ValueError(
-                    f"this {type(owner).__name__} is already guided by another guide; combine the two with `guide + "
-                    "other`, or detach() the first"
-                )
-        self.owner, self.name, self.tag, self.active = owner, name, tag, True
+                if not other.replaceable():
+                    raise ValueError(
+                        f"this {type(owner).__name__} is already guided by another guide; combine the two with `guide + "
+                        "other`, or detach() the first"
+                    )
+                other.remove()
+        self.owner, self.name, self.tag, self.active, self.replaceable = owner, name, tag, True, replaceable
         self.replaced_attribute, self.original = _live(owner, name)
         functools.update_wrapper(self, self.original, updated=())
         below = functools.update_wrapper(lambda *args, **kwargs: self.original(*args, **kwargs), self.original, updated=())
@@ -114,6 +132,7 @@ class SchedulerHook:
         tag: see :class:`MethodPatch`.
         pipe: the pipeline that calls the step, if known.
         denoiser_call: returns the denoiser's first call since the last step; called at each step.
+        foreign: whether the current step belongs to another pipeline, which is left alone.
 
     Raises:
         UnsupportedSchedulerError: if the scheduler is not supported.
@@ -128,10 +147,11 @@ class SchedulerHook:
         tag: Any,
         pipe: Any = None,
         denoiser_call: Callable[[], DenoiserCall | None] | None = None,
+        foreign: Callable[[], bool] = never,
     ):
         self.parametrisation = parametrisation_of(scheduler)  # raises before anything is changed
         self.scheduler, self.handler, self.call, self.tag = scheduler, handler, call, tag
-        self.denoiser_call = denoiser_call
+        self.denoiser_call, self.foreign, self.pipe = denoiser_call, foreign, pipe
         self.context: StepContext | None = None  # of the current pass; None during a step, and after a failed step
         self.entered: StepContext | None = None  # of the current pass, also during a step
         self._repeated = not REPEATED_STEPS.isdisjoint(cls.__name__ for cls in type(pipe).__mro__)
@@ -148,7 +168,14 @@ class SchedulerHook:
         self.remove()
         name = "step" if hasattr(self.scheduler, "step") else "step_pred"
         self._once, self._timesteps = once, getattr(self.scheduler, "timesteps", None)
-        self._patch = MethodPatch(self.scheduler, name, self._wrap, self.tag)
+        thread = threading.current_thread()
+
+        def left_over() -> bool:
+            return once is not None and (
+                self.scheduler.timesteps is not self._timesteps or not in_progress(self.pipe, thread)
+            )
+
+        self._patch = MethodPatch(self.scheduler, name, self._wrap, self.tag, left_over)
 
     def remove(self) -> None:
         """Remove the hook, if any."""
@@ -174,10 +201,16 @@ class SchedulerHook:
         if self.context is not None and not self.context.done and self.context.final is not None:
             self._finish(self.context)
 
+    def in_pass(self) -> bool:
+        """Whether the current timesteps are being stepped through."""
+        return self.entered is not None and self.entered.timesteps is self.scheduler.timesteps
+
     def _wrap(self, original: Function) -> Function:
         signature = inspect.signature(getattr(type(self.scheduler), "step", None) or type(self.scheduler).step_pred)
 
         def step(*args: Any, **kwargs: Any) -> Any:
+            if self.foreign():
+                return original(*args, **kwargs)
             bound = signature.bind(self.scheduler, *args, **kwargs)
             given = bound.arguments
             if self._once is not None and self.scheduler.timesteps is not self._timesteps:  # left over from an aborted run
@@ -234,19 +267,33 @@ class SchedulerHook:
 
     def _begin(self, timestep: Any, sample: Any) -> StepContext:
         call, scheduler = self.call(), self.scheduler
-        if self._once is not None:
+        count, given, changed = call.count, call.prompts, self._resized(sample)
+        if changed is not None:
+            step, total, count, given = changed.step, changed.total, None, one_prompt(changed, len(sample))
+        elif self._once is not None:
             step, total = self._once
         else:
             step, total = 0, len(scheduler.timesteps) - first_index(scheduler, timestep)
             if call.steps is not None:  # a base model may leave the last timesteps to a refiner
                 total = min(total, call.steps)
-        layout = Layout.of(sample, call.count)
-        prompts = prompts_of_samples(call.prompts, layout.count(sample), layout.device(sample), call.class_labels)
+        denoiser = None if self.denoiser_call is None or self.pipe is None else denoiser_of(self.pipe)
+        if denoiser is not None and self.handler.needs_denoiser_call:
+            check_recomputable(denoiser)
+        layout = Layout.of(sample, count)
+        prompts = prompts_of_samples(given, layout.count(sample), layout.device(sample), call.class_labels, call.warn)
         context = StepContext(call, scheduler, scheduler.timesteps, layout, shapes_of(sample), total, prompts, step)
         self.entered = context
         with torch.no_grad():
             self.handler.begin(context, sample)
         return context
+
+    def _resized(self, sample: Any) -> StepContext | None:
+        """The pass in progress, if this step continues it with another number of samples; else None."""
+        last = self.entered
+        if last is None or last.done or not self.in_pass() or not last.layout.trivial or not isinstance(sample, Tensor):
+            return None
+        one = last.shapes[0] == 1 and len(sample) > 1  # frames are made from one sample
+        return last if not one and len(sample) != last.shapes[0] and sample.shape[1:] == last.shapes[1:] else None
 
     def _finish(self, context: StepContext) -> None:
         context.done, self.entered = True, None
@@ -260,6 +307,22 @@ def _with_sample(result: Any, latents: Tensor) -> Any:
         return (latents, *result[1:])
     result.prev_sample = latents
     return result
+
+
+def one_prompt(context: StepContext, n: int) -> Tensor | None:
+    """Features ``[1, p]`` of the prompt that all samples of a pass have; None if prompts are unknown.
+
+    Raises:
+        ValueError: if the prompts differ.
+    """
+    prompts = context.prompts
+    if prompts is not None and not bool((prompts == prompts[:1]).all()):
+        raise ValueError(
+            f"the batch changed from {len(prompts)} to {n} samples at step {context.step + 1} of {context.total}, and its "
+            "prompts differ, so the prompts of the remaining samples are unknown; nothing was added to the memory. Keep "
+            "the batch until the end of the call, or call the pipeline once per prompt"
+        )
+    return None if prompts is None else prompts[:1]
 
 
 def shapes_of(sample: Any) -> Any:

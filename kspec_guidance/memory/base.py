@@ -12,6 +12,7 @@ from torch import Tensor
 from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.utils.devices import normal, normal_tensors
+from kspec_guidance.utils.hashing import same_network
 
 if TYPE_CHECKING:
     from kspec_guidance.memory.selection import PromptWeights, Selection
@@ -52,6 +53,11 @@ def check_finite(rows: Tensor, name: str) -> Tensor:
     if not torch.isfinite(rows).all():
         raise ValueError(f"{name} contain NaN or infinite values; nothing was added")
     return rows
+
+
+def _agree(encoder: str | None, other: str | None) -> bool:
+    """Whether two prompt encoders may be the same; an unknown one may be any."""
+    return encoder is None or other is None or same_network(encoder, other)
 
 
 class Memory:
@@ -146,7 +152,7 @@ class Memory:
                 raise ValueError(f"memory holds features of shape {self.shape}, this pipeline makes {shape}; {advice}")
             if self.space not in (None, space):
                 raise ValueError(f"memory holds entries of space {self.space!r}, this guide works in {space!r}; {advice}")
-            if None not in (self.prompt_encoder, prompt_encoder) and self.prompt_encoder != prompt_encoder:
+            if not _agree(self.prompt_encoder, prompt_encoder):
                 raise ValueError(
                     f"memory holds prompts encoded by {self.prompt_encoder}, this pipeline uses {prompt_encoder}; {advice}"
                 )
@@ -191,8 +197,8 @@ class Memory:
             return
         for name in ("shape", "space", "prompt_encoder", "prompt_dim"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            unknown = name in ("space", "prompt_encoder") and None in (mine, theirs)
-            if mine != theirs and not unknown:
+            unknown = name == "space" and None in (mine, theirs)
+            if mine != theirs and not unknown and not (name == "prompt_encoder" and _agree(mine, theirs)):
                 raise ValueError(f"memories differ in {name}: {mine} here, {theirs} there; they cannot be merged")
 
     def _adopt(self, other: "Memory") -> None:

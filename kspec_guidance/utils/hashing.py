@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 from kspec_guidance.utils.placement import stored_weights
 
-__all__ = ["fingerprint", "hash_json", "hash_tensors", "weights_fingerprint"]
+__all__ = ["fingerprint", "hash_json", "hash_tensors", "same_network", "weights_fingerprint"]
+
+FINGERPRINT = re.compile(r"([^()]+)(?:\(((?:[+-]\d+)+)\))?([^()]*)")
+NUMBER = re.compile(r"[+-]\d+")
 
 
 def hash_json(value: Any, digits: int = 64) -> str:
@@ -37,16 +41,53 @@ def weights_fingerprint(network: Any) -> str:
 
 
 def fingerprint(module: Any) -> str:
-    """A short identifier of a network: its class, and a digest of the shapes and some values of three of its weights.
+    """An identifier of a network, to be compared by :func:`same_network`: class, digest of the architecture, projections.
 
-    Values are rounded, so that float32 and float16 weights of one network have the same identifier.
+    The digest is of the names and shapes of all parameters. The projections are inner products, in hundredths, of 256
+    values of the first, middle and last matrix, scaled to norm 1, with two cosines. They differ between networks of one
+    architecture that were trained apart. Networks without values (on the meta device, as under sequential offloading)
+    have no projections.
     """
-    digest = hashlib.sha256(type(module).__name__.encode())
+    digest, matrices = hashlib.sha256(type(module).__name__.encode()), []
     if isinstance(module, nn.Module):
-        parameters = list(module.named_parameters())
-        for name, p in [parameters[0], parameters[len(parameters) // 2], parameters[-1]] if parameters else []:
+        for name, p in module.named_parameters():
             digest.update(f"{name}{list(p.shape)}".encode())
-            if p.device.type != "meta":
-                sample = p.detach().flatten()[:256].to("cpu", torch.float32)
-                digest.update((sample * 64).round().to(torch.int32).numpy().tobytes())
-    return f"{type(module).__name__}-{digest.hexdigest()[:12]}"
+            if p.ndim > 1 and p.is_floating_point():
+                matrices.append(p)
+    chosen = [matrices[0], matrices[len(matrices) // 2], matrices[-1]] if matrices else []
+    numbers = (
+        "" if any(p.device.type == "meta" for p in chosen) else "".join(f"{z:+d}" for p in chosen for z in projections(p))
+    )
+    return f"{type(module).__name__}-{digest.hexdigest()[:12]}" + (f"({numbers})" if numbers else "")
+
+
+def projections(p: Tensor) -> list[int]:
+    """Inner products, in hundredths, of the first 256 values, scaled to norm 1, with two cosines."""
+    w = p.detach().flatten()[:256].to("cpu", torch.float32).double()
+    waves = torch.cos(torch.outer(torch.tensor([1.0, 2.0], dtype=torch.float64), torch.arange(len(w), dtype=torch.float64)))
+    return [round(100 * z) for z in (waves @ (w / w.norm().clamp_min(1e-30))).tolist()]
+
+
+# Rounding to bfloat16 changes each value by at most 2^-9 of itself, and so a projection by at most 2^-8 |cosine|, 4.5
+# hundredths; rounding to hundredths adds one. A digest of rounded values has no such bound: near a boundary it flips.
+TOLERANCE = 6
+
+
+def same_network(a: str, b: str) -> bool:
+    """Whether two fingerprints may be of one network: equal up to projections that differ by rounding, or are missing.
+
+    >>> same_network("CLIPTextModel-3f2a9c8d1e00(+12-45)", "CLIPTextModel-3f2a9c8d1e00(+13-45)")
+    True
+    >>> same_network("CLIPTextModel-3f2a9c8d1e00(+12-45)", "CLIPTextModel-3f2a9c8d1e00(+12+88)")
+    False
+    """
+    parts = [FINGERPRINT.fullmatch(f) for f in (a, b)]
+    if a == b or None in parts:
+        return a == b
+    (prefix, x, suffix), (other_prefix, y, other_suffix) = (match.groups() for match in parts if match is not None)
+    if (prefix, suffix) != (other_prefix, other_suffix):
+        return False
+    x, y = (NUMBER.findall(numbers or "") for numbers in (x, y))
+    return (
+        not x or not y or (len(x) == len(y) and all(abs(int(i) - int(j)) <= TOLERANCE for i, j in zip(x, y, strict=True)))
+    )

@@ -14,14 +14,16 @@ def test_prompts_are_repeated_per_image_and_negatives_dropped():
     assert torch.equal(prompts_of_samples(with_negatives, 2, CPU), with_negatives[2:])  # negative prompts first
     # negative class labels last
     assert torch.equal(prompts_of_samples(with_negatives, 2, CPU, class_labels=True), with_negatives[:2])
-    frames = rows(12, 3)  # 4 frames of each of 3 clips
-    torch.testing.assert_close(prompts_of_samples(frames, 3, CPU), frames.view(3, 4, 3).mean(1))
+    frames = rows(3, 3).repeat_interleave(4, dim=0)  # 4 frames of each of 3 clips
+    assert torch.equal(prompts_of_samples(frames, 3, CPU), frames[::4])
     assert prompts_of_samples(None, 3, CPU) is None
 
 
 def test_mismatched_prompt_count_warns_and_returns_none():
     with pytest.warns(UserWarning, match="encoded 5 prompts for 3 samples, so prompts are ignored"):
         assert prompts_of_samples(rows(5, 3), 3, CPU) is None
+    with pytest.warns(UserWarning, match="encoded 6 prompts for 2 samples, so prompts are ignored"):
+        assert prompts_of_samples(rows(6, 3), 2, CPU) is None  # never the mean of rows of different prompts
     with pytest.raises(ValueError, match="3 samples cannot be divided evenly among 2 prompts"):
         repeat_rows(rows(2, 3), 3)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from PIL import Image
 from kspec_guidance import SPARKE
 from kspec_guidance.pipelines import guided
 from tests.tiny import builders
+
+EFFECT = 1e-4  # smallest relative change of the output that counts as an effect of guidance
 
 
 @dataclass
@@ -32,12 +35,15 @@ class Verdict:
         return asdict(self)
 
 
+def first_field(output: Any) -> Any:
+    if isinstance(output, dict | tuple):
+        return next(v for v in (output.values() if isinstance(output, dict) else output) if v is not None)
+    return output
+
+
 def as_array(output: Any) -> np.ndarray:
     """The first field of a pipeline's output as an array."""
-    if isinstance(output, dict):
-        output = next(v for v in output.values() if v is not None)
-    if isinstance(output, tuple):
-        output = next(v for v in output if v is not None)
+    output = first_field(output)
     if isinstance(output, torch.Tensor):
         return output.detach().float().cpu().numpy()
     if isinstance(output, list | np.ndarray) and len(output) and isinstance(output[0], list | Image.Image | torch.Tensor):
@@ -52,6 +58,25 @@ def run_pipeline(pipe: Any, guide: Any = None, **kwargs: Any) -> np.ndarray:
         return as_array(pipe(**arguments))
     with guide.attach(pipe):
         return as_array(pipe(**arguments))
+
+
+def has_effect(output: np.ndarray, plain: np.ndarray) -> bool:
+    return float(np.abs(output - plain).mean()) > EFFECT * float(np.abs(plain).mean())
+
+
+def check_memory(memory: Any, output: np.ndarray, arguments: dict[str, Any]) -> None:
+    """Check that the memory has one row for each returned sample, and different features for different prompts."""
+    expected = len(output) * (arguments.get("ensemble_size") or 1)  # Marigold returns the median of an ensemble
+    if "video_length" in arguments:
+        expected = 1  # the frames of one clip are returned as images
+    assert len(memory) == expected, f"{len(memory)} rows in memory for {expected} samples"
+    assert len(memory.x.flatten(1).unique(dim=0)) == expected, "samples are remembered twice"
+    prompts = arguments.get("prompt")
+    if memory.prompts is not None and isinstance(prompts, list) and len(set(prompts)) > 1 and expected > 1:
+        rows = memory.prompts.unflatten(0, (len(prompts), -1))
+        assert torch.equal(rows, rows[:, :1].expand_as(rows)), "samples of one prompt have different prompt features"
+        cosine = float(memory.prompts[0] @ memory.prompts[-1])
+        assert cosine < 1 - 1e-4, f"two different prompts have features of cosine {cosine:.6f}"
 
 
 def family_of(cls: type) -> str:
@@ -74,23 +99,27 @@ def check_pipeline(name: str) -> Verdict:
     pipe = builders.build(name)
     verdict = Verdict(name)
     parameters = inspect.signature(type(pipe).__call__).parameters
-    plain = run_pipeline(pipe)
+    arguments = builders.call_kwargs(pipe)
+    plain = as_array(pipe(**arguments))
     assert np.isfinite(plain).all(), "plain output is not finite"
     idle = SPARKE(0.0)
     assert np.array_equal(run_pipeline(pipe, idle), plain), "scale 0 is not the plain pipeline"
-    n = len(idle.memory)
-    assert n > 0, "the memory stayed empty"
+    check_memory(idle.memory, plain, arguments)
+    n, prompts = len(idle.memory), arguments.get("prompt")
+    single = isinstance(prompts, list) and n == len(prompts)  # one sample for each prompt: only equal prompts repel
+    same = {"prompt": [prompts[0]] * n} if single else {}
+    plain = run_pipeline(pipe, **same)
     guide = SPARKE(1.0, stop=1.0)
-    moved = run_pipeline(pipe, guide)
+    moved = run_pipeline(pipe, guide, **same)
     if n == 1:  # one image is guided only by another in memory
-        moved = run_pipeline(pipe, guide)
+        moved = run_pipeline(pipe, guide, **same)
     assert np.isfinite(moved).all(), "guided output is not finite"
-    assert not np.array_equal(moved, plain), "guidance changed nothing"
+    assert has_effect(moved, plain), "guidance changed nothing"
     assert guide.report().steps_guided > 0, "no step was guided"
-    assert np.array_equal(run_pipeline(pipe), plain), "the pipeline was not restored"
+    assert np.array_equal(run_pipeline(pipe, **same), plain), "the pipeline was not restored"
     verdict.scheduler = guide.report().scheduler
     verdict.layout = guide.report().layout
-    verdict.prompts = "none" if idle.memory.prompts is None else str(idle.memory.prompt_encoder).rpartition("-")[0]
+    verdict.prompts = "none" if idle.memory.prompts is None else encoder_name(idle.memory.prompt_encoder)
     verdict.checks = {"batch": n, "steps": guide.report().total_steps}
     verdict.ways = ["attach", "guided"]
     assert verdict.checks["steps"] >= 2, "the run was cut into single steps"
@@ -98,7 +127,7 @@ def check_pipeline(name: str) -> Verdict:
     pipe.__class__ = subclass  # the guided subclass with the same components
     second_guide = SPARKE(1.0, stop=1.0)
     for _ in range(2 if n == 1 else 1):
-        result = as_array(pipe(**builders.call_kwargs(pipe), kspec_guidance=second_guide))
+        result = as_array(pipe(**builders.call_kwargs(pipe, **same), kspec_guidance=second_guide))
     assert np.array_equal(result, moved), "the guided subclass differs from attach"
     pipe.__class__ = subclass.__mro__[1]
     if "guidance_scale" in parameters:
@@ -108,12 +137,14 @@ def check_pipeline(name: str) -> Verdict:
             except Exception:
                 verdict.checks["guidance off"] = "diffusers itself fails without guidance"
                 break
-            run_pipeline(pipe, SPARKE(1.0), guidance_scale=value)
+            without = SPARKE(0.0)
+            run_pipeline(pipe, without, guidance_scale=value)
+            assert len(without.memory) == n, f"{len(without.memory)} rows at guidance_scale={value} for {n} samples"
         else:
             verdict.checks["guidance off"] = "runs"
     if "callback_on_step_end" in parameters:
-        check_callback(pipe, verdict, plain, idle.memory)
-    assert np.array_equal(run_pipeline(pipe), plain), "the pipeline was not restored"
+        check_callback(pipe, verdict, plain, idle.memory, same)
+    assert np.array_equal(run_pipeline(pipe, **same), plain), "the pipeline was not restored"
     verdict.seconds = time.perf_counter() - start
     return verdict
 
@@ -138,10 +169,10 @@ def check_modular_pipeline(name: str) -> Verdict:
     assert np.isfinite(plain).all(), "plain output is not finite"
     idle, guide = SPARKE(0.0), SPARKE(1.0, stop=1.0)
     assert np.array_equal(run(pipe, idle), plain), "scale 0 is not the plain pipeline"
-    assert len(idle.memory) > 0, "the memory stayed empty"
+    check_memory(idle.memory, plain, builders.modular_call_kwargs(pipe))
     moved = run(pipe, guide)
     assert np.isfinite(moved).all(), "guided output is not finite"
-    assert not np.array_equal(moved, plain), "guidance changed nothing"
+    assert has_effect(moved, plain), "guidance changed nothing"
     assert np.array_equal(run(pipe), plain), "the pipeline was not restored"
     verdict.scheduler, verdict.layout = guide.report().scheduler, guide.report().layout
     verdict.prompts = "none" if idle.memory.prompts is None else "the denoiser's condition"
@@ -151,27 +182,33 @@ def check_modular_pipeline(name: str) -> Verdict:
     with_block = blocks.init_pipeline()
     with_block.update_components(**{k: v for k, v in pipe.components.items() if v is not None})
     with_block.set_progress_bar_config(disable=True)
-    assert not np.array_equal(run(with_block), plain), "a block in the loop changed nothing"
+    assert has_effect(run(with_block), plain), "a block in the loop changed nothing"
     verdict.seconds = time.perf_counter() - start
     return verdict
 
 
-def check_callback(pipe: Any, verdict: Verdict, plain: np.ndarray, memory: Any) -> None:
-    """Check the guide as a callback, with prompts if the pipeline passes them to callbacks, else with latents only."""
-    for tensors in (["latents", "prompt_embeds"], ["latents"]):
-        guide = SPARKE(1.0, stop=1.0)
-        guide.tensor_inputs = tensors
-        try:
-            for _ in range(2 if len(memory) == 1 else 1):  # for single images, the first call fills the memory
-                output = as_array(pipe(**builders.call_kwargs(pipe), callback_on_step_end=guide))
-        except ValueError as error:
-            if "callback_on_step_end_tensor_inputs" not in str(error):
-                raise
-            verdict.checks["callback"] = "latents are not passed to callbacks"
-            continue
-        if np.array_equal(output, plain):
-            verdict.checks["callback"] = "called, without effect"
-        else:
-            verdict.checks.pop("callback", None)
-            verdict.ways.insert(0, "callback" if "prompt_embeds" in tensors else "callback (latents)")
+def encoder_name(encoder: str | None) -> str:
+    """The class of a prompt encoder, or what else the prompt features were read from."""
+    name, _, rest = str(encoder).partition("-")
+    return name + (", with padding" if rest.endswith("padding") else "")
+
+
+def check_callback(pipe: Any, verdict: Verdict, plain: np.ndarray, memory: Any, same: dict[str, Any]) -> None:
+    """Check the guide as a callback: its effect, and the features of its prompts, or the warning that there are none."""
+    guide, idle = SPARKE(1.0, stop=1.0), SPARKE(0.0)
+    for _ in range(2 if len(memory) == 1 else 1):  # for single images, the first call fills the memory
+        output = as_array(pipe(**builders.call_kwargs(pipe, **same), callback_on_step_end=guide))
+    if not has_effect(output, plain):
+        verdict.checks["callback"] = "called, without effect"
         return
+    with warnings.catch_warnings(record=True) as issued:
+        warnings.simplefilter("always")
+        pipe(**builders.call_kwargs(pipe), callback_on_step_end=idle)
+    assert len(idle.memory) == len(memory), f"{len(idle.memory)} rows of a callback for {len(memory)} samples"
+    if idle.memory.prompts is not None:
+        assert torch.equal(idle.memory.prompts, memory.prompts), "callback and attach read different prompts"
+        assert idle.memory.prompt_encoder == memory.prompt_encoder, "callback and attach name different encoders"
+    elif memory.prompts is not None:
+        assert any("cannot be read" in str(w.message) for w in issued), "no warning that prompts cannot be read"
+    read = idle.memory.prompts is not None or memory.prompts is None
+    verdict.ways.insert(0, "callback" if read else "callback (no prompts)")

@@ -68,6 +68,8 @@ RULES = [
         call={"guidance_scale": 4.0, "guidance_schedule": inputs.EXPLICIT_NONE},
     ),
     rule(r"Kandinsky5", call={"max_sequence_length": 512}),  # its prompt template has 129 tokens
+    # their prompt templates, too, are longer than the default limit of 16 tokens
+    rule(r"^Flux2Pipe|^Krea2|^Lumina2|^Nucleus|^Ovis|^QwenImage", call={"max_sequence_length": 256}),
     rule(r"^Krea2", init={"text_encoder_select_layers": (0, 1)}),
     rule(r"^LongCatImage", components={"vae": {"latent_channels": 16}, "transformer": {"in_channels": 64}}),
     rule(r"^LongCatImagePipeline", call=TWO),

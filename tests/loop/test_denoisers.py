@@ -1,0 +1,108 @@
+"""Denoisers that cache, are compiled in place, or are quantised: guidance in x0 does not touch them."""
+
+import diffusers
+import pytest
+import torch
+
+from kspec_guidance import SPARKE, load_demo_pipeline
+from kspec_guidance.loop.observer import DenoiserWatch
+from tests.emoji import sample_latents
+from tests.tiny import build, call_kwargs
+
+CACHES = {
+    "FirstBlockCacheConfig": {"threshold": 1e9},
+    "TaylorSeerCacheConfig": {"cache_interval": 3, "disable_cache_before_step": 1, "taylor_factors_dtype": torch.float32},
+    "MagCacheConfig": {
+        "threshold": 1e9, "max_skip_steps": 2, "retention_ratio": 0.0, "num_inference_steps": 6, "mag_ratios": [1.0] * 6,
+    },
+    "FasterCacheConfig": {"spatial_attention_timestep_skip_range": (-1, 700), "is_guidance_distilled": True},
+    "PyramidAttentionBroadcastConfig": {
+        "spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 1001),
+    },
+}  # fmt: skip
+
+
+def cached_flux(name):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    pipe, settings = build("FluxPipeline"), dict(CACHES[name])
+    if name in ("FasterCacheConfig", "PyramidAttentionBroadcastConfig"):
+        settings["current_timestep_callback"] = lambda: pipe.current_timestep
+    if name == "FasterCacheConfig":
+        settings |= {"attention_weight_callback": lambda _: 0.5, "tensor_format": "BCHW"}
+    call = lambda: pipe(**call_kwargs(pipe, num_inference_steps=6)).images  # noqa: E731
+    without = call()
+    pipe.transformer.enable_cache(getattr(diffusers, name)(**settings))
+    return pipe, call, without
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_cached_denoiser_is_guided(name):
+    pipe, call, without = cached_flux(name)
+    plain = call()
+    assert not torch.equal(plain, without), "the cache was not hit"
+    idle, guide = SPARKE(0.0), SPARKE(1.0, stop=1.0)
+    with idle.attach(pipe):
+        assert torch.equal(call(), plain)
+    with guide.attach(pipe):
+        moved = call()
+    assert torch.isfinite(moved).all()
+    assert (moved - plain).abs().mean() > 1e-3 * plain.abs().mean()
+    assert len(idle.memory) == len(guide.memory) == 4
+    assert torch.equal(call(), plain)
+
+
+def test_activations_of_a_cached_denoiser_are_refused():
+    pipe, call, _ = cached_flux("FirstBlockCacheConfig")
+    guide = SPARKE(1.0, space="activations")
+    with (
+        pytest.raises(ValueError, match=r"FluxTransformer2DModel caches results .*FBC.*; call disable_cache"),
+        guide.attach(pipe),
+    ):
+        call()
+    pipe.transformer.disable_cache()
+    with guide.attach(pipe):
+        call()
+    assert guide.report().steps_guided > 0
+
+
+def test_denoiser_compiled_in_place_keeps_its_graph():
+    import torch._dynamo as dynamo
+
+    pipe = load_demo_pipeline()
+    plain = sample_latents(pipe, steps=3)
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    pipe.unet.compile(backend="eager", fullgraph=True)  # fullgraph: a graph break raises
+    for space in ("x0", "activations"):
+        idle, guide = SPARKE(0.0, space=space), SPARKE(1.0, space=space)
+        torch.testing.assert_close(sample_latents(pipe, guide=idle, steps=3), plain, atol=1e-5, rtol=0)
+        moved = sample_latents(pipe, guide=guide, steps=3)
+        assert torch.isfinite(moved).all()
+        assert guide.report().steps_guided > 0
+    assert not dynamo.utils.counters["graph_break"]
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(sample_latents(pipe, steps=3), plain, atol=1e-5, rtol=0)
+    dynamo.reset()
+
+
+def test_watched_module_compiled_in_place_is_restored():
+    pipe = load_demo_pipeline()
+    pipe.unet.compile(backend="eager")
+    compiled = pipe.unet._compiled_call_impl
+    watch = DenoiserWatch(pipe)
+    assert pipe.unet._compiled_call_impl is not compiled
+    assert not pipe.unet._forward_pre_hooks
+    watch.remove()
+    assert pipe.unet._compiled_call_impl is compiled
+
+
+def test_dynamically_quantised_denoiser_is_guided():
+    pipe = load_demo_pipeline()
+    pipe.unet = torch.ao.quantization.quantize_dynamic(pipe.unet, {torch.nn.Linear}, torch.qint8)
+    plain = sample_latents(pipe, steps=3)
+    guide = SPARKE(1.0)
+    moved = sample_latents(pipe, guide=guide, steps=3)
+    assert torch.isfinite(moved).all()
+    assert not torch.equal(moved, plain)
+    assert len(guide.memory) == 3

@@ -1,0 +1,65 @@
+import copy
+
+import pytest
+import torch
+
+from kspec_guidance import SPARKE, load_demo_pipeline
+from kspec_guidance.utils.hashing import fingerprint, same_network
+from tests.emoji import sample_latents
+
+
+def network(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.LayerNorm(50), torch.nn.Linear(50, 30)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_weights_are_the_same_network(dtype):
+    assert all(same_network(fingerprint(network(k)), fingerprint(network(k, dtype))) for k in range(300))
+
+
+def test_networks_of_other_weights_or_shapes_differ():
+    prints = [fingerprint(network(k)) for k in range(100)]
+    assert not any(same_network(prints[0], other) for other in prints[1:])
+    assert not same_network(fingerprint(torch.nn.Linear(3, 4)), fingerprint(torch.nn.Linear(4, 3)))
+    assert not same_network("CLIPTextModel-0123456789ab", "T5EncoderModel-0123456789ab")
+    assert not same_network(prints[0], prints[0] + ", with padding")
+
+
+def test_network_without_values_may_be_any_of_its_architecture():
+    meta = fingerprint(copy.deepcopy(network()).to("meta"))
+    assert "(" not in meta
+    assert same_network(meta, fingerprint(network()))
+    assert not same_network(meta, fingerprint(torch.nn.Linear(3, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_memory_is_shared_between_precisions(pipe, dtype):
+    guide = SPARKE(1.0)
+    sample_latents(pipe, guide=guide, steps=2)
+    half = load_demo_pipeline(dtype)
+    again = SPARKE(1.0, memory=guide.memory)
+    sample_latents(half, guide=again, steps=2)
+    assert len(guide.memory) == 6
+
+
+def test_memory_is_shared_with_sequential_offloading(pipe):
+    from accelerate import cpu_offload
+
+    guide, offloaded = SPARKE(1.0), load_demo_pipeline()
+    sample_latents(pipe, guide=guide, steps=2)
+    for module in (offloaded.unet, offloaded.vae, offloaded.text_encoder):
+        cpu_offload(module, torch.device("cpu"), offload_buffers=True)
+    sample_latents(offloaded, guide=SPARKE(1.0, memory=guide.memory), steps=2)
+    assert len(guide.memory) == 6
+
+
+def test_encoder_is_read_once(monkeypatch):
+    from kspec_guidance.loop import observer
+
+    pipe, calls = load_demo_pipeline(), []
+    monkeypatch.setattr(observer, "fingerprint", lambda m: calls.append(m) or "encoder")
+    guide = SPARKE(1.0)
+    for _ in range(3):
+        sample_latents(pipe, guide=guide, steps=2)
+    assert len(calls) == 1
