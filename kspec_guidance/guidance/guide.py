@@ -194,7 +194,7 @@ class KernelGuidance(PipelineCallback):
 
         Only calls of this pipeline are guided, also if other pipelines share its scheduler. Attaching the same guide again
         has no effect; of nested blocks the outermost detaches. After the block, or an exception in it, the pipeline is
-        restored; if other code has wrapped ``scheduler.step`` since, its wrapper stays, and the pipeline is no longer guided.
+        restored; if other code has wrapped ``scheduler.step`` since, its wrapper stays, without guidance.
 
         Args:
             pipe: a pipeline, classic or modular, or a scheduler.

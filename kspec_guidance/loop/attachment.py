@@ -43,7 +43,7 @@ class Attachment:
         try:
             if not self._bare:
                 self.observer = PipelineObserver(
-                    pipe, self._on_call, self.end, handler.needs_denoiser_call, tag, in_pass=self._in_pass
+                    pipe, self._on_call, self.end, handler.needs_denoiser_call, tag, timesteps=self._timesteps
                 )
         except BaseException:
             self.remove()
@@ -78,8 +78,8 @@ class Attachment:
     def _denoiser_call(self) -> Any:
         return None if self.observer is None else self.observer.denoiser_call()
 
-    def _in_pass(self) -> bool:
-        return self._hook.in_pass()
+    def _timesteps(self) -> Any:
+        return getattr(self._hook.scheduler, "timesteps", None)
 
     def _on_call(self) -> None:
         self._hook.check_thread()

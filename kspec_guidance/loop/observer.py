@@ -49,7 +49,7 @@ class PipelineObserver:
         on_end: called when a call ends, also if it was interrupted.
         denoiser_calls: whether to keep the arguments of the denoiser's first call at each step.
         tag, replaceable: see :class:`MethodPatch`.
-        in_pass: whether the steps of the current call have begun.
+        timesteps: returns the scheduler's timesteps, which are replaced when a call begins.
 
     Raises:
         ValueError: if the pipeline is observed under another tag.
@@ -63,10 +63,11 @@ class PipelineObserver:
         denoiser_calls: bool,
         tag: Any,
         replaceable: Callable[[], bool] = never,
-        in_pass: Callable[[], bool] = never,
+        timesteps: Callable[[], Any] = lambda: None,
     ):
         self.pipe, self.on_call, self.on_end, self.tag = pipe, on_call, on_end, tag
-        self._replaceable, self._in_pass = replaceable, in_pass
+        self._replaceable, self._timesteps = replaceable, timesteps
+        self._condition_timesteps: Any = None  # those of the call whose condition was recorded
         self._prompted = not CONDITIONS.isdisjoint(inspect.signature(type(pipe).__call__).parameters)
         self._patches: list[MethodPatch] = []
         self._denoiser: DenoiserWatch | None = None
@@ -187,7 +188,7 @@ class PipelineObserver:
         self.on_call()
         bound.apply_defaults()
         given, encoders = bound.arguments, self._encoders()
-        if given.get("prompt_embeds") is not None:
+        if ("prompt" in given and given["prompt"] is None) or given.get("prompt_embeds") is not None:
             self._token_ids.clear()  # the tokens are those of negative prompts
         mask, wanted = self._returned_mask(embeds, result), wanted_rows(embeds, given, self.pipe)
         if mask is None:
@@ -201,10 +202,12 @@ class PipelineObserver:
         self._open = False
 
     def _note_condition(self, call: DenoiserCall) -> None:
-        if not self._open and self._in_pass():
+        timesteps = self._timesteps()
+        if not self._open and timesteps is self._condition_timesteps:
             return
         found = condition_of(call)
         if found is not None:
+            self._condition_timesteps = timesteps
             self._prompts, labelled = found
             self._class_labels = labelled is not None
             self._count = labelled if labelled and not self._has_latents else self._count
@@ -274,7 +277,7 @@ class DenoiserWatch:
             return call
 
         if getattr(denoiser, "_compiled_call_impl", None) is not None:  # hooks would be part of the graph
-            self._handle = MethodPatch(denoiser, "_compiled_call_impl", around_compiled, self)
+            self._handle = MethodPatch(denoiser, "_compiled_call_impl", around_compiled, DenoiserWatch)
         else:
             self._handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
 

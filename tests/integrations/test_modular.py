@@ -81,3 +81,16 @@ def test_block_save_load_round_trip(tmp_path, monkeypatch):
         KernelGuidanceBlock(MMDGuidance(torch.randn(4, 3))).save_pretrained(folder)
     with pytest.raises(ValueError, match="no denoising loop"):
         insert_guidance(KernelGuidanceBlock())
+
+
+@requires_modular
+def test_modular_pipeline_remembers_the_positive_prompts():
+    pipe, features = build_modular("QwenImageModularPipeline"), []
+    for negative in ("dull", "an ugly green cat"):
+        guide = SPARKE(0.0)
+        with guide.attach(pipe):
+            for _ in range(2):
+                generate(pipe, negative_prompt=negative)
+        features.append(guide.memory.prompts)
+    assert all(torch.equal(found, features[0]) for found in features)
+    assert torch.equal(features[0], features[0][:1].expand_as(features[0]))

@@ -106,3 +106,15 @@ def test_dynamically_quantised_denoiser_is_guided():
     assert torch.isfinite(moved).all()
     assert not torch.equal(moved, plain)
     assert len(guide.memory) == 3
+
+
+def test_torchao_quantised_denoiser_is_guided():
+    torchao = pytest.importorskip("torchao.quantization")
+    pipe = load_demo_pipeline()
+    torchao.quantize_(pipe.unet, torchao.Int8WeightOnlyConfig())
+    plain = sample_latents(pipe, steps=3)
+    guide = SPARKE(1.0)
+    moved = sample_latents(pipe, guide=guide, steps=3)
+    assert torch.isfinite(moved).all()
+    assert not torch.equal(moved, plain)
+    assert len(guide.memory) == 3
