@@ -7,7 +7,7 @@ from torch import nn
 
 from kspec_guidance.loop.prediction import UnsupportedSchedulerError
 
-__all__ = ["autoencoder_of", "check_recomputable", "denoiser_of", "find_scheduler", "image_size", "sub_pipelines"]
+__all__ = ["autoencoder_of", "denoiser_of", "find_scheduler", "image_size", "sub_pipelines"]
 
 DENOISERS = ("transformer", "unet", "prior", "decoder", "image_unet", "model")
 
@@ -24,27 +24,6 @@ def denoiser_of(pipe: Any) -> nn.Module | None:
 def autoencoder_of(pipe: Any) -> Any:
     """``pipe.vae`` or ``pipe.vqvae``; None if pixels are sampled directly."""
     return getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
-
-
-def check_recomputable(denoiser: nn.Module) -> None:
-    """Check that further forward passes of a denoiser have no side effects.
-
-    Raises:
-        ValueError: if it caches results between steps, or is split between devices.
-    """
-    for module in denoiser.modules():
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        stateful = [type(hook).__name__ for hook in hooks.values() if getattr(hook, "_is_stateful", False)]
-        if stateful:
-            raise ValueError(
-                f"this {type(denoiser).__name__} caches results between steps ({stateful[0]}), which further passes of "
-                "space='activations' would change; call disable_cache() on it, or choose another space"
-            )
-    if getattr(denoiser, "_parallel_config", None) is not None:
-        raise ValueError(
-            f"this {type(denoiser).__name__} is split between devices, which space='activations' does not support; choose "
-            "another space"
-        )
 
 
 def image_size(pipe: Any) -> tuple[int, int] | None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.loop.callers import in_progress
-from kspec_guidance.loop.components import check_recomputable, denoiser_of
 from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, StepHandler
 from kspec_guidance.loop.layouts import Layout
 from kspec_guidance.loop.prediction import keep_finite, parametrisation_of, predict
@@ -276,9 +275,6 @@ class SchedulerHook:
             step, total = 0, len(scheduler.timesteps) - first_index(scheduler, timestep)
             if call.steps is not None:  # a base model may leave the last timesteps to a refiner
                 total = min(total, call.steps)
-        denoiser = None if self.denoiser_call is None or self.pipe is None else denoiser_of(self.pipe)
-        if denoiser is not None and self.handler.needs_denoiser_call:
-            check_recomputable(denoiser)
         layout = Layout.of(sample, count)
         prompts = prompts_of_samples(given, layout.count(sample), layout.device(sample), call.class_labels, call.warn)
         context = StepContext(call, scheduler, scheduler.timesteps, layout, shapes_of(sample), total, prompts, step)
