@@ -85,6 +85,7 @@ RULES = [
         },
     ),
     rule(r"LucyEdit", components={"transformer": {"in_channels": 32}}, call={"prompt": PROMPT, "video": inputs.clip}),
+    rule(r"^Latte", call={"mask_feature": False}),  # diffusers masks the second clip of a prompt with another prompt's mask
     rule(r"^Motif", components={"guider": "ClassifierFreeGuidance"}),
     rule(r"Sana.*Video", components={"vae": "AutoencoderKLWan"}),
     rule(
