@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def write_tensors(
 
 def read_about(path: str | os.PathLike, kind: str) -> dict[str, Any]:
     """Read the description in a file, without its tensors and without verification."""
-    return json.loads(_header(path, kind)["about"])
+    return _description(_header(path, kind)["about"])
 
 
 def _header(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor] | None = None) -> dict[str, str]:
@@ -70,4 +71,15 @@ def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor],
     header = _header(path, kind, tensors)
     if header.get("sha256") != hash_tensors(tensors, header.get("about", "")):
         raise MemoryFileError(f"{path} was altered after it was written (checksum differs); restore it from a copy")
-    return tensors, json.loads(header["about"])
+    return tensors, _description(header["about"])
+
+
+def _description(text: str) -> dict[str, Any]:
+    """The description in a header.
+
+    Version 1.0.0rc1 identified prompt encoders by class and another digest of the weights: only the class is kept.
+    """
+    about = json.loads(text)
+    if re.fullmatch(r"\w+-[0-9a-f]{12}", about.get("prompt_encoder") or ""):
+        about["prompt_encoder"] = about["prompt_encoder"].partition("-")[0]
+    return about

@@ -13,7 +13,7 @@ from kspec_guidance.utils.placement import stored_weights
 
 __all__ = ["fingerprint", "hash_json", "hash_tensors", "same_network", "weights_fingerprint"]
 
-FINGERPRINT = re.compile(r"([^()]+)(?:\(((?:[+-]\d+)+)\))?([^()]*)")
+FINGERPRINT = re.compile(r"([^-(),]+)(?:-([0-9a-f]{12}))?(?:\(((?:[+-]\d+)+)\))?(.*)")
 NUMBER = re.compile(r"[+-]\d+")
 
 
@@ -74,7 +74,7 @@ TOLERANCE = 6
 
 
 def same_network(a: str, b: str) -> bool:
-    """Whether two fingerprints may be of one network: equal up to projections that differ by rounding, or are missing.
+    """Whether two fingerprints may be of one network: equal up to projections that differ by rounding, and missing parts.
 
     >>> same_network("CLIPTextModel-3f2a9c8d1e00(+12-45)", "CLIPTextModel-3f2a9c8d1e00(+13-45)")
     True
@@ -84,8 +84,8 @@ def same_network(a: str, b: str) -> bool:
     parts = [FINGERPRINT.fullmatch(f) for f in (a, b)]
     if a == b or None in parts:
         return a == b
-    (prefix, x, suffix), (other_prefix, y, other_suffix) = (match.groups() for match in parts if match is not None)
-    if (prefix, suffix) != (other_prefix, other_suffix):
+    (cls, digest, x, suffix), (other_cls, other, y, other_suffix) = (match.groups() for match in parts if match is not None)
+    if (cls, suffix) != (other_cls, other_suffix) or (digest and other and digest != other):
         return False
     x, y = (NUMBER.findall(numbers or "") for numbers in (x, y))
     return (

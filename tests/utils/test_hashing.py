@@ -33,6 +33,14 @@ def test_network_without_values_may_be_any_of_its_architecture():
     assert not same_network(meta, fingerprint(torch.nn.Linear(3, 4)))
 
 
+def test_fingerprint_of_a_class_alone_is_any_network_of_this_class():
+    known = fingerprint(network())
+    assert same_network("Sequential", known)
+    assert not same_network("Linear", known)
+    assert not same_network("Sequential", known + ", with padding")
+    assert not same_network("my-encoder", "my")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_memory_is_shared_between_precisions(pipe, dtype):
     guide = SPARKE(1.0)
