@@ -24,7 +24,7 @@ from kspec_guidance.utils.hashing import fingerprint
 __all__ = ["DenoiserWatch", "PipelineObserver"]
 
 ENCODE_METHODS = ("encode_prompt", "_encode_prompt", "_encode_text_prompt")
-CONDITIONS = {"prompt", "prompt_embeds", "image_embeds", "class_labels"}  # arguments of a call that state what is wanted
+CONDITIONS = {"prompt", "prompt_embeds", "image", "image_embeds", "class_labels"}  # arguments that state what is wanted
 _fingerprints: "weakref.WeakKeyDictionary[nn.Module, tuple[int, str]]" = weakref.WeakKeyDictionary()
 
 
