@@ -22,6 +22,7 @@ from torch import Tensor
 __all__ = ["Layout"]
 
 KIND_BY_DIMENSIONS = {2: "vector", 3: "sequence", 4: "image", 5: "video"}
+GUIDANCE_CALLS = 3  # predictions that classifier-free guidance combines at most: of the prompt, without it, of the image
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,12 @@ class Layout:
             guidance to the scheduler.
         shapes: shapes of the tensors of a ``several`` state, without the batch dimension.
 
-    >>> x = torch.zeros(6, 4, 8, 8)
-    >>> Layout.of(x, count=2).pack(x).shape
+    >>> x = torch.randn(6, 4, 8, 8)
+    >>> Layout.of(x, count=2).pack(x).shape  # two clips of three frames
     torch.Size([2, 3, 4, 8, 8])
+    >>> x = torch.randn(3, 4, 8, 8).repeat(2, 1, 1, 1)
+    >>> Layout.of(x, count=3).pack(x).shape  # both halves of classifier-free guidance
+    torch.Size([3, 4, 8, 8])
     """
 
     kind: str
@@ -62,7 +66,7 @@ class Layout:
         kind = KIND_BY_DIMENSIONS.get(sample.ndim, "other")
         if count and len(sample) > count and len(sample) % count == 0:
             copies = len(sample) // count
-            if bool((sample.reshape(copies, -1) == sample[:count].reshape(1, -1)).all()):
+            if copies <= GUIDANCE_CALLS and bool((sample.reshape(copies, -1) == sample[:count].reshape(1, -1)).all()):
                 return cls(kind, copies=copies)
             return cls("frames", copies)
         return cls(kind)

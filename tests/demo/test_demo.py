@@ -275,12 +275,15 @@ def test_scheduler_replaced_after_attach_is_guided(pipe, set_scheduler):
 
 
 def test_guidance_without_cfg_and_with_prompt_embeds(pipe):
-    guide = SPARKE(0.3)
-    with guide.attach(pipe):
-        sample_latents(pipe, guidance_scale=1.0)
-        positive, negative = pipe.encode_prompt("heart", "cpu", 1, True)
-        sample_latents(pipe, None, prompt_embeds=positive, negative_prompt_embeds=negative)
-    assert len(guide.memory) == 6
+    positive, negative = pipe.encode_prompt("heart", "cpu", 1, True)
+    given = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative}
+    of_text, of_embeddings = SPARKE(0.3), SPARKE(0.3)
+    sample_latents(pipe, guide=of_text, guidance_scale=1.0)
+    for _ in range(2):
+        sample_latents(pipe, guide=of_embeddings, **given)
+    assert (len(of_text.memory), len(of_embeddings.memory)) == (3, 6)
+    with pytest.raises(ValueError, match="with padding"):  # features of embeddings include padding, so they differ
+        sample_latents(pipe, guide=of_text, **given)
 
 
 def test_memory_of_other_text_encoder_raises(pipe):
