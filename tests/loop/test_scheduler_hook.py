@@ -135,6 +135,7 @@ PROMPT_GUIDANCE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPT_GUIDANCE)
 def test_guidance_with_other_prompt_guidance(name):
     cls, kwargs = PROMPT_GUIDANCE[name]

@@ -83,6 +83,7 @@ def test_missing_images_are_reported_and_force_makes_as_many(tmp_path, pipe):
     assert len(list(tmp_path.rglob("*.png"))) == 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [1, 4, 8, 15])
 def test_a_full_disk_loses_nothing(tmp_path, pipe, monkeypatch, batches):
     make(tmp_path / "whole", pipe)

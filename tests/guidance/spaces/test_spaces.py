@@ -58,6 +58,7 @@ def test_space_guides_and_uses_its_memory(pipe, name):
     assert torch.equal(sample_latents(pipe), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pooled", "pixels", "embedder", "activations"])
 def test_guidance_increases_diversity_in_its_space(pipe, name):
     from kspec_guidance import functional as F
