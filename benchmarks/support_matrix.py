@@ -106,7 +106,8 @@ INTRODUCTION = """# What is supported
 Written by `python benchmarks/support_matrix.py` for diffusers {diffusers}, {date}. Every class named *run* was built
 from tiny random configurations and run: plain, at scale 0 (bit-identical to plain), guided (different, finite), plain
 again (restored), with classifier-free guidance and without, through every way in that is listed. *hooked* means that
-its loop calls `scheduler.step` in its source, but was not run here, for the reason given. *not applicable* has no
+its loop calls `scheduler.step` in its source, but was not run here, for the reason given (where its
+package is not installed, the source was not seen either). *not applicable* has no
 step that could be guided. *Parametrisation* is a class of `kspec_guidance.loop.prediction`, see below.
 """
 WAYS = """
