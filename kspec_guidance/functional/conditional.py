@@ -4,7 +4,7 @@ from torch import Tensor
 
 from kspec_guidance.features import tensor_product
 from kspec_guidance.functional.inputs import FeatureMap, KernelLike, check_paired, gram, map_rows, second_moment
-from kspec_guidance.functional.vendi import entropy_of
+from kspec_guidance.functional.vendi import entropy_of, mean_of_pairs, unit_rows
 
 __all__ = ["conditional_entropy", "conditional_rke_score", "conditional_vendi_score", "information_vendi_score"]
 
@@ -100,9 +100,32 @@ def conditional_rke_score(
     kernel: KernelLike | None = None,
     prompt_kernel: KernelLike | None = None,
     feature_map: FeatureMaps | None = None,
+    unbiased: bool = False,
 ) -> Tensor:
     """Conditional RKE ``||K_T||_F^2 / ||K o K_T||_F^2``: Conditional-Vendi of order 2, without eigenvalues.
 
     SPARKE maximises it (Jalali, Lei, Gohari, Farnia 2025, arXiv 2506.10173).
+
+    Args:
+        x: samples ``[..., n, d]``.
+        prompt_features: ``[..., n, p]``.
+        kernel: kernel of samples, see :func:`conditional_vendi_score`.
+        prompt_kernel: kernel of prompts.
+        feature_map: see :func:`conditional_vendi_score`; both to rows of norm 1, if ``unbiased``.
+        unbiased: sum over pairs of different samples in both norms, see :func:`~kspec_guidance.functional.rke_score`:
+            for sets of unequal size. Infinite if no two samples of related prompts are alike.
+
+    Raises:
+        ValueError: as :func:`conditional_vendi_score`; if ``unbiased``, for less than two samples, features of another
+            norm, or if no two samples have related prompts.
     """
-    return conditional_vendi_score(x, prompt_features, kernel, prompt_kernel, 2.0, feature_map)
+    if not unbiased:
+        return conditional_vendi_score(x, prompt_features, kernel, prompt_kernel, 2.0, feature_map)
+    if feature_map is not None:
+        maps = feature_map
+        feature_map = unit_rows(map_rows(maps[0], x)), unit_rows(map_rows(maps[1], prompt_features))
+    _, kt, joint = _joint(x, prompt_features, kernel, prompt_kernel, feature_map)
+    related, alike = (mean_of_pairs(m.square().sum((-2, -1)), x.shape[-2]) for m in (kt, joint))
+    if not (related > 0).all():
+        raise ValueError("no two samples have related prompts, so the score is undefined; score several images of a prompt")
+    return related / alike

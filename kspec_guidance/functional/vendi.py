@@ -8,6 +8,7 @@ from kspec_guidance.functional.inputs import (
     KernelLike,
     as_kernel,
     check_samples,
+    map_rows,
     on_host,
     smaller_matrix,
     unit_gram,
@@ -88,13 +89,59 @@ def vendi_score(
     return kernel_entropy(x, kernel, order, truncation, feature_map).exp()
 
 
-def rke_score(x: Tensor, kernel: KernelLike | None = None, feature_map: FeatureMap | None = None) -> Tensor:
+def rke_score(
+    x: Tensor,
+    kernel: KernelLike | None = None,
+    feature_map: FeatureMap | None = None,
+    unbiased: bool = False,
+) -> Tensor:
     """Renyi kernel entropy score ``n^2 / ||K||_F^2`` (Jalali, Li, Farnia 2023, arXiv 2310.11714): Vendi of order 2.
 
-    Needs no eigenvalues, and holds only a block of a large kernel matrix. Arguments and errors are those of
-    :func:`vendi_score`.
+    Needs no eigenvalues, and holds only a block of a large kernel matrix.
+
+    The score of n draws from a distribution grows with n, by ``E ||K||_F^2 / n^2 = 1/n + (1 - 1/n) s``, where s is the mean
+    of ``k(x, x')^2`` over independent pairs. ``unbiased`` gives ``1 / s``, with s estimated from the pairs of different
+    samples: the score of the distribution, for sets of unequal size. It is infinite if no two samples are alike.
+
+    Args:
+        x: samples ``[..., n, d]``.
+        kernel: see :func:`vendi_score`.
+        feature_map: see :func:`vendi_score`; to rows of norm 1, if ``unbiased``.
+        unbiased: estimate the score of the distribution that the samples are drawn from, instead of that of the samples.
+
+    Raises:
+        ValueError: as :func:`vendi_score`; if ``unbiased``, for less than two samples, or features of another norm.
 
     >>> round(rke_score(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])).item(), 6)  # 9 / 5
     1.8
+    >>> round(rke_score(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]), unbiased=True).item(), 6)  # 6 / 2
+    3.0
     """
-    return vendi_score(x, kernel, order=2.0, feature_map=feature_map)
+    if unbiased and feature_map is not None:
+        feature_map = unit_rows(map_rows(feature_map, x))
+    score = vendi_score(x, kernel, order=2.0, feature_map=feature_map)
+    return 1 / mean_of_pairs(1 / score, x.shape[-2]) if unbiased else score
+
+
+def mean_of_pairs(mean: Tensor, n: int) -> Tensor:
+    """The mean over pairs of different samples ``[...]``, from the mean over all n^2 pairs. A sample with itself gives 1.
+
+    Raises:
+        ValueError: for less than two samples.
+    """
+    if n < 2:
+        raise ValueError(f"an unbiased score needs at least two samples, got {n}")
+    return ((mean * n**2 - n) / (n * (n - 1))).clamp_min(0)
+
+
+def unit_rows(features: Tensor) -> Tensor:
+    """The features ``[..., n, D]``, after checking that their rows have norm 1.
+
+    Raises:
+        ValueError: if they have not.
+    """
+    norms = torch.linalg.vector_norm(features, dim=-1)
+    if not torch.allclose(norms, torch.ones_like(norms), atol=1e-4):
+        low, high = float(norms.min()), float(norms.max())
+        raise ValueError(f"an unbiased score needs features of norm 1, got {low:.3g} to {high:.3g}; use random Fourier features")
+    return features

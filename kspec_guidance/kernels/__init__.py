@@ -4,7 +4,13 @@ from kspec_guidance.kernels import GaussianKernel, median_bandwidth
 """
 
 from kspec_guidance.kernels.base import Kernel, ProductKernel
-from kspec_guidance.kernels.distances import PROMPT_BANDWIDTH, l2_normalize, median_bandwidth, pairwise_distances
+from kspec_guidance.kernels.distances import (
+    IMAGE_BANDWIDTH,
+    PROMPT_BANDWIDTH,
+    l2_normalize,
+    median_bandwidth,
+    pairwise_distances,
+)
 from kspec_guidance.kernels.dot_product import CosineKernel, PolynomialKernel
 from kspec_guidance.kernels.stationary import GaussianKernel, LaplacianKernel, RationalQuadraticKernel
 
@@ -19,5 +25,6 @@ __all__ = [
     "median_bandwidth",
     "pairwise_distances",
     "l2_normalize",
+    "IMAGE_BANDWIDTH",
     "PROMPT_BANDWIDTH",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 from kspec_guidance.utils.transfer import surely_none
 
 __all__ = [
+    "IMAGE_BANDWIDTH",
     "PROMPT_BANDWIDTH",
     "as_float",
     "check_pair",
@@ -29,6 +30,7 @@ PAIR_NUMBERS = 2**22  # numbers in the differences that are held at once
 MEDIAN_ROWS = 2048  # maximum number of rows in the median rule
 WEIGHT_BITS = 30  # of the largest weight in a weighted median; sums of 2^33 such weights fit into 64 bits
 PROMPT_BANDWIDTH = 0.35  # for unit-norm prompt features, as published; see benchmarks/prompts.py
+IMAGE_BANDWIDTH = 0.5  # for unit-norm image features: copies count as one image, unrelated images as two
 
 
 def as_float(x: Tensor) -> Tensor:

@@ -237,3 +237,41 @@ def test_orders_around_the_series_agree():
     for order in (0.85, 0.9, 0.95, 1.05, 1.1, 1.15):
         expected = l.clamp_min(1e-300).pow(order).sum().pow(1 / (1 - order)).item()
         assert F.vendi_score(x, GaussianKernel(1.0), order).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_unbiased_rke_estimates_the_score_of_the_distribution(g):
+    modes = torch.eye(10, dtype=torch.float64)
+    estimates, plain = [], []
+    for _ in range(400):
+        x = modes[torch.randint(10, (20,), generator=g)]
+        estimates.append(1 / F.rke_score(x, unbiased=True))
+        plain.append(1 / F.rke_score(x))
+    assert float(torch.stack(estimates).mean()) == pytest.approx(0.1, rel=0.03)
+    assert float(torch.stack(plain).mean()) == pytest.approx(1 / 20 + (1 - 1 / 20) / 10, rel=0.03)
+
+
+def test_unbiased_rke_is_that_of_pairs_of_different_samples(g):
+    x = torch.randn(6, 3, generator=g, dtype=torch.float64)
+    k = GaussianKernel(1.0)(x, x).square()
+    expected = 30 / (k.sum() - 6)
+    assert F.rke_score(x, GaussianKernel(1.0), unbiased=True) == pytest.approx(float(expected))
+    one = F.conditional_rke_score(x, torch.ones(6, 1), GaussianKernel(1.0), unbiased=True)
+    assert one == pytest.approx(float(expected))
+
+
+def test_unbiased_scores_state_what_they_need():
+    with pytest.raises(ValueError, match="at least two samples, got 1"):
+        F.rke_score(torch.ones(1, 2), unbiased=True)
+    with pytest.raises(ValueError, match="no two samples have related prompts"):
+        F.conditional_rke_score(torch.rand(3, 2), torch.eye(3), unbiased=True)
+    assert F.rke_score(torch.eye(3), unbiased=True) == float("inf")
+
+
+def test_unbiased_rke_of_random_features_needs_rows_of_norm_one(g):
+    x = torch.randn(30, 3, generator=g)
+    kernel = GaussianKernel(1.0)
+    rows = RandomFourierFeatures(kernel, 3, 4096)(x)
+    exact = float(F.rke_score(x, kernel, unbiased=True))
+    assert float(F.rke_score(x, feature_map=rows, unbiased=True)) == pytest.approx(exact, rel=0.05)
+    with pytest.raises(ValueError, match="features of norm 1"):
+        F.rke_score(x, feature_map=2 * rows, unbiased=True)
