@@ -143,5 +143,7 @@ def unit_rows(features: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(features, dim=-1)
     if not torch.allclose(norms, torch.ones_like(norms), atol=1e-4):
         low, high = float(norms.min()), float(norms.max())
-        raise ValueError(f"an unbiased score needs features of norm 1, got {low:.3g} to {high:.3g}; use random Fourier features")
+        raise ValueError(
+            f"an unbiased score needs features of norm 1, got {low:.3g} to {high:.3g}; use random Fourier features"
+        )
     return features
