@@ -1,9 +1,12 @@
 """A simulated accelerator: tensors that say ``cuda`` or ``mps``, hold their numbers on the CPU, and obey a device's rules.
 
-Operations compute real numbers, so whole runs can be compared with runs on the CPU. They raise where a device would: for
-tensors of two devices, for generators of another device, for float64 where there is none, and for operations without a
-deterministic implementation. Copies to the host and other operations that wait for the device are counted, by their place
-in the package.
+Emulated: operations compute real numbers, so whole runs can be compared with runs on the CPU. Modules move to the device
+and back, also by the hooks of accelerate and diffusers, and autograd works. As on a device, errors are raised for tensors
+of two devices, for generators of another device, for float64 on MPS, and for operations without a deterministic
+implementation. Copies to the host and other operations that wait for the device are counted, by their place in the package.
+
+Not emulated: kernels, so neither their rounding nor which dtypes they accept; streams, time and free memory; autocast; two
+devices at once. To the C++ side of torch a tensor is on ``lazy``, since it would ask a driver about any other device.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import traceback
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -42,24 +46,23 @@ NONDETERMINISTIC = {aten.cumsum.default, aten.cumsum_.default, aten._adaptive_av
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor of the simulated device; ``held`` has its numbers.
-
-    To the C++ side of torch it is on ``meta``, since it would ask a driver about any other device.
-    """
+    """A tensor of the simulated device; ``held`` has its numbers."""
 
     held: Tensor
     on: torch.device
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, held: Tensor, device: torch.device) -> "DeviceTensor":
+    def __new__(cls, held: Tensor, device: torch.device | None = None, requires_grad: bool = False) -> Any:
+        if device is None:  # accelerate calls the class of an old parameter with a tensor of any device
+            return torch.nn.Parameter(held, requires_grad)
         self = torch.Tensor._make_wrapper_subclass(
             cls,
             held.size(),
             strides=held.stride(),
             storage_offset=held.storage_offset(),
             dtype=held.dtype,
-            device="meta",
+            device="lazy",
         )
         self.held, self.on = held, device
         return self
@@ -71,10 +74,6 @@ class DeviceTensor(torch.Tensor):
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
         return self.on.type == "cuda"
-
-    @property
-    def is_meta(self) -> bool:  # type: ignore[override]
-        return False
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -88,6 +87,22 @@ class DeviceTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"{function} on a tensor of a simulated device that is no longer active")
+
+
+class Event:
+    """Stands for an event of CUDA: any two are 2 ms apart."""
+
+    def __init__(self, enable_timing: bool = False):
+        pass
+
+    def record(self, stream: Any) -> None:
+        """Nothing is queued."""
+
+    def synchronize(self) -> None:
+        """Nothing is awaited."""
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 2.0
 
 
 class SimulatedDevice(TorchDispatchMode):
@@ -106,17 +121,26 @@ class SimulatedDevice(TorchDispatchMode):
         self.device = torch.device(kind, 0)
         self.reads: Counter[str] = Counter()
         self.paused = 0
+        self._restore = contextlib.ExitStack()
         if kind == "cuda":
             self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # torch then leaves the driver alone
 
     def __enter__(self) -> "SimulatedDevice":
-        self._lifted = torch._C._only_lift_cpu_tensors()
+        lifted, overwrite = torch._C._only_lift_cpu_tensors(), torch.__future__.get_overwrite_module_params_on_conversion()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) copies through this mode
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # ``param.data =`` would not replace ``held``
+        patches = pytest.MonkeyPatch()
+        patches.setattr(torch.cuda, "Event", Event)
+        patches.setattr(torch.cuda, "current_stream", lambda device: None)
+        patches.setattr(torch.mps, "empty_cache", lambda: None)
+        self._restore.callback(torch._C._set_only_lift_cpu_tensors, lifted)
+        self._restore.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
+        self._restore.callback(patches.undo)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        torch._C._set_only_lift_cpu_tensors(self._lifted)
         super().__exit__(*error)
+        self._restore.close()
 
     @contextlib.contextmanager
     def not_counting(self):
@@ -131,7 +155,7 @@ class SimulatedDevice(TorchDispatchMode):
         return x.held if isinstance(x, DeviceTensor) else x
 
     def _ours(self, device: Any) -> bool:
-        return device is not None and torch.device(device).type in (self.device.type, "meta")
+        return device is not None and torch.device(device).type in (self.device.type, "lazy")
 
     def _count(self, function: Any) -> None:
         if self.paused:
@@ -159,7 +183,8 @@ class SimulatedDevice(TorchDispatchMode):
             others = [t for t in leaves if not isinstance(t, DeviceTensor) and t.ndim]
             if ours and others and function not in INDEXING:
                 raise RuntimeError(
-                    f"{function}: tensors on {self.device} and on the CPU, {[list(t.shape) for t in others]}"
+                    f"{function}: expected all tensors on the same device, found {self.device} and the CPU: "
+                    f"{[list(t.shape) for t in others]}"
                 )
             if function in INDEXING and not isinstance(args[0], DeviceTensor):
                 raise RuntimeError(f"{function}: indices on {self.device} of a tensor on the CPU")
@@ -173,7 +198,7 @@ class SimulatedDevice(TorchDispatchMode):
         if generator is not None and generator.device.type != self.device.type:
             raise RuntimeError(f"{function}: a generator of {generator.device} for {self.device}")
         held = tree_map(lambda t: t.held if isinstance(t, DeviceTensor) else t, (args, kwargs))
-        if goes is not None:
+        if self._ours(goes):
             held[1]["device"] = torch.device("cpu")
         out = function(*held[0], **held[1])
         if function is aten._to_copy.default and on_device is not bool(ours) and out is args[0]:

@@ -53,28 +53,6 @@ SCHEDULERS = {
 }
 
 
-class FakeEvent:
-    """Stands for an event of CUDA."""
-
-    def __init__(self, **settings):
-        pass
-
-    def record(self, stream):
-        pass
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, end):
-        return 2.0
-
-
-@pytest.fixture(autouse=True)
-def events(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-
-
 def scheduler(name="DDIM"):
     return getattr(diffusers, f"{name}Scheduler")(**SCHEDULERS[name])
 
