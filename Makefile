@@ -75,7 +75,7 @@ arena: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.arena.cost
 	$(BIN)/python -m benchmarks.arena.page
 arena-small: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.arena --small --out outputs/arena --page outputs/arena/arena.md
+	$(BIN)/python -m benchmarks.arena --small --out outputs/arena --docs outputs/arena
 
 # the figures of the README and the model card
 effect: $(VENV)/.installed

@@ -15,6 +15,7 @@ def fill(path: Path, parts: dict[str, str]) -> None:
 
     A page that does not exist yet is made of the markers alone.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     markers = "\n\n".join(f"<!-- {n} -->\n<!-- /{n} -->" for n in parts)
     text = path.read_text() if path.exists() else f"# {path.stem}\n\n{markers}\n"
     for name, part in parts.items():

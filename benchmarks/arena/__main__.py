@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--tune-seeds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--strengths", type=int, default=5)
-    parser.add_argument("--page", type=Path, help="write the tables into this page at the end")
+    parser.add_argument("--docs", type=Path, help="write the pages and figures into this folder at the end")
     parser.add_argument("--small", action="store_true", help="few trials, one seed: checks that everything works")
     args = parser.parse_args()
     if args.small:
@@ -56,10 +56,10 @@ def main() -> None:
             )
             short = {k: round(v, 3) for k, v in tuned.items()}
             print(f"  {method:26} {points}   {short}   {time.perf_counter() - began:.0f} s", flush=True)
-    if args.page is not None:
+    if args.docs is not None:
         from .page import write
 
-        write(args.out, args.page, args.page.with_suffix(".png"))
+        write(args.out, args.docs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of docs/arena.md, and its figures, from the results.
+"""Write the tables of the arena's pages in docs, and their figures, from the results.
 
 python -m benchmarks.arena.page
 """
@@ -16,6 +16,16 @@ from .harness import mean, slug
 from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
+PAGES = {  # the tables that each page of the documentation holds, between markers
+    "arena.md": ("winners", "gains"),
+    "arena/setup.md": ("beds", "judges"),
+    "arena/fronts.md": ("volumes", "vendi", "tuned"),
+    "arena/scores.md": ("scores",),
+    "arena/target.md": ("matching",),
+    "arena/sets.md": ("smallsets", "longruns"),
+    "arena/costs.md": ("cost",),
+    "arena/ablations.md": ("ablations",),
+}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -76,7 +86,7 @@ def scores(data: list[dict[str, Any]]) -> str:
             continue
         order = sorted(found, key=lambda m: (m != "plain", -found[m]["conditional_rke"]))
         rows = [[m, *(f"{found[m][k]:.{n}f}" for k, (_, n) in columns.items())] for m in order]
-        parts.append(table([d["bed"], *(head for head, _ in columns.values())], rows))
+        parts.append(f"## {d['bed']}\n\n" + table(["method", *(head for head, _ in columns.values())], rows))
     return "\n\n".join(parts) or "(not measured)"
 
 
@@ -148,7 +158,7 @@ def matching(folder: Path) -> str:
             for m, at in by["methods"].items()
             for size, r in at.items()
         ]
-        parts.append(f"**{bed}**: {by['about']}\n\n" + table(["method", "references", *by["figures"]], rows))
+        parts.append(f"## {bed}\n\n{by['about']}:\n\n" + table(["method", "references", *by["figures"]], rows))
     return "\n\n".join(parts)
 
 
@@ -206,28 +216,27 @@ def judges() -> str:
     return table(["judge", "held-out images", "accuracy"], rows)
 
 
-def write(folder: Path, page: Path, figure: Path | None) -> None:
-    """Fill the page with the tables of a folder of results, and draw the figures into the folder of ``figure``."""
+def write(folder: Path, docs: Path) -> None:
+    """Fill the pages of the folder ``docs`` with the tables of a folder of results, and draw the figures there."""
     data = records(folder)
     parts = {
         "beds": beds(data), "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
         "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
     }  # fmt: skip
-    fill(page, parts)
-    if figure is not None:
-        fronts(data, figure)
-        overview(data, figure.with_name("which-method.png"))
-        ablation_panels(folder, figure.with_name("arena-ablations.png"))
+    for page, names in PAGES.items():
+        fill(docs / page, {name: parts[name] for name in names})
+    fronts(data, docs / "arena.png")
+    overview(data, docs / "which-method.png")
+    ablation_panels(folder, docs / "arena-ablations.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "arena")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "arena.md")
-    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "arena.png")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pages and figures")
     args = parser.parse_args()
-    write(args.results, args.page, args.figure)
+    write(args.results, args.docs)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class SPARKE(KernelGuidance):
 
     Args:
         scale: largest move of a step relative to the norm of the prediction, at the start of the guided interval, after
-            which it fades. See docs/arena.md for its effect; ``kspec-guidance tune`` finds a value for a pipeline.
+            which it fades. See docs/arena/fronts.md for its effect; ``kspec-guidance tune`` finds a value for a pipeline.
         kernel: kernel of samples scaled to norm 1; by default Gaussian at half the median distance of the pairs.
         prompt_kernel: kernel of unit-norm prompt features; by default Gaussian with bandwidth 0.35.
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.

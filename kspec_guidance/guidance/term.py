@@ -10,7 +10,7 @@ from kspec_guidance.objectives import Objective
 
 __all__ = ["DEFAULT_TRANSFORMS", "Term"]
 
-# docs/arena.md measures each transform alone: off_score has the largest effect
+# docs/arena/ablations.md measures each transform alone: off_score has the largest effect
 DEFAULT_TRANSFORMS = ("tangent", "off_score", "bound", "fade")
 
 

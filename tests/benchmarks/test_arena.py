@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.arena.methods.eddy import EDDY, pairs
 from benchmarks.arena.methods.oscar import OSCAR
 from benchmarks.arena.methods.selection import varied
 from benchmarks.arena.methods.spell import SPELL
+from benchmarks.arena.page import PAGES
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,11 +209,20 @@ def test_bootstrap_weights_cover_prompts_and_seeds() -> None:
     assert np.allclose(w.mean(0), 1 / 12, atol=0.01)
 
 
+def test_every_table_of_the_arena_is_on_one_page_between_its_markers() -> None:
+    """The pages hold the markers that the generator fills, and no others, which it would leave as they are."""
+    docs = ROOT / "docs"
+    pages = {p.relative_to(docs).as_posix() for p in docs.rglob("*.md") if "arena" in p.relative_to(docs).as_posix()}
+    found = {page: re.findall(r"<!-- (\w+) -->", (docs / page).read_text()) for page in pages}
+    assert found == {page: list(names) for page, names in PAGES.items()}
+    assert len({name for names in PAGES.values() for name in names}) == sum(map(len, PAGES.values()))
+
+
 @pytest.mark.slow
 def test_the_small_arena_runs_and_does_not_measure_twice(tmp_path: Path) -> None:
     beds = ["mixture-32", "digits", "emoji-4"]
     command = [sys.executable, "-m", "benchmarks.arena", "--small", "--out", str(tmp_path), "--beds", *beds,
-               "--methods", "plain", "OSCAR", "SPARKE, ours", "--page", str(tmp_path / "arena.md")]  # fmt: skip
+               "--methods", "plain", "OSCAR", "SPARKE, ours", "--docs", str(tmp_path / "docs")]  # fmt: skip
     for _ in range(2):
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         written = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")}
@@ -219,6 +230,8 @@ def test_the_small_arena_runs_and_does_not_measure_twice(tmp_path: Path) -> None
     data = json.loads((tmp_path / "emoji--4-steps.json").read_text())
     assert len(data["methods"]["OSCAR"]["trials"]) == 2
     assert len(data["methods"]["SPARKE, ours"]["front"]) == 3
-    page = (tmp_path / "arena.md").read_text()
+    for page in PAGES:
+        assert (tmp_path / "docs" / page).is_file()
+    page = (tmp_path / "docs" / "arena.md").read_text()
     assert "OSCAR" in page
     assert "digits" in page
