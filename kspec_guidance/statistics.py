@@ -24,6 +24,7 @@ __all__ = [
     "compare",
     "compare_paired",
     "convergence_curve",
+    "effective_number_interval",
     "jackknife",
     "jackknife_interval",
     "kid_interval",
@@ -140,6 +141,50 @@ def kid_interval(
     se = float(deviation) * math.sqrt(used / (1 - used) + 1 / subsets)
     half = float(t.ppf((1 + level) / 2, subsets - 1)) * se
     return Interval(float(value), float(value) - half, float(value) + half, se, level)
+
+
+def effective_number_interval(sizes: Sequence[int] | Tensor, level: float = 0.95) -> Interval:
+    """Effective number of groups, as :func:`~kspec_guidance.functional.effective_number`, with a confidence interval.
+
+    The interval is that of the number in other sets of as many samples from the same source, with the same groups: errors
+    of the grouping itself are not in it. It is the jackknife's, on the logarithm. Where the jackknife finds next to
+    nothing, as for groups of equal sizes, it has the width that the number of pairs within groups leaves uncertain; and if
+    all samples are in one group, or each in its own, it ends where such a set would be as rare as ``(1 - level) / 2``. In
+    simulations (tests/test_statistics.py) it covers the expected number in 91% to 100% of the cases.
+
+    Args:
+        sizes: numbers of samples in each group.
+        level: of the interval.
+
+    Raises:
+        ValueError: for fewer than 3 samples, or a level outside (0, 1).
+
+    >>> found = effective_number_interval([10, 10, 10])
+    >>> round(found.low, 1), found.value, round(found.high, 1)
+    (2.6, 3.0, 3.4)
+    """
+    from scipy.stats import t
+
+    _check_level(level)
+    value, c = F.effective_number(sizes), torch.as_tensor(sizes, dtype=torch.float64)
+    c = c[c > 0]
+    n = float(c.sum())
+    if n < 3:
+        raise ValueError(f"an interval needs at least 3 samples, got {n:.0f}")
+    logs = 2 * math.log(n - 1) - (c.square().sum() - 2 * c + 1).log()  # without one sample of each group
+    jackknifed = (n - 1) / n * float((c * (logs - (c * logs).sum() / n).square()).sum())
+    pairs = float((c * (c - 1)).sum()) / (n * (n - 1))
+    triples = float((c * (c - 1) * (c - 2)).sum()) / (n * (n - 1) * (n - 2))
+    second_order = 2 * (pairs - 2 * triples + pairs**2) / n**2 * value**2
+    error = math.sqrt(max(jackknifed, second_order, 0.0))
+    half, tail = float(t.ppf((1 + level) / 2, n - 1)) * error, (1 - level) / 2
+    low, high = value * math.exp(-half), value * math.exp(half)
+    if len(c) == n:  # no pair was found, so that their expected number is at most -log(tail)
+        low = n**2 / (n - 2 * math.log(tail))
+    if len(c) == 1:  # no other group was found, so that their share is at most this
+        other = 1 - tail ** (1 / n)
+        high = 1 / ((1 - other) ** 2 + other**2)
+    return Interval(value, max(1.0, low), min(n, high), value * error, level)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from kspec_guidance.statistics import (
     compare,
     compare_paired,
     convergence_curve,
+    effective_number_interval,
     jackknife,
     jackknife_interval,
     kid_interval,
@@ -199,3 +200,19 @@ def test_truncated_vendi_converges_with_samples_proportional_to_t():
         partial = convergence_curve(x, k, sizes=[16 * t], truncation=t).mean[f"truncated Vendi, t = {t}"][0]
         assert abs(partial / full - 1) < 0.05
     assert math.isclose(F.vendi_score(oracles.clusters(4, 8), truncation=4).item(), 4, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("n", [20, 60])
+@pytest.mark.parametrize(
+    "shares",
+    [[1.0], [0.5, 0.5], [0.2] * 5, [1 / 200] * 200, [0.97, 0.03], [1 / k for k in range(1, 60)], [0.5, *[0.0025] * 200]],
+    ids=["one", "two", "five", "two hundred", "a rare one", "Zipf", "half in one"],
+)
+def test_effective_number_interval_covers_that_of_other_sets(n, shares):
+    p, g = torch.tensor(shares, dtype=torch.float64), torch.Generator().manual_seed(0)
+    draws = [torch.multinomial(p, n, replacement=True, generator=g).bincount() for _ in range(400)]
+    found = [effective_number_interval(d) for d in draws]
+    expected = sum(i.value for i in found) / len(found)
+    covered = sum(i.low - 1e-9 <= expected <= i.high + 1e-9 for i in found) / len(found)
+    assert covered >= 0.91
+    assert all(1 <= i.low < i.high <= n and i.low <= i.value <= i.high for i in found)

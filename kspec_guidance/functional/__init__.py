@@ -8,6 +8,7 @@ device has float64, and results are there; gradients flow back to the samples. A
 float64) rows on the device of the samples.
 """
 
+from kspec_guidance.functional.clusters import effective_number, kind_labels, kinds, kinds_score
 from kspec_guidance.functional.conditional import (
     conditional_entropy,
     conditional_rke_score,
@@ -36,6 +37,10 @@ __all__ = [
     "ken_score",
     "mmd",
     "kid",
+    "kinds_score",
+    "kinds",
+    "kind_labels",
+    "effective_number",
     "Mode",
     "top_modes",
     "novel_modes",

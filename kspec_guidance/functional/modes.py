@@ -14,12 +14,12 @@ __all__ = ["Mode", "novel_modes", "top_modes"]
 
 @dataclass(frozen=True)
 class Mode:
-    """One mode: its eigenvalue, and the samples at which its eigenfunction is largest.
+    """One mode, or one kind: its share of the set, and its most typical samples.
 
     Attributes:
-        share: the eigenvalue, the share of the set in this mode.
+        share: the eigenvalue, or the share of the set that is of this kind.
         samples: indices, largest value first.
-        values: of the eigenfunction at these samples.
+        values: of the eigenfunction at these samples, or their mean cosines with the samples of the kind.
     """
 
     share: float

@@ -7,6 +7,7 @@ from kspec_guidance.kernels.base import Kernel, ProductKernel
 from kspec_guidance.kernels.distances import (
     IMAGE_BANDWIDTH,
     PROMPT_BANDWIDTH,
+    SAME_DISTANCE,
     l2_normalize,
     median_bandwidth,
     pairwise_distances,
@@ -27,4 +28,5 @@ __all__ = [
     "l2_normalize",
     "IMAGE_BANDWIDTH",
     "PROMPT_BANDWIDTH",
+    "SAME_DISTANCE",
 ]

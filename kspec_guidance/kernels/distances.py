@@ -10,6 +10,7 @@ from kspec_guidance.utils.transfer import surely_none
 __all__ = [
     "IMAGE_BANDWIDTH",
     "PROMPT_BANDWIDTH",
+    "SAME_DISTANCE",
     "as_float",
     "check_pair",
     "distances_of_pairs",
@@ -31,6 +32,7 @@ MEDIAN_ROWS = 2048  # maximum number of rows in the median rule
 WEIGHT_BITS = 30  # of the largest weight in a weighted median; sums of 2^33 such weights fit into 64 bits
 PROMPT_BANDWIDTH = 0.35  # for unit-norm prompt features, as published; see benchmarks/prompts.py
 IMAGE_BANDWIDTH = 0.5  # for unit-norm image features: copies count as one image, unrelated images as two
+SAME_DISTANCE = 0.75  # mean distance of unit-norm features of images of one kind, at most; see benchmarks/bandwidth.py
 
 
 def as_float(x: Tensor) -> Tensor:
