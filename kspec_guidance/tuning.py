@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance import functional as F
+from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.guidance.presets import SPARKE
 from kspec_guidance.kernels import GaussianKernel, l2_normalize, median_bandwidth
@@ -147,7 +148,7 @@ def tune(
                         made = pipe(prompt, **arguments).images
                 else:
                     made = pipe(prompt, **arguments).images
-                rows.append(l2_normalize(embed(made).double()))
+                rows.append(l2_normalize(on_host(embed(made))))
                 images.setdefault(prompt, list(made))
                 done += 1
                 if progress_callback is not None:

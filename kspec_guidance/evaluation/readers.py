@@ -276,7 +276,8 @@ class SetReader:
             raise SourceError("Parquet files need: pip install 'kspec-guidance[data]'") from error
         number = total = 0
         try:
-            with parquet.ParquetFile(path) as file:
+            # one group of rows is read at a time; by default pyarrow prefetches all of them
+            with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
                 total = file.metadata.num_rows
                 column = self._column(name, file.schema_arrow)
                 if column is None:

@@ -15,7 +15,7 @@ from kspec_guidance.evaluation.image_sets import ImageSet
 from kspec_guidance.evaluation.neighbours import Duplicate, near_duplicates
 from kspec_guidance.evaluation.scores import EXACT_ROWS, NUM_FEATURES, ScoreRecord, ScoreRecorder
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.functional.inputs import smaller_matrix
+from kspec_guidance.functional.inputs import on_host, smaller_matrix
 from kspec_guidance.kernels import GaussianKernel, l2_normalize, median_bandwidth
 from kspec_guidance.kernels.distances import evenly_spaced
 from kspec_guidance.kernels.spectrum import eigenvalues
@@ -166,14 +166,14 @@ def evaluate_set(
     Raises:
         ValueError: for a reference whose features have another width.
     """
-    x = l2_normalize(images.features.double())
+    x = l2_normalize(on_host(images.features))
     kernel = GaussianKernel(median_bandwidth(x))
     recorder = ScoreRecorder(len(x), embedder, seed)
     recorder.diversity(x, kernel)
     known = {i: p for i, p in enumerate(images.prompts or []) if p is not None}
     if len(set(known.values())) > 1:
         encoder = text_embedder or one_hot_embedder()
-        t, captioned = l2_normalize(encoder(list(known.values())).double()), x[list(known)]
+        t, captioned = l2_normalize(on_host(encoder(list(known.values())))), x[list(known)]
         conditional = ScoreRecorder(len(captioned), embedder, seed)
         conditional.conditional(captioned, t, kernel)
         if encoder.name == embedder.name and t.shape[1] == x.shape[1]:
@@ -217,7 +217,7 @@ def compare_sets(
     Raises:
         ValueError: for sets whose features have different widths.
     """
-    x, y = l2_normalize(a.features.double()), l2_normalize(b.features.double())
+    x, y = l2_normalize(on_host(a.features)), l2_normalize(on_host(b.features))
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"the sets have {x.shape[1]} and {y.shape[1]} features per image; embed both with the same model")
     kernel = GaussianKernel(median_bandwidth(torch.cat([_subset(x, EXACT_ROWS), _subset(y, EXACT_ROWS)])))

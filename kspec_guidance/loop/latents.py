@@ -6,8 +6,9 @@
 import inspect
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.loop.components import autoencoder_of, image_size
-from kspec_guidance.utils.images import load_folder, to_pixels
+from kspec_guidance.utils.images import read_folder, to_pixels
 from kspec_guidance.utils.placement import compute_dtype, diffusers_hooks, execution_device
 
 __all__ = ["decode", "encode", "encode_reference", "from_loop", "overflow_message", "to_loop"]
@@ -170,9 +171,16 @@ def _unpacked(x: Tensor, pipe: Any, vae: Any, size: tuple[int, int] | None) -> T
     return pipe._unpack_latents(x, height, width, factor)
 
 
+def _batches(images: Iterable[Image.Image] | str | os.PathLike, n: int, size: int | tuple[int, int]) -> Iterator[Tensor]:
+    """Batches ``[n, 3, h, w]`` in -1..1 of a folder or of PIL images, which are resized one by one."""
+    source = iter(read_folder(images) if isinstance(images, str | os.PathLike) else images)
+    while len(pixels := to_pixels(islice(source, n), size)):
+        yield pixels * 2 - 1
+
+
 def encode_reference(
     pipe: Any,
-    images: Tensor | Sequence[Image.Image] | str | os.PathLike,
+    images: Tensor | Iterable[Image.Image] | str | os.PathLike,
     batch_size: int = 32,
     size: int | tuple[int, int] | None = None,
 ) -> Tensor:
@@ -183,8 +191,8 @@ def encode_reference(
 
     Args:
         pipe: a pipeline with an autoencoder.
-        images: a folder, PIL images, or a tensor ``[m, 3, h, w]`` in -1..1 (clips ``[m, 3, f, h, w]`` for video
-            pipelines), which is not resized.
+        images: a folder, PIL images (any iterable), or a tensor ``[m, 3, h, w]`` in -1..1 (clips ``[m, 3, f, h, w]`` for
+            video pipelines), which is not resized. Images of a folder are read one by one.
         batch_size: number of images encoded at once.
         size: side, or height and width in pixels, to resize and crop to; None for the pipeline's default size.
 
@@ -192,18 +200,20 @@ def encode_reference(
         ValueError: for a wrong shape or range, a folder without images or with an unreadable one, or a pipeline without an
             image autoencoder, or one that returns NaN or infinite values.
     """
-    if not isinstance(images, Tensor):
+    batches: Iterable[Tensor]
+    if isinstance(images, Tensor):
+        if size is not None:
+            raise ValueError("a tensor is not resized; leave size out, or give PIL images")
+        if images.ndim not in (4, 5) or images.shape[1] != 3:
+            raise ValueError(f"images must have shape [m, 3, h, w] (clips [m, 3, f, h, w]), got {list(images.shape)}")
+        if not torch.isfinite(images).all() or bool(((images < -1.001) | (images > 1.001)).any()):
+            raise ValueError("images must lie in -1..1; divide 8-bit values by 127.5 and subtract 1")
+        batches = images.split(batch_size) if len(images) else []
+    else:
         size = image_size(pipe) if size is None else size
         if size is None:
             raise ValueError(f"{type(pipe).__name__} does not declare its image size; pass size=(height, width)")
-        loaded = load_folder(images) if isinstance(images, str | os.PathLike) else images
-        images = to_pixels(loaded, size) * 2 - 1
-    elif size is not None:
-        raise ValueError("a tensor is not resized; leave size out, or give PIL images")
-    if images.ndim not in (4, 5) or images.shape[1] != 3:
-        raise ValueError(f"images must have shape [m, 3, h, w] (clips [m, 3, f, h, w]), got {list(images.shape)}")
-    if not torch.isfinite(images).all() or float(images.min()) < -1.001 or float(images.max()) > 1.001:
-        raise ValueError("images must lie in -1..1; divide 8-bit values by 127.5 and subtract 1")
+        batches = _batches(images, batch_size, size)
     vae = autoencoder_of(pipe)
     if not callable(getattr(vae, "encode", None)):
         raise ValueError(
@@ -211,7 +221,10 @@ def encode_reference(
         )
     try:
         with torch.inference_mode(False), torch.no_grad():
-            latents = torch.cat([to_loop(encode(vae, part), pipe, vae) for part in images.split(batch_size)])
+            parts = [to_loop(encode(vae, part), pipe, vae) for part in batches]
+            if not parts:
+                raise ValueError("a reference needs one image or more, got none")
+            latents = torch.cat(parts)
     finally:
         if hasattr(vae, "_hf_hook") and hasattr(type(pipe), "maybe_free_model_hooks"):
             type(pipe).maybe_free_model_hooks(pipe)  # as at the end of a call, but not observed as one

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
+from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.statistics import jackknife
 from kspec_guidance.synthesis.errors import SynthesisError
@@ -28,7 +29,7 @@ MIN_TARGET_IMAGES = 8  # images of a prompt from which the jackknife gives an in
 
 def prompt_score(x: Tensor, score: str = "vendi", bandwidth: float = BANDWIDTH) -> float:
     """Score the images of one prompt by their features ``[n, d]``, scaled here to norm 1."""
-    return float(SCORES[score](l2_normalize(x.double()), GaussianKernel(bandwidth)))
+    return float(SCORES[score](l2_normalize(on_host(x)), GaussianKernel(bandwidth)))
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Target:
         """
         if len(x) < MIN_TARGET_IMAGES:
             return None
-        rows, kernel = l2_normalize(x.double()), GaussianKernel(self.bandwidth)
+        rows, kernel = l2_normalize(on_host(x)), GaussianKernel(self.bandwidth)
         score = SCORES[self.score]
         interval = jackknife(lambda z: score(z, kernel), rows, groups=min(20, len(rows)))
         if interval.low >= self.value:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.memory import PromptWeights
 
 __all__ = ["groups_of", "relevant", "shard", "shard_groups"]
@@ -64,7 +65,7 @@ def shard(features: Tensor, sizes: Sequence[int], parts: int) -> list[int]:
         raise ValueError(f"{len(features)} prompts' features but {len(sizes)} sizes; one for each prompt")
     if parts == 1:
         return [0] * len(sizes)
-    features = features.double()
+    features = on_host(features)
     bundles = _bundles(groups_of(features), sizes, MAX_GROUP_SHARE * sum(sizes) / parts)
     centres = torch.stack([features[b].mean(0) for b in bundles]) if bundles else features
     loads = [sum(sizes[i] for i in b) for b in bundles]

@@ -5,8 +5,7 @@ import io
 import math
 import mimetypes
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -18,14 +17,15 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from kspec_guidance.utils.folders import HIDDEN, list_files, printable
+from kspec_guidance.utils.messages import warn_user
 
 __all__ = [
     "Images",
     "SourceError",
     "decode_image",
     "image_types",
-    "load_folder",
     "not_an_image",
+    "read_folder",
     "to_pixels",
     "to_rgb",
 ]
@@ -74,11 +74,11 @@ def not_an_image(name: str) -> str:
     return "not an image"
 
 
-def load_folder(folder: str | os.PathLike) -> list[Image.Image]:
-    """All images of a folder and its subfolders as RGB, ordered by name; for sets that fit into memory.
+def read_folder(folder: str | os.PathLike) -> Iterator[Image.Image]:
+    """The images of a folder and its subfolders as RGB, one by one, ordered by name.
 
-    Hidden files and texts (captions) are left out; a warning names other files that are not read, and animations, of which
-    the first frame is read.
+    Hidden files and texts (captions) are left out; at the end a warning names other files that are not read, and
+    animations, of which the first frame is read.
 
     Raises:
         SourceError: if the folder does not exist or contains no images, or if an image cannot be read.
@@ -86,7 +86,7 @@ def load_folder(folder: str | os.PathLike) -> list[Image.Image]:
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder of images")
-    images, unread, types = [], [], image_types()
+    count, unread, types = 0, [], image_types()
     files, left_out = list_files(folder)
     for path in files:
         name = printable(path.relative_to(folder).as_posix())
@@ -98,14 +98,14 @@ def load_folder(folder: str | os.PathLike) -> list[Image.Image]:
         except SourceError as error:
             raise SourceError(f"{path} cannot be read as an image: {error}") from error
         unread += [f"{name} (all frames but the first)"] if more else []
-        images.append(image)
-    if not images:
+        count += 1
+        yield image
+    if not count:
         raise SourceError(f"{folder} contains no images (PNG, JPEG, WebP and others that Pillow decodes)")
     unread += [f"{name} ({reason})" for name, reason in left_out.items() if reason != HIDDEN]
     if unread:
         more_names = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
-        warnings.warn(f"not read from {folder}: {', '.join(unread[:5])}{more_names}", stacklevel=2)
-    return images
+        warn_user(f"not read from {folder}: {', '.join(unread[:5])}{more_names}")
 
 
 def decode_image(
@@ -222,6 +222,8 @@ def _fit_box(height: int, width: int, size: tuple[int, int], fit: str) -> tuple[
 
 
 def _from_pil(image: Image.Image, size: tuple[int, int], fit: str) -> Tensor:
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"images must be PIL images or one tensor [n, 3, h, w], got {type(image).__name__}")
     rgb = to_rgb(image)
     h, w = _fit_box(rgb.height, rgb.width, size, fit)
     top, left = (h - size[0]) // 2, (w - size[1]) // 2
@@ -231,12 +233,12 @@ def _from_pil(image: Image.Image, size: tuple[int, int], fit: str) -> Tensor:
     return torch.from_numpy(np.asarray(rgb, dtype=np.float32)).permute(2, 0, 1) / 255
 
 
-def to_pixels(images: Images, size: int | tuple[int, int], fit: str = "crop") -> Tensor:
+def to_pixels(images: Iterable[Image.Image] | Tensor, size: int | tuple[int, int], fit: str = "crop") -> Tensor:
     """Images as ``[n, 3, height, width]`` float32 in 0..1: resized with antialiasing, alpha over white.
 
     Args:
-        images: PIL images of any mode and size, read as :func:`to_rgb` says, or a tensor ``[n, 3, h, w]`` (or
-            ``[n, 1, h, w]``, grey): uint8 in 0..255 or floating point in 0..1.
+        images: PIL images of any mode and size, taken one by one and read as :func:`to_rgb` says, or a tensor
+            ``[n, 3, h, w]`` (or ``[n, 1, h, w]``, grey): uint8 in 0..255 or floating point in 0..1.
         size: side of a square, or height and width, in pixels.
         fit: ``crop`` resizes to cover both sides and crops the centre; ``squash`` changes the aspect ratio.
 
@@ -249,11 +251,8 @@ def to_pixels(images: Images, size: int | tuple[int, int], fit: str = "crop") ->
     size = (size, size) if isinstance(size, int) else size
     if isinstance(images, Tensor):
         return _from_tensor(images, size, fit)
-    images = list(images)
-    bad = [type(i).__name__ for i in images if not isinstance(i, Image.Image)]
-    if bad:
-        raise TypeError(f"images must be PIL images or one tensor [n, 3, h, w], got {bad[0]}")
-    return torch.stack([_from_pil(i, size, fit) for i in images]) if images else torch.empty(0, 3, *size)
+    pixels = [_from_pil(i, size, fit) for i in images]
+    return torch.stack(pixels) if pixels else torch.empty(0, 3, *size)
 
 
 def _from_tensor(x: Tensor, size: tuple[int, int], fit: str) -> Tensor:

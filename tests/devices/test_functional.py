@@ -1,13 +1,22 @@
 """Scores of samples on a device without float64, such as Apple's MPS, equal those of samples on the host."""
 
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from kspec_guidance import functional as F
 from kspec_guidance import metrics
+from kspec_guidance.evaluation import ImageSet, compare_sets, evaluate_set
+from kspec_guidance.evaluation.embedders import ImageEmbedder, TextEmbedder
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.statistics import compare, convergence_curve, jackknife, kid_interval
+from kspec_guidance.synthesis.schedule import Target, prompt_score
+from kspec_guidance.synthesis.sharding import shard
+from kspec_guidance.tuning import tune
 from tests.devices.simulated import SimulatedDevice
 from tests.samples import rows
 
@@ -97,3 +106,40 @@ def test_metric_moved_to_mps_stays_on_the_host():
         assert metric.moment.device.type == "cpu"
         metric.update(X.to(device.device))
     assert metric.compute().item() == pytest.approx(F.vendi_score(X).item())
+
+
+EMBEDDER = ImageEmbedder(lambda x: x, 8, "e", fingerprint="e")
+TEXTS = TextEmbedder(lambda texts: torch.eye(3)[: len(texts)], "t", "t")
+
+
+def image_set(x):
+    names = [f"{k}.png" for k in range(len(x))]
+    return ImageSet(Path("set"), names, [f"prompt {k % 3}" for k in range(len(x))], features=x)
+
+
+def tuned(x):
+    """Diversity of images whose features are these, in a search without a pipeline."""
+
+    def pipe(prompt, generator, **arguments):
+        return SimpleNamespace(images=[g.initial_seed() for g in generator])
+
+    guide = SimpleNamespace(attach=nullcontext)
+    found = tune(pipe, ["a"], lambda scale: guide, [1.0], 4, 1, embed=lambda seeds: x[[s % len(x) for s in seeds]])
+    return [found.plain_diversity, found.plain_fidelity]
+
+
+FEATURES = {
+    "evaluate": lambda x, y, t: [r.value for r in evaluate_set(image_set(x), EMBEDDER, TEXTS, image_set(y)).scores],
+    "compare": lambda x, y, t: [r.value for r in compare_sets(image_set(x), image_set(y), EMBEDDER, TEXTS).scores],
+    "tune": lambda x, y, t: tuned(x),
+    "prompt score": lambda x, y, t: [prompt_score(x)],
+    "target": lambda x, y, t: [Target("vendi", 1.0).reached(x, 4) == "target reached"],
+    "shards": lambda x, y, t: shard(t, [1] * len(t), 2),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_of_an_embedder_may_be_on_a_device_without_float64(name):
+    with SimulatedDevice("mps") as device:
+        found = FEATURES[name](*(z.to(device.device) for z in (X, Y, T)))
+    assert found == pytest.approx(FEATURES[name](X, Y, T))

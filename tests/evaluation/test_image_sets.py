@@ -7,18 +7,23 @@ import os
 import sys
 import tarfile
 import unicodedata
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from kspec_guidance import encode_reference
 from kspec_guidance.cli import app
 from kspec_guidance.evaluation.captions import Caption, match_captions
-from kspec_guidance.evaluation.embedders import ImageEmbedder
+from kspec_guidance.evaluation.embedders import ImageEmbedder, embed_files
 from kspec_guidance.evaluation.image_sets import SourceError, load_images
 from kspec_guidance.evaluation.page import write_page
 from kspec_guidance.evaluation.sets import evaluate_set
+from kspec_guidance.utils import images as images_module
+from tests import tiny
 
 RED = ImageEmbedder(lambda x: x[:, :1, 0, 0], 8, "red", (0, 0, 0), (1, 1, 1))
 
@@ -547,3 +552,37 @@ def test_normal_forms_of_names_are_those_of_unicode(tmp_path):
     name = unicodedata.normalize("NFD", "d\u1ea1\u0323\u00e9")
     write(tmp_path, {f"{name}.png": 0, "metadata.jsonl": lines((unicodedata.normalize("NFC", name) + ".png", "a"))})
     assert list(prompts(tmp_path).values()) == ["a"]
+
+
+READERS = {
+    "set": lambda path: load_images(path, RED),
+    "shard": lambda path: load_images(path / "s" / "0.tar", RED),
+    "table": lambda path: load_images(path / "t" / "0.parquet", RED),
+    "files": lambda path: embed_files(sorted(path.glob("*.png")), RED),
+    "reference": lambda path: encode_reference(tiny.build("StableDiffusionPipeline"), path, size=16),
+}
+
+
+@pytest.mark.filterwarnings("ignore:not read from")
+@pytest.mark.parametrize("reader", READERS)
+def test_images_of_full_size_are_held_one_at_a_time(reader, tmp_path, monkeypatch):
+    """Else a folder of photographs takes as much memory as all of them decoded."""
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    files = {f"{k}.png": encoded(k) for k in range(40)}
+    (tmp_path / "t").mkdir()
+    parquet.write_table(pyarrow.table({"image": list(files.values())}), tmp_path / "t" / "0.parquet")
+    write(tmp_path, files | {"s/0.tar": tar_bytes(files)})
+    seen, alive = [], []
+    to_rgb = images_module.to_rgb
+
+    def counted(image):
+        found = to_rgb(image).copy()
+        seen.append(weakref.ref(found))
+        alive.append(sum(image() is not None for image in seen))
+        return found
+
+    monkeypatch.setattr(images_module, "to_rgb", counted)
+    with torch.no_grad():
+        READERS[reader](tmp_path)
+    assert len(alive) >= 40
+    assert max(alive) <= 3  # the image, the one before, and a copy

@@ -103,6 +103,11 @@ def test_encode_reference_accepts_folder_and_images(pipe, tmp_path):
 
 
 def test_invalid_reference_raises(pipe):
+    for none in ([], torch.zeros(0, 3, 64, 64)):
+        with pytest.raises(ValueError, match="one image or more, got none"):
+            encode_reference(pipe, none)
+    with pytest.raises(TypeError, match="must be PIL images or one tensor"):
+        encode_reference(pipe, ["a.png"])
     with pytest.raises(ValueError, match="is not a folder"):
         encode_reference(pipe, "nowhere")
     with pytest.raises(ValueError, match="leave size out"):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from kspec_guidance.utils.folders import list_files
-from kspec_guidance.utils.images import SourceError, decode_image, image_types, load_folder, to_pixels, to_rgb
+from kspec_guidance.utils.images import SourceError, decode_image, image_types, read_folder, to_pixels, to_rgb
 
 RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
 
@@ -238,16 +238,16 @@ def test_list_files_follows_links_once_and_names_what_it_leaves_out(tmp_path):
     }  # fmt: skip
 
 
-def test_load_folder_reads_as_evaluate_and_warns_of_what_it_leaves_out(tmp_path):
+def test_read_folder_reads_as_evaluate_and_warns_of_what_it_leaves_out(tmp_path):
     (tmp_path / "0.png").write_bytes(DEEP["16-bit PNG"])
     (tmp_path / "0.txt").write_text("a ramp")
-    assert np.abs(np.asarray(load_folder(tmp_path)[0])[..., 0] - (RAMP * 255).round()).max() <= 1
+    assert np.abs(np.asarray(next(read_folder(tmp_path)))[..., 0] - (RAMP * 255).round()).max() <= 1
     (tmp_path / "a.svg").write_text("<svg/>")
     (tmp_path / "b.gif").write_bytes(
         encode(Image.new("L", (4, 4)), "GIF", save_all=True, append_images=[Image.new("L", (4, 4), 255)])
     )
     with pytest.warns(UserWarning, match=r"a\.svg \(of a type .*b\.gif \(all frames but the first\)"):
-        assert len(load_folder(tmp_path)) == 2
+        assert len(list(read_folder(tmp_path))) == 2
     (tmp_path / "c.png").write_bytes(b"")
     with pytest.raises(SourceError, match=r"c\.png cannot be read as an image: an empty file"):
-        load_folder(tmp_path)
+        list(read_folder(tmp_path))

@@ -55,7 +55,7 @@ class FeatureCache:
 
 
 class LazyImages(Sequence):
-    """Image files that are opened batch by batch, when an embedder slices them."""
+    """Image files that are opened one by one, when an embedder takes the images of a slice."""
 
     def __init__(self, paths: Sequence[str | os.PathLike]):
         self.paths = list(paths)
@@ -65,7 +65,7 @@ class LazyImages(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return LazyImages(self.paths[index])
         path = Path(self.paths[index])
         try:
             return decode_image(path)[0]
