@@ -1,12 +1,16 @@
 """Kernel-spectral diversity, novelty and distribution-matching guidance for diffusers, and diversity scores."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kspec_guidance import functional
-from kspec_guidance.memory import CentroidMemory, MemoryBank, RandomFeatureMemory
+if TYPE_CHECKING:
+    from kspec_guidance import functional
+    from kspec_guidance.memory import CentroidMemory, MemoryBank, RandomFeatureMemory
 
 __version__ = "1.0.0rc2"
-_LAZY = {  # modules that need diffusers are imported on first use
+_LAZY = {  # modules that need torch or diffusers are imported on first use
+    "MemoryBank": "memory",
+    "CentroidMemory": "memory",
+    "RandomFeatureMemory": "memory",
     "SPARKE": "guidance.presets",
     "VendiGuidance": "guidance.presets",
     "MMDGuidance": "guidance.presets",
@@ -42,12 +46,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name in _LAZY:
         return getattr(import_module(f"kspec_guidance.{_LAZY[name]}"), name)
+    if name == "functional":
+        return import_module("kspec_guidance.functional")
     raise AttributeError(f"module 'kspec_guidance' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, "functional"})

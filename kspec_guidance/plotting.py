@@ -122,7 +122,8 @@ def plot_tuning(tuning: Any, path: str | Path) -> None:
         chosen = p.scale == tuning.scale
         axes.plot(p.fidelity, p.diversity, "o", ms=11 if chosen else 6, color="#c4572e" if chosen else "#2f6fb3")
         axes.annotate(f"{p.scale:g}", (p.fidelity, p.diversity), (7, 5), textcoords="offset points", fontsize=9)
-    axes.set_title("no scale helps" if tuning.scale is None else f"chosen scale: {tuning.scale:g}", fontsize=11)
+    title = f"guidance: {tuning.verdict}" if tuning.scale is None else f"chosen scale: {tuning.scale:g}"
+    axes.set_title(title, fontsize=11)
     axes.set(xlabel="fidelity (precision against plain images)", ylabel="different images per batch (Vendi score)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="best")

@@ -1,10 +1,15 @@
-"""The command line: ``kspec-guidance demo | generate | tune | evaluate | compare``.
+"""The command line: ``kspec-guidance demo | generate | tune | evaluate | compare``, described in docs/command-line.md.
 
-Options have the names of the API's arguments.
+Options have the names of the API's arguments. Nothing here imports torch before a command runs.
 """
 
-import typer
+from typing import Any
 
+import typer
+from typer.core import TyperGroup
+
+from kspec_guidance.cli.arguments import Version
+from kspec_guidance.cli.console import EXIT_CODES, one_line_errors
 from kspec_guidance.cli.demo import demo
 from kspec_guidance.cli.evaluate import compare, evaluate
 from kspec_guidance.cli.generate import generate
@@ -12,11 +17,31 @@ from kspec_guidance.cli.tune import tune
 
 __all__ = ["app"]
 
+
+class Commands(TyperGroup):
+    """All commands; their errors are one line each, with the exit codes of :data:`EXIT_CODES`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options before the name of the command; without any word, show the help."""
+        with one_line_errors():
+            return super().parse_args(ctx, args or ["--help"])
+
+    def invoke(self, ctx: Any) -> Any:
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
-    no_args_is_help=True,
+    cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Diverse images from any diffusers pipeline without retraining, and diversity scores of image sets.",
+    epilog=EXIT_CODES,
 )
 for command in (demo, generate, tune, evaluate, compare):
-    app.command()(command)
+    app.command(epilog=EXIT_CODES)(command)
+
+
+@app.callback()
+def main(version: Version = False) -> None:
+    """Diverse images from any diffusers pipeline without retraining, and diversity scores of image sets."""

@@ -1,51 +1,228 @@
-"""Options of the command line: loading of pipelines, and parsing of name=value."""
+"""Options that several commands have, their checks, and the loading of pipelines."""
 
 import json
+import math
 import os
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
-__all__ = ["DEVICE_HELP", "DTYPE_HELP", "MODEL_HELP", "OPTION_HELP", "load_pipeline", "read_options", "read_pairs"]
+import typer
 
-MODEL_HELP = "'demo' for the embedded pipeline, or a diffusers folder or hub id."
-DTYPE_HELP = "float32, float16 or bfloat16."
-DEVICE_HELP = "cpu, cuda, cuda:1, mps; by default the GPU of this process."
-OPTION_HELP = "Further arguments of the pipeline's call, as name=value (negative_prompt=blurry)."
+from kspec_guidance.utils.arguments import choices, nearest_name
+from kspec_guidance.utils.standard_input import STANDARD_INPUT
+
+__all__ = [
+    "BatchSize",
+    "Cache",
+    "Device",
+    "Dtype",
+    "Embedder",
+    "GuidanceScale",
+    "ImagesPerPrompt",
+    "Json",
+    "Model",
+    "Option",
+    "PromptTexts",
+    "Prompts",
+    "Quiet",
+    "Seed",
+    "Steps",
+    "TextEmbedder",
+    "Version",
+    "check_prompt_source",
+    "existing_file",
+    "finite",
+    "folder_option",
+    "load_pipeline",
+    "named",
+    "page_option",
+    "read_options",
+    "read_pairs",
+]
+
+# Names to choose from, here because the library's own modules import torch, which --help must not wait for.
+DTYPES = ("float32", "float16", "bfloat16")
+PRESETS = ("default", "safe", "vivid", "few-step", "published")
+FORMATS = ("imagefolder", "webdataset", "parquet")
+MEMORY_KINDS = ("auto", "exact", "centroids", "guide")
+IMAGE_EMBEDDERS = (
+    "demo", "efficientnet-lite0", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER", "torchvision:NAME:FILE",
+)  # fmt: skip
+TEXT_EMBEDDERS = ("none", "minilm", "open_clip:NAME:FILE_OR_TAG", "sentence:FOLDER")
+
+
+# -- checks before anything is loaded ----------------------------------------------------------------------------------
+
+
+def named(*known: str) -> Callable[[str | None], str | None]:
+    """A callback of an option that takes one of these names; ``NAME:FILE`` stands for any name and file."""
+
+    def check(value: str | None) -> str | None:
+        if value is None or value in known:
+            return value
+        parts = value.split(":")
+        forms = [k.split(":") for k in known if ":" in k]
+        if not any(parts[0] == form[0] and len(parts) >= len(form) and all(parts) for form in forms):
+            raise typer.BadParameter(f"{value!r} is unknown; {choices(value, known)}")
+        return value
+
+    return check
+
+
+def finite(value: Any) -> Any:
+    """A callback of an option that takes a number, or several: refuse those that are not finite."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is not a finite number")
+    return value
+
+
+def existing_file(value: Path | None) -> Path | None:
+    """A callback of an option that takes a file, or ``-`` for standard input."""
+    if value is not None and str(value) != STANDARD_INPUT and not value.is_file():
+        raise typer.BadParameter(f"file '{value}' does not exist")
+    return value
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from kspec_guidance import __version__
+
+        typer.echo(f"kspec-guidance {__version__}")
+        raise typer.Exit()
+
+
+# -- options, one definition for all commands --------------------------------------------------------------------------
+
+PROMPTS, PIPELINE, IMAGES, GUIDANCE, FEATURES, OUTPUT = "Prompts", "Pipeline", "Images", "Guidance", "Features", "Output"
+
+PromptTexts = Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        help="File of prompts (txt, csv, tsv, jsonl, json, parquet; - for standard input), or a dataset's folder or name.",
+        rich_help_panel=PROMPTS,
+    ),
+]
+
+Model = Annotated[
+    str, typer.Option(help="'demo' for the embedded pipeline, or a diffusers folder or hub id.", rich_help_panel=PIPELINE)
+]
+Dtype = Annotated[
+    str, typer.Option(help="float32, float16 or bfloat16.", rich_help_panel=PIPELINE, callback=named(*DTYPES))
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, mps; by default the GPU of this process.", rich_help_panel=PIPELINE),
+]
+GuidanceScale = Annotated[float, typer.Option(help="Classifier-free guidance.", rich_help_panel=PIPELINE, callback=finite)]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.", rich_help_panel=PIPELINE)]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Further arguments of the pipeline's call, as name=value (negative_prompt=blurry).", rich_help_panel=PIPELINE
+    ),
+]
+ImagesPerPrompt = Annotated[
+    int,
+    typer.Option("--images-per-prompt", "--images", metavar="N", min=1, help="Images per prompt.", rich_help_panel=IMAGES),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        "--batch-size",
+        "--batch",
+        metavar="N",
+        min=1,
+        help="Images per batch; they repel each other directly.",
+        rich_help_panel=IMAGES,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="First seed.", rich_help_panel=IMAGES)]
+Embedder = Annotated[
+    str,
+    typer.Option(
+        help=f"Image features: {', '.join(IMAGE_EMBEDDERS)}.", rich_help_panel=FEATURES, callback=named(*IMAGE_EMBEDDERS)
+    ),
+]
+TextEmbedder = Annotated[
+    str,
+    typer.Option(
+        help=f"Prompt features: {', '.join(TEXT_EMBEDDERS)}; with none, prompts are either equal or unrelated.",
+        rich_help_panel=FEATURES,
+        callback=named(*TEXT_EMBEDDERS),
+    ),
+]
+Cache = Annotated[Path | None, typer.Option(help="Folder of cached features.", rich_help_panel=FEATURES, file_okay=False)]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as one JSON document on standard output.", rich_help_panel=OUTPUT),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print no notes and no progress: the result, warnings and errors only.",
+                 rich_help_panel=OUTPUT),
+]  # fmt: skip
+Version = Annotated[
+    bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+]
+
+
+def folder_option(what: str) -> Any:
+    """The option ``--out`` of a command that writes a folder."""
+    return typer.Option(help=what, rich_help_panel=OUTPUT, file_okay=False)
+
+
+def page_option(default: str) -> Any:
+    """The option ``--out`` of a command that writes a page."""
+    return typer.Option(
+        help=f"Page to write, with a JSON file of the same name: {default} by default, and none with --json.",
+        rich_help_panel=OUTPUT,
+        dir_okay=False,
+    )
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
 
 
 def load_pipeline(model: str, dtype: str, device: str | None) -> Any:
     """The pipeline of ``--model``, on its device, without progress bars.
 
     Raises:
-        ValueError: for a model that cannot be loaded, an unknown dtype, or a device that cannot be used.
+        ValueError: for a model that cannot be loaded, or a device that cannot be used.
     """
     import torch
 
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    try:
+        torch.empty(1, device=device or "cpu")  # before a large model is read
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
     if model == "demo":
         from kspec_guidance import load_demo_pipeline
 
-        pipe: Any = load_demo_pipeline(dtypes[dtype])
+        pipe: Any = load_demo_pipeline(getattr(torch, dtype))
     else:
         from diffusers import DiffusionPipeline
 
         try:
-            pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True, torch_dtype=dtypes[dtype])
+            pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True, torch_dtype=getattr(torch, dtype))
         except Exception as error:  # of the hub, the files, or a package that the pipeline needs
-            raise ValueError(f"cannot load {model!r}: {type(error).__name__}: {error}") from error
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-    try:
-        if device not in (None, "cpu"):
-            pipe.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+            hint = "" if nearest_name(model, ["demo"]) is None else "; did you mean 'demo'?"
+            raise ValueError(f"cannot load {model!r}{hint}: {type(error).__name__}: {_one_line(error)}") from error
+    if device not in (None, "cpu"):
+        pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def read_pairs(values: list[str] | None, option: str) -> dict[str, str]:
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def read_pairs(values: Sequence[str] | None, option: str) -> dict[str, str]:
     """``name=value`` texts as a dictionary.
 
     Raises:
@@ -62,7 +239,7 @@ def read_pairs(values: list[str] | None, option: str) -> dict[str, str]:
     return found
 
 
-def read_options(values: list[str] | None) -> dict[str, Any]:
+def read_options(values: Sequence[str] | None) -> dict[str, Any]:
     """Arguments of a pipeline's call; values are parsed as JSON if possible: numbers, true, null, lists.
 
     Raises:
@@ -75,3 +252,18 @@ def read_options(values: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[key] = text
     return found
+
+
+def check_prompt_source(prompt: Sequence[str] | None, prompts: str | None) -> None:
+    """Check that prompts are given in one way: as arguments, or with ``--prompts``.
+
+    Raises:
+        ValueError: for none, or both.
+    """
+    if (prompts is None) == (not prompt):
+        got = "neither" if prompts is None else "both"
+        raise ValueError(
+            f"give prompts either as arguments, each in quotes, or with --prompts FILE (- for standard input); got {got}"
+        )
+    if prompt and STANDARD_INPUT in prompt:
+        raise ValueError("'-' is no prompt; for standard input give --prompts -")

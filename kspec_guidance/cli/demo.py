@@ -5,27 +5,45 @@ from typing import Annotated
 
 import typer
 
-from kspec_guidance.cli.console import console, counter
+from kspec_guidance.cli.arguments import (
+    GUIDANCE,
+    IMAGES,
+    Json,
+    Quiet,
+    Seed,
+    Steps,
+    Version,
+    finite,
+    folder_option,
+)
+from kspec_guidance.cli.console import command_output
 
 __all__ = ["demo"]
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Output folder for images and scores.")] = Path("outputs/demo"),
     images_per_prompt: Annotated[
-        int, typer.Option("--images-per-prompt", "--images", min=2, max=64, help="Images per prompt.")
+        int,
+        typer.Option("--images-per-prompt", "--images", min=2, max=64, help="Images per prompt.", rich_help_panel=IMAGES),
     ] = 8,
-    scale: Annotated[float, typer.Option(min=0, help="Scale of SPARKE.")] = 1.0,
-    mmd_scale: Annotated[float, typer.Option(min=0, help="Scale of MMD guidance toward skin tones.")] = 0.7,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    seed: Annotated[int, typer.Option(help="First seed; image k of every prompt uses seed + k.")] = 0,
+    seed: Seed = 0,
+    steps: Steps = 20,
+    scale: Annotated[float, typer.Option(min=0, help="Scale of SPARKE.", rich_help_panel=GUIDANCE, callback=finite)] = 1.0,
+    mmd_scale: Annotated[
+        float,
+        typer.Option(min=0, help="Scale of MMD guidance toward skin tones.", rich_help_panel=GUIDANCE, callback=finite),
+    ] = 0.7,
+    out: Annotated[Path, folder_option("Folder for images and scores.")] = Path("outputs/demo"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    version: Version = False,
 ) -> None:
     """Compare plain and guided images of the embedded emoji pipeline, for the same prompts and seeds, with scores."""
-    from kspec_guidance.cli.showcase import run_demo
+    with command_output(as_json, quiet) as output:
+        output.note("loading the embedded model ...")
+        from kspec_guidance.cli.showcase import run_demo
 
-    with counter("generating") as progress_callback:
-        result = run_demo(out, images_per_prompt, scale, mmd_scale, steps, seed, progress_callback)
-    for table in result.tables():
-        console.print(table)
-    for path in result.files:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        with output.counter("generating") as progress_callback:
+            result = run_demo(out, images_per_prompt, scale, mmd_scale, steps, seed, progress_callback)
+        output.wrote(*result.files)
+        output.result(result.as_dict(), *result.tables())

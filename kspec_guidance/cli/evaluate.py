@@ -1,6 +1,5 @@
 """The commands ``kspec-guidance evaluate`` and ``kspec-guidance compare``."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,28 +7,49 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from kspec_guidance.cli.console import console, errors, fail, progress_bars
-from kspec_guidance.evaluation.embedders.names import IMAGE_NAMES, TEXT_NAMES
+from kspec_guidance.cli.arguments import Cache, Embedder, Json, Quiet, TextEmbedder, Version, existing_file, page_option
+from kspec_guidance.cli.console import Output, command_output
 
 __all__ = ["compare", "evaluate"]
 
-EMBEDDER_HELP = f"Image features: {IMAGE_NAMES}."
-TEXT_HELP = f"Prompt features: {TEXT_NAMES}; with none, prompts are either equal or unrelated."
-OUT_HELP = "Page to write, with a JSON file of the same name."
-CACHE_HELP = "Folder of cached features."
+SETS = "Image sets"
+SET_HELP = "Folder of images, .tar shards (WebDataset) or .parquet files."
+PROMPTS_HELP = "Captions (.jsonl, .csv, .tsv, .parquet; - for standard input); by default those in the folder."
 
 
-def _load(folder: Path, embedder: Any, prompts: Path | None, cache: Path | None) -> Any:
+def _load(output: Output, folder: Path, embedder: Any, prompts: Path | None, cache: Path | None) -> Any:
     """Load an image set, with a progress bar; what was left out is listed on the error stream."""
     from kspec_guidance.evaluation import load_images
 
-    with progress_bars() as bars:
+    with output.progress_bars() as bars:
         task = bars.add_task(f"reading {folder.name or folder}", total=None)
         found = load_images(folder, embedder, prompts, cache, lambda n: bars.advance(task, n))
         bars.update(task, total=len(found))
     for line in found.summary():
-        errors().print(f"[yellow]{escape(f'{folder.name or folder}: {line}')}[/]", highlight=False, soft_wrap=True)
+        output.warning(f"{folder.name or folder}: {line}")
     return found
+
+
+def _embedders(output: Output, embedder: str, text_embedder: str, cache: Path | None) -> tuple[Any, Any]:
+    output.note(f"loading embedder {embedder} ...")
+    if cache is not None:
+        output.kept = f"features are kept in {cache}; run the same command again to continue with them"
+    from kspec_guidance.evaluation import embedders
+
+    return embedders.image_embedder(embedder), embedders.text_embedder(text_embedder)
+
+
+def _write(output: Output, result: Any, out: Path | None, default: str) -> list[str]:
+    """Write the page, unless only JSON is wanted, and return the names of its files."""
+    from kspec_guidance.evaluation import write_page
+
+    if output.as_json and out is None:
+        return []
+    out = Path(default) if out is None else out
+    write_page(result, out)
+    files = [out, out.with_suffix(".json")]
+    output.wrote(*files)
+    return [str(file) for file in files]
 
 
 def _scores(records: list, title: str, embedder: str) -> Table:
@@ -44,62 +64,58 @@ def _scores(records: list, title: str, embedder: str) -> Table:
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of images, .tar shards (WebDataset) or .parquet files.")],
-    reference: Annotated[Path | None, typer.Option(help="A second set, for fidelity and novelty.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Captions (.jsonl, .csv, .parquet); by default those in the folder.")
+    folder: Annotated[Path, typer.Argument(help=SET_HELP, exists=True)],
+    reference: Annotated[
+        Path | None, typer.Option(help="A second set, for fidelity and novelty.", rich_help_panel=SETS, exists=True)
     ] = None,
-    embedder: Annotated[str, typer.Option(help=EMBEDDER_HELP)] = "demo",
-    text_embedder: Annotated[str, typer.Option(help=TEXT_HELP)] = "none",
-    out: Annotated[Path, typer.Option(help=OUT_HELP)] = Path("report.html"),
-    cache: Annotated[Path | None, typer.Option(help=CACHE_HELP)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, and write no page.")] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help=PROMPTS_HELP, rich_help_panel=SETS, callback=existing_file),
+    ] = None,
+    embedder: Embedder = "demo",
+    text_embedder: TextEmbedder = "none",
+    cache: Cache = None,
+    out: Annotated[Path | None, page_option("report.html")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    version: Version = False,
 ) -> None:
     """Score the diversity of an image set, also given its prompts. Prints a table, and writes a page with images."""
-    from kspec_guidance.evaluation import evaluate_set, write_page
-    from kspec_guidance.evaluation.embedders import image_embedder
-    from kspec_guidance.evaluation.embedders import text_embedder as named_text_embedder
+    with command_output(as_json, quiet) as output:
+        embed, embed_text = _embedders(output, embedder, text_embedder, cache)
+        from kspec_guidance.evaluation import evaluate_set
 
-    try:
-        embed, embed_text = image_embedder(embedder), named_text_embedder(text_embedder)
-        images = _load(folder, embed, prompts, cache)
-        other = None if reference is None else _load(reference, embed, None, cache)
+        images = _load(output, folder, embed, prompts, cache)
+        other = None if reference is None else _load(output, reference, embed, None, cache)
         result = evaluate_set(images, embed, embed_text, other)
-        if as_json:
-            typer.echo(json.dumps(result.as_dict(), indent=1, default=list))
-            return
-        write_page(result, out)
-    except (ValueError, OSError, ImportError) as error:
-        raise fail(str(error)) from error
-    console.print(_scores(result.scores, f"{folder}: {len(images)} images", embed.name))
-    console.print(f"wrote {out} and {out.with_suffix('.json')}", highlight=False, soft_wrap=True, markup=False)
+        files = _write(output, result, out, "report.html")
+        record = {**result.as_dict(), "files": files}
+        output.result(record, _scores(result.scores, f"{folder}: {len(images)} images", embed.name))
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="Folder of images, .tar shards or .parquet files.")],
-    second: Annotated[Path, typer.Argument(help="The second set.")],
-    embedder: Annotated[str, typer.Option(help=EMBEDDER_HELP)] = "demo",
-    text_embedder: Annotated[str, typer.Option(help=TEXT_HELP)] = "none",
-    out: Annotated[Path, typer.Option(help=OUT_HELP)] = Path("compare.html"),
-    cache: Annotated[Path | None, typer.Option(help=CACHE_HELP)] = None,
+    first: Annotated[Path, typer.Argument(help=SET_HELP, exists=True)],
+    second: Annotated[Path, typer.Argument(help="The second set.", exists=True)],
+    embedder: Embedder = "demo",
+    text_embedder: TextEmbedder = "none",
+    cache: Cache = None,
+    out: Annotated[Path | None, page_option("compare.html")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    version: Version = False,
 ) -> None:
     """Compare the diversity of two image sets, and find modes that are more frequent in one of them."""
-    from kspec_guidance.evaluation import compare_sets, write_page
-    from kspec_guidance.evaluation.embedders import image_embedder
-    from kspec_guidance.evaluation.embedders import text_embedder as named_text_embedder
+    with command_output(as_json, quiet) as output:
+        embed, embed_text = _embedders(output, embedder, text_embedder, cache)
+        from kspec_guidance.evaluation import compare_sets
 
-    try:
-        embed, embed_text = image_embedder(embedder), named_text_embedder(text_embedder)
-        a, b = _load(first, embed, None, cache), _load(second, embed, None, cache)
+        a, b = _load(output, first, embed, None, cache), _load(output, second, embed, None, cache)
         result = compare_sets(a, b, embed, embed_text)
-        write_page(result, out)
-    except (ValueError, OSError, ImportError) as error:
-        raise fail(str(error)) from error
-    table = Table(title="permutation tests on equally many images", caption=f"features: {escape(embed.name)}")
-    for column in ("score", "first", "second", "difference", "p"):
-        table.add_column(column, justify="left" if column == "score" else "right")
-    for name, test in result.tests.items():
-        table.add_row(name, f"{test.a:.3f}", f"{test.b:.3f}", f"{test.difference:+.3f}", f"{test.p_value:.3f}")
-    console.print(table)
-    console.print(_scores(result.scores, f"{first} with {second} as reference", embed.name))
-    console.print(f"wrote {out} and {out.with_suffix('.json')}", highlight=False, soft_wrap=True, markup=False)
+        files = _write(output, result, out, "compare.html")
+        table = Table(title="permutation tests on equally many images", caption=f"features: {escape(embed.name)}")
+        for column in ("score", "first", "second", "difference", "p"):
+            table.add_column(column, justify="left" if column == "score" else "right")
+        for name, test in result.tests.items():
+            table.add_row(name, f"{test.a:.3f}", f"{test.b:.3f}", f"{test.difference:+.3f}", f"{test.p_value:.3f}")
+        record = {**result.as_dict(), "files": files}
+        output.result(record, table, _scores(result.scores, f"{first} with {second} as reference", embed.name))

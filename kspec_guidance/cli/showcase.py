@@ -43,6 +43,10 @@ class DemoResult:
     tones: dict[str, dict[str, float]]
     files: list[Path] = field(default_factory=list)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"vendi": self.vendi, "rke": self.rke, "mmd2": self.tones, "files": [str(file) for file in self.files]}
+
     def tables(self) -> list[Table]:
         """Tables for the terminal."""
         table = Table(title="Different images among those of one prompt (effective number)")

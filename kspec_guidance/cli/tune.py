@@ -2,65 +2,124 @@
 
 import json
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from kspec_guidance.cli.arguments import (
-    DEVICE_HELP,
-    DTYPE_HELP,
-    MODEL_HELP,
-    OPTION_HELP,
+    FEATURES,
+    GUIDANCE,
+    IMAGE_EMBEDDERS,
+    IMAGES,
+    PRESETS,
+    Device,
+    Dtype,
+    GuidanceScale,
+    Json,
+    Model,
+    Option,
+    Prompts,
+    PromptTexts,
+    Quiet,
+    Seed,
+    Steps,
+    Version,
+    check_prompt_source,
+    finite,
+    folder_option,
     load_pipeline,
+    named,
     read_options,
 )
-from kspec_guidance.cli.console import console, counter, fail
-from kspec_guidance.evaluation.embedders.names import IMAGE_NAMES
+from kspec_guidance.cli.console import command_output, plain_values
 
 __all__ = ["tune"]
 
-SHOWN = 6  # maximum number of prompts, and of images per prompt, in the grid
+SHOWN_PROMPTS, SHOWN_IMAGES = 3, 6  # in the picture, at most
+MAX_TILE = 160  # pixels of an image in it
+OWN_EMBEDDERS = ("own", *IMAGE_EMBEDDERS)
 
 
 def tune(
-    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes; at least six recommended.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="File of prompts (txt, csv, tsv, jsonl, json, parquet).")] = None,
-    out: Annotated[Path, typer.Option(help="Output folder for plot, images, scores and guide.")] = Path("outputs/tune"),
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    preset: Annotated[str, typer.Option(help="default, safe, vivid, few-step or published.")] = "default",
-    scale: Annotated[list[float] | None, typer.Option(min=0, help="Scales to try; may be repeated.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--images", min=2, help="Images per batch.")] = 8,
-    batches: Annotated[int, typer.Option(min=1, help="Batches per prompt and scale.")] = 2,
+    prompt: PromptTexts = None,
+    prompts: Prompts = None,
+    model: Model = "demo",
+    dtype: Dtype = "float32",
+    device: Device = None,
+    guidance_scale: GuidanceScale = 5.0,
+    steps: Steps = 20,
+    option: Option = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", min=2, help="Images per batch.", rich_help_panel=IMAGES)
+    ] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Batches per prompt and scale.", rich_help_panel=IMAGES)] = 2,
+    seed: Seed = 0,
+    preset: Annotated[
+        str, typer.Option(help=f"{', '.join(PRESETS)}.", rich_help_panel=GUIDANCE, callback=named(*PRESETS))
+    ] = "default",
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(min=0, help="Scales to try; may be repeated.", rich_help_panel=GUIDANCE, callback=finite),
+    ] = None,
     max_fidelity_loss: Annotated[
-        float, typer.Option("--max-fidelity-loss", "--loss", min=0, help="Largest accepted loss of fidelity, in 0..1.")
+        float,
+        typer.Option(
+            "--max-fidelity-loss",
+            "--loss",
+            min=0,
+            max=1,
+            help="Largest accepted loss of fidelity.",
+            rich_help_panel=GUIDANCE,
+            callback=finite,
+        ),
     ] = 0.05,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 5.0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
+    min_gain: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Smallest gain in diversity that matters: 0.1 is 10%.", rich_help_panel=GUIDANCE, callback=finite
+        ),
+    ] = 0.1,
     embedder: Annotated[
-        str, typer.Option(help=f"Image features: own (the pipeline's autoencoder), {IMAGE_NAMES}.")
+        str,
+        typer.Option(
+            help=f"Image features: own (the pipeline's autoencoder), {', '.join(IMAGE_EMBEDDERS)}.",
+            rich_help_panel=FEATURES,
+            callback=named(*OWN_EMBEDDERS),
+        ),
     ] = "own",
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    out: Annotated[Path, folder_option("Folder for plot, images, scores and guide.")] = Path("outputs/tune"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    version: Version = False,
 ) -> None:
-    """Find a scale for a pipeline by diversity and fidelity of short runs, or report that guidance does not help."""
-    from kspec_guidance import SPARKE
-    from kspec_guidance.evaluation.embedders import image_embedder
-    from kspec_guidance.plotting import plot_tuning
-    from kspec_guidance.synthesis import SynthesisError, read_prompts
-    from kspec_guidance.tuning import DEFAULT_SCALES
-    from kspec_guidance.tuning import tune as find
+    """Find a scale for a pipeline by diversity and fidelity of short runs.
 
-    try:
-        if (prompts is None) == (not prompt):
-            raise ValueError("give prompts either as arguments, each in quotes, or with --prompts")
-        texts = list(prompt or []) if prompts is None else [p.text for p in read_prompts(prompts)]
+    Or report that guidance does not help, or that there are too few images to tell, and how many are needed.
+    """
+    check_prompt_source(prompt, prompts)
+    call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **read_options(option)}
+    with command_output(as_json, quiet) as output:
+        output.note(f"loading model {model} ...")
+        from kspec_guidance import SPARKE
+        from kspec_guidance.evaluation.embedders import image_embedder
+        from kspec_guidance.plotting import plot_tuning
+        from kspec_guidance.synthesis import read_prompts
+        from kspec_guidance.tuning import DEFAULT_SCALES
+        from kspec_guidance.tuning import tune as find
+
+        texts = [p.text for p in read_prompts(list(prompt or []) if prompts is None else prompts)]
         pipe = load_pipeline(model, dtype, device)
-        SPARKE.preset(preset, scale=0.1)  # raise for an unknown name before anything is generated
-        call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **read_options(option)}
-        with counter("batches") as progress_callback:
+        with output.counter("batches") as show:
+
+            def progress_callback(done: int, total: int) -> None:
+                show(done, total)
+                output.kept = (
+                    f"{done} of {total} batches were made and nothing was written; the same command starts anew, and fewer "
+                    "prompts, --scale, --batches or --steps take less time"
+                )
+
             result = find(
                 pipe,
                 texts,
@@ -71,40 +130,43 @@ def tune(
                 embed=None if embedder == "own" else image_embedder(embedder),
                 call=call,
                 max_fidelity_loss=max_fidelity_loss,
+                min_gain=min_gain,
                 seed=seed,
                 progress_callback=progress_callback,
             )
+        files = [out / name for name in ("tune.png", "images.png", "tune.json")]
         out.mkdir(parents=True, exist_ok=True)
-        (out / "tune.json").write_text(json.dumps(result.as_dict(), indent=1) + "\n")
-        plot_tuning(result, out / "tune.png")
-        _grid(result, texts[:SHOWN]).save(out / "images.png")
+        plot_tuning(result, files[0])
+        _strengths(result, texts[:SHOWN_PROMPTS]).save(files[1])
+        files[2].write_text(json.dumps(plain_values(result.as_dict()), indent=1) + "\n")
         if result.scale is not None:
-            SPARKE.preset(preset, scale=result.scale).save_config(out / "guide")
-    except (SynthesisError, ValueError, OSError) as error:
-        raise fail(str(error)) from error
-    console.print(_table(result))
-    console.print(result.reason, highlight=False, markup=False)
-    for name in ["tune.png", "images.png", "tune.json"] + (["guide"] if result.scale is not None else []):
-        console.print(f"wrote {out / name}", highlight=False, soft_wrap=True, markup=False)
+            files.append(out / "guide")
+            SPARKE.preset(preset, scale=result.scale).save_config(files[-1])
+        output.wrote(*files)
+        output.result({**result.as_dict(), "files": files}, _table(result), result.reason)
 
 
-def _grid(result: Any, prompts: list[str]) -> Any:
-    """Plain images beside those of the chosen scale, or of the largest one if none was chosen."""
+def _strengths(result: Any, prompts: list[str]) -> Any:
+    """Images of the same seeds, one row for each scale from plain sampling on, beside each other for each prompt."""
     from kspec_guidance.plotting import side_by_side
 
     scales = [point.scale for point in result.points]
-    chosen = scales[-1] if result.scale is None else result.scale
-    shown = {"plain": result.images[0], f"scale {chosen:g}": result.images[scales.index(chosen) + 1]}
-    panels = {name: [by_prompt[p][:SHOWN] for p in prompts] for name, by_prompt in shown.items()}
-    return side_by_side(panels, prompts, "The same prompts and seeds")
+    labels = ["plain", *(f"scale {s:g}" + (" (chosen)" if s == result.scale else "") for s in scales)]
+    panels = {shorten(p, 40): [by_prompt[p][:SHOWN_IMAGES] for by_prompt in result.images] for p in prompts}
+    tile = min(MAX_TILE, next(iter(panels.values()))[0][0].width)
+    return side_by_side(panels, labels, "The same seeds at each scale", tile=tile)
 
 
 def _table(result: Any) -> Table:
-    table = Table(title="scale against plain sampling", caption="diversity: Vendi of a batch; fidelity: precision")
-    for column in ("scale", "diversity", "p", "fidelity"):
+    table = Table(
+        title="scales against plain sampling",
+        caption="diversity: Vendi of a batch; gain with its 95% interval; fidelity: precision",
+    )
+    for column in ("scale", "diversity", "gain", "fidelity"):
         table.add_column(column, justify="right")
     table.add_row("plain", f"{result.plain_diversity:.2f}", "", f"{result.plain_fidelity:.2f}")
     for p in result.points:
         style = "bold" if p.scale == result.scale else ""
-        table.add_row(f"{p.scale:g}", f"{p.diversity:.2f}", f"{p.test.p_value:.3f}", f"{p.fidelity:.2f}", style=style)
+        gain = p.gain.relative(result.plain_diversity)
+        table.add_row(f"{p.scale:g}", f"{p.diversity:.2f}", gain, f"{p.fidelity:.2f}", style=style)
     return table

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kspec_guidance.utils.arguments import choices
+
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
@@ -50,7 +52,7 @@ def load_demo_reference(name: str) -> Tensor:
 
     sets = json.loads((ASSETS / "references" / "references.json").read_text())
     if name not in sets:
-        raise ValueError(f"no reference set named {name!r}; choose from {', '.join(sets)}")
+        raise ValueError(f"no reference set named {name!r}; {choices(name, sets)}")
     with Image.open(ASSETS / "references" / f"{name}.png") as file:  # the name is a key of references.json
         sheet = torch.from_numpy(np.asarray(file.convert("RGB")).copy())
     size, columns = 64, sheet.shape[1] // 64

@@ -132,7 +132,7 @@ def load_images(
     Args:
         path: path of the folder, shard or table.
         embedder: computes the features.
-        prompts: captions file, used instead of those in the folder.
+        prompts: captions file, used instead of those in the folder; ``-`` for standard input.
         cache: folder of cached features, by content and embedder.
         progress_callback: called with the number of images read since the last call.
         only: names of the images to read; all by default.
@@ -155,37 +155,39 @@ def load_images(
 
     digests: list[str] = []
     queued: set[str] = set()
-    for name, read, caption in reader.items():
-        names.append(name)
-        if only is not None and name not in only:
-            continue
-        try:
-            data = read()
-            image, more = decode_image(data)
-        except READ_ERRORS as error:
-            found.skipped[name] = f"unreadable: {error}"
-            continue
-        digest = hashlib.sha256(data).hexdigest()
-        if digest not in queued and (cached is None or digest not in cached.rows):
-            waiting[digest] = to_pixels([image], embedder.size, embedder.fit)[0]
-        queued.add(digest)
-        found.names.append(name)
-        found.thumbnails.append(_thumbnail(image))
-        found.first_frame_only += [name] if more else []
-        captions.append(caption)
-        digests.append(digest)
-        if len(waiting) == BATCH_SIZE:
-            embed()
-        progress_callback(1)
-    embed()
+    try:
+        for name, read, caption in reader.items():
+            names.append(name)
+            if only is not None and name not in only:
+                continue
+            try:
+                data = read()
+                image, more = decode_image(data)
+            except READ_ERRORS as error:
+                found.skipped[name] = f"unreadable: {error}"
+                continue
+            digest = hashlib.sha256(data).hexdigest()
+            if digest not in queued and (cached is None or digest not in cached.rows):
+                waiting[digest] = to_pixels([image], embedder.size, embedder.fit)[0]
+            queued.add(digest)
+            found.names.append(name)
+            found.thumbnails.append(_thumbnail(image))
+            found.first_frame_only += [name] if more else []
+            captions.append(caption)
+            digests.append(digest)
+            if len(waiting) == BATCH_SIZE:
+                embed()
+            progress_callback(1)
+        embed()
+    finally:  # also after Ctrl-C, so that the next call continues
+        if cached is not None and fresh:
+            cached.rows |= fresh
+            cached.save()
     found.skipped |= reader.skipped if only is None else {}
     found.notes, found.caption_files = reader.notes, reader.caption_files
     if not digests:
         left_out = "".join(f"; {line}" for line in found.summary())
         raise SourceError(f"{path} contains no readable images (PNG, JPEG, WebP and others that Pillow decodes){left_out}")
-    if cached is not None and fresh:
-        cached.rows |= fresh
-        cached.save()
     rows = [fresh[d] if d in fresh else cached.rows[d] for d in digests]  # type: ignore[union-attr]
     found.features = torch.stack(rows)
     _assign_captions(found, captions, names, reader)

@@ -25,6 +25,7 @@ from kspec_guidance.evaluation.captions import (
 )
 from kspec_guidance.utils.folders import HIDDEN, is_hidden, list_files, printable
 from kspec_guidance.utils.images import SourceError, image_types, not_an_image
+from kspec_guidance.utils.standard_input import STANDARD_INPUT, read_standard_input, suffix_of
 
 __all__ = ["Item", "SetReader"]
 
@@ -56,7 +57,7 @@ class SetReader:
 
     Attributes:
         path: folder, shard or table.
-        captions_file: list of captions; by default those in the folder.
+        captions_file: list of captions, ``-`` for standard input; by default those in the folder.
         skipped: files that were not read, with the reason.
         unmatched: texts beside no image, with the reason.
         captions: entries of the captions files.
@@ -105,6 +106,9 @@ class SetReader:
         return found
 
     def _read_given_captions(self, path: Path) -> None:
+        if str(path) == STANDARD_INPUT:
+            self._read_piped_captions()
+            return
         if not path.is_file():
             raise SourceError(f"no captions file at {path}")
         captions = parse_captions(str(path), path.read_bytes())
@@ -112,12 +116,22 @@ class SetReader:
         self.captions += [_based(c, base) for c in captions]
         self.caption_files.append(str(path))
 
+    def _read_piped_captions(self) -> None:
+        try:
+            data = read_standard_input()
+        except ValueError as error:
+            raise SourceError(str(error)) from error
+        self.captions_file = Path(f"standard input{suffix_of(data)}")  # for messages
+        self.captions += parse_captions(str(self.captions_file), data)
+        self.caption_files.append("standard input")
+
     def _folder(self) -> Iterator[Item]:
         files, left_out = list_files(self.path)
         self.skipped |= left_out
         paths = {printable(p.relative_to(self.path).as_posix()): p for p in files}
         if self.captions_file is not None:
-            paths = {n: p for n, p in paths.items() if not p.samefile(self.captions_file)}
+            given = self.captions_file
+            paths = {n: p for n, p in paths.items() if not (given.is_file() and p.samefile(given))}
         containers = self._containers(list(paths))
         if not containers:
             yield from self._tree({n: partial(_read_file, p) for n, p in paths.items()})

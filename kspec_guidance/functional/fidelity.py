@@ -134,6 +134,22 @@ def _memberships(x: Tensor, reference: Tensor, radii: Tensor, own: Tensor | None
     return torch.cat(in_reference), torch.cat(in_own or in_reference)
 
 
+def in_manifold(x: Tensor, reference: Tensor, nearest: int = 5) -> Tensor:
+    """Which rows of ``x`` lie inside the reference's manifold, bool ``[n]``; see :func:`precision_score`.
+
+    Args:
+        x: ``[n, d]``.
+        reference: ``[m, d]``.
+        nearest: number of neighbours, below the size of the smaller set.
+
+    Raises:
+        ValueError: for too few samples, different widths, or NaN.
+    """
+    a, b = _check(x, reference)
+    _check_nearest(a, b, nearest)
+    return _memberships(a, b, _radii(b, nearest))[0].any(1)
+
+
 def precision_score(x: Tensor, reference: Tensor, nearest: int = 5) -> float:
     """Share of ``x`` inside the reference's manifold (Kynkaanniemi et al. 2019, arXiv 1904.06991), in [0, 1].
 
@@ -147,9 +163,7 @@ def precision_score(x: Tensor, reference: Tensor, nearest: int = 5) -> float:
     Raises:
         ValueError: for too few samples, different widths, or NaN.
     """
-    a, b = _check(x, reference)
-    _check_nearest(a, b, nearest)
-    return float(_memberships(a, b, _radii(b, nearest))[0].any(1).double().mean())
+    return float(in_manifold(x, reference, nearest).double().mean())
 
 
 def fidelity_scores(x: Tensor, reference: Tensor, nearest: int = 5) -> FidelityScores:

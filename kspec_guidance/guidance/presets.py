@@ -12,6 +12,7 @@ from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import MMD, ConditionalRKE, Novelty, PublishedMMD, PublishedRKE, Vendi
+from kspec_guidance.utils.arguments import choices
 
 __all__ = ["SPARKE", "MMDGuidance", "NoveltyGuidance", "VendiGuidance"]
 
@@ -126,7 +127,7 @@ class SPARKE(KernelGuidance):
             ValueError: for an unknown name; the message lists the known ones.
         """
         if name not in SPARKE.PRESETS:
-            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(SPARKE.PRESETS)}")
+            raise ValueError(f"unknown preset {name!r}; {choices(name, SPARKE.PRESETS)}")
         settings = SPARKE.PRESETS[name] | kwargs
         if name == "published":
             return SPARKE.published(**settings)

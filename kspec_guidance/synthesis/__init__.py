@@ -7,7 +7,13 @@ A run can be stopped and resumed at any time and can use several processes: see 
 """
 
 from kspec_guidance.synthesis.api import Synthesis, synthesize
-from kspec_guidance.synthesis.errors import CheckpointError, SettingsChangedError, SynthesisError
+from kspec_guidance.synthesis.errors import (
+    CheckpointError,
+    FolderError,
+    RunFailedError,
+    SettingsChangedError,
+    SynthesisError,
+)
 from kspec_guidance.synthesis.estimate import Estimate, estimate
 from kspec_guidance.synthesis.prompts import Prompt, read_prompts
 from kspec_guidance.synthesis.quotas import Attribute
@@ -18,8 +24,10 @@ __all__ = [
     "Attribute",
     "CheckpointError",
     "Estimate",
+    "FolderError",
     "Progress",
     "Prompt",
+    "RunFailedError",
     "SettingsChangedError",
     "Synthesis",
     "SynthesisError",

@@ -20,7 +20,7 @@ from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.objectives import Balance
 from kspec_guidance.synthesis.columns import column_types
 from kspec_guidance.synthesis.distributed import Processes
-from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
+from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError, disk_errors
 from kspec_guidance.synthesis.export import FORMATS, Packer
 from kspec_guidance.synthesis.filters import Filter, Screen
 from kspec_guidance.synthesis.generator import Generator
@@ -322,7 +322,7 @@ def _open(store: Store, processes: Processes, settings: dict[str, Any], force: b
     if processes.world_size > 1:
         message = processes.broadcast_text("" if failure is None else str(failure))
         if message and failure is None:
-            raise SynthesisError(f"process 0 could not begin: {message}")
+            raise RunFailedError(f"process 0 could not begin: {message}")
         store.epoch = processes.gather_integers(store.epoch)[0][0]
     if failure is not None:
         raise failure

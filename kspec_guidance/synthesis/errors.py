@@ -5,18 +5,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["CheckpointError", "SettingsChangedError", "SynthesisError", "disk_errors"]
+__all__ = ["CheckpointError", "FolderError", "RunFailedError", "SettingsChangedError", "SynthesisError", "disk_errors"]
 
 
 class SynthesisError(RuntimeError):
     """A run cannot start or continue. Finished images are never lost."""
 
 
-class CheckpointError(SynthesisError):
+class RunFailedError(SynthesisError):
+    """The pipeline, the user's filter, the disk or another process failed; the same command continues the run."""
+
+
+class FolderError(SynthesisError):
+    """The folder cannot be continued as it is: it is in use, or holds other data, settings or damaged files."""
+
+
+class CheckpointError(FolderError):
     """Finished images, their records or their settings were damaged or lost after they were written."""
 
 
-class SettingsChangedError(SynthesisError):
+class SettingsChangedError(FolderError):
     """The images of a folder were made with other settings.
 
     Attributes:
@@ -35,16 +43,16 @@ class SettingsChangedError(SynthesisError):
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """Turn errors of the file system into a :class:`SynthesisError` that says what to do."""
+    """Turn errors of the file system into a :class:`RunFailedError` that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise SynthesisError(
+            raise RunFailedError(
                 f"no space left for {out} ({error.strerror}); finished images are safe: free some space and run the same "
                 "command again, it continues where it stopped"
             ) from error
-        raise SynthesisError(
+        raise RunFailedError(
             f"cannot write to {out} ({error.strerror or error}); choose another folder or change its permissions. Finished "
             "images are safe"
         ) from error

@@ -1,7 +1,8 @@
-"""estimate: how long a run would take, with how much memory and disk, measured on one batch."""
+"""estimate: how long a run of any number of processes would take, with how much memory and disk, from one batch."""
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,14 +17,35 @@ from kspec_guidance.synthesis.generator import Generator
 from kspec_guidance.synthesis.prompts import read_prompts
 from kspec_guidance.synthesis.quotas import Attribute, split_quotas
 from kspec_guidance.synthesis.records import Store
-from kspec_guidance.synthesis.schedule import make_jobs, next_batch
+from kspec_guidance.synthesis.schedule import Job, make_jobs, next_batch
+from kspec_guidance.synthesis.settings import check_counts, check_memory
+from kspec_guidance.synthesis.sharding import shard, shard_groups
 from kspec_guidance.synthesis.worker import encode_png
 from kspec_guidance.utils.arguments import renamed_arguments
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "Share", "estimate"]
 
-WARM_UP_SECONDS = 5.0  # a first batch that takes no longer is a warm-up, and a second one is timed
+WARM_UP_SECONDS = 1.5  # a first batch that takes no longer is a warm-up, and a second one is timed
+FEATURE_SECONDS = 4.0  # for features of prompts, from which the run assigns them to processes
+LISTED_PROCESSES = 8  # in the text
 ROW_BYTES, RECORD_BYTES = 600, 2000  # on the disk: metadata of an image, and a record without its tensors
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process would do.
+
+    Attributes:
+        prompts: assigned to it.
+        images: left to make.
+        batches: left to make.
+        seconds: until it has made them.
+    """
+
+    prompts: int
+    images: int
+    batches: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -36,8 +58,11 @@ class Estimate:
         finished: of these, those that the folder already holds.
         batches: left to make.
         processes: that share them.
-        seconds: until the end.
+        seconds: until the last process has finished, if each has a device as fast as this one.
         batch_seconds: of one batch.
+        shares: of each process.
+        assigned: whether the shares come from the prompts' own features, as in a run; else from even loads, since the
+            features of so many prompts would take too long here.
         memory: kind of the memory.
         memory_bytes: of each process, at most.
         disk_bytes: for images and records that are left to make.
@@ -51,6 +76,8 @@ class Estimate:
     processes: int
     seconds: float
     batch_seconds: float
+    shares: list[Share]
+    assigned: bool
     memory: str
     memory_bytes: int
     disk_bytes: int
@@ -59,14 +86,40 @@ class Estimate:
     def __str__(self) -> str:
         excess = f", more than the {_size(self.free_bytes)} that are free" if self.disk_bytes > self.free_bytes else ""
         finished = f", {self.finished} of them finished" if self.finished else ""
-        processes = f"{self.processes} processes" if self.processes > 1 else "one process"
-        return (
-            f"{self.images} images of {self.prompts} prompts{finished}, {self.batches} batches on {processes}\n"
-            f"about {timedelta(seconds=round(self.seconds))} at {self.batch_seconds:.2f} s a batch, as one batch took now\n"
-            f"memory of each process: up to {_size(self.memory_bytes)} ({self.memory})\n"
-            f"disk: about {_size(self.disk_bytes)}{excess}\n"
-            "nothing was written"
-        )
+        several = self.processes > 1
+        lines = [
+            f"{self.images} images of {self.prompts} prompts{finished}, {self.batches} batches on "
+            + (f"{self.processes} processes" if several else "one process"),
+            *(self._share_lines() if several else []),
+            f"about {_time(self.seconds)} at {self.batch_seconds:.2f} s a batch, as one batch took now"
+            + (", if each process has a device as fast as this one" if several else ""),
+            f"memory of each process: up to {_size(self.memory_bytes)} ({self.memory})",
+            f"disk: about {_size(self.disk_bytes)}{excess}",
+            "nothing was written",
+        ]
+        return "\n".join(lines)
+
+    def _share_lines(self) -> list[str]:
+        about = "" if self.assigned else " (even loads; a run keeps similar prompts together)"
+        if self.processes <= LISTED_PROCESSES:
+            return [
+                f"process {rank}: {_count(s.prompts, 'prompt')}, {_count(s.images, 'image')}, "
+                f"about {_time(s.seconds)}{about}"
+                for rank, s in enumerate(self.shares)
+            ]
+        ranges = []
+        for name in ("prompts", "images"):
+            numbers = [getattr(s, name) for s in self.shares]
+            ranges.append(f"{min(numbers)} to {max(numbers)} {name}")
+        return [f"each process: {', '.join(ranges)}{about}"]
+
+
+def _count(n: int, name: str) -> str:
+    return f"{n} {name}" if n == 1 else f"{n} {name}s"
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _size(n: float) -> str:
@@ -91,9 +144,13 @@ def estimate(
     call: Mapping[str, Any] | None = None,
     quotas: Mapping[str, int | Attribute] | None = None,
     memory: str = "auto",
+    memory_by: str = "all",
     processes: int | None = None,
 ) -> Estimate:
     """Estimate a run of :func:`synthesize` from one or two batches; nothing is written.
+
+    The prompts of each process are those that a run of so many processes would assign to it, if their features are
+    computed within seconds.
 
     Args:
         prompts: a list, a file or a dataset, see :func:`read_prompts`.
@@ -105,25 +162,37 @@ def estimate(
         call: arguments of every pipeline call.
         quotas: as in :func:`synthesize`; attributes are not used.
         memory: kind of the memory, as in :func:`synthesize`.
+        memory_by: ``all`` or ``group``, as there.
         processes: number of processes of the run; those of this program by default.
 
     Raises:
         SynthesisError: for prompts, quotas or arguments of the call that cannot work.
     """
+    check_counts(0, images_per_prompt=images_per_prompt)
+    check_counts(batch_size=batch_size, processes=1 if processes is None else processes)
+    check_memory(memory, memory_by)
     prompt_list, (counts, _) = read_prompts(prompts), split_quotas(quotas)
     jobs = make_jobs(prompt_list, images_per_prompt, counts)
     total = sum(job.goal for job in jobs)
     store = Store(Path(out))
-    finished = sum(len(record.rows) for record in store.records()) if store.state.exists() else 0
+    kept = Counter(row["prompt"] for record in store.records() for row in record.rows) if store.state.exists() else {}
+    for job in jobs:
+        job.kept = min(kept.get(job.prompt.text, 0), job.goal)
+    finished = sum(kept.values())
     world_size = processes or Processes().world_size
     samples = next_batch(jobs, batch_size, 0, lambda job: None)
     if not samples:
-        return Estimate(len(prompt_list), total, finished, 0, world_size, 0.0, 0.0, "none", 0, 0, store.free_bytes)
+        shares = [Share(0, 0, 0, 0.0)] * world_size
+        return Estimate(
+            len(prompt_list), total, finished, 0, world_size, 0.0, 0.0, shares, False, "none", 0, 0, store.free_bytes
+        )
     remember = guide.remember
     generator = Generator(pipe, guide, dict(call or {}))
     try:
         generator.check_mixed(jobs, batch_size, screened=False)
+        owners, assigned = _owners(generator, jobs, batch_size, memory_by, world_size)
         with guide.attach(pipe):
+            generator.one_step([sample.job.prompt.text for sample in samples])  # a warm-up
             for _ in range(2):
                 start = time.perf_counter()
                 batch = generator.make(samples)
@@ -143,8 +212,13 @@ def estimate(
         memory_bytes = min(bank.capacity, total) * (sample_bytes + prompt_bytes)
     elif bank is not None and bank.dtype == torch.float16:
         kind, memory_bytes = "exact rows in float16", total * sample_bytes // 2
-    left = max(0, total - finished)
-    batches = -(-left // batch_size)
+    shares = []
+    for rank in range(world_size):
+        own = [job for job, owner in zip(jobs, owners, strict=True) if owner == rank]
+        images = sum(job.goal - job.kept for job in own)
+        share_batches = -(-images // batch_size)
+        shares.append(Share(len(own), images, share_batches, share_batches * batch_seconds))
+    left, batches = sum(share.images for share in shares), sum(share.batches for share in shares)
     disk_bytes = left * (image_bytes + sample_bytes + ROW_BYTES) + batches * (prompt_bytes + RECORD_BYTES)
     return Estimate(
         prompts=len(prompt_list),
@@ -152,10 +226,32 @@ def estimate(
         finished=finished,
         batches=batches,
         processes=world_size,
-        seconds=-(-batches // world_size) * batch_seconds,
+        seconds=max(share.seconds for share in shares),
         batch_seconds=batch_seconds,
+        shares=shares,
+        assigned=assigned,
         memory=kind,
         memory_bytes=int(memory_bytes),
         disk_bytes=int(disk_bytes),
         free_bytes=store.free_bytes,
     )
+
+
+def _owners(
+    generator: Generator, jobs: Sequence[Job], batch_size: int, memory_by: str, world_size: int
+) -> tuple[list[int], bool]:
+    """The process of each prompt, and whether it is that of a run; else loads are even."""
+    sizes, texts = [job.goal for job in jobs], [job.prompt.text for job in jobs]
+    if world_size == 1:
+        return [0] * len(jobs), True
+    if memory_by == "group":
+        return shard_groups([job.prompt.group for job in jobs], sizes, world_size), True
+    start = time.perf_counter()
+    features = generator.prompt_features(texts[:batch_size], batch_size)
+    seconds = (time.perf_counter() - start) * len(texts) / len(texts[:batch_size])
+    assigned = features is None or seconds <= FEATURE_SECONDS
+    if features is not None and assigned:
+        features = generator.prompt_features(texts, batch_size)
+    if features is None or not assigned:
+        features = torch.zeros(len(texts), 1)
+    return shard(features, sizes, world_size), assigned

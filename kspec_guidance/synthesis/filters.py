@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.memory import MemoryBank
-from kspec_guidance.synthesis.errors import SynthesisError
+from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError
 
 __all__ = ["Filter", "Screen", "load_filter"]
 
@@ -90,7 +90,7 @@ class Screen:
                     verdict = self.user_filter(image, dict(row))
                 except Exception as error:
                     place = traceback.extract_tb(error.__traceback__)[-1]
-                    raise SynthesisError(
+                    raise RunFailedError(
                         f"the filter failed for an image of {row['prompt']!r}, seed {row['seed']}: {type(error).__name__}: "
                         f"{' '.join(str(error).split())} ({place.filename}, line {place.lineno}); finished images are safe"
                     ) from error
@@ -110,5 +110,5 @@ def _reason_of(verdict: Any) -> str | None:
     if isinstance(verdict, str):
         return verdict or "filter"
     if verdict is None:
-        raise SynthesisError("the filter returned nothing; return True to keep an image, False or a reason to drop it")
+        raise RunFailedError("the filter returned nothing; return True to keep an image, False or a reason to drop it")
     return None if verdict else "filter"

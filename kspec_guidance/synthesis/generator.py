@@ -4,7 +4,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.guidance import KernelGuidance
-from kspec_guidance.synthesis.errors import SynthesisError
+from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError
 from kspec_guidance.synthesis.schedule import Job, Sample
+from kspec_guidance.utils.arguments import nearest_name
 
-__all__ = ["GeneratedBatch", "Generator"]
+__all__ = ["GeneratedBatch", "Generator", "check_call"]
 
 SET_BY_RUN = ("prompt", "num_images_per_prompt", "generator", "latents", "output_type", "return_dict")
 MAX_LISTED = 16  # seeds, or prompts, of a batch in an error
@@ -37,6 +38,37 @@ class GeneratedBatch:
     images: list[Image.Image]
     x: Tensor
     prompt_features: Tensor | None
+
+
+def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Check that a pipeline makes images of prompts, and takes these arguments.
+
+    Raises:
+        SynthesisError: if the pipeline takes no prompt, or not all of ``call``.
+    """
+    name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+    if "prompt" not in parameters:
+        raise SynthesisError(f"{name} takes no prompt; synthesis needs a text-to-image pipeline")
+    unknown = sorted(k for k in call if k not in parameters)
+    if unknown:  # also if it takes **kwargs: diffusers ignores those that it does not know
+        nearest = nearest_name(unknown[0], parameters)
+        hint = "" if nearest is None else f"; did you mean {nearest}?"
+        raise SynthesisError(f"{name} does not take {', '.join(unknown)}{hint}")
+    fixed = [k for k in SET_BY_RUN if k in call]
+    if fixed:
+        raise SynthesisError(f"{', '.join(fixed)} cannot be set: a run gives them itself, for each batch")
+    for key, value in call.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SynthesisError(f"{key} must be a finite number, got {value}")
+        if _is_text_of_prompt(parameters, key) and isinstance(value, list | tuple | bool | int | float):
+            raise SynthesisError(f"{key} must be one text, which is given for all images; got {value!r}")
+
+
+def _is_text_of_prompt(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    """Whether an argument of a pipeline is a text for each prompt, or one for all."""
+    kind = str(parameters[name].annotation).replace("typing.", "").lower()
+    one, several = re.search(r"(?<!list\[)\bstr\b", kind), "list[str]" in kind
+    return bool(one and several) or re.fullmatch(r"(negative_)?prompt(_\d+)?", name) is not None
 
 
 class Generator:
@@ -61,26 +93,7 @@ class Generator:
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         self.takes_image_count = "num_images_per_prompt" in self.parameters
         self.guidance_seconds = 0.0
-        name = type(pipe).__name__
-        if "prompt" not in self.parameters:
-            raise SynthesisError(f"{name} takes no prompt; synthesis needs a text-to-image pipeline")
-        unknown = sorted(k for k in call if k not in self.parameters)
-        if unknown:  # also if it takes **kwargs: diffusers ignores those that it does not know
-            raise SynthesisError(f"{name} does not take {', '.join(unknown)}")
-        fixed = [k for k in SET_BY_RUN if k in call]
-        if fixed:
-            raise SynthesisError(f"{', '.join(fixed)} cannot be set: a run gives them itself, for each batch")
-        for key, value in call.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise SynthesisError(f"{key} must be a finite number, got {value}")
-            if self._is_text_of_prompt(key) and isinstance(value, list | tuple | bool | int | float):
-                raise SynthesisError(f"{key} must be one text, which is given for all images; got {value!r}")
-
-    def _is_text_of_prompt(self, name: str) -> bool:
-        """Whether an argument of the pipeline is a text for each prompt, or one for all."""
-        kind = str(self.parameters[name].annotation).replace("typing.", "").lower()
-        one, several = re.search(r"(?<!list\[)\bstr\b", kind), "list[str]" in kind
-        return bool(one and several) or re.fullmatch(r"(negative_)?prompt(_\d+)?", name) is not None
+        check_call(pipe, call)
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +106,8 @@ class Generator:
         if self.takes_image_count and len(set(texts)) == 1:
             return {**self.call, "prompt": texts[0], "num_images_per_prompt": len(texts)}
         call = {
-            k: [v] * len(texts) if isinstance(v, str) and self._is_text_of_prompt(k) else v for k, v in self.call.items()
+            k: [v] * len(texts) if isinstance(v, str) and _is_text_of_prompt(self.parameters, k) else v
+            for k, v in self.call.items()
         }
         count = {"num_images_per_prompt": 1} if self.takes_image_count else {}
         return {**call, **count, "prompt": list(texts)}
@@ -114,7 +128,7 @@ class Generator:
             batch = "; ".join(f"{text!r} with seeds {', '.join(n)}" if n else repr(text) for text, n in found.items())
             more = f"; and {len(texts) - MAX_LISTED} more" if len(texts) > MAX_LISTED else ""
             advice = "; give a smaller batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
-            raise SynthesisError(
+            raise RunFailedError(
                 f"{type(self.pipe).__name__} failed in {what} of {len(texts)} images ({batch}{more}): "
                 f"{type(error).__name__}: {' '.join(str(error).split())}{advice}; finished images are safe, and the same "
                 "command continues after them"
@@ -124,7 +138,7 @@ class Generator:
         """Generate the images of a batch.
 
         Raises:
-            SynthesisError: if the pipeline fails or returns no images, with the prompts and seeds of the batch, or if
+            RunFailedError: if the pipeline fails or returns no images, with the prompts and seeds of the batch, or if
                 guidance got no samples.
         """
         texts, seeds = [sample.job.prompt.text for sample in batch], [sample.seed for sample in batch]
@@ -134,7 +148,7 @@ class Generator:
         images = getattr(result, "images", None)
         if not isinstance(images, list) or len(images) != len(batch) or not isinstance(images[0], Image.Image):
             got = type(result).__name__ if images is None else f"{len(images)} {type(images[0]).__name__}"
-            raise SynthesisError(f"{type(self.pipe).__name__} returned {got}; expected {len(batch)} images")
+            raise RunFailedError(f"{type(self.pipe).__name__} returned {got}; expected {len(batch)} images")
         for key, size in (("height", images[0].height), ("width", images[0].width)):
             if self.call.get(key, size) not in (size, None):
                 warnings.warn(
@@ -143,13 +157,17 @@ class Generator:
                     stacklevel=2,
                 )
         if not self.guide.finished:
-            raise SynthesisError(f"guidance got no finished samples from {type(self.pipe).__name__}; see docs/support.md")
+            raise RunFailedError(f"guidance got no finished samples from {type(self.pipe).__name__}; see docs/support.md")
         _, x, prompt_features = self.guide.finished[0]
         self.guidance_seconds += self.guide.report().seconds
         return GeneratedBatch(images, x, prompt_features)
 
-    def _one_step(self, texts: Sequence[str]) -> None:
-        """Run a single step without images."""
+    def one_step(self, texts: Sequence[str]) -> None:
+        """Run a single step without images.
+
+        Raises:
+            RunFailedError: if the pipeline fails.
+        """
         call = {**self._arguments(texts), "output_type": "latent"}
         if "num_inference_steps" in self.parameters:
             call["num_inference_steps"] = 1
@@ -173,10 +191,10 @@ class Generator:
             return
         texts = [left[k % 2].prompt.text for k in range(batch_size)]
         try:
-            self._one_step(texts)
+            self.one_step(texts)
         except SynthesisError as error:
             try:
-                self._one_step(texts[:1] * batch_size)
+                self.one_step(texts[:1] * batch_size)
             except SynthesisError:
                 return  # not a matter of two prompts: the first batch will tell, with all its steps
             raise SynthesisError(f"this run needs batches of several prompts, and {error}") from error
@@ -190,7 +208,7 @@ class Generator:
                 term.scale = 0.0
             with guide.attach(self.pipe):
                 for start in range(0, len(texts), batch_size):
-                    self._one_step(texts[start : start + batch_size])
+                    self.one_step(texts[start : start + batch_size])
                     features = guide.finished[0][2] if guide.finished else None
                     if features is None:
                         return None

@@ -43,7 +43,8 @@ def read_prompts(source: Any, column: str | None = None, group_column: str = "gr
     Args:
         source: a list of strings, mappings or :class:`Prompt`; a file (``.txt`` with one prompt a line, ``.csv``, ``.tsv``,
             ``.jsonl``, ``.json`` with a list, ``.parquet``); a table of pandas, polars or pyarrow; a ``datasets.Dataset``;
-            a folder written by its ``save_to_disk``; or the name of a dataset on the hub, whose split ``train`` is read.
+            a folder written by its ``save_to_disk``; the name of a dataset on the hub, whose split ``train`` is read; or
+            ``-`` for standard input, whose format, like that of a file without a suffix, is known by its content.
         column: of the prompts; ``prompt``, ``caption`` or ``text`` by default. A column ``images`` gives
             :attr:`Prompt.images`; other columns of strings and numbers are copied into the metadata.
         group_column: of the groups; it may be absent.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kspec_guidance.memory.io import MemoryFileError, read_about, read_tensors, write_tensors
 from kspec_guidance.synthesis.columns import TYPES, column_types
-from kspec_guidance.synthesis.errors import CheckpointError, SettingsChangedError, SynthesisError, disk_errors
+from kspec_guidance.synthesis.errors import CheckpointError, FolderError, SettingsChangedError, disk_errors
 from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.utils.atomic_io import replace_all, replacing
 
@@ -127,7 +127,8 @@ class Store:
         """Claim the folder for this run; the system releases it when the process ends in any way.
 
         Raises:
-            SynthesisError: if another run holds it, if it cannot be written to, or if it holds other data.
+            FolderError: if another run holds it, or if it holds other data.
+            RunFailedError: if it cannot be written to.
         """
         with disk_errors(self.out):
             if not self.state.exists():
@@ -137,16 +138,14 @@ class Store:
             try:
                 self._lock.acquire()
             except filelock.Timeout as error:
-                raise SynthesisError(
-                    f"another run is writing to {self.out}; wait for it, or choose another folder"
-                ) from error
+                raise FolderError(f"another run is writing to {self.out}; wait for it, or choose another folder") from error
 
     def _refuse_foreign_files(self) -> None:
         """Refuse a new folder with files that ``load_dataset`` would take for a part of the set."""
         for pattern in ("*", "*/*"):
             for path in self.out.glob(pattern):
                 if path.suffix.lower() in DATA_SUFFIXES or path.stem == "metadata":
-                    raise SynthesisError(
+                    raise FolderError(
                         f"{self.out} holds a {path.relative_to(self.out)} that no run of this program wrote; choose an "
                         "empty folder, so that the set consists of its own files"
                     )
@@ -183,7 +182,7 @@ class Store:
         Raises:
             SettingsChangedError: if the settings changed, without ``force``.
             CheckpointError: if records, images or settings are damaged or lost, without ``force``.
-            SynthesisError: if the set has another format, or the users' own columns have other types.
+            FolderError: if the set has another format, or the users' own columns have other types.
         """
         epochs = self.epochs()
         self.epoch = epochs[-1] if epochs else 0
@@ -203,7 +202,7 @@ class Store:
                 "(--force), which keeps the finished images and continues with the settings given now"
             )
         if rows and old and old["format"][0] != settings["format"][0]:
-            raise SynthesisError(
+            raise FolderError(
                 f"{self.out} holds a set in format {old['format'][0]!r}; choose another folder for format "
                 f"{settings['format'][0]!r}"
             )
@@ -227,7 +226,7 @@ class Store:
             changed += [f"{name}: none before" for name in types.keys() - old.keys()]
             changed += [f"{name}: none now" for name in old.keys() - types.keys()]
         if changed:
-            raise SynthesisError(
+            raise FolderError(
                 f"{self.out} holds images with other columns of prompts ({'; '.join(sorted(changed))}), with which "
                 "load_dataset could not read the set; give the columns as before, or choose another folder"
             )
@@ -342,7 +341,7 @@ class Store:
         """Write the images of a batch, by file name, then its record.
 
         Raises:
-            SynthesisError: if the disk is full or cannot be written to; the batch then does not count.
+            RunFailedError: if the disk is full or cannot be written to; the batch then does not count.
         """
         with disk_errors(self.out):
             replace_all({self.images / name: data for name, data in images.items()})

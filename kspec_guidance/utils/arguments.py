@@ -1,13 +1,37 @@
-"""Keyword arguments: errors with suggestions for unknown names, and support for renamed ones."""
+"""Names and keyword arguments: suggestions for unknown ones, and support for renamed ones."""
 
 import difflib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
-__all__ = ["renamed_arguments", "unknown_arguments"]
+__all__ = ["choices", "nearest_name", "renamed_arguments", "unknown_arguments"]
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like this one, regardless of case; None if none is.
+
+    Of names with parts, such as ``open_clip:NAME:FILE``, the first part is compared.
+
+    >>> nearest_name("opneclip:ViT-B-32:laion", ["demo", "open_clip:NAME:FILE"])
+    'open_clip:NAME:FILE'
+    """
+    first_parts = {k.partition(":")[0].lower(): k for k in known}
+    matches = difflib.get_close_matches(name.partition(":")[0].lower(), first_parts, n=1)
+    return first_parts[matches[0]] if matches else None
+
+
+def choices(name: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown name: which ones there are, and the nearest one.
+
+    >>> choices("vivd", ["safe", "vivid"])
+    "choose one of safe, vivid (did you mean 'vivid'?)"
+    """
+    known = list(known)
+    nearest = nearest_name(str(name), known)
+    return f"choose one of {', '.join(known)}" + ("" if nearest is None else f" (did you mean {nearest!r}?)")
 
 
 def unknown_arguments(
@@ -30,8 +54,7 @@ def unknown_arguments(
     name = next(iter(unknown))
     hint = (hints or {}).get(name)
     if hint is None:
-        matches = difflib.get_close_matches(name, known, n=1)
-        hint = matches[0] if matches else None
+        hint = nearest_name(name, known)
     if hint is None:
         advice = f"its arguments are {', '.join(known)}"
     elif hint.isidentifier():

@@ -1,22 +1,20 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
+import typer
 from PIL import Image
-from typer.testing import CliRunner
 
+import kspec_guidance
 from kspec_guidance import MemoryBank, load_demo_pipeline
 from kspec_guidance.cli import app
 from kspec_guidance.evaluation.embedders import pipeline_embedder
 from kspec_guidance.evaluation.image_sets import load_images
 from kspec_guidance.evaluation.sets import evaluate_set
 from kspec_guidance.plotting import image_grid
-
-run = CliRunner().invoke
-
-
-def call(*args):
-    return run(app, [str(a) for a in args])
+from tests.cli.commands import call
 
 
 def test_help_lists_commands():
@@ -27,6 +25,56 @@ def test_help_lists_commands():
         usage = call(command, "--help")
         assert usage.exit_code == 0
         assert f"kspec-guidance {command}" in usage.output or f" {command} [OPTIONS]" in usage.output
+
+
+COMMANDS = ("demo", "generate", "tune", "evaluate", "compare")
+
+
+@pytest.mark.parametrize(
+    "words", [("--help",), ("--version",), *((c, o) for c in COMMANDS for o in ("--help", "--version"))]
+)
+def test_help_and_version_import_no_torch(words, monkeypatch, capsys):
+    code = (
+        "import sys; from kspec_guidance.cli import app\n"
+        "try: app()\nfinally: print([m for m in ('torch', 'diffusers', 'numpy', 'PIL') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *shown, modules = done.stdout.strip().splitlines()
+    assert modules == "[]"
+    if words[-1] == "--version":
+        assert shown == [f"kspec-guidance {kspec_guidance.__version__}"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_the_common_options_in_titled_groups_and_tells_exit_codes(command):
+    text = call(command, "--help").stdout
+    for option in ("--json", "--quiet", "--version", "--out"):
+        assert f"{option} " in text or f"{option}," in text, option
+    titles = re.findall(r"─ (\w[\w ]*) ─", text)
+    assert "Output" in titles
+    assert len(titles) >= 3
+    ungrouped = re.findall(r"--[a-z-]+", text[text.index("─ Options ─") :].split("╰")[0])
+    assert sorted(ungrouped) == ["--help", "--version"]
+    assert "Exit code: 0 done" in text
+
+
+def test_options_of_one_name_are_the_same_in_all_commands():
+    found = {}
+    for command in COMMANDS:
+        for option in typer.main.get_command(app).commands[command].params:
+            if option.param_type_name == "option":
+                found.setdefault(option.name, {})[command] = option.opts
+    for name, by_command in found.items():
+        assert len({str(opts) for opts in by_command.values()}) == 1, (name, by_command)
+    spellings = [spelling for by_command in found.values() for spelling in next(iter(by_command.values()))]
+    assert len(spellings) == len(set(spellings))  # no spelling has two meanings
+
+
+def test_no_words_show_the_help_and_near_misses_are_suggested():
+    assert "Usage" in call().stdout
+    assert "Did you mean 'generate'?" in call("generat").stderr
+    assert "--images" in call("generate", "heart", "--imags", 3).stderr
 
 
 def test_generate_then_evaluate(tmp_path):
@@ -65,20 +113,41 @@ def test_evaluate_identical_images_scores_one_and_skips_unreadable(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("evaluate", "nowhere"), "nowhere does not exist"),
+        (("evaluate", "nowhere"), "'nowhere' does not exist"),
         (("evaluate", "."), "contains no readable images"),
         (("generate", "heart", "--model", "./nothing"), "cannot load './nothing'"),
         (("generate", "heart", "--memory-file", "junk"), "not a valid safetensors file"),
-        (("generate", "heart", "--scale", "-1"), "Invalid value"),
+        (("generate", "heart", "--model", "dmeo"), "did you mean 'demo'?"),
+        (("generate", "heart", "--scale", "-1"), "Invalid value for '--scale'"),
+        (("generate", "heart", "--scale", "inf"), "inf is not a finite number"),
+        (("generate", "heart", "--guidance-scale", "nan"), "nan is not a finite number"),
+        (("generate", "heart", "--steps", "many"), "Invalid value for '--steps'"),
+        (("generate", "heart", "--format", "parqet"), "did you mean 'parquet'?"),
+        (("generate", "heart", "--memory", "exakt"), "did you mean 'exact'?"),
+        (("generate", "heart", "--memory-by", "prompt"), "choose one of all, group"),
+        (("generate", "heart", "--out", "junk"), "is a file"),
+        (("generate", "heart", "--device", "gpu"), "cannot use device 'gpu'"),
+        (("generate", "-"), "for standard input give --prompts -"),
+        (("generate", "heart", "--processes", "2"), "--processes is for --dry-run"),
+        (("generate", "heart", "--attribute", "a=dark-skin-ton:0.5"), "did you mean 'dark-skin-tone'?"),
+        (("evaluate", ".", "--embedder", "efficentnet-lite0"), "did you mean 'efficientnet-lite0'?"),
+        (("evaluate", ".", "--embedder", "open_clip:ViT-B-32"), "open_clip:NAME:FILE_OR_TAG"),
+        (("evaluate", ".", "--text-embedder", "minlm"), "did you mean 'minilm'?"),
+        (("evaluate", ".", "--out", "."), "is a directory"),
+        (("evaluate", ".", "--prompts", "no.csv"), "'no.csv' does not exist"),
+        (("compare", ".", "nowhere"), "'nowhere' does not exist"),
+        (("demo", "--images", "1"), "Invalid value for '--images-per-prompt'"),
     ],
 )
-def test_errors_exit_with_code_two(args, message, tmp_path, monkeypatch):
+def test_errors_are_one_line_that_names_the_expected_and_exit_with_code_two(args, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "junk").write_bytes(b"junk")
     result = call(*args)
     assert result.exit_code == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("loading")]
+    assert line.startswith("error: ")
+    assert message in line
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ from kspec_guidance.demo import load_demo_pipeline
 from kspec_guidance.evaluation.embedders import images, texts
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
 from kspec_guidance.evaluation.embedders.pipeline import pipeline_embedder
+from kspec_guidance.utils.arguments import choices
 
 __all__ = ["IMAGE_NAMES", "TEXT_NAMES", "image_embedder", "text_embedder"]
 
-IMAGE_NAMES = "demo, efficientnet-lite0, open_clip:NAME:FILE_OR_TAG, transformers:FOLDER, torchvision:NAME:FILE"
-TEXT_NAMES = "none, minilm, open_clip:NAME:FILE_OR_TAG, sentence:FOLDER"
+IMAGE_NAMES = ("demo", "efficientnet-lite0", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER", "torchvision:NAME:FILE")
+TEXT_NAMES = ("none", "minilm", "open_clip:NAME:FILE_OR_TAG", "sentence:FOLDER")
 
 
 def image_embedder(name: str, device: str = "cpu") -> ImageEmbedder:
@@ -30,7 +31,7 @@ def image_embedder(name: str, device: str = "cpu") -> ImageEmbedder:
         return images.torchvision_embedder(model, weights, device=device)
     if kind == "transformers" and rest:
         return images.transformers_embedder(rest, device=device)
-    raise ValueError(f"unknown image embedder {name!r}; choose one of {IMAGE_NAMES}")
+    raise ValueError(f"unknown image embedder {name!r}; {choices(name, IMAGE_NAMES)}")
 
 
 def text_embedder(name: str, device: str = "cpu") -> TextEmbedder:
@@ -50,4 +51,4 @@ def text_embedder(name: str, device: str = "cpu") -> TextEmbedder:
         return texts.open_clip_text_embedder(model, weights, device=device)
     if kind == "sentence" and rest:
         return texts.sentence_embedder(rest, device=device)
-    raise ValueError(f"unknown text embedder {name!r}; choose one of {TEXT_NAMES}")
+    raise ValueError(f"unknown text embedder {name!r}; {choices(name, TEXT_NAMES)}")

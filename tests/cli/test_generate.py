@@ -1,0 +1,96 @@
+import json
+
+import pytest
+
+from kspec_guidance.synthesis.api import synthesize
+from tests.cli.commands import call
+from tests.synthesis.small_runs import rows_of
+
+FAST = ("--steps", 1, "--images", 2, "--batch", 2, "--no-report")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "heart\nman, old\n",
+        '{"prompt": "heart"}\n{"prompt": "man, old"}\n',
+        '[{"prompt": "heart"}, "man, old"]',
+        'prompt,note\nheart,a\n"man, old",b\n',
+        "prompt\tnote\nheart\ta\nman, old\tb\n",
+    ],
+)
+def test_prompts_are_read_from_standard_input_in_every_format(text, tmp_path):
+    result = call("generate", "--prompts", "-", "--out", tmp_path, *FAST, "--dry-run", "--json", stdin=text)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["prompts"] == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_has_the_result_and_quiet_nothing_else(tmp_path):
+    result = call("generate", "heart", "--out", tmp_path / "set", *FAST, "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["images"] == record["made"] == 2
+    assert record["out"] == str(tmp_path / "set")
+    assert record["report"] is None
+    assert result.stderr == ""
+    result = call("generate", "heart", "--out", tmp_path / "set", *FAST)
+    assert result.stdout.startswith("2 images in ")
+    assert result.stderr.splitlines() == ["loading model demo ..."]
+
+
+def test_prompts_read_by_the_command_give_the_run_of_the_api(tmp_path, pipe):
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '{"prompt": "heart", "seed": 3, "note": 1}\n{"prompt": "man", "note": 2.5}\n{"prompt": "heart", "note": 1}\n'
+    )
+    assert call("generate", "--prompts", path, "--out", tmp_path / "set", *FAST).exit_code == 0
+    with pytest.warns(UserWarning, match="seed is written as source_seed"):
+        result = synthesize(
+            path, tmp_path / "set", pipe, images_per_prompt=2, batch_size=2, report=False,
+            call={"num_inference_steps": 1, "guidance_scale": 5.0},
+        )  # fmt: skip
+    assert (result.images, result.made) == (6, 0)  # the same settings, which include a digest of all prompts
+    assert rows_of(tmp_path / "set")[0]["source_seed"] == 3
+
+
+def test_dry_run_tells_what_each_of_several_processes_would_do(tmp_path):
+    prompts = ["heart", "red heart", "man", "woman", "flag", "cat face", "cat"]
+    words = ("generate", *prompts, "--out", tmp_path, *FAST, "--dry-run", "--processes")
+    result = call(*words, 3)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == "14 images of 7 prompts, 7 batches on 3 processes"
+    assert [line.split(":")[0] for line in lines[1:4]] == ["process 0", "process 1", "process 2"]
+    record = json.loads(call(*words, 3, "--json").stdout)
+    assert sum(share["prompts"] for share in record["shares"]) == 7
+    assert sum(share["images"] for share in record["shares"]) == 14
+    assert record["assigned"] is True
+    assert record["seconds"] == pytest.approx(max(share["seconds"] for share in record["shares"]))
+    assert "each process: 0 to 1 prompts, 0 to 2 images" in call(*words, 20).stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_after_an_interruption_the_same_command_resumes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stopping_filter.py").write_text(
+        "from pathlib import Path\n"
+        "seen = []\n"
+        "def keep(image, row):\n"
+        "    seen.append(row)\n"
+        "    if len(seen) == 4 and Path('stop').exists():\n"
+        "        raise KeyboardInterrupt\n"
+        "    return True\n"
+    )
+    (tmp_path / "stop").touch()
+    words = ("generate", "heart", "man", "flag", "--out", "set", *FAST, "--filter", "stopping_filter:keep")
+    result = call(*words)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == (
+        "stopped: 2 of 6 images are kept in set; run the same command again to resume"
+    )
+    assert len(rows_of(tmp_path / "set")) == 2
+    (tmp_path / "stop").unlink()
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    assert "6 images in set, 4 of them made now" in result.stdout
