@@ -54,11 +54,16 @@ def test_page_code_runs(page, tmp_path, monkeypatch):
 
 
 def run_command(words):
-    """Run ``kspec-guidance`` in this process, and launchers of several processes as subprocesses."""
+    """Run ``kspec-guidance`` in this process, also after a pipe, and launchers of several processes as subprocesses."""
     from kspec_guidance.cli import app
 
+    piped = None
+    if "|" in words:
+        pipe = words.index("|")
+        piped = subprocess.run(words[:pipe], capture_output=True, text=True, check=True).stdout
+        words = words[pipe + 1 :]
     if words[0] == "kspec-guidance":
-        result = CliRunner().invoke(app, words[1:])
+        result = CliRunner().invoke(app, words[1:], input=piped)
         assert result.exit_code == 0, result.output
         return
     assert words[0] in ("torchrun", "accelerate")
