@@ -219,7 +219,7 @@ class KernelGuidance(PipelineCallback):
         attachment.blocks += 1
         try:
             yield self
-            attachment.end()
+            attachment.end_block()
         finally:
             attachment.blocks -= 1
             if not attachment.blocks and self._run.attachment is attachment:

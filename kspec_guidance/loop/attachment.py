@@ -102,9 +102,15 @@ class Attachment:
         if not getattr(self.pipe, "interrupt", False):
             self._hook.end()
 
+    def end_block(self) -> None:
+        """Finish the pass of a call that has returned; one in progress goes on, or is abandoned if the hooks are removed."""
+        if not 0 < self._depth <= sum(p is self.pipe for p in running_pipelines()):
+            self.end()
+
     def remove(self) -> None:
-        """Remove all hooks. Further calls have no effect."""
+        """Remove all hooks, and abandon a pass in progress. Further calls have no effect."""
         self._hook.remove()
+        self._hook.forget()
         if self.observer is not None:
             self.observer.remove()
 

@@ -1,5 +1,6 @@
 """Whose call a step belongs to, what aborted calls leave behind, and calls whose batch or prompts change on the way."""
 
+import contextlib
 import threading
 import warnings
 
@@ -145,6 +146,28 @@ def test_outermost_of_nested_blocks_detaches(pipe):
             sample_latents(pipe, steps=4)
         assert not torch.equal(sample_latents(pipe, steps=4), plain)
     assert len(guide.memory) == 6
+    assert torch.equal(sample_latents(pipe, steps=4), plain)
+
+
+@pytest.mark.parametrize("way", ["inner block", "detach", "outer block"])
+def test_block_that_ends_during_a_call_adds_no_unfinished_samples_to_the_memory(pipe, way):
+    plain, alone = sample_latents(pipe, steps=4), sample_latents(pipe, guide=SPARKE(1.0), steps=4)
+    guide, block = SPARKE(1.0), contextlib.ExitStack()
+
+    def act(p, kwargs):
+        if way == "inner block":
+            with guide.attach(p):
+                pass
+        elif way == "detach":
+            guide.detach()
+        else:
+            block.close()
+
+    with block:
+        block.enter_context(guide.attach(pipe))
+        found = sample_latents(pipe, steps=4, callback_on_step_end=Callback(1, act))
+    assert torch.equal(found, alone) == (way == "inner block")
+    assert len(guide.memory) == (3 if way == "inner block" else 0)
     assert torch.equal(sample_latents(pipe, steps=4), plain)
 
 
