@@ -197,8 +197,14 @@ class PipelineObserver:
             mask = prompt_major(wanted_rows(mask, given, self.pipe), prompt_count(given))
         self._prompts = masked_mean(wanted, mask)
         self._encoder = encoder_fingerprint(encoders[0]) if encoders else "given"
+        settings = ["clip_skip"]
         if mask is None and embeds.ndim > 2:
             self._encoder += ", with padding"  # not comparable with features of the prompt's tokens
+            settings.append("max_sequence_length")
+        parameters = bound.signature.parameters
+        for name in settings:  # they change the features of a prompt
+            if name in given and given[name] != parameters[name].default:
+                self._encoder += f", {name}={given[name]}"
         self._open = False
 
     def _note_condition(self, call: DenoiserCall) -> None:

@@ -353,6 +353,26 @@ def test_text_and_embeddings_of_a_prompt_are_not_mixed_unless_comparable(pipe):
     assert torch.equal(only.memory.prompts[0], only.memory.prompts[1])
 
 
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("StableDiffusionXLPipeline", {"clip_skip": 1}), ("StableDiffusion3Pipeline", {"max_sequence_length": 32})],
+)
+@pytest.mark.parametrize("way", ["attach", "callback"])
+def test_features_of_another_setting_of_the_encoder_are_not_mixed(name, setting, way):
+    pipe, guide = build(name), SPARKE(0.0)
+    arguments = call_kwargs(pipe)
+
+    def call(**kwargs):
+        if way == "callback":
+            return pipe(**kwargs, callback_on_step_end=guide)
+        with guide.attach(pipe):
+            return pipe(**kwargs)
+
+    call(**arguments)
+    with pytest.raises(ValueError, match=rf"memory holds prompts encoded by .*{next(iter(setting))}"):
+        call(**arguments | setting)
+
+
 def test_class_conditional_transformer_has_one_row_per_image():
     pipe, guide = build("DiTPipeline"), SPARKE(1.0, stop=1.0)
     arguments = call_kwargs(pipe)
