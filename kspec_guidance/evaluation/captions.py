@@ -3,9 +3,10 @@
 import csv
 import io
 import json
+import math
 import posixpath
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def _file_names(row: dict[str, Any]) -> list[str]:
     """File names of an entry: ``file_name``, ``image_file_name``, other ``*_file_name``, or a list ``file_names``."""
     keys = [k for k in row if k.endswith("_file_name")]
     keys = ["file_name", "image_file_name", *keys, "file_names", "image_file_names"]
-    value = next((row[k] for k in keys if row.get(k) is not None), None)
+    value = next((row[k] for k in keys if not _missing(row.get(k))), None)
     names = value if isinstance(value, list) else [] if value is None else [value]
     return [str(name) for name in names if str(name).strip()]
 
@@ -98,12 +99,17 @@ def caption_of(row: dict[str, Any], place: str) -> str | None:
     Raises:
         SourceError: for a caption that is not text.
     """
-    value = next((row[k] for k in CAPTION_COLUMNS if row.get(k) is not None), None)
+    value = next((row[k] for k in CAPTION_COLUMNS if not _missing(row.get(k))), None)
     if isinstance(value, list):
-        value = next((v for v in value if v is not None), None)
+        value = next((v for v in value if not _missing(v)), None)
     if isinstance(value, dict | list):
         raise SourceError(f"{place} has a caption of type {type(value).__name__}; expected text")
     return None if value is None else _clean(str(value))
+
+
+def _missing(value: Any) -> bool:
+    """Whether a value is None or NaN, which tables have for missing texts."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _clean(text: str) -> str | None:
@@ -230,7 +236,7 @@ def _several(names: Sequence[str]) -> str:
 
 
 def match_captions(
-    captions: Sequence[Caption], images: Sequence[str]
+    captions: Sequence[Caption], images: Sequence[str], repeated: Container[str] = ()
 ) -> tuple[dict[str, Caption], dict[str, str], list[str]]:
     """Match the entries of captions files with images.
 
@@ -241,6 +247,7 @@ def match_captions(
     Args:
         captions: entries; of those with one name, the first is used.
         images: distinct names.
+        repeated: those of them that further images had, which were renamed: no caption is matched by such a name alone.
 
     Returns:
         Captions by image; the reasons why other captions have no image, by their name; and images matched by the end of
@@ -262,7 +269,7 @@ def match_captions(
         named = _groups(free, key) if waiting else {}
         for name, entries in _groups(waiting, key).items():
             fitting = named.get(name, [])
-            if len(fitting) == 1 and len(entries) == 1:
+            if len(fitting) == 1 and len(entries) == 1 and fitting[0] not in repeated:
                 take(entries[0], fitting[0])
             elif fitting:
                 reasons |= dict.fromkeys(entries, f"ambiguous: {_several(entries)} for {_several(fitting)}")

@@ -212,7 +212,7 @@ def _assign_captions(found: ImageSet, own: list[str | None], names: list[str], r
     """
     roots = {f"{folder.as_posix()}/" for folder in (reader.path.absolute(), reader.path.resolve())}
     entries = [replace(c, name=_without_prefix(c.name, roots)) for c in reader.captions]
-    matched, unmatched, loose = match_captions(entries, names)
+    matched, unmatched, loose = match_captions(entries, names, reader.repeated)
     if reader.captions_file is not None and not entries:
         raise SourceError(f"{reader.captions_file} has no captions")
     if reader.captions_file is not None and not matched:

@@ -63,6 +63,7 @@ class SetReader:
         captions: entries of the captions files.
         caption_files: captions files and texts that were read.
         notes: remarks, e.g. which column was read.
+        repeated: names of images that other images, or files, have in another shard or further on in the same one.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class SetReader:
     captions: list[Caption] = field(default_factory=list)
     caption_files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    repeated: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._names: set[str] = set()
@@ -99,6 +101,8 @@ class SetReader:
     def _unique(self, name: str, container: str) -> str:
         """The name, with that of its container or a number if another image has it."""
         found, number = name, 1
+        if name in self._names:
+            self.repeated.add(name)
         while found in self._names:
             found = f"{container}/{name}" if number == 1 else f"{container}/{name} ({number})"
             number += 1
@@ -323,6 +327,9 @@ class SetReader:
             self.skipped[name] = f"a table without a column of images; its columns are {', '.join(schema.names)}"
             return None
         column = next((c for p in IMAGE_COLUMNS for c in columns if c.lower() == p), columns[0])
+        if schema.names.count(column) > 1:
+            self.skipped[name] = f"a table with several columns named {column}"
+            return None
         if len(columns) > 1:
             others = ", ".join(c for c in columns if c != column)
             note = f"images are read from column {column!r}, not from {others}"
@@ -347,8 +354,10 @@ class SetReader:
         if "://" in listed:
             raise SourceError(f"the row has no bytes, and URLs are not followed: {listed}")
         for folder in (table.parent, self.path):
-            if (folder / listed).is_file():
-                return (folder / listed).read_bytes()
+            path = folder / listed
+            if path.is_file():
+                self.skipped.pop(printable(_inside(path, self.path)), None)  # it is read, by way of the table
+                return path.read_bytes()
         raise SourceError(f"the row has no bytes, and there is no file {listed}")
 
 
@@ -389,10 +398,10 @@ def _key(name: str) -> tuple[str, str, str]:
     return posixpath.join(folder, key), dot, rest
 
 
-def _inside(folder: Path, root: Path) -> str:
-    """Path of a folder relative to the root that contains it, else the empty string."""
-    folder, root = folder.resolve(), root.resolve()
-    return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else ""
+def _inside(path: Path, root: Path) -> str:
+    """A path relative to the root that contains it, else the empty string."""
+    path, root = path.resolve(), root.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
 
 
 def _based(caption: Caption, folder: str) -> Caption:

@@ -249,9 +249,17 @@ def test_blank_and_missing_captions_are_no_prompt(tmp_path):
         {"file_name": "3.png"},
         {"file_name": "4.png", "text": ["b", "c"]},
         {"file_name": "5.png", "text": "x\ud800"},
+        {"file_name": "6.png", "text": float("nan")},
+        {"file_name": "7.png", "prompt": float("nan"), "text": [float("nan"), "d"]},
     ]
-    write(tmp_path, {f"{k}.png": k for k in range(6)} | {"metadata.jsonl": "\n".join(map(json.dumps, entries)) + "\n\n"})
-    assert list(prompts(tmp_path).values()) == ["a", None, None, None, "b", "x?"]
+    write(tmp_path, {f"{k}.png": k for k in range(8)} | {"metadata.jsonl": "\n".join(map(json.dumps, entries)) + "\n\n"})
+    assert list(prompts(tmp_path).values()) == ["a", None, None, None, "b", "x?", None, "d"]
+    write(tmp_path, {"s.tar": tar_bytes({"0.png": 0, "0.json": '{"caption": NaN}', "1.png": 1, "1.txt": "b"})})
+    assert list(prompts(tmp_path / "s.tar").values()) == [None, "b"]
+    table(tmp_path / "t.parquet", {"image": cells(1, 2), "text": [float("nan"), None]})
+    assert load_images(tmp_path / "t.parquet", RED).prompts is None
+    (tmp_path / "s.tar").unlink()
+    (tmp_path / "t.parquet").unlink()
     write(tmp_path, {"metadata.jsonl": lines(("0.png", "")) + '{"file_name": "1.png", "text": {"en": "x"}}\n'})
     with pytest.raises(SourceError, match="line 2 has a caption of type dict"):
         load_images(tmp_path, RED)
@@ -411,6 +419,16 @@ def test_captions_listed_in_a_shard_are_those_of_its_images(tmp_path):
     assert list(found.unmatched) == ["9.png", "c.tar/9.png"]
 
 
+def test_captions_by_a_name_that_several_shards_have_are_ambiguous(tmp_path):
+    write(tmp_path, {"a.tar": tar_bytes({"0.png": 1, "1.png": 2}), "b.tar": tar_bytes({"0.png": 3})})
+    write(tmp_path, {"metadata.jsonl": lines(("0.png", "zero"), ("1.png", "one"))})
+    found = load_images(tmp_path, RED)
+    assert (found.names, found.prompts) == (["0.png", "1.png", "b.tar/0.png"], [None, "one", None])
+    assert found.unmatched == {"0.png": "ambiguous: 0.png, b.tar/0.png"}
+    write(tmp_path, {"metadata.jsonl": lines(("a.tar/0.png", "zero"), ("b.tar/0.png", "other"))})
+    assert load_images(tmp_path, RED).prompts == ["zero", None, "other"]
+
+
 def test_links_and_devices_in_a_shard(tmp_path):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
@@ -497,6 +515,14 @@ def test_tables_prefer_the_column_image_and_say_so(tmp_path):
     assert (found.names, reds(found), found.prompts) == (["row 0", "row 1"], [5, 6], ["a", None])
 
 
+def test_tables_with_two_columns_of_the_same_name_are_skipped(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    both = pa.Table.from_arrays([cells(1), cells(2)], names=["image", "image"])
+    pytest.importorskip("pyarrow.parquet").write_table(both, tmp_path / "t.parquet")
+    with pytest.raises(SourceError, match="a table with several columns named image"):
+        load_images(tmp_path / "t.parquet", RED)
+
+
 def test_tables_of_the_hub_and_of_different_columns_are_read(tmp_path):
     table(tmp_path / "data" / "train-00000-of-00002.parquet", {"image": cells(1, 2), "text": ["a", "b"]})
     table(tmp_path / "data" / "train-00001-of-00002.parquet", {"image": cells(1)})
@@ -530,6 +556,11 @@ def test_tables_of_paths_read_local_files_only(tmp_path):
     assert "URLs are not followed" in found.skipped["https://example.com/a.png"]
     table(tmp_path / "u.parquet", {"image_path": ["x.png", "sub/y.png"], "prompt": ["a", "b"]})
     assert list(prompts(tmp_path / "u.parquet").values()) == ["a", "b"]
+    (tmp_path / "t.parquet").unlink()
+    write(tmp_path, {"z.png": 9})
+    found = load_images(tmp_path, RED)
+    assert found.names == ["x.png", "sub/y.png"]
+    assert set(found.skipped) == {"z.png"}  # the files of the table are read
 
 
 def test_linked_files_of_a_hub_cache_are_read(tmp_path):
