@@ -258,7 +258,7 @@ def check_prompt_source(prompt: Sequence[str] | None, prompts: str | None) -> No
     """Check that prompts are given in one way: as arguments, or with ``--prompts``.
 
     Raises:
-        ValueError: for none, or both.
+        ValueError: for none, or both, or a file as an argument.
     """
     if (prompts is None) == (not prompt):
         got = "neither" if prompts is None else "both"
@@ -267,3 +267,6 @@ def check_prompt_source(prompt: Sequence[str] | None, prompts: str | None) -> No
         )
     if prompt and STANDARD_INPUT in prompt:
         raise ValueError("'-' is no prompt; for standard input give --prompts -")
+    for text in prompt or ():
+        if Path(text).suffix and Path(text).is_file():
+            raise ValueError(f"{text} is a file, and would be used as the text of a prompt; pass it with --prompts")

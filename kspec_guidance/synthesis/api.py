@@ -60,6 +60,7 @@ class Synthesis:
         stopped: prompts of all processes, by the reason why they ended.
         attributes: images of the whole set, by attribute.
         made: images that this process made in this call.
+        total_made: images that all processes made in this call.
         seconds: that this call took to make them.
         guidance_seconds: of these, the time of guidance.
         exchanges: between the processes.
@@ -74,6 +75,7 @@ class Synthesis:
     stopped: dict[str, int] = field(default_factory=dict)
     attributes: dict[str, int] = field(default_factory=dict)
     made: int = 0
+    total_made: int = 0
     seconds: float = 0.0
     guidance_seconds: float = 0.0
     exchanges: int = 0
@@ -83,8 +85,8 @@ class Synthesis:
 
     def __str__(self) -> str:
         lines = [f"{self.images} images in {self.out}"]
-        if self.made != self.images:
-            lines[0] += f", {self.made} of them made now"
+        if self.total_made != self.images:
+            lines[0] += f", {self.total_made} of them made now"
         for name in ("rejected", "stopped", "attributes"):
             counts = getattr(self, name)
             if counts:
@@ -264,11 +266,12 @@ def synthesize(
             seconds = perf_counter() - start
             if packer is not None:
                 packer.finish(store.epoch, processes.rank)
-            processes.wait_for_all()
+            made = worker.made - made_before
             result = Synthesis(
                 out,
                 images=0,
-                made=worker.made - made_before,
+                made=made,
+                total_made=sum(number for (number,) in processes.gather_integers(made)),
                 seconds=seconds,
                 guidance_seconds=generator.guidance_seconds,
                 exchanges=worker.exchanges,

@@ -115,7 +115,7 @@ def _read_table(file: TextIO, path: str, delimiter: str) -> Rows:
     advice = "put texts that contain a comma, a quote or a line break in quotes, with quotes in them doubled"
     if delimiter == "\t":
         advice = "put texts that contain a tab, a line break or a quote at the start in quotes, with quotes in them doubled"
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=delimiter == ",")
     header: list[str] | None = None
     try:
         for fields in reader:
@@ -146,8 +146,12 @@ def _checked(text: str, where: str) -> str:
 
 
 def _parse_json(text: str, where: str, advice: str = "") -> Any:
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_names([name for name, _ in pairs], where)
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         raise SynthesisError(f"{where} is not JSON: {error}{advice}") from error
 

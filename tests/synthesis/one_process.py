@@ -44,7 +44,7 @@ def main():
     by, kind = ("group", "exact") if kind == "groups" else ("all", kind)
     guide = random_features() if kind == "guide" else SPARKE()
     result = make(out, quiet_pipeline(), prompts, 6, 3, guide=guide, memory=kind, memory_by=by, exchange=2)
-    values = {"made": result.made, "images": result.images, "exchanges": result.exchanges, "received": received}
+    values = {k: getattr(result, k) for k in ("made", "total_made", "images", "exchanges")} | {"received": received}
     (out / f"result-{'first' if result.first else id(values)}.json").write_text(json.dumps(values))
 
 

@@ -41,6 +41,18 @@ def test_command_line(tmp_path):
         assert message in result.stderr
 
 
+def test_a_file_given_as_the_text_of_a_prompt_is_refused(tmp_path):
+    from typer.testing import CliRunner
+
+    from kspec_guidance.cli import app
+
+    (tmp_path / "p.csv").write_text("prompt\nheart\n")
+    result = CliRunner().invoke(app, ["generate", str(tmp_path / "p.csv"), "--out", str(tmp_path / "set")])
+    assert result.exit_code == 2
+    assert "is a file" in result.stderr
+    assert not (tmp_path / "set").exists()
+
+
 def test_an_error_of_the_pipeline_is_one_line_without_a_traceback(tmp_path):
     from typer.testing import CliRunner
 

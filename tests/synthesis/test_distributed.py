@@ -133,6 +133,7 @@ def test_more_processes_than_prompts(tmp_path, kind):
     run(tmp_path / "one", 1, kind, "7")
     results = run(tmp_path / "three", 3, kind, "7")
     assert sorted(r["made"] for r in results) == [0, 0, 7]
+    assert [r["total_made"] for r in results] == [7] * 3
     assert pictures(tmp_path / "three") == pictures(tmp_path / "one")
     assert len(rows_of(tmp_path / "three")) == 7
     again = run(tmp_path / "three", 3, kind, "7")  # nothing is left

@@ -50,6 +50,18 @@ def test_texts_of_each_prompt_are_found_by_their_types_and_names():
         Generator(OtherTexts(), SPARKE(), {"num_images_per_prompt": 2, "prompt": "a"})
 
 
+def test_a_subclass_that_passes_its_arguments_on_takes_those_of_its_base():
+    class Forwarding(OtherTexts):
+        def __call__(self, *args, style="flat", **kwargs):
+            return super().__call__(*args, style=style, **kwargs)
+
+    generator = Generator(Forwarding(), SPARKE(), {"negative_prompt": "x", "mode": "y"})
+    assert generator._arguments(["a", "b"])["negative_prompt"] == ["x", "x"]
+    assert generator.takes_image_count
+    with pytest.raises(SynthesisError, match="does not take steps"):
+        Generator(Forwarding(), SPARKE(), {"steps": 2})
+
+
 def failing(monkeypatch, pipe, when):
     """Let the pipeline raise an error of two lines if ``when`` holds for its arguments."""
     call = type(pipe).__call__

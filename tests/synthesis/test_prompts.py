@@ -123,6 +123,7 @@ def test_numbers_of_images(images, count):
         ("p.csv", 'prompt,group\n"red" heart,a\n', "line 2: .*quotes in them doubled"),
         ("p.tsv", "prompt\tgroup\nheart\ta\tb\n", "line 2 has 3 fields.*a tab"),
         ("p.csv", "prompt,id,id\nheart,1,2\n", "line 1 has several columns named id"),
+        ("p.jsonl", '"a"\n{"prompt": "a", "prompt": "b"}\n', "line 2 has several columns named prompt"),
         ("p.csv", "prompt;group\nheart;a\n", "line 1 has one column, 'prompt;group'; separate columns by commas"),
         ("p.txt", "h\0e\0a\0r\0t\0", "line 1 holds null characters, as in text that is UTF-16"),
         ("p.csv", "prompt\nh\0e\0", "line 2 holds null characters"),
@@ -145,6 +146,9 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
     (tmp_path / "p.csv").write_bytes('\ufeffprompt, group,\r\n"red, ""big""\r\nheart",people ,\r\n,,\r\n'.encode())
     (prompt,) = read_prompts(tmp_path / "p.csv")
     assert (prompt.text, prompt.group, prompt.extra) == ('red, "big"\r\nheart', "people", {})
+    (tmp_path / "p.csv").write_text('prompt, group\n"red, big", "shapes, flat"\n')
+    (prompt,) = read_prompts(tmp_path / "p.csv")
+    assert (prompt.text, prompt.group) == ("red, big", "shapes, flat")
 
 
 def test_a_column_has_one_type_in_all_rows():
