@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 LARGEST = 1e150  # absolute value of features
+NOT_POSITIVE = 1e-3  # share of an eigenvalue, or excess of an entry, that rounding in float32 does not explain
 
 FeatureMap = Callable[[Tensor], Tensor] | Tensor
 """A map of samples to rows ``[..., n, D]`` whose inner products are the kernel, or the rows themselves."""
@@ -36,7 +37,9 @@ class _FunctionKernel(FunctionKernel):
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         k = super().__call__(x, y)
-        if y is None and not torch.allclose(k, k.mT, rtol=1e-4, atol=1e-4 * float(k.detach().abs().amax()), equal_nan=True):
+        if not torch.isfinite(k).all():
+            raise ValueError("this function gives NaN or infinite values for these samples, so it is no kernel for them")
+        if y is None and not torch.allclose(k, k.mT, rtol=1e-4, atol=1e-4 * float(k.detach().abs().amax())):
             raise ValueError("this function is no kernel, since k(x, y) differs from k(y, x)")
         return on_host(k)
 
@@ -60,13 +63,13 @@ def check_samples(x: Tensor, name: str = "x") -> Tensor:
     """``x`` in float32 or float64, on its device.
 
     Raises:
-        TypeError: if it is not a tensor of real numbers.
+        TypeError: if it is not a dense tensor of real numbers.
         ValueError: for fewer than two dimensions, no rows or features, or values that are not finite or out of range.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape [n, d], got {type(x).__name__}")
-    if x.is_complex():
-        raise TypeError(f"{name} must hold real numbers, got {x.dtype}")
+    if x.is_complex() or x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor of real numbers, got {x.dtype} in layout {x.layout}")
     if x.ndim < 2:
         raise ValueError(f"{name} must have shape [n, d], got {list(x.shape)}; flatten each sample to one row")
     if x.shape[-2] == 0:
@@ -116,6 +119,8 @@ def check_pair_of_sets(x: Tensor, y: Tensor, name: str = "reference") -> tuple[T
         ValueError: as :func:`check_samples`, or if their widths differ.
     """
     x, y = check_samples(x), check_samples(y, name)
+    if x.shape[:-2] != y.shape[:-2]:
+        raise ValueError(f"x has shape {list(x.shape)} and {name} {list(y.shape)}; their batch dimensions must be the same")
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(
             f"x has {x.shape[-1]} features per row and {name} has {y.shape[-1]}; embed both with the same model"
@@ -146,11 +151,17 @@ def unit_gram(kernel: Kernel, x: Tensor, y: Tensor | None = None) -> Tensor:
     """The kernel matrix ``[..., n, m]`` of a kernel scaled to ``k(x, x) = 1``.
 
     Raises:
-        ValueError: if it is not finite: the kernel overflows, or its diagonal is not positive.
+        ValueError: if it is not finite: the kernel overflows, or its diagonal is not positive; or if entries exceed 1.
     """
     k = kernel.normalised(x, y)
     if not torch.isfinite(k).all():
         raise ValueError(f"{kernel!r} gives NaN or infinite values, or a diagonal that is not positive, for these samples")
+    largest = float(k.detach().abs().amax())
+    if largest > 1 + NOT_POSITIVE:
+        raise ValueError(
+            f"{kernel!r} is no kernel, since |k(x, y)| is up to {largest:.3g} times sqrt(k(x, x) k(y, y)); a kernel is "
+            "positive semi-definite"
+        )
     return k
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.functional.inputs import (
+    NOT_POSITIVE,
     FeatureMap,
     KernelLike,
     as_kernel,
@@ -14,7 +15,7 @@ from kspec_guidance.functional.inputs import (
     unit_gram,
 )
 from kspec_guidance.kernels import CosineKernel, Kernel
-from kspec_guidance.kernels.spectrum import check_order, eigenvalues, renyi_entropy, truncate
+from kspec_guidance.kernels.spectrum import check_order, renyi_entropy, truncate
 
 __all__ = ["entropy_of", "kernel_entropy", "rke_score", "vendi_score"]
 
@@ -22,10 +23,21 @@ BLOCK_ROWS = 1024  # rows of the kernel matrix that RKE computes at once
 
 
 def entropy_of(matrix: Tensor, order: float = 1.0, truncation: int | None = None) -> Tensor:
-    """Renyi entropy of a semi-definite matrix ``[..., n, n]`` scaled to trace 1; order 2 needs no eigenvalues."""
+    """Renyi entropy of a semi-definite matrix ``[..., n, n]`` scaled to trace 1; order 2 needs no eigenvalues.
+
+    Raises:
+        ValueError: for an order outside (0, inf], or negative eigenvalues.
+    """
     if check_order(order) == 2 and truncation is None:
         return -(matrix.square().sum((-2, -1)) / matrix.diagonal(dim1=-2, dim2=-1).sum(-1).square()).log()
-    spectrum = eigenvalues(matrix)
+    spectrum = torch.linalg.eigvalsh(matrix.double())
+    lowest, trace = float(spectrum.detach().amin()), float(matrix.detach().diagonal(dim1=-2, dim2=-1).sum(-1).amax())
+    if lowest < -NOT_POSITIVE * trace:
+        raise ValueError(
+            f"the kernel matrix has negative eigenvalues, down to {lowest / trace:.3g} of their sum: its function is no "
+            "kernel, since a kernel is positive semi-definite"
+        )
+    spectrum = spectrum.clamp_min(0)
     mass = spectrum.sum(-1, keepdim=True)
     spectrum = spectrum / (mass if truncation is None else mass.clamp_min(1))
     return renyi_entropy(truncate(spectrum, truncation), order)
@@ -81,7 +93,7 @@ def vendi_score(
         feature_map: map of ``x`` to rows ``[..., n, D]`` whose inner products are the kernel, or those rows; O(n) time.
 
     Raises:
-        ValueError: for an empty set, NaN, or an order outside (0, inf].
+        ValueError: for an empty set, NaN, an order outside (0, inf], or a function that is not positive semi-definite.
 
     >>> round(vendi_score(torch.eye(5)).item(), 6)
     5.0

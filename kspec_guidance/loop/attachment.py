@@ -103,7 +103,7 @@ class Attachment:
             self._hook.end()
 
     def end_block(self) -> None:
-        """Finish the pass of a call that has returned; one in progress goes on, or is abandoned if the hooks are removed."""
+        """Finish the pass of a call that has returned; one in progress goes on, or is abandoned if hooks are removed."""
         if not 0 < self._depth <= sum(p is self.pipe for p in running_pipelines()):
             self.end()
 

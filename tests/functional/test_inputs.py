@@ -27,6 +27,16 @@ from tests.samples import rows
         (lambda: F.vendi_score(rows(4, 2), feature_map=rows(4, 2) * math.nan), "feature_map gives NaN"),
         (lambda: F.conditional_vendi_score(rows(4, 2), rows(4, 2), feature_map=lambda z: z), "must be a pair"),
         (lambda: F.vendi_score(rows(4, 2), lambda a, b: torch.exp(a[:, :1] - b[:, :1].mT)), "differs from k"),
+        (lambda: F.vendi_score(rows(4, 2), lambda a, b: a @ b.mT * math.nan), "this function gives NaN"),
+        (
+            lambda: F.rke_score(rows(4, 2), lambda a, b: 1 + torch.cdist(a, b)),
+            r"is no kernel, since \|k\(x, y\)\| is up to",
+        ),
+        (
+            lambda: F.vendi_score(torch.eye(4), lambda a, b: 1.5 * (a @ b.mT) - 0.5),
+            "has negative eigenvalues, down to -0.125",
+        ),
+        (lambda: F.vendi_score(rows(4, 2), truncation=True), "must be an integer"),
     ],
 )
 def test_degenerate_input_raises(call, message):
@@ -49,6 +59,7 @@ def test_degenerate_input_raises(call, message):
         (lambda: F.kid(rows(9, 2), rows(9, 2), subset_size=1), "at least 2"),
         (lambda: F.kid(rows(8, 2).view(2, 4, 2), rows(9, 2)), r"shape \[n, d\]"),
         (lambda: F.top_modes(rows(8, 2).view(2, 4, 2)), r"shape \[n, d\]"),
+        (lambda: F.ken_score(rows(8, 2).view(2, 4, 2), rows(9, 2)), "batch dimensions must be the same"),
         (lambda: F.frechet_distance(rows(1, 2), rows(9, 2)), "two samples"),
         (lambda: F.kid(rows(4, 2), rows(9, 2), subsets=0), "subsets"),
         (lambda: F.mmd(rows(4, 2), rows(4, 2), feature_map=rows(4, 2)), "must be a function"),
@@ -60,7 +71,7 @@ def test_invalid_input_raises(call, message):
 
 
 def test_inputs_that_are_no_real_tensors_raise_type_error():
-    for x in (rows(4, 2).numpy(), [[1.0, 2.0]], rows(4, 2).to(torch.complex64)):
+    for x in (rows(4, 2).numpy(), [[1.0, 2.0]], rows(4, 2).to(torch.complex64), rows(4, 2).to_sparse()):
         with pytest.raises(TypeError, match="x must"):
             F.vendi_score(x)
     with pytest.raises(TypeError, match="feature_map must return"):
