@@ -7,7 +7,7 @@ from torch import nn
 
 from kspec_guidance.loop.prediction import UnsupportedSchedulerError
 
-__all__ = ["autoencoder_of", "denoiser_of", "find_scheduler", "image_size", "sub_pipelines"]
+__all__ = ["autoencoder_of", "call_parameters", "denoiser_of", "find_scheduler", "image_size", "sub_pipelines"]
 
 DENOISERS = ("transformer", "unet", "prior", "decoder", "image_unet", "model")
 
@@ -26,6 +26,17 @@ def autoencoder_of(pipe: Any) -> Any:
     return getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
 
 
+def call_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Parameters of the call of a pipeline's class; with ``**kwargs``, also those of the class that it extends."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in (c for c in cls.__mro__ if "__call__" in vars(c)):
+        own = inspect.signature(vars(base)["__call__"]).parameters
+        found = {**own, **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break
+    return found
+
+
 def image_size(pipe: Any) -> tuple[int, int] | None:
     """Default height and width of the pipeline's images in pixels; None if not declared.
 
@@ -38,7 +49,7 @@ def image_size(pipe: Any) -> tuple[int, int] | None:
         return latent_size * factor, latent_size * factor
     if isinstance(latent_size, tuple | list) and len(latent_size) == 2:
         return latent_size[0] * factor, latent_size[1] * factor
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = call_parameters(type(pipe))
     height, width = (getattr(parameters.get(k), "default", None) for k in ("height", "width"))
     return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 

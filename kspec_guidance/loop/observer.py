@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kspec_guidance.loop.components import denoiser_of, sub_pipelines
+from kspec_guidance.loop.components import call_parameters, denoiser_of, sub_pipelines
 from kspec_guidance.loop.context import CallContext, DenoiserCall
 from kspec_guidance.loop.prompts import (
     condition_of,
@@ -68,7 +68,7 @@ class PipelineObserver:
         self.pipe, self.on_call, self.on_end, self.tag = pipe, on_call, on_end, tag
         self._replaceable, self._timesteps = replaceable, timesteps
         self._condition_timesteps: Any = None  # those of the call whose condition was recorded
-        self._prompted = not CONDITIONS.isdisjoint(inspect.signature(type(pipe).__call__).parameters)
+        self._prompted = not CONDITIONS.isdisjoint(call_parameters(type(pipe)))
         self._patches: list[MethodPatch] = []
         self._denoiser: DenoiserWatch | None = None
         self._token_ids: list[tuple[Tensor, Tensor | None, int | None]] = []

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.guidance import KernelGuidance
+from kspec_guidance.loop.components import call_parameters
 from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError
 from kspec_guidance.synthesis.schedule import Job, Sample
 from kspec_guidance.utils.arguments import nearest_name
@@ -40,24 +41,13 @@ class GeneratedBatch:
     prompt_features: Tensor | None
 
 
-def _call_parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """Parameters of a pipeline's call; with ``**kwargs``, also those of the class that it extends."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in (c for c in cls.__mro__ if "__call__" in vars(c)):
-        own = inspect.signature(vars(base)["__call__"]).parameters
-        found = {**own, **found}
-        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
-            break
-    return found
-
-
 def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
     """Check that a pipeline makes images of prompts, and takes these arguments.
 
     Raises:
         SynthesisError: if the pipeline takes no prompt, or not all of ``call``.
     """
-    name, parameters = type(pipe).__name__, _call_parameters(type(pipe))
+    name, parameters = type(pipe).__name__, call_parameters(type(pipe))
     if "prompt" not in parameters:
         raise SynthesisError(f"{name} takes no prompt; synthesis needs a text-to-image pipeline")
     unknown = sorted(k for k in call if k not in parameters)
@@ -101,7 +91,7 @@ class Generator:
     def __init__(self, pipe: Any, guide: KernelGuidance, call: dict[str, Any]):
         self.pipe, self.guide, self.call = pipe, guide, call
         self.guide.remember = False
-        self.parameters = _call_parameters(type(pipe))
+        self.parameters = call_parameters(type(pipe))
         self.takes_image_count = "num_images_per_prompt" in self.parameters
         self.guidance_seconds = 0.0
         check_call(pipe, call)

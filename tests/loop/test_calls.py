@@ -331,12 +331,20 @@ def test_instruct_pix2pix_has_the_features_of_its_positive_prompts():
 
 def test_callback_of_a_pipeline_that_hides_its_prompts_warns_once_a_run():
     pipe, guide = build("FluxPipeline"), SPARKE(1.0)
+
+    class Wrapped(diffusers.FluxPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    wrapped = quiet(Wrapped(**pipe.components))
     for _ in range(2):
         with pytest.warns(UserWarning, match="prompts of this call of FluxPipeline cannot be read") as issued:
             pipe(**call_kwargs(pipe), callback_on_step_end=guide)
         assert sum("cannot be read" in str(w.message) for w in issued) == 1
         assert next(w for w in issued if "cannot be read" in str(w.message)).filename == __file__
     assert len(guide.memory) == 8
+    with pytest.warns(UserWarning, match="prompts of this call of Wrapped cannot be read"):
+        wrapped(**call_kwargs(pipe), callback_on_step_end=SPARKE(1.0))
 
 
 def test_text_and_embeddings_of_a_prompt_are_not_mixed_unless_comparable(pipe):
