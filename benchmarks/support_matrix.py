@@ -103,6 +103,7 @@ def all_verdicts(names: list[str]) -> list[dict[str, Any]]:
 
 INTRODUCTION = """# What is supported
 
+Which pipelines and schedulers of diffusers can be guided, and how that was found out.
 Written by `python benchmarks/support_matrix.py` for diffusers {diffusers}, {date}. Every class named *run* was built
 from tiny random configurations and run: plain, at scale 0 (bit-identical to plain), guided (different, finite), plain
 again (restored), with classifier-free guidance and without, through every way in that is listed. *hooked* means that

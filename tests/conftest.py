@@ -1,5 +1,11 @@
+import shutil
+
 import pytest
 import torch
+
+CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +28,15 @@ def pipe():
     pipe = load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module")  # no longer: it occupies the thread's event loop
+def browser():
+    """Chromium, where it is installed."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: not tried in a browser")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FLAGS)
+        yield browser
+        browser.close()

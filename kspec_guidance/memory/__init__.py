@@ -1,12 +1,10 @@
 """Memories of generated samples.
 
-============================  ====================================================  =============================
-class                         contents                                              cost per step
-============================  ====================================================  =============================
-:class:`MemoryBank`           one row per sample                                    one read of the relevant rows
-:class:`CentroidMemory`       a fixed number of weighted means of similar samples   constant
-:class:`RandomFeatureMemory`  one sum of random features                            constant
-============================  ====================================================  =============================
+| class | contents | cost per step |
+|---|---|---|
+| :class:`MemoryBank` | one row per sample | one read of the relevant rows |
+| :class:`CentroidMemory` | a fixed number of weighted means of similar samples | constant |
+| :class:`RandomFeatureMemory` | one sum of random features | constant |
 
 All are saved as safetensors with a checksum. :func:`choose_memory` selects one by number and size of samples.
 """

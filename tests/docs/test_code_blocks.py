@@ -49,7 +49,7 @@ def test_page_code_runs(page, tmp_path, monkeypatch):
         assert language in ("python", "bash", "text")
         if language == "python":
             exec(compile(block, page, "exec"), names)
-        for line in block.splitlines() if language == "bash" else ():
+        for line in block.replace("\\\n", " ").splitlines() if language == "bash" else ():
             run_command(shlex.split(line))
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import struct
 import sys
 import zipfile
@@ -14,9 +13,6 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "space"))
-CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 SETTINGS = {
     "images_per_prompt": 4,
     "method": "SPARKE",
@@ -248,17 +244,6 @@ def test_other_kinds_of_models_are_rejected(tmp_path):
     tiny.build("WanPipeline").save_pretrained(tmp_path, safe_serialization=True)
     with pytest.raises(ValueError, match="needs a text-to-image pipeline"):
         Studio(str(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: the flows of the Space were not tested in a browser")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
