@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from kspec_guidance.kernels.distances import as_float
@@ -92,10 +92,10 @@ def _normalised(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def _vjp(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """Gradient ``[n, ...]`` of ``y * w`` in ``x``.
 
-    ``torch.autograd.grad`` would leave the modes of torch functions during the backward pass; then gradient checkpointing
-    would not compute the same operations again.
+    Given tensors, ``torch.autograd.grad`` leaves the modes of torch functions during the backward pass; then gradient
+    checkpointing would not compute the same operations again. Given edges of the graph it stays in them.
     """
-    return _engine_run_backward((y,), (w.to(y),), False, False, (x,), False, accumulate_grad=False)[0]
+    return torch.autograd.grad(get_gradient_edge(y), get_gradient_edge(x), w.to(y))[0]
 
 
 def by_autograd(
