@@ -1,5 +1,6 @@
 """Contents of the built wheel, import cost, and version consistency."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -69,3 +70,13 @@ def test_assets_contain_no_pickles_and_are_small():
     assets = list((ROOT / "kspec_guidance" / "demo" / "assets").rglob("*"))
     assert not [f for f in assets if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
     assert sum(f.stat().st_size for f in assets if f.is_file()) < 45e6
+
+
+def test_map_of_contributing_names_every_module():
+    text, package, named = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), ROOT / "kspec_guidance", set()
+    for where, modules in re.findall(r"^\| (\[`.*?) \| .* \| (.*) \|$", text, re.MULTILINE):
+        paths = re.findall(r"\]\(kspec_guidance/([^)]*)\)", where)
+        named |= {path for path in paths if path.endswith(".py")}
+        named |= {f"{paths[0]}{name}.py" for name in re.findall(r"`(\w+)`", modules)}
+    found = {path.relative_to(package).as_posix() for path in package.rglob("[a-z]*.py")}
+    assert named == found
