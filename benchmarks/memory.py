@@ -24,7 +24,7 @@ import torch
 
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel, l2_normalize, median_bandwidth
-from kspec_guidance.kernels.distances import weighted_median
+from kspec_guidance.kernels.stationary import weighted_median
 from kspec_guidance.memory import CentroidMemory, MemoryBank, PromptWeights, RandomFeatureMemory
 from kspec_guidance.objectives import RKE, ConditionalRKE
 

@@ -1,9 +1,9 @@
 """Run: applies a guide to the steps of a pipeline; :meth:`Run.step` is one guided step."""
 
-import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,10 +13,9 @@ from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.term import Term
 from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, norms, row_dots
-from kspec_guidance.kernels.distances import row_norms
 from kspec_guidance.loop.context import StepContext
 from kspec_guidance.loop.prediction import Prediction, keep_finite
-from kspec_guidance.memory import Memory, MemoryBank
+from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Gradient, Objective
 from kspec_guidance.utils.precision import full_precision
 from kspec_guidance.utils.transfer import read
@@ -43,8 +42,17 @@ class TermState:
     steps: frozenset[int]
     pairs: Any = None
     prepared: bool = False
+    memories: dict[int, Memory] | None = None  # the part of the memory for each guided step, likewise
     kept: list[Tensor] = field(default_factory=list)  # features of each guided step, if steps are not comparable
     compared: Tensor | None = None  # samples of the latest step before their move, if the memory stores those
+
+    def memory_of_step(self, step: int, width: int, encoder: str | None) -> Memory:
+        """The part of a memory of features ``[n, steps, width]`` that belongs to a guided step."""
+        if self.memories is None:
+            memory, count = self.term.memory, len(self.steps)
+            memory.bind((count, width), self.term.space.name, encoder)
+            self.memories = dict(zip(sorted(self.steps), memory.parts(count), strict=True))
+        return self.memories[step]
 
 
 def jitter(n: int, d: int, seed: int) -> Tensor:
@@ -60,6 +68,7 @@ def ascent_direction(
     memory: Memory | None,
     pairs: Any = None,
     *,
+    sizes: Tensor | None = None,
     seed: int | None = None,
 ) -> tuple[Tensor, Gradient]:
     """Ascent direction ``[n, d]`` at feature rows ``[n, d]``, before any scaling, and the gradient of the objective.
@@ -70,10 +79,12 @@ def ascent_direction(
         prompts: unit-norm prompt features ``[n, p]``.
         memory: memory of earlier samples.
         pairs: see :meth:`Objective.pairs`.
+        sizes: norms of the rows ``[n, 1]``, if they are known.
         seed: seed of noise that separates coincident rows first; by default they are not separated.
     """
     with full_precision(rows.device):
-        size = row_norms(rows)
+        size = norms(rows) if sizes is None else sizes
+        size = torch.where(size > 0, size, 1.0)  # rows of zeros stay zeros
         u = rows / size if objective.normalize else rows
         noise = None
         if seed is not None:
@@ -102,6 +113,7 @@ class Run:
         self._of_predictions: list[TermState] = []  # by what they move, and when
         self._before_step: list[TermState] = []
         self._after_step: list[TermState] = []
+        self._need_score = False  # whether a transform uses the direction of the score
         self._unchecked: list[tuple[str, int, Tensor]] = []  # what, step, and whether it is finite
         self.needs_denoiser_call = any(term.space.needs_denoiser_call for term in guide.terms)
 
@@ -117,6 +129,7 @@ class Run:
         self.report = GuidanceReport.of(context, self.guide.memory)
         self.finished, self._unchecked = [], []
         self._states = [TermState(term, term.guided_steps(context.total)) for term in self.guide.terms]
+        self._need_score = any("off_score" in term.transforms for term in self.guide.terms)
         noisy = [state for state in self._states if state.term.space.noisy]
         self._of_predictions = [state for state in self._states if not state.term.space.noisy]
         self._before_step = [state for state in noisy if state.term.space.before]
@@ -141,16 +154,14 @@ class Run:
 
     def before_step(self, sample: Any, prediction: Prediction, context: StepContext) -> Any | None:
         """The noisy sample, moved by the terms that move it before the step; None if there are none."""
-        return self._moved(self._before_step, sample, prediction, context)
+        return self._moved(self._before_step, sample, prediction, context) if self._before_step else None
 
     def after_step(self, latents: Any, prediction: Prediction, context: StepContext) -> Any | None:
         """The latents after the step, moved by the terms that move noisy samples then; None if there are none."""
-        return self._moved(self._after_step, latents, prediction, context)
+        return self._moved(self._after_step, latents, prediction, context) if self._after_step else None
 
     def _moved(self, states: list[TermState], sample: Any, prediction: Prediction, context: StepContext) -> Any | None:
         """A noisy sample, moved by those of these terms that are active at this step; None if there are none."""
-        if not states:
-            return None
         x = context.layout.pack(sample).float()
         for state in states:
             if state.term.space.as_compared:
@@ -167,27 +178,29 @@ class Run:
     @staticmethod
     def _active(states: list[TermState], prediction: Prediction, context: StepContext) -> list[TermState]:
         """Those of the terms that are active at this step."""
-
-        def in_interval(interval: tuple[float, float] | None) -> bool:
-            return interval is None or interval[0] <= float(prediction.noise_to_signal) <= interval[1]
-
-        return [s for s in states if context.step in s.steps and in_interval(s.term.sigma_interval)]
+        active = []
+        for state in states:
+            if context.step in state.steps:
+                interval = state.term.sigma_interval
+                if interval is None or interval[0] <= float(prediction.noise_to_signal) <= interval[1]:
+                    active.append(state)
+        return active
 
     def _move(self, x: Tensor, active: list[TermState], prediction: Prediction, context: StepContext) -> Tensor:
         """The move of packed samples ``[n, ...]`` by all terms that are active at this step."""
         target, score = x.flatten(1), None
-        if any("off_score" in state.term.transforms for state in active):
+        if self._need_score:
             score = prediction.score
             score = (score if context.layout.trivial else context.layout.pack(score)).flatten(1)
         sizes = norms(target)
         self._expect_finite("prediction", sizes, context.step)
-        inputs = [self._features(state, x, context) for state in active]
-        found = [ascent_direction(*arguments) for arguments, _ in inputs]
+        ascents = [self._ascent(state, x, sizes, context) for state in active]
+        found = [ascend() for ascend, _ in ascents]
 
         def total() -> tuple[Tensor, Tensor]:
             """The move ``[n, d]`` and its norms ``[n, 1]``."""
             moves = []
-            for state, (_, pullback), (g, gradient) in zip(active, inputs, found, strict=True):
+            for state, (_, pullback), (g, gradient) in zip(active, ascents, found, strict=True):
                 term = state.term
                 move = g if pullback is None else pullback(g).flatten(1).to(x.dtype)
                 values = TransformState(
@@ -202,7 +215,7 @@ class Run:
                 for name in term.transforms:
                     move = TRANSFORMS[name](move, values)
                 moves.append(move)
-            move = functools.reduce(torch.add, moves)
+            move = reduce(torch.add, moves)
             size = norms(move)
             self._expect_finite("move", size, context.step)
             return move, size
@@ -212,27 +225,33 @@ class Run:
         if any(coincident):  # rare: from their start on, samples of different seeds differ
             seed = self.guide.seed * 1_000_003 + context.step
             found = [
-                ascent_direction(*arguments, seed=seed) if again else result
-                for (arguments, _), result, again in zip(inputs, found, coincident, strict=True)
+                ascend(seed=seed) if again else result
+                for (ascend, _), result, again in zip(ascents, found, coincident, strict=True)
             ]
             move, size = total()
         self.report.moves.append((context.step, (size / sizes.clamp_min(1e-12))[:, 0], prediction.noise_to_signal))
         self.report.latest = target, move
         return move.view(x.shape)
 
-    def _features(self, state: TermState, x: Tensor, context: StepContext) -> tuple[tuple, Pullback | None]:
-        """The arguments of :func:`ascent_direction` for one term at the samples, and the pullback of its space."""
+    def _ascent(
+        self, state: TermState, x: Tensor, sizes: Tensor, context: StepContext
+    ) -> tuple[Callable[..., tuple[Tensor, Gradient]], Pullback | None]:
+        """:func:`ascent_direction` for one term at samples of these norms, and the pullback of its space."""
         term, memory, space = state.term, state.term.memory, state.term.space
-        rows, pullback = (x.flatten(1), None) if space.direct else space.features(x, context.call, context.denoiser_call)
+        if space.direct:
+            rows, pullback, known = x.flatten(1), None, sizes
+        else:
+            (rows, pullback), known = space.features(x, context.call, context.denoiser_call), None
         if space.step_by_step:
-            memory = _memory_of_step(term, len(state.kept), (len(state.steps), rows.shape[1]), context.call.encoder)
+            memory = state.memory_of_step(context.step, rows.shape[1], context.call.encoder)
             state.kept.append(rows)
         elif not state.prepared:
             if space.shape(x) is None:
                 memory.bind((rows.shape[1],), space.name, context.call.encoder)
             with full_precision(rows.device):
                 state.pairs, state.prepared = term.objective.pairs(rows, context.prompts, memory), True
-        return (term.objective, rows, context.prompts, memory, state.pairs), pullback
+        ascend = partial(ascent_direction, term.objective, rows, context.prompts, memory, state.pairs, sizes=known)
+        return ascend, pullback
 
     # -- reading values of the device --------------------------------------------------------------------------------
 
@@ -248,21 +267,26 @@ class Run:
         Raises:
             ValueError: if a prediction or a move is not finite.
         """
-        masks = [None if g.coincident is None else g.coincident.any() for g in gradients]
-        waiting = [mask for mask in masks if mask is not None]
-        if not all(g.finite for g in gradients):
-            raise _not_finite("prediction", context.step, context.total)
-        waited = any(g.coincident is not None and g.coincident.device != g.rows.device for g in gradients)
-        waits = any(mask.device.type != "cpu" for mask in waiting)
-        checks: list[tuple[str, int, Tensor]] = []
-        if waits or not waited:
-            checks, self._unchecked = self._unchecked, []
-        values = [bool(value) for value in read(*[flag for *_, flag in checks], *waiting)]
+        coincident, flags, waited = [False] * len(gradients), {}, False
+        for k, g in enumerate(gradients):
+            if not g.finite:
+                raise _not_finite("prediction", context.step, context.total)
+            if g.coincident is not None:
+                flag = g.coincident.any()
+                if flag.device == g.rows.device:
+                    flags[k] = flag
+                else:  # on the host already
+                    coincident[k], waited = bool(flag), True
+        if waited and not flags:
+            return coincident
+        checks, self._unchecked = self._unchecked, []
+        values = torch.stack([finite for *_, finite in checks] + list(flags.values())).cpu().tolist()
         for (what, step, _), finite in zip(checks, values, strict=False):
             if not finite:
                 raise _not_finite(what, step, context.total)
-        found = iter(values[len(checks) :])
-        return [mask is not None and next(found) for mask in masks]
+        for k, value in zip(flags, values[len(checks) :], strict=True):
+            coincident[k] = value
+        return coincident
 
     def finish(self, context: StepContext) -> None:
         """List the finished samples, and add them once to each memory."""
@@ -298,12 +322,3 @@ def _not_finite(what: str, step: int, total: int) -> ValueError:
         f"NaN or infinite values in the {what} at step {step + 1} of {total}; the memory was not changed. Lower "
         "guidance_scale or scale, or use float32 if the model overflows in half precision"
     )
-
-
-def _memory_of_step(term: Term, k: int, shape: tuple[int, int], encoder: str | None) -> Memory:
-    """The part of a memory of features ``[n, steps, d]`` that belongs to the ``k``-th guided step."""
-    memory, part = term.memory, MemoryBank(term.space.name, encoder)
-    memory.bind(shape, term.space.name, encoder)
-    if isinstance(memory, MemoryBank) and len(memory) and k < shape[0]:
-        part.add(memory.x.view(len(memory), *shape)[:, k], memory.prompts)
-    return part

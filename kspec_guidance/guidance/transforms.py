@@ -70,15 +70,15 @@ def row_dots(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(1, keepdim=True)
 
 
-def without(x: Tensor, direction: Tensor) -> Tensor:
-    """Rows ``[n, d]`` less their components along the rows of ``direction``."""
-    square = norms(direction).square().clamp_min(torch.finfo(x.dtype).tiny)
+def without(x: Tensor, direction: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """Rows ``[n, d]`` less their components along the rows of ``direction``, whose norms ``[n, 1]`` may be given."""
+    square = (norms(direction) if sizes is None else sizes).square().clamp_min(torch.finfo(x.dtype).tiny)
     return torch.addcmul(x, direction, row_dots(x, direction) / square, value=-1)
 
 
 def tangent(move: Tensor, state: TransformState) -> Tensor:
     """Remove the component along the target, which keeps its norm to first order: contrast does not change."""
-    return without(move, state.target)
+    return without(move, state.target, state.sizes)
 
 
 def off_score(move: Tensor, state: TransformState) -> Tensor:

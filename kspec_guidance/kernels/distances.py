@@ -22,14 +22,12 @@ __all__ = [
     "pairwise_distances",
     "row_norms",
     "squared_distances",
-    "weighted_median",
 ]
 
 NEAR = 2e-3  # squared distance, relative to the squared norm, below which the formula by inner products loses digits
 NEAR_ROWS = 1024  # rows that are searched for near pairs at once
 PAIR_NUMBERS = 2**22  # numbers in the differences that are held at once
 MEDIAN_ROWS = 2048  # maximum number of rows in the median rule
-WEIGHT_BITS = 30  # of the largest weight in a weighted median; sums of 2^33 such weights fit into 64 bits
 PROMPT_BANDWIDTH = 0.35  # for unit-norm prompt features, as published; see benchmarks/prompts.py
 IMAGE_BANDWIDTH = 0.5  # for unit-norm image features: copies count as one image, unrelated images as two
 SAME_DISTANCE = 0.75  # mean distance of unit-norm features of images of one kind, at most; see benchmarks/bandwidth.py
@@ -194,29 +192,3 @@ def distances_of_pairs(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tens
         return d, d > 0
     scale = x.abs().amax() if y is None else torch.maximum(x.abs().amax(), y.abs().amax())
     return d, d > 8 * torch.finfo(d.dtype).eps * scale
-
-
-def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
-    """The value at which half of the total weight is reached; 1 if all weights are 0, or if the value is 0.
-
-    Computed on the device of the values, without waiting for it. The weights are added as integers: sums of floating-point
-    numbers in parallel are not reproducible.
-
-    Args:
-        values: nonnegative tensor of any shape.
-        weights: nonnegative tensor of the same shape.
-
-    Returns:
-        A tensor of one element.
-
-    >>> float(weighted_median(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 1.0, 9.0])))
-    5.0
-    """
-    if not values.numel():
-        return values.new_ones(())
-    values, order = values.flatten().sort()
-    unit = weights.amax().clamp_min(torch.finfo(weights.dtype).tiny)
-    total = weights.flatten()[order].div_(unit).mul_(2.0**WEIGHT_BITS).long().cumsum(0)
-    index = (total * 2 < total[-1]).sum().clamp_max(len(values) - 1)
-    found = values.gather(0, index[None])[0]
-    return torch.where((total[-1] > 0) & (found > 0), found, 1.0)

@@ -13,12 +13,38 @@ from kspec_guidance.kernels.distances import (
     far_centre,
     median_rows,
     squared_distances,
-    weighted_median,
 )
 
-__all__ = ["GaussianKernel", "LaplacianKernel", "RationalQuadraticKernel"]
+__all__ = ["GaussianKernel", "LaplacianKernel", "RationalQuadraticKernel", "weighted_median"]
 
 CHUNK = 1 << 24  # elements of the [n, m, d] differences that the Laplacian kernel holds at once
+WEIGHT_BITS = 30  # of the largest weight in a weighted median; sums of 2^33 such weights fit into 64 bits
+
+
+def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
+    """The value at which half of the total weight is reached; 1 if all weights are 0, or if the value is 0.
+
+    Computed on the device of the values, without waiting for it. The weights are added as integers: sums of floating-point
+    numbers in parallel are not reproducible.
+
+    Args:
+        values: nonnegative tensor of any shape.
+        weights: nonnegative tensor of the same shape.
+
+    Returns:
+        A tensor of one element.
+
+    >>> float(weighted_median(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 1.0, 9.0])))
+    5.0
+    """
+    if not values.numel():
+        return values.new_ones(())
+    values, order = values.flatten().sort()
+    unit = weights.amax().clamp_min(torch.finfo(weights.dtype).tiny)
+    total = weights.flatten()[order].div_(unit).mul_(2.0**WEIGHT_BITS).long().cumsum(0)
+    index = (total * 2 < total[-1]).sum().clamp_max(len(values) - 1)
+    found = values.gather(0, index[None])[0]
+    return torch.where((total[-1] > 0) & (found > 0), found, 1.0)
 
 
 class _Stationary(Kernel):

@@ -20,6 +20,7 @@ from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, 
 from kspec_guidance.loop.layouts import Layout
 from kspec_guidance.loop.prediction import keep_finite, parametrisation_of, predict
 from kspec_guidance.loop.prompts import prompts_of_samples
+from kspec_guidance.utils.timing import Stopwatch
 
 __all__ = ["MethodPatch", "SchedulerHook"]
 
@@ -131,7 +132,7 @@ class SchedulerHook:
         tag: see :class:`MethodPatch`.
         pipe: the pipeline that calls the step, if known.
         denoiser_call: returns the denoiser's first call since the last step; called at each step.
-        foreign: whether the current step belongs to another pipeline, which is left alone.
+        foreign: whether the current step belongs to another pipeline, which is left alone; called where a pass begins.
 
     Raises:
         UnsupportedSchedulerError: if the scheduler is not supported.
@@ -206,9 +207,14 @@ class SchedulerHook:
 
     def _wrap(self, original: Function) -> Function:
         signature = inspect.signature(getattr(type(self.scheduler), "step", None) or type(self.scheduler).step_pred)
+        names = {ARGUMENT_NAMES.get(name, name): name for name in signature.parameters}
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            if self.foreign():
+            context = self.context
+            if context is not None and (context.done or context.timesteps is not self.scheduler.timesteps):
+                context = None  # this step begins a new pass
+            known = context is not None and context.thread is threading.current_thread() and self._once is None
+            if not known and self.foreign():  # the steps of one pass are of one pipeline
                 return original(*args, **kwargs)
             bound = signature.bind(self.scheduler, *args, **kwargs)
             given = bound.arguments
@@ -220,40 +226,43 @@ class SchedulerHook:
                 return original(*args, **kwargs)
             if self._once is not None:
                 self.remove()
-            names = {ARGUMENT_NAMES.get(k, k): k for k in given}
 
             def proceed(model_output: Any, sample: Any) -> Any:
                 given[output], given[names["sample"]] = model_output, sample
                 return original(*bound.args[1:], **bound.kwargs)
 
-            return self._step(proceed, given[output], given[names["timestep"]], given[names["sample"]], given)
+            return self._step(context, proceed, given[output], given[names["timestep"]], given[names["sample"]], given)
 
         return step
 
-    def _step(self, proceed: Function, model_output: Any, timestep: Any, sample: Any, arguments: dict[str, Any]) -> Any:
-        """One guided step."""
-        context = self.context
-        if (
-            context is None
-            or context.done
-            or context.timesteps is not self.scheduler.timesteps
-            or shapes_of(sample) != context.shapes
-        ):
+    def _step(
+        self,
+        context: StepContext | None,
+        proceed: Function,
+        model_output: Any,
+        timestep: Any,
+        sample: Any,
+        arguments: dict[str, Any],
+    ) -> Any:
+        """One guided step, of the pass in progress or of a new one."""
+        if context is None or shapes_of(sample) != context.shapes:
             context = self._begin(timestep, sample)
         elif context.thread is not threading.current_thread():
             context.check_thread()
         self.context = None  # until this step has succeeded: an aborted pass is not continued
         context.denoiser_call = None if self.denoiser_call is None else self.denoiser_call()
-        device = context.layout.device(sample)
-        with torch.no_grad(), context.time.measure(device):
+        began = context.time.now()
+        with torch.no_grad():
             prediction = predict(self.scheduler, model_output, timestep, sample, arguments, self.parametrisation)
             move = self.handler.step(prediction, context)
             if move is not None:
                 model_output = keep_finite(prediction.moved(model_output, move), model_output, context.overflows)
             moved = self.handler.before_step(sample, prediction, context)
             sample = sample if moved is None else moved
+        context.time.spans.append((began, context.time.now()))
         result = proceed(model_output, sample)
-        with torch.no_grad(), context.time.measure(device):
+        began = context.time.now()
+        with torch.no_grad():
             latents = self.handler.after_step(result[0], prediction, context)
             if latents is not None:
                 result = _with_sample(result, latents)
@@ -261,6 +270,7 @@ class SchedulerHook:
             context.final = result[0]
             if context.step >= context.total:
                 self._finish(context)
+        context.time.spans.append((began, context.time.now()))
         self.context = context
         return result
 
@@ -276,8 +286,10 @@ class SchedulerHook:
             if call.steps is not None:  # a base model may leave the last timesteps to a refiner
                 total = min(total, call.steps)
         layout = Layout.of(sample, count)
-        prompts = prompts_of_samples(given, layout.count(sample), layout.device(sample), call.class_labels, call.warn)
+        device = layout.device(sample)
+        prompts = prompts_of_samples(given, layout.count(sample), device, call.class_labels, call.warn)
         context = StepContext(call, scheduler, scheduler.timesteps, layout, shapes_of(sample), total, prompts, step)
+        context.time = Stopwatch(device)
         self.entered = context
         with torch.no_grad():
             self.handler.begin(context, sample)

@@ -1,6 +1,8 @@
 """MemoryBank: the exact memory, with one row per finished sample."""
 
+import copy
 import hashlib
+import math
 import os
 import random
 from typing import Any
@@ -274,6 +276,25 @@ class MemoryBank(Memory):
             ids.append(number)
         return torch.tensor(ids, dtype=torch.int32, device="cpu")
 
+    @exclusive
+    def parts(self, count: int) -> list["MemoryBank"]:
+        """Banks of ``count`` equal parts of each row, with the prompts, order and settings of this one, for reading only.
+
+        The rows are not copied.
+        """
+        rows = [] if self._store is None else self._store.view(0, self._count)
+        norms = [_norms(view.unflatten(1, (count, -1))) for view in rows]
+        parts = []
+        for k in range(count):
+            part = copy.copy(self)
+            part.shape = None if self.shape is None else (math.prod(self.shape) // count,)
+            if self._store is not None:
+                width = self._store.width // count
+                part._store = self._store.columns(k * width, (k + 1) * width)
+                part._norms = torch.cat([found[:, k] for found in norms])
+            parts.append(part)
+        return parts
+
     # -- selection ---------------------------------------------------------------------------------------------------
 
     @exclusive
@@ -386,6 +407,6 @@ class MemoryBank(Memory):
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """Norms ``[n]`` in float64 on the host; the squares are summed in float64 there, and in float32 on other devices."""
+    """Norms along the last dimension, in float64 on the host; squares are summed in float64 there, in float32 elsewhere."""
     dtype = torch.float64 if rows.device.type == "cpu" else torch.float32
-    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).cpu().double()
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).cpu().double()

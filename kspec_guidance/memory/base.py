@@ -3,7 +3,7 @@
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -129,6 +129,17 @@ class Memory:
         raise TypeError(
             f"{type(self).__name__} does not store rows, so an objective without feature_map= cannot use it; use a "
             "MemoryBank or a CentroidMemory"
+        )
+
+    def parts(self, count: int) -> "Sequence[Memory]":
+        """Memories of ``count`` equal parts of each entry, for reading only.
+
+        Raises:
+            TypeError: for a memory whose entries cannot be divided.
+        """
+        raise TypeError(
+            f"space={self.space!r} compares features of the same step, and a {type(self).__name__} does not keep those of "
+            "each step apart; use a MemoryBank"
         )
 
     def coefficients(self, prompt_features: Tensor | None, like: Tensor) -> Tensor:

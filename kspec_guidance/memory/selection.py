@@ -222,17 +222,16 @@ class Selection:
         block_bytes = BLOCK_BYTES_GPU if like.device.type != "cpu" else BLOCK_BYTES // (2 if len(like) > 3 else 1)
         return max(4, block_bytes // (self.store.width * like.element_size()))
 
-    def sizes(self, like: Tensor) -> list[int]:
-        """Number of rows in each of the :meth:`blocks`."""
-        return self._plan(like)[0]
-
-    def blocks(self, like: Tensor) -> Iterable[Tensor]:
+    def blocks(self, like: Tensor) -> tuple[list[int], Iterable[Tensor]]:
         """The rows in order, not scaled, in blocks ``[k, d]`` in the dtype and on the device of ``like``.
 
         A block is valid until the next one is requested.
+
+        Returns:
+            The number of rows in each block, and the blocks.
         """
         sizes, blocks = self._plan(like)
-        return self._copied_blocks(like, sizes) if blocks is None else blocks
+        return sizes, self._copied_blocks(like, sizes) if blocks is None else blocks
 
     def _plan(self, like: Tensor) -> tuple[list[int], Sequence[Tensor] | None]:
         """Sizes of the blocks, and the blocks themselves if they can be cached: views of the store, or one copy."""
@@ -322,7 +321,7 @@ class Selection:
         if len(self) <= max_rows:
             return torch.arange(len(self), device=x.device)
         scale, squares, weights = self.vectors(x)
-        p = torch.cat([x @ rows.mT for rows in self.blocks(x)], 1)
+        p = torch.cat([x @ rows.mT for rows in self.blocks(x)[1]], 1)
         if scale is not None:
             p = p * scale
         d2 = x.square().sum(-1, keepdim=True) + squares - 2 * p
@@ -336,7 +335,8 @@ class Selection:
         scale = self.vectors(x)[0]
         if scale is None or not len(self):
             return x.new_full((len(x),), -1.0)
-        parts = [(x @ rows.mT * s).amax(1) for rows, s in zip(self.blocks(x), scale.split(self.sizes(x)), strict=True)]
+        sizes, blocks = self.blocks(x)
+        parts = [(x @ rows.mT * s).amax(1) for rows, s in zip(blocks, scale.split(sizes), strict=True)]
         return torch.stack(parts).amax(0)
 
     def kernel(self, kernel: Kernel, x: Tensor) -> Tensor:
@@ -379,9 +379,9 @@ class Selection:
         if gaussian:  # compute the exponent directly: five calls per block
             fold = -0.5 / kernel.bandwidth**2
             scaled, d2 = scaled * kernel.bandwidth**-2, d2.mul_(fold)
-        total, sizes = torch.zeros_like(x), self.sizes(x)
+        total, (sizes, blocks) = torch.zeros_like(x), self.blocks(x)
         scale = scale * (-2 * fold)  # of the products
-        parts = zip(d2.split(sizes, 1), scale.split(sizes), scaled.split(sizes, 1), self.blocks(x), strict=True)
+        parts = zip(d2.split(sizes, 1), scale.split(sizes), scaled.split(sizes, 1), blocks, strict=True)
         for block, block_scale, weight, rows in parts:
             block.addcmul_(x @ rows.mT, block_scale)
             slope = torch.exp(block) if gaussian else kernel.of_distances(block)[1]
@@ -394,8 +394,8 @@ class Selection:
         scale, squares, weights = self.vectors(x)
         x = x if centre is None else x - centre
         total, along, k = torch.zeros_like(x), x.new_zeros(len(x), 1), x.new_empty(len(x), len(self))
-        xx, sizes, start = x.square().sum(-1, keepdim=True), self.sizes(x), 0
-        for size, rows in zip(sizes, self.blocks(x), strict=True):
+        xx, start = x.square().sum(-1, keepdim=True), 0
+        for size, rows in zip(*self.blocks(x), strict=True):
             part = slice(start, start + size)
             start += size
             w, yy = x.new_ones(1, size) if weights is None else weights[:, part], squares[part]

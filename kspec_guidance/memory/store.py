@@ -86,6 +86,13 @@ class RowStore:
         """Bytes reserved, used or not."""
         return self.capacity * self.row_bytes
 
+    def columns(self, start: int, stop: int) -> "RowStore":
+        """A store of an interval of columns of all rows, which are not copied."""
+        other = RowStore(stop - start, self.dtype, self.device)
+        other.chunks = [chunk[:, start:stop] for chunk in self.chunks]
+        other.starts, other.capacity = list(self.starts), self.capacity
+        return other
+
     def on(self, device: torch.device) -> "RowStore":
         """A store of the same rows on another device."""
         other = RowStore(self.width, self.dtype, device)

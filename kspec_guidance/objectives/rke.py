@@ -9,7 +9,8 @@ from torch import Tensor
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, pairwise_distances
 from kspec_guidance.kernels.base import as_kernel
-from kspec_guidance.kernels.distances import MEDIAN_ROWS, as_float, evenly_spaced, weighted_median
+from kspec_guidance.kernels.distances import MEDIAN_ROWS, as_float, evenly_spaced
+from kspec_guidance.kernels.stationary import weighted_median
 from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory
 from kspec_guidance.memory.selection import ALIKE
 from kspec_guidance.objectives.base import (

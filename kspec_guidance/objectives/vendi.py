@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel
 from kspec_guidance.kernels.base import as_kernel
-from kspec_guidance.kernels.distances import as_float, squared_distances, weighted_median
+from kspec_guidance.kernels.distances import as_float, squared_distances
 from kspec_guidance.kernels.spectrum import check_order, renyi_entropy
+from kspec_guidance.kernels.stationary import weighted_median
 from kspec_guidance.memory import Memory, PromptWeights
 from kspec_guidance.objectives.base import Gradient, Objective, Pairs, differentiable, off_diagonal
 from kspec_guidance.objectives.rke import DISTINCT

@@ -1,6 +1,6 @@
 """Copies from an accelerator to the host.
 
-Each copy waits until the device has finished all earlier work, so a guided step makes at most one, through :func:`read`.
+Each copy waits until the device has finished all earlier work, so a guided step makes at most one.
 """
 
 from functools import reduce

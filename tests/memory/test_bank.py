@@ -297,3 +297,22 @@ def test_restart_keeps_newest_row_at_limit(parts):
     assert bank.total_added == 23
     with pytest.raises(ValueError, match=r"restart.* needs a limit of at least 2"):
         MemoryBank(forget="restart")
+
+
+@pytest.mark.parametrize("settings", [{}, {"half_life": 4.0}, {"dtype": torch.float16}])
+def test_parts_are_views_of_equal_parts_of_each_row(settings, g):
+    x, t = torch.randn(40, 3, 5, generator=g), normalize_rows(torch.randn(40, 4, generator=g))
+    bank, z = MemoryBank(**settings), torch.randn(2, 5, generator=g)
+    assert [len(part) for part in bank.parts(3)] == [0, 0, 0]
+    for samples, prompts in zip(x.split(16), t.split(16), strict=True):  # several chunks
+        bank.add(samples, prompts)
+    for k, part in enumerate(bank.parts(3)):
+        alone = MemoryBank(**settings)
+        alone.add(x[:, k], t)
+        assert part.shape == (5,)
+        assert torch.equal(part.x, alone.x)
+        assert torch.equal(part.prompts, bank.prompts)
+        starts = {chunk.untyped_storage().data_ptr() for chunk in bank._store.chunks}
+        assert {chunk.untyped_storage().data_ptr() for chunk in part._store.chunks} == starts
+        found, expected = (ConditionalRKE().gradient(z, t[:2], memory).rows for memory in (part, alone))
+        torch.testing.assert_close(found, expected)

@@ -2,11 +2,14 @@ import diffusers
 import pytest
 import torch
 
-from kspec_guidance import SPARKE
+from kspec_guidance import SPARKE, MemoryBank
 from kspec_guidance.guidance.spaces import Activations
 from kspec_guidance.guidance.spaces.activations import wanted_rows
 from kspec_guidance.loop.context import CallContext, DenoiserCall
+from kspec_guidance.memory import CentroidMemory
+from kspec_guidance.objectives import ConditionalRKE
 from tests import tiny
+from tests.emoji import generators, sample_latents
 
 
 def test_activation_pullback_matches_autograd(pipe):
@@ -88,3 +91,40 @@ def test_denoiser_with_float8_storage():
         pipe(**tiny.call_kwargs(pipe))
     assert guide.report().steps_guided == 4
     assert any(p.dtype == torch.float8_e4m3fn for p in pipe.unet.parameters())
+
+
+@pytest.mark.parametrize("way", ["attach", "callback"])
+def test_each_step_is_compared_with_the_rows_of_that_step(pipe, monkeypatch, way):
+    guide, found = SPARKE(1.0, space="activations", stop=1.0), []
+    sample_latents(pipe, guide=guide, steps=4)
+    gradient, rows = ConditionalRKE.gradient, guide.memory.x.view(3, 4, -1)
+
+    def noted(self, x, prompts, memory, **settings):
+        found.append(memory.x)
+        return gradient(self, x, prompts, memory, **settings)
+
+    monkeypatch.setattr(ConditionalRKE, "gradient", noted)
+    others = generators(3, 7)  # other samples than those in the memory, with which they would coincide
+    if way == "attach":
+        sample_latents(pipe, guide=guide, steps=4, generator=others)
+    else:
+        sample_latents(pipe, steps=4, callback_on_step_end=guide, generator=others)
+    first = 0 if way == "attach" else 1  # callbacks guide from the second step on
+    assert len(found) == 4 - first
+    assert all(torch.equal(x, rows[:, k]) for k, x in enumerate(found, first))
+
+
+def test_memory_is_read_once_in_a_run(pipe, monkeypatch):
+    guide, calls = SPARKE(1.0, space="activations", stop=1.0), []
+    sample_latents(pipe, guide=guide, steps=4)
+    parts = MemoryBank.parts
+    monkeypatch.setattr(MemoryBank, "parts", lambda self, count: calls.append(count) or parts(self, count))
+    monkeypatch.setattr(MemoryBank, "x", property(lambda self: pytest.fail("the rows were copied")))
+    sample_latents(pipe, guide=guide, steps=4)
+    assert calls == [4]
+
+
+def test_memory_that_does_not_keep_steps_apart_is_refused(pipe):
+    guide = SPARKE(1.0, space="activations", memory=CentroidMemory(4))
+    with pytest.raises(TypeError, match="a CentroidMemory does not keep those of each step apart; use a MemoryBank"):
+        sample_latents(pipe, guide=guide, steps=4)
