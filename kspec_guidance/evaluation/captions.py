@@ -13,7 +13,16 @@ from typing import Any
 
 from kspec_guidance.utils.images import SourceError
 
-__all__ = ["Caption", "caption_of", "match_captions", "match_sidecars", "parse_captions", "parse_sidecar", "read_captions"]
+__all__ = [
+    "Caption",
+    "caption_of",
+    "match_captions",
+    "match_sidecars",
+    "other_images",
+    "parse_captions",
+    "parse_sidecar",
+    "read_captions",
+]
 
 CAPTION_COLUMNS = ("prompt", "caption", "text")
 CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.jsonl", "captions.csv")  # first come first
@@ -82,6 +91,21 @@ def parse_captions(name: str, data: bytes) -> list[Caption]:
         place, row = rows[0]
         raise NoCaptionColumn(f"{place} needs file_name and one of {', '.join(CAPTION_COLUMNS)}, has {list(row)}")
     return found
+
+
+def other_images(name: str, data: bytes) -> dict[str, str]:
+    """Files that a list has in a further column of images, such as ``mask_file_name``: the column by file name.
+
+    Args:
+        name: name of the file, whose suffix tells the format.
+        data: its content.
+    """
+    found: dict[str, str] = {}
+    main: set[str] = set()
+    for _, row in READERS[posixpath.splitext(name)[1].lower()](name, data):
+        main.update(_file_names(row))
+        found |= {v: k for k, v in row.items() if k.endswith("_file_name") and isinstance(v, str)}
+    return {file: column for file, column in found.items() if file not in main}
 
 
 def _file_names(row: dict[str, Any]) -> list[str]:

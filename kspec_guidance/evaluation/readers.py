@@ -20,6 +20,7 @@ from kspec_guidance.evaluation.captions import (
     caption_of,
     match_captions,
     match_sidecars,
+    other_images,
     parse_captions,
     parse_sidecar,
 )
@@ -78,6 +79,7 @@ class SetReader:
     def __post_init__(self) -> None:
         self._names: set[str] = set()
         self._types = image_types()
+        self._others: dict[str, str] = {}  # files that the given captions file has in a further column of images
 
     def items(self) -> Iterator[Item]:
         """The images, one by one; in each item, a name that no other has.
@@ -115,8 +117,9 @@ class SetReader:
             return
         if not path.is_file():
             raise SourceError(f"no captions file at {path}")
-        captions = parse_captions(str(path), path.read_bytes())
-        base = _inside(path.parent, self.path)
+        data, base = path.read_bytes(), _inside(path.parent, self.path)
+        captions = parse_captions(str(path), data)
+        self._others = {posixpath.join(base, n): column for n, column in other_images(str(path), data).items()}
         self.captions += [_based(c, base) for c in captions]
         self.caption_files.append(str(path))
 
@@ -162,8 +165,13 @@ class SetReader:
     def _is_image(self, name: str) -> bool:
         return posixpath.splitext(name)[1].lower() in self._types
 
-    def _list_captions(self, files: dict[str, Read], shard: str = "") -> None:
-        """Read the captions file of each folder, and remove it and its rivals from the files."""
+    def _list_captions(self, files: dict[str, Read], shard: str = "") -> dict[str, str]:
+        """Read the captions file of each folder, and remove it and its rivals from the files.
+
+        Returns:
+            Files that they have in a further column of images, with the column.
+        """
+        others: dict[str, str] = {}
         by_folder: dict[str, list[str]] = {}
         for name in files:
             if posixpath.basename(name).lower() in CAPTION_FILES:
@@ -174,8 +182,10 @@ class SetReader:
                 self.skipped[self._unique(name, shard)] = f"captions are read from {self.captions_file or names[0]} instead"
             before = len(self.captions)
             if self.captions_file is None:
+                data = files[names[0]](-1)
+                others |= {posixpath.join(folder, n): column for n, column in other_images(names[0], data).items()}
                 try:
-                    self.captions += [_based(c, folder) for c in parse_captions(names[0], files[names[0]](-1))]
+                    self.captions += [_based(c, folder) for c in parse_captions(names[0], data)]
                 except NoCaptionColumn:
                     if posixpath.basename(names[0]).lower().startswith("captions"):
                         raise
@@ -184,12 +194,17 @@ class SetReader:
                     self.notes.append(f"{names[0]} has no captions")
             for name in names:
                 del files[name]
+        return others
 
     def _tree(self, files: dict[str, Read], shard: str = "") -> Iterator[Item]:
         """Images among the files of a folder or shard, with the captions beside them."""
         start = len(self.captions)
-        self._list_captions(files, shard)
+        others = self._others | self._list_captions(files, shard)
         images = [n for n in files if self._is_image(n)]
+        further = match_captions([Caption(n, None, "") for n in others], images)[0]
+        images = [n for n in images if n not in further]
+        for name, entry in further.items():
+            self.skipped[self._unique(name, shard)] = f"listed in another column of images: {others[entry.name]}"
         listed: dict[str, Caption] = {}
         if shard:  # captions in a shard are those of its own images
             listed, unmatched, _ = match_captions(self.captions[start:], images)

@@ -62,8 +62,8 @@ def fingerprint(module: Any) -> str:
 
 
 def projections(p: Tensor) -> list[int]:
-    """Inner products, in hundredths, of the first 256 values, scaled to norm 1, with two cosines."""
-    w = p.detach().flatten()[:256].to("cpu", torch.float32).double()
+    """Inner products, in hundredths, of the first 256 values, scaled to norm 1, with two cosines; 0 for infinite values."""
+    w = p.detach().flatten()[:256].to("cpu", torch.float32).double().nan_to_num(0.0, 0.0, 0.0)
     waves = torch.cos(torch.outer(torch.tensor([1.0, 2.0], dtype=torch.float64), torch.arange(len(w), dtype=torch.float64)))
     return [round(100 * z) for z in (waves @ (w / w.norm().clamp_min(1e-30))).tolist()]
 

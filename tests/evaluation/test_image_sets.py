@@ -278,6 +278,22 @@ def test_metadata_without_captions_is_mentioned_and_other_file_name_columns_are_
     assert prompts(tmp_path) == {"0.png": "b"}
 
 
+@pytest.mark.parametrize("caption", [{"text": "a"}, {}], ids=["captions", "none"])
+def test_images_of_further_columns_such_as_masks_are_skipped(tmp_path, caption):
+    entries = [{"mask_file_name": f"m/{k}.png", "image_file_name": f"{k}.png"} | caption for k in range(2)]
+    files = {"0.png": 1, "1.png": 2, "m/0.png": 3, "m/1.png": 4, "2.png": 5}
+    table_of = {"metadata.jsonl": "\n".join(map(json.dumps, entries))}
+    write(tmp_path / "folder", files | table_of)
+    write(tmp_path, {"s.tar": tar_bytes(files | table_of), "list.jsonl": table_of["metadata.jsonl"]})
+    write(tmp_path / "plain", files)
+    found = [load_images(tmp_path / "folder", RED), load_images(tmp_path / "s.tar", RED)]
+    found += [load_images(tmp_path / "plain", RED, prompts=tmp_path / "list.jsonl")] if caption else []
+    for one in found:
+        assert sorted(one.names) == ["0.png", "1.png", "2.png"]
+        assert set(one.skipped) == {"m/0.png", "m/1.png"}
+        assert one.skipped["m/0.png"] == "listed in another column of images: mask_file_name"
+
+
 def test_given_captions_of_which_none_matches_are_an_error(tmp_path):
     write(tmp_path, {"set/0.png": 0, "other.jsonl": lines(("7.png", "a")), "set/metadata.jsonl": lines(("0.png", "b"))})
     with pytest.raises(SourceError, match=r"none of the 1 captions .* lists 7\.png, and the images are 0\.png"):

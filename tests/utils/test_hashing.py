@@ -26,6 +26,12 @@ def test_networks_of_other_weights_or_shapes_differ():
     assert not same_network(prints[0], prints[0] + ", with padding")
 
 
+def test_network_with_infinite_values_has_a_fingerprint():
+    broken = network()
+    broken[0].weight.data[0, :2] = torch.tensor([float("nan"), float("inf")])
+    assert same_network(fingerprint(broken), fingerprint(copy.deepcopy(broken)))
+
+
 def test_network_without_values_may_be_any_of_its_architecture():
     meta = fingerprint(copy.deepcopy(network()).to("meta"))
     assert "(" not in meta
