@@ -13,11 +13,11 @@ import torch
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.memory import CentroidMemory, choose_memory
 from kspec_guidance.synthesis.distributed import Processes
-from kspec_guidance.synthesis.generator import Generator
+from kspec_guidance.synthesis.generator import GeneratedBatch, Generator
 from kspec_guidance.synthesis.prompts import read_prompts
 from kspec_guidance.synthesis.quotas import Attribute, split_quotas
 from kspec_guidance.synthesis.records import Store
-from kspec_guidance.synthesis.schedule import Job, make_jobs, next_batch
+from kspec_guidance.synthesis.schedule import Job, Sample, make_jobs, next_batch
 from kspec_guidance.synthesis.settings import check_counts, check_memory
 from kspec_guidance.synthesis.sharding import shard, shard_groups
 from kspec_guidance.synthesis.worker import encode_png
@@ -26,6 +26,7 @@ from kspec_guidance.utils.arguments import renamed_arguments
 __all__ = ["Estimate", "Share", "estimate"]
 
 WARM_UP_SECONDS = 1.5  # a first batch that takes no longer is a warm-up, and a second one is timed
+TRIAL_SECONDS = 6.0  # of a batch, beyond which fewer steps are timed
 FEATURE_SECONDS = 4.0  # for features of prompts, from which the run assigns them to processes
 LISTED_PROCESSES = 8  # in the text
 ROW_BYTES, RECORD_BYTES = 600, 2000  # on the disk: metadata of an image, and a record without its tensors
@@ -60,6 +61,7 @@ class Estimate:
         processes: that share them.
         seconds: until the last process has finished, if each has a device as fast as this one.
         batch_seconds: of one batch.
+        timed_steps: number of steps of the batch that was timed, if all of them would have taken too long; else None.
         shares: of each process.
         assigned: whether the shares come from the prompts' own features, as in a run; else from even loads, since the
             features of so many prompts would take too long here.
@@ -76,6 +78,7 @@ class Estimate:
     processes: int
     seconds: float
     batch_seconds: float
+    timed_steps: int | None
     shares: list[Share]
     assigned: bool
     memory: str
@@ -87,11 +90,12 @@ class Estimate:
         excess = f", more than the {_size(self.free_bytes)} that are free" if self.disk_bytes > self.free_bytes else ""
         finished = f", {self.finished} of them finished" if self.finished else ""
         several = self.processes > 1
+        timed = "one batch" if self.timed_steps is None else f"{self.timed_steps} of its steps"
         lines = [
             f"{self.images} images of {self.prompts} prompts{finished}, {self.batches} batches on "
             + (f"{self.processes} processes" if several else "one process"),
             *(self._share_lines() if several else []),
-            f"about {_time(self.seconds)} at {self.batch_seconds:.2f} s a batch, as one batch took now"
+            f"about {_time(self.seconds)} at {self.batch_seconds:.2f} s a batch, as {timed} took now"
             + (", if each process has a device as fast as this one" if several else ""),
             f"memory of each process: up to {_size(self.memory_bytes)} ({self.memory})",
             f"disk: about {_size(self.disk_bytes)}{excess}",
@@ -147,7 +151,7 @@ def estimate(
     memory_by: str = "all",
     processes: int | None = None,
 ) -> Estimate:
-    """Estimate a run of :func:`synthesize` from one or two batches; nothing is written.
+    """Estimate a run of :func:`synthesize` from one or two batches, or a few steps of a slow one; nothing is written.
 
     The prompts of each process are those that a run of so many processes would assign to it, if their features are
     computed within seconds.
@@ -184,21 +188,20 @@ def estimate(
     if not samples:
         shares = [Share(0, 0, 0, 0.0)] * world_size
         return Estimate(
-            len(prompt_list), total, finished, 0, world_size, 0.0, 0.0, shares, False, "none", 0, 0, store.free_bytes
+            len(prompt_list), total, finished, 0, world_size, 0.0, 0.0, None, shares, False, "none", 0, 0, store.free_bytes
         )
     remember = guide.remember
     generator = Generator(pipe, guide, dict(call or {}))
     try:
         generator.check_mixed(jobs, batch_size, screened=False)
-        owners, assigned = _owners(generator, jobs, batch_size, memory_by, world_size)
         with guide.attach(pipe):
-            generator.one_step([sample.job.prompt.text for sample in samples])  # a warm-up
-            for _ in range(2):
-                start = time.perf_counter()
-                batch = generator.make(samples)
-                batch_seconds = time.perf_counter() - start
-                if batch_seconds > WARM_UP_SECONDS:
-                    break
+            texts = [sample.job.prompt.text for sample in samples]
+            generator.one_step(texts)  # a warm-up
+            start = time.perf_counter()
+            generator.one_step(texts)
+            step_seconds = time.perf_counter() - start
+            batch, batch_seconds, steps = _timed_batch(generator, samples, step_seconds)
+        owners, assigned = _owners(generator, jobs, batch_size, memory_by, world_size, step_seconds)
     finally:
         guide.remember = remember
     sample_bytes = batch.x[0].numel() * 4
@@ -228,6 +231,7 @@ def estimate(
         processes=world_size,
         seconds=max(share.seconds for share in shares),
         batch_seconds=batch_seconds,
+        timed_steps=steps,
         shares=shares,
         assigned=assigned,
         memory=kind,
@@ -237,8 +241,31 @@ def estimate(
     )
 
 
+def _timed_batch(
+    generator: Generator, samples: list[Sample], step_seconds: float
+) -> tuple[GeneratedBatch, float, int | None]:
+    """A batch, how long it takes, and the number of steps that were timed if not all of them were."""
+    steps: Any = generator.call.get("num_inference_steps")
+    k = max(2, int(TRIAL_SECONDS / 2 / step_seconds))
+    fixed = not isinstance(steps, int) or {"timesteps", "sigmas"} & set(generator.call)
+    if not fixed and k < steps and steps * step_seconds > TRIAL_SECONDS:
+        trial = Generator(generator.pipe, generator.guide, generator.call | {"num_inference_steps": k})
+        batch, seconds = _timed(trial, samples)
+        return batch, seconds + (steps - k) * max(0.0, seconds - step_seconds) / (k - 1), k
+    batch, seconds = _timed(generator, samples)
+    if seconds <= WARM_UP_SECONDS:
+        batch, seconds = _timed(generator, samples)
+    return batch, seconds, None
+
+
+def _timed(generator: Generator, samples: list[Sample]) -> tuple[GeneratedBatch, float]:
+    start = time.perf_counter()
+    batch = generator.make(samples)
+    return batch, time.perf_counter() - start
+
+
 def _owners(
-    generator: Generator, jobs: Sequence[Job], batch_size: int, memory_by: str, world_size: int
+    generator: Generator, jobs: Sequence[Job], batch_size: int, memory_by: str, world_size: int, step_seconds: float
 ) -> tuple[list[int], bool]:
     """The process of each prompt, and whether it is that of a run; else loads are even."""
     sizes, texts = [job.goal for job in jobs], [job.prompt.text for job in jobs]
@@ -246,12 +273,7 @@ def _owners(
         return [0] * len(jobs), True
     if memory_by == "group":
         return shard_groups([job.prompt.group for job in jobs], sizes, world_size), True
-    start = time.perf_counter()
-    features = generator.prompt_features(texts[:batch_size], batch_size)
-    seconds = (time.perf_counter() - start) * len(texts) / len(texts[:batch_size])
-    assigned = features is None or seconds <= FEATURE_SECONDS
-    if features is not None and assigned:
+    features, affordable = None, -(-len(texts) // batch_size) * step_seconds <= FEATURE_SECONDS
+    if affordable:
         features = generator.prompt_features(texts, batch_size)
-    if features is None or not assigned:
-        features = torch.zeros(len(texts), 1)
-    return shard(features, sizes, world_size), assigned
+    return shard(torch.zeros(len(texts), 1) if features is None else features, sizes, world_size), affordable

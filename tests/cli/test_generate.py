@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import pytest
@@ -54,7 +55,8 @@ def test_prompts_read_by_the_command_give_the_run_of_the_api(tmp_path, pipe):
     assert rows_of(tmp_path / "set")[0]["source_seed"] == 3
 
 
-def test_dry_run_tells_what_each_of_several_processes_would_do(tmp_path):
+def test_dry_run_tells_what_each_of_several_processes_would_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("kspec_guidance.synthesis.estimate"), "FEATURE_SECONDS", float("inf"))
     prompts = ["heart", "red heart", "man", "woman", "flag", "cat face", "cat"]
     words = ("generate", *prompts, "--out", tmp_path, *FAST, "--dry-run", "--processes")
     result = call(*words, 3)
