@@ -23,7 +23,8 @@ class StepRecord:
 
     Attributes:
         step: index in the run.
-        relative_move: norm of the move over the norm of the moved sample, mean over the samples.
+        relative_move: norm of the move over the norm of the moved sample, mean over the samples; in half precision that of
+            the move that rounding has left.
         noise_to_signal: ``sigma / alpha``.
     """
 

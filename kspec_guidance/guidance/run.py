@@ -14,7 +14,7 @@ from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.term import Term
 from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, norms, row_dots
 from kspec_guidance.loop.context import StepContext
-from kspec_guidance.loop.prediction import Prediction, keep_finite
+from kspec_guidance.loop.prediction import Prediction, keep_finite, realised_move
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Gradient, Objective
 from kspec_guidance.utils.precision import full_precision
@@ -115,6 +115,7 @@ class Run:
         self._after_step: list[TermState] = []
         self._need_score = False  # whether a transform uses the direction of the score
         self._unchecked: list[tuple[str, int, Tensor]] = []  # what, step, and whether it is finite
+        self._rounded: list[Tensor] = []  # sizes of the moves of a step in half precision, realised and intended
         self.needs_denoiser_call = any(term.space.needs_denoiser_call for term in guide.terms)
 
     def begin(self, context: StepContext, sample: Any) -> None:
@@ -127,7 +128,7 @@ class Run:
                 "samples of one prompt. Callbacks see the prompts of some pipelines only; use `with guide.attach(pipe)`"
             )
         self.report = GuidanceReport.of(context, self.guide.memory)
-        self.finished, self._unchecked = [], []
+        self.finished, self._unchecked, self._rounded = [], [], []
         self._states = [TermState(term, term.guided_steps(context.total)) for term in self.guide.terms]
         self._need_score = any("off_score" in term.transforms for term in self.guide.terms)
         noisy = [state for state in self._states if state.term.space.noisy]
@@ -152,6 +153,16 @@ class Run:
         move = self._move(x0, active, prediction, context)
         return move if layout.trivial else layout.unpack(move)
 
+    def realised(self, move: Any, context: StepContext) -> None:
+        """Put the move that samples have received in place of the intended one, which was reported last."""
+        assert self.report.latest is not None
+        target, intended = self.report.latest
+        found = context.layout.pack(move).flatten(1)
+        size, (step, _, noise) = norms(found), self.report.moves[-1]
+        self.report.moves[-1] = step, (size / norms(target).clamp_min(1e-12))[:, 0], noise
+        self.report.latest = target, found
+        self._rounded.append(torch.stack([size.sum(), norms(intended).sum()]))
+
     def before_step(self, sample: Any, prediction: Prediction, context: StepContext) -> Any | None:
         """The noisy sample, moved by the terms that move it before the step; None if there are none."""
         return self._moved(self._before_step, sample, prediction, context) if self._before_step else None
@@ -171,9 +182,14 @@ class Run:
             return None
         move = context.layout.unpack(self._move(x, active, prediction, context))
         if isinstance(sample, Tensor):
-            return keep_finite(sample + move.to(sample.dtype), sample, context.overflows)
-        moved = type(sample)(part + m.to(part.dtype) for part, m in zip(sample, move, strict=True))
-        return keep_finite(moved, sample, context.overflows)
+            moved = sample + move.to(sample.dtype)
+        else:
+            moved = type(sample)(part + m.to(part.dtype) for part, m in zip(sample, move, strict=True))
+        moved = keep_finite(moved, sample, context.overflows)
+        realised = realised_move(sample, moved, move)
+        if realised is not move:
+            self.realised(realised, context)
+        return moved
 
     @staticmethod
     def _active(states: list[TermState], prediction: Prediction, context: StepContext) -> list[TermState]:
@@ -294,11 +310,18 @@ class Run:
         size = torch.linalg.vector_norm(final.flatten(1), dim=1, dtype=torch.float32)
         self._expect_finite("result", size, context.step - 1)
         self._read(context)
-        if any(bool(overflow) for overflow in read(*context.overflows)):
+        *overflows, rounded = read(*context.overflows, torch.stack(self._rounded) if self._rounded else torch.zeros(1, 2))
+        size, intended = rounded.sum(0).tolist()
+        if any(bool(overflow) for overflow in overflows):
             warnings.warn(
                 "moves that would have overflowed float16 were left out, at noise levels near 0; use bfloat16 or float32, "
                 "or a lower stop=",
                 stacklevel=2,
+            )
+        elif size < 0.5 * intended:
+            context.call.warn(
+                f"{'nothing moved' if size == 0 else f'samples moved by {size / intended:.0%} of what was intended'}: "
+                "moves are below the rounding of half precision, or the noise level is 0; use a larger scale=, or float32"
             )
         self.report.finished = final
         for state in self._states:

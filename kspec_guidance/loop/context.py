@@ -118,6 +118,9 @@ class StepHandler(Protocol):
     def step(self, prediction: Prediction, context: StepContext) -> Any | None:
         """The move of the clean prediction x0 at this step, in its layout; None for no move."""
 
+    def realised(self, move: Any, context: StepContext) -> None:
+        """Take note of the move that x0 has received at this step, in its layout: rounding may have left less of it."""
+
     def before_step(self, sample: Any, prediction: Prediction, context: StepContext) -> Any | None:
         """The noisy sample that the step starts from, in place of this one; None to keep it."""
 

@@ -21,6 +21,7 @@ __all__ = [
     "keep_finite",
     "parametrisation_of",
     "predict",
+    "realised_move",
     "supported_schedulers",
 ]
 
@@ -92,6 +93,24 @@ def keep_finite(moved: Any, original: Any, overflows: list[Tensor]) -> Any:
     finite = torch.isfinite(moved).flatten(1).all(1)
     overflows.append(~finite.all())
     return torch.where(finite.view(-1, *[1] * (moved.ndim - 1)), moved, original)
+
+
+def realised_move(before: Any, after: Any, move: Any, slope: Level = 1.0) -> Any:
+    """What rounding to half precision has left of a move; the move itself in other dtypes, which lose nothing of note.
+
+    Args:
+        before: samples or model outputs ``[n, ...]``, possibly with further channels.
+        after: the same with the move.
+        move: the intended move.
+        slope: ``d x0 / d m`` if these are model outputs and the move is that of x0.
+    """
+    if isinstance(after, list | tuple):
+        return type(move)(realised_move(b, a, m, slope) for b, a, m in zip(before, after, move, strict=True))
+    if after is before:  # the noise level is 0, or the moves overflow
+        return torch.zeros_like(move)
+    if after.dtype.itemsize > 2:
+        return move
+    return (after.float() - before.float())[:, : move.shape[1]] * slope
 
 
 def _combine(a: Level, x: Tensor, b: Level, y: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kspec_guidance.loop.callers import in_progress
 from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, StepHandler
 from kspec_guidance.loop.layouts import Layout
-from kspec_guidance.loop.prediction import keep_finite, parametrisation_of, predict
+from kspec_guidance.loop.prediction import keep_finite, parametrisation_of, predict, realised_move
 from kspec_guidance.loop.prompts import prompts_of_samples
 from kspec_guidance.utils.timing import Stopwatch
 
@@ -256,7 +256,11 @@ class SchedulerHook:
             prediction = predict(self.scheduler, model_output, timestep, sample, arguments, self.parametrisation)
             move = self.handler.step(prediction, context)
             if move is not None:
-                model_output = keep_finite(prediction.moved(model_output, move), model_output, context.overflows)
+                output = keep_finite(prediction.moved(model_output, move), model_output, context.overflows)
+                realised = realised_move(model_output, output, move, prediction.slope)
+                if realised is not move:
+                    self.handler.realised(realised, context)
+                model_output = output
             moved = self.handler.before_step(sample, prediction, context)
             sample = sample if moved is None else moved
         context.time.spans.append((began, context.time.now()))
