@@ -53,8 +53,8 @@ def wanted_rows(arguments: dict[str, Any], n: int) -> dict[str, Any]:
     return {k: cut(v) for k, v in arguments.items()}
 
 
-def _refuse_caches(denoiser: nn.Module) -> None:
-    """Check that the denoiser keeps no state from one call to the next.
+def _check_whole_and_stateless(denoiser: nn.Module) -> None:
+    """Check that this process holds the whole denoiser, and that it keeps no state from one call to the next.
 
     Raises:
         ValueError: if it does.
@@ -65,6 +65,11 @@ def _refuse_caches(denoiser: nn.Module) -> None:
             f"space='activations' runs the denoiser a second time at each step, which its cache "
             f"({', '.join(sorted(found))}) would count as a step; call denoiser.disable_cache(), or "
             "choose another space, such as 'x0' or 'pooled'"
+        )
+    if getattr(denoiser, "_parallel_config", None) is not None:
+        raise ValueError(
+            "space='activations' needs all tokens in one process, and enable_parallelism has split the denoiser; choose "
+            "another space, such as 'x0' or 'pooled'"
         )
 
 
@@ -103,7 +108,7 @@ class Activations(FeatureSpace):
                 "space='activations' needs the arguments of the denoiser: attach the guide to a pipeline with a denoiser"
             )
         denoiser = getattr(denoiser_call.module, "_orig_mod", denoiser_call.module)
-        _refuse_caches(denoiser)
+        _check_whole_and_stateless(denoiser)
         block = denoiser.get_submodule(self.module) if self.module else middle_of(denoiser)
         arguments = wanted_rows(denoiser_call.arguments, len(x))
         name = next(k for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim > 1)
