@@ -133,6 +133,12 @@ def test_every_page_begins_with_a_sentence_on_its_purpose():
         assert re.match(r"[\w`]", first), page
 
 
+def test_lines_of_code_fit_the_column_of_the_site():
+    for page in (ROOT / "docs").rglob("*.md"):
+        for block in re.findall(r"```\w+\n(.*?)```", page.read_text(), re.DOTALL):
+            assert max(map(len, block.splitlines())) <= 104, page
+
+
 def test_the_navigation_has_every_page_in_groups_of_one_level():
     text = (ROOT / "mkdocs.yml").read_text()
     groups = {name: pages for entry in yaml.safe_load(text[text.index("nav:") :])["nav"] for name, pages in entry.items()}
