@@ -1,6 +1,9 @@
 """Denoisers that cache, are compiled in place, or are quantised: guidance in x0 does not touch them."""
 
+import functools
+
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -104,3 +107,30 @@ def test_torchao_quantised_denoiser_is_guided():
     assert torch.isfinite(moved).all()
     assert not torch.equal(moved, plain)
     assert len(guide.memory) == 3
+
+
+def replace_linear(module, make):
+    """Replace all linear layers by quantised ones of the same weights."""
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.Linear):
+            layer = make(child.in_features, child.out_features, bias=child.bias is not None)
+            layer.load_state_dict(child.state_dict())
+            setattr(module, name, layer.to("cpu"))
+        else:
+            replace_linear(child, make)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_denoiser_and_text_encoder_of_bitsandbytes_are_guided(bits):
+    layers = pytest.importorskip("bitsandbytes").nn
+    make = functools.partial(layers.Linear8bitLt, has_fp16_weights=False) if bits == 8 else layers.Linear4bit
+    pipe, guide = build("FluxPipeline"), SPARKE(0.5, stop=1.0)
+    replace_linear(pipe.transformer, make)
+    replace_linear(pipe.text_encoder, make)
+    plain = pipe(**call_kwargs(pipe)).images
+    with guide.attach(pipe):
+        moved = pipe(**call_kwargs(pipe)).images
+    assert guide.report().steps_guided > 0
+    assert len(guide.memory) == len(moved)
+    assert not np.array_equal(moved, plain)
+    assert np.array_equal(pipe(**call_kwargs(pipe)).images, plain)
