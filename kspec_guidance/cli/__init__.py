@@ -31,15 +31,18 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
 
 
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
 app = typer.Typer(
     cls=Commands,
+    context_settings=HELP_NAMES,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Diverse images from any diffusers pipeline without retraining, and diversity scores of image sets.",
     epilog=EXIT_CODES,
 )
 for command in (demo, generate, tune, evaluate, compare):
-    app.command(epilog=EXIT_CODES)(command)
+    app.command(epilog=EXIT_CODES, context_settings=HELP_NAMES)(command)
 
 
 @app.callback()

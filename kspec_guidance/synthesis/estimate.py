@@ -26,7 +26,7 @@ from kspec_guidance.utils.arguments import renamed_arguments
 __all__ = ["Estimate", "Share", "estimate"]
 
 WARM_UP_SECONDS = 1.5  # a first batch that takes no longer is a warm-up, and a second one is timed
-TRIAL_SECONDS = 6.0  # of a batch, beyond which fewer steps are timed
+TRIAL_SECONDS = 3.0  # of a batch, beyond which fewer steps are timed
 FEATURE_SECONDS = 4.0  # for features of prompts, from which the run assigns them to processes
 LISTED_PROCESSES = 8  # in the text
 ROW_BYTES, RECORD_BYTES = 600, 2000  # on the disk: metadata of an image, and a record without its tensors

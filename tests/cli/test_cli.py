@@ -73,6 +73,7 @@ def test_options_of_one_name_are_the_same_in_all_commands():
 
 def test_no_words_show_the_help_and_near_misses_are_suggested():
     assert "Usage" in call().stdout
+    assert call("tune", "-h").stdout == call("tune", "--help").stdout
     assert "Did you mean 'generate'?" in call("generat").stderr
     assert "--images" in call("generate", "heart", "--imags", 3).stderr
 
