@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
-from kspec_guidance.functional.inputs import KernelLike, check_pair_of_sets, check_samples
-from kspec_guidance.kernels import GaussianKernel, Kernel, median_bandwidth
+from kspec_guidance.functional.clusters import average_linkage, cut
+from kspec_guidance.functional.inputs import KernelLike, check_pair_of_sets, check_samples, on_host
+from kspec_guidance.kernels import GaussianKernel, Kernel, l2_normalize, median_bandwidth
 
 __all__ = [
     "Comparison",
@@ -24,6 +25,7 @@ __all__ = [
     "compare",
     "compare_paired",
     "convergence_curve",
+    "distance_curve",
     "effective_number_interval",
     "jackknife",
     "jackknife_interval",
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 Score = Callable[..., Tensor]
+
+DISTANCES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0, 1.1, 1.2]  # between features of norm 1
 
 
 @dataclass(frozen=True)
@@ -360,6 +364,20 @@ def convergence_curve(
             )
         draws.append(at)
     return _curve("samples", sizes, draws)
+
+
+def distance_curve(x: Tensor, distances: Sequence[float] = DISTANCES) -> Curve:
+    """Effective number of kinds against the distance up to which images are of one kind.
+
+    A flat stretch says that the kinds are far apart, so that their number hardly depends on the distance.
+
+    Args:
+        x: features ``[n, d]``, at most a few thousand rows.
+        distances: as for :func:`~kspec_guidance.functional.kinds`.
+    """
+    tree = average_linkage(l2_normalize(on_host(check_samples(x))))
+    draws = [[{"different": F.effective_number(cut(tree, d).bincount())}] for d in distances]
+    return _curve("distance", distances, draws)
 
 
 def bandwidth_curve(x: Tensor, factors: Sequence[float] = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)) -> Curve:

@@ -47,7 +47,7 @@ PRESETS = ("default", "safe", "vivid", "few-step", "published")
 FORMATS = ("imagefolder", "webdataset", "parquet")
 MEMORY_KINDS = ("auto", "exact", "centroids", "guide")
 IMAGE_EMBEDDERS = (
-    "demo", "efficientnet-lite0", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER", "torchvision:NAME:FILE",
+    "auto", "efficientnet-lite0", "demo", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER", "torchvision:NAME:FILE",
 )  # fmt: skip
 TEXT_EMBEDDERS = ("none", "minilm", "open_clip:NAME:FILE_OR_TAG", "sentence:FOLDER")
 

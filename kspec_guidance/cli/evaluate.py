@@ -14,16 +14,23 @@ __all__ = ["compare", "evaluate"]
 
 SETS = "Image sets"
 SET_HELP = "Folder of images, .tar shards (WebDataset) or .parquet files."
+DROP_HELP = "Text file of names of images to leave out, one a line, as a report lists near-duplicates."
 PROMPTS_HELP = "Captions (.jsonl, .csv, .tsv, .parquet; - for standard input); by default those in the folder."
 
+Drop = Annotated[Path | None, typer.Option(help=DROP_HELP, rich_help_panel=SETS, callback=existing_file)]
 
-def _load(output: Output, folder: Path, embedder: Any, prompts: Path | None, cache: Path | None) -> Any:
+
+def _load(
+    output: Output, folder: Path, embedder: Any, prompts: Path | None, cache: Path | None, drop: Path | None = None
+) -> Any:
     """Load an image set, with a progress bar; what was left out is listed on the error stream."""
     from kspec_guidance.evaluation import load_images
+    from kspec_guidance.evaluation.image_sets import read_names
 
+    names = set() if drop is None else read_names(drop)
     with output.progress_bars() as bars:
         task = bars.add_task(f"reading {folder.name or folder}", total=None)
-        found = load_images(folder, embedder, prompts, cache, lambda n: bars.advance(task, n))
+        found = load_images(folder, embedder, prompts, cache, lambda n: bars.advance(task, n), drop=names)
         bars.update(task, total=len(found))
     for line in found.summary():
         output.warning(f"{folder.name or folder}: {line}")
@@ -46,8 +53,7 @@ def _write(output: Output, result: Any, out: Path | None, default: str) -> list[
     if output.as_json and out is None:
         return []
     out = Path(default) if out is None else out
-    write_page(result, out)
-    files = [out, out.with_suffix(".json")]
+    files = write_page(result, out)
     output.wrote(*files)
     return [str(file) for file in files]
 
@@ -72,7 +78,8 @@ def evaluate(
         Path | None,
         typer.Option(help=PROMPTS_HELP, rich_help_panel=SETS, callback=existing_file),
     ] = None,
-    embedder: Embedder = "demo",
+    drop: Drop = None,
+    embedder: Embedder = "auto",
     text_embedder: TextEmbedder = "none",
     cache: Cache = None,
     out: Annotated[Path | None, page_option("report.html")] = None,
@@ -80,23 +87,24 @@ def evaluate(
     quiet: Quiet = False,
     version: Version = False,
 ) -> None:
-    """Score the diversity of an image set, also given its prompts. Prints a table, and writes a page with images."""
+    """How many different images a set has, also given its prompts. Prints the answer, and writes a page with images."""
     with command_output(as_json, quiet) as output:
         embed, embed_text = _embedders(output, embedder, text_embedder, cache)
         from kspec_guidance.evaluation import evaluate_set
 
-        images = _load(output, folder, embed, prompts, cache)
+        images = _load(output, folder, embed, prompts, cache, drop)
         other = None if reference is None else _load(output, reference, embed, None, cache)
         result = evaluate_set(images, embed, embed_text, other)
         files = _write(output, result, out, "report.html")
         record = {**result.as_dict(), "files": files}
-        output.result(record, _scores(result.scores, f"{folder}: {len(images)} images", embed.name))
+        output.result(record, *result.summary(), _scores(result.scores, f"{folder}: {len(images)} images", embed.name))
 
 
 def compare(
     first: Annotated[Path, typer.Argument(help=SET_HELP, exists=True)],
     second: Annotated[Path, typer.Argument(help="The second set.", exists=True)],
-    embedder: Embedder = "demo",
+    drop: Drop = None,
+    embedder: Embedder = "auto",
     text_embedder: TextEmbedder = "none",
     cache: Cache = None,
     out: Annotated[Path | None, page_option("compare.html")] = None,
@@ -104,12 +112,12 @@ def compare(
     quiet: Quiet = False,
     version: Version = False,
 ) -> None:
-    """Compare the diversity of two image sets, and find modes that are more frequent in one of them."""
+    """Compare the diversity of two image sets, and find kinds of images that are more frequent in one of them."""
     with command_output(as_json, quiet) as output:
         embed, embed_text = _embedders(output, embedder, text_embedder, cache)
         from kspec_guidance.evaluation import compare_sets
 
-        a, b = _load(output, first, embed, None, cache), _load(output, second, embed, None, cache)
+        a, b = (_load(output, folder, embed, None, cache, drop) for folder in (first, second))
         result = compare_sets(a, b, embed, embed_text)
         files = _write(output, result, out, "compare.html")
         table = Table(title="permutation tests on equally many images", caption=f"features: {escape(embed.name)}")
@@ -118,4 +126,6 @@ def compare(
         for name, test in result.tests.items():
             table.add_row(name, f"{test.a:.3f}", f"{test.b:.3f}", f"{test.difference:+.3f}", f"{test.p_value:.3f}")
         record = {**result.as_dict(), "files": files}
-        output.result(record, table, _scores(result.scores, f"{first} with {second} as reference", embed.name))
+        output.result(
+            record, *result.summary(), table, _scores(result.scores, f"{first} with {second} as reference", embed.name)
+        )

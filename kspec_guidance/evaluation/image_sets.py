@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from kspec_guidance.evaluation.embedders.cache import FeatureCache
 from kspec_guidance.evaluation.readers import READ_ERRORS, SetReader
 from kspec_guidance.utils.images import SourceError, decode_image, to_pixels
 
-__all__ = ["ImageSet", "load_images", "read_captions"]
+__all__ = ["ImageSet", "load_images", "read_captions", "read_names"]
 
 THUMBNAIL_SIZE = 96
 BATCH_SIZE = 64
@@ -37,6 +37,7 @@ class ImageSet:
         prompts: captions of the images, None for an image without one; None if no image has one.
         thumbnails: small JPEG files.
         features: ``[n, d]``.
+        digests: SHA-256 of the images' files.
         skipped: files that were not read, with the reason.
         unmatched: captions that belong to no image, by the file name in their list or by their own file, with the reason.
         num_captions: number of captions, matched or not.
@@ -50,6 +51,7 @@ class ImageSet:
     prompts: list[str | None] | None = None
     thumbnails: list[bytes] = field(default_factory=list)
     features: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    digests: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     unmatched: dict[str, str] = field(default_factory=dict)
     num_captions: int = 0
@@ -120,6 +122,7 @@ def load_images(
     cache: str | Path | None = None,
     progress_callback: Callable[[int], None] = lambda n: None,
     only: set[str] | None = None,
+    drop: Collection[str] = (),
 ) -> ImageSet:
     """Read and embed all images of a folder (with its subfolders), tar shards, or Parquet files.
 
@@ -136,6 +139,7 @@ def load_images(
         cache: folder of cached features, by content and embedder.
         progress_callback: called with the number of images read since the last call.
         only: names of the images to read; all by default.
+        drop: names of images to leave out, as :func:`read_names` returns them; they are listed in ``skipped``.
 
     Raises:
         SourceError: if there are no readable images, or the prompts cannot be read.
@@ -153,12 +157,15 @@ def load_images(
             fresh.update(zip(waiting, embedder(torch.stack(list(waiting.values())), BATCH_SIZE), strict=True))
             waiting.clear()
 
-    digests: list[str] = []
+    digests, drop, dropped = found.digests, set(drop), 0
     queued: set[str] = set()
     try:
         for name, read, caption in reader.items():
             names.append(name)
             if only is not None and name not in only:
+                continue
+            if name in drop:
+                found.skipped[name], dropped = "on the list of names to drop", dropped + 1
                 continue
             try:
                 data = read()
@@ -185,6 +192,9 @@ def load_images(
             cached.save()
     found.skipped |= reader.skipped if only is None else {}
     found.notes, found.caption_files = reader.notes, reader.caption_files
+    if dropped < len(drop):
+        absent = sorted(drop.difference(names))
+        found.notes.append(f"{len(absent)} of {len(drop)} names to drop are not in the set: {_first(absent)}")
     if not digests:
         left_out = "".join(f"; {line}" for line in found.summary())
         raise SourceError(f"{path} contains no readable images (PNG, JPEG, WebP and others that Pillow decodes){left_out}")
@@ -192,6 +202,19 @@ def load_images(
     found.features = torch.stack(rows)
     _assign_captions(found, captions, names, reader)
     return found
+
+
+def read_names(path: str | Path) -> set[str]:
+    """Names of images from a text file, one a line, as reports write them for near-duplicates.
+
+    Raises:
+        SourceError: if the file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} cannot be read as a list of names: {error}") from error
+    return {line.rstrip("\r") for line in lines if line.strip()}
 
 
 def _without_prefix(name: str, prefixes: Iterable[str]) -> str:

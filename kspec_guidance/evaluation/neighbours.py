@@ -9,7 +9,7 @@ from torch import Tensor
 from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.kernels import l2_normalize
 
-__all__ = ["Duplicate", "largest_cosine", "near_duplicates"]
+__all__ = ["Duplicate", "largest_cosine", "near_duplicates", "redundant"]
 
 BLOCK_ROWS = 1024
 
@@ -41,6 +41,22 @@ def near_duplicates(x: Tensor, pairs: int = 12, at_least: float = 0.9) -> list[D
         candidates = zip(rows.tolist(), columns.tolist(), values.tolist(), strict=True)
         found += [Duplicate(a, b, v) for a, b, v in candidates if a < b and v >= at_least]
     return sorted(found, key=lambda d: -d.cosine)[:pairs]
+
+
+def redundant(x: Tensor, at_least: float) -> list[int]:
+    """Rows to leave out so that no two of the others have a cosine of ``at_least`` or more; of several the first stays.
+
+    Args:
+        x: features ``[n, d]``.
+        at_least: cosine from which a row repeats another.
+    """
+    u = l2_normalize(on_host(x))
+    leave_out = torch.zeros(len(u), dtype=torch.bool)
+    for start in range(0, len(u), BLOCK_ROWS):
+        close = u[start : start + BLOCK_ROWS] @ u.T >= at_least
+        for i, row in enumerate(close, start):
+            leave_out[i] = bool((row[:i] & ~leave_out[:i]).any())
+    return leave_out.nonzero().flatten().tolist()
 
 
 def largest_cosine(x: Tensor, others: Tensor) -> Tensor:

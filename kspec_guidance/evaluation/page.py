@@ -11,11 +11,13 @@ from typing import Any
 
 from kspec_guidance.evaluation.image_sets import ImageSet
 from kspec_guidance.evaluation.sets import ComparisonReport, Evaluation
+from kspec_guidance.evaluation.verdicts import count, set_names
 from kspec_guidance.statistics import Curve
 
 __all__ = ["write_page"]
 
 COLOURS = ("#2f6fb3", "#c4572e", "#3d8b5f")
+KINDS_SHOWN, TILES, GROUP_TILES = 12, 11, 22
 
 
 def _number(value: float) -> str:
@@ -39,9 +41,10 @@ def _svg(draw: Any, title: str, xlabel: str, ylabel: str, log: bool = False) -> 
     from matplotlib.ticker import FuncFormatter
 
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "kspec", "font.size": 9}):
-        figure = Figure(figsize=(3.6, 2.7), layout="constrained")
+        figure = Figure(figsize=(3.6, 2.7), layout="constrained", facecolor="none")  # of the page, light or dark
         FigureCanvasSVG(figure)
         axes = figure.subplots()
+        axes.set_facecolor("none")
         draw(axes)
         axes.set_title(title, fontsize=10)
         axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -67,19 +70,18 @@ def _curve(axes: Any, curve: Curve) -> None:
 
 
 def _plots(e: Evaluation) -> list[Any]:
-    def spectrum(axes: Any) -> None:
-        shares = [100 * v for v in e.spectrum[:40]]
+    def sizes(axes: Any) -> None:
+        shares = [100 * m.share for m in e.modes[:40]]
         axes.bar(range(1, len(shares) + 1), shares, color=COLOURS[0])
 
-    def bandwidths(axes: Any) -> None:
-        _curve(axes, e.bandwidths)
-        used = e.bandwidths.x[len(e.bandwidths.x) // 2]
-        axes.axvline(used, color="#98a2b3", linestyle="--", linewidth=1)
+    def distances(axes: Any) -> None:
+        _curve(axes, e.distances)
+        axes.axvline(e.embedder["same_distance"], color="#98a2b3", linestyle="--", linewidth=1)
 
     return [
-        _svg(spectrum, "Modes by size", "mode", "share of the set in %"),
+        _svg(sizes, "Kinds by size", "kind", "share of the set in %"),
         _svg(lambda axes: _curve(axes, e.convergence), "Score against sample size", "images", "score", log=True),
-        _svg(bandwidths, "Score against bandwidth", "Gaussian bandwidth", "score", log=True),
+        _svg(distances, "Different images against distance", "distance within a kind", "different images"),
     ]
 
 
@@ -88,46 +90,81 @@ def _data_uri(images: ImageSet, i: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(images.thumbnails[i]).decode()
 
 
+def _kind_rows(e: Evaluation) -> list[dict[str, Any]]:
+    """Rows of the page whose shares add up to 1: the largest kinds, all other ones, and images that are alone."""
+    several = [m for m in e.modes if len(m.samples) > 1]
+    rows = [
+        {"share": m.share, "text": f"{len(m.samples)} images", "samples": m.samples[:TILES]} for m in several[:KINDS_SHOWN]
+    ]
+    others, single = several[KINDS_SHOWN:], [m for m in e.modes if len(m.samples) == 1]
+    for group, text in (
+        (others, f"{len(others)} other kinds, one image of each"),
+        (single, f"{len(single)} single image{'s' if len(single) > 1 else ''}, each of its own kind"),
+    ):
+        if group:
+            samples = [m.samples[0] for m in group[:GROUP_TILES]]
+            rows.append({"share": sum(m.share for m in group), "text": text, "samples": samples})
+    return rows
+
+
+def _third_figure(e: Evaluation) -> tuple[str, str]:
+    """Agreement with the prompts where images and texts have one embedder, else the number of near-duplicates."""
+    for score in e.scores:
+        if score.score == "CLIP score":
+            return _number(score.value), "agreement of images and prompts: CLIP score, of 100"
+    return str(len(e.redundant)), "images that nearly repeat another"
+
+
 def _part(name: str, e: Evaluation) -> dict[str, Any]:
-    return {"name": name, "evaluation": e, "plots": _plots(e)}
+    return {
+        "name": name,
+        "evaluation": e,
+        "different": count(e.headline.different),
+        "third": _third_figure(e),
+        "kinds": _kind_rows(e),
+        "plots": _plots(e),
+    }
 
 
-def _names(a: Path, b: Path) -> tuple[str, str]:
-    """The shortest suffixes of two paths that differ."""
-    for k in range(1, 1 + max(len(a.parts), len(b.parts))):
-        names = "/".join(a.parts[-k:]), "/".join(b.parts[-k:])
-        if names[0] != names[1]:
-            return names
-    return f"{names[0]} (first)", f"{names[1]} (second)"
-
-
-def write_page(result: Evaluation | ComparisonReport, path: str | Path, notes: Sequence[str] = ()) -> None:
-    """Write the page, and a JSON file with the same numbers.
+def write_page(result: Evaluation | ComparisonReport, path: str | Path, notes: Sequence[str] = ()) -> list[Path]:
+    """Write the page, and a JSON file with the same numbers; for near-duplicates of one set, also the list of their names.
 
     Args:
         result: result of :func:`evaluate_set` or :func:`compare_sets`.
-        path: path of the page; the JSON file has the same name with another suffix.
-        notes: lines below the title.
+        path: path of the page; the JSON file has the same name with another suffix, the list the ending
+            ``-duplicates.txt``.
+        notes: lines below the warnings.
+
+    Returns:
+        The paths of the files.
     """
     from jinja2 import Environment, FileSystemLoader
 
     from kspec_guidance import __version__
 
+    path = Path(path)
+    files = [path, path.with_suffix(".json")]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
     environment.filters |= {"number": _number, "short": _short, "data_uri": _data_uri}
     if isinstance(result, Evaluation):
-        comparison, parts = None, [_part(result.images.path.name, result)]
+        comparison, parts, doubts = None, [_part(result.images.path.name, result)], result.warnings
         title = f"How varied is {result.images.path.resolve().name}?"
-        about = result.embedder
+        about, main_test = result.embedder, None
+        if result.redundant:
+            files.append(path.with_name(f"{path.stem}-duplicates.txt"))
     else:
-        names = _names(result.a.images.path, result.b.images.path)
+        names = set_names(result.a.images.path, result.b.images.path)
         comparison, parts = result, [_part(names[0], result.a), _part(names[1], result.b)]
-        title, about = f"{names[0]} beside {names[1]}", result.a.embedder
-    subtitle = f"Kernel-spectral diversity of image features by {about['name']}"
+        title, about, main_test = f"{names[0]} beside {names[1]}", result.a.embedder, result.main_test
+        own = [f"{n}: {w}" for n, e in zip(names, (result.a, result.b), strict=True) for w in e.warnings]
+        doubts = [*result.warnings, *(result.a.warnings if result.a.warnings == result.b.warnings else own)]
     page = environment.get_template("report.html").render(
-        title=title, subtitle=subtitle, parts=parts, comparison=comparison, version=__version__, notes=notes
-    )
-    path = Path(path)
+        title=title, about=about, parts=parts, comparison=comparison, version=__version__, notes=notes, doubts=doubts,
+        main_test=main_test, duplicates_file=files[2].name if len(files) > 2 else None,
+    )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(result.as_dict(), indent=1, default=list) + "\n", encoding="utf-8")
+    files[1].write_text(json.dumps(result.as_dict(), indent=1, default=list) + "\n", encoding="utf-8")
+    if isinstance(result, Evaluation) and result.redundant:
+        files[2].write_text("".join(f"{result.images.names[i]}\n" for i in result.redundant), encoding="utf-8")
+    return files

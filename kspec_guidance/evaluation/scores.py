@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
@@ -35,7 +36,7 @@ class ScoreRecord:
         features: ``exact``, or the random features used.
         seed: seed of the random features.
         embedder, fingerprint: name and fingerprint of the embedder.
-        interval: 95% jackknife interval; None if it was not computed.
+        interval: 95% jackknife interval; None if it was not computed, or if the parts of the set do not differ.
     """
 
     score: str
@@ -73,6 +74,8 @@ class ScoreRecorder:
         self._record(name, value, bounds, kernel, None, "exact", None)
 
     def _record(self, name: str, value: float, bounds: Any, kernel: str, order: Any, features: str, seed: Any) -> None:
+        if bounds is not None and not bounds[1] - bounds[0] > 1e-9 * max(1.0, abs(value)):
+            bounds = None
         self.records.append(
             ScoreRecord(name, value, self.n, kernel, order, features, seed, self.name, self.fingerprint, bounds)
         )
@@ -106,6 +109,8 @@ class ScoreRecorder:
         else:
             self.stream("Vendi", metrics.VendiScore(kernel, num_features=NUM_FEATURES, groups=GROUPS), x)
             self.stream("RKE", metrics.RKEScore(kernel, num_features=NUM_FEATURES, groups=GROUPS), x)
+        if len(x) > 1:
+            self.exact("Mean cosine, MSS", F.mean_cosine, (x,), repr(cosine), None)
         self.exact("Vendi, cosine", lambda z: F.vendi_score(z, cosine), (x,), repr(cosine), 1.0)
         self.exact("RKE, cosine", lambda z: F.rke_score(z, cosine), (x,), repr(cosine), 2.0)
 
@@ -131,6 +136,8 @@ class ScoreRecorder:
             else:
                 self.stream(name, streams[name](kernel, prompt_kernel, num_features=NUM_FEATURES, groups=GROUPS), x, t)
         if t.shape[1] < len(x):
+            if x.shape[1] > len(x):  # coordinates in the span of the rows: the same inner products, smaller matrices
+                x = torch.linalg.qr(x.mT).R.mT
             self.exact("Scendi, images' own part", F.scendi_score, (x, t), "CosineKernel()", 1.0)
             self.exact("Scendi, prompts' part", F.prompt_vendi_score, (x, t), "CosineKernel()", 1.0)
 

@@ -10,22 +10,34 @@ from torch import Tensor
 
 from kspec_guidance import functional as F
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
+from kspec_guidance.evaluation.embedders.names import DEMO_NAME
 from kspec_guidance.evaluation.embedders.texts import one_hot_embedder
 from kspec_guidance.evaluation.image_sets import ImageSet
-from kspec_guidance.evaluation.neighbours import Duplicate, near_duplicates
-from kspec_guidance.evaluation.scores import EXACT_ROWS, NUM_FEATURES, ScoreRecord, ScoreRecorder
-from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.functional.inputs import on_host, smaller_matrix
-from kspec_guidance.kernels import GaussianKernel, l2_normalize, median_bandwidth
+from kspec_guidance.evaluation.neighbours import Duplicate, near_duplicates, redundant
+from kspec_guidance.evaluation.runs import made_by_demo, seeds_of
+from kspec_guidance.evaluation.scores import EXACT_ROWS, ScoreRecord, ScoreRecorder
+from kspec_guidance.evaluation.verdicts import Headline, advice, compare_verdict, doubts, set_names, set_verdict
+from kspec_guidance.functional.inputs import on_host
+from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel, l2_normalize
 from kspec_guidance.kernels.distances import evenly_spaced
-from kspec_guidance.kernels.spectrum import eigenvalues
-from kspec_guidance.statistics import Comparison, Curve, bandwidth_curve, compare, convergence_curve
+from kspec_guidance.statistics import (
+    Comparison,
+    Curve,
+    compare,
+    compare_paired,
+    convergence_curve,
+    distance_curve,
+    effective_number_interval,
+)
 
-__all__ = ["ComparisonReport", "Evaluation", "PromptScore", "compare_sets", "evaluate_set"]
+__all__ = ["ComparisonReport", "Evaluation", "PromptScore", "SharedKind", "compare_sets", "evaluate_set"]
 
 TEST_ROWS = 400  # rows of each set in a permutation test
-MODE_ROWS = 1000  # rows of each set in the search for modes that the other set lacks
-CURVE_ROWS = 500  # rows in the curve over bandwidths
+KIND_ROWS = 1500  # rows of each set in the search for kinds that the other set lacks
+DUPLICATE = 0.98  # cosine from which an image nearly repeats another
+PROMPTS_TESTED = 6  # shared prompts from which a test over prompts can find a difference
+PER_PROMPT = "RKE per prompt"
+KERNEL = GaussianKernel(IMAGE_BANDWIDTH)  # one for all sets, so that their scores can be compared
 
 
 @dataclass(frozen=True)
@@ -35,17 +47,17 @@ class PromptScore:
     Attributes:
         prompt: text of the prompt.
         images: indices of the images.
-        vendi: Vendi score.
+        different: number of different images: RKE, which also sees variation within a kind.
     """
 
     prompt: str
     images: list[int]
-    vendi: float
+    different: float
 
     @property
     def share(self) -> float:
-        """Vendi score over the number of images: 1 if all differ."""
-        return self.vendi / len(self.images)
+        """Number of different images over the number of images: 1 if all differ."""
+        return self.different / len(self.images)
 
 
 @dataclass
@@ -55,24 +67,32 @@ class Evaluation:
     Attributes:
         images: the set.
         embedder: name, fingerprint, input size and width of the embedder.
+        headline: number of different images.
+        verdict: the headline in one sentence.
+        warnings: what makes the figures doubtful.
+        actions: what to do about the set.
         scores: scores with their intervals.
-        spectrum: the largest 100 eigenvalues of ``K / n``, descending.
         convergence: scores against the number of samples.
-        bandwidths: scores against the bandwidth.
-        modes: modes, largest first.
+        distances: number of different images against the distance up to which images are of one kind.
+        modes: kinds of images, largest first; each image is in one.
         duplicates: near-duplicates, most similar first.
+        redundant: indices of the images to leave out so that no two of the others are near-duplicates.
         prompts: scores of prompts, from the least to the most diverse.
         reference: the second set of the scores of fidelity and novelty.
     """
 
     images: ImageSet
     embedder: dict[str, Any]
+    headline: Headline
+    verdict: str
+    warnings: list[str]
+    actions: list[str]
     scores: list[ScoreRecord]
-    spectrum: list[float]
     convergence: Curve
-    bandwidths: Curve
+    distances: Curve
     modes: list[F.Mode]
     duplicates: list[Duplicate]
+    redundant: list[int] = field(default_factory=list)
     prompts: list[PromptScore] = field(default_factory=list)
     reference: ImageSet | None = None
 
@@ -80,16 +100,47 @@ class Evaluation:
         """Plain values, ready for JSON; images and features left out."""
         names = self.images.names
         return {
+            "embedder": self.embedder,
+            "verdict": self.verdict,
+            "headline": asdict(self.headline),
+            "warnings": self.warnings,
+            "actions": self.actions,
             **self.images.account(),
             "reference": None if self.reference is None else self.reference.account(),
-            "embedder": self.embedder,
             "scores": [s.as_dict() for s in self.scores],
             "modes": [{"share": m.share, "images": [names[i] for i in m.samples]} for m in self.modes],
             "duplicates": [{"images": [names[d.first], names[d.second]], "cosine": d.cosine} for d in self.duplicates],
-            "prompts": [{"prompt": p.prompt, "images": len(p.images), "vendi": p.vendi} for p in self.prompts],
+            "redundant": [names[i] for i in self.redundant],
+            "prompts": [{"prompt": p.prompt, "images": len(p.images), "different": p.different} for p in self.prompts],
             "convergence": asdict(self.convergence),
-            "bandwidths": asdict(self.bandwidths),
+            "distances": asdict(self.distances),
         }
+
+    def summary(self) -> list[str]:
+        """The features, the verdict, what makes it doubtful, and what to do, one sentence each."""
+        return [f"Image features: {self.embedder['name']}.", self.verdict, *self.warnings, *self.actions]
+
+    def scalars(self) -> dict[str, float]:
+        """All figures by name, for trackers of experiments."""
+        bounds = {k: v for k in ("low", "high") if (v := getattr(self.headline, k)) is not None}
+        return {"different": self.headline.different, **bounds, **{s.score: s.value for s in self.scores}}
+
+
+@dataclass(frozen=True)
+class SharedKind:
+    """A kind of images that is more frequent in one of two sets.
+
+    Attributes:
+        share, share_other: of the set in which it is more frequent, and of the other.
+        samples, samples_other: indices of its images in each set, the most typical first.
+        p_value: probability of so many more if both sets had it equally often (Fisher's exact test, one-sided).
+    """
+
+    share: float
+    share_other: float
+    samples: list[int]
+    samples_other: list[int]
+    p_value: float
 
 
 @dataclass
@@ -98,49 +149,109 @@ class ComparisonReport:
 
     Attributes:
         a, b: evaluation of each set.
+        verdict: which set is more varied, by how much, and whether that is sure, in one sentence.
+        warnings: what makes the comparison doubtful.
         tests: permutation tests of the difference in each score, on equal numbers of images.
         scores: scores of ``a`` with ``b`` as reference.
-        only_in_a, only_in_b: modes that are more frequent in one set than in the other.
+        only_in_a, only_in_b: kinds of images that are more frequent in one set than in the other.
+        prompts: different images of each shared prompt in ``a`` and in ``b``, among equally many.
     """
 
     a: Evaluation
     b: Evaluation
+    verdict: str
+    warnings: list[str]
     tests: dict[str, Comparison]
     scores: list[ScoreRecord]
-    only_in_a: list[F.Mode]
-    only_in_b: list[F.Mode]
+    only_in_a: list[SharedKind]
+    only_in_b: list[SharedKind]
+    prompts: dict[str, tuple[float, float]]
+
+    @property
+    def main_test(self) -> str:
+        """The test that the verdict is about."""
+        return PER_PROMPT if len(self.prompts) >= PROMPTS_TESTED else "RKE"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
 
-        def named(modes: list[F.Mode], images: ImageSet) -> list[dict[str, Any]]:
-            return [{"share": m.share, "images": [images.names[i] for i in m.samples]} for m in modes]
+        def named(kinds: list[SharedKind], images: ImageSet, other: ImageSet) -> list[dict[str, Any]]:
+            return [
+                {
+                    "share": k.share,
+                    "share_other": k.share_other,
+                    "images": [images.names[i] for i in k.samples],
+                    "images_other": [other.names[i] for i in k.samples_other],
+                    "p_value": k.p_value,
+                }
+                for k in kinds
+            ]
 
         return {
+            "embedder": self.a.embedder,
+            "verdict": self.verdict,
+            "headline": {"a": asdict(self.a.headline), "b": asdict(self.b.headline)},
+            "warnings": self.warnings,
             "a": self.a.as_dict(),
             "b": self.b.as_dict(),
             "tests": {k: {**asdict(t), "difference": t.difference} for k, t in self.tests.items()},
             "scores": [s.as_dict() for s in self.scores],
-            "only_in_a": named(self.only_in_a, self.a.images),
-            "only_in_b": named(self.only_in_b, self.b.images),
+            "only_in_a": named(self.only_in_a, self.a.images, self.b.images),
+            "only_in_b": named(self.only_in_b, self.b.images, self.a.images),
+            "prompts": [{"prompt": p, "a": a, "b": b} for p, (a, b) in self.prompts.items()],
         }
 
+    def summary(self) -> list[str]:
+        """The features, the verdict, the headline of each set, and what makes them doubtful, one sentence each."""
+        names = set_names(self.a.images.path, self.b.images.path)
+        sets = [f"{name}: {e.verdict}" for name, e in zip(names, (self.a, self.b), strict=True)]
+        doubtful = dict.fromkeys([*self.warnings, *self.a.warnings, *self.b.warnings])
+        return [f"Image features: {self.a.embedder['name']}.", self.verdict, *sets, *doubtful]
 
-def prompt_ranking(x: Tensor, prompts: Sequence[str | None]) -> list[PromptScore]:
+    def scalars(self) -> dict[str, float]:
+        """All figures by name, for trackers of experiments."""
+        sets = {f"{name}/{k}": v for name, e in (("a", self.a), ("b", self.b)) for k, v in e.scalars().items()}
+        tests = {f"{name}/{k}": getattr(t, k) for name, t in self.tests.items() for k in ("a", "b", "p_value")}
+        return {**sets, **tests, **{s.score: s.value for s in self.scores}}
+
+
+def _by_prompt(prompts: Sequence[str | None] | None) -> dict[str, list[int]]:
+    """Indices of the images of each prompt that has at least two; images without one (None) are left out."""
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts or []):
+        if prompt is not None:
+            groups.setdefault(prompt, []).append(i)
+    return {p: indices for p, indices in groups.items() if len(indices) > 1}
+
+
+def prompt_ranking(x: Tensor, prompts: Sequence[str | None] | None) -> list[PromptScore]:
     """Prompts with at least two images, from the least to the most diverse per image.
 
     Args:
-        x: unit features ``[n, d]``; compared by one Gaussian kernel at the median distance of all.
+        x: features ``[n, d]``.
         prompts: prompt of each image; images without one (None) are left out.
     """
-    groups: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        if prompt is None:
-            continue
-        groups.setdefault(prompt, []).append(i)
-    kernel = GaussianKernel(median_bandwidth(x))
-    scores = [PromptScore(p, i, float(F.vendi_score(x[i], kernel))) for p, i in groups.items() if len(i) > 1]
+    u = l2_normalize(x)
+    scores = [PromptScore(p, i, float(F.rke_score(u[i], KERNEL))) for p, i in _by_prompt(prompts).items()]
     return sorted(scores, key=lambda s: s.share)
+
+
+def _about(embedder: ImageEmbedder, width: int) -> dict[str, Any]:
+    return {
+        "name": embedder.name,
+        "fingerprint": embedder.fingerprint,
+        "input size": embedder.size,
+        "width": width,
+        "same_distance": embedder.same_distance,
+    }
+
+
+def _headline(modes: list[F.Mode]) -> Headline:
+    sizes = [len(m.samples) for m in modes]
+    if sum(sizes) < 5:
+        return Headline(sum(sizes), F.effective_number(sizes))
+    found = effective_number_interval(sizes)
+    return Headline(sum(sizes), found.value, found.low, found.high)
 
 
 def evaluate_set(
@@ -150,11 +261,12 @@ def evaluate_set(
     reference: ImageSet | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Score one set: diversity, diversity given prompts, and fidelity and novelty against a reference.
+    """Score one set: how many different images it has, diversity given prompts, fidelity and novelty against a reference.
 
-    Gaussian kernels use features of norm 1 and the median distance as bandwidth, which the score records contain. Above
-    1,500 images they use 1,024 random features, in one pass. Scores given prompts are of the images that have one; their
-    records have the number of these images.
+    The number of different images is that of kinds (:func:`~kspec_guidance.functional.kinds_score`) at the embedder's
+    ``same_distance``. Scores by Gaussian kernels use features of norm 1 and one bandwidth, ``IMAGE_BANDWIDTH``, for all
+    sets. Above 1,500 images they use 1,024 random features, in one pass. Scores given prompts are of the images that have
+    one; their records have the number of these images.
 
     Args:
         images: the set.
@@ -167,37 +279,41 @@ def evaluate_set(
         ValueError: for a reference whose features have another width.
     """
     x = l2_normalize(on_host(images.features))
-    kernel = GaussianKernel(median_bandwidth(x))
     recorder = ScoreRecorder(len(x), embedder, seed)
-    recorder.diversity(x, kernel)
+    recorder.diversity(x, KERNEL)
     known = {i: p for i, p in enumerate(images.prompts or []) if p is not None}
     if len(set(known.values())) > 1:
         encoder = text_embedder or one_hot_embedder()
         t, captioned = l2_normalize(on_host(encoder(list(known.values())))), x[list(known)]
         conditional = ScoreRecorder(len(captioned), embedder, seed)
-        conditional.conditional(captioned, t, kernel)
+        conditional.conditional(captioned, t, KERNEL)
         if encoder.name == embedder.name and t.shape[1] == x.shape[1]:
             conditional.add("CLIP score", float(100 * (captioned * t).sum(1).clamp_min(0).mean()), "CosineKernel()")
         recorder.records += conditional.records
     if reference is not None:
         recorder.against(images.features, reference.features)
-    if len(x) <= EXACT_ROWS:
-        spectrum, modes = eigenvalues(smaller_matrix(x, kernel, None)), F.top_modes(x, kernel, 8, 10)
-    else:
-        rows = RandomFourierFeatures(kernel, x.shape[1], NUM_FEATURES)(x.float())
-        spectrum, modes = eigenvalues(smaller_matrix(x, None, rows)), F.top_modes(x, None, 8, 10, rows)
-    subset = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:EXACT_ROWS]]
-    about = {"name": embedder.name, "fingerprint": embedder.fingerprint, "input size": embedder.size, "width": x.shape[1]}
+    modes = F.kinds(x, embedder.same_distance)
+    headline, prompts, repeats = _headline(modes), prompt_ranking(x, images.prompts), redundant(x, DUPLICATE)
+    subset = x[evenly_spaced(len(x), EXACT_ROWS)]
+    notes = doubts(
+        headline, [len(p.images) for p in prompts], embedder.name, embedder.measured, embedder.same_distance
+    )  # fmt: skip
+    if embedder.name == DEMO_NAME and not made_by_demo(images.path):
+        notes.insert(0, "Nothing says that the embedded model made these images, and demo tells other images apart badly.")
     return Evaluation(
         images,
-        about,
+        _about(embedder, x.shape[1]),
+        headline,
+        set_verdict(headline),
+        notes,
+        advice([(p.prompt, p.different, len(p.images)) for p in prompts], len(repeats)),
         recorder.records,
-        spectrum.flip(0)[:100].tolist(),
-        convergence_curve(subset, kernel, repeats=3, seed=seed),
-        bandwidth_curve(subset[:CURVE_ROWS]),
+        convergence_curve(subset, KERNEL, repeats=3, seed=seed),
+        distance_curve(subset),
         modes,
         near_duplicates(x),
-        [] if images.prompts is None else prompt_ranking(x, images.prompts),
+        repeats,
+        prompts,
         reference,
     )
 
@@ -205,7 +321,10 @@ def evaluate_set(
 def compare_sets(
     a: ImageSet, b: ImageSet, embedder: ImageEmbedder, text_embedder: TextEmbedder | None = None, seed: int = 0
 ) -> ComparisonReport:
-    """Compare two sets: tests on equal numbers of images, modes that are more frequent in one set, and distances.
+    """Compare two sets: tests on equal numbers of images, kinds that are more frequent in one set, and distances.
+
+    The verdict is about RKE at ``IMAGE_BANDWIDTH``, which also sees variation within a kind: per prompt if the sets share
+    at least 6 prompts, else of the whole sets.
 
     Args:
         a: the first set.
@@ -220,26 +339,34 @@ def compare_sets(
     x, y = l2_normalize(on_host(a.features)), l2_normalize(on_host(b.features))
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"the sets have {x.shape[1]} and {y.shape[1]} features per image; embed both with the same model")
-    kernel = GaussianKernel(median_bandwidth(torch.cat([_subset(x, EXACT_ROWS), _subset(y, EXACT_ROWS)])))
     tests = {}
     for name, score in {
-        "Vendi": lambda z: F.vendi_score(z, kernel),
-        "RKE": lambda z: F.rke_score(z, kernel),
+        "RKE": lambda z: F.rke_score(z, KERNEL),
+        "Vendi": lambda z: F.vendi_score(z, KERNEL),
     }.items():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             tests[name] = compare(
                 _subset(x, TEST_ROWS), _subset(y, TEST_ROWS), score, matched=True, permutations=199, seed=seed
             )
+    prompts = _shared_prompts(x, a.prompts, y, b.prompts)
+    if prompts:
+        first, second = ([pair[k] for pair in prompts.values()] for k in (0, 1))
+        tests[PER_PROMPT] = compare_paired(first, second, seed=seed)
     recorder = ScoreRecorder(min(len(x), len(y)), embedder, seed)
     recorder.against(a.features, b.features)
+    only_in_a, only_in_b = _unequal_kinds(x, y, embedder.same_distance)
+    per_prompt = len(prompts) >= PROMPTS_TESTED
     return ComparisonReport(
         evaluate_set(a, embedder, text_embedder, seed=seed),
         evaluate_set(b, embedder, text_embedder, seed=seed),
+        compare_verdict(set_names(a.path, b.path), tests[PER_PROMPT if per_prompt else "RKE"], per_prompt),
+        _overlaps(a, b),
         tests,
         recorder.records,
-        _novel_modes(x, y, kernel),
-        _novel_modes(y, x, kernel),
+        only_in_a,
+        only_in_b,
+        prompts,
     )
 
 
@@ -248,8 +375,51 @@ def _subset(x: Tensor, max_rows: int) -> Tensor:
     return x[evenly_spaced(len(x), max_rows)]
 
 
-def _novel_modes(x: Tensor, reference: Tensor, kernel: GaussianKernel) -> list[F.Mode]:
-    """Modes of ``x`` that the reference lacks, from a subset of each set, with indices into ``x``."""
-    indices = evenly_spaced(len(x), MODE_ROWS).tolist()
-    modes = F.novel_modes(x[indices], _subset(reference, MODE_ROWS), kernel, modes=6)
-    return [F.Mode(m.share, [indices[i] for i in m.samples], m.values) for m in modes]
+def _shared_prompts(
+    x: Tensor, prompts: Sequence[str | None] | None, y: Tensor, other: Sequence[str | None] | None
+) -> dict[str, tuple[float, float]]:
+    """Different images of each prompt that both sets have, among equally many of each."""
+    found, groups, others = {}, _by_prompt(prompts), _by_prompt(other)
+    for prompt in groups.keys() & others.keys():
+        k = min(len(groups[prompt]), len(others[prompt]))
+        parts = (_subset(z[i], k) for z, i in ((x, groups[prompt]), (y, others[prompt])))
+        first, second = (float(F.rke_score(part, KERNEL)) for part in parts)
+        found[prompt] = first, second
+    return dict(sorted(found.items()))
+
+
+def _overlaps(a: ImageSet, b: ImageSet) -> list[str]:
+    """What the sets share, which makes the difference look smaller than it is, or its test too cautious."""
+    found = []
+    same = len(set(a.digests) & set(b.digests))
+    if same:
+        found.append(f"{same} image files are in both sets, which makes the sets look more alike.")
+    shared = len(seeds_of(a.path) & seeds_of(b.path))
+    if shared:
+        found.append(
+            f"{shared} images of the two sets have the same prompt and seed: they are not independent, so that tests of "
+            "the whole sets are too cautious; the test per prompt is not."
+        )
+    return found
+
+
+def _unequal_kinds(x: Tensor, y: Tensor, distance: float) -> tuple[list[SharedKind], list[SharedKind]]:
+    """Kinds of the union of both sets that are at least twice as frequent in one, with at least two images there."""
+    from scipy.stats import hypergeom
+
+    rows = [evenly_spaced(len(z), KIND_ROWS).tolist() for z in (x, y)]
+    sizes = [len(r) for r in rows]
+    found: tuple[list[SharedKind], list[SharedKind]] = ([], [])
+    for kind in F.kinds(torch.cat([x[rows[0]], y[rows[1]]]), distance):
+        parts = (
+            [rows[0][i] for i in kind.samples if i < sizes[0]],
+            [rows[1][i - sizes[0]] for i in kind.samples if i >= sizes[0]],
+        )
+        shares = [len(p) / n for p, n in zip(parts, sizes, strict=True)]
+        for k in (0, 1):
+            if len(parts[k]) > 1 and shares[k] >= 2 * shares[1 - k]:
+                p = float(hypergeom.sf(len(parts[k]) - 1, sum(sizes), len(kind.samples), sizes[k]))
+                found[k].append(SharedKind(shares[k], shares[1 - k], parts[k], parts[1 - k], p))
+    for kinds in found:
+        kinds.sort(key=lambda kind: (kind.p_value, kind.share_other - kind.share))
+    return found

@@ -20,12 +20,13 @@ from kspec_guidance.functional.fidelity import FidelityScores, fidelity_scores, 
 from kspec_guidance.functional.modes import Mode, novel_modes, top_modes
 from kspec_guidance.functional.novelty import ken_score
 from kspec_guidance.functional.scendi import prompt_vendi_score, remove_prompt, scendi_matrices, scendi_score
-from kspec_guidance.functional.vendi import kernel_entropy, rke_score, vendi_score
+from kspec_guidance.functional.vendi import kernel_entropy, mean_cosine, rke_score, vendi_score
 
 __all__ = [
     "vendi_score",
     "rke_score",
     "kernel_entropy",
+    "mean_cosine",
     "conditional_vendi_score",
     "information_vendi_score",
     "conditional_rke_score",

@@ -41,7 +41,7 @@ def kind_labels(x: Tensor, distance: float = SAME_DISTANCE) -> Tensor:
     labels, left, known = torch.full((len(u),), -1), torch.arange(len(u)), 0
     while len(left):
         chosen = left[evenly_spaced(len(left), LINKAGE_ROWS)]
-        labels[chosen] = _linkage(u[chosen], distance) + known
+        labels[chosen] = cut(average_linkage(u[chosen]), distance) + known
         means = _means(u[chosen], labels[chosen] - known)
         left = left[labels[left] < 0]
         for rows in left.split(BLOCK_ROWS):
@@ -56,15 +56,23 @@ def kind_labels(x: Tensor, distance: float = SAME_DISTANCE) -> Tensor:
     return torch.from_numpy(order.argsort())[labels]
 
 
-def _linkage(u: Tensor, distance: float) -> Tensor:
-    """Labels from 0 of the clusters of unit rows."""
-    from scipy.cluster.hierarchy import fcluster, linkage
+def average_linkage(u: Tensor) -> np.ndarray:
+    """The tree of average linkage of rows ``[n, d]`` of norm 1, as SciPy writes it; empty for one row."""
+    from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
     if len(u) == 1:
+        return np.empty((0, 4))
+    return linkage(squareform(squared_distances(u).sqrt_().numpy(), checks=False), "average")
+
+
+def cut(tree: np.ndarray, distance: float) -> Tensor:
+    """Labels ``[n]`` from 0 of the clusters of a tree whose mean distances are at most ``distance``."""
+    from scipy.cluster.hierarchy import fcluster
+
+    if not len(tree):
         return torch.zeros(1, dtype=torch.long)
-    condensed = squareform(squared_distances(u).sqrt_().numpy(), checks=False)
-    return torch.from_numpy(fcluster(linkage(condensed, "average"), distance, "distance")).long() - 1
+    return torch.from_numpy(fcluster(tree, distance, "distance")).long() - 1
 
 
 def _means(u: Tensor, labels: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from kspec_guidance.functional.inputs import (
     smaller_matrix,
     unit_gram,
 )
-from kspec_guidance.kernels import CosineKernel, Kernel
+from kspec_guidance.kernels import CosineKernel, Kernel, l2_normalize
 from kspec_guidance.kernels.spectrum import check_order, renyi_entropy, truncate
 
-__all__ = ["entropy_of", "kernel_entropy", "rke_score", "vendi_score"]
+__all__ = ["entropy_of", "kernel_entropy", "mean_cosine", "rke_score", "vendi_score"]
 
 BLOCK_ROWS = 1024  # rows of the kernel matrix that RKE computes at once
 
@@ -133,6 +133,27 @@ def rke_score(
         feature_map = unit_rows(map_rows(feature_map, x))
     score = vendi_score(x, kernel, order=2.0, feature_map=feature_map)
     return 1 / mean_of_pairs(1 / score, x.shape[-2]) if unbiased else score
+
+
+def mean_cosine(x: Tensor) -> Tensor:
+    """Mean cosine of the pairs of different samples, in [-1, 1]: the mean pairwise similarity, MSS, of many papers.
+
+    It falls as diversity grows, and knows no number of images: two kinds and twenty can have the same mean.
+
+    Args:
+        x: samples ``[..., n, d]``.
+
+    Raises:
+        ValueError: as :func:`vendi_score`, or for less than two samples.
+
+    >>> round(mean_cosine(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])).item(), 6)  # one pair of three
+    0.333333
+    """
+    u = l2_normalize(on_host(check_samples(x)))
+    n = u.shape[-2]
+    if n < 2:
+        raise ValueError(f"a mean over pairs needs at least two samples, got {n}")
+    return (u.sum(-2).square().sum(-1) - u.square().sum((-2, -1))) / (n * (n - 1))
 
 
 def mean_of_pairs(mean: Tensor, n: int) -> Tensor:

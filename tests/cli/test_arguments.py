@@ -23,5 +23,5 @@ def test_named_takes_names_and_forms():
     for name in ("demo", "open_clip:ViT-B-32:laion2b", "transformers:some/folder", r"transformers:C:\models"):
         assert check(name) == name
     for name in ("Demo", "open_clip:ViT-B-32", "open_clip::x", "transformers:", ""):
-        with pytest.raises(typer.BadParameter, match="choose one of demo, efficientnet-lite0"):
+        with pytest.raises(typer.BadParameter, match="choose one of auto, efficientnet-lite0, demo"):
             check(name)

@@ -8,9 +8,9 @@ import typer
 from PIL import Image
 
 import kspec_guidance
-from kspec_guidance import MemoryBank, load_demo_pipeline
+from kspec_guidance import MemoryBank
 from kspec_guidance.cli import app
-from kspec_guidance.evaluation.embedders import pipeline_embedder
+from kspec_guidance.evaluation.embedders import image_embedder
 from kspec_guidance.evaluation.image_sets import load_images
 from kspec_guidance.evaluation.sets import evaluate_set
 from kspec_guidance.plotting import image_grid
@@ -92,7 +92,7 @@ def test_generate_then_evaluate(tmp_path):
     record = json.loads(result.stdout)
     assert record["images"] == 9
     assert {p["prompt"]: p["images"] for p in record["prompts"]} == {"heart": 6, "../../etc/passwd": 3}
-    embedder = pipeline_embedder(load_demo_pipeline())
+    embedder = image_embedder("auto")
     expected = evaluate_set(load_images(output, embedder), embedder)
     scores = {s["score"]: s["value"] for s in record["scores"]}
     for score in expected.scores:

@@ -48,7 +48,7 @@ def test_picture_has_a_row_of_the_same_seeds_for_each_of_five_scales_and_json_te
         (("heart", "--preset", "vivd"), "did you mean 'vivid'?"),
         (("--prompts", "no.txt"), "no.txt"),
         (("heart", "--option", "negative_promt=blurry"), "did you mean negative_prompt?"),
-        (("heart", "--embedder", "own:x"), "choose one of own, demo"),
+        (("heart", "--embedder", "own:x"), "choose one of own, auto"),
     ],
 )
 def test_invalid_arguments_are_one_line(arguments, message, tmp_path):

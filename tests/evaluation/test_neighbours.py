@@ -1,6 +1,6 @@
 import torch
 
-from kspec_guidance.evaluation.neighbours import largest_cosine, near_duplicates
+from kspec_guidance.evaluation.neighbours import largest_cosine, near_duplicates, redundant
 from tests.samples import rows
 
 
@@ -16,3 +16,11 @@ def test_largest_cosine_of_rows_in_the_other_set_is_one():
     x = rows(5, 4)
     torch.testing.assert_close(largest_cosine(3 * x[:2], x), torch.ones(2))
     assert largest_cosine(x, x[:0]).isnan().all()
+
+
+def test_redundant_rows_leave_no_two_that_are_close(monkeypatch):
+    monkeypatch.setattr("kspec_guidance.evaluation.neighbours.BLOCK_ROWS", 3)
+    angles = torch.tensor([0.0, 0.1, 0.2, 2.0, 0.3, 2.01, 0.0])
+    x = torch.stack([angles.cos(), angles.sin()], 1)
+    assert redundant(x, 0.99) == [1, 4, 5, 6]  # 0.2 stays, since 0.1 is left out; 0.3 goes with it
+    assert redundant(x, 1.01) == []

@@ -9,13 +9,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from kspec_guidance import load_demo_reference
+from kspec_guidance import load_demo_pipeline, load_demo_reference
 from kspec_guidance.cli import app
 from kspec_guidance.evaluation.embedders import ImageEmbedder, one_hot_embedder
-from kspec_guidance.evaluation.image_sets import SourceError, load_images, read_captions
+from kspec_guidance.evaluation.embedders.names import DEMO_NAME
+from kspec_guidance.evaluation.image_sets import ImageSet, SourceError, load_images, read_captions, read_names
 from kspec_guidance.evaluation.neighbours import near_duplicates
 from kspec_guidance.evaluation.page import write_page
 from kspec_guidance.evaluation.sets import compare_sets, evaluate_set, prompt_ranking
+from kspec_guidance.utils.hashing import fingerprint
 
 PIXELS = ImageEmbedder(lambda x: torch.nn.functional.avg_pool2d(x, 8).flatten(1), 64, "8 x 8 pixels", fit="squash")
 SCRIPT_PROMPT = "<script>alert(1)</script>"
@@ -141,7 +143,7 @@ def test_prompt_ranking_sorts_by_diversity(g):
     x = torch.cat([torch.randn(1, 8, generator=g).repeat(4, 1), torch.randn(4, 8, generator=g)])
     ranking = prompt_ranking(x, ["same"] * 4 + ["free"] * 4)
     assert [p.prompt for p in ranking] == ["same", "free"]
-    assert ranking[0].vendi == pytest.approx(1)
+    assert ranking[0].different == pytest.approx(1)
 
 
 @pytest.mark.slow
@@ -214,3 +216,110 @@ def test_jsonl_lines_split_on_newline_only(tmp_path):
     prompt = "one\u2028two\x0bthree"
     (tmp_path / "a.jsonl").write_text(json.dumps({"file_name": "a.png", "prompt": prompt}, ensure_ascii=False) + "\n")
     assert read_captions(tmp_path / "a.jsonl") == {"a.png": prompt}
+
+
+COLOURS = ["red", "lime", "blue", "yellow", "cyan"]
+
+
+def coloured(path, counts, size=64):
+    """A folder of one-coloured images whose files all differ; a captions file has the colour as prompt, and a seed."""
+    path.mkdir()
+    rows = []
+    for colour, count in zip(COLOURS, counts, strict=False):
+        for k in range(count):
+            Image.new("RGB", (size, size + k), colour).save(path / f"{colour}-{k}.png")
+            rows.append({"file_name": f"{colour}-{k}.png", "prompt": colour, "seed": k})
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return load_images(path, PIXELS)
+
+
+def test_headline_counts_kinds_and_modes_share_the_set(tmp_path):
+    result = evaluate_set(coloured(tmp_path / "set", [12, 6, 1, 1]), PIXELS)
+    assert result.headline.images == 20
+    assert result.headline.different == pytest.approx(400 / (144 + 36 + 2))
+    assert result.headline.low < result.headline.different < result.headline.high
+    record = result.as_dict()
+    assert [len(m["images"]) for m in record["modes"]] == [12, 6, 1, 1]
+    assert sum(m["share"] for m in record["modes"]) == pytest.approx(1)
+    assert list(record)[:3] == ["embedder", "verdict", "headline"]
+    assert record["headline"] == {"images": 20, "different": pytest.approx(2.198, abs=1e-3), "low": result.headline.low,
+                                  "high": result.headline.high}  # fmt: skip
+    assert record["verdict"].startswith("The 20 images are as varied as 2.2 different ones")
+    assert len(record["redundant"]) == 16
+    assert result.prompts[0].different == pytest.approx(1)
+    assert "was not measured with 8 x 8 pixels" in " ".join(result.warnings)
+    assert result.summary()[0] == "Image features: 8 x 8 pixels."
+    assert not any(s.interval and s.interval[0] == s.interval[1] for s in result.scores)
+
+
+def test_one_image_and_small_sets_get_no_interval(tmp_path):
+    result = evaluate_set(coloured(tmp_path / "one", [1]), PIXELS)
+    assert (result.headline.different, result.headline.low) == (1, None)
+    few = evaluate_set(coloured(tmp_path / "few", [2, 2]), PIXELS)
+    assert few.headline.low is None
+    assert "There are only 4 images" in few.warnings[0]
+
+
+def test_near_duplicates_are_listed_for_drop(tmp_path):
+    images = coloured(tmp_path / "set", [4, 3, 1])
+    files = write_page(evaluate_set(images, PIXELS), tmp_path / "r.html")
+    assert [f.name for f in files] == ["r.html", "r.json", "r-duplicates.txt"]
+    names = read_names(files[2])
+    assert len(names) == 5
+    rest = load_images(tmp_path / "set", PIXELS, drop=names)
+    assert len(rest) == 3
+    assert set(rest.skipped) == names
+    assert [f.name for f in write_page(evaluate_set(rest, PIXELS), tmp_path / "rest.html")] == ["rest.html", "rest.json"]
+    assert (
+        "1 of 1 names to drop are not in the set: nothing.png"
+        in load_images(tmp_path / "set", PIXELS, drop=["nothing.png"]).summary()
+    )
+    with pytest.raises(SourceError, match="cannot be read as a list of names"):
+        read_names(tmp_path / "no.txt")
+
+
+def test_comparison_names_kinds_that_one_set_has_more_of(tmp_path):
+    a, b = coloured(tmp_path / "a", [9, 5, 0, 2]), coloured(tmp_path / "b", [2, 5, 9])
+    result = compare_sets(a, b, PIXELS)
+    kinds = [{a.names[i].split("-")[0] for i in k.samples} for k in result.only_in_a]
+    assert kinds == [{"red"}, {"yellow"}]
+    assert [(len(k.samples), len(k.samples_other)) for k in result.only_in_a] == [(9, 2), (2, 0)]
+    assert [k.p_value < 0.05 for k in result.only_in_a] == [True, False]
+    assert {b.names[i].split("-")[0] for i in result.only_in_b[0].samples} == {"blue"}
+    assert result.only_in_b[0].share == pytest.approx(9 / 16)
+    assert len(result.only_in_b) == 1
+    assert result.prompts == {"lime": pytest.approx((1, 1)), "red": pytest.approx((1, 1))}
+    warned = " ".join(result.warnings)
+    assert "7 image files are in both sets" in warned
+    assert "7 images of the two sets have the same prompt and seed" in warned
+    assert result.verdict.startswith("No sure difference")
+
+
+def test_comparison_of_six_shared_prompts_is_per_prompt(tmp_path, g):
+    sets = []
+    for name, spread in (("a", 0.02), ("b", 1.0)):
+        centres = 3 * torch.randn(8, 1, 16, generator=g)
+        rows = (centres + spread * torch.randn(8, 5, 16, generator=g)).flatten(0, 1)
+        prompts = [f"p{k // 5}" for k in range(40)]
+        names = [f"{k}.png" for k in range(40)]
+        sets.append(ImageSet(tmp_path / name, names, prompts, [b""] * 40, rows, [f"{name}{k}" for k in range(40)]))
+    result = compare_sets(*sets, PIXELS)
+    assert result.main_test == "RKE per prompt"
+    assert result.tests["RKE per prompt"].n == (8, 8)
+    assert result.verdict.startswith("b is more varied than a:")
+    assert "per prompt, over 8 prompts" in result.verdict
+    assert result.as_dict()["headline"]["a"]["images"] == 40
+    assert result.scalars()["RKE per prompt/p_value"] < 0.05
+
+
+def test_demo_features_of_other_images_are_doubted(tmp_path):
+    demo = ImageEmbedder(PIXELS.network, 64, DEMO_NAME, measured=True)
+    images = coloured(tmp_path / "set", [20])
+    assert evaluate_set(images, demo).warnings == [
+        "Nothing says that the embedded model made these images, and demo tells other images apart badly."
+    ]
+    state = tmp_path / "set" / ".kspec" / "epoch-000"
+    state.mkdir(parents=True)
+    denoiser = fingerprint(load_demo_pipeline().unet)
+    (state / "settings.json").write_text(json.dumps({"pipeline": {"denoiser": denoiser}}))
+    assert evaluate_set(images, demo).warnings == []

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kspec_guidance.kernels import SAME_DISTANCE
 from kspec_guidance.utils.hashing import weights_fingerprint
 from kspec_guidance.utils.images import Images, to_pixels
 from kspec_guidance.utils.placement import compute_dtype, execution_device
@@ -29,6 +30,9 @@ class ImageEmbedder:
         fit: see :func:`to_pixels`.
         device: device of the network; modules are moved to it.
         fingerprint: fingerprint of the weights; computed if empty.
+        same_distance: mean distance, at most, between images of one kind by features of norm 1; see
+            :func:`~kspec_guidance.functional.kinds`.
+        measured: whether ``same_distance`` was measured with this network, on sets of known kinds.
     """
 
     network: Callable[[Tensor], Tensor]
@@ -39,6 +43,8 @@ class ImageEmbedder:
     fit: str = "crop"
     device: str | torch.device = "cpu"
     fingerprint: str = field(default="")
+    same_distance: float = SAME_DISTANCE
+    measured: bool = False
     _statistics: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

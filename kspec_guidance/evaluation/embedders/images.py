@@ -220,4 +220,4 @@ def efficientnet_lite(device: str | torch.device = "cpu") -> ImageEmbedder:
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(_state(Path(EfficientnetLite0ModelFile.get_model_file_path())))
     half = (0.498, 0.498, 0.498), (0.502, 0.502, 0.502)  # (pixel - 127) / 128, as in training
-    return ImageEmbedder(_Pooled(network), 224, "efficientnet-lite0", *half, device=device)
+    return ImageEmbedder(_Pooled(network), 224, "efficientnet-lite0", *half, device=device, measured=True)

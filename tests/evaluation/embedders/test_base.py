@@ -60,3 +60,26 @@ def test_network_in_half_precision(dtype):
     assert found.dtype == torch.float32
     assert not found.is_inference()
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+def test_auto_takes_a_local_model_else_the_embedder_of_the_package(monkeypatch):
+    names = "kspec_guidance.evaluation.embedders.names"
+    monkeypatch.setattr(f"{names}.try_to_load_from_cache", lambda model, file: None)
+    lite = image_embedder("auto")
+    assert lite.name == "efficientnet-lite0"
+    assert lite.measured
+    assert lite.same_distance == 0.75
+    found = ImageEmbedder(lambda x: x, 8, "found", fingerprint="x")
+    asked = []
+    monkeypatch.setattr(f"{names}.try_to_load_from_cache", lambda model, file: file if "dinov2-small" in model else None)
+    monkeypatch.setattr(f"{names}.images.transformers_embedder", lambda model, device: asked.append(model) or found)
+    assert image_embedder("auto") is found
+    assert asked == ["facebook/dinov2-small"]
+    assert not found.measured
+
+    def broken(model, device):
+        raise OSError("no config")
+
+    monkeypatch.setattr(f"{names}.images.transformers_embedder", broken)
+    with pytest.warns(UserWarning, match="dinov2-small is in the local cache, but cannot be loaded: no config"):
+        assert image_embedder("auto").name == "efficientnet-lite0"
