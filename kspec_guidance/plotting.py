@@ -1,22 +1,34 @@
 """Image grids and score plots. matplotlib is imported on first use."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 __all__ = ["image_grid", "plot_scores", "plot_tuning", "side_by_side"]
 
 INK, PAPER, MUTED = (30, 30, 30), (255, 255, 255), (110, 110, 110)
+LABEL_WIDTH = 260  # pixels
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
+def _shortened(text: str, font: Any, width: float) -> str:
+    """The text on one line, cut to a width in pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
 def image_grid(rows: Sequence[Sequence[Image.Image]], tile: int = 64, gap: int = 4) -> Image.Image:
-    """Images in rows, each resized to ``tile`` pixels; rows may have different lengths.
+    """Images in rows, each resized to fit into ``tile`` pixels; rows may have different lengths.
 
     Args:
         rows: rows of images.
@@ -32,7 +44,7 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], tile: int = 64, gap: int =
     sheet = Image.new("RGB", (width, len(rows) * (tile + gap) - gap), PAPER)
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
-            resized = image.convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS)
+            resized = ImageOps.pad(image.convert("RGB"), (tile, tile), Image.Resampling.LANCZOS, PAPER)
             sheet.paste(resized, (c * (tile + gap), r * (tile + gap)))
     return sheet
 
@@ -44,7 +56,7 @@ def side_by_side(
     notes: Mapping[str, str] | None = None,
     tile: int = 64,
 ) -> Image.Image:
-    """Grids of the same prompts, side by side.
+    """Grids of the same prompts, side by side. Texts that are too long end with dots.
 
     Args:
         panels: rows of each grid, by its heading.
@@ -56,18 +68,23 @@ def side_by_side(
     grids = {name: image_grid(rows, tile) for name, rows in panels.items()}
     font, small, big = _font(17), _font(14), _font(22)
     margin, gap, top = 16, 28, 84
-    left = margin + max((int(font.getlength(label)) for label in labels), default=0) + 14
+    labels, notes = [_shortened(label, font, LABEL_WIDTH) for label in labels], notes or {}
+    left = margin + (max(int(font.getlength(label)) for label in labels) + 14 if any(labels) else 0)
     height = max(g.height for g in grids.values())
-    width = left + sum(g.width for g in grids.values()) + gap * (len(grids) - 1) + margin
+    widths = {
+        name: max(grid.width, math.ceil(font.getlength(name)), math.ceil(small.getlength(notes.get(name, ""))))
+        for name, grid in grids.items()
+    }
+    width = left + sum(widths.values()) + gap * (len(grids) - 1) + margin
     sheet = Image.new("RGB", (width, top + height + 40), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((margin, 12), title, INK, big)
+    draw.text((margin, 12), _shortened(title, big, width - 2 * margin), INK, big)
     x = left
     for name, grid in grids.items():
         draw.text((x, 52), name, INK, font)
         sheet.paste(grid, (x, top))
-        draw.text((x, top + height + 12), (notes or {}).get(name, ""), MUTED, small)
-        x += grid.width + gap
+        draw.text((x, top + height + 12), notes.get(name, ""), MUTED, small)
+        x += widths[name] + gap
     for r, label in enumerate(labels):
         y = top + r * (tile + 4) + tile // 2
         draw.text((left - 14, y), label, INK, font, anchor="rm")

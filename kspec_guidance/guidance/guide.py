@@ -5,13 +5,14 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
+from kspec_guidance.guidance.comparison import GuidanceComparison, PlainRun, RepeatedCall
 from kspec_guidance.guidance.config import SETTINGS_FORMAT, decode_terms, encode, read_config, write_config
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.run import Finished, Run, ascent_direction
@@ -184,8 +185,49 @@ class KernelGuidance(PipelineCallback):
         return KernelGuidance.from_terms(terms, self.seed)
 
     def __repr__(self) -> str:
-        parts = [f"scale={t.scale:g}, objective={t.objective!r}, memory={t.memory!r}" for t in self.terms]
-        return f"{type(self).__name__}({'; '.join(parts)})"
+        settings = " + ".join(term.settings for term in self.terms)
+        memories = " and ".join(f"{type(m).__name__} with {len(m)} entries" for m in self.memories)
+        found = self._run.attachment
+        where = f"attached to {type(found.pipe).__name__}" if isinstance(found, Attachment) else "not attached"
+        return f"{type(self).__name__}({settings}; {memories}; {where})"
+
+    def compare(self, pipe: Any, *args: Any, **call: Any) -> GuidanceComparison:
+        """Run one call of a pipeline twice, plainly and with this guide, from the same noise.
+
+            comparison = guide.compare(pipe, "runner", num_images_per_prompt=8)
+            print(comparison.report)  # how many different images, plain beside guided
+            comparison.grid().save("comparison.png")
+
+        Both runs begin with copies of the generators in ``generator=``, which do not advance; without one, with a seed that
+        is drawn from the global random state and kept in ``comparison.seed``. The guide's memory is used by the guided run
+        alone, whose images are added to it, as in any guided call. The guide may be attached to the pipeline; it is then
+        attached afterwards as well.
+
+        Args:
+            pipe: a pipeline, classic or modular.
+            *args: positional arguments of the pipeline's call.
+            **call: named arguments of the pipeline's call.
+
+        Raises:
+            TypeError: if ``pipe`` is no pipeline, ``generator`` no generator, or for arguments that the pipeline refuses.
+            ValueError: for a guide among the arguments, or as :meth:`attach`.
+            UnsupportedSchedulerError: as :meth:`attach`.
+        """
+        given = [k for k, value in call.items() if k == "kspec_guidance" or isinstance(value, KernelGuidance)]
+        if given:
+            raise ValueError(f"compare() guides the call itself: leave {given[0]}= out; `guide + other` combines guides")
+        repeated = RepeatedCall(pipe, args, call, self)
+        found = self._run.attachment
+        attached = isinstance(found, Attachment) and found.pipe is pipe
+        with nullcontext() if attached else self.attach(pipe):
+            attachment = self._run.attachment
+            plain = PlainRun(self._run.needs_denoiser_call)
+            with attachment.handled_by(plain):
+                plain_result = repeated()
+            guided_result = repeated()
+            attachment.end()
+        self.report().finished_plain = plain.finished
+        return GuidanceComparison(plain_result, guided_result, self.report(), repeated)
 
     # -- attachment to a pipeline ------------------------------------------------------------------------------------
 

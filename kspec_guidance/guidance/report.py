@@ -1,20 +1,28 @@
-"""GuidanceReport: the steps, moves and scores of a guided run."""
+"""GuidanceReport: how different the images of a guided run are, the size of its moves, and what to change."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kspec_guidance import functional as F
-from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, median_bandwidth
+from kspec_guidance.functional.inputs import gram
+from kspec_guidance.guidance.term import Term
+from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel
 from kspec_guidance.loop.context import StepContext
-from kspec_guidance.memory import MemoryBank
 from kspec_guidance.objectives import natural_rows
+from kspec_guidance.statistics import jackknife_interval
 
 __all__ = ["GuidanceReport", "StepRecord"]
 
-MEMORY_ROWS = 512  # newest memory rows that are included in the scores
+SAME_PROMPT = 5e-3  # distance of unit-norm prompt features up to which prompts are the same: rounding of half precision
+INTERVAL_IMAGES = 4  # smallest number of a prompt's images that have an interval
+# Mean sizes of a move relative to the prediction, from python benchmarks/moves.py: up to the first the number of different
+# images does not change, from 0.4 to 0.8 the judges begin to lose images, and above they lose most of them.
+WORDS = ((0.03, "too weak to see"), (0.1, "weak"), (0.4, "moderate"), (0.8, "strong"), (math.inf, "off the scale"))
+SATURATED = 0.95  # share of the images that look different, from which on the number can hardly rise
 
 
 @dataclass(frozen=True)
@@ -33,13 +41,24 @@ class StepRecord:
     noise_to_signal: float
 
 
-class GuidanceReport:
-    """Report of the last run of a guide.
+class PromptScore(NamedTuple):
+    """RKE of one prompt's samples, and without each of them in turn ``[m]``."""
 
-    ``before`` and ``after`` contain ``vendi`` and ``conditional_rke`` of the batch and the memory at the start of the run
-    (its newest 512 rows), for the predictions of the last guided step without and with their move; ``final`` those of the
-    finished samples. All use one Gaussian kernel on rows of norm 1, at the median distance of unmoved predictions and
-    memory rows.
+    value: float
+    left_out: Tensor
+
+
+class GuidanceReport:
+    """Report of the last run of a guide; figures are computed when they are read.
+
+    ``guided`` is the effective number of different images among the finished samples of one prompt:
+    :func:`~kspec_guidance.functional.rke_score` of the samples scaled to norm 1, with a Gaussian kernel of fixed bandwidth
+    0.5. Copies count as one image, and n unrelated images as n. If a batch has several prompts, it is the mean over those
+    with at least two images, and images of different prompts are not compared. (Conditional RKE with a prompt kernel that
+    is 1 for equal prompts and 0 for others is the harmonic mean of the same numbers, for equally many images per prompt.)
+
+    Samples are compared as the denoising loop holds them, in most pipelines as latents: the figures tell how different the
+    images are, and not how good.
 
     Attributes:
         total_steps: number of steps of the run.
@@ -49,21 +68,25 @@ class GuidanceReport:
 
     def __init__(self, total_steps: int = 0, scheduler: str = "", layout: str = ""):
         self.total_steps, self.scheduler, self.layout = total_steps, scheduler, layout
-        # recorded by the run; the scores are computed on access
+        # recorded by the run; everything else is computed on access
         self.context: StepContext | None = None
         self.moves: list[tuple[int, Tensor, float | Tensor]] = []  # step, relative moves [n], noise-to-signal
-        self.latest: tuple[Tensor, Tensor] | None = None  # moved samples of the last guided step, and the move
         self.finished: Tensor | None = None
-        self.memory_rows: tuple[Tensor, Tensor | None] | None = None  # at the start of the run, and their prompts
+        self.finished_plain: Tensor | None = None  # those of the same call without guidance, see KernelGuidance.compare
+        self.scales: list[float] = []
+        self.moves_predictions = True  # whether all terms move the clean prediction
+        self.remembered = 0  # number of memory entries at the start of the run
 
     @classmethod
-    def of(cls, context: StepContext, memory: Any) -> "GuidanceReport":
-        """Create the report of a pass that begins with this memory."""
+    def of(cls, context: StepContext, terms: Sequence[Term] = ()) -> "GuidanceReport":
+        """Create the report of a pass that begins with these terms, whose memories are those at its start."""
         report = cls(context.total, type(context.scheduler).__name__, context.layout.kind)
-        report.context = context
-        if isinstance(memory, MemoryBank) and len(memory):
-            report.memory_rows = memory.newest(MEMORY_ROWS)
+        report.context, report.scales = context, [float(term.scale) for term in terms]
+        report.moves_predictions = not any(term.space.noisy for term in terms)
+        report.remembered = max((len(term.memory) for term in terms), default=0)
         return report
+
+    # -- moves -------------------------------------------------------------------------------------------------------
 
     @property
     def steps(self) -> list[StepRecord]:
@@ -86,64 +109,233 @@ class GuidanceReport:
         steps = self.steps
         return sum(s.relative_move for s in steps) / len(steps) if steps else 0.0
 
-    def _scores(self, x: Tensor | None) -> dict[str, float]:
-        if x is None or self.latest is None:
-            return {}
-        # on the CPU, since scores need float64, which some accelerators lack
-        rows, first = natural_rows(x.cpu(), normalize=True), natural_rows(self.latest[0].cpu(), normalize=True)
-        t = None if self.context is None or self.context.prompts is None else self.context.prompts.cpu()
-        if self.memory_rows is not None and self.memory_rows[0].shape[1] == rows.shape[1]:
-            old, old_prompts = natural_rows(self.memory_rows[0], normalize=True).to(rows), self.memory_rows[1]
-            rows, first = torch.cat([rows, old]), torch.cat([first, old])
-            t = None if t is None or old_prompts is None else torch.cat([t, old_prompts.to(t)])
-        kernel = GaussianKernel(median_bandwidth(first))
-        t = torch.ones(len(rows), 1, device=rows.device) if t is None else t
+    def table(self) -> str:
+        """The guided steps as a table: index from 1, noise-to-signal ratio, and move relative to the moved sample."""
+        rows = [f"{s.step + 1:>4}  {s.noise_to_signal:>15.4g}  {s.relative_move:>8.2%}" for s in self.steps]
+        return "\n".join(["step  noise-to-signal      move", *rows])
+
+    # -- images ------------------------------------------------------------------------------------------------------
+
+    @property
+    def images(self) -> int:
+        """Number of finished samples; 0 while the run is in progress."""
+        return 0 if self.finished is None else len(self.finished)
+
+    @property
+    def prompts_known(self) -> bool:
+        """Whether the prompts could be read, or the pipeline takes none; otherwise all images count as one prompt's."""
+        return self.context is None or self.context.prompts is not None or not self.context.call.prompted
+
+    def _groups(self) -> list[Tensor]:
+        """Indices of the samples of each prompt."""
+        t = None if self.context is None or self.context.prompts is None else self.context.prompts.cpu().double()
+        if t is None or len(t) != self.images:
+            return [torch.arange(self.images)]
+        first = (torch.cdist(t, t) <= SAME_PROMPT).int().argmax(1)  # the first sample of the same prompt
+        return [(first == k).nonzero()[:, 0] for k in first.unique()]
+
+    @property
+    def prompts(self) -> int:
+        """Number of different prompts; 1 if there are none or if they are unknown."""
+        return len(self._groups())
+
+    def _scores(self, x: Tensor | None) -> list[PromptScore]:
+        """The scores of all prompts with at least two of these samples."""
+        if x is None or len(x) != self.images:
+            return []
+        found = []
+        for index in self._groups():
+            m = len(index)
+            if m < 2:
+                continue
+            # on the CPU in float64, which some accelerators lack; a prompt at a time, so few rows are copied at once
+            rows = natural_rows(x[index.to(x.device)].cpu(), normalize=True)
+            squares = gram(rows, GaussianKernel(IMAGE_BANDWIDTH)).square()
+            rest = squares.sum() - 2 * squares.sum(1) + squares.diagonal()
+            found.append(PromptScore(m**2 / float(squares.sum()), (m - 1) ** 2 / rest))
+        return found
+
+    @property
+    def guided(self) -> float | None:
+        """Effective number of different images of a prompt; None if no prompt has two images, or the run has not ended."""
+        return _mean(self._scores(self.finished))
+
+    @property
+    def plain(self) -> float | None:
+        """The same without guidance, from the same noise; None unless :meth:`KernelGuidance.compare` made the run."""
+        return _mean(self._scores(self.finished_plain))
+
+    @property
+    def guided_interval(self) -> tuple[float, float] | None:
+        """95% interval of :attr:`guided` by the jackknife over images; None if a prompt has fewer than four."""
+        return _interval(self._scores(self.finished))
+
+    @property
+    def plain_interval(self) -> tuple[float, float] | None:
+        """95% interval of :attr:`plain`, as :attr:`guided_interval`."""
+        return _interval(self._scores(self.finished_plain))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON; figures that are not known are None."""
+        guided, plain = self._scores(self.finished), self._scores(self.finished_plain)
         return {
-            "vendi": float(F.vendi_score(rows, kernel)),
-            "conditional_rke": float(F.conditional_rke_score(rows, t, kernel, GaussianKernel(PROMPT_BANDWIDTH))),
-        }
-
-    @property
-    def before(self) -> dict[str, float]:
-        """Scores of the last guided step's predictions, unmoved."""
-        return self._scores(None if self.latest is None else self.latest[0])
-
-    @property
-    def after(self) -> dict[str, float]:
-        """Scores of the last guided step's predictions, moved."""
-        return self._scores(None if self.latest is None else self.latest[0] + self.latest[1])
-
-    @property
-    def final(self) -> dict[str, float]:
-        """Scores of the finished samples."""
-        return self._scores(self.finished)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
-        return {
+            "images": self.images,
+            "prompts": self.prompts,
+            "prompts_known": self.prompts_known,
+            "guided": _mean(guided),
+            "guided_interval": _interval(guided),
+            "plain": _mean(plain),
+            "plain_interval": _interval(plain),
             "steps_guided": self.steps_guided,
             "total_steps": self.total_steps,
             "mean_relative_move": self.mean_relative_move,
-            "before": self.before,
-            "after": self.after,
-            "final": self.final,
             "seconds": self.seconds,
             "scheduler": self.scheduler,
             "layout": self.layout,
         }
 
+    as_dict = to_dict
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
     def __repr__(self) -> str:
+        numbers = {"guided": self.guided, "plain": self.plain, "mean_relative_move": self.mean_relative_move}
+        shown = [f"{name}={'None' if value is None else f'{value:.3g}'}" for name, value in numbers.items()]
         return (
-            f"GuidanceReport(steps_guided={self.steps_guided}, total_steps={self.total_steps}, "
-            f"mean_relative_move={self.mean_relative_move:.3g}, seconds={self.seconds:.3g}, scheduler={self.scheduler!r})"
+            f"GuidanceReport(images={self.images}, prompts={self.prompts}, {', '.join(shown)}, "
+            f"steps_guided={self.steps_guided}, total_steps={self.total_steps}, scheduler={self.scheduler!r})"
         )
 
     def __str__(self) -> str:
+        if self.context is None:
+            return "No run yet: generate images with the guide attached, or with guide.compare(pipe, ...)."
+        if self.finished is None:
+            return f"The run has not ended: guided {self.steps_guided} of {self.total_steps} steps so far."
+        return "\n".join(line for line in (self._images_line(), self._moves_line(), self._advice()) if line)
+
+    def _images_line(self) -> str:
+        guided, plain, n = self._scores(self.finished), self._scores(self.finished_plain), self.images
+        if not guided:
+            what = "1 image" if n == 1 else f"{n} images, each of a prompt of its own"
+            return f"{what}: differences are counted among images of one prompt, from two images on."
+        sizes = [len(score.left_out) for score in guided]
+        if self.prompts == 1:
+            subject = f"These {n} images look like"
+        else:
+            each = f"{sizes[0]}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+            subject = f"{len(guided)} prompts with {each} images each: on average, the images of a prompt look like"
+        beside = f"; without guidance, from the same noise, {_number(plain)}" if plain else ""
+        return f"{subject} {_number(guided)} different ones{beside}.{_verdict(plain, guided) if plain else ''}"
+
+    @property
+    def _word(self) -> str:
+        """What the size of the mean move is; empty for moves of noisy samples, which are of another scale."""
+        move = self.mean_relative_move
+        return next(word for bound, word in WORDS if move <= bound) if self.moves_predictions and move else ""
+
+    def _moves_line(self) -> str:
         if not self.moves:
-            return f"no step of {self.total_steps} was guided (scale 0, or outside the interval); {self.seconds:.3f} s"
-        before, after = self.before, self.after
+            return ""
+        word = f": {self._word}" if self._word else ""
+        of = "prediction" if self.moves_predictions else "noisy sample"
         return (
-            f"guided {self.steps_guided} of {self.total_steps} steps, mean move {self.mean_relative_move:.2%} of the norm; "
-            f"predictions at the last guided step: Vendi {before['vendi']:.2f} -> {after['vendi']:.2f}, "
-            f"conditional RKE {before['conditional_rke']:.2f} -> {after['conditional_rke']:.2f}; {self.seconds:.3f} s"
+            f"Guided {self.steps_guided} of {self.total_steps} steps, in {self.seconds:.2g} s; mean move "
+            f"{_percent(self.mean_relative_move)} of the {of}{word}."
         )
+
+    def _advice(self) -> str:
+        lines, now = [], " and ".join(f"{scale:g}" for scale in self.scales)
+        move, scores, plain = self.mean_relative_move, self._scores(self.finished), self._scores(self.finished_plain)
+        if not self.moves:
+            why = "scale is 0" if not any(self.scales) else "no step lies between start= and stop= (or in sigma_interval=)"
+            lines.append(f"Nothing was guided: no step of {self.total_steps}, since {why}.")
+        elif move == 0:
+            lines.append(f"Nothing moved: {self._reason()}")
+        elif self._word == "off the scale":
+            lines.append(
+                f"Moves {'larger than the images' if move > 1 else 'nearly as large as the images'} usually break them, "
+                f"however different they then are: lower scale, now {now}{self._suggestion()}."
+            )
+        elif self._word in ("too weak to see", "weak"):
+            lines.append(f"For a larger effect raise scale, now {now}{self._suggestion()}.")
+        else:
+            lines.append(f"If images look wrong, lower scale, now {now}; for a larger effect, raise it.")
+        if plain and move and sum(s.value for s in plain) > SATURATED * sum(len(s.left_out) for s in plain):
+            lines.append("Without guidance nearly all differ already, as far as this number tells; judge by eye.")
+        if not self.prompts_known:
+            lines.append(
+                "The prompts are unknown, so all images count as images of one prompt; `with guide.attach(pipe)` reads "
+                "prompts that a callback cannot."
+            )
+        if scores and not plain and move:
+            lines.append("guide.compare(pipe, ...) makes the same call without guidance beside it.")
+        return "\n".join(lines)
+
+    def _reason(self) -> str:
+        """Why moves are 0, as far as the report can know it."""
+        if self.images == 1 and not self.remembered:
+            return (
+                "one image and an empty memory, so there is nothing to be different from. Generate several images in one "
+                "call, or call again with the same guide, whose memory grows."
+            )
+        if self.prompts == self.images > 1 or (self.images == 1 and self.remembered):
+            return (
+                "no two images have related prompts, in this call or in the memory. Generate several images per prompt, or "
+                "call again with the same guide."
+            )
+        return "the objective has no gradient at these images; they may all be unrelated already."
+
+    def _suggestion(self) -> str:
+        """A scale that brings the mean move to a moderate size, or nearer to it by a factor of 4, if there is one scale."""
+        if len(self.scales) != 1:
+            return ""
+        return f", to about {float(f'{self.scales[0] * min(0.2 / self.mean_relative_move, 4):.1g}'):g}"
+
+
+def _mean(scores: list[PromptScore]) -> float | None:
+    return sum(score.value for score in scores) / len(scores) if scores else None
+
+
+def _error(parts: list[Tensor]) -> tuple[float, int]:
+    """Standard error and degrees of freedom of a mean of independent scores, each left out by ``[m]``."""
+    errors = [jackknife_interval(part.mean(), part).standard_error for part in parts]
+    return math.sqrt(sum(e**2 for e in errors)) / len(errors), sum(len(part) - 1 for part in parts)
+
+
+def _half_width(parts: list[Tensor]) -> float | None:
+    """Half of the 95% interval of a mean of scores; None if one is of too few samples."""
+    if not parts or min(map(len, parts)) < INTERVAL_IMAGES:
+        return None
+    from scipy.stats import t
+
+    error, freedom = _error(parts)
+    return float(t.ppf(0.975, freedom)) * error
+
+
+def _interval(scores: list[PromptScore]) -> tuple[float, float] | None:
+    half, value = _half_width([score.left_out for score in scores]), _mean(scores)
+    if half is None or value is None:
+        return None
+    most = sum(len(score.left_out) for score in scores) / len(scores)
+    return max(value - half, 1.0), min(value + half, most)
+
+
+def _number(scores: list[PromptScore]) -> str:
+    interval = _interval(scores)
+    return f"{_mean(scores):.1f}" + ("" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]")
+
+
+def _verdict(plain: list[PromptScore], guided: list[PromptScore]) -> str:
+    """Whether the numbers differ, judged by the interval of the difference, since both start from the same noise."""
+    half = _half_width([b.left_out - a.left_out for a, b in zip(plain, guided, strict=True)])
+    if half is None:
+        return ""
+    difference = sum(b.value - a.value for a, b in zip(plain, guided, strict=True)) / len(plain)
+    if abs(difference) <= half:
+        return " No clear change."
+    return " Clearly more." if difference > 0 else " Clearly fewer."
+
+
+def _percent(share: float) -> str:
+    """A relative move in words, with at most three digits."""
+    return f"{share:.3g} times the norm" if share >= 10 else f"{float(f'{100 * share:.2g}'):g}% of the norm"

@@ -127,7 +127,7 @@ class Run:
                 f"the prompts of this call of {type(call.pipe).__name__} cannot be read, so all its samples count as "
                 "samples of one prompt. Callbacks see the prompts of some pipelines only; use `with guide.attach(pipe)`"
             )
-        self.report = GuidanceReport.of(context, self.guide.memory)
+        self.report = GuidanceReport.of(context, self.guide.terms)
         self.finished, self._unchecked, self._rounded = [], [], []
         self._states = [TermState(term, term.guided_steps(context.total)) for term in self.guide.terms]
         self._need_score = any("off_score" in term.transforms for term in self.guide.terms)
@@ -246,7 +246,6 @@ class Run:
             ]
             move, size = total()
         self.report.moves.append((context.step, (size / sizes.clamp_min(1e-12))[:, 0], prediction.noise_to_signal))
-        self.report.latest = target, move
         return move.view(x.shape)
 
     def _ascent(

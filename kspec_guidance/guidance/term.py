@@ -1,10 +1,15 @@
 """Term: an objective with its scale, guided interval, feature space, transforms and memory."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from kspec_guidance.guidance.spaces import FeatureSpace, make_space
+from torch import Tensor
+
+from kspec_guidance.guidance.spaces import X0, FeatureSpace, make_space
 from kspec_guidance.guidance.transforms import TRANSFORMS
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Objective
 
@@ -12,6 +17,10 @@ __all__ = ["DEFAULT_TRANSFORMS", "Term"]
 
 # docs/arena/ablations.md measures each transform alone: off_score has the largest effect
 DEFAULT_TRANSFORMS = ("tangent", "off_score", "bound", "fade")
+
+LONGEST = 150  # characters of a setting in the repr
+USUAL = {"space": X0(), "start": 0.0, "stop": 1.0, "every": 1, "sigma_interval": None, "transforms": DEFAULT_TRANSFORMS}
+USUAL_KERNELS: dict[str, Any] = {"kernel": GaussianKernel(), "prompt_kernel": GaussianKernel(PROMPT_BANDWIDTH)}
 
 
 class Term:
@@ -79,5 +88,26 @@ class Term:
             step for step in range(total) if self.start <= step / total < self.stop and (step - first) % self.every == 0
         )
 
+    @property
+    def settings(self) -> str:
+        """The objective, the scale, and the settings that differ from the usual ones, on one line."""
+        found = [(name, getattr(self, name), usual) for name, usual in USUAL.items()]
+        if dataclasses.is_dataclass(self.objective):
+            fields = [f for f in dataclasses.fields(self.objective) if f.init]
+            found += [(f.name, getattr(self.objective, f.name), USUAL_KERNELS.get(f.name, f.default)) for f in fields]
+        texts = [(name, _text(value), _text(usual)) for name, value, usual in found if value is not None]
+        changed = [f"{name}={text}" for name, text, usual in texts if text != usual]
+        return ", ".join([type(self.objective).__name__, f"scale={self.scale:g}", *changed])
+
     def __repr__(self) -> str:
-        return f"Term({self.objective!r}, scale={self.scale:g}, space={self.space!r}, memory={self.memory!r})"
+        return f"Term({self.settings}; {type(self.memory).__name__} with {len(self.memory)} entries)"
+
+
+def _text(value: Any) -> str:
+    """A setting on one line: tensors by their shape, lists of tensors by their number, and networks by their class."""
+    if isinstance(value, Tensor):
+        return f"Tensor{list(value.shape)}"
+    if isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
+        return f"{len(value)} tensors"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST else f"{type(value).__name__}(...)"

@@ -1,6 +1,8 @@
 """Attachment of a handler to a pipeline: for all calls, or step by step."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -96,6 +98,19 @@ class Attachment:
         if current is not None and current is not self._hook.scheduler:  # the scheduler was replaced
             self._hook.remove()
             self._hook = self._hooked(current)
+
+    @contextmanager
+    def handled_by(self, handler: StepHandler) -> Iterator[None]:
+        """Let another handler take the steps of the calls in this block; the attached one sees nothing of them."""
+        own, hook = self.handler, self._hook
+        passes = hook.context, hook.entered
+        try:
+            self.handler = hook.handler = handler
+            yield
+            self.end()
+        finally:
+            hook.context, hook.entered = passes
+            self.handler = self._hook.handler = own
 
     def end(self) -> None:
         """Finish a pass in progress, unless the pipeline was interrupted."""

@@ -89,7 +89,7 @@ def test_a_guided_step_waits_for_the_device_once(name):
     # the first: timesteps and the step index twice each, noise levels, prompts for memory and references, the step itself
     assert sum(loop.reads[0].values()) <= 8, loop.reads[0]
     assert sum(loop.finishing.values()) <= 4, loop.finishing
-    assert f"guided {STEPS} of {STEPS}" in text
+    assert f"Guided {STEPS} of {STEPS} steps" in text
 
 
 @pytest.mark.parametrize("name", ["preset default", "preset vivid"])

@@ -179,21 +179,6 @@ def test_published_guides_change_samples():
     assert torch.isfinite(sample(MMDGuidance.published(reference))).all()
 
 
-def test_report_summarises_run():
-    guide = SPARKE(3.0)
-    sample(guide)
-    report = guide.report()
-    assert (report.steps_guided, report.total_steps) == (20, 30)
-    assert 0 < report.mean_relative_move <= 3.0
-    assert report.after["vendi"] > report.before["vendi"] + 1e-3
-    assert report.after["conditional_rke"] > report.before["conditional_rke"] + 1e-3
-    assert set(report.as_dict()["final"]) == {"vendi", "conditional_rke"}
-    assert "guided 20 of 30 steps" in str(report)
-    idle = SPARKE(0.0)
-    sample(idle)
-    assert "no step of 30 was guided" in str(idle.report())
-
-
 def test_gradient_has_sample_shape_and_dtype(g):
     guide = SPARKE()
     x, t = torch.randn(3, 4, 2, 2, generator=g), torch.randn(3, 5, generator=g)

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from kspec_guidance import SPARKE, KernelGuidance, MMDGuidance
+from kspec_guidance import SPARKE, KernelGuidance
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.objectives import RKE
 
@@ -42,15 +42,3 @@ def test_unknown_guide_class_raises_with_known_names(tmp_path):
     config, _ = SPARKE().to_config()
     with pytest.raises(ValueError, match=r"'NotImported'.*SPARKE.*import the module"):
         KernelGuidance.from_config({**config, "guide": "NotImported"})
-
-
-@pytest.mark.parametrize("guide", [SPARKE(0.5), MMDGuidance(REFERENCE, 0.7), SPARKE(0.5) + MMDGuidance(REFERENCE, 0.7)])
-def test_repr_of_a_guide_is_one_line_with_scale_objective_and_memory(guide):
-    text = repr(guide)
-    assert "\n" not in text
-    for term in guide.terms:
-        assert f"scale={term.scale:g}, objective={term.objective!r}, memory={term.memory!r}" in text
-
-
-def test_repr_of_a_report_is_one_line():
-    assert "\n" not in repr(SPARKE().report())
