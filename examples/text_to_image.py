@@ -10,7 +10,6 @@ Writes OUT/grid.png and OUT/scores.json.
 
 import argparse
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from kspec_guidance import SPARKE, KernelGuidance, MMDGuidance, encode_reference, load_demo_pipeline
+from kspec_guidance import SPARKE, MMDGuidance, encode_reference, load_demo_pipeline
 from kspec_guidance.plotting import side_by_side
 
 
@@ -61,16 +60,6 @@ def load(recipe: Recipe, device: str, offload: bool = False) -> Any:
     return pipe
 
 
-def generate(pipe: Any, prompts: list[str], n: int, seed: int, guide: KernelGuidance | None, call: dict) -> list[list[Any]]:
-    """Generate images ``[prompt][k]``; image k of each prompt starts from ``seed + k``."""
-    rows = []
-    for prompt in prompts:
-        seeds = [torch.Generator().manual_seed(seed + k) for k in range(n)]
-        with nullcontext() if guide is None else guide.attach(pipe):
-            rows.append(list(pipe(prompt, num_images_per_prompt=n, generator=seeds, **call).images))
-    return rows
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="+")
@@ -98,13 +87,14 @@ def main(argv: list[str] | None = None) -> None:
         guide = SPARKE.preset(args.preset or recipe.preset, **kwargs)
     else:
         guide = MMDGuidance(encode_reference(pipe, args.reference), **kwargs)
-    plain = generate(pipe, args.prompts, args.images_per_prompt, args.seed, None, call)
-    reports = {}
-    guided = []
+    plain, guided, reports = [], [], {}
     for prompt in args.prompts:
-        guided += generate(pipe, [prompt], args.images_per_prompt, args.seed, guide, call)
-        reports[prompt] = guide.report().as_dict()
-        print(f"{prompt}: {guide.report()}")
+        seeds = [torch.Generator().manual_seed(args.seed + k) for k in range(args.images_per_prompt)]
+        found = guide.compare(pipe, prompt, num_images_per_prompt=args.images_per_prompt, generator=seeds, **call)
+        plain.append(found.plain)
+        guided.append(found.guided)
+        reports[prompt] = found.report.to_dict()
+        print(f"{prompt}: {found.report}")
     args.out.mkdir(parents=True, exist_ok=True)
     tile = 64 if recipe.model == "demo" else 192
     grid = side_by_side({"plain": plain, "guided": guided}, args.prompts, "Same prompts, same seeds", tile=tile)

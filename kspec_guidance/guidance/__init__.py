@@ -1,5 +1,6 @@
 """Guides: apply the gradients of objectives to the samples of a running pipeline."""
 
+from kspec_guidance.guidance.comparison import GuidanceComparison
 from kspec_guidance.guidance.guide import KernelGuidance
 from kspec_guidance.guidance.presets import SPARKE, MMDGuidance, NoveltyGuidance, VendiGuidance
 from kspec_guidance.guidance.report import GuidanceReport, StepRecord
@@ -13,6 +14,7 @@ __all__ = [
     "KernelGuidance",
     "Term",
     "DEFAULT_TRANSFORMS",
+    "GuidanceComparison",
     "GuidanceReport",
     "StepRecord",
 ]

@@ -24,6 +24,7 @@ __all__ = ["GuidanceComparison", "PlainRun", "RepeatedCall"]
 
 PANEL_WIDTH = 1100  # pixels of one half of a grid
 SMALLEST, ENLARGED, LARGEST = 48, 96, 256  # sides of a cell: at least, for small images, at most
+GAP = 4  # pixels between cells
 PROMPT_COLUMNS = 8  # of a grid with several prompts
 
 
@@ -129,7 +130,7 @@ class GuidanceComparison:
         wrapped = [""] * (math.ceil(per * frames / columns) - 1)
         labels = [label for prompt in prompts for label in (str(prompt) if many else "", *wrapped)]
         side = max(ENLARGED, *panels["plain"][0][0].size)
-        tile = max(SMALLEST, min(side, LARGEST, PANEL_WIDTH // columns))
+        tile = max(SMALLEST, min(side, LARGEST, PANEL_WIDTH // columns - GAP))
         title = self._pipeline if many or not prompts[0] else str(prompts[0])
         figures = {"plain": self.report.plain, "guided": self.report.guided}
         notes = {name: f"like {value:.1f} different" for name, value in figures.items() if value is not None}
@@ -260,8 +261,8 @@ def _frames(sample: Any) -> list[Image.Image]:
 def _columns(n: int) -> int:
     """A number of columns that makes ``n`` cells nearly square, with as few empty ones as possible.
 
-    >>> [_columns(n) for n in (1, 2, 4, 7, 8, 16)]
-    [1, 2, 2, 4, 4, 4]
+    >>> [_columns(n) for n in (1, 2, 3, 7, 8, 16)]
+    [1, 2, 3, 4, 4, 4]
     """
     least = math.ceil(math.sqrt(n))
-    return min(range(least, math.floor(1.5 * math.sqrt(n)) + 1), key=lambda c: (-n % c, c), default=least)
+    return min(range(least, math.ceil(4 / 3 * math.sqrt(n)) + 1), key=lambda c: (-n % c, c))

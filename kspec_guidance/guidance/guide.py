@@ -224,8 +224,8 @@ class KernelGuidance(PipelineCallback):
             plain = PlainRun(self._run.needs_denoiser_call)
             with attachment.handled_by(plain):
                 plain_result = repeated()
-            guided_result = repeated()
-            attachment.end()
+            with attachment.handled_by(self._run):
+                guided_result = repeated()
         self.report().finished_plain = plain.finished
         return GuidanceComparison(plain_result, guided_result, self.report(), repeated)
 

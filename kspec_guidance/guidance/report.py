@@ -19,8 +19,8 @@ __all__ = ["GuidanceReport", "StepRecord"]
 
 SAME_PROMPT = 5e-3  # distance of unit-norm prompt features up to which prompts are the same: rounding of half precision
 INTERVAL_IMAGES = 4  # smallest number of a prompt's images that have an interval
-# Mean sizes of a move relative to the prediction, from python benchmarks/moves.py: up to the first the number of different
-# images does not change, from 0.4 to 0.8 the judges begin to lose images, and above they lose most of them.
+# Mean sizes of a move relative to the prediction, from python benchmarks/moves.py: up to 0.03 hardly anything changes, from
+# 0.4 on some digits are no longer valid, between 0.8 and 1.8 most digits and emoji break.
 WORDS = ((0.03, "too weak to see"), (0.1, "weak"), (0.4, "moderate"), (0.8, "strong"), (math.inf, "off the scale"))
 SATURATED = 0.95  # share of the images that look different, from which on the number can hardly rise
 

@@ -101,7 +101,7 @@ class Attachment:
 
     @contextmanager
     def handled_by(self, handler: StepHandler) -> Iterator[None]:
-        """Let another handler take the steps of the calls in this block; the attached one sees nothing of them."""
+        """Let a handler take the steps of the call in this block, which is forgotten if it fails."""
         own, hook = self.handler, self._hook
         passes = hook.context, hook.entered
         try:

@@ -64,10 +64,9 @@ def test_all_classes_of_the_recipes_run_with_tiny_weights(name):
     call = arguments | {"num_inference_steps": 4, "output_type": "latent"}
     prompt = prompt[0] if isinstance(prompt, list) else prompt
     guide = SPARKE.preset("few-step")
-    plain = text_to_image.generate(pipe, [prompt], 2, 0, None, call)
-    guided = text_to_image.generate(pipe, [prompt], 2, 0, guide, call)
-    assert guide.report().steps_guided >= 2
-    assert not all(bool((a == b).all()) for a, b in zip(plain[0], guided[0], strict=True))
+    found = guide.compare(pipe, prompt, num_images_per_prompt=2, **call)
+    assert found.report.steps_guided >= 2
+    assert not all(bool((a == b).all()) for a, b in zip(found.plain, found.guided, strict=True))
     assert len(guide.memory) == 2
 
 
