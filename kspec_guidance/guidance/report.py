@@ -211,10 +211,12 @@ class GuidanceReport:
             return "No run yet: generate images with the guide attached, or with guide.compare(pipe, ...)."
         if self.finished is None:
             return f"The run has not ended: guided {self.steps_guided} of {self.total_steps} steps so far."
-        return "\n".join(line for line in (self._images_line(), self._moves_line(), self._advice()) if line)
+        guided, plain = self._scores(self.finished), self._scores(self.finished_plain)
+        lines = self._images_line(guided, plain), self._moves_line(), *self._advice(guided, plain)
+        return "\n".join(line for line in lines if line)
 
-    def _images_line(self) -> str:
-        guided, plain, n = self._scores(self.finished), self._scores(self.finished_plain), self.images
+    def _images_line(self, guided: list[PromptScore], plain: list[PromptScore]) -> str:
+        n = self.images
         if not guided:
             what = "1 image" if n == 1 else f"{n} images, each of a prompt of its own"
             return f"{what}: differences are counted among images of one prompt, from two images on."
@@ -243,9 +245,9 @@ class GuidanceReport:
             f"{_percent(self.mean_relative_move)} of the {of}{word}."
         )
 
-    def _advice(self) -> str:
-        lines, now = [], " and ".join(f"{scale:g}" for scale in self.scales)
-        move, scores, plain = self.mean_relative_move, self._scores(self.finished), self._scores(self.finished_plain)
+    def _advice(self, guided: list[PromptScore], plain: list[PromptScore]) -> list[str]:
+        """What is noteworthy, and what to change."""
+        lines, now, move = [], " and ".join(f"{scale:g}" for scale in self.scales), self.mean_relative_move
         if not self.moves:
             why = "scale is 0" if not any(self.scales) else "no step lies between start= and stop= (or in sigma_interval=)"
             lines.append(f"Nothing was guided: no step of {self.total_steps}, since {why}.")
@@ -267,9 +269,9 @@ class GuidanceReport:
                 "The prompts are unknown, so all images count as images of one prompt; `with guide.attach(pipe)` reads "
                 "prompts that a callback cannot."
             )
-        if scores and not plain and move:
+        if guided and not plain and move:
             lines.append("guide.compare(pipe, ...) makes the same call without guidance beside it.")
-        return "\n".join(lines)
+        return lines
 
     def _reason(self) -> str:
         """Why moves are 0, as far as the report can know it."""

@@ -53,7 +53,6 @@ def test_toward_a_folder_of_images_by_the_script(tmp_path):
      "QwenImagePipeline"],
 )  # fmt: skip
 def test_all_classes_of_the_recipes_run_with_tiny_weights(name):
-    import text_to_image
 
     pipe = tiny.build(name)
     pipe.set_progress_bar_config(disable=True)
