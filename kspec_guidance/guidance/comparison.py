@@ -42,6 +42,9 @@ class PlainRun:
     def step(self, prediction: Prediction, context: StepContext) -> None:
         """No move."""
 
+    def realised(self, move: Any, context: StepContext) -> None:
+        """No move."""
+
     def before_step(self, sample: Any, prediction: Prediction, context: StepContext) -> None:
         """No move."""
 

@@ -109,6 +109,7 @@ class Run:
         self.report = GuidanceReport()
         self.finished: list[Finished] = []  # of the last pass
         self.attachment: Any = None
+        self._latest: tuple[Tensor, Tensor]  # norms [n, 1] of the latest moved samples, and of their moves
         self._states: list[TermState] = []
         self._of_predictions: list[TermState] = []  # by what they move, and when
         self._before_step: list[TermState] = []
@@ -155,13 +156,10 @@ class Run:
 
     def realised(self, move: Any, context: StepContext) -> None:
         """Put the move that samples have received in place of the intended one, which was reported last."""
-        assert self.report.latest is not None
-        target, intended = self.report.latest
-        found = context.layout.pack(move).flatten(1)
-        size, (step, _, noise) = norms(found), self.report.moves[-1]
-        self.report.moves[-1] = step, (size / norms(target).clamp_min(1e-12))[:, 0], noise
-        self.report.latest = target, found
-        self._rounded.append(torch.stack([size.sum(), norms(intended).sum()]))
+        target, intended = self._latest
+        size, (step, _, noise) = norms(context.layout.pack(move).flatten(1)), self.report.moves[-1]
+        self.report.moves[-1] = step, (size / target.clamp_min(1e-12))[:, 0], noise
+        self._rounded.append(torch.stack([size.sum(), intended.sum()]))
 
     def before_step(self, sample: Any, prediction: Prediction, context: StepContext) -> Any | None:
         """The noisy sample, moved by the terms that move it before the step; None if there are none."""
@@ -246,6 +244,7 @@ class Run:
             ]
             move, size = total()
         self.report.moves.append((context.step, (size / sizes.clamp_min(1e-12))[:, 0], prediction.noise_to_signal))
+        self._latest = sizes, size
         return move.view(x.shape)
 
     def _ascent(
