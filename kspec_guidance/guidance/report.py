@@ -285,7 +285,7 @@ class GuidanceReport:
                 "no two images have related prompts, in this call or in the memory. Generate several images per prompt, or "
                 "call again with the same guide."
             )
-        return "the objective has no gradient at these images, which may all be unrelated already, or rounding took the moves."
+        return "the objective has no gradient at these images, which may be unrelated already, or rounding took the moves."
 
     def _suggestion(self) -> str:
         """A scale that brings the mean move to a moderate size, or nearer to it by a factor of 4, if there is one scale."""
