@@ -206,13 +206,13 @@ def otsu(u: Tensor) -> float:
     return linked(u, float(d[best] + d[best + 1]) / 2)
 
 
-def silhouette(u: Tensor, low: float = 0.0, high: float = 2.0) -> float:
-    """Average linkage at the distance between ``low`` and ``high`` with the best mean silhouette (Rousseeuw 1987)."""
+def silhouette(u: Tensor) -> float:
+    """Average linkage at the distance with the best mean silhouette (Rousseeuw 1987)."""
     from sklearn.metrics import silhouette_score
 
     distances, tree, best = squared_distances(u).sqrt().numpy(), average_linkage(u), (-2.0, 1.0)
     heights = np.quantile(tree[:, 2], np.linspace(0, 1, 16))
-    for height in np.unique(heights[(heights >= low) & (heights <= high)]):
+    for height in np.unique(heights):
         labels = cut(tree, float(height))
         if 1 < len(labels.unique()) < len(u):
             score = silhouette_score(distances, labels.numpy(), metric="precomputed")
@@ -240,7 +240,6 @@ CANDIDATES = {
     "RKE, bandwidth 0.5": lambda u: gaussian(u, 0.5, 2),
     "linkage, threshold by Otsu": otsu,
     "linkage, best silhouette": silhouette,
-    "linkage, best silhouette in 0.5 to 0.8": lambda u: silhouette(u, 0.5, 0.8),
     "linkage at 0.65": lambda u: linked(u, 0.65),
     "linkage at 0.70": lambda u: linked(u, 0.70),
     "linkage at 0.75": lambda u: linked(u, 0.75),

@@ -26,7 +26,7 @@ from kspec_guidance import (
     load_demo_reference,
 )
 from kspec_guidance import functional as F
-from kspec_guidance.evaluation.embedders import pipeline_embedder
+from kspec_guidance.evaluation.embedders import image_embedder, pipeline_embedder
 from kspec_guidance.guidance.spaces import Pixels
 from kspec_guidance.guidance.term import Term
 from kspec_guidance.kernels import GaussianKernel, median_bandwidth
@@ -384,7 +384,7 @@ def evaluate(
 ) -> tuple[list[list[str]], str]:
     """Score a set of images; return rows of score, value, interval, and the path of a report page in ``folder``.
 
-    The page shows the notes, e.g. on files that were left out.
+    The first rows are the image features and the number of different images. The page shows the notes, e.g. on files that were left out.
 
     Raises:
         InputError: for fewer than 3 images.
@@ -401,8 +401,13 @@ def evaluate(
         image.thumbnail((512, 512))
         image.save(image_folder / f"{k:04}.png")
     with studio.lock:
-        image_set = load_images(image_folder, studio.embed)
-    report = evaluate_set(image_set, studio.embed)
+        embed = image_embedder("auto")  # uploads are any images, which the pipeline's own autoencoder tells apart badly
+        image_set = load_images(image_folder, embed)
+    report = evaluate_set(image_set, embed)
     write_page(report, page, notes)
     intervals = ["" if s.interval is None else f"{s.interval[0]:.3f} to {s.interval[1]:.3f}" for s in report.scores]
-    return [[s.score, f"{s.value:.3f}", i] for s, i in zip(report.scores, intervals, strict=True)], str(page)
+    rows = [[s.score, f"{s.value:.3f}", i] for s, i in zip(report.scores, intervals, strict=True)]
+    head = report.headline
+    bounds = "" if head.low is None else f"{head.low:.1f} to {head.high:.1f}"
+    first = [["image features", embed.name, ""], [f"different images, of {head.images}", f"{head.different:.1f}", bounds]]
+    return first + rows, str(page)

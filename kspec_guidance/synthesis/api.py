@@ -156,7 +156,7 @@ def synthesize(
         format: ``imagefolder``, ``webdataset`` or ``parquet``.
         shard_size: images in a shard of ``webdataset`` or ``parquet``.
         embedder: features for scores, targets and duplicates, or their name; the samples themselves by default.
-        report: write ``report.html`` at the end, of 5,000 images at most.
+        report: write ``report.html`` at the end, of 2,000 images at most.
         force: continue although settings changed or something is damaged; finished images are kept and counted.
         progress_callback: called with a :class:`Progress` after each batch.
         memory_file: where to save, at the end, an exact memory of the entries of the guide's memory and of the whole set.
