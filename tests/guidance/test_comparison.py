@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kspec_guidance import SPARKE, MMDGuidance, guided, insert_guidance, pipelines
+from kspec_guidance import SPARKE, MMDGuidance, guided, insert_guidance, load_demo_pipeline, pipelines
 from kspec_guidance import functional as F
 from kspec_guidance.guidance import GuidanceComparison, GuidanceReport
 from kspec_guidance.guidance.comparison import _columns
@@ -169,6 +169,19 @@ def test_pipelines_that_carry_a_guide_compare_without_it(pipe):
         assert torch.equal(found.plain, expected.plain)
         assert torch.equal(found.guided, expected.guided)
     assert len(own.guide.memory) == 3
+
+
+def test_offloaded_pipelines_are_compared(pipe):
+    from accelerate import cpu_offload
+
+    expected = SPARKE(1.0).compare(pipe, "heart", generator=generators(3), **LATENT)
+    offloaded = load_demo_pipeline()
+    offloaded.set_progress_bar_config(disable=True)
+    for module in (offloaded.unet, offloaded.vae, offloaded.text_encoder):  # as enable_sequential_cpu_offload, on CPU
+        cpu_offload(module, torch.device("cpu"), offload_buffers=True)
+    found = SPARKE(1.0).compare(offloaded, "heart", generator=generators(3), **LATENT)
+    assert torch.equal(found.plain, expected.plain)
+    assert torch.equal(found.guided, expected.guided)
 
 
 def test_user_subclasses_with_any_arguments_are_compared(pipe):
