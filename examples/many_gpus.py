@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", "--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--cfg", type=float, default=5.0)
-    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--variety", type=float, default=50.0)
     parser.add_argument("--out", type=Path, default=Path("outputs/many_gpus"))
     args = parser.parse_args(argv)
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": args.steps, "guidance_scale": args.cfg}
     result = synthesize(
-        read_prompts(args), args.out, pipe, SPARKE(args.scale), args.images_per_prompt, args.batch_size, call=call
+        read_prompts(args), args.out, pipe, SPARKE(variety=args.variety), args.images_per_prompt, args.batch_size, call=call
     )
     state.print(result)
 

@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--cfg", type=float, help="guidance_scale")
     parser.add_argument("--preset", help="default, safe, vivid, few-step or published")
-    parser.add_argument("--scale", type=float, help="strength; overrides the preset's")
+    parser.add_argument("--variety", type=float, help="strength from 0 to 100; 50 by default")
+    parser.add_argument("--scale", type=float, help="a fixed strength; overrides the preset's")
     parser.add_argument("--reference", type=Path, help="folder of tens of images, whose distribution to match")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     recipe = RECIPES.get(args.model) or Recipe(args.model, 30, 5.0)
-    kwargs = {} if args.scale is None else {"scale": args.scale}
+    kwargs = {name: value for name, value in (("scale", args.scale), ("variety", args.variety)) if value is not None}
     call = {
         "num_inference_steps": args.steps or recipe.steps,
         "guidance_scale": recipe.cfg if args.cfg is None else args.cfg,

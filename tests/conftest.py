@@ -1,7 +1,11 @@
+import os
 import shutil
+import tempfile
 
 import pytest
 import torch
+
+os.environ["KSPEC_GUIDANCE_HOME"] = tempfile.mkdtemp()  # no calibrations of the user; for child processes as well
 
 CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -26,11 +26,14 @@ __all__ = [
     "PromptTexts",
     "Prompts",
     "Quiet",
+    "Scale",
     "Seed",
     "Steps",
     "TextEmbedder",
+    "Variety",
     "Version",
     "check_prompt_source",
+    "check_strength",
     "existing_file",
     "finite",
     "folder_option",
@@ -139,6 +142,25 @@ BatchSize = Annotated[
         rich_help_panel=IMAGES,
     ),
 ]
+Variety = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=100,
+        help="Strength of SPARKE: 0 is plain sampling, 50 by default clearly more varied at no visible loss.",
+        rich_help_panel=GUIDANCE,
+        callback=finite,
+    ),
+]
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="A fixed strength instead of --variety, relative to the norm of the samples.",
+        rich_help_panel=GUIDANCE,
+        callback=finite,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="First seed.", rich_help_panel=IMAGES)]
 Embedder = Annotated[
     str,
@@ -181,6 +203,16 @@ def page_option(default: str) -> Any:
         rich_help_panel=OUTPUT,
         dir_okay=False,
     )
+
+
+def check_strength(variety: float | None, scale: float | None) -> None:
+    """Check that at most one of ``--variety`` and ``--scale`` is given.
+
+    Raises:
+        ValueError: if both are.
+    """
+    if variety is not None and scale is not None:
+        raise ValueError(f"--variety {variety:g} and --scale {scale:g} both set the strength; give one of them")
 
 
 # -- values ------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,12 @@ from kspec_guidance.cli.arguments import (
     IMAGES,
     Json,
     Quiet,
+    Scale,
     Seed,
     Steps,
+    Variety,
     Version,
+    check_strength,
     finite,
     folder_option,
 )
@@ -28,7 +31,8 @@ def demo(
     ] = 8,
     seed: Seed = 0,
     steps: Steps = 20,
-    scale: Annotated[float, typer.Option(min=0, help="Scale of SPARKE.", rich_help_panel=GUIDANCE, callback=finite)] = 1.0,
+    variety: Variety = None,
+    scale: Scale = None,
     mmd_scale: Annotated[
         float,
         typer.Option(min=0, help="Scale of MMD guidance toward skin tones.", rich_help_panel=GUIDANCE, callback=finite),
@@ -39,11 +43,14 @@ def demo(
     version: Version = False,
 ) -> None:
     """Compare plain and guided images of the embedded emoji pipeline, for the same prompts and seeds, with scores."""
+    check_strength(variety, scale)
     with command_output(as_json, quiet) as output:
         output.note("loading the embedded model ...")
+        from kspec_guidance import SPARKE
         from kspec_guidance.cli.showcase import run_demo
 
         with output.counter("generating") as progress_callback:
-            result = run_demo(out, images_per_prompt, scale, mmd_scale, steps, seed, progress_callback)
+            guide = SPARKE(scale, variety=variety)
+            result = run_demo(out, images_per_prompt, guide, mmd_scale, steps, seed, progress_callback)
         output.wrote(*result.files)
         output.result(result.as_dict(), *result.tables())

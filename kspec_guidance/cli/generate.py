@@ -24,10 +24,12 @@ from kspec_guidance.cli.arguments import (
     Prompts,
     PromptTexts,
     Quiet,
+    Scale,
     Steps,
+    Variety,
     Version,
     check_prompt_source,
-    finite,
+    check_strength,
     folder_option,
     load_pipeline,
     named,
@@ -75,10 +77,8 @@ def generate(
         float | None,
         typer.Option(help="Drop images with at least this cosine to a kept one, e.g. 0.98.", rich_help_panel=IMAGES),
     ] = None,
-    scale: Annotated[
-        float,
-        typer.Option(min=0, help="Scale of SPARKE; 0 is plain sampling.", rich_help_panel=GUIDANCE, callback=finite),
-    ] = 1.0,
+    variety: Variety = None,
+    scale: Scale = None,
     attribute: Annotated[
         list[str] | None,
         typer.Option(
@@ -150,6 +150,7 @@ def generate(
     torchrun --nproc-per-node 2 -m kspec_guidance generate ...
     """
     check_prompt_source(prompt, prompts)
+    check_strength(variety, scale)
     if processes is not None and not dry_run:
         raise ValueError(
             "--processes is for --dry-run; to start a run of several processes: torchrun --nproc-per-node "
@@ -178,7 +179,7 @@ def generate(
         height = call.get("height")
         for name, references in attributes.items():
             quotas[name] = read_attribute(pipe, references, (height, call.get("width", height)) if height else None)
-        guide = SPARKE(scale, memory=bank)
+        guide = SPARKE(scale, memory=bank, variety=variety)
         if dry_run:
             plan = estimate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,

@@ -68,7 +68,7 @@ class DemoResult:
 def run_demo(
     out: Path,
     images_per_prompt: int,
-    scale: float,
+    guide: SPARKE,
     mmd_scale: float,
     steps: int,
     seed: int,
@@ -79,7 +79,7 @@ def run_demo(
     Args:
         out: the folder.
         images_per_prompt: images per prompt with SPARKE; half as many with MMD.
-        scale: scale of SPARKE.
+        guide: the guide of diversity; its memory is shared by all prompts: only images of similar prompts repel.
         mmd_scale: scale of MMD guidance.
         steps: number of denoising steps.
         seed: image k of every prompt uses ``seed + k``.
@@ -110,7 +110,6 @@ def run_demo(
         progress_callback(done, total)
         return made
 
-    guide = SPARKE(scale)  # one memory for all prompts: only images of similar prompts repel
     varied = {
         "plain": [generate(p, images_per_prompt, None) for p in PROMPTS],
         "SPARKE": [generate(p, images_per_prompt, guide) for p in PROMPTS],

@@ -65,7 +65,7 @@ class KernelGuidance(PipelineCallback):
 
     Args:
         objective: an :class:`~kspec_guidance.objectives.Objective`.
-        scale, space, start, stop, every, sigma_interval, transforms, memory: see :class:`Term`.
+        scale, space, start, stop, every, sigma_interval, transforms, memory, unit: see :class:`Term`.
         seed: seed of the noise that separates exact duplicates; the global random state is not used.
 
     Raises:
@@ -91,11 +91,14 @@ class KernelGuidance(PipelineCallback):
         transforms: Sequence[str] = DEFAULT_TRANSFORMS,
         memory: Memory | None = None,
         seed: int = 0,
+        *,
+        unit: str = "norm",
         **unknown: Any,
     ):
         if unknown:
             raise unknown_arguments(type(self), unknown, HINTS)
-        self._set_up([Term(objective, scale, space, start, stop, every, sigma_interval, tuple(transforms), memory)], seed)
+        term = Term(objective, scale, space, start, stop, every, sigma_interval, tuple(transforms), memory, unit)
+        self._set_up([term], seed)
 
     @classmethod
     def from_terms(cls: type[Guide], terms: Sequence[Term], seed: int = 0) -> Guide:
@@ -116,6 +119,7 @@ class KernelGuidance(PipelineCallback):
             raise ValueError("a guide needs at least one term")
         self.terms, self.seed = list(terms), seed
         self.remember = True  # whether finished samples are added to the memory
+        self.calibration: float | None = None  # factor of variety; None: that of the user's calibration file, or 1
         self._run = Run(self)
 
     # -- memory and results ------------------------------------------------------------------------------------------
@@ -182,7 +186,9 @@ class KernelGuidance(PipelineCallback):
             if isinstance(term.memory, MemoryBank):
                 first = shared.setdefault(term.space, term.memory)
                 term.memory = term.memory if len(term.memory) else first
-        return KernelGuidance.from_terms(terms, self.seed)
+        both = KernelGuidance.from_terms(terms, self.seed)
+        both.calibration = self.calibration
+        return both
 
     def __repr__(self) -> str:
         settings = " + ".join(term.settings for term in self.terms)
@@ -359,12 +365,13 @@ class KernelGuidance(PipelineCallback):
             TypeError: for a user-defined kernel or objective, or a space whose settings cannot be saved.
         """
         tensors: dict[str, Tensor] = {}
-        names = ("scale", "start", "stop", "every", "sigma_interval", "transforms", "objective")
+        names = ("scale", "unit", "start", "stop", "every", "sigma_interval", "transforms", "objective")
         terms = [
             {name: encode(getattr(term, name), tensors) for name in names} | {"space": term.space.describe()}
             for term in self.terms
         ]
-        return {"format": SETTINGS_FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}, tensors
+        config = {"format": SETTINGS_FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}
+        return config | ({} if self.calibration is None else {"calibration": self.calibration}), tensors
 
     def save_config(self, save_directory: str | os.PathLike) -> None:
         """Write the settings into a folder: ``kspec_guidance.json``, and ``kspec_guidance.safetensors`` for tensors."""
@@ -390,7 +397,9 @@ class KernelGuidance(PipelineCallback):
                 "with a list of terms; import the module that defines the guide before loading its settings"
             )
         try:
-            return known[name].from_terms(decode_terms(listed, tensors), int(settings.get("seed", 0)))
+            guide = known[name].from_terms(decode_terms(listed, tensors), int(settings.get("seed", 0)))
+            guide.calibration = None if settings.get("calibration") is None else float(settings["calibration"])
+            return guide
         except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"the settings are damaged: {type(error).__name__}, {error}; restore them from a copy"

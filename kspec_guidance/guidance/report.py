@@ -73,7 +73,7 @@ class GuidanceReport:
         self.moves: list[tuple[int, Tensor, float | Tensor]] = []  # step, relative moves [n], noise-to-signal
         self.finished: Tensor | None = None
         self.finished_plain: Tensor | None = None  # those of the same call without guidance, see KernelGuidance.compare
-        self.scales: list[float] = []
+        self.strengths: list[tuple[str, float]] = []  # name and value of each term's strength: a scale or a variety
         self.moves_predictions = True  # whether all terms move the clean prediction
         self.remembered = 0  # number of memory entries at the start of the run
 
@@ -81,7 +81,7 @@ class GuidanceReport:
     def of(cls, context: StepContext, terms: Sequence[Term] = ()) -> "GuidanceReport":
         """Create the report of a pass that begins with these terms, whose memories are those at its start."""
         report = cls(context.total, type(context.scheduler).__name__, context.layout.kind)
-        report.context, report.scales = context, [float(term.scale) for term in terms]
+        report.context, report.strengths = context, [term.strength for term in terms]
         report.moves_predictions = not any(term.space.noisy for term in terms)
         report.remembered = max((len(term.memory) for term in terms), default=0)
         return report
@@ -247,21 +247,27 @@ class GuidanceReport:
 
     def _advice(self, guided: list[PromptScore], plain: list[PromptScore]) -> list[str]:
         """What is noteworthy, and what to change."""
-        lines, now, move = [], " and ".join(f"{scale:g}" for scale in self.scales), self.mean_relative_move
+        lines, move = [], self.mean_relative_move
+        name = " and ".join(dict.fromkeys(name for name, _ in self.strengths))
+        dial = f"{name}, now {' and '.join(f'{value:g}' for _, value in self.strengths)}"
         if not self.moves:
-            why = "scale is 0" if not any(self.scales) else "no step lies between start= and stop= (or in sigma_interval=)"
+            why = (
+                f"{name} is 0"
+                if not any(value for _, value in self.strengths)
+                else "no step lies between start= and stop= (or in sigma_interval=)"
+            )
             lines.append(f"Nothing was guided: no step of {self.total_steps}, since {why}.")
         elif move == 0:
             lines.append(f"Nothing moved: {self._reason()}")
         elif self._word == "off the scale":
             lines.append(
                 f"Moves {'larger than the images' if move > 1 else 'nearly as large as the images'} usually break them, "
-                f"however different they then are: lower scale, now {now}{self._suggestion()}."
+                f"however different they then are: lower {dial}{self._suggestion()}."
             )
         elif self._word in ("too weak to see", "weak"):
-            lines.append(f"For a larger effect raise scale, now {now}{self._suggestion()}.")
+            lines.append(f"For a larger effect raise {dial}{self._suggestion()}.")
         else:
-            lines.append(f"If images look wrong, lower scale, now {now}; for a larger effect, raise it.")
+            lines.append(f"If images look wrong, lower {dial}; for a larger effect, raise it.")
         if plain and move and sum(s.value for s in plain) > SATURATED * sum(len(s.left_out) for s in plain):
             lines.append("Without guidance nearly all differ already, as far as this number tells; judge by eye.")
         if not self.prompts_known:
@@ -288,10 +294,14 @@ class GuidanceReport:
         return "the objective has no gradient at these images, which may be unrelated already, or rounding took the moves."
 
     def _suggestion(self) -> str:
-        """A scale that brings the mean move to a moderate size, or nearer to it by a factor of 4, if there is one scale."""
-        if len(self.scales) != 1:
+        """A strength that brings the mean move to a moderate size, or nearer to it by a factor of 4, if there is one."""
+        if len(self.strengths) != 1:
             return ""
-        return f", to about {float(f'{self.scales[0] * min(0.2 / self.mean_relative_move, 4):.1g}'):g}"
+        name, value = self.strengths[0]
+        wanted = value * min(0.2 / self.mean_relative_move, 4)
+        if name == "variety" and wanted > 100:
+            return ", to 100, or set a scale, which has no limit"
+        return f", to about {float(f'{wanted:.1g}'):g}"
 
 
 def _mean(scores: list[PromptScore]) -> float | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kspec_guidance.guidance.calibration import find_calibration, guidance_scale_of
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.term import Term
@@ -117,6 +118,7 @@ class Run:
         self._need_score = False  # whether a transform uses the direction of the score
         self._unchecked: list[tuple[str, int, Tensor]] = []  # what, step, and whether it is finite
         self._rounded: list[Tensor] = []  # sizes of the moves of a step in half precision, realised and intended
+        self.calibration = 1.0  # factor of scales in the unit "spread"
         self.needs_denoiser_call = any(term.space.needs_denoiser_call for term in guide.terms)
 
     def begin(self, context: StepContext, sample: Any) -> None:
@@ -130,6 +132,7 @@ class Run:
             )
         self.report = GuidanceReport.of(context, self.guide.terms)
         self.finished, self._unchecked, self._rounded = [], [], []
+        self.calibration = self._calibration(context)
         self._states = [TermState(term, term.guided_steps(context.total)) for term in self.guide.terms]
         self._need_score = any("off_score" in term.transforms for term in self.guide.terms)
         noisy = [state for state in self._states if state.term.space.noisy]
@@ -140,6 +143,16 @@ class Run:
             shape = term.space.shape(packed)
             if shape is not None:
                 term.memory.bind(shape, term.space.name, call.encoder)
+
+    def _calibration(self, context: StepContext) -> float:
+        """The factor of scales in the unit "spread" for this pipeline and call."""
+        if self.guide.calibration is not None:
+            return self.guide.calibration
+        pipe = context.call.pipe
+        if pipe is None or not any(term.unit == "spread" and term.scale for term in self.guide.terms):
+            return 1.0
+        found = find_calibration(pipe, context.total, guidance_scale_of(pipe))
+        return 1.0 if found is None else found.factor
 
     def step(self, prediction: Prediction, context: StepContext) -> Any | None:
         """The move of x0: the sum over terms of transform(gradient), in the layout of the loop."""
@@ -222,7 +235,7 @@ class Run:
                     score,
                     context.step / context.total,
                     (term.start, term.stop),
-                    float(term.scale),
+                    self._strength(term, gradient),
                     gradient.effective_count,
                     sizes,
                 )
@@ -246,6 +259,13 @@ class Run:
         self.report.moves.append((context.step, (size / sizes.clamp_min(1e-12))[:, 0], prediction.noise_to_signal))
         self._latest = sizes, size
         return move.view(x.shape)
+
+    def _strength(self, term: Term, gradient: Gradient) -> float | Tensor:
+        """The scale of a term, relative to the norm of the moved samples."""
+        if term.unit == "norm":
+            return float(term.scale)
+        assert gradient.spread is not None
+        return float(term.scale) * self.calibration * gradient.spread.square()
 
     def _ascent(
         self, state: TermState, x: Tensor, sizes: Tensor, context: StepContext

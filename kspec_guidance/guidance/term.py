@@ -13,7 +13,9 @@ from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Objective
 
-__all__ = ["DEFAULT_TRANSFORMS", "Term"]
+__all__ = ["DEFAULT_TRANSFORMS", "VARIETY_AT_SCALE_1", "Term"]
+
+VARIETY_AT_SCALE_1 = 25.0  # in the unit "spread"
 
 # docs/arena/ablations.md measures each transform alone: off_score has the largest effect
 DEFAULT_TRANSFORMS = ("tangent", "off_score", "bound", "fade")
@@ -28,7 +30,10 @@ class Term:
 
     Args:
         objective: the objective to ascend.
-        scale: size of a move relative to the norm of the moved sample, at least 0.
+        scale: size of a move, at least 0.
+        unit: unit of the scale: ``norm``, the norm of the moved sample, or ``spread``, that norm times the squared median
+            distance between samples of the same prompt, of norm 1. The latter adapts to how much a model varies its
+            images, so that one scale has like effects on different models (docs/variety.md).
         space: feature space for comparisons: ``x0`` (the clean prediction), ``latents`` (the noisy sample, as in the
             papers), ``pooled``, ``pixels``, ``activations``, or a :class:`~kspec_guidance.guidance.spaces.FeatureSpace`.
             ``latents`` moves the noisy sample after the step, the others move the clean prediction, through the model
@@ -54,6 +59,7 @@ class Term:
         sigma_interval: tuple[float, float] | None = None,
         transforms: Sequence[str] = DEFAULT_TRANSFORMS,
         memory: Memory | None = None,
+        unit: str = "norm",
     ):
         if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
             raise ValueError(
@@ -69,7 +75,13 @@ class Term:
         unknown = [name for name in transforms if name not in TRANSFORMS]
         if unknown:
             raise ValueError(f"unknown transforms {unknown}; known are {', '.join(TRANSFORMS)}")
-        self.objective, self.scale, self.space = objective, scale, make_space(space)
+        if unit not in ("norm", "spread"):
+            raise ValueError(f"unit must be 'norm' or 'spread', got {unit!r}")
+        if unit == "spread" and not objective.measures_spread:
+            raise ValueError(
+                f"{type(objective).__name__} does not measure the spread of samples; use unit='norm', or SPARKE's objective"
+            )
+        self.objective, self.scale, self.unit, self.space = objective, scale, unit, make_space(space)
         self.start, self.stop, self.every = start, stop, every
         self.sigma_interval, self.transforms = sigma_interval, tuple(transforms)
         if self.space.step_by_step and sigma_interval is not None:
@@ -78,6 +90,16 @@ class Term:
                 "advance; give start= and stop= instead of sigma_interval="
             )
         self.memory: Memory = objective.make_memory() if memory is None else memory
+
+    @property
+    def variety(self) -> float | None:
+        """The scale as a variety, usually from 0 to 100; None for scales relative to the norm."""
+        return VARIETY_AT_SCALE_1 * self.scale if self.unit == "spread" else None
+
+    @property
+    def strength(self) -> tuple[str, float]:
+        """Name and value of the setting that gives the strength: ``variety`` or ``scale``."""
+        return ("scale", float(self.scale)) if self.variety is None else ("variety", self.variety)
 
     def guided_steps(self, total: int) -> frozenset[int]:
         """Indices of the guided steps in a run of ``total`` steps, regardless of their noise level."""
@@ -97,7 +119,8 @@ class Term:
             found += [(f.name, getattr(self.objective, f.name), USUAL_KERNELS.get(f.name, f.default)) for f in fields]
         texts = [(name, _text(value), _text(usual)) for name, value, usual in found if value is not None]
         changed = [f"{name}={text}" for name, text, usual in texts if text != usual]
-        return ", ".join([type(self.objective).__name__, f"scale={self.scale:g}", *changed])
+        name, value = self.strength
+        return ", ".join([type(self.objective).__name__, f"{name}={value:g}", *changed])
 
     def __repr__(self) -> str:
         return f"Term({self.settings}; {type(self.memory).__name__} with {len(self.memory)} entries)"

@@ -31,12 +31,15 @@ class Gradient(NamedTuple):
             this cannot happen. A ``jitter`` separates them first. On the CPU if the objective has read other values of
             the device already, else on the device of the rows.
         finite: False if the objective has read values that are NaN or infinite.
+        spread: median distance of the pairs of the same prompt, of rows of norm 1, a tensor of one element; None if the
+            objective does not measure it.
     """
 
     rows: Tensor
     effective_count: Tensor | None = None
     coincident: Tensor | None = None
     finite: bool = True
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,12 @@ class Objective:
         normalize: whether rows are scaled to norm 1 before they are compared, so that moves rotate a sample without
             scaling it.
         conditional: whether prompts are used.
+        measures_spread: whether gradients have a ``spread``.
     """
 
     normalize: bool = True
     conditional: bool = False
+    measures_spread: bool = False
 
     def make_memory(self) -> Memory:
         """An empty memory that this objective can use."""

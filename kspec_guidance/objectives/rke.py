@@ -50,6 +50,7 @@ class RKE(Objective):
     normalize: bool = True
     prompt_kernel: Kernel | None = field(default=None, init=False)
     prompt_feature_map: RandomFourierFeatures | None = field(default=None, init=False)
+    measures_spread = True
 
     def __post_init__(self):
         self.kernel = differentiable(self.kernel)
@@ -83,7 +84,7 @@ class RKE(Objective):
             phi = self._squared_map(x)
             outside = 0.0 if pairs.coefficients is None else (phi * pairs.coefficients).sum()
             return -outside - (pairs.inside * (phi @ phi.mT)).sum() / 2
-        kernel = self._fit(x, _products(x.detach())[1], pairs)
+        kernel = self._fit(x, self._spread(_products(x.detach())[1], x, pairs), pairs)
         inside = -(kernel(x).square() * pairs.inside).sum() / 2
         if pairs.selection is None:
             return inside
@@ -106,20 +107,33 @@ class RKE(Objective):
             if not self._warned and len(x) > 1:
                 self._warned = True
                 self._warn_if_unreliable(self._squared_map, float(pairwise_distances(x.detach()).median()))
-            return Gradient(self._feature_gradient(self._squared_map, x, pairs))
+            assert self.feature_map is not None
+            spread = x.new_full((), (self.feature_map.kernel.bandwidth or 0.0) / SAMPLE_BANDWIDTH)
+            return Gradient(self._feature_gradient(self._squared_map, x, pairs), spread=spread)
         centred, products = _products(x)
-        kernel = self._fit(x, products, pairs).squared()
+        spread = self._spread(products, x, pairs)
+        kernel = self._fit(x, spread, pairs).squared()
         g, largest = self._descent(kernel, x, centred, products, pairs)
         coincident = largest > COINCIDENT
         if jitter is not None:
             moved = x + jitter * coincident[:, None]
             g = torch.where(coincident[:, None], self._descent(kernel, moved, *_products(moved), pairs)[0], g)
-        return Gradient(g, pairs.effective_count, coincident)
+        return Gradient(g, pairs.effective_count, coincident, spread=spread)
 
-    def _fit(self, x: Tensor, products: Tensor, pairs: Pairs) -> Kernel:
-        """The fitted kernel; an open Gaussian gets half the median distance of the pairs, with the weights of the pairs.
+    def _spread(self, products: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
+        """Median distance of the pairs, with their weights. Of a memory, about 128 evenly spaced rows are used."""
+        with torch.no_grad():
+            xx = products.diagonal()
+            d, w = (xx[:, None] + xx - 2 * products).clamp_min(0).sqrt(), pairs.inside
+            if pairs.selection is not None:
+                d_memory, w_memory = pairs.selection.distances(x)
+                d, w = torch.cat([d, d_memory], 1), torch.cat([w, w_memory.expand_as(d_memory)], 1)
+            return weighted_median(d, w * (d > DISTINCT * d.max()))
 
-        Of a memory of more than 128 rows, about 128 evenly spaced ones are used; for other open kernels 2,048.
+    def _fit(self, x: Tensor, spread: Tensor, pairs: Pairs) -> Kernel:
+        """The fitted kernel; an open Gaussian gets half the median distance of the pairs.
+
+        For other open kernels 2,048 rows of a memory are used.
         """
         if not self.kernel.open:
             return self.kernel.fit(x)
@@ -127,14 +141,7 @@ class RKE(Objective):
             selection = pairs.selection
             rows = x[:0] if selection is None else selection.rows(x, evenly_spaced(len(selection), MEDIAN_ROWS))
             return self.kernel.fit_on_device(torch.cat([x, rows]).detach())
-        with torch.no_grad():
-            xx = products.diagonal()
-            d, w = (xx[:, None] + xx - 2 * products).clamp_min(0).sqrt(), pairs.inside
-            if pairs.selection is not None:
-                d_memory, w_memory = pairs.selection.distances(x)
-                d, w = torch.cat([d, d_memory], 1), torch.cat([w, w_memory.expand_as(d_memory)], 1)
-            median = weighted_median(d, w * (d > DISTINCT * d.max()))
-        median = SAMPLE_BANDWIDTH * median
+        median = SAMPLE_BANDWIDTH * spread
         return GaussianKernel(float(median) if x.device.type == "cpu" else median)  # type: ignore[arg-type]
 
     def _descent(

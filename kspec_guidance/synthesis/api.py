@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.guidance import KernelGuidance
+from kspec_guidance.guidance.calibration import call_settings, find_calibration
 from kspec_guidance.guidance.presets import SPARKE
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.memory.io import read_tensors, write_tensors
@@ -190,6 +191,8 @@ def synthesize(
         )
     make_jobs(prompt_list, images_per_prompt, counts)  # refuses quotas of unknown groups before anything is written
     with _restored(guide):
+        if guide.calibration is None:  # one factor for the whole run, whatever other machines have
+            guide.calibration = processes.gather(torch.tensor([[_calibration(pipe, call)]], dtype=torch.float64))[0].item()
         guide_memory, entries = guide.memory, len(guide.memory)
         balance, run_guide = None, guide
         if attributes:
@@ -289,14 +292,21 @@ def synthesize(
 
 @contextmanager
 def _restored(guide: KernelGuidance) -> Iterator[None]:
-    """Restore the guide's memories, and whether it adds to them, at the end."""
-    remember, memories = guide.remember, [term.memory for term in guide.terms]
+    """Restore the guide's memories, its calibration, and whether it adds to memories, at the end."""
+    remember, calibration, memories = guide.remember, guide.calibration, [term.memory for term in guide.terms]
     try:
         yield
     finally:
-        guide.remember = remember
+        guide.remember, guide.calibration = remember, calibration
         for term, memory in zip(guide.terms, memories, strict=True):
             term.memory = memory
+
+
+def _calibration(pipe: Any, call: dict[str, Any]) -> float:
+    """The factor of variety for these calls; 1 if the pipeline was not calibrated for similar settings."""
+    steps, guidance_scale = call_settings(pipe, call)
+    found = None if steps is None else find_calibration(pipe, steps, guidance_scale)
+    return 1.0 if found is None else found.factor
 
 
 def _warn_of_cut(generator: Generator, prompts: list[Prompt]) -> None:

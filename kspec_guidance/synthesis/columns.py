@@ -12,7 +12,7 @@ __all__ = ["COLUMNS", "TYPES", "Columns", "column_types", "plain_value"]
 
 COLUMNS: dict[str, type] = {  # of the metadata, with the types of their values
     "file_name": str, "prompt": str, "group": str, "seed": int, "attempt": int, "prompt_number": int, "guide": str,
-    "scale": float, "settings": str, "nearest": float, "vendi": float, "attribute": str,
+    "variety": float, "scale": float, "settings": str, "nearest": float, "vendi": float, "attribute": str,
 }  # fmt: skip
 TYPES = {bool: "booleans", int: "whole numbers", float: "numbers", str: "texts"}
 EXACT = 2**53  # up to which float64 holds all whole numbers

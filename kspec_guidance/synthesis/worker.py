@@ -156,7 +156,8 @@ class Worker:
             "attempt": sample.attempt,
             "prompt_number": job.number,
             "guide": type(term.objective).__name__ if term.scale else "none",
-            "scale": term.scale,
+            "variety": term.variety,
+            "scale": term.scale if term.unit == "norm" else None,
             "settings": self.settings.digest,
         }
         return row

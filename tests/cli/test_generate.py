@@ -96,3 +96,14 @@ def test_after_an_interruption_the_same_command_resumes(tmp_path, monkeypatch):
     result = call(*words)
     assert result.exit_code == 0, result.output
     assert "6 images in set, 4 of them made now" in result.stdout
+
+
+def test_variety_and_scale_set_the_strength_and_exclude_each_other(tmp_path):
+    for option, value, columns in (("--variety", 30, (30.0, None)), ("--scale", 0.5, (None, 0.5))):
+        result = call("generate", "heart", "--out", tmp_path / option[2:], *FAST, option, value)
+        assert result.exit_code == 0, result.output
+        assert {(row["variety"], row["scale"]) for row in rows_of(tmp_path / option[2:])} == {columns}
+    result = call("generate", "heart", "--out", tmp_path / "both", *FAST, "--variety", 30, "--scale", 0.5)
+    assert result.exit_code == 2
+    assert "--variety 30 and --scale 0.5 both set the strength" in result.stderr
+    assert call("generate", "heart", "--out", tmp_path / "far", *FAST, "--variety", 101).exit_code == 2

@@ -118,13 +118,14 @@ def image_set(x):
 
 
 def tuned(x):
-    """Diversity of images whose features are these, in a search without a pipeline."""
+    """Diversity of images whose features are these, in a search with a pipeline that returns seeds."""
 
-    def pipe(prompt, generator, **arguments):
-        return SimpleNamespace(images=[g.initial_seed() for g in generator])
+    class Seeds:
+        def __call__(self, prompt, generator, num_images_per_prompt=1, output_type="pil"):
+            return SimpleNamespace(images=[g.initial_seed() for g in generator])
 
     guide = SimpleNamespace(attach=nullcontext)
-    found = tune(pipe, ["a"], lambda scale: guide, [1.0], 4, 1, embed=lambda seeds: x[[s % len(x) for s in seeds]])
+    found = tune(Seeds(), ["a"], lambda scale: guide, [1.0], 4, 1, embed=lambda seeds: x[[s % len(x) for s in seeds]])
     return [found.plain_diversity, found.plain_fidelity]
 
 

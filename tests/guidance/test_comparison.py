@@ -160,10 +160,10 @@ def test_schedulers_with_noise_or_history_begin_alike(pipe, name):
 
 
 def test_pipelines_that_carry_a_guide_compare_without_it(pipe):
-    expected = SPARKE(1.0).compare(pipe, "heart", generator=generators(3), **LATENT)
+    expected = SPARKE().compare(pipe, "heart", generator=generators(3), **LATENT)
     own = pipelines.SPARKEStableDiffusionPipeline(**pipe.components)
     plugged = guided(type(pipe))(**pipe.components)
-    for guide, other in ((own.guide, own), (SPARKE(1.0), own), (SPARKE(1.0), plugged)):
+    for guide, other in ((own.guide, own), (SPARKE(), own), (SPARKE(), plugged)):
         other.set_progress_bar_config(disable=True)
         found = guide.compare(other, "heart", generator=generators(3), **LATENT)
         assert torch.equal(found.plain, expected.plain)

@@ -36,7 +36,7 @@ def finished(x, prompts=None, prompted=True, plain=None):
 def moved(x, size, scale=1.0, **settings):
     """The same, after one step with a move of this relative size."""
     report = finished(x, **settings)
-    report.moves, report.scales = [(0, torch.full((len(x),), size), 1.0)], [scale]
+    report.moves, report.strengths = [(0, torch.full((len(x),), size), 1.0)], [("scale", scale)]
     return report
 
 
@@ -216,7 +216,7 @@ def test_repr_of_a_report_is_one_line():
 
 
 def test_repr_of_a_guide_has_its_changed_settings_memory_and_pipeline():
-    assert repr(SPARKE()) == "SPARKE(ConditionalRKE, scale=1, stop=0.65; MemoryBank with 0 entries; not attached)"
+    assert repr(SPARKE()) == "SPARKE(ConditionalRKE, variety=50, stop=0.65; MemoryBank with 0 entries; not attached)"
     text = repr(SPARKE(0.5, kernel=GaussianKernel(0.3), every=2, space="pooled"))
     for part in ("scale=0.5", "kernel=GaussianKernel(bandwidth=0.3)", "every=2", "space=Pooled("):
         assert part in text
@@ -228,6 +228,14 @@ def test_repr_of_a_guide_has_its_changed_settings_memory_and_pipeline():
     guide.memory.add(torch.ones(2, 4))
     with guide.attach(scheduler):
         assert repr(guide).endswith("MemoryBank with 2 entries; attached to DDIMScheduler)")
+
+
+def test_advice_names_the_dial_that_the_guide_has():
+    report = GuidanceReport()
+    report.strengths, report.moves = [("variety", 80.0)], [(0, torch.full((2,), 0.05), 1.0)]
+    assert any("raise variety, now 80, to 100, or set a scale" in line for line in report._advice([], []))
+    report.strengths = [("variety", 10.0)]
+    assert any("raise variety, now 10, to about 40" in line for line in report._advice([], []))
 
 
 def test_repr_of_a_guide_with_a_network_is_one_short_line():

@@ -22,7 +22,8 @@ def test_a_run_writes_a_folder_that_datasets_loads_and_a_second_run_makes_nothin
     assert {(r["prompt"], r["group"], r["mood"]) for r in rows} == {("heart", "things", "warm"), ("runner", "people", "x")}
     assert {r["seed"] for r in rows} == {image_seed(0, p, k) for p in ("heart", "runner") for k in range(5)}
     assert [r["nearest"] is None for r in rows] == [k == 0 for k in range(5)] * 2
-    assert all(1 <= r["vendi"] <= 5 and r["guide"] == "ConditionalRKE" and r["scale"] == 1.0 for r in rows)
+    assert all(1 <= r["vendi"] <= 5 and r["guide"] == "ConditionalRKE" and r["variety"] == 50 for r in rows)
+    assert all(r["scale"] is None for r in rows)
     loaded = datasets.load_dataset(
         "imagefolder", data_dir=str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "c")
     )

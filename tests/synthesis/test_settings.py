@@ -21,7 +21,7 @@ def test_changed_settings_are_listed_and_refused_and_force_continues(tmp_path, p
     changed = (
         "images_per_prompt: 3 before, now 5",
         "num_inference_steps: 3 before, now 4",
-        "terms[0].scale: 1.0 before, now 0.3",
+        "terms[0].scale: 2.0 before, now 0.3",
     )
     for text in ("6 images", *changed, "--force"):
         assert text in message
@@ -32,7 +32,7 @@ def test_changed_settings_are_listed_and_refused_and_force_continues(tmp_path, p
     assert len({r["file_name"] for r in rows}) == 15
     assert [sum(r["prompt"] == p for r in rows) for p in prompts] == [5, 5, 5]
     assert all(p.read_bytes() == data for p, data in before.items())
-    assert sorted({r["scale"] for r in rows}) == [0.3, 1.0]
+    assert {(r["variety"], r["scale"]) for r in rows} == {(50.0, None), (None, 0.3)}
     assert make(tmp_path, pipe, prompts, guide=SPARKE(0.3)).made == 0
 
 

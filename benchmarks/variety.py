@@ -1,0 +1,125 @@
+"""What one variety does on different models, without and with a calibration, beside one scale relative to the norm.
+
+    python benchmarks/variety.py --out benchmarks/results/variety.json --page docs/variety.md
+
+On every bed of the arena: the effective number of different images of a prompt (RKE of the finished samples, Gaussian
+kernel of bandwidth 0.5), the modes and the share of valid samples, against plain sampling of the same noise. Prompts are
+those of the report half; calibrations use two prompts of the tuning half.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.arena.beds import BEDS, Bed, Case
+from kspec_guidance import SPARKE
+from kspec_guidance import functional as F
+from kspec_guidance.calibration import search_factor
+from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel, l2_normalize
+
+KERNEL = GaussianKernel(IMAGE_BANDWIDTH)
+VARIETIES = (25, 50, 75, 100)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    return l2_normalize(x.flatten(1).double())
+
+
+def sample(bed: Bed, case: Case, guide: SPARKE) -> Tensor:
+    with guide.attach(bed.pipe):
+        return bed.run(case, bed.images)
+
+
+def measure(bed: Bed, cases: list[Case], make: Callable[[], SPARKE]) -> dict[str, float]:
+    """Means over the cases, each with a new guide."""
+    found = []
+    for case in cases:
+        x = sample(bed, case, make())
+        figures = bed.judge(x, case)
+        found.append([float(F.rke_score(unit_rows(x), KERNEL)), figures[bed.diversity], figures[bed.fidelity]])
+    different, modes, valid = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+    return {"different": different, "modes": modes, "valid": valid}
+
+
+def factor_of(bed: Bed) -> float:
+    """The factor of a calibration with two prompts of the tuning half."""
+    cases = bed.cases("tune", 1)[:2]
+
+    def alike(factor: float) -> float:
+        total = 0.0
+        for case in cases:
+            guide = SPARKE(variety=50 if factor else 0)
+            guide.calibration = factor
+            total += 1 / float(F.rke_score(unit_rows(sample(bed, case, guide)), KERNEL, unbiased=True))
+        return total / len(cases)
+
+    return search_factor(alike)[0]
+
+
+def guide_with(variety: float, factor: float = 1.0) -> SPARKE:
+    guide = SPARKE(variety=variety)
+    guide.calibration = factor
+    return guide
+
+
+def run_bed(name: str, prompts: int) -> dict[str, Any]:
+    bed = BEDS[name]()
+    cases, factor = bed.cases("report", 1)[:prompts], factor_of(bed)
+    rows = {"plain": measure(bed, cases, lambda: guide_with(0))}
+    rows["scale 1"] = measure(bed, cases, lambda: SPARKE(1.0))
+    for variety in VARIETIES:
+        rows[f"variety {variety}"] = measure(bed, cases, lambda v=variety: guide_with(v))
+    rows["variety 50, calibrated"] = measure(bed, cases, lambda: guide_with(50, factor))
+    return {"bed": bed.name, "factor": factor, "prompts": len(cases), "rows": rows}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    shown = ["scale 1", *(f"variety {v}" for v in VARIETIES), "variety 50, calibrated"]
+    lines = ["| bed | plain | " + " | ".join(shown) + " | factor |", "|---|" + "---|" * (len(shown) + 2)]
+    for result in results:
+        plain = result["rows"]["plain"]
+        cells = [f"{plain['modes']:.1f} modes, {plain['valid']:.2f} valid"]
+        for name in shown:
+            row = result["rows"][name]
+            loss = row["valid"] - plain["valid"]
+            cells.append(f"x{row['modes'] / plain['modes']:.2f} modes, {loss:+.3f}")
+        lines.append(f"| {result['bed']} | " + " | ".join(cells) + f" | {result['factor']:.2f} |")
+    return "\n".join(lines)
+
+
+def write_page(page: Path, results: list[dict[str, Any]]) -> None:
+    """Write the table between its two markers."""
+    start, end = "<!-- variety -->", "<!-- /variety -->"
+    text = page.read_text(encoding="utf-8")
+    head, rest = text.split(start)
+    page.write_text(f"{head}{start}\n{table(results)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=list(BEDS))
+    parser.add_argument("--prompts", type=int, default=6, help="prompts of the report half, at most")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--page", type=Path, help="write the table into this page")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for name in args.beds:
+        results.append(run_bed(name, args.prompts))
+        print(table(results[-1:]).splitlines()[-1], flush=True)
+        if args.out is not None:
+            args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if args.page is not None:
+        write_page(args.page, results)
+
+
+if __name__ == "__main__":
+    main()

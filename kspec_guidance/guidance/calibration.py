@@ -1,0 +1,125 @@
+"""Calibrations of ``variety``: what a pipeline's images do at 50, measured by short runs and kept in one JSON file."""
+
+import functools
+import inspect
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kspec_guidance.loop.components import denoiser_of
+from kspec_guidance.utils.atomic_io import replacing
+from kspec_guidance.utils.hashing import fingerprint, same_network
+from kspec_guidance.utils.messages import warn_user
+
+__all__ = ["Calibration", "calibration_file", "call_settings", "find_calibration", "guidance_scale_of", "store_calibration"]
+
+STEPS_RATIO, SCALE_RATIO = 1.5, 1.25  # how far steps and guidance scale of a call may be from those of a calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The strength at which variety 50 halves how alike a pipeline's images of one prompt are.
+
+    Attributes:
+        network: fingerprint of the denoiser.
+        steps: number of denoising steps.
+        guidance_scale: classifier-free guidance scale; None for pipelines without one.
+        factor: factor of the scale of every variety.
+        alike: mean squared kernel of two plain images of one prompt, in 0..1 (Gaussian kernel of bandwidth 0.5).
+        alike_guided: the same of images guided at variety 50 with this factor.
+        images: number of images of the measurement.
+    """
+
+    network: str
+    steps: int
+    guidance_scale: float | None
+    factor: float
+    alike: float
+    alike_guided: float
+    images: int
+
+
+def calibration_file() -> Path:
+    """The file of this user's calibrations, in ``$KSPEC_GUIDANCE_HOME`` or the user's cache."""
+    home = os.environ.get("KSPEC_GUIDANCE_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return (Path(home) if home else Path(cache) / "kspec_guidance") / "calibration.json"
+
+
+def _read() -> list[Calibration]:
+    """All calibrations of the file; none if it cannot be read, with a warning."""
+    path = calibration_file()
+    try:
+        return list(_parsed(path, path.stat().st_mtime_ns))
+    except OSError:
+        return []
+    except (ValueError, TypeError, KeyError) as error:
+        warn_user(f"the calibrations in {path} are damaged ({error}) and not used; delete the file and calibrate again")
+        return []
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(path: Path, modified: int) -> tuple[Calibration, ...]:
+    names = [f.name for f in fields(Calibration)]
+    found = [Calibration(**{name: entry[name] for name in names}) for entry in json.loads(path.read_text("utf-8"))]
+    if not all(isinstance(c.factor, int | float) and 0 < c.factor < math.inf for c in found):
+        raise ValueError("a factor is not a positive number")
+    return tuple(found)
+
+
+def guidance_scale_of(pipe: Any) -> float | None:
+    """Classifier-free guidance scale of the pipeline's present call; None if it does not tell."""
+    found = getattr(pipe, "_guidance_scale", None)
+    return float(found) if isinstance(found, int | float) else None
+
+
+def call_settings(pipe: Any, call: dict[str, Any]) -> tuple[int | None, float | None]:
+    """Number of steps and guidance scale of a call with these arguments; None where they are unknown."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+
+    def value(name: str) -> Any:
+        found = call[name] if name in call else getattr(parameters.get(name), "default", None)
+        return found if isinstance(found, int | float) else None
+
+    steps, scale = value("num_inference_steps"), value("guidance_scale")
+    return None if steps is None else int(steps), None if scale is None else float(scale)
+
+
+def find_calibration(pipe: Any, steps: int, guidance_scale: float | None) -> Calibration | None:
+    """The calibration of this pipeline with the most similar settings; None if there is none for similar ones.
+
+    Steps may differ by a factor of 1.5, and guidance scales by a factor of 1.25.
+    """
+    candidates = [c for c in _read() if _distance(c, steps, guidance_scale) < math.inf]
+    network = denoiser_of(pipe) if candidates else None
+    if network is None:
+        return None
+    own = fingerprint(network)
+    candidates = [c for c in candidates if same_network(own, c.network)]
+    return min(candidates, key=lambda c: _distance(c, steps, guidance_scale), default=None)
+
+
+def _distance(c: Calibration, steps: int, guidance_scale: float | None) -> float:
+    """How far settings are from those of a calibration; infinite if it does not apply."""
+    by_steps = abs(math.log(steps / c.steps))
+    if (c.guidance_scale is None) != (guidance_scale is None):
+        return math.inf
+    by_scale = 0.0
+    if c.guidance_scale is not None and guidance_scale is not None:
+        pair = max(c.guidance_scale, 1.0), max(guidance_scale, 1.0)  # at 1 and below there is no guidance
+        by_scale = abs(math.log(pair[0] / pair[1]))
+    return by_steps + by_scale if by_steps <= math.log(STEPS_RATIO) and by_scale <= math.log(SCALE_RATIO) else math.inf
+
+
+def store_calibration(found: Calibration) -> Path:
+    """Add a calibration to the file, in place of one of the same network and settings; returns the path of the file."""
+    path = calibration_file()
+    same = (found.steps, found.guidance_scale)
+    kept = [c for c in _read() if (c.steps, c.guidance_scale) != same or not same_network(c.network, found.network)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps([asdict(c) for c in [*kept, found]], indent=1) + "\n", encoding="utf-8")
+    return path

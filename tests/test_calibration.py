@@ -1,0 +1,43 @@
+import pytest
+
+from kspec_guidance.calibration import _crossing, calibrate, search_factor
+from kspec_guidance.guidance.calibration import find_calibration
+
+CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
+
+
+@pytest.mark.slow
+def test_calibration_halves_how_alike_images_of_a_prompt_are(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path))
+    ticks = []
+    found = calibrate(pipe, ["heart", "house"], call=CALL, progress_callback=lambda *n: ticks.append(n))
+    assert [done for done, _ in ticks] == list(range(1, len(ticks) + 1))
+    assert all(total == 8 for _, total in ticks)
+    assert 0.25 <= found.factor <= 4
+    assert found.steps == 6
+    assert 0.3 < found.alike_guided / found.alike < 0.75
+    assert find_calibration(pipe, 6, 5.0) == found
+
+
+def test_calibration_states_what_it_needs(pipe):
+    with pytest.raises(ValueError, match="at least two images of each, got 1 and 1"):
+        calibrate(pipe, ["heart"], batch_size=1)
+    with pytest.raises(ValueError, match="no known number of steps"):
+        calibrate(pipe, ["heart"], call={"num_inference_steps": None})
+
+
+def test_crossing_is_interpolated_between_the_last_two_factors():
+    assert _crossing({1.0: -0.2, 2.0: -1.0}, -0.6) == pytest.approx(2**0.5)
+    assert _crossing({1.0: -0.2, 2.0: -0.3, 4.0: -0.4}, -0.6) == 4.0
+    assert _crossing({1.0: -0.6}, -0.6) == 1.0
+
+
+@pytest.mark.parametrize(("strength", "expected"), [(3.0, 1 / 3), (0.4, 2.5), (0.01, 4.0), (50.0, 0.25)])
+def test_search_stays_within_a_factor_of_four(strength, expected):
+    factor, _, _ = search_factor(lambda f: 0.5 ** (strength * f))
+    assert factor == pytest.approx(expected, rel=0.1)
+
+
+def test_search_refuses_unrelated_samples():
+    with pytest.raises(ValueError, match="unrelated already"):
+        search_factor(lambda f: 1e-6)
