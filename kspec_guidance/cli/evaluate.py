@@ -7,7 +7,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from kspec_guidance.cli.arguments import Cache, Embedder, Json, Quiet, TextEmbedder, Version, existing_file, page_option
+from kspec_guidance.cli.arguments import (
+    OUTPUT,
+    Cache,
+    Embedder,
+    Json,
+    Quiet,
+    TextEmbedder,
+    Version,
+    existing_file,
+    page_option,
+)
 from kspec_guidance.cli.console import Output, command_output
 
 __all__ = ["compare", "evaluate"]
@@ -17,7 +27,18 @@ SET_HELP = "Folder of images, .tar shards (WebDataset) or .parquet files."
 DROP_HELP = "Text file of names of images to leave out, one a line, as a report lists near-duplicates."
 PROMPTS_HELP = "Captions (.jsonl, .csv, .tsv, .parquet; - for standard input); by default those in the folder."
 
+MODES_HELP = "Folder to create, with copies of the images by kind."
+LOG_HELP = "Log all figures: trackio:PROJECT, wandb:PROJECT or tensorboard:FOLDER."
 Drop = Annotated[Path | None, typer.Option(help=DROP_HELP, rich_help_panel=SETS, callback=existing_file)]
+
+Log = Annotated[str | None, typer.Option(help=LOG_HELP, rich_help_panel=OUTPUT)]
+
+
+def _tracker(log: str | None) -> Any:
+    """A function that logs figures; it does nothing without a target."""
+    from kspec_guidance.evaluation.exports import tracker
+
+    return (lambda figures, name: None) if log is None else tracker(log)
 
 
 def _load(
@@ -83,19 +104,26 @@ def evaluate(
     text_embedder: TextEmbedder = "none",
     cache: Cache = None,
     out: Annotated[Path | None, page_option("report.html")] = None,
+    modes_to: Annotated[Path | None, typer.Option(help=MODES_HELP, rich_help_panel=OUTPUT, file_okay=False)] = None,
+    log: Log = None,
     as_json: Json = False,
     quiet: Quiet = False,
     version: Version = False,
 ) -> None:
     """How many different images a set has, also given its prompts. Prints the answer, and writes a page with images."""
     with command_output(as_json, quiet) as output:
+        track = _tracker(log)
         embed, embed_text = _embedders(output, embedder, text_embedder, cache)
         from kspec_guidance.evaluation import evaluate_set
+        from kspec_guidance.evaluation.exports import copy_by_kind
 
         images = _load(output, folder, embed, prompts, cache, drop)
         other = None if reference is None else _load(output, reference, embed, None, cache)
         result = evaluate_set(images, embed, embed_text, other)
         files = _write(output, result, out, "report.html")
+        if modes_to is not None:
+            output.wrote(copy_by_kind(result, modes_to))
+        track(result.scalars(), folder.name or "evaluate")
         record = {**result.as_dict(), "files": files}
         output.result(record, *result.summary(), _scores(result.scores, f"{folder}: {len(images)} images", embed.name))
 
@@ -108,18 +136,21 @@ def compare(
     text_embedder: TextEmbedder = "none",
     cache: Cache = None,
     out: Annotated[Path | None, page_option("compare.html")] = None,
+    log: Log = None,
     as_json: Json = False,
     quiet: Quiet = False,
     version: Version = False,
 ) -> None:
     """Compare the diversity of two image sets, and find kinds of images that are more frequent in one of them."""
     with command_output(as_json, quiet) as output:
+        track = _tracker(log)
         embed, embed_text = _embedders(output, embedder, text_embedder, cache)
         from kspec_guidance.evaluation import compare_sets
 
         a, b = (_load(output, folder, embed, None, cache, drop) for folder in (first, second))
         result = compare_sets(a, b, embed, embed_text)
         files = _write(output, result, out, "compare.html")
+        track(result.scalars(), f"{first.name}-{second.name}")
         table = Table(title="permutation tests on equally many images", caption=f"features: {escape(embed.name)}")
         for column in ("score", "first", "second", "difference", "p"):
             table.add_column(column, justify="left" if column == "score" else "right")

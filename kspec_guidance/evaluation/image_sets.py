@@ -21,6 +21,7 @@ __all__ = ["ImageSet", "load_images", "read_captions", "read_names"]
 
 THUMBNAIL_SIZE = 96
 BATCH_SIZE = 64
+DROPPED = "on the list of names to drop"
 NAMES_SHOWN = 5  # in each line of a summary
 
 
@@ -165,7 +166,7 @@ def load_images(
             if only is not None and name not in only:
                 continue
             if name in drop:
-                found.skipped[name], dropped = "on the list of names to drop", dropped + 1
+                found.skipped[name], dropped = DROPPED, dropped + 1
                 continue
             try:
                 data = read()
@@ -243,7 +244,9 @@ def _assign_captions(found: ImageSet, own: list[str | None], names: list[str], r
             f"none of the {len(entries)} captions in {reader.captions_file} belongs to an image: it lists "
             f"{_first(c.name for c in entries)}, and the images are {_first(names)}"
         )
-    unmatched |= {c.name: "its image was skipped" for name, c in matched.items() if name in found.skipped}
+    unmatched |= {
+        c.name: "its image was skipped" for name, c in matched.items() if found.skipped.get(name, DROPPED) != DROPPED
+    }
     found.unmatched = reader.unmatched | unmatched
     listed = {name: c.text for name, c in matched.items()}
     prompts = [listed[name] if listed.get(name) is not None else p for name, p in zip(found.names, own, strict=True)]

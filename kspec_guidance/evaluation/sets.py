@@ -118,7 +118,8 @@ class Evaluation:
 
     def summary(self) -> list[str]:
         """The features, the verdict, what makes it doubtful, and what to do, one sentence each."""
-        return [f"Image features: {self.embedder['name']}.", self.verdict, *self.warnings, *self.actions]
+        doubtful, to_do = [f"Read with care: {w}" for w in self.warnings], [f"To do: {a}." for a in self.actions]
+        return [f"Image features: {self.embedder['name']}.", self.verdict, *doubtful, *to_do]
 
     def scalars(self) -> dict[str, float]:
         """All figures by name, for trackers of experiments."""
@@ -205,7 +206,8 @@ class ComparisonReport:
         """The features, the verdict, the headline of each set, and what makes them doubtful, one sentence each."""
         names = set_names(self.a.images.path, self.b.images.path)
         sets = [f"{name}: {e.verdict}" for name, e in zip(names, (self.a, self.b), strict=True)]
-        doubtful = dict.fromkeys([*self.warnings, *self.a.warnings, *self.b.warnings])
+        doubtful = list(dict.fromkeys([*self.warnings, *self.a.warnings, *self.b.warnings]))
+        doubtful = [f"Read with care: {w}" for w in doubtful]
         return [f"Image features: {self.a.embedder['name']}.", self.verdict, *sets, *doubtful]
 
     def scalars(self) -> dict[str, float]:

@@ -269,6 +269,7 @@ def test_near_duplicates_are_listed_for_drop(tmp_path):
     rest = load_images(tmp_path / "set", PIXELS, drop=names)
     assert len(rest) == 3
     assert set(rest.skipped) == names
+    assert rest.unmatched == {}
     assert [f.name for f in write_page(evaluate_set(rest, PIXELS), tmp_path / "rest.html")] == ["rest.html", "rest.json"]
     assert (
         "1 of 1 names to drop are not in the set: nothing.png"
