@@ -30,7 +30,7 @@ def _number(value: float) -> str:
 
 def _short(kernel: str) -> str:
     """The kernel by its name and bandwidth, with four significant digits; the JSON file has all digits."""
-    kernel = re.sub(r"Kernel\((?:bandwidth=)?([^()]*)\)", r" \1", "" if kernel == "-" else kernel)
+    kernel = re.sub(r"Kernel\((?:bandwidth=)?([^()]*)\)", lambda m: f" {m[1]}".rstrip(), "" if kernel == "-" else kernel)
     return re.sub(r"\d+\.\d{4,}", lambda m: f"{float(m[0]):.4g}", kernel)
 
 
