@@ -82,13 +82,14 @@ def tune(
         ),
     ] = 0.1,
     embedder: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help=f"Image features: own (the pipeline's autoencoder), {', '.join(IMAGE_EMBEDDERS)}.",
+            help=f"Image features: own (the pipeline's autoencoder; the default for demo), {', '.join(IMAGE_EMBEDDERS)}; "
+            "auto is the default for other models.",
             rich_help_panel=FEATURES,
             callback=named(*OWN_EMBEDDERS),
         ),
-    ] = "own",
+    ] = None,
     out: Annotated[Path, folder_option("Folder for plot, images, scores and guide.")] = Path("outputs/tune"),
     as_json: Json = False,
     quiet: Quiet = False,
@@ -111,6 +112,9 @@ def tune(
 
         texts = [p.text for p in read_prompts(list(prompt or []) if prompts is None else prompts)]
         pipe = load_pipeline(model, dtype, device)
+        chosen = embedder or ("own" if model == "demo" else "auto")
+        embed = None if chosen == "own" else image_embedder(chosen)
+        features = "own (the pipeline's autoencoder)" if embed is None else embed.name
         with output.counter("batches") as show:
 
             def progress_callback(done: int, total: int) -> None:
@@ -127,7 +131,7 @@ def tune(
                 scale or DEFAULT_SCALES,
                 batch_size,
                 batches,
-                embed=None if embedder == "own" else image_embedder(embedder),
+                embed=embed,
                 call=call,
                 max_fidelity_loss=max_fidelity_loss,
                 min_gain=min_gain,
@@ -138,12 +142,13 @@ def tune(
         out.mkdir(parents=True, exist_ok=True)
         plot_tuning(result, files[0])
         _strengths(result, texts[:SHOWN_PROMPTS]).save(files[1])
-        files[2].write_text(json.dumps(plain_values(result.as_dict()), indent=1) + "\n")
+        record = {"embedder": {"name": features}, **result.as_dict()}
+        files[2].write_text(json.dumps(plain_values(record), indent=1) + "\n")
         if result.scale is not None:
             files.append(out / "guide")
             SPARKE.preset(preset, scale=result.scale).save_config(files[-1])
         output.wrote(*files)
-        output.result({**result.as_dict(), "files": files}, _table(result), result.reason)
+        output.result({**record, "files": files}, f"Image features: {features}.", _table(result), result.reason)
 
 
 def _strengths(result: Any, prompts: list[str]) -> Any:

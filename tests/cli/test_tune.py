@@ -29,6 +29,7 @@ def test_picture_has_a_row_of_the_same_seeds_for_each_of_five_scales_and_json_te
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert record == json.loads((tmp_path / "tune.json").read_text()) | {"files": record["files"]}
+    assert record["embedder"]["name"] == "own (the pipeline's autoencoder)"
     assert record["verdict"] == "too few images to tell"
     assert record["detectable_gain"] is None  # infinite for one batch
     assert len(record["points"]) == 5
