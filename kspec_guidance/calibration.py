@@ -16,7 +16,7 @@ from kspec_guidance.utils.hashing import fingerprint
 __all__ = ["calibrate", "search_factor"]
 
 FACTORS = (0.25, 4.0)  # range of the factor of a calibration
-ALIKE = 0.5  # at variety 50, how alike images of a prompt are, relative to plain ones
+ALIKE = 0.7  # at variety 50, how alike images of a prompt are, relative to plain ones
 MOST_RUNS = 4  # for each prompt: plain, and factors 1, 2 and 4, or 1, 1/2 and 1/4
 LEAST_ALIKE = 1e-4  # mean squared kernel below which images of a prompt are unrelated already
 
@@ -33,8 +33,8 @@ def calibrate(
 ) -> Calibration:
     """Measure how strongly ``variety`` moves the images of a pipeline, and keep the result for later runs of this user.
 
-    Finds the factor at which variety 50 halves the mean squared kernel of two finished samples of one prompt, by up to four
-    short runs for each prompt: plain sampling, then guided sampling of the same noise. Samples are not decoded. Guides with
+    Finds the factor at which variety 50 lowers the mean squared kernel of two finished samples of one prompt by 30%, by up to
+    four short runs for each prompt: plain sampling, then guided sampling of the same noise. Samples are not decoded. Guides with
     a ``variety`` then use the factor for calls of this pipeline with similar numbers of steps and guidance scales.
 
     Args:
@@ -85,7 +85,7 @@ def calibrate(
 
 
 def search_factor(alike: Callable[[float], float]) -> tuple[float, float, float]:
-    """The factor at which variety 50 halves the mean squared kernel of two samples of one prompt.
+    """The factor at which variety 50 lowers the mean squared kernel of two samples of one prompt by 30%.
 
     Args:
         alike: the mean squared kernel at variety 50 with a factor; that of plain samples for 0.

@@ -7,7 +7,7 @@ CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
 
 
 @pytest.mark.slow
-def test_calibration_halves_how_alike_images_of_a_prompt_are(pipe, tmp_path, monkeypatch):
+def test_calibration_makes_images_of_a_prompt_less_alike(pipe, tmp_path, monkeypatch):
     monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path))
     ticks = []
     found = calibrate(pipe, ["heart", "house"], call=CALL, progress_callback=lambda *n: ticks.append(n))
@@ -15,7 +15,7 @@ def test_calibration_halves_how_alike_images_of_a_prompt_are(pipe, tmp_path, mon
     assert all(total == 8 for _, total in ticks)
     assert 0.25 <= found.factor <= 4
     assert found.steps == 6
-    assert 0.3 < found.alike_guided / found.alike < 0.75
+    assert 0.5 < found.alike_guided / found.alike < 0.9
     assert find_calibration(pipe, 6, 5.0) == found
 
 
@@ -34,7 +34,7 @@ def test_crossing_is_interpolated_between_the_last_two_factors():
 
 @pytest.mark.parametrize(("strength", "expected"), [(3.0, 1 / 3), (0.4, 2.5), (0.01, 4.0), (50.0, 0.25)])
 def test_search_stays_within_a_factor_of_four(strength, expected):
-    factor, _, _ = search_factor(lambda f: 0.5 ** (strength * f))
+    factor, _, _ = search_factor(lambda f: 0.7 ** (strength * f))
     assert factor == pytest.approx(expected, rel=0.1)
 
 

@@ -21,7 +21,7 @@ STEPS_RATIO, SCALE_RATIO = 1.5, 1.25  # how far steps and guidance scale of a ca
 
 @dataclass(frozen=True)
 class Calibration:
-    """The strength at which variety 50 halves how alike a pipeline's images of one prompt are.
+    """The strength at which variety 50 makes a pipeline's images of one prompt 30% less alike.
 
     Attributes:
         network: fingerprint of the denoiser.

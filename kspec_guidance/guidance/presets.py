@@ -44,7 +44,7 @@ class SPARKE(KernelGuidance):
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.
         variety: strength from 0 (plain sampling) to 100; 50 by default: clearly more varied at no visible loss of quality.
             In proportion to the squared distance between a model's images of one prompt, so that one value has like effects
-            on different models (docs/variety.md). The ``scale`` is then ``variety / 25``, in the unit ``spread`` of
+            on different models (docs/variety.md). The ``scale`` is then ``variety / 40``, in the unit ``spread`` of
             :class:`~kspec_guidance.guidance.Term`.
         feature_map, prompt_feature_map: random Fourier features of the two kernels, for a memory of constant size.
         kwargs: ``sigma_interval`` and ``seed``, see :class:`~kspec_guidance.guidance.KernelGuidance`.

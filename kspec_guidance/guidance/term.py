@@ -15,7 +15,7 @@ from kspec_guidance.objectives import Objective
 
 __all__ = ["DEFAULT_TRANSFORMS", "VARIETY_AT_SCALE_1", "Term"]
 
-VARIETY_AT_SCALE_1 = 25.0  # in the unit "spread"
+VARIETY_AT_SCALE_1 = 40.0  # in the unit "spread"
 
 # docs/arena/ablations.md measures each transform alone: off_score has the largest effect
 DEFAULT_TRANSFORMS = ("tangent", "off_score", "bound", "fade")

@@ -90,9 +90,9 @@ def test_move_is_the_variety_times_the_squared_spread(pipe, calibration):
     x0 = guide.report().context  # the first guided step has the same prediction in both runs
     assert x0 is not None
     unit = moves(SPARKE(1e-3, transforms=("bound",)))[0] / 1e-3
-    spread = (by_variety / (unit * 0.4 * calibration)).sqrt()
+    spread = (by_variety / (unit * 0.25 * calibration)).sqrt()
     assert 0.05 < float(spread) < 2
-    fixed = moves(SPARKE(0.4 * calibration * float(spread) ** 2, transforms=("bound",)))[0]
+    fixed = moves(SPARKE(0.25 * calibration * float(spread) ** 2, transforms=("bound",)))[0]
     assert float(fixed) == pytest.approx(float(by_variety), rel=1e-4)
 
 
@@ -119,4 +119,4 @@ def test_images_grow_apart_with_variety(pipe):
         x = l2_normalize(guide.finished[0].features.flatten(1).double())
         alike.append(float((GaussianKernel(0.5)(x, x).square().sum() - 4) / 12))
     assert alike == sorted(alike, reverse=True)
-    assert alike[2] < 0.8 * alike[0]
+    assert alike[2] < 0.9 * alike[0]
