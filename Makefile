@@ -77,7 +77,7 @@ arena: $(VENV)/.installed
 arena-small: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.arena --small --out outputs/arena --docs outputs/arena
 
-# the figures of the README and the model card
+# the figures of docs/how-it-works.md and the model card
 effect: $(VENV)/.installed
 	$(BIN)/python benchmarks/effect.py --plot docs/effect.png
 	$(BIN)/python benchmarks/gradients.py

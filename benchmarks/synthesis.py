@@ -147,8 +147,8 @@ def over_a_run(pipe, art, embed, args):
     base = {name: name for name in names}
     runs = {
         "plain": (SPARKE(0.0), "exact"),
-        "own batch only": (SPARKE(memory=OwnBatchOnly()), "guide"),
-        "memory of the whole run": (SPARKE(), "exact"),
+        "own batch only": (SPARKE(1.0, memory=OwnBatchOnly()), "guide"),
+        "memory of the whole run": (SPARKE(1.0), "exact"),
     }
     results = {}
     for label, (guide, memory) in runs.items():
@@ -168,7 +168,7 @@ def phrases(pipe, art, embed, args):
     results = {}
     for b in [None, *args.bandwidths]:
         label = "plain" if b is None else f"prompt bandwidth {b:g}"
-        guide = SPARKE(0.0) if b is None else SPARKE(prompt_kernel=GaussianKernel(b))
+        guide = SPARKE(0.0) if b is None else SPARKE(1.0, prompt_kernel=GaussianKernel(b))
         made = make(pipe, prompts, guide, "exact", args)
         results[label] = found = judge(made, base, art, embed)
         print(line(label, found), flush=True)
@@ -202,7 +202,7 @@ def draw(pipe, path, args):
     args = argparse.Namespace(**{**vars(args), "images": 8, "batch": 2})
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
-    sides = {"plain": SPARKE(0.0), "repelled by all earlier images of similar prompts": SPARKE()}
+    sides = {"plain": SPARKE(0.0), "repelled by all earlier images of similar prompts": SPARKE(1.0)}
     for axes, (label, guide) in zip(figure.subplots(1, 2), sides.items(), strict=True):
         images, _, _, rows, _, _ = make(pipe, [Prompt(n) for n in SHOWN], guide, "exact", args)
         tiles = [Image.fromarray((i.permute(1, 2, 0) * 255).byte().numpy()) for i in images]

@@ -1,4 +1,4 @@
-"""Write the tables of docs/synthesis.md and the README from the results of memory.py and synthesis.py.
+"""Write the tables of docs/synthesis.md from the results of memory.py and synthesis.py.
 
 python benchmarks/synthesis_page.py
 """
@@ -122,12 +122,6 @@ def phrases(found):
     return table(["", *(NAMES[n][0] for n in columns), "weight of other phrasings", "of other subjects"], rows)
 
 
-def dataset(found):
-    columns = ("modes", "vendi", "coverage", "agreement")
-    rows = [[k, *(bounds(v, n) for n in columns)] for k, v in sets(found["memory"]).items()]
-    return table(["", *(NAMES[n][0] for n in columns)], rows)
-
-
 def main():
     results = ROOT / "benchmarks" / "results"
     memory, found = (json.loads((results / f"{name}.json").read_text()) for name in ("memory", "synthesis"))
@@ -135,7 +129,6 @@ def main():
         "exchange": exchange(), "scale": scale(memory), "steps": steps(memory), "direction": direction(memory),
         "effect": effect(found), "phrases": phrases(found),
     })  # fmt: skip
-    fill(ROOT / "README.md", {"dataset": dataset(found)})
 
 
 if __name__ == "__main__":

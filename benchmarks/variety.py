@@ -1,6 +1,7 @@
 """What one variety does on different models, without and with a calibration, beside one scale relative to the norm.
 
     python benchmarks/variety.py --out benchmarks/results/variety.json --page docs/variety.md
+    python benchmarks/variety.py --picture docs/variety.png    # only the picture, of the embedded pipeline
 
 On every bed of the arena: the effective number of different images of a prompt (RKE of the finished samples, Gaussian
 kernel of bandwidth 0.5), the modes and the share of valid samples, against plain sampling of the same noise. Prompts are
@@ -15,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.arena.beds import BEDS, Bed, Case
-from kspec_guidance import SPARKE
+from kspec_guidance import SPARKE, load_demo_pipeline
 from kspec_guidance import functional as F
 from kspec_guidance.calibration import search_factor
 from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel, l2_normalize
+from kspec_guidance.plotting import image_grid
 
 KERNEL = GaussianKernel(IMAGE_BANDWIDTH)
 VARIETIES = (25, 50, 75, 100)
@@ -103,14 +106,41 @@ def write_page(page: Path, results: list[dict[str, Any]]) -> None:
     page.write_text(f"{head}{start}\n{table(results)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
+def draw_picture(path: Path, prompts: list[str]) -> None:
+    """Write a column of images for each variety and a row for each of four seeds of each prompt."""
+    pipe, varieties, tile, gap, top = load_demo_pipeline(), (0, *VARIETIES), 96, 8, 32
+    pipe.set_progress_bar_config(disable=True)
+    rows: list[tuple[Image.Image, ...]] = []
+    for prompt in prompts:
+        columns = []
+        for variety in varieties:
+            seeds = [torch.Generator().manual_seed(k) for k in range(4)]
+            with guide_with(variety).attach(pipe):
+                found = pipe(prompt, num_images_per_prompt=4, num_inference_steps=20, guidance_scale=5.0, generator=seeds)
+            columns.append(found.images)
+        rows += zip(*columns, strict=True)
+    grid = image_grid(rows, tile, gap)
+    sheet = Image.new("RGB", (grid.width, grid.height + top), "white")
+    sheet.paste(grid, (0, top))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=18)
+    for k, variety in enumerate(varieties):
+        draw.text((k * (tile + gap) + tile // 2, top // 2), f"variety {variety}", "black", font, anchor="mm")
+    sheet.save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=list(BEDS))
     parser.add_argument("--prompts", type=int, default=6, help="prompts of the report half, at most")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--page", type=Path, help="write the table into this page")
+    parser.add_argument("--picture", type=Path, help="draw images of the embedded pipeline here, and measure nothing")
+    parser.add_argument("--picture-prompts", nargs="+", default=["person", "heart"])
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.picture is not None:
+        draw_picture(args.picture, args.picture_prompts)
+        return
     results = []
     for name in args.beds:
         results.append(run_bed(name, args.prompts))

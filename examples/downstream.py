@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe: Any = load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": args.inference_steps, "guidance_scale": 5.0}
-    guides = {"plain": SPARKE(0.0), "SPARKE": SPARKE(), "SPARKE, order 0.5": VendiGuidance(1.5, order=0.5)}
+    guides = {"plain": SPARKE(0.0), "SPARKE": SPARKE(1.0), "SPARKE, order 0.5": VendiGuidance(1.5, order=0.5)}
     results: dict[str, list[float]] = {}
     for k, (name, guide) in enumerate(guides.items()):
         folder = args.out / f"set-{k}"
