@@ -141,11 +141,11 @@ def draw(results: dict, args) -> None:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for label, r in results.items():
+    for k, (label, r) in enumerate(results.items()):
         (x, x0, x1), (y, y0, y1) = r["distance"], r["modes"]
         colour = "#667085" if label == "plain" else "#c4572e" if label.startswith("noisy") else "#2f6fb3"
         axes.errorbar(x, y, [[y - y0], [y1 - y]], [[x - x0], [x1 - x]], fmt="o", color=colour, alpha=0.9, elinewidth=0.6)
-        axes.annotate(label, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=9, color=colour)
+        axes.annotate(label, (x, y), xytext=(6, -12 if k % 2 else 5), textcoords="offset points", fontsize=9, color=colour)
     axes.set_title(f"{len(args.prompts)} prompts, {args.images} images each, 95% intervals over prompts", fontsize=10)
     axes.set(xlabel="distance to the nearest training image (RMS of pixels)", ylabel="distinct training images found")
     axes.spines[["top", "right"]].set_visible(False)

@@ -33,9 +33,9 @@ def calibrate(
 ) -> Calibration:
     """Measure how strongly ``variety`` moves the images of a pipeline, and keep the result for later runs of this user.
 
-    Finds the factor at which variety 50 lowers the mean squared kernel of two finished samples of one prompt by 30%, by up to
-    four short runs for each prompt: plain sampling, then guided sampling of the same noise. Samples are not decoded. Guides with
-    a ``variety`` then use the factor for calls of this pipeline with similar numbers of steps and guidance scales.
+    Finds the factor at which variety 50 lowers the mean squared kernel of two finished samples of one prompt by 30%, by at
+    most four short runs for each prompt: plain sampling, then guided sampling of the same noise. Samples are not decoded.
+    Guides with a ``variety`` then use the factor for calls of this pipeline with similar steps and guidance scales.
 
     Args:
         pipe: any text-to-image pipeline with classifier-free guidance or without.
