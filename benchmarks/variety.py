@@ -89,11 +89,11 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| bed | plain | " + " | ".join(shown) + " | factor |", "|---|" + "---|" * (len(shown) + 2)]
     for result in results:
         plain = result["rows"]["plain"]
-        cells = [f"{plain['modes']:.1f} modes, {plain['valid']:.2f} valid"]
+        cells = [f"{plain['different']:.1f} / {plain['modes']:.1f} / {plain['valid']:.2f}"]
         for name in shown:
             row = result["rows"][name]
-            loss = row["valid"] - plain["valid"]
-            cells.append(f"x{row['modes'] / plain['modes']:.2f} modes, {loss:+.3f}")
+            gains = (f"x{row[key] / plain[key]:.2f}" for key in ("different", "modes"))
+            cells.append(" / ".join([*gains, f"{row['valid'] - plain['valid']:+.3f}"]))
         lines.append(f"| {result['bed']} | " + " | ".join(cells) + f" | {result['factor']:.2f} |")
     return "\n".join(lines)
 

@@ -147,7 +147,7 @@ Variety = Annotated[
     typer.Option(
         min=0,
         max=100,
-        help="Strength of SPARKE: 0 is plain sampling, 50 by default clearly more varied at no visible loss.",
+        help="Strength of SPARKE: 0 is plain sampling, 50 by default clearly more varied at little or no loss.",
         rich_help_panel=GUIDANCE,
         callback=finite,
     ),
