@@ -1,7 +1,9 @@
 """The app.   python app.py, or `make space` in the repository"""
 
 import html
+import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,76 +13,110 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 from studio import (
+    LABELS,
     MAX_IMAGES_PER_PROMPT,
     MAX_PROMPTS,
     MAX_STEPS,
     METHODS,
     REFERENCES,
     InputError,
+    Progress,
     Studio,
     Visitor,
     evaluate,
     pack,
     read_prompts,
     score_table,
-    spectrum,
 )
 from uploads import UploadError, Uploads, read_uploads
 
+from kspec_guidance.guidance.presets import DEFAULT_VARIETY
+
 HOUR = 3600
-COLOURS = {"plain": "#8a8f98", "guided": "#4f46e5"}
+DEFAULTS: dict[str, Any] = {
+    "prompts": ["person", "runner", "health worker", "heart"], "images_per_prompt": 6, "method": METHODS[0],
+    "variety": DEFAULT_VARIETY, "seed": 0, "steps": 12,
+}  # fmt: skip
+EXAMPLE = Path(__file__).parent / "example.json"  # a run with these settings, made by `python app.py --example`
+COLOURS = {LABELS["plain"]: "#8a8f98", LABELS["guided"]: "#6366f1"}
 INTRO = """# Varied images from the same model
-Left: plain sampling. Right: the same prompts and seeds with kernel guidance. Nothing is retrained, and there are no extra
-denoiser evaluations.
+The same prompts and seeds, without and with kernel guidance. Nothing is retrained, and there are no extra denoiser
+evaluations.
 """
-ABOUT = """The **Vendi score** is the effective number of different images: 1 if all are alike, the number of images if all
-differ. **SPARKE** moves images of similar prompts apart; **order 0.5** gives rare images more weight; **novelty** moves
+CAUTION = "Variety counts differences, not quality: look at the images."
+ABOUT = """*Different images of a prompt* is the effective number of different images (RKE): 1 if all are alike, the number
+of images if all differ. **SPARKE** moves images of similar prompts apart; **order 0.5** gives rare images more weight; **novelty** moves
 images away from a reference set; **MMD** matches the distribution of the batch to that of a reference set. Images *in
 memory* count as part of the batch, so later batches differ from earlier ones.
 """
-STYLE = ".panel img {width: 100%;} @media (max-width: 640px) {.gradio-container {padding: 8px !important;}}"
+STYLE = """
+.board section {margin-bottom: 14px;}
+.board h3 {margin: 0 0 2px; font-size: 1rem; overflow-wrap: anywhere;}
+.board .pair {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 6px 24px;}
+.board figure {margin: 0; min-width: 0;}
+.board figcaption {font-size: .85rem; color: var(--body-text-color-subdued);}
+.board .tiles {display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 4px;}
+.board .tiles > * {width: 100%; max-width: 160px; aspect-ratio: 1; border-radius: 6px; margin: 0;}
+.board .tiles > span {background: var(--block-border-color); opacity: .5;}
+.report {width: 100%; height: 70vh; border: 0; color-scheme: light;}
+.dark .report {color-scheme: dark;}
+@media (max-width: 640px) {.gradio-container {padding: 8px !important;}}
+"""
 
 
-def plot_data(rows: list[tuple], x: str, y: str) -> pd.DataFrame | None:
-    """Return the rows of a plot; None if there are none, since a plot keeps the axes and colours of its first data."""
-    return pd.DataFrame(rows, columns=[x, y, "set"]) if rows else None
+def curves(state: Progress) -> pd.DataFrame | None:
+    """The rows of the plot; None if there are none, since a plot keeps the axes and colours of its first data."""
+    rows = [(k + 1, v, LABELS[name]) for name, panel in state.panels.items() for k, v in enumerate(panel.curve)]
+    return pd.DataFrame(rows, columns=["step", "different", "set"]) if rows else None
+
+
+def make_example() -> None:
+    """Run the default settings and keep what the page shows on load."""
+    settings = {k: v for k, v in DEFAULTS.items() if k != "prompts"}
+    *_, state = Studio().generate(Visitor(), DEFAULTS["prompts"], reference=None, remember=False, **settings)
+    shown = {
+        "settings": DEFAULTS,
+        "board": state.board(),
+        "report": str(state.report),
+        "table": score_table(state.report, None),
+    }
+    EXAMPLE.write_text(json.dumps(shown, indent=1) + "\n")
 
 
 def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
     """Build the app for one pipeline; arguments as of :class:`Studio`."""
     studio = Studio(model, size)
+    example = json.loads(EXAMPLE.read_text()) if studio.demo else {"board": "", "table": [], "report": ""}
+    ready = f"An example, made before with these settings.\n{example['report']}" if studio.demo else "Ready."
 
     def run(
-        visitor: Visitor, text: str, images_per_prompt: float, method: str, strength: float, seed: float, steps: float,
+        visitor: Visitor, text: str, images_per_prompt: float, method: str, variety: float, seed: float, steps: float,
         reference_set: str, files: list[str] | None, remember: bool,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         try:
             prompts = read_prompts(text)
+            notes = []
+            if unknown := studio.unknown_words(prompts):
+                notes.append(
+                    f"This small model never saw {', '.join(map(repr, unknown[:5]))}: expect shapeless images, whose variety "
+                    "means nothing. It knows emoji names."
+                )
             needed = method in ("Novelty", "MMD", "SPARKE + MMD")
             uploads = read_uploads(files) if files and needed else Uploads()
-            for line in uploads.notes():
-                gr.Warning(line)
+            notes += uploads.notes()
             reference = studio.reference(reference_set, uploads) if needed else None
             states = studio.generate(
-                visitor, prompts, int(images_per_prompt), method, float(strength), int(seed or 0), int(steps), reference,
+                visitor, prompts, int(images_per_prompt), method, float(variety), int(seed or 0), int(steps), reference,
                 bool(remember),
             )  # fmt: skip
             with tempfile.TemporaryDirectory() as folder, closing(states):  # gradio copies files before it resumes
                 for state in states:
-                    curves = [
-                        (k + 1, v, name)
-                        for name, p in state.panels.items()
-                        for k, v in enumerate(p.curve or [float("nan")])
-                    ]
-                    table, bars, archive = [], [], None
-                    if state.done:
-                        table, bars = score_table(state, reference), spectrum(state)
-                        archive = pack(state, visitor, Path(folder))
-                    plots = plot_data(curves, "step", "score"), plot_data(bars, "rank", "share")
-                    images = (state.render(name, Path(folder)) for name in state.panels)
-                    yield *images, state.text, table, *plots, archive, visitor
+                    table, archive = [], None
+                    if state.report is not None:
+                        table, archive = score_table(state.report, reference), pack(state, visitor, Path(folder))
+                    yield state.board(), "\n".join([state.text, *notes]), table, curves(state), archive, visitor
         except (InputError, UploadError) as error:
-            raise gr.Error(str(error), duration=10, print_exception=False) from error
+            yield gr.skip(), f"Not started: {error}", gr.skip(), gr.skip(), gr.skip(), visitor
 
     def clear(visitor: Visitor) -> tuple[str, Visitor]:
         visitor.memory.clear()
@@ -89,76 +125,83 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
     def request_stop(visitor: Visitor) -> None:
         visitor.stop_count += 1  # the run in progress reads it from the same object
 
-    def evaluate_files(files: list[str] | None) -> Iterator[tuple[list[list[str]], str, str]]:
+    def evaluate_files(files: list[str] | None) -> Iterator[tuple[Any, ...]]:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 uploads = read_uploads(files)
-                for line in uploads.notes():
-                    gr.Warning(line)
                 rows, report_path = evaluate(studio, uploads, Path(folder), uploads.notes())
             except ValueError as error:
-                raise gr.Error(str(error), duration=10, print_exception=False) from error
+                yield gr.skip(), gr.skip(), gr.skip(), f"Not started: {error}"
+                return
             source = html.escape(Path(report_path).read_text(), quote=True)
-            style = "width:100%;height:70vh;border:0;background:white"
-            yield rows, report_path, f'<iframe sandbox="" title="Report" srcdoc="{source}" style="{style}"></iframe>'
+            frame = f'<iframe class="report" sandbox="" title="Report" srcdoc="{source}"></iframe>'
+            yield rows, report_path, frame, "\n".join([f"Done: {len(uploads)} images.", *uploads.notes()])
 
     with gr.Blocks(title="Varied images", delete_cache=(600, HOUR)) as page:
         visitor = gr.State(Visitor(), time_to_live=HOUR)
         gr.Markdown(INTRO)
         with gr.Tab("Generate"):
             with gr.Row():
-                with gr.Column(scale=2, min_width=280):
+                with gr.Column(scale=3, min_width=300):
                     text = gr.Textbox(
-                        "heart\nrunner\ncat face", lines=3, max_lines=MAX_PROMPTS, label="Prompts",
+                        "\n".join(DEFAULTS["prompts"]), lines=4, max_lines=MAX_PROMPTS, label="Prompts",
                         info=f"One per line, at most {MAX_PROMPTS}." + (" Lower-case emoji names." if studio.demo else ""),
                     )  # fmt: skip
-                    if studio.demo:
-                        gr.Examples(
-                            [["heart\nflag\nface"], ["health worker\nman\nfarmer\nstudent"], ["car\nhouse\ntree"]],
-                            [text],
-                            label="Try",
+                    with gr.Row():
+                        go = gr.Button("Generate", variant="primary", min_width=120)
+                        stop = gr.Button("Stop", min_width=90)
+                    status = gr.Textbox(ready, label="Status", lines=2, max_lines=20, interactive=False)
+                with gr.Column(scale=2, min_width=300):
+                    variety = gr.Slider(
+                        0, 100, DEFAULTS["variety"], step=5, label="Variety",
+                        info="How far images move apart: 0 changes nothing, 50 is clearly more varied, 100 may break them.",
+                    )  # fmt: skip
+                    images_per_prompt = gr.Slider(
+                        1, MAX_IMAGES_PER_PROMPT, DEFAULTS["images_per_prompt"], step=1, label="Images per prompt"
+                    )
+                    with gr.Accordion("More settings", open=False):
+                        method = gr.Dropdown(list(METHODS), value=DEFAULTS["method"], label="Method")
+                        with gr.Row():
+                            seed = gr.Number(
+                                DEFAULTS["seed"], precision=0, label="Seed", minimum=0, maximum=2**31 - 1, min_width=100
+                            )
+                            steps = gr.Slider(4, MAX_STEPS, DEFAULTS["steps"], step=1, label="Steps", min_width=140)
+                        remember = gr.Checkbox(True, label="Add to memory", info="Later images are kept away from these")
+                        forget = gr.Button("Clear memory")
+                        reference_set = gr.Dropdown(
+                            list(REFERENCES), value=REFERENCES[0], label="Original emoji, the reference of novelty and MMD",
+                            visible=studio.demo,
+                        )  # fmt: skip
+                        files = gr.File(
+                            file_count="multiple",
+                            file_types=["image", ".zip"],
+                            label="Your own images as the reference",
+                            height=120,
                         )
-                with gr.Column(scale=2, min_width=280):
-                    method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method")
-                    strength = gr.Slider(0, 3, 1, step=0.1, label="Strength", info="1 is the default; 0 is plain sampling")
-                    images_per_prompt = gr.Slider(1, MAX_IMAGES_PER_PROMPT, 6, step=1, label="Images per prompt")
-                with gr.Column(scale=2, min_width=280):
-                    with gr.Row():
-                        seed = gr.Number(0, precision=0, label="Seed", minimum=0, maximum=2**31 - 1, min_width=100)
-                        steps = gr.Slider(4, MAX_STEPS, 12, step=1, label="Steps", min_width=140)
-                    remember = gr.Checkbox(True, label="Add to memory", info="Later images are kept away from these")
-                    with gr.Row():
-                        go = gr.Button("Generate", variant="primary", min_width=90)
-                        stop = gr.Button("Stop", min_width=70)
-                        forget = gr.Button("Clear memory", min_width=90)
-            with gr.Accordion("Reference set, for novelty and MMD", open=False):
-                reference_set = gr.Dropdown(
-                    list(REFERENCES), value=REFERENCES[0], label="Original emoji", visible=studio.demo
-                )
-                files = gr.File(file_count="multiple", file_types=["image", ".zip"], label="Your own images, used instead")
-            status = gr.Textbox("Ready.", label="Status", lines=1, interactive=False)
-            with gr.Row():
-                left = gr.Image(label="Plain", type="filepath", interactive=False, elem_classes="panel")
-                right = gr.Image(label="Guided", type="filepath", interactive=False, elem_classes="panel")
+            board = gr.HTML(example["board"], elem_id="board")
             table = gr.Dataframe(
-                headers=["score", "plain [95%]", "guided [95%]"], label="Scores with jackknife intervals",
+                example["table"], headers=["", "without", "with guidance"],
+                label="How many different images these look like",
                 interactive=False, wrap=True, column_count=3, column_widths=["40%", "30%", "30%"],
             )  # fmt: skip
-            with gr.Row():
+            gr.Markdown(CAUTION)
+            with gr.Accordion("Step by step, download, and what the words mean", open=False):
                 lines = gr.LinePlot(
-                    x="step", y="score", color="set", color_map=COLOURS, title="Vendi score within prompts",
-                    x_title="denoising step", y_title="effective number of images", height=320,
+                    x="step", y="different", color="set", color_map=COLOURS, title="Different images of a prompt",
+                    x_title="denoising step", y_title="effective number", height=300,
                 )  # fmt: skip
-                bars = gr.LinePlot(
-                    x="rank", y="share", color="set", color_map=COLOURS, title="Spectrum of the kernel matrix",
-                    x_title="rank", y_title="eigenvalue / n", height=320,
-                )  # fmt: skip
-            archive = gr.File(label="Images and memory", interactive=False)
-            gr.Markdown(ABOUT)
-            go.click(
-                run, [visitor, text, images_per_prompt, method, strength, seed, steps, reference_set, files, remember],
-                [left, right, status, table, lines, bars, archive, visitor], concurrency_limit=1, concurrency_id="model",
-                api_name="generate", show_progress="minimal",
+                archive = gr.File(label="Images and memory", interactive=False)
+                gr.Markdown(ABOUT)
+            if studio.demo:
+                gr.Examples(
+                    [["health worker\nman\nfarmer\nstudent"], ["flag\nface\nheart"], ["car\nhouse\ntree"]],
+                    [text],
+                    label="Try",
+                )
+            go.click(None, None, status, js="() => 'Queued: waiting until the model is free.'", api_name=False).then(
+                run, [visitor, text, images_per_prompt, method, variety, seed, steps, reference_set, files, remember],
+                [board, status, table, lines, archive, visitor], concurrency_limit=1, concurrency_id="model",
+                api_name="generate", show_progress="minimal", show_progress_on=status,
             )  # fmt: skip
             stop.click(request_stop, visitor, None, queue=False, api_name="stop")
             forget.click(clear, visitor, [status, visitor], api_name="clear")
@@ -168,19 +211,16 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
             )
             sets = gr.File(file_count="multiple", file_types=["image", ".zip"], label="Images, or a zip")
             ask = gr.Button("Evaluate", variant="primary")
+            note = gr.Textbox("Ready.", label="Status", interactive=False)
             scores = gr.Dataframe(
                 headers=["score", "value", "95%"], label="Scores", interactive=False, wrap=True, column_count=3
             )
             report = gr.File(label="Report page", interactive=False)
             shown = gr.HTML()
-            ask.click(
-                evaluate_files,
-                sets,
-                [scores, report, shown],
-                concurrency_limit=1,
-                concurrency_id="model",
-                api_name="evaluate",
-            )
+            ask.click(None, None, note, js="() => 'Queued: waiting until the model is free.'", api_name=False).then(
+                evaluate_files, sets, [scores, report, shown, note], concurrency_limit=1, concurrency_id="model",
+                api_name="evaluate", show_progress="minimal", show_progress_on=note,
+            )  # fmt: skip
     page.queue(max_size=64)
     return page
 
@@ -192,6 +232,8 @@ def launch(page: gr.Blocks, **kwargs: Any) -> Any:
     return page.launch(**(settings | kwargs))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["--example"]:
+    make_example()
+elif __name__ == "__main__":
     size = os.environ.get("KSPEC_SIZE")
     launch(build(os.environ.get("KSPEC_MODEL"), int(size) if size else None))

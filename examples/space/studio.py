@@ -1,10 +1,16 @@
-"""The backend of the app: one pipeline, a memory per visitor, plain and guided batches with previews."""
+"""The backend of the app: one pipeline, a memory per visitor, plain and guided batches side by side with previews."""
 
+import base64
+import copy
+import html
 import inspect
+import io
+import math
 import queue
+import re
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +32,16 @@ from kspec_guidance import (
     load_demo_reference,
 )
 from kspec_guidance import functional as F
-from kspec_guidance.evaluation.embedders import image_embedder, pipeline_embedder
+from kspec_guidance.evaluation.embedders import image_embedder
+from kspec_guidance.guidance.presets import DEFAULT_VARIETY
+from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces import Pixels
 from kspec_guidance.guidance.term import Term
-from kspec_guidance.kernels import GaussianKernel, median_bandwidth
-from kspec_guidance.kernels.spectrum import eigenvalues
+from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel
 from kspec_guidance.loop.components import autoencoder_of, image_size
 from kspec_guidance.loop.context import CallContext
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Gradient, Objective
-from kspec_guidance.plotting import side_by_side
-from kspec_guidance.statistics import jackknife
 
 METHODS = ("SPARKE", "SPARKE, order 0.5", "Novelty", "MMD", "SPARKE + MMD")
 REFERENCES = ("twemoji", "noto", "dark-skin-tone", "light-skin-tone")
@@ -46,6 +51,8 @@ MIN_REFERENCES = 4  # uploaded images
 MEMORY_LIMIT = 2000  # images in a visitor's memory
 PREVIEW_EVERY = 2  # steps of the embedded model, which is fast
 PREVIEW_EVERY_SLOW = 5  # steps of any other model
+LABELS = {"plain": "without guidance", "guided": "with guidance"}
+TILE = 256  # largest side of an image on the page, in pixels; the zip has the full size
 
 
 class Stopped(Exception):
@@ -85,32 +92,67 @@ class Watcher(Objective):
         return Gradient(torch.zeros_like(x))
 
 
+class Turns:
+    """Lets threads run one at a time, in a fixed order, each until it ends its turn."""
+
+    def __init__(self, names: Iterable[str]):
+        self.order, self.changed = list(names), threading.Condition()
+
+    def wait(self, name: str) -> None:
+        """Wait for the turn of a thread."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.order[0] == name)
+
+    def end(self, name: str, last: bool = False) -> None:
+        """End a turn; after the last one the thread is not waited for."""
+        with self.changed:
+            self.order.remove(name)
+            self.order += [] if last else [name]
+            self.changed.notify_all()
+
+
 @dataclass
 class Panel:
-    """One batch: images ``[prompt][k]``, features ``[n, d]``, and the mean Vendi score per prompt at each step."""
+    """One batch: images ``[prompt][k]``, and how many different images a prompt has at each step."""
 
     rows: list[list[Image.Image]] = field(default_factory=list)
-    features: Tensor | None = None
     curve: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Progress:
-    """The state of a run, for display."""
+    """The state of a run, for display; the report is that of a finished run, with the figures of both batches."""
 
     panels: dict[str, Panel]
     prompts: list[str]
+    images_per_prompt: int
     text: str
-    done: bool = False
+    report: GuidanceReport | None = None
 
-    def render(self, name: str, folder: Path) -> str | None:
-        """Write a panel as an image file and return its path; a new file each time, as an older one may be in transfer."""
-        rows = self.panels[name].rows
-        if not rows:
-            return None
-        path = folder / f"{name}-{len(list(folder.iterdir()))}.png"
-        side_by_side({name: rows}, self.prompts, "").save(path)
-        return str(path)
+    def board(self) -> str:
+        """The images as HTML: for each prompt those without and those with guidance, beside or below each other."""
+        n = self.images_per_prompt
+        columns = n if n <= 6 else math.ceil(n / 2)
+        parts = []
+        for p, prompt in enumerate(self.prompts):
+            kinds = []
+            for name, panel in self.panels.items():
+                tiles = [
+                    f'<img alt="{html.escape(prompt)}, {LABELS[name]}, {k + 1}" src="{data_uri(image)}">'
+                    for k, image in enumerate(panel.rows[p] if panel.rows else [])
+                ] or ["<span></span>"] * n
+                grid = f'<div class="tiles" style="--columns:{columns}">{"".join(tiles)}</div>'
+                kinds.append(f"<figure><figcaption>{LABELS[name]}</figcaption>{grid}</figure>")
+            parts.append(f'<section><h3>{html.escape(prompt)}</h3><div class="pair">{"".join(kinds)}</div></section>')
+        return f'<div class="board">{"".join(parts)}</div>'
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as a data URI, at most :data:`TILE` pixels wide."""
+    image, out = image.copy(), io.BytesIO()
+    image.thumbnail((TILE, TILE))
+    image.save(out, "WEBP", quality=90)
+    return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def read_prompts(text: str) -> list[str]:
@@ -129,16 +171,22 @@ def read_prompts(text: str) -> list[str]:
     return prompts
 
 
-def mean_prompt_vendi(x: Tensor, prompts: int) -> float:
-    """Return the mean over prompts of the Vendi score of their images.
+def mean_different(x: Tensor, prompts: int) -> float:
+    """The figure of :class:`GuidanceReport` for samples of a step: effective number of different images, mean over prompts.
 
     Args:
-        x: samples ``[n, ...]``, those of one prompt after another; one Gaussian kernel at the median distance of all.
+        x: samples ``[n, ...]``, those of one prompt after another.
         prompts: their number.
     """
-    x = torch.nn.functional.normalize(x.flatten(1).double(), dim=1)
-    kernel = GaussianKernel(median_bandwidth(x))
-    return float(sum(F.vendi_score(part, kernel) for part in x.chunk(prompts)) / prompts)
+    x = torch.nn.functional.normalize(x.flatten(1).cpu().double(), dim=1)
+    kernel = GaussianKernel(IMAGE_BANDWIDTH)
+    return float(sum(F.rke_score(part, kernel) for part in x.chunk(prompts)) / prompts)
+
+
+def copy_with_shared_weights(pipe: Any) -> Any:
+    """A copy of a pipeline that has the same tensors as weights, so that two calls can be in progress at once."""
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return copy.deepcopy(pipe, {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())})
 
 
 class Studio:
@@ -163,7 +211,7 @@ class Studio:
         if "use_resolution_binning" in inspect.signature(type(self.pipe).__call__).parameters:
             self.extra_arguments["use_resolution_binning"] = False  # images of the same size as the references
         self.size = size or (image_size(self.pipe) or (1024, 1024))[0]
-        self.embed = pipeline_embedder(self.pipe, min(256, self.size))
+        self.pipes = {"plain": copy_with_shared_weights(self.pipe), "guided": self.pipe}
         self.lock = threading.Lock()
 
     @staticmethod
@@ -200,58 +248,79 @@ class Studio:
         with self.lock:
             return encode_reference(self.pipe, load_demo_reference(name))
 
-    def make_guide(self, method: str, strength: float, visitor: Visitor, reference: Tensor | None) -> KernelGuidance:
+    def unknown_words(self, prompts: list[str]) -> list[str]:
+        """Words that the embedded model never saw: those that its tokenizer, trained on its captions, cuts into pieces."""
+        if not self.demo:
+            return []
+        words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\W\d_]+", prompt.lower()))
+        return [word for word in words if len(self.pipe.tokenizer.tokenize(word)) > 1]
+
+    def make_guide(self, method: str, variety: float, visitor: Visitor, reference: Tensor | None) -> KernelGuidance:
         """Make the guide of a method, with the visitor's memory.
+
+        The strength is SPARKE's dial. Other methods have no such unit: there 50 is their default scale. Of two methods
+        together SPARKE gets half, since both move the same images.
 
         Raises:
             InputError: for a missing reference set, or an unknown method.
         """
-        memory = visitor.memory
+        memory, scale = visitor.memory, variety / DEFAULT_VARIETY
         if method == "SPARKE, order 0.5":
-            return VendiGuidance(strength, order=0.5, memory=memory)
+            return VendiGuidance(scale, order=0.5, memory=memory)
         if method == "SPARKE":
-            return SPARKE(strength, memory=memory)
+            return SPARKE(variety=variety, memory=memory)
         if reference is None:
             raise InputError(f"{method} needs a reference set.")
         if method == "Novelty":
-            return NoveltyGuidance(reference, strength)
-        toward = MMDGuidance(reference, 0.7 * strength, memory=memory)
+            return NoveltyGuidance(reference, scale)
+        toward = MMDGuidance(reference, 0.7 * scale, memory=memory)
         if method == "MMD":
             return toward
         if method == "SPARKE + MMD":
-            return SPARKE(strength / 2, memory=memory) + toward
+            return SPARKE(variety=variety / 2, memory=memory) + toward
         raise InputError(f"There is no method {method!r}; there are {', '.join(METHODS)}.")
 
     def generate(
-        self, visitor: Visitor, prompts: list[str], images_per_prompt: int, method: str, strength: float, seed: int,
+        self, visitor: Visitor, prompts: list[str], images_per_prompt: int, method: str, variety: float, seed: int,
         steps: int, reference: Tensor | None, remember: bool,
     ) -> Iterator[Progress]:  # fmt: skip
-        """Generate the plain and the guided batch, and yield the state at every preview.
+        """Generate the plain and the guided batch, taking turns step by step, and yield the state at every preview.
 
         Stopping or closing the iterator leaves the memory unchanged.
 
         Raises:
             InputError: for settings outside their ranges.
         """
-        if not 1 <= images_per_prompt <= MAX_IMAGES_PER_PROMPT or not 1 <= steps <= MAX_STEPS or not 0 <= strength <= 10:
+        if not 1 <= images_per_prompt <= MAX_IMAGES_PER_PROMPT or not 1 <= steps <= MAX_STEPS or not 0 <= variety <= 100:
             raise InputError(
-                f"At most {MAX_IMAGES_PER_PROMPT} images per prompt, {MAX_STEPS} steps, and a strength from 0 to 10."
+                f"At most {MAX_IMAGES_PER_PROMPT} images per prompt, {MAX_STEPS} steps, and a variety from 0 to 100."
             )
-        guide = self.make_guide(method, strength, visitor, reference)
+        guide = self.make_guide(method, variety, visitor, reference)
         guide.remember = remember
-        state = Progress({"plain": Panel(), "guided": Panel()}, prompts, "Waiting for the model")
+        state = Progress({name: Panel() for name in self.pipes}, prompts, images_per_prompt, "Waiting for the model.")
         messages: queue.Queue[Progress | BaseException | None] = queue.Queue()  # None at the end
         closed, stop_count = threading.Event(), visitor.stop_count
-        stopped = lambda: closed.is_set() or visitor.stop_count != stop_count  # noqa: E731
+        turns, failures, reports = Turns(self.pipes), [], {}
+        stopped = lambda: bool(closed.is_set() or visitor.stop_count != stop_count or failures)  # noqa: E731
+
+        def batch(name: str) -> None:
+            try:
+                turns.wait(name)
+                terms = guide.terms if name == "guided" else []
+                reports[name] = self._batch(state, name, terms, guide, seed, steps, messages, turns, stopped)
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                turns.end(name, last=True)
 
         def work() -> None:
-            try:
-                with self.lock:
-                    for name, terms in (("plain", []), ("guided", guide.terms)):
-                        self._batch(state, name, terms, guide, images_per_prompt, seed, steps, messages, stopped)
-                messages.put(None)
-            except BaseException as error:
-                messages.put(error)
+            with self.lock:
+                threads = [threading.Thread(target=batch, args=(name,), daemon=True) for name in self.pipes]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            messages.put(failures[0] if failures else None)
 
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
@@ -265,43 +334,54 @@ class Studio:
                 if isinstance(message, BaseException):
                     raise message
                 yield state
-            state.done = True
-            state.text = (
-                f"Done: {len(prompts) * images_per_prompt} images of each kind. Memory: {len(visitor.memory)} images."
-            )
+            report = reports["guided"]
+            report.finished_plain = reports["plain"].finished
+            report.strengths = [("variety", variety)]  # the dial on the page
+            report.moves = [move for move in report.moves if move[1].any()] or (report.moves if variety else [])
+            state.report = report
+            made = f"Done: {len(prompts) * images_per_prompt} images of each kind."
+            state.text = f"{made} Memory: {len(visitor.memory)} images.\n{report}"
             yield state
         finally:
             closed.set()
             worker.join()
 
     def _batch(
-        self, state: Progress, name: str, terms: list[Term], guide: KernelGuidance, images_per_prompt: int, seed: int,
-        steps: int, messages: queue.Queue, stopped: Callable[[], bool],
-    ) -> None:  # fmt: skip
-        """Generate one batch into a panel of ``state``, and put ``state`` into ``messages`` at every preview."""
-        panel, count = state.panels[name], len(state.prompts)
+        self, state: Progress, name: str, terms: list[Term], guide: KernelGuidance, seed: int, steps: int,
+        messages: queue.Queue, turns: Turns, stopped: Callable[[], bool],
+    ) -> GuidanceReport:  # fmt: skip
+        """Generate one batch into a panel of ``state``, ending the turn at each step, and return the report of the run.
+
+        ``state`` is put into ``messages`` at every preview of the guided batch, when that of the plain one is there.
+        """
+        panel, count, images_per_prompt = state.panels[name], len(state.prompts), state.images_per_prompt
 
         def on_step(x0: Tensor) -> None:
             if stopped():
                 raise Stopped
-            panel.curve.append(mean_prompt_vendi(x0, count) if images_per_prompt > 1 else 1.0)
-            state.text = f"{name}: step {len(panel.curve)} of {steps}"
+            watch = watched.report().context.time
+            begin = watch.now()
+            panel.curve.append(mean_different(x0, count))
             if len(panel.curve) % (PREVIEW_EVERY if self.demo else PREVIEW_EVERY_SLOW) == 0:
                 panel.rows = self._decode(x0.view(len(x0), *memory.shape), images_per_prompt)
-                messages.put(state)
+                if name == "guided":
+                    state.text = f"Step {len(panel.curve)} of {steps}, without and with guidance."
+                    messages.put(state)
+            turns.end(name)
+            turns.wait(name)
+            watch.spans.append((watch.now(), begin))  # the other way round: taken off the time of guidance
 
-        memory = guide.memory if terms else MemoryBank()
+        pipe, memory = self.pipes[name], guide.memory if terms else MemoryBank()
         watched = KernelGuidance.from_terms([*terms, Term(Watcher(on_step), 1.0, transforms=(), memory=memory)])
         watched.remember = bool(terms) and guide.remember
         seeds = [torch.Generator().manual_seed(seed + k) for _ in state.prompts for k in range(images_per_prompt)]
-        with watched.attach(self.pipe):
-            images = self.pipe(
+        with watched.attach(pipe):
+            images = pipe(
                 state.prompts, num_images_per_prompt=images_per_prompt, num_inference_steps=steps, guidance_scale=5.0,
                 generator=seeds, height=self.size, width=self.size, **self.extra_arguments,
             ).images  # fmt: skip
         panel.rows = split_rows(images, images_per_prompt)
-        panel.features = self.embed(images)
-        messages.put(state)
+        return watched.report()
 
     @torch.no_grad()
     def _decode(self, x0: Tensor, images_per_prompt: int) -> list[list[Image.Image]]:
@@ -317,47 +397,20 @@ def split_rows(images: list[Image.Image], images_per_prompt: int) -> list[list[I
     return [images[k : k + images_per_prompt] for k in range(0, len(images), images_per_prompt)]
 
 
-def score_table(state: Progress, reference: Tensor | None) -> list[list[str]]:
-    """Return rows of score, plain, guided, with 95% jackknife intervals from four images on."""
-    panels = {name: panel.features.double() for name, panel in state.panels.items() if panel.features is not None}
-    if len(panels) < 2 or len(panels["plain"]) < 2:
-        return []
-    kernel = GaussianKernel(median_bandwidth(panels["plain"]))
-    n = len(panels["plain"])
-    prompt_features = torch.eye(len(state.prompts), dtype=torch.float64)
-    prompt_features = prompt_features.repeat_interleave(n // len(state.prompts), 0)
-    scores: dict[str, Any] = {
-        "Vendi score, all images": lambda x, t: F.vendi_score(x, kernel),
-        "RKE, all images": lambda x, t: F.rke_score(x, kernel),
-    }
-    if len(state.prompts) > 1:
-        scores["Conditional Vendi, within prompts"] = lambda x, t: F.conditional_vendi_score(x, t, kernel)
-    table = []
-    for name, score in scores.items():
-        if n < 4:
-            table.append([name, *(f"{float(score(x, prompt_features)):.2f}" for x in panels.values())])
-            continue
-        intervals = [jackknife(score, x, prompt_features, groups=min(10, n)) for x in panels.values()]
-        table.append([name, *(f"{i.value:.2f}  [{i.low:.2f}, {i.high:.2f}]" for i in intervals)])
-    if reference is not None and reference[0].numel() == panels["plain"].shape[1]:
-        rows = reference.flatten(1).double()
-        reference_kernel = GaussianKernel().fit(rows)
-        table.append(
-            ["Squared MMD to the reference", *(f"{float(F.mmd(x, rows, reference_kernel)):.4f}" for x in panels.values())]
+def score_table(report: GuidanceReport, reference: Tensor | None) -> list[list[str]]:
+    """Return rows of name, plain, guided: the report's figures, and the distance to a reference set."""
+    rows = []
+    if report.plain is not None and report.guided is not None:
+        rows.append(["Different images of a prompt", f"{report.plain:.1f}", f"{report.guided:.1f}"])
+    if report.plain_interval and report.guided_interval:
+        rows.append(
+            ["95% interval", *("{:.1f} to {:.1f}".format(*i) for i in (report.plain_interval, report.guided_interval))]
         )
-    return table
-
-
-def spectrum(state: Progress, count: int = 10) -> list[tuple[int, float, str]]:
-    """Return ``(rank, eigenvalue, panel)`` of the largest eigenvalues of the kernel matrix over n."""
-    rows, kernel = [], None
-    for name, panel in state.panels.items():
-        if panel.features is None or len(panel.features) < 2:
-            continue
-        x = panel.features.double()
-        kernel = kernel or GaussianKernel(median_bandwidth(x))
-        values = eigenvalues(kernel(x) / len(x)).flip(0)[:count]
-        rows += [(k + 1, float(v), name) for k, v in enumerate(values)]
+    if reference is not None:
+        y = reference.flatten(1).cpu().double()
+        kernel = GaussianKernel().fit(y)
+        samples = [x.flatten(1).cpu().double() for x in (report.finished_plain, report.finished)]
+        rows.append(["Squared MMD to the reference", *(f"{float(F.mmd(x, y, kernel)):.4f}" for x in samples)])
     return rows
 
 
@@ -384,7 +437,8 @@ def evaluate(
 ) -> tuple[list[list[str]], str]:
     """Score a set of images; return rows of score, value, interval, and the path of a report page in ``folder``.
 
-    The first rows are the image features and the number of different images. The page shows the notes, e.g. on files that were left out.
+    The first rows are the image features and the number of different images. The page shows the notes, e.g. on files that
+    were left out.
 
     Raises:
         InputError: for fewer than 3 images.
