@@ -45,9 +45,9 @@ evaluations.
 """
 CAUTION = "Variety counts differences, not quality: look at the images."
 ABOUT = """*Different images of a prompt* is the effective number of different images (RKE): 1 if all are alike, the number
-of images if all differ. **SPARKE** moves images of similar prompts apart; **order 0.5** gives rare images more weight; **novelty** moves
-images away from a reference set; **MMD** matches the distribution of the batch to that of a reference set. Images *in
-memory* count as part of the batch, so later batches differ from earlier ones.
+of images if all differ. **SPARKE** moves images of similar prompts apart; **order 0.5** gives rare images more weight;
+**novelty** moves images away from a reference set; **MMD** matches the distribution of the batch to that of a reference
+set. Images *in memory* count as part of the batch, so later batches differ from earlier ones.
 """
 STYLE = """
 .board section {margin-bottom: 14px;}
@@ -98,8 +98,8 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
             notes = []
             if unknown := studio.unknown_words(prompts):
                 notes.append(
-                    f"This small model never saw {', '.join(map(repr, unknown[:5]))}: expect shapeless images, whose variety "
-                    "means nothing. It knows emoji names."
+                    f"This small model never saw {', '.join(map(repr, unknown[:5]))}: expect shapeless images, whose "
+                    "variety means nothing. It knows emoji names."
                 )
             needed = method in ("Novelty", "MMD", "SPARKE + MMD")
             uploads = read_uploads(files) if files and needed else Uploads()
@@ -198,7 +198,7 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
                     [text],
                     label="Try",
                 )
-            go.click(None, None, status, js="() => 'Queued: waiting until the model is free.'", api_name=False).then(
+            go.click(None, None, status, js="() => 'Queued: waiting until the model is free.'", api_visibility="private").then(
                 run, [visitor, text, images_per_prompt, method, variety, seed, steps, reference_set, files, remember],
                 [board, status, table, lines, archive, visitor], concurrency_limit=1, concurrency_id="model",
                 api_name="generate", show_progress="minimal", show_progress_on=status,
@@ -217,7 +217,7 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
             )
             report = gr.File(label="Report page", interactive=False)
             shown = gr.HTML()
-            ask.click(None, None, note, js="() => 'Queued: waiting until the model is free.'", api_name=False).then(
+            ask.click(None, None, note, js="() => 'Queued: waiting until the model is free.'", api_visibility="private").then(
                 evaluate_files, sets, [scores, report, shown, note], concurrency_limit=1, concurrency_id="model",
                 api_name="evaluate", show_progress="minimal", show_progress_on=note,
             )  # fmt: skip
