@@ -43,6 +43,7 @@ INTRO = """# Varied images from the same model
 The same prompts and seeds, without and with kernel guidance. Nothing is retrained, and there are no extra denoiser
 evaluations.
 """
+QUEUED = "() => 'Queued: waiting until the model is free.'"  # JavaScript, shown at once
 CAUTION = "Variety counts differences, not quality: look at the images."
 ABOUT = """*Different images of a prompt* is the effective number of different images (RKE): 1 if all are alike, the number
 of images if all differ. **SPARKE** moves images of similar prompts apart; **order 0.5** gives rare images more weight;
@@ -114,7 +115,7 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
                     table, archive = [], None
                     if state.report is not None:
                         table, archive = score_table(state.report, reference), pack(state, visitor, Path(folder))
-                    yield state.board(), "\n".join([state.text, *notes]), table, curves(state), archive, visitor
+                    yield state.board(), "\n".join([*notes, state.text]), table, curves(state), archive, visitor
         except (InputError, UploadError) as error:
             yield gr.skip(), f"Not started: {error}", gr.skip(), gr.skip(), gr.skip(), visitor
 
@@ -198,7 +199,7 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
                     [text],
                     label="Try",
                 )
-            go.click(None, None, status, js="() => 'Queued: waiting until the model is free.'", api_visibility="private").then(
+            go.click(None, None, status, js=QUEUED, api_visibility="private").then(
                 run, [visitor, text, images_per_prompt, method, variety, seed, steps, reference_set, files, remember],
                 [board, status, table, lines, archive, visitor], concurrency_limit=1, concurrency_id="model",
                 api_name="generate", show_progress="minimal", show_progress_on=status,
@@ -217,7 +218,7 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
             )
             report = gr.File(label="Report page", interactive=False)
             shown = gr.HTML()
-            ask.click(None, None, note, js="() => 'Queued: waiting until the model is free.'", api_visibility="private").then(
+            ask.click(None, None, note, js=QUEUED, api_visibility="private").then(
                 evaluate_files, sets, [scores, report, shown, note], concurrency_limit=1, concurrency_id="model",
                 api_name="evaluate", show_progress="minimal", show_progress_on=note,
             )  # fmt: skip
