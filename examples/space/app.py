@@ -130,13 +130,14 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 uploads = read_uploads(files)
-                rows, report_path = evaluate(studio, uploads, Path(folder), uploads.notes())
+                rows, report_path, features = evaluate(studio, uploads, Path(folder), uploads.notes())
             except ValueError as error:
                 yield gr.skip(), gr.skip(), gr.skip(), f"Not started: {error}"
                 return
             source = html.escape(Path(report_path).read_text(), quote=True)
             frame = f'<iframe class="report" sandbox="" title="Report" srcdoc="{source}"></iframe>'
-            yield rows, report_path, frame, "\n".join([f"Done: {len(uploads)} images.", *uploads.notes()])
+            done = f"Done: {len(uploads)} images, compared by features of {features}."
+            yield rows, gr.update(value=report_path, visible=True), frame, "\n".join([done, *uploads.notes()])
 
     with gr.Blocks(title="Varied images", delete_cache=(600, HOUR)) as page:
         visitor = gr.State(Visitor(), time_to_live=HOUR)
@@ -214,9 +215,10 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
             ask = gr.Button("Evaluate", variant="primary")
             note = gr.Textbox("Ready.", label="Status", interactive=False)
             scores = gr.Dataframe(
-                headers=["score", "value", "95%"], label="Scores", interactive=False, wrap=True, column_count=3
-            )
-            report = gr.File(label="Report page", interactive=False)
+                headers=["score", "value", "95%"], label="Scores", interactive=False, wrap=True, column_count=3,
+                column_widths=["40%", "25%", "35%"],
+            )  # fmt: skip
+            report = gr.File(label="Report page", interactive=False, visible=False)
             shown = gr.HTML()
             ask.click(None, None, note, js=QUEUED, api_visibility="private").then(
                 evaluate_files, sets, [scores, report, shown, note], concurrency_limit=1, concurrency_id="model",

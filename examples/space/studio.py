@@ -434,11 +434,11 @@ def pack(state: Progress, visitor: Visitor, folder: Path) -> str:
 
 def evaluate(
     studio: Studio, images: list[Image.Image], folder: Path, notes: Sequence[str] = ()
-) -> tuple[list[list[str]], str]:
-    """Score a set of images; return rows of score, value, interval, and the path of a report page in ``folder``.
+) -> tuple[list[list[str]], str, str]:
+    """Score a set of images; return rows of score, value, interval, the path of a report page in ``folder``, and the name
+    of the image features.
 
-    The first rows are the image features and the number of different images. The page shows the notes, e.g. on files that
-    were left out.
+    The first row is the number of different images. The page shows the notes, e.g. on files that were left out.
 
     Raises:
         InputError: for fewer than 3 images.
@@ -463,5 +463,5 @@ def evaluate(
     rows = [[s.score, f"{s.value:.3f}", i] for s, i in zip(report.scores, intervals, strict=True)]
     head = report.headline
     bounds = "" if head.low is None else f"{head.low:.1f} to {head.high:.1f}"
-    first = [["image features", embed.name, ""], [f"different images, of {head.images}", f"{head.different:.1f}", bounds]]
-    return first + rows, str(page)
+    first = [f"different images, of {head.images}", f"{head.different:.1f}", bounds]
+    return [first, *rows], str(page), embed.name
