@@ -59,10 +59,12 @@ STYLE = """
 .board .tiles {display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 4px;}
 .board .tiles > * {width: 100%; max-width: 160px; aspect-ratio: 1; border-radius: 6px; margin: 0;}
 .board .tiles > span {background: var(--block-border-color); opacity: .5;}
-.report {width: 100%; height: 70vh; border: 0; color-scheme: light;}
-.dark .report {color-scheme: dark;}
+.report {width: 100%; height: 70vh; border: 0;}
 @media (max-width: 640px) {.gradio-container {padding: 8px !important;}}
 """
+HEAD = (
+    "<style>body {color-scheme: light;} body.dark {color-scheme: dark;}</style>"  # the report in its frame follows the page
+)
 
 
 def curves(state: Progress) -> pd.DataFrame | None:
@@ -231,7 +233,7 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
 def launch(page: gr.Blocks, **kwargs: Any) -> Any:
     """Launch the app with a limit on uploads and with system fonts, which need no other host."""
     theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    settings: dict[str, Any] = {"max_file_size": "32mb", "theme": theme, "css": STYLE, "ssr_mode": False}
+    settings: dict[str, Any] = {"max_file_size": "32mb", "theme": theme, "css": STYLE, "head": HEAD, "ssr_mode": False}
     return page.launch(**(settings | kwargs))
 
 

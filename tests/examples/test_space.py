@@ -410,6 +410,7 @@ def test_a_reference_and_a_report_from_uploads_in_a_browser(server, tab, tmp_pat
     page.get_by_role("tab", name="Evaluate").click()
     upload(page, "last", files)
     page.get_by_role("button", name="Evaluate", exact=True).click()
+    wait_for(page, "Done: 9 images, compared by features of")
     report = page.frame_locator("iframe[title=Report]")
     report.locator("h1").first.wait_for(timeout=60_000)
     page.screenshot(path=tmp_path / "evaluated.png", full_page=True)
@@ -425,6 +426,7 @@ def test_it_fits_a_phone_in_light_and_dark_mode(server, tab, theme, tmp_path):
     page.locator(".board img").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     assert page.evaluate("document.body.classList.contains('dark')") is (theme == "dark")
+    assert page.evaluate("getComputedStyle(document.body).colorScheme") == theme  # also of the report's frame
     top = page.get_by_role("button", name="Generate").bounding_box()
     assert top["y"] + top["height"] <= 800  # seen without scrolling
     boxes = [cell.bounding_box() for cell in page.get_by_text("with guidance", exact=True).all() if cell.is_visible()]
