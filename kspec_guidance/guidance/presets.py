@@ -42,7 +42,7 @@ class SPARKE(KernelGuidance):
         kernel: kernel of samples scaled to norm 1; by default Gaussian at half the median distance of the pairs.
         prompt_kernel: kernel of unit-norm prompt features; by default Gaussian with bandwidth 0.35.
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.
-        variety: strength from 0 (plain sampling) to 100, by default 50: clearly more varied at little loss of quality, or none.
+        variety: strength from 0 (plain sampling) to 100; by default 50: clearly more varied, at little or no loss.
             In proportion to the squared distance between a model's images of one prompt, so that one value has like effects
             on different models (docs/variety.md). The ``scale`` is then ``variety / 40``, in the unit ``spread`` of
             :class:`~kspec_guidance.guidance.Term`.
