@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from kspec_guidance import functional as F
-from kspec_guidance.guidance.calibration import Calibration, call_settings, store_calibration
+from kspec_guidance.guidance.calibration import Calibration, call_settings, guidance_scale_of, store_calibration
 from kspec_guidance.guidance.presets import SPARKE
 from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel, l2_normalize
 from kspec_guidance.loop.components import denoiser_of
-from kspec_guidance.utils.hashing import fingerprint
+from kspec_guidance.loop.observer import network_fingerprint
+from kspec_guidance.synthesis.generator import check_call
 
 __all__ = ["calibrate", "search_factor"]
 
@@ -49,19 +50,21 @@ def calibrate(
     Raises:
         ValueError: for no prompts, fewer than two images, a pipeline without denoiser, an unknown number of steps, or
             images of one prompt that are unrelated without guidance.
+        SynthesisError: if the pipeline takes no prompts, or not all of ``call``.
     """
     prompts, call = list(prompts), dict(call or {})
-    network, (steps, guidance_scale) = denoiser_of(pipe), call_settings(pipe, call)
+    network, (steps, _) = denoiser_of(pipe), call_settings(pipe, call)
+    check_call(pipe, call)
     if not prompts or batch_size < 2:
         raise ValueError(f"calibrate needs prompts and at least two images of each, got {len(prompts)} and {batch_size}")
     if network is None or steps is None:
         missing = "denoiser" if network is None else "number of steps; give call={'num_inference_steps': ...}"
         raise ValueError(f"cannot calibrate {type(pipe).__name__}, which has no known {missing}")
-    kernel, done = GaussianKernel(IMAGE_BANDWIDTH), 0
+    kernel, done, timesteps = GaussianKernel(IMAGE_BANDWIDTH), 0, steps
 
     def alike(factor: float) -> float:
         """Mean squared kernel of two samples of one prompt, at variety 50 with this factor; plain samples for 0."""
-        nonlocal done
+        nonlocal done, timesteps
         found = []
         for prompt in prompts:
             guide = SPARKE(variety=50 if factor else 0)
@@ -70,6 +73,7 @@ def calibrate(
             arguments = {"num_images_per_prompt": batch_size, "generator": generators, "output_type": "latent", **call}
             with guide.attach(pipe):
                 pipe(prompt, **arguments)
+            timesteps = guide.report().total_steps
             rows = l2_normalize(guide.finished[0].features.flatten(1).double().cpu())
             found.append(1 / float(F.rke_score(rows, kernel, unbiased=True)))
             done += 1
@@ -78,7 +82,8 @@ def calibrate(
         return sum(found) / len(found)
 
     factor, plain, guided = search_factor(alike)
-    result = Calibration(fingerprint(network), steps, guidance_scale, factor, plain, guided, len(prompts) * batch_size)
+    about = network_fingerprint(network), steps, timesteps, guidance_scale_of(pipe)
+    result = Calibration(*about, factor, plain, guided, len(prompts) * batch_size)
     if store:
         store_calibration(result)
     return result

@@ -1,7 +1,11 @@
+import diffusers
 import pytest
 
+from kspec_guidance import SPARKE
 from kspec_guidance.calibration import _crossing, calibrate, search_factor
 from kspec_guidance.guidance.calibration import find_calibration
+from kspec_guidance.synthesis import SynthesisError
+from kspec_guidance.synthesis.api import _calibration
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
 
@@ -17,6 +21,26 @@ def test_calibration_makes_images_of_a_prompt_less_alike(pipe, tmp_path, monkeyp
     assert found.steps == 6
     assert 0.5 < found.alike_guided / found.alike < 0.9
     assert find_calibration(pipe, 6, 5.0) == found
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "HeunDiscreteScheduler"])
+def test_calls_like_the_calibrated_one_use_it(pipe, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path))
+    scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    own = type(pipe)(**{**pipe.components, "scheduler": scheduler})
+    own.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "guidance_scale": 5.0}
+    found = calibrate(own, ["heart"], 2, call=call)
+    guide = SPARKE()
+    with guide.attach(own):
+        own("heart", num_images_per_prompt=2, output_type="latent", **call)
+    assert guide._run.calibration == found.factor
+    assert _calibration(own, call) == found.factor  # as synthesize looks it up
+
+
+def test_calibration_refuses_arguments_that_the_pipeline_would_ignore(pipe):
+    with pytest.raises(SynthesisError, match="does not take num_steps"):
+        calibrate(pipe, ["heart"], call={"num_steps": 4})
 
 
 def test_calibration_states_what_it_needs(pipe):

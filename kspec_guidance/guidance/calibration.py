@@ -1,7 +1,6 @@
 """Calibrations of ``variety``: what a pipeline's images do at 50, measured by short runs and kept in one JSON file."""
 
 import functools
-import inspect
 import json
 import math
 import os
@@ -9,9 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kspec_guidance.loop.components import denoiser_of
+from kspec_guidance.loop.components import call_parameters, denoiser_of
+from kspec_guidance.loop.observer import network_fingerprint
 from kspec_guidance.utils.atomic_io import replacing
-from kspec_guidance.utils.hashing import fingerprint, same_network
+from kspec_guidance.utils.hashing import same_network
 from kspec_guidance.utils.messages import warn_user
 
 __all__ = ["Calibration", "calibration_file", "call_settings", "find_calibration", "guidance_scale_of", "store_calibration"]
@@ -25,8 +25,9 @@ class Calibration:
 
     Attributes:
         network: fingerprint of the denoiser.
-        steps: number of denoising steps.
-        guidance_scale: classifier-free guidance scale; None for pipelines without one.
+        steps: number of denoising steps, as requested.
+        timesteps: number of timesteps of the scheduler; some step twice for each requested step.
+        guidance_scale: classifier-free guidance scale; None if the pipeline does not tell it.
         factor: factor of the scale of every variety.
         alike: mean squared kernel of two plain images of one prompt, in 0..1 (Gaussian kernel of bandwidth 0.5).
         alike_guided: the same of images guided at variety 50 with this factor.
@@ -35,6 +36,7 @@ class Calibration:
 
     network: str
     steps: int
+    timesteps: int
     guidance_scale: float | None
     factor: float
     alike: float
@@ -78,7 +80,7 @@ def guidance_scale_of(pipe: Any) -> float | None:
 
 def call_settings(pipe: Any, call: dict[str, Any]) -> tuple[int | None, float | None]:
     """Number of steps and guidance scale of a call with these arguments; None where they are unknown."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = call_parameters(type(pipe))
 
     def value(name: str) -> Any:
         found = call[name] if name in call else getattr(parameters.get(name), "default", None)
@@ -88,28 +90,34 @@ def call_settings(pipe: Any, call: dict[str, Any]) -> tuple[int | None, float | 
     return None if steps is None else int(steps), None if scale is None else float(scale)
 
 
-def find_calibration(pipe: Any, steps: int, guidance_scale: float | None) -> Calibration | None:
+def find_calibration(pipe: Any, steps: int, guidance_scale: float | None, requested: bool = False) -> Calibration | None:
     """The calibration of this pipeline with the most similar settings; None if there is none for similar ones.
 
-    Steps may differ by a factor of 1.5, and guidance scales by a factor of 1.25.
+    Args:
+        pipe: the pipeline.
+        steps: number of timesteps, which may differ by a factor of 1.5.
+        guidance_scale: classifier-free guidance scale, which may differ by a factor of 1.25; None if unknown.
+        requested: whether ``steps`` is the number of steps that a call asks for, instead of that of timesteps.
     """
-    candidates = [c for c in _read() if _distance(c, steps, guidance_scale) < math.inf]
+
+    def distance(c: Calibration) -> float:
+        return _distance(steps / (c.steps if requested else c.timesteps), c.guidance_scale, guidance_scale)
+
+    candidates = [c for c in _read() if distance(c) < math.inf]
     network = denoiser_of(pipe) if candidates else None
     if network is None:
         return None
-    own = fingerprint(network)
-    candidates = [c for c in candidates if same_network(own, c.network)]
-    return min(candidates, key=lambda c: _distance(c, steps, guidance_scale), default=None)
+    own = network_fingerprint(network)
+    return min((c for c in candidates if same_network(own, c.network)), key=distance, default=None)
 
 
-def _distance(c: Calibration, steps: int, guidance_scale: float | None) -> float:
+def _distance(steps_ratio: float, calibrated_scale: float | None, guidance_scale: float | None) -> float:
     """How far settings are from those of a calibration; infinite if it does not apply."""
-    by_steps = abs(math.log(steps / c.steps))
-    if (c.guidance_scale is None) != (guidance_scale is None):
-        return math.inf
-    by_scale = 0.0
-    if c.guidance_scale is not None and guidance_scale is not None:
-        pair = max(c.guidance_scale, 1.0), max(guidance_scale, 1.0)  # at 1 and below there is no guidance
+    by_steps, by_scale = abs(math.log(steps_ratio)), 0.0
+    if calibrated_scale is not None:  # else the pipeline does not tell its scale
+        if guidance_scale is None:
+            return math.inf
+        pair = max(calibrated_scale, 1.0), max(guidance_scale, 1.0)  # at 1 and below there is no guidance
         by_scale = abs(math.log(pair[0] / pair[1]))
     return by_steps + by_scale if by_steps <= math.log(STEPS_RATIO) and by_scale <= math.log(SCALE_RATIO) else math.inf
 

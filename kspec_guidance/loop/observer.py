@@ -21,19 +21,19 @@ from kspec_guidance.loop.prompts import (
 from kspec_guidance.loop.scheduler_hook import Function, MethodPatch, never
 from kspec_guidance.utils.hashing import fingerprint
 
-__all__ = ["DenoiserWatch", "PipelineObserver"]
+__all__ = ["DenoiserWatch", "PipelineObserver", "network_fingerprint"]
 
 ENCODE_METHODS = ("encode_prompt", "_encode_prompt", "_encode_text_prompt")
 CONDITIONS = {"prompt", "prompt_embeds", "image", "image_embeds", "class_labels"}  # arguments that state what is wanted
 _fingerprints: "weakref.WeakKeyDictionary[nn.Module, tuple[int, str]]" = weakref.WeakKeyDictionary()
 
 
-def encoder_fingerprint(encoder: nn.Module) -> str:
-    """:func:`fingerprint`, computed once per encoder, and again if parameters were added or removed."""
-    size = sum(1 for _ in encoder.parameters())
-    known = _fingerprints.get(encoder)
+def network_fingerprint(network: nn.Module) -> str:
+    """:func:`fingerprint`, computed once per network, and again if parameters were added or removed."""
+    size = sum(1 for _ in network.parameters())
+    known = _fingerprints.get(network)
     if known is None or known[0] != size:
-        known = _fingerprints[encoder] = size, fingerprint(encoder)
+        known = _fingerprints[network] = size, fingerprint(network)
     return known[1]
 
 
@@ -196,7 +196,7 @@ class PipelineObserver:
         else:
             mask = prompt_major(wanted_rows(mask, given, self.pipe), prompt_count(given))
         self._prompts = masked_mean(wanted, mask)
-        self._encoder = encoder_fingerprint(encoders[0]) if encoders else "given"
+        self._encoder = network_fingerprint(encoders[0]) if encoders else "given"
         settings = ["clip_skip"]
         if mask is None and embeds.ndim > 2:
             self._encoder += ", with padding"  # not comparable with features of the prompt's tokens

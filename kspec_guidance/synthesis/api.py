@@ -305,7 +305,7 @@ def _restored(guide: KernelGuidance) -> Iterator[None]:
 def _calibration(pipe: Any, call: dict[str, Any]) -> float:
     """The factor of variety for these calls; 1 if the pipeline was not calibrated for similar settings."""
     steps, guidance_scale = call_settings(pipe, call)
-    found = None if steps is None else find_calibration(pipe, steps, guidance_scale)
+    found = None if steps is None else find_calibration(pipe, steps, guidance_scale, requested=True)
     return 1.0 if found is None else found.factor
 
 

@@ -24,7 +24,7 @@ def _home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def calibration(pipe):
-    return Calibration(fingerprint(pipe.unet), 4, 5.0, 2.0, 0.5, 0.25, 12)
+    return Calibration(fingerprint(pipe.unet), 4, 4, 5.0, 2.0, 0.5, 0.25, 12)
 
 
 def run(pipe, guide, **changes):
@@ -54,7 +54,7 @@ def test_other_settings_and_networks_are_not_used(pipe, calibration):
 
 
 def test_nearest_settings_win_and_new_values_replace_old_ones(pipe, calibration):
-    for found in (calibration, replace(calibration, steps=5, factor=3.0), replace(calibration, factor=4.0)):
+    for found in (calibration, replace(calibration, steps=5, timesteps=5, factor=3.0), replace(calibration, factor=4.0)):
         store_calibration(found)
     assert find_calibration(pipe, 4, 5.0).factor == 4.0
     assert find_calibration(pipe, 5, 5.0).factor == 3.0
@@ -81,3 +81,17 @@ def test_call_settings_are_those_of_the_call_or_of_its_signature(pipe):
     assert call_settings(pipe, {"num_inference_steps": 7}) == (7, 7.5)
     assert call_settings(pipe, {"guidance_scale": 2}) == (50, 2.0)
     assert call_settings(pipe, {"num_inference_steps": None, "guidance_scale": "x"}) == (None, None)
+
+
+def test_requested_steps_and_timesteps_are_told_apart(pipe, calibration):
+    twice = replace(calibration, steps=4, timesteps=7)
+    store_calibration(twice)
+    assert find_calibration(pipe, 7, 5.0) == find_calibration(pipe, 4, 5.0, requested=True) == twice
+    assert find_calibration(pipe, 4, 5.0) is None
+    assert find_calibration(pipe, 7, 5.0, requested=True) is None
+
+
+def test_scale_is_not_compared_where_the_pipeline_does_not_tell_it(pipe, calibration):
+    store_calibration(replace(calibration, guidance_scale=None))
+    assert find_calibration(pipe, 4, None) is not None
+    assert find_calibration(pipe, 4, 7.0) is not None
