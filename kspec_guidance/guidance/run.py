@@ -339,7 +339,7 @@ class Run:
         elif size < 0.5 * intended:
             context.call.warn(
                 f"{'nothing moved' if size == 0 else f'samples moved by {size / intended:.0%} of what was intended'}: "
-                "moves are below the rounding of half precision, or the noise level is 0; use a larger scale=, or float32"
+                "moves are below the rounding of half precision, or the noise level is 0; use a stronger guide, or float32"
             )
         self.report.finished = final
         for state in self._states:
