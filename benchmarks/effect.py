@@ -101,7 +101,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 0.6, 1.0])
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5])
+    parser.add_argument("--varieties", type=float, nargs="*", default=[50.0], help="strengths that adapt to the model")
     parser.add_argument("--noisy", type=float, nargs="*", default=[0.1], help="scales of the settings NOISY")
     parser.add_argument("--plot", type=Path, help="plot of modes against distance to the art")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
@@ -119,6 +120,7 @@ def main() -> None:
     print("setting        " + "".join(f"{n:>26}" for n in names), flush=True)
     variants = args.variants or {f"SPARKE {scale:g}": {"scale": scale, **args.options} for scale in args.scales}
     if not args.variants:
+        variants |= {f"variety {v:g}": {"variety": v, **args.options} for v in args.varieties}
         variants |= {f"noisy latents {s:g}": {"scale": s, **NOISY} for s in args.noisy}
     for label, settings in {"plain": None, **variants}.items():
         rows = [run(pipe, p, settings, args) for p in args.prompts]
