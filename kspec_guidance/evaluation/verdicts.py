@@ -89,7 +89,7 @@ def advice(prompts: Sequence[tuple[str, float, int]], redundant: int) -> list[st
     """
     alike = [(text, d, n) for text, d, n in prompts if n > 2 and d < ALIKE * n]
     found = [
-        f"{text}: {d:.1f} of {n} images differ; raise the scale of the guide, or rephrase the prompt"
+        f"{text}: {d:.1f} of {n} images differ; raise variety, or rephrase the prompt"
         for text, d, n in alike[:PROMPTS_NAMED]
     ]
     if len(alike) > PROMPTS_NAMED:

@@ -49,7 +49,7 @@ def test_advice_names_the_least_varied_prompts_and_near_duplicates():
     assert advice([("a", 4.0, 6)], 0) == []
     assert advice([("a", 1.2, 2)], 0) == []  # two images say little
     found = advice([(f"p{k}", 1.1, 6) for k in range(7)], 3)
-    assert found[0] == "p0: 1.1 of 6 images differ; raise the scale of the guide, or rephrase the prompt"
+    assert found[0] == "p0: 1.1 of 6 images differ; raise variety, or rephrase the prompt"
     assert found[5] == "2 more prompts have images that are as alike"
     assert found[6].startswith("3 images nearly repeat others")
 
