@@ -20,6 +20,7 @@ from kspec_guidance.functional.fidelity import FidelityScores, fidelity_scores, 
 from kspec_guidance.functional.modes import Mode, novel_modes, top_modes
 from kspec_guidance.functional.novelty import ken_score
 from kspec_guidance.functional.scendi import prompt_vendi_score, remove_prompt, scendi_matrices, scendi_score
+from kspec_guidance.functional.simplex import SimplexSolution, minimise_on_simplex
 from kspec_guidance.functional.vendi import kernel_entropy, mean_cosine, rke_score, vendi_score
 
 __all__ = [
@@ -49,4 +50,6 @@ __all__ = [
     "fidelity_scores",
     "frechet_distance",
     "precision_score",
+    "SimplexSolution",
+    "minimise_on_simplex",
 ]
