@@ -18,13 +18,14 @@ from kspec_guidance.functional.conditional import (
 from kspec_guidance.functional.discrepancy import kid, mmd
 from kspec_guidance.functional.fidelity import FidelityScores, fidelity_scores, frechet_distance, precision_score
 from kspec_guidance.functional.modes import Mode, novel_modes, top_modes
-from kspec_guidance.functional.novelty import ken_score
+from kspec_guidance.functional.novelty import conditional_ken_score, ken_score, relative_rke_score
 from kspec_guidance.functional.scendi import prompt_vendi_score, remove_prompt, scendi_matrices, scendi_score
 from kspec_guidance.functional.simplex import SimplexSolution, minimise_on_simplex
-from kspec_guidance.functional.vendi import kernel_entropy, mean_cosine, rke_score, vendi_score
+from kspec_guidance.functional.vendi import kernel_entropy, matrix_vendi_score, mean_cosine, rke_score, vendi_score
 
 __all__ = [
     "vendi_score",
+    "matrix_vendi_score",
     "rke_score",
     "kernel_entropy",
     "mean_cosine",
@@ -37,6 +38,8 @@ __all__ = [
     "scendi_matrices",
     "remove_prompt",
     "ken_score",
+    "conditional_ken_score",
+    "relative_rke_score",
     "mmd",
     "kid",
     "kinds_score",

@@ -11,13 +11,14 @@ from kspec_guidance.functional.inputs import (
     KernelLike,
     as_kernel,
     check_pair_of_sets,
+    check_paired,
     map_rows,
     on_host,
     unit_gram,
 )
 from kspec_guidance.kernels import CosineKernel
 
-__all__ = ["differential_spectrum", "entropy_of_mass", "ken_score"]
+__all__ = ["conditional_ken_score", "differential_spectrum", "entropy_of_mass", "ken_score", "relative_rke_score"]
 
 
 WELL_CONDITIONED = 1e-9  # smallest squared pivot, to the largest, for which the Cholesky factor is used
@@ -98,13 +99,18 @@ def differential_spectrum(
     """
     check_eta(eta)
     x, y = check_pair_of_sets(x, reference)
-    n, m = x.shape[-2], y.shape[-2]
     if feature_map is not None:
         phi = _map_both(feature_map, x, y)
         k = phi @ phi.mT
     else:
         both = torch.cat([on_host(x), on_host(y)], dim=-2)
         k = unit_gram(as_kernel(kernel).fit(both.detach()), both)
+    return _signed_spectrum(k, x.shape[-2], eta, vectors)
+
+
+def _signed_spectrum(k: Tensor, n: int, eta: float, vectors: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`differential_spectrum`, from the kernel matrix ``[..., n + m, n + m]`` of both sets."""
+    m = k.shape[-1] - n
     weight = torch.cat([k.new_full((n,), n**-0.5), k.new_full((m,), (eta / m) ** 0.5)])
     sign = torch.cat([torch.ones(n), -torch.ones(m)]).to(k)
     return _SignedSpectrum.apply(weight[:, None] * k * weight, sign, vectors)
@@ -152,3 +158,67 @@ def ken_score(
         return entropy_of_mass(differential_spectrum(x, y, kernel, eta, feature_map, vectors=False)[0])
     a, b = phi[..., :n, :], phi[..., n:, :]
     return entropy_of_mass(torch.linalg.eigvalsh(a.mT @ a / n - eta * (b.mT @ b) / m))
+
+
+def conditional_ken_score(
+    x: Tensor,
+    prompt_features: Tensor,
+    reference: Tensor,
+    reference_prompt_features: Tensor,
+    kernel: KernelLike | None = None,
+    prompt_kernel: KernelLike | None = None,
+    eta: float = 1.0,
+) -> Tensor:
+    """Prompt-aware KEN ``[...]``, in nats: pairs of prompt and sample that are more frequent than in a reference.
+
+    :func:`ken_score` with the kernel ``k(x, x') k_T(t, t')`` of pairs, the joint operator of PromptSplit (arXiv
+    2602.04009). Samples that both sets have, but for other prompts, are novel here and not for KEN. With one prompt for all
+    samples it is KEN.
+
+    Args:
+        x: samples ``[..., n, d]``.
+        prompt_features: of ``x`` ``[..., n, p]``.
+        reference: ``[..., m, d]``.
+        reference_prompt_features: ``[..., m, p]``.
+        kernel: of samples, cosine by default; an unset bandwidth is the median distance over both sets.
+        prompt_kernel: of prompts, likewise.
+        eta: factor by which a pair must be more frequent, at least 0.
+
+    Raises:
+        ValueError: as :func:`ken_score`, or for different numbers of samples and prompts.
+    """
+    check_eta(eta)
+    x, t = check_paired(x, prompt_features)
+    y, s = check_paired(reference, reference_prompt_features)
+    joint: Tensor | float = 1.0
+    for a, b, made in ((x, y, as_kernel(kernel)), (t, s, as_kernel(prompt_kernel))):
+        check_pair_of_sets(a, b)
+        both = torch.cat([on_host(a), on_host(b)], dim=-2)
+        joint = joint * unit_gram(made.fit(both.detach()), both)
+    assert isinstance(joint, Tensor)
+    return entropy_of_mass(_signed_spectrum(joint, x.shape[-2], eta, vectors=False)[0])
+
+
+def relative_rke_score(x: Tensor, reference: Tensor, kernel: KernelLike | None = None) -> Tensor:
+    """Relative Renyi kernel entropy ``[...]``, in nats, at least 0: 0 for sets with the same kernel covariance.
+
+    Order 1/2 of the Renyi divergence, ``-2 log |C_X^(1/2) C_Y^(1/2)|_*``, which is ``-2 log`` of the sum of singular values
+    of ``k(x_i, y_j) / (n m)^(1/2)`` (RRKE: Jalali, Li, Farnia 2023). For sets of separate modes with shares p and q it is
+    ``-2 log sum (p q)^(1/2)``; infinite if they have no mode in common.
+
+    Args:
+        x: samples ``[..., n, d]``.
+        reference: ``[..., m, d]``.
+        kernel: cosine by default; an unset bandwidth is the median distance over both sets.
+
+    Raises:
+        ValueError: for no samples, different widths, or NaN.
+
+    >>> round(relative_rke_score(torch.eye(3), torch.eye(3)[:1]).item(), 6)  # log 3
+    1.098612
+    """
+    x, y = (on_host(z) for z in check_pair_of_sets(x, reference))
+    n, m = x.shape[-2], y.shape[-2]
+    made = as_kernel(kernel).fit(torch.cat([x, y], dim=-2).detach())
+    overlap = torch.linalg.svdvals(unit_gram(made, x, y)).sum(-1) / math.sqrt(n * m)
+    return -2 * overlap.clamp_max(1).log()

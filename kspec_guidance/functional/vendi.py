@@ -17,7 +17,7 @@ from kspec_guidance.functional.inputs import (
 from kspec_guidance.kernels import CosineKernel, Kernel, l2_normalize
 from kspec_guidance.kernels.spectrum import check_order, renyi_entropy, truncate
 
-__all__ = ["entropy_of", "kernel_entropy", "mean_cosine", "rke_score", "vendi_score"]
+__all__ = ["entropy_of", "kernel_entropy", "matrix_vendi_score", "mean_cosine", "rke_score", "vendi_score"]
 
 BLOCK_ROWS = 1024  # rows of the kernel matrix that RKE computes at once
 
@@ -99,6 +99,53 @@ def vendi_score(
     5.0
     """
     return kernel_entropy(x, kernel, order, truncation, feature_map).exp()
+
+
+def matrix_vendi_score(
+    K: Tensor,
+    order: float = 1.0,
+    weights: Tensor | None = None,
+    truncation: int | None = None,
+) -> Tensor:
+    """Vendi score ``[...]`` of a given kernel matrix, with probabilities of the samples.
+
+    ``exp(H_q)`` of the eigenvalues of ``diag(p)^(1/2) K diag(p)^(1/2)`` (Friedman, Dieng 2022, arXiv 2210.02410, section
+    3). A sample with weight 2 counts as two copies. The matrix is scaled to a unit diagonal.
+
+    Args:
+        K: symmetric positive semi-definite ``[..., n, n]``, with a positive diagonal.
+        order: q in (0, inf].
+        weights: of the samples ``[n]`` or ``[..., n]``, at least 0; scaled to sum 1. Uniform by default.
+        truncation: number of eigenvalues kept.
+
+    Raises:
+        ValueError: for a matrix that is not square, symmetric, finite and positive semi-definite, or wrong weights.
+
+    >>> round(matrix_vendi_score(torch.eye(3), weights=torch.tensor([2.0, 1.0, 1.0])).item() ** 2, 6)
+    8.0
+    """
+    k = on_host(check_samples(K, "K"))
+    n = k.shape[-1]
+    if k.shape[-2] != n:
+        raise ValueError(f"K must be square, of shape [n, n], got {list(k.shape)}; vendi_score takes rows of features")
+    diagonal = k.diagonal(dim1=-2, dim2=-1)
+    if not (diagonal > 0).all():
+        raise ValueError("K must have a positive diagonal; a sample is similar to itself")
+    scale = diagonal.rsqrt()
+    k = k * scale[..., :, None] * scale[..., None, :]
+    if float((k - k.mT).detach().abs().amax()) > NOT_POSITIVE:
+        raise ValueError("K must be symmetric: entries (i, j) and (j, i) differ")
+    if float(k.detach().abs().amax()) > 1 + NOT_POSITIVE:
+        raise ValueError(
+            "K is not positive semi-definite: an entry exceeds the root of the product of its diagonal entries"
+        )
+    if weights is None:
+        return entropy_of(k / n, order, truncation).exp()
+    w = on_host(weights)
+    if w.ndim == 0 or w.shape[-1] != n or not torch.isfinite(w).all() or (w < 0).any() or not (w.sum(-1) > 0).all():
+        raise ValueError(f"weights must be {n} finite numbers of at least 0, not all 0; got shape {list(w.shape)}")
+    root = (w / w.sum(-1, keepdim=True)).sqrt()
+    return entropy_of(root[..., :, None] * k * root[..., None, :], order, truncation).exp()
 
 
 def rke_score(
