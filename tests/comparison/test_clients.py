@@ -9,7 +9,6 @@ from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
 from tests.samples import rows
 
-
 NAMES = ("average", "over_all")
 
 

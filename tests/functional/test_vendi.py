@@ -275,3 +275,38 @@ def test_unbiased_rke_of_random_features_needs_rows_of_norm_one(g):
     assert float(F.rke_score(x, feature_map=rows, unbiased=True)) == pytest.approx(exact, rel=0.05)
     with pytest.raises(ValueError, match="features of norm 1"):
         F.rke_score(x, feature_map=2 * rows, unbiased=True)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_score_of_a_matrix_is_that_of_its_rows_and_weights_count_copies(order, g):
+    x = torch.randn(6, 3, generator=g, dtype=torch.float64)
+    k = 3 * GaussianKernel(1.0)(x)  # the scale of the diagonal does not matter
+    torch.testing.assert_close(F.matrix_vendi_score(k, order), F.vendi_score(x, GaussianKernel(1.0), order))
+    copies = torch.tensor([3, 1, 2, 1, 1, 4])
+    expected = F.vendi_score(x.repeat_interleave(copies, 0), GaussianKernel(1.0), order)
+    torch.testing.assert_close(F.matrix_vendi_score(k, order, copies), expected, rtol=1e-6, atol=0)
+
+
+def test_weights_of_a_matrix_are_shares_of_orthogonal_samples():
+    p = torch.tensor([0.5, 0.25, 0.25, 0.0])
+    assert F.matrix_vendi_score(torch.eye(4), weights=p).log().item() == pytest.approx(1.5 * math.log(2))
+    assert F.matrix_vendi_score(torch.eye(4), 2.0, 8 * p).item() == pytest.approx(1 / 0.375)
+    assert F.matrix_vendi_score(torch.eye(4).expand(2, 4, 4), weights=torch.stack([p, p])).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "weights", "message"),
+    [
+        (torch.ones(2, 3), None, "square"),
+        (torch.tensor([[1.0, 0.5], [0.2, 1.0]]), None, "symmetric"),
+        (torch.tensor([[0.0, 0.0], [0.0, 1.0]]), None, "positive diagonal"),
+        (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), None, "positive semi-definite"),
+        (torch.eye(2) * math.nan, None, "NaN"),
+        (torch.eye(2), torch.ones(3), "weights must be 2"),
+        (torch.eye(2), torch.tensor([-1.0, 2.0]), "at least 0"),
+        (torch.eye(2), torch.zeros(2), "not all 0"),
+    ],
+)
+def test_wrong_matrices_and_weights_are_refused(matrix, weights, message):
+    with pytest.raises(ValueError, match=message):
+        F.matrix_vendi_score(matrix, weights=weights)
