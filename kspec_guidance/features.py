@@ -1,7 +1,7 @@
 """Explicit feature maps ``phi`` with ``phi(x) @ phi(y).T`` close to ``k(x, y)``, such as random Fourier features."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.utils.devices import normal, normal_tensors, transfer
 from kspec_guidance.utils.precision import full_precision
 
-__all__ = ["NystromFeatures", "RandomFourierFeatures", "RandomProjection", "tensor_product"]
+__all__ = ["NystromFeatures", "RandomFourierFeatures", "RandomProductProjection", "RandomProjection", "tensor_product"]
 
 
 class _FeatureMap(nn.Module):
@@ -173,6 +173,47 @@ class RandomProjection(_FeatureMap):
         x = as_float(x)
         with full_precision(x.device):
             return x @ self._buffer("matrix", x)
+
+
+class RandomProductProjection(_FeatureMap):
+    """``(U a) o (V b) / sqrt(l)`` of random signs: ``l`` features of the product of kernels (Kar, Karnick 2012).
+
+    ``E z(a, b) . z(a', b') = (a . a') (b . b')``, for any number of factors, with an error of about ``l ** -0.5`` times the
+    norms. Signs have the smallest variance of all entries of unit variance: a row that is one-hot is projected without an
+    error, where uniform entries, as published for KrossFuse and PromptSplit, have one.
+
+    Args:
+        input_dims: features per row of each factor.
+        num_features: ``l``.
+        seed: seed of the map's own generator.
+
+    Raises:
+        ValueError: for fewer than one feature.
+    """
+
+    def __init__(self, input_dims: Sequence[int], num_features: int, seed: int = 0):
+        super().__init__()
+        if num_features < 1 or not input_dims or min(input_dims) < 1:
+            raise ValueError(f"a projection needs at least one feature, got {list(input_dims)} to {num_features}")
+        self.input_dims, self.num_features, self.seed = list(input_dims), num_features, seed
+        with normal_tensors():
+            generator = torch.Generator().manual_seed(seed)
+            for k, d in enumerate(input_dims):
+                bits = torch.randint(0, 2, (d, num_features), generator=generator, dtype=torch.int8, device="cpu")
+                self.register_buffer(f"signs_{k}", bits.float() * 2 - 1)
+
+    def forward(self, *factors: Tensor) -> Tensor:
+        """Features ``[..., n, num_features]`` of one tensor ``[..., n, d_k]`` for each factor."""
+        widths = [x.shape[-1] for x in factors]
+        if widths != self.input_dims:
+            raise ValueError(f"the projection has input_dims={self.input_dims}, got rows of lengths {widths}")
+        found: Tensor | None = None
+        for k, x in enumerate(as_float(x) for x in factors):
+            with full_precision(x.device):
+                part = x @ self._buffer(f"signs_{k}", x)
+            found = part if found is None else found * part
+        assert found is not None
+        return found * self.num_features**-0.5
 
 
 def tensor_product(a: Tensor, b: Tensor) -> Tensor:

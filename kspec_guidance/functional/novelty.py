@@ -18,13 +18,21 @@ from kspec_guidance.functional.inputs import (
 )
 from kspec_guidance.kernels import CosineKernel
 
-__all__ = ["conditional_ken_score", "differential_spectrum", "entropy_of_mass", "ken_score", "relative_rke_score"]
+__all__ = [
+    "SignedSpectrum",
+    "conditional_ken_score",
+    "differential_spectrum",
+    "entropy_of_mass",
+    "ken_score",
+    "relative_rke_score",
+    "root",
+]
 
 
 WELL_CONDITIONED = 1e-9  # smallest squared pivot, to the largest, for which the Cholesky factor is used
 
 
-def _factor(g: Tensor) -> Tensor:
+def root(g: Tensor) -> Tensor:
     """``R`` with ``R R' = G``: the Cholesky factor if it is accurate, else the symmetric root."""
     r, failed = torch.linalg.cholesky_ex(g)
     pivots = r.diagonal(dim1=-2, dim2=-1).square()
@@ -35,7 +43,7 @@ def _factor(g: Tensor) -> Tensor:
     return (u * torch.where(e > noise, e, 0.0).sqrt()[..., None, :]) @ u.mT
 
 
-class _SignedSpectrum(torch.autograd.Function):
+class SignedSpectrum(torch.autograd.Function):
     """Eigenvalues of ``G S`` for a positive semi-definite ``G`` and a diagonal ``S`` of signs, with its eigenvectors.
 
     They are those of the symmetric ``R' S R`` with ``R R' = G``. With ``R' S R w = l w`` of unit ``w``,
@@ -45,7 +53,7 @@ class _SignedSpectrum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, sign: Tensor, vectors: bool) -> tuple[Tensor, Tensor]:
-        r = _factor(g)
+        r = root(g)
         inner = r.mT @ (sign[..., :, None] * r)
         inner = (inner + inner.mT) / 2
         if vectors or ctx.needs_input_grad[0]:
@@ -113,7 +121,7 @@ def _signed_spectrum(k: Tensor, n: int, eta: float, vectors: bool) -> tuple[Tens
     m = k.shape[-1] - n
     weight = torch.cat([k.new_full((n,), n**-0.5), k.new_full((m,), (eta / m) ** 0.5)])
     sign = torch.cat([torch.ones(n), -torch.ones(m)]).to(k)
-    return _SignedSpectrum.apply(weight[:, None] * k * weight, sign, vectors)
+    return SignedSpectrum.apply(weight[:, None] * k * weight, sign, vectors)
 
 
 def entropy_of_mass(l: Tensor) -> Tensor:

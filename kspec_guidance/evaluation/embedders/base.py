@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kspec_guidance.comparison import ProductEmbedder, product_embedder
 from kspec_guidance.kernels import SAME_DISTANCE
 from kspec_guidance.utils.hashing import weights_fingerprint
 from kspec_guidance.utils.images import Images, to_pixels
@@ -62,6 +63,10 @@ class ImageEmbedder:
         mean, std = self._statistics[key]
         return (pixels - mean) / std
 
+    def __mul__(self, other: Callable[..., Tensor]) -> ProductEmbedder:
+        """The embedder whose kernel is the product of both; see :func:`~kspec_guidance.comparison.product_embedder`."""
+        return product_embedder(self, other)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, images: Images, batch_size: int = 32, progress: bool = False) -> Tensor:
@@ -98,6 +103,10 @@ class TextEmbedder:
     encode: Callable[[list[str]], Tensor]
     name: str
     fingerprint: str
+
+    def __mul__(self, other: Callable[..., Tensor]) -> ProductEmbedder:
+        """The embedder whose kernel is the product of both; see :func:`~kspec_guidance.comparison.product_embedder`."""
+        return product_embedder(self, other)
 
     @torch.inference_mode(False)
     @torch.no_grad()

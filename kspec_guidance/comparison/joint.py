@@ -1,0 +1,249 @@
+"""Kernels of samples that have several modalities, such as an image and its prompt: products of one kernel for each."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.features import RandomFourierFeatures, RandomProductProjection, tensor_product
+from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, on_host, second_moment, unit_gram
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel
+
+__all__ = [
+    "METHODS",
+    "JointKernel",
+    "Kernels",
+    "Modalities",
+    "as_modalities",
+    "exact_rows",
+    "fit_kernels",
+    "joint_gram",
+    "joint_kernels",
+    "random_rows",
+    "sides",
+    "simplest_turn",
+    "upright",
+]
+
+Modalities = Tensor | Mapping[str, Tensor]
+"""Rows ``[n, d]``, or rows of several modalities of the same samples by name."""
+
+Kernels = KernelLike | Mapping[str, KernelLike | None] | None
+"""A kernel for all modalities, or one for each by name; cosine where there is none."""
+
+METHODS = ("fourier", "projection")
+ROUNDING = 1e-12  # entries and variances below it are rounding errors
+TURNS = 100  # of a rotation, at most
+STRONG = 0.5  # absolute entry, relative to the largest one, from which a sample is listed
+
+
+def as_modalities(x: Modalities, name: str) -> dict[str, Tensor]:
+    """Rows by modality in float64 on the host; a tensor is the one modality ``""``.
+
+    Raises:
+        TypeError: if a modality is not a tensor of real numbers.
+        ValueError: for no modality, values that are not finite, or modalities of different numbers of samples.
+    """
+    parts = dict(x) if isinstance(x, Mapping) else {"": x}
+    if not parts:
+        raise ValueError(
+            f"{name} has no modality; give rows [n, d], or a dict of rows such as {{'image': ..., 'text': ...}}"
+        )
+    found = {k: on_host(check_matrix(v, f"{name}[{k!r}]" if k else name)) for k, v in parts.items()}
+    sizes = {k: len(v) for k, v in found.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"all modalities of {name} must have one row per sample, got {sizes}")
+    return found
+
+
+def fit_kernels(kernel: Kernels, rows: Mapping[str, Tensor]) -> list[Kernel]:
+    """The kernel of each modality, with open bandwidths fitted to its rows.
+
+    Raises:
+        TypeError: for what is no kernel.
+        ValueError: for kernels of other modalities.
+    """
+    if isinstance(kernel, Mapping):
+        if set(kernel) - set(rows):
+            raise ValueError(f"there are kernels for {sorted(kernel)}, and the modalities are {sorted(rows)}")
+        return [as_kernel(kernel.get(name)).fit(x) for name, x in rows.items()]
+    return [as_kernel(kernel).fit(x) for x in rows.values()]
+
+
+def joint_gram(rows: Sequence[Tensor], kernels: Sequence[Kernel]) -> Tensor:
+    """The product of the kernel matrices of all modalities ``[n, n]``, with unit diagonal."""
+    k = unit_gram(kernels[0], rows[0])
+    for x, kernel in zip(rows[1:], kernels[1:], strict=True):
+        k = k * unit_gram(kernel, x)
+    return k
+
+
+def exact_rows(rows: Sequence[Tensor], kernels: Sequence[Kernel]) -> Tensor | None:
+    """Rows ``[n, D]`` whose inner products are the joint kernel, for cosine kernels and D below n; else None."""
+    if not all(isinstance(kernel, CosineKernel) for kernel in kernels):
+        return None
+    parts = [CosineKernel.features(x) for x in rows]
+    found = parts[0]
+    for part in parts[1:]:
+        if found.shape[1] * part.shape[1] >= len(found):
+            return None
+        found = tensor_product(found, part)
+    return found if found.shape[1] < len(found) else None
+
+
+def random_rows(
+    rows: Sequence[Tensor], kernels: Sequence[Kernel], features: int, method: str | None = None, seed: int = 0
+) -> Tensor:
+    """Rows ``[n, D]`` whose inner products are close to the joint kernel, to about ``features ** -0.5``.
+
+    ``fourier``: random Fourier features of the joint rows, each modality divided by its bandwidth, for kernels that are all
+    Gaussian or all Laplacian; their product is one such kernel. ``projection``: the features of each modality (rows of norm
+    1 for the cosine kernel, else random Fourier features) are projected, and the projections multiplied. By default Fourier
+    features where the kernels allow, else the projection; one modality with the cosine kernel is exact.
+
+    Raises:
+        ValueError: for an unknown method, or kernels for which there is none.
+    """
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    kinds = {type(kernel) for kernel in kernels}
+    stationary = len(kinds) == 1 and kinds <= {GaussianKernel, LaplacianKernel}
+    if method == "fourier" and not stationary:
+        raise ValueError(
+            f"joint Fourier features need kernels that are all Gaussian or all Laplacian, got {list(kernels)}; "
+            "use method='projection'"
+        )
+    if stationary and method != "projection":
+        unit = replace(kernels[0], bandwidth=1.0)  # type: ignore[type-var]
+        joint = torch.cat([x / kernel.bandwidth for x, kernel in zip(rows, kernels, strict=True)], 1)  # type: ignore[attr-defined]
+        return RandomFourierFeatures(unit, joint.shape[1], features, seed=seed)(joint)  # type: ignore[arg-type]
+    parts = [_own_rows(x, kernel, features, seed + k) for k, (x, kernel) in enumerate(zip(rows, kernels, strict=True))]
+    if len(parts) == 1:
+        return parts[0]
+    return RandomProductProjection([p.shape[1] for p in parts], features, seed)(*parts)
+
+
+def _own_rows(x: Tensor, kernel: Kernel, features: int, seed: int) -> Tensor:
+    if isinstance(kernel, CosineKernel):
+        return CosineKernel.features(x)
+    if isinstance(kernel, GaussianKernel | LaplacianKernel):
+        return RandomFourierFeatures(kernel, x.shape[1], features, seed=seed)(x)
+    raise ValueError(f"random features are for cosine, Gaussian and Laplacian kernels, got {kernel!r}; leave out features")
+
+
+class JointKernel:
+    """The joint kernel matrix ``K`` ``[n, n]`` of some samples, by rows ``[n, D]`` with D below n where there are such.
+
+    Args:
+        rows: rows of each modality, as of :func:`as_modalities`.
+        kernel: as for :func:`fit_kernels`.
+        features: number of random features; exact if None.
+        seed: of random features.
+
+    Raises:
+        ValueError: as :func:`fit_kernels` and :func:`random_rows`.
+    """
+
+    def __init__(self, rows: Mapping[str, Tensor], kernel: Kernels = None, features: int | None = None, seed: int = 0):
+        self.modalities, self.kernels = dict(rows), fit_kernels(kernel, rows)
+        parts = list(rows.values())
+        self.n = len(parts[0])
+        self.rows = exact_rows(parts, self.kernels)
+        if self.rows is None and features is not None:
+            self.rows = random_rows(parts, self.kernels, features, seed=seed)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """``K`` itself."""
+        if self.rows is not None:
+            return self.rows @ self.rows.mT
+        return joint_gram(list(self.modalities.values()), self.kernels)
+
+    @cached_property
+    def smaller(self) -> Tensor:
+        """The smaller matrix with the non-zero eigenvalues of ``K / n``."""
+        return self.matrix / self.n if self.rows is None else second_moment(self.rows)
+
+    def strength(self, x: Tensor) -> Tensor:
+        """``x' K x / n`` of each row of ``x`` ``[k, n]``."""
+        if self.rows is not None:
+            return (x @ self.rows).square().sum(1) / self.n
+        return ((x @ self.matrix) * x).sum(1) / self.n
+
+    @cached_property
+    def spread(self) -> float:
+        """Standard deviation of the kernel over pairs of different samples."""
+        n, pairs = self.n, self.n * (self.n - 1)
+        if self.rows is None:
+            total, squares = float(self.matrix.sum()), float(self.matrix.square().sum())
+            own = self.matrix.diagonal()
+        else:
+            total, squares = float(self.rows.sum(0).square().sum()), float(n**2 * self.smaller.square().sum())
+            own = self.rows.square().sum(1)
+        mean, square = (total - float(own.sum())) / pairs, (squares - float(own.square().sum())) / pairs
+        variance = square - mean**2
+        return math.sqrt(variance) if variance > ROUNDING else 0.0
+
+    def alone(self) -> dict[str, "JointKernel"]:
+        """The kernel of each modality."""
+        return {
+            name: JointKernel({name: x}, {name: kernel})
+            for (name, x), kernel in zip(self.modalities.items(), self.kernels, strict=True)
+        }
+
+
+def joint_kernels(
+    a: Modalities, b: Modalities, kernel_a: Kernels, kernel_b: Kernels, features: int | None, seed: int
+) -> tuple[JointKernel, JointKernel]:
+    """The kernels of two embeddings of the same samples.
+
+    Raises:
+        ValueError: for different numbers of samples, or modalities.
+    """
+    first, second = as_modalities(a, "a"), as_modalities(b, "b")
+    if first.keys() != second.keys():
+        names = [sorted(x) if isinstance(x, Mapping) else "one tensor" for x in (a, b)]
+        raise ValueError(f"a and b must have the same modalities, got {names[0]} and {names[1]}")
+    n, m = (len(next(iter(x.values()))) for x in (first, second))
+    if n != m:
+        raise ValueError(f"a has {n} rows and b has {m}; both must embed the same samples, in the same order")
+    if n < 2:
+        raise ValueError("two embeddings are compared over at least two samples, got 1")
+    return JointKernel(first, kernel_a, features, seed), JointKernel(second, kernel_b, features, seed)
+
+
+def sides(x: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+    """Samples on the positive and on the negative side of each row of ``x`` ``[k, n]``, the strongest first.
+
+    Those whose absolute entry is at least half of the largest one.
+    """
+    found: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for row in x:
+        for sign, lists in zip((1, -1), found, strict=True):
+            order = (sign * row).argsort(descending=True, stable=True)
+            strong = (sign * row)[order] >= STRONG * row.abs().max().clamp_min(ROUNDING)
+            lists.append(order[strong].tolist())
+    return found
+
+
+def upright(x: Tensor) -> Tensor:
+    """Rows ``[k, n]`` with the sign for which the positive side is the larger one; that of an eigenvector is arbitrary."""
+    larger = x.clamp_min(0).square().sum(1) >= x.clamp_max(0).square().sum(1)
+    return torch.where(larger[:, None], x, -x)
+
+
+def simplest_turn(x: Tensor) -> Tensor:
+    """The rotation ``[k, k]`` of rows ``[k, n]`` for which the sum of fourth powers is largest (quartimax).
+
+    Groups of like strength are mixed in eigenvectors; after it each row is strong at few samples (Neuhaus, Wrigley 1954).
+    """
+    turn, best = torch.eye(len(x), dtype=x.dtype), -1.0
+    for _ in range(TURNS):
+        u, s, v = torch.linalg.svd((turn @ x).pow(3) @ x.mT)
+        if float(s.sum()) <= best * (1 + 1e-10):
+            break
+        turn, best = u @ v, float(s.sum())
+    return turn
