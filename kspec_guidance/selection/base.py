@@ -75,7 +75,7 @@ def _number(value: Any, name: str) -> float:
         TypeError: if it is no number.
         ValueError: if it is NaN or infinite.
     """
-    if isinstance(value, Tensor | np.ndarray | np.generic) and np.size(value) == 1:
+    if isinstance(value, Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
         value = value.item()
     if isinstance(value, bool):
         value = float(value)
@@ -273,6 +273,7 @@ class Selector:
             ValueError: for an unknown arm, missing arguments, rows of another length than before, or NaN.
         """
         self._check_arm(arm)
+        arm = int(arm)
         if not kept and reward is None:
             reward = 0.0
         given = {"features": features, "reward": reward, "context": context}
@@ -307,7 +308,7 @@ class Selector:
         raise NotImplementedError
 
     def _check_arm(self, arm: Any) -> None:
-        if isinstance(arm, bool) or not isinstance(arm, int) or not 0 <= arm < self.arms:
+        if isinstance(arm, bool) or not isinstance(arm, int | np.integer) or not 0 <= arm < self.arms:
             raise ValueError(f"unknown arm {arm!r}; arms are the integers 0 to {self.arms - 1}, see add_arm()")
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class _Contextual(Selector):
     """Pull the arm of the largest ``mu(t) + exploration sigma(t) - cost_weight cost`` at the context t."""
 
     needs: tuple[str, ...] = ("reward", "context")
+    reward_sum: Tensor
+    _vectors: ClassVar[tuple[str, ...]] = (*Selector._vectors, "reward_sum")
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class _Contextual(Selector):
         cost_weight: float,
         costs: Sequence[float] | None,
         start: int,
+        centred: bool,
     ):
         super().__init__(arms, seed, costs, start)
         self.kernel = KERNEL if kernel is None else kernel
@@ -93,6 +96,7 @@ class _Contextual(Selector):
         self.delta = check_number(delta, "delta", above=True)
         self.exploration = None if exploration is None else check_number(exploration, "exploration")
         self.cost_weight = check_number(cost_weight, "cost_weight")
+        self.centred = bool(centred)
         self.waiting: list[list[Tensor]] = [[] for _ in range(arms)]  # contexts of pending pulls
 
     @property
@@ -107,6 +111,10 @@ class _Contextual(Selector):
         (row,) = self._contexts(1, context) or []
         found = [self._predict(i, row) for i in range(self.arms)]
         return torch.tensor([m for m, _ in found]).double(), torch.tensor([s for _, s in found]).double()
+
+    def _prior(self) -> float:
+        """The mean reward of all arms: what is expected where an arm was not tried."""
+        return float(self.reward_sum.sum() / self.told.sum().clamp_min(1)) if self.centred else 0.0
 
     def _predict(self, arm: int, row: Tensor) -> tuple[float, float]:
         raise NotImplementedError
@@ -151,6 +159,7 @@ class _Contextual(Selector):
             "exploration": self.exploration,
             "delta": self.delta,
             "cost_weight": self.cost_weight,
+            "centred": self.centred,
         }
 
     @classmethod
@@ -177,6 +186,7 @@ class PAKUCB(_Contextual):
         cost_weight: what a unit of cost takes from the reward.
         costs: known costs of the arms.
         start: samples of each arm first.
+        centred: expect the mean reward of all arms where an arm was not tried; False expects 0, as the paper.
 
     Raises:
         ValueError: for arguments out of range, or a kernel without a bandwidth.
@@ -189,24 +199,27 @@ class PAKUCB(_Contextual):
         *,
         kernel: Kernel | None = None,
         ridge: float = 1.0,
-        exploration: float | None = 0.3,
+        exploration: float | None = 0.5,
         delta: float = 0.05,
         cost_weight: float = 0.0,
         costs: Sequence[float] | None = None,
         start: int = 1,
+        centred: bool = True,
     ):
-        super().__init__(arms, seed, kernel, ridge, exploration, delta, cost_weight, costs, start)
+        super().__init__(arms, seed, kernel, ridge, exploration, delta, cost_weight, costs, start, centred)
         self.told_rows = [GrownFactor(self.kernel, self.ridge) for _ in range(arms)]
         self.rewards: list[list[float]] = [[] for _ in range(arms)]
         self._weights: dict[int, Tensor] = {}
         self._with_pending: dict[int, GrownFactor] = {}
 
     def _predict(self, arm: int, row: Tensor) -> tuple[float, float]:
-        rows, mean = self.told_rows[arm], 0.0
+        rows, mean = self.told_rows[arm], self._prior()
         if len(rows):
             if arm not in self._weights:
-                self._weights[arm] = rows.weights(torch.tensor(self.rewards[arm], dtype=torch.float64))
-            mean = float(rows.predict(row, self._weights[arm]))
+                y = torch.tensor(self.rewards[arm], dtype=torch.float64)
+                self._weights[arm] = rows.weights(torch.stack([y, torch.ones_like(y)], dim=1))
+            reward, one = rows.predict(row, self._weights[arm]).tolist()
+            mean = reward + (1 - one) * mean
         return mean, math.sqrt(self._pending_factor(arm).variance(row) / self.ridge)
 
     def _pending_factor(self, arm: int) -> GrownFactor:
@@ -223,12 +236,13 @@ class PAKUCB(_Contextual):
         self._with_pending.pop(arm, None)
 
     def _learn(self, arm: int, x: Tensor | None, reward: float | None, context: Tensor | None, kept: bool) -> None:
+        assert reward is not None
         assert context is not None
         self._arrived(arm, context)
         self._record(arm, reward, context)
+        self.reward_sum[arm] += reward
 
-    def _record(self, arm: int, reward: float | None, context: Tensor) -> None:
-        assert reward is not None
+    def _record(self, arm: int, reward: float, context: Tensor) -> None:
         self.told_rows[arm].append(context)
         self.rewards[arm].append(reward)
         self._weights.pop(arm, None)
@@ -261,8 +275,8 @@ class RFFUCB(_Contextual):
     contexts, which are drawn once. The sums of several processes add up.
 
     Args:
-        arms, seed, kernel, ridge, exploration, delta, cost_weight, costs, start: see :class:`PAKUCB`; the kernel is
-            Gaussian or Laplacian.
+        arms, seed, kernel, ridge, exploration, delta, cost_weight, costs, start, centred: see :class:`PAKUCB`; the kernel
+            is Gaussian or Laplacian.
         num_features: length of ``f``.
 
     Raises:
@@ -276,18 +290,19 @@ class RFFUCB(_Contextual):
         *,
         kernel: Kernel | None = None,
         ridge: float = 1.0,
-        exploration: float | None = 0.3,
+        exploration: float | None = 0.5,
         delta: float = 0.05,
         cost_weight: float = 0.0,
         costs: Sequence[float] | None = None,
         start: int = 1,
         num_features: int = 200,
+        centred: bool = True,
     ):
-        super().__init__(arms, seed, kernel, ridge, exploration, delta, cost_weight, costs, start)
+        super().__init__(arms, seed, kernel, ridge, exploration, delta, cost_weight, costs, start, centred)
         RandomFourierFeatures(self.kernel, 1, num_features)  # type: ignore[arg-type]  # checks both
         self.num_features = num_features
         self.moment = torch.zeros(arms, num_features, num_features, dtype=torch.float64)
-        self.rewards = torch.zeros(arms, num_features, dtype=torch.float64)
+        self.rewards = torch.zeros(arms, num_features, 2, dtype=torch.float64)  # sums of y f and of f
         self._map: RandomFourierFeatures | None = None
         self._solved: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -308,7 +323,8 @@ class RFFUCB(_Contextual):
             self._solved[arm] = theta, torch.linalg.cholesky(pending)
         theta, factor = self._solved[arm]
         spread = torch.linalg.solve_triangular(factor, f[:, None], upper=False)
-        return float(f @ theta), float(spread.norm())
+        reward, one = (f @ theta).tolist()
+        return reward + (1 - one) * self._prior(), float(spread.norm())
 
     def _wait(self, arm: int, row: Tensor) -> None:
         super()._wait(arm, row)
@@ -320,7 +336,8 @@ class RFFUCB(_Contextual):
         self._arrived(arm, context)
         f = self._features(context)
         self.moment[arm] += torch.outer(f, f)
-        self.rewards[arm] += reward * f
+        self.rewards[arm] += torch.stack([reward * f, f], dim=1)
+        self.reward_sum[arm] += reward
         self._solved.pop(arm, None)
 
     def _grow(self) -> None:

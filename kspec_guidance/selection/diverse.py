@@ -31,7 +31,8 @@ class DAKUCB(PAKUCB):
     Labels are kept up to date by one kernel row for each new sample.
 
     Args:
-        arms, seed, kernel, ridge, delta, cost_weight, costs, start: see :class:`PAKUCB`; ``kernel`` is that of contexts.
+        arms, seed, kernel, ridge, delta, cost_weight, costs, start, centred: see :class:`PAKUCB`; ``kernel`` is that of
+            contexts.
         exploration: factor of ``sigma``, in units of the reward.
         objective: ``jrke`` or ``jkd``.
         sample_kernel: of samples; cosine by default.
@@ -51,7 +52,7 @@ class DAKUCB(PAKUCB):
         *,
         kernel: Kernel | None = None,
         ridge: float = 1.0,
-        exploration: float | None = 0.3,
+        exploration: float | None = 0.5,
         delta: float = 0.05,
         cost_weight: float = 0.0,
         costs: Sequence[float] | None = None,
@@ -60,10 +61,11 @@ class DAKUCB(PAKUCB):
         sample_kernel: Kernel | None = None,
         diversity: float = 1.0,
         mixture: bool = False,
+        centred: bool = True,
     ):
         super().__init__(
             arms, seed, kernel=kernel, ridge=ridge, exploration=exploration, delta=delta, cost_weight=cost_weight,
-            costs=costs, start=start,
+            costs=costs, start=start, centred=centred,
         )  # fmt: skip
         self.objective = check_choice(objective, "objective", ("jrke", "jkd"))
         self.sample_kernel = CosineKernel() if sample_kernel is None else sample_kernel
