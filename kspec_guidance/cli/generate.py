@@ -77,6 +77,10 @@ def generate(
         float | None,
         typer.Option(help="Drop images with at least this cosine to a kept one, e.g. 0.98.", rich_help_panel=IMAGES),
     ] = None,
+    candidates: Annotated[
+        int,
+        typer.Option(min=1, help="Images made for each kept one; the most diverse one is kept.", rich_help_panel=IMAGES),
+    ] = 1,
     variety: Variety = None,
     scale: Scale = None,
     attribute: Annotated[
@@ -183,7 +187,7 @@ def generate(
         if dry_run:
             plan = estimate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,
-                memory_by=memory_by, processes=processes,
+                memory_by=memory_by, processes=processes, candidates=candidates,
             )  # fmt: skip
             if output.first:
                 output.result(asdict(plan), str(plan))
@@ -197,9 +201,9 @@ def generate(
 
             result = synthesize(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas, target=target,
-                filter=keep, duplicates=duplicates, memory=memory, memory_by=memory_by, exchange=exchange, format=format,
-                shard_size=shard_size, report=report, force=force, progress_callback=progress_callback,
-                memory_file=memory_file,
+                filter=keep, duplicates=duplicates, candidates=candidates, memory=memory, memory_by=memory_by,
+                exchange=exchange, format=format, shard_size=shard_size, report=report, force=force,
+                progress_callback=progress_callback, memory_file=memory_file,
             )  # fmt: skip
         if result.first:
             if result.report is not None:

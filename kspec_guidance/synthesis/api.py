@@ -33,6 +33,7 @@ from kspec_guidance.synthesis.settings import (
     DIGITS,
     Settings,
     as_json,
+    check_candidates,
     check_counts,
     check_memory,
     describe_guide,
@@ -114,6 +115,7 @@ def synthesize(
     target: str | Target | None = None,
     filter: Filter | None = None,
     duplicates: float | None = None,
+    candidates: int = 1,
     memory: str = "auto",
     memory_by: str = "all",
     exchange: int = 8,
@@ -150,6 +152,9 @@ def synthesize(
         filter: called with an image and its metadata; True keeps it, False or a reason drops it. Dropped images are made
             again, with other seeds.
         duplicates: drop images whose features have at least this cosine with those of an image that this process kept.
+        candidates: images made for each one that is kept. Of those that are not dropped, the one is kept that adds most to
+            the entropy of the batch and of the prompt's earlier images, given the prompts; see
+            :func:`~kspec_guidance.synthesis.candidates.choose_candidates`. At most ``batch_size``, which counts them all.
         memory: ``auto`` (see :func:`choose_memory`), ``exact``, ``centroids``, or ``guide`` for the kind of the guide's
             memory. A memory of the guide that has entries, or settings other than the default, is used in any case.
         memory_by: ``all``, or ``group`` for a memory of each group of prompts.
@@ -170,6 +175,7 @@ def synthesize(
     out, call = Path(out), dict(call or {})
     check_counts(0, images_per_prompt=images_per_prompt)
     check_counts(batch_size=batch_size, exchange=exchange, shard_size=shard_size)
+    check_candidates(candidates, batch_size)
     check_counts(None, seed=seed)
     if format not in FORMATS:
         raise SynthesisError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -227,12 +233,14 @@ def synthesize(
             "processes": processes.world_size,
             "exchange": exchange if processes.world_size > 1 else None,
         }
+        if candidates > 1:  # absent in runs of earlier versions
+            run_settings["candidates"] = candidates
         run_settings = as_json(run_settings)
         store = Store(out, None if format == "imagefolder" else out / ".kspec" / "images")
         packer = None if format == "imagefolder" else Packer(store, format, shard_size, types)
         _open(store, processes, run_settings, force, types)
         try:
-            jobs = make_jobs(prompt_list, images_per_prompt, counts, _prompt_numbers(store))
+            jobs = make_jobs(prompt_list, images_per_prompt, counts, _prompt_numbers(store), candidates)
             owners, prompt_features = _share_out(store, processes, generator, jobs, batch_size, memory_by == "group")
             settings = Settings(
                 batch_size=batch_size,
@@ -244,6 +252,7 @@ def synthesize(
                 digest=hash_json(run_settings, DIGITS),
                 expected_images=sum(job.goal for job in jobs),
                 grouped=any(prompt.group is not None for prompt in prompt_list),
+                candidates=candidates,
             )
             worker = Worker(
                 generator,
@@ -263,7 +272,7 @@ def synthesize(
             if memory_file is not None and processes.rank == 0:
                 _prepare(Path(memory_file))
             worker.resume()
-            generator.check_mixed(worker.jobs, batch_size, screen.drops or prompt_target is not None)
+            generator.check_mixed(worker.jobs, batch_size, screen.drops or prompt_target is not None or candidates > 1)
             made_before, start = worker.made, perf_counter()
             worker.run()
             seconds = perf_counter() - start

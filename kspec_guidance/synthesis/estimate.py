@@ -18,7 +18,7 @@ from kspec_guidance.synthesis.prompts import read_prompts
 from kspec_guidance.synthesis.quotas import Attribute, split_quotas
 from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.schedule import Job, Sample, make_jobs, next_batch
-from kspec_guidance.synthesis.settings import check_counts, check_memory
+from kspec_guidance.synthesis.settings import check_candidates, check_counts, check_memory
 from kspec_guidance.synthesis.sharding import shard, shard_groups
 from kspec_guidance.synthesis.worker import encode_png
 from kspec_guidance.utils.arguments import renamed_arguments
@@ -150,6 +150,7 @@ def estimate(
     memory: str = "auto",
     memory_by: str = "all",
     processes: int | None = None,
+    candidates: int = 1,
 ) -> Estimate:
     """Estimate a run of :func:`synthesize` from one or two batches, or a few steps of a slow one; nothing is written.
 
@@ -168,12 +169,14 @@ def estimate(
         memory: kind of the memory, as in :func:`synthesize`.
         memory_by: ``all`` or ``group``, as there.
         processes: number of processes of the run; those of this program by default.
+        candidates: images made for each one that is kept.
 
     Raises:
         SynthesisError: for prompts, quotas or arguments of the call that cannot work.
     """
     check_counts(0, images_per_prompt=images_per_prompt)
     check_counts(batch_size=batch_size, processes=1 if processes is None else processes)
+    check_candidates(candidates, batch_size)
     check_memory(memory, memory_by)
     prompt_list, (counts, _) = read_prompts(prompts), split_quotas(quotas)
     jobs = make_jobs(prompt_list, images_per_prompt, counts)
@@ -184,7 +187,7 @@ def estimate(
         job.kept = min(kept.get(job.prompt.text, 0), job.goal)
     finished = sum(kept.values())
     world_size = processes or Processes().world_size
-    samples = next_batch(jobs, batch_size, 0, lambda job: None)
+    samples = next_batch(jobs, batch_size, 0, lambda job: None, candidates)
     if not samples:
         shares = [Share(0, 0, 0, 0.0)] * world_size
         return Estimate(
@@ -219,7 +222,7 @@ def estimate(
     for rank in range(world_size):
         own = [job for job, owner in zip(jobs, owners, strict=True) if owner == rank]
         images = sum(job.goal - job.kept for job in own)
-        share_batches = -(-images // batch_size)
+        share_batches = -(-images // (batch_size // candidates))
         shares.append(Share(len(own), images, share_batches, share_batches * batch_seconds))
     left, batches = sum(share.images for share in shares), sum(share.batches for share in shares)
     disk_bytes = left * (image_bytes + sample_bytes + ROW_BYTES) + batches * (prompt_bytes + RECORD_BYTES)

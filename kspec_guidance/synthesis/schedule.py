@@ -204,8 +204,11 @@ def make_jobs(
     images_per_prompt: int,
     quotas: Mapping[str, int],
     numbers: Mapping[str, int] | None = None,
+    candidates: int = 1,
 ) -> list[Job]:
     """A job for each prompt, with the ``numbers`` that prompts of earlier epochs have in their file names.
+
+    Each image may take ``candidates`` times as many attempts.
 
     Raises:
         SynthesisError: for a quota of a group that no prompt has.
@@ -217,21 +220,23 @@ def make_jobs(
         number = numbers.get(prompt.text)
         if number is None:
             number, free = free, free + 1
-        jobs.append(Job(number, prompt, goal, max_attempts=ATTEMPTS_PER_IMAGE * goal + 8))
+        jobs.append(Job(number, prompt, goal, max_attempts=candidates * (ATTEMPTS_PER_IMAGE * goal + 8)))
     return jobs
 
 
-def next_batch(jobs: Iterable[Job], batch_size: int, seed: int, key: Callable[[Job], object]) -> list[Sample]:
-    """Up to ``batch_size`` samples of the first unfinished jobs that have the same ``key``."""
+def next_batch(
+    jobs: Iterable[Job], batch_size: int, seed: int, key: Callable[[Job], object], candidates: int = 1
+) -> list[Sample]:
+    """Up to ``batch_size`` samples of the first unfinished jobs with the same ``key``, ``candidates`` for each image."""
     batch: list[Sample] = []
     for job in jobs:
         if job.finished:
             continue
         if batch and key(batch[0].job) != key(job):
             continue
-        n = min(batch_size - len(batch), job.goal - job.kept)
+        n = candidates * min((batch_size - len(batch)) // candidates, job.goal - job.kept)
         for k in range(job.attempts, job.attempts + n):
             batch.append(Sample(job, k, image_seed(seed, job.prompt.text, k)))
-        if len(batch) == batch_size:
+        if batch_size - len(batch) < candidates:
             break
     return batch

@@ -26,6 +26,7 @@ __all__ = [
     "SAMPLE_KEYS",
     "Settings",
     "as_json",
+    "check_candidates",
     "check_counts",
     "check_memory",
     "describe_guide",
@@ -68,6 +69,7 @@ class Settings:
         digest: of all settings of the run.
         expected_images: of the whole run.
         grouped: whether any prompt has a group.
+        candidates: made for each image, of which one is kept.
     """
 
     batch_size: int
@@ -79,6 +81,7 @@ class Settings:
     digest: str
     expected_images: int
     grouped: bool = False
+    candidates: int = 1
 
 
 def check_counts(minimum: int | None = 1, **counts: Any) -> None:
@@ -91,6 +94,20 @@ def check_counts(minimum: int | None = 1, **counts: Any) -> None:
         if not isinstance(value, Integral) or isinstance(value, bool) or (minimum is not None and int(value) < minimum):
             least = "" if minimum is None else f" of at least {minimum}"
             raise SynthesisError(f"{name} must be an integer{least}, got {value!r}")
+
+
+def check_candidates(candidates: Any, batch_size: int) -> None:
+    """Check the number of candidates of each image.
+
+    Raises:
+        SynthesisError: for another value than an integer of at least 1, or more than a batch holds.
+    """
+    check_counts(candidates=candidates)
+    if candidates > batch_size:
+        raise SynthesisError(
+            f"the {candidates} candidates of an image are made in one batch, and batch_size is {batch_size}; raise it, or "
+            "have fewer candidates"
+        )
 
 
 def check_memory(kind: Any, by: Any) -> None:

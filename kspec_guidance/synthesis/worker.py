@@ -16,6 +16,7 @@ from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.evaluation.neighbours import largest_cosine
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.objectives import Balance
+from kspec_guidance.synthesis.candidates import choose_candidates
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.export import Packer
 from kspec_guidance.synthesis.filters import Screen
@@ -111,7 +112,8 @@ class Worker:
 
     def next_batch(self) -> list[Sample]:
         """Samples of the next batch, which share one memory; empty if all jobs are finished."""
-        return next_batch(self.jobs, self.settings.batch_size, self.settings.seed, self._memory_key)
+        settings = self.settings
+        return next_batch(self.jobs, settings.batch_size, settings.seed, self._memory_key, settings.candidates)
 
     def _memory_key(self, job: Job) -> str | None:
         return self.memories.key(job.prompt.group)
@@ -125,6 +127,8 @@ class Worker:
         features = made.x.flatten(1).float().cpu() if self.embedder is None else self.embedder(made.images).cpu()
         rows = [self._row(sample) for sample in batch]
         reasons = self.screen.reasons(made.images, rows, features)
+        if self.settings.candidates > 1:
+            self._choose(batch, features, made.prompt_features, reasons)
         keep = [k for k, reason in enumerate(reasons) if reason is None]
         self._add_scores(batch, keep, rows, features, made)
         rejected = [
@@ -142,6 +146,21 @@ class Worker:
         if self.packer is None:
             self.store.append_metadata(record.rows)
         self.apply(record)
+
+    def _choose(self, batch: list[Sample], features: Tensor, prompts: Tensor | None, reasons: list[str | None]) -> None:
+        """Keep one candidate of each image, and give the others a reason to be dropped."""
+        jobs = list(dict.fromkeys(sample.job for sample in batch))
+        first = {job: next(k for k, sample in enumerate(batch) if sample.job is job) for job in jobs}
+        t = torch.eye(len(jobs)) if prompts is None else prompts.flatten(1).float().cpu()[[first[job] for job in jobs]]
+        earlier = [torch.cat(job.features) if job.features else features[:0] for job in jobs]
+        of_earlier = t.repeat_interleave(torch.tensor([len(x) for x in earlier]), 0)
+        mine = t[[jobs.index(sample.job) for sample in batch]]
+        usable = [reason is None for reason in reasons]
+        chosen = choose_candidates(
+            features, mine, usable, self.settings.candidates, torch.cat(earlier), of_earlier
+        )  # fmt: skip
+        for k in set(range(len(batch))) - set(chosen):
+            reasons[k] = reasons[k] or "another candidate was kept"
 
     def _row(self, sample: Sample) -> dict[str, Any]:
         """The metadata of an image, without its scores."""
