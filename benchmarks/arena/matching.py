@@ -183,13 +183,13 @@ def emoji() -> Target:
     bed = BEDS["emoji"]()
     latents = encode_reference(bed.pipe, load_demo_reference("noto"))
     people = ["firefighter", "farmer", "cook", "student", "swimmer"]
-    noto = bed.table["styles"].index("noto style")
+    noto = bed.judge_.classes["style"].index("noto style")
 
     def reference(n: int, seed: int) -> Tensor:
         return latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))[:n]]
 
     def distance(x: Tensor) -> float:
-        p = bed.judge_(bed.decode(x))["style"].softmax(1)
+        p = bed.judge_.network(bed.decode(x))["style"].softmax(1)
         return 1 - float(p[:, noto].mean())
 
     last: list[Case] = []

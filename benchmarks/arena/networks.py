@@ -1,4 +1,4 @@
-"""The small networks of the arena: the digits' denoiser, and the judges."""
+"""The small networks of the arena: the digits' denoiser and judge."""
 
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -33,21 +33,3 @@ class DigitJudge(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))
-
-
-class EmojiJudge(nn.Module):
-    """Classifier of the emoji, tone, style and family of a 64 x 64 image; features ``[n, 160]``."""
-
-    def __init__(self, sizes: dict[str, int]):
-        super().__init__()
-        self.body = nn.Sequential(
-            block(3, 32), block(32, 64), block(64, 128), block(128, 192), nn.Flatten(), nn.Linear(192 * 16, 160)
-        )
-        self.heads = nn.ModuleDict({k: nn.Sequential(nn.SiLU(), nn.Linear(160, n)) for k, n in sizes.items()})
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = self.body(x)
-        return {k: head(h) for k, head in self.heads.items()}

@@ -2,7 +2,8 @@
 
     python -m benchmarks.arena.training digit-judge digits distilled judge truth   # over an hour
 
-Weights go to ``benchmarks/arena/weights`` as float16 safetensors, figures on held-out data to ``measured.json`` there.
+Weights go to ``benchmarks/arena/weights`` as float16 safetensors, those of the emoji judge into the
+package; figures on held-out data to ``measured.json``.
 """
 
 import argparse
@@ -20,7 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .networks import DIGITS, DigitJudge, EmojiJudge, digit_unet
+from kspec_guidance.demo.judge import ASSETS as JUDGE
+from kspec_guidance.demo.judge import EmojiClassifier
+
+from .networks import DIGITS, DigitJudge, digit_unet
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = Path(__file__).parent / "weights"
@@ -53,14 +57,14 @@ def split(n: int, part: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
     return order[cut:], order[:cut]
 
 
-def save(name: str, tensors: dict[str, Tensor], figures: dict) -> None:
+def save(name: str, tensors: dict[str, Tensor], figures: dict, path: Path | None = None) -> None:
     """Write weights as float16, and their figures into ``measured.json``."""
     WEIGHTS.mkdir(exist_ok=True)
     half = {k: v.contiguous().half() if v.is_floating_point() else v.contiguous() for k, v in tensors.items()}
-    save_file(half, WEIGHTS / f"{name}.safetensors")
-    path = WEIGHTS / "measured.json"
-    measured = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(measured | {name: figures}, indent=1) + "\n")
+    save_file(half, path or WEIGHTS / f"{name}.safetensors")
+    listed = WEIGHTS / "measured.json"
+    measured = json.loads(listed.read_text()) if listed.exists() else {}
+    listed.write_text(json.dumps(measured | {name: figures}, indent=1) + "\n")
 
 
 def schedule(step: int, steps: int, peak: float) -> float:
@@ -249,7 +253,7 @@ def train_judge(data: Path, steps: int = 4000, batch: int = 64) -> None:
     train = torch.tensor(sorted(set(range(len(entries))) - set(held.tolist())))
     torch.manual_seed(0)
     sizes = {"code": len(codes), "tone": len(tones), "style": len(styles), "family": len(families)}
-    model, g = EmojiJudge(sizes), torch.Generator().manual_seed(0)
+    model, g = EmojiClassifier(sizes), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.02)
     began, total = time.perf_counter(), 0.0
     for step in range(steps):
@@ -274,9 +278,9 @@ def train_judge(data: Path, steps: int = 4000, batch: int = 64) -> None:
     figures["accuracy_code_with_skin_tone"] = float(right["code"][is_toned].float().mean())
     figures["accuracy_code_without"] = float(right["code"][~is_toned].float().mean())
     print(figures)
-    save("emoji_judge", model.state_dict(), figures)
+    save("emoji_judge", model.state_dict(), figures, JUDGE / "model.safetensors")
     table = {"codes": codes, "tones": tones, "styles": styles, "families": families, "modes": modes_of(entries)}
-    (WEIGHTS / "emoji_modes.json").write_text(json.dumps(table, separators=(",", ":")) + "\n")
+    (JUDGE / "emoji.json").write_text(json.dumps(table, separators=(",", ":")) + "\n")
 
 
 def save_truth(data: Path) -> None:
@@ -292,9 +296,9 @@ def save_truth(data: Path) -> None:
         rows = torch.stack([model.features(images[labels == k][:200]) for k in range(10)])
     save("digit_truth", {"rows": rows}, {"each": 200})
     bed, (images, _) = Emoji(), emoji(data)
-    meant = torch.stack([bed.answers(p) for p in TUNE + REPORT]).any(0).nonzero().squeeze(1)
+    meant = torch.stack([bed.judge_.described(p) for p in TUNE + REPORT]).any(0).nonzero().squeeze(1)
     with torch.no_grad():
-        rows = torch.cat([bed.judge_.features(images[part]) for part in meant.split(200)])
+        rows = torch.cat([bed.judge_.network.features(images[part]) for part in meant.split(200)])
     save("emoji_truth", {"rows": rows, "modes": meant}, {"images": len(meant)})
 
 

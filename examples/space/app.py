@@ -81,7 +81,7 @@ def make_example() -> None:
         "settings": DEFAULTS,
         "board": state.board(),
         "report": str(state.report),
-        "table": score_table(state.report, None),
+        "table": score_table(state, None),
     }
     EXAMPLE.write_text(json.dumps(shown, indent=1) + "\n")
 
@@ -116,7 +116,7 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
                 for state in states:
                     table, archive = [], None
                     if state.report is not None:
-                        table, archive = score_table(state.report, reference), pack(state, visitor, Path(folder))
+                        table, archive = score_table(state, reference), pack(state, visitor, Path(folder))
                     yield state.board(), "\n".join([*notes, state.text]), table, curves(state), archive, visitor
         except (InputError, UploadError) as error:
             yield gr.skip(), f"Not started: {error}", gr.skip(), gr.skip(), gr.skip(), visitor

@@ -33,6 +33,7 @@ from kspec_guidance import (
 )
 from kspec_guidance import functional as F
 from kspec_guidance.evaluation.embedders import image_embedder
+from kspec_guidance.evaluation.judges import demo_judge
 from kspec_guidance.guidance.presets import DEFAULT_VARIETY
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces import Pixels
@@ -121,13 +122,18 @@ class Panel:
 
 @dataclass
 class Progress:
-    """The state of a run, for display; the report is that of a finished run, with the figures of both batches."""
+    """The state of a run, for display.
+
+    The report is that of a finished run, with the figures of both batches; the agreement of each batch with its prompts
+    is in 0..100, where that can be judged.
+    """
 
     panels: dict[str, Panel]
     prompts: list[str]
     images_per_prompt: int
     text: str
     report: GuidanceReport | None = None
+    agreement: dict[str, float] = field(default_factory=dict)
 
     def board(self) -> str:
         """The images as HTML: for each prompt those without and those with guidance, beside or below each other."""
@@ -339,6 +345,7 @@ class Studio:
             report.strengths = [("variety", variety)]  # the dial on the page
             report.moves = [move for move in report.moves if move[1].any()] or (report.moves if variety else [])
             state.report = report
+            state.agreement = self._agreement(state)
             made = f"Done: {len(prompts) * images_per_prompt} images of each kind."
             state.text = f"{made} Memory: {len(visitor.memory)} images.\n{report}"
             yield state
@@ -383,6 +390,19 @@ class Studio:
         panel.rows = split_rows(images, images_per_prompt)
         return watched.report()
 
+    def _agreement(self, state: Progress) -> dict[str, float]:
+        """Mean agreement of the images of each panel with their prompts, of the prompts that the embedded model knows."""
+        if not self.demo:
+            return {}
+        judge, found = demo_judge(), {}
+        for name, panel in state.panels.items():
+            images = [image for row in panel.rows for image in row]
+            prompts = [p for p, row in zip(state.prompts, panel.rows, strict=True) for _ in row]
+            values = judge.agreement(judge.images(images), prompts)
+            if values.isfinite().any():
+                found[name] = float(values.nanmean())
+        return found
+
     @torch.no_grad()
     def _decode(self, x0: Tensor, images_per_prompt: int) -> list[list[Image.Image]]:
         """Decode clean predictions ``[n, ...]`` to images ``[prompt][k]``."""
@@ -397,15 +417,18 @@ def split_rows(images: list[Image.Image], images_per_prompt: int) -> list[list[I
     return [images[k : k + images_per_prompt] for k in range(0, len(images), images_per_prompt)]
 
 
-def score_table(report: GuidanceReport, reference: Tensor | None) -> list[list[str]]:
-    """Return rows of name, plain, guided: the report's figures, and the distance to a reference set."""
-    rows = []
+def score_table(state: Progress, reference: Tensor | None) -> list[list[str]]:
+    """Rows of name, plain, guided of a finished run: its report, prompt agreement, and the distance to a reference set."""
+    report, rows = state.report, []
+    assert report is not None
     if report.plain is not None and report.guided is not None:
         rows.append(["Different images of a prompt", f"{report.plain:.1f}", f"{report.guided:.1f}"])
     if report.plain_interval and report.guided_interval:
         rows.append(
             ["95% interval", *("{:.1f} to {:.1f}".format(*i) for i in (report.plain_interval, report.guided_interval))]
         )
+    if len(state.agreement) == len(state.panels):
+        rows.append(["Images that show their prompt", *(f"{state.agreement[name]:.0f}%" for name in state.panels)])
     if reference is not None:
         y = reference.flatten(1).cpu().double()
         kernel = GaussianKernel().fit(y)

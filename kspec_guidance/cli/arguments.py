@@ -52,7 +52,7 @@ MEMORY_KINDS = ("auto", "exact", "centroids", "guide")
 IMAGE_EMBEDDERS = (
     "auto", "efficientnet-lite0", "demo", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER", "torchvision:NAME:FILE",
 )  # fmt: skip
-TEXT_EMBEDDERS = ("none", "minilm", "open_clip:NAME:FILE_OR_TAG", "sentence:FOLDER")
+TEXT_EMBEDDERS = ("none", "minilm", "open_clip:NAME:FILE_OR_TAG", "sentence:FOLDER", "transformers:FOLDER")
 
 
 # -- checks before anything is loaded ----------------------------------------------------------------------------------

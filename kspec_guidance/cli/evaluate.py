@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kspec_guidance.cli.arguments import (
+    FEATURES,
     OUTPUT,
     Cache,
     Embedder,
@@ -16,6 +17,7 @@ from kspec_guidance.cli.arguments import (
     TextEmbedder,
     Version,
     existing_file,
+    named,
     page_option,
 )
 from kspec_guidance.cli.console import Output, command_output
@@ -29,6 +31,10 @@ PROMPTS_HELP = "Captions (.jsonl, .csv, .tsv, .parquet; - for standard input); b
 
 MODES_HELP = "Folder to create, with copies of the images by kind."
 LOG_HELP = "Log all figures: trackio:PROJECT, wandb:PROJECT or tensorboard:FOLDER."
+JUDGES = ("auto", "none", "demo", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER")
+JUDGE_HELP = f"Judge of prompt agreement: {', '.join(JUDGES)}; auto is CLIP, if cached."
+PERCEPTUAL_HELP = "Also the mean distance of two images of a prompt: lpips or dreamsim, if installed; may be repeated."
+Judge = Annotated[str, typer.Option(help=JUDGE_HELP, rich_help_panel=FEATURES, callback=named(*JUDGES))]
 Drop = Annotated[Path | None, typer.Option(help=DROP_HELP, rich_help_panel=SETS, callback=existing_file)]
 
 Log = Annotated[str | None, typer.Option(help=LOG_HELP, rich_help_panel=OUTPUT)]
@@ -42,7 +48,13 @@ def _tracker(log: str | None) -> Any:
 
 
 def _load(
-    output: Output, folder: Path, embedder: Any, prompts: Path | None, cache: Path | None, drop: Path | None = None
+    output: Output,
+    folder: Path,
+    embedder: Any,
+    prompts: Path | None,
+    cache: Path | None,
+    drop: Path | None = None,
+    judge: Any = None,
 ) -> Any:
     """Load an image set, with a progress bar; what was left out is listed on the error stream."""
     from kspec_guidance.evaluation import load_images
@@ -51,7 +63,7 @@ def _load(
     names = set() if drop is None else read_names(drop)
     with output.progress_bars() as bars:
         task = bars.add_task(f"reading {folder.name or folder}", total=None)
-        found = load_images(folder, embedder, prompts, cache, lambda n: bars.advance(task, n), drop=names)
+        found = load_images(folder, embedder, prompts, cache, lambda n: bars.advance(task, n), drop=names, judge=judge)
         bars.update(task, total=len(found))
     for line in found.summary():
         output.warning(f"{folder.name or folder}: {line}")
@@ -65,6 +77,16 @@ def _embedders(output: Output, embedder: str, text_embedder: str, cache: Path | 
     from kspec_guidance.evaluation import embedders
 
     return embedders.image_embedder(embedder), embedders.text_embedder(text_embedder)
+
+
+def _judge(name: str, folders: list[Path], embedder: Any, text_embedder: Any) -> Any:
+    """The judge with this name; ``auto`` takes the embedders themselves if they have one space."""
+    from kspec_guidance.evaluation.judges import clip_judge, prompt_judge
+
+    if name == "auto" and embedder.name == text_embedder.name:
+        return clip_judge(embedder, text_embedder)
+    found = [prompt_judge(name, folder) for folder in folders]
+    return found[0] if all(f is not None and found[0] is not None and f.name == found[0].name for f in found) else None
 
 
 def _write(output: Output, result: Any, out: Path | None, default: str) -> list[str]:
@@ -102,6 +124,8 @@ def evaluate(
     drop: Drop = None,
     embedder: Embedder = "auto",
     text_embedder: TextEmbedder = "none",
+    judge: Judge = "auto",
+    perceptual: Annotated[list[str] | None, typer.Option(help=PERCEPTUAL_HELP, rich_help_panel=FEATURES)] = None,
     cache: Cache = None,
     out: Annotated[Path | None, page_option("report.html")] = None,
     modes_to: Annotated[Path | None, typer.Option(help=MODES_HELP, rich_help_panel=OUTPUT, file_okay=False)] = None,
@@ -113,13 +137,17 @@ def evaluate(
     """How many different images a set has, also given its prompts. Prints the answer, and writes a page with images."""
     with command_output(as_json, quiet) as output:
         track = _tracker(log)
-        embed, embed_text = _embedders(output, embedder, text_embedder, cache)
         from kspec_guidance.evaluation import evaluate_set
         from kspec_guidance.evaluation.exports import copy_by_kind
+        from kspec_guidance.evaluation.perceptual import pair_distance
 
-        images = _load(output, folder, embed, prompts, cache, drop)
+        distances = {name: pair_distance(name) for name in perceptual or []}
+        embed, embed_text = _embedders(output, embedder, text_embedder, cache)
+
+        decide = _judge(judge, [folder], embed, embed_text)
+        images = _load(output, folder, embed, prompts, cache, drop, decide)
         other = None if reference is None else _load(output, reference, embed, None, cache)
-        result = evaluate_set(images, embed, embed_text, other)
+        result = evaluate_set(images, embed, embed_text, other, distances=distances)
         files = _write(output, result, out, "report.html")
         if modes_to is not None:
             output.wrote(copy_by_kind(result, modes_to))
@@ -134,6 +162,7 @@ def compare(
     drop: Drop = None,
     embedder: Embedder = "auto",
     text_embedder: TextEmbedder = "none",
+    judge: Judge = "auto",
     cache: Cache = None,
     out: Annotated[Path | None, page_option("compare.html")] = None,
     log: Log = None,
@@ -147,7 +176,8 @@ def compare(
         embed, embed_text = _embedders(output, embedder, text_embedder, cache)
         from kspec_guidance.evaluation import compare_sets
 
-        a, b = (_load(output, folder, embed, None, cache, drop) for folder in (first, second))
+        decide = _judge(judge, [first, second], embed, embed_text)
+        a, b = (_load(output, folder, embed, None, cache, drop, decide) for folder in (first, second))
         result = compare_sets(a, b, embed, embed_text)
         files = _write(output, result, out, "compare.html")
         track(result.scalars(), f"{first.name}-{second.name}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from kspec_guidance.evaluation.captions import match_captions, read_captions
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.evaluation.embedders.cache import FeatureCache
+from kspec_guidance.evaluation.judges import PromptJudge
 from kspec_guidance.evaluation.readers import READ_ERRORS, SetReader
 from kspec_guidance.utils.images import SourceError, decode_image, to_pixels
 
@@ -39,6 +40,9 @@ class ImageSet:
         thumbnails: small JPEG files.
         features: ``[n, d]``.
         digests: SHA-256 of the images' files.
+        judge: the judge of ``agreement``; None without one.
+        agreement: how well each image shows its prompt ``[n]`` in 0..100, NaN where that is unknown; None without a judge
+            or prompts.
         skipped: files that were not read, with the reason.
         unmatched: captions that belong to no image, by the file name in their list or by their own file, with the reason.
         num_captions: number of captions, matched or not.
@@ -53,6 +57,8 @@ class ImageSet:
     thumbnails: list[bytes] = field(default_factory=list)
     features: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     digests: list[str] = field(default_factory=list)
+    judge: PromptJudge | None = None
+    agreement: Tensor | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     unmatched: dict[str, str] = field(default_factory=dict)
     num_captions: int = 0
@@ -116,6 +122,43 @@ def _thumbnail(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
+class _Features:
+    """Collects the features of images by the digests of their files, in batches, with a cache.
+
+    Args:
+        embedder: of the features.
+        cache: folder of cached features.
+    """
+
+    def __init__(self, embedder: ImageEmbedder, cache: str | Path | None):
+        self.embedder = embedder
+        self.cached = None if cache is None else FeatureCache(cache, embedder)
+        self.rows: dict[str, Tensor] = {} if self.cached is None else self.cached.rows
+        self.waiting: dict[str, Tensor] = {}
+        self.changed = False
+
+    def add(self, digest: str, image: Image.Image) -> None:
+        if digest not in self.rows and digest not in self.waiting:
+            self.waiting[digest] = to_pixels([image], self.embedder.size, self.embedder.fit)[0]
+            if len(self.waiting) == BATCH_SIZE:
+                self.embed()
+
+    def embed(self) -> None:
+        if self.waiting:
+            found = self.embedder(torch.stack(list(self.waiting.values())), BATCH_SIZE)
+            self.rows.update(zip(self.waiting, found, strict=True))
+            self.waiting.clear()
+            self.changed = True
+
+    def save(self) -> None:
+        if self.cached is not None and self.changed:
+            self.cached.save()
+
+    def of(self, digests: list[str]) -> Tensor:
+        """``[n, d]``."""
+        return torch.stack([self.rows[d] for d in digests])
+
+
 def load_images(
     path: str | Path,
     embedder: ImageEmbedder,
@@ -124,6 +167,7 @@ def load_images(
     progress_callback: Callable[[int], None] = lambda n: None,
     only: set[str] | None = None,
     drop: Collection[str] = (),
+    judge: PromptJudge | None = None,
 ) -> ImageSet:
     """Read and embed all images of a folder (with its subfolders), tar shards, or Parquet files.
 
@@ -141,25 +185,19 @@ def load_images(
         progress_callback: called with the number of images read since the last call.
         only: names of the images to read; all by default.
         drop: names of images to leave out, as :func:`read_names` returns them; they are listed in ``skipped``.
+        judge: judges whether images show their prompts.
 
     Raises:
         SourceError: if there are no readable images, or the prompts cannot be read.
     """
     path = Path(path)
     reader = SetReader(path, None if prompts is None else Path(prompts))
-    cached = None if cache is None else FeatureCache(cache, embedder)
+    features = _Features(embedder, cache)
+    judged = None if judge is None or judge.images.fingerprint == embedder.fingerprint else _Features(judge.images, cache)
+    both = [f for f in (features, judged) if f is not None]
     found, captions = ImageSet(path), []
     names: list[str] = []
-    waiting: dict[str, Tensor] = {}
-    fresh: dict[str, Tensor] = {}
-
-    def embed() -> None:
-        if waiting:
-            fresh.update(zip(waiting, embedder(torch.stack(list(waiting.values())), BATCH_SIZE), strict=True))
-            waiting.clear()
-
     digests, drop, dropped = found.digests, set(drop), 0
-    queued: set[str] = set()
     try:
         for name, read, caption in reader.items():
             names.append(name)
@@ -175,22 +213,19 @@ def load_images(
                 found.skipped[name] = f"unreadable: {error}"
                 continue
             digest = hashlib.sha256(data).hexdigest()
-            if digest not in queued and (cached is None or digest not in cached.rows):
-                waiting[digest] = to_pixels([image], embedder.size, embedder.fit)[0]
-            queued.add(digest)
+            for part in both:
+                part.add(digest, image)
             found.names.append(name)
             found.thumbnails.append(_thumbnail(image))
             found.first_frame_only += [name] if more else []
             captions.append(caption)
             digests.append(digest)
-            if len(waiting) == BATCH_SIZE:
-                embed()
             progress_callback(1)
-        embed()
+        for part in both:
+            part.embed()
     finally:  # also after Ctrl-C, so that the next call continues
-        if cached is not None and fresh:
-            cached.rows |= fresh
-            cached.save()
+        for part in both:
+            part.save()
     found.skipped |= reader.skipped if only is None else {}
     found.notes, found.caption_files = reader.notes, reader.caption_files
     if dropped < len(drop):
@@ -199,9 +234,13 @@ def load_images(
     if not digests:
         left_out = "".join(f"; {line}" for line in found.summary())
         raise SourceError(f"{path} contains no readable images (PNG, JPEG, WebP and others that Pillow decodes){left_out}")
-    rows = [fresh[d] if d in fresh else cached.rows[d] for d in digests]  # type: ignore[union-attr]
-    found.features = torch.stack(rows)
+    found.features = features.of(digests)
     _assign_captions(found, captions, names, reader)
+    if judge is not None and found.prompts is not None:
+        known = [i for i, p in enumerate(found.prompts) if p is not None]
+        rows, texts = (features if judged is None else judged).of(digests), [p for p in found.prompts if p is not None]
+        found.judge, found.agreement = judge, torch.full((len(found),), torch.nan)
+        found.agreement[known] = judge.agreement(rows[known], texts).float()
     return found
 
 

@@ -1,6 +1,7 @@
 """Nearest rows by cosine: near-duplicates within a set, and the largest cosine to another."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.kernels import l2_normalize
 
-__all__ = ["Duplicate", "largest_cosine", "near_duplicates", "redundant"]
+__all__ = ["Duplicate", "largest_cosine", "near_duplicates", "prompt_bound", "redundant"]
 
 BLOCK_ROWS = 1024
 
@@ -64,3 +65,29 @@ def largest_cosine(x: Tensor, others: Tensor) -> Tensor:
     if not len(others):
         return torch.full((len(x),), float("nan"))
     return (l2_normalize(x.cpu().float()) @ l2_normalize(others.cpu().float()).T).amax(1)
+
+
+def prompt_bound(x: Tensor, groups: Sequence[Sequence[int]]) -> dict[int, float]:
+    """How much closer each image is to the other images of its prompt than to those of other prompts.
+
+    The difference of mean cosines, in -2..2: large for images that a prompt brings out again and again, near 0 or below
+    for images that might be of any prompt.
+
+    Args:
+        x: features ``[n, d]``.
+        groups: indices of the images of each prompt, at least two of each.
+
+    Returns:
+        Values by the indices of the images; empty for fewer than two prompts.
+    """
+    if len(groups) < 2:
+        return {}
+    u, found = l2_normalize(on_host(x)), dict[int, float]()
+    sums = torch.stack([u[list(g)].sum(0) for g in groups])
+    total, images = sums.sum(0), sum(map(len, groups))
+    for group, own in zip(groups, sums, strict=True):
+        rows = u[list(group)]
+        same = (rows @ own - 1) / (len(group) - 1)
+        other = rows @ (total - own) / (images - len(group))
+        found |= dict(zip(group, (same - other).tolist(), strict=True))
+    return found

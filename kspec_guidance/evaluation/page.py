@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kspec_guidance.evaluation.image_sets import ImageSet
+from kspec_guidance.evaluation.scores import AGREEMENT
 from kspec_guidance.evaluation.sets import ComparisonReport, Evaluation
 from kspec_guidance.evaluation.verdicts import count, set_names
 from kspec_guidance.statistics import Curve
@@ -109,11 +110,27 @@ def _kind_rows(e: Evaluation) -> list[dict[str, Any]]:
 
 
 def _third_figure(e: Evaluation) -> tuple[str, str]:
-    """Agreement with the prompts where images and texts have one embedder, else the number of near-duplicates."""
+    """Agreement with the prompts where there is a judge of it, else the number of near-duplicates."""
     for score in e.scores:
+        if score.score == AGREEMENT and e.images.judge is not None:
+            return _number(score.value), e.images.judge.meaning
         if score.score == "CLIP score":
             return _number(score.value), "agreement of images and prompts: CLIP score, of 100"
     return str(len(e.redundant)), "images that nearly repeat another"
+
+
+def _extremes(e: Evaluation) -> list[tuple[str, list[int]]]:
+    """Images that are least and most bound to their prompts, and that agree with them least and most."""
+    rows = []
+    if e.bound:
+        order = list(e.bound)
+        rows += [("least bound to their prompt", order[:TILES]), ("most bound to their prompt", order[::-1][:TILES])]
+    if e.images.agreement is not None:
+        values = e.images.agreement.tolist()
+        known = sorted((i for i, v in enumerate(values) if math.isfinite(v)), key=values.__getitem__)
+        if known:
+            rows += [("show their prompt least", known[:TILES]), ("show their prompt most", known[::-1][:TILES])]
+    return rows
 
 
 def _part(name: str, e: Evaluation) -> dict[str, Any]:
@@ -122,6 +139,7 @@ def _part(name: str, e: Evaluation) -> dict[str, Any]:
         "evaluation": e,
         "different": count(e.headline.different),
         "third": _third_figure(e),
+        "extremes": _extremes(e),
         "kinds": _kind_rows(e),
         "plots": _plots(e),
     }

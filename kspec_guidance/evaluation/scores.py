@@ -10,17 +10,20 @@ from torch import Tensor
 from kspec_guidance import functional as F
 from kspec_guidance import metrics
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
+from kspec_guidance.evaluation.image_sets import ImageSet
+from kspec_guidance.evaluation.perceptual import SIZES, PairDistance, perceptual_diversity
 from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, CosineKernel, GaussianKernel, l2_normalize
 from kspec_guidance.kernels.distances import evenly_spaced
 from kspec_guidance.statistics import jackknife, kid_interval
 
-__all__ = ["EXACT_ROWS", "ScoreRecord", "ScoreRecorder"]
+__all__ = ["AGREEMENT", "EXACT_ROWS", "ScoreRecord", "ScoreRecorder"]
 
 EXACT_ROWS = 1500  # samples up to which scores come from the n x n kernel matrix
 STREAM_ROWS = 4096  # samples per update of a streaming metric
 NUM_FEATURES = 1024  # random features of a streaming metric
 GROUPS = 10  # groups of the jackknife
+AGREEMENT = "Prompt agreement"
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,18 @@ class ScoreRecorder:
             self.exact("Mean cosine, MSS", F.mean_cosine, (x,), repr(cosine), None)
         self.exact("Vendi, cosine", lambda z: F.vendi_score(z, cosine), (x,), repr(cosine), 1.0)
         self.exact("RKE, cosine", lambda z: F.rke_score(z, cosine), (x,), repr(cosine), 2.0)
+
+    def agreement(self, values: Tensor) -> None:
+        """Mean agreement of images and prompts ``[n]``."""
+        self.exact(AGREEMENT, torch.mean, (values.double(),), "-", None)
+
+    def perceptual(self, name: str, images: ImageSet, distance: PairDistance) -> None:
+        """Mean perceptual distance of two images of a prompt."""
+        found = perceptual_diversity(images, distance, SIZES.get(name, 256))
+        if found is not None:
+            interval, pairs = found
+            title = f"{name}, mean of {pairs} pairs of one prompt"
+            self._record(title, interval.value, (interval.low, interval.high), "-", None, "exact", None)
 
     def conditional(self, x: Tensor, t: Tensor, kernel: GaussianKernel) -> None:
         """Scores of unit rows ``[n, d]`` given unit prompt features ``[n, p]``."""

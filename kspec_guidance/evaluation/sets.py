@@ -1,8 +1,10 @@
 """Evaluation and comparison of image sets from their features, for `evaluate` and `compare`; without files or pages."""
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,10 +15,19 @@ from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
 from kspec_guidance.evaluation.embedders.names import DEMO_NAME
 from kspec_guidance.evaluation.embedders.texts import one_hot_embedder
 from kspec_guidance.evaluation.image_sets import ImageSet
-from kspec_guidance.evaluation.neighbours import Duplicate, near_duplicates, redundant
+from kspec_guidance.evaluation.neighbours import Duplicate, near_duplicates, prompt_bound, redundant
+from kspec_guidance.evaluation.perceptual import PairDistance
 from kspec_guidance.evaluation.runs import made_by_demo, seeds_of
-from kspec_guidance.evaluation.scores import EXACT_ROWS, ScoreRecord, ScoreRecorder
-from kspec_guidance.evaluation.verdicts import Headline, advice, compare_verdict, doubts, set_names, set_verdict
+from kspec_guidance.evaluation.scores import AGREEMENT, EXACT_ROWS, ScoreRecord, ScoreRecorder
+from kspec_guidance.evaluation.verdicts import (
+    Headline,
+    advice,
+    agreement_verdict,
+    compare_verdict,
+    doubts,
+    set_names,
+    set_verdict,
+)
 from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel, l2_normalize
 from kspec_guidance.kernels.distances import evenly_spaced
@@ -48,11 +59,13 @@ class PromptScore:
         prompt: text of the prompt.
         images: indices of the images.
         different: number of different images: RKE, which also sees variation within a kind.
+        agreement: mean agreement of the images with the prompt, in 0..100; None without a judge that knows the prompt.
     """
 
     prompt: str
     images: list[int]
     different: float
+    agreement: float | None = None
 
     @property
     def share(self) -> float:
@@ -78,6 +91,7 @@ class Evaluation:
         duplicates: near-duplicates, most similar first.
         redundant: indices of the images to leave out so that no two of the others are near-duplicates.
         prompts: scores of prompts, from the least to the most diverse.
+        bound: how much closer each image is to others of its prompt than to those of other prompts, from least to most.
         reference: the second set of the scores of fidelity and novelty.
     """
 
@@ -94,6 +108,7 @@ class Evaluation:
     duplicates: list[Duplicate]
     redundant: list[int] = field(default_factory=list)
     prompts: list[PromptScore] = field(default_factory=list)
+    bound: dict[int, float] = field(default_factory=dict)
     reference: ImageSet | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,7 +126,12 @@ class Evaluation:
             "modes": [{"share": m.share, "images": [names[i] for i in m.samples]} for m in self.modes],
             "duplicates": [{"images": [names[d.first], names[d.second]], "cosine": d.cosine} for d in self.duplicates],
             "redundant": [names[i] for i in self.redundant],
-            "prompts": [{"prompt": p.prompt, "images": len(p.images), "different": p.different} for p in self.prompts],
+            "judge": None if self.images.judge is None else self.images.judge.name,
+            "prompts": [
+                {"prompt": p.prompt, "images": len(p.images), "different": p.different, "agreement": p.agreement}
+                for p in self.prompts
+            ],
+            "prompt_bound": {names[i]: v for i, v in self.bound.items()},
             "convergence": asdict(self.convergence),
             "distances": asdict(self.distances),
         }
@@ -226,15 +246,19 @@ def _by_prompt(prompts: Sequence[str | None] | None) -> dict[str, list[int]]:
     return {p: indices for p, indices in groups.items() if len(indices) > 1}
 
 
-def prompt_ranking(x: Tensor, prompts: Sequence[str | None] | None) -> list[PromptScore]:
+def prompt_ranking(x: Tensor, prompts: Sequence[str | None] | None, agreement: Tensor | None = None) -> list[PromptScore]:
     """Prompts with at least two images, from the least to the most diverse per image.
 
     Args:
         x: features ``[n, d]``.
         prompts: prompt of each image; images without one (None) are left out.
+        agreement: of each image with its prompt ``[n]``.
     """
-    u = l2_normalize(x)
-    scores = [PromptScore(p, i, float(F.rke_score(u[i], KERNEL))) for p, i in _by_prompt(prompts).items()]
+    u, scores = l2_normalize(x), []
+    for prompt, i in _by_prompt(prompts).items():
+        mean = None if agreement is None else float(agreement[i].mean())
+        known = None if mean is None or math.isnan(mean) else mean
+        scores.append(PromptScore(prompt, i, float(F.rke_score(u[i], KERNEL)), known))
     return sorted(scores, key=lambda s: s.share)
 
 
@@ -262,6 +286,7 @@ def evaluate_set(
     text_embedder: TextEmbedder | None = None,
     reference: ImageSet | None = None,
     seed: int = 0,
+    distances: Mapping[str, PairDistance] = MappingProxyType({}),
 ) -> Evaluation:
     """Score one set: how many different images it has, diversity given prompts, fidelity and novelty against a reference.
 
@@ -276,6 +301,8 @@ def evaluate_set(
         text_embedder: embedder of its prompts; by default distinct prompts are unrelated.
         reference: a second set.
         seed: seed of random subsets.
+        distances: perceptual distances by name, whose mean over pairs of images of a prompt is added; the files are read
+            again.
 
     Raises:
         ValueError: for a reference whose features have another width.
@@ -292,10 +319,21 @@ def evaluate_set(
         if encoder.name == embedder.name and t.shape[1] == x.shape[1]:
             conditional.add("CLIP score", float(100 * (captioned * t).sum(1).clamp_min(0).mean()), "CosineKernel()")
         recorder.records += conditional.records
+    judged = None if images.agreement is None else images.agreement[images.agreement.isfinite()]
+    if judged is not None and len(judged):
+        agreement = ScoreRecorder(len(judged), embedder, seed)
+        agreement.agreement(judged)
+        recorder.records += agreement.records
+    for name, distance in distances.items():
+        recorder.perceptual(name, images, distance)
     if reference is not None:
         recorder.against(images.features, reference.features)
     modes = F.kinds(x, embedder.same_distance)
-    headline, prompts, repeats = _headline(modes), prompt_ranking(x, images.prompts), redundant(x, DUPLICATE)
+    headline, prompts, repeats = (
+        _headline(modes),
+        prompt_ranking(x, images.prompts, images.agreement),
+        redundant(x, DUPLICATE),
+    )
     subset = x[evenly_spaced(len(x), EXACT_ROWS)]
     notes = doubts(
         headline, [len(p.images) for p in prompts], embedder.name, embedder.measured, embedder.same_distance
@@ -316,6 +354,7 @@ def evaluate_set(
         near_duplicates(x),
         repeats,
         prompts,
+        dict(sorted(prompt_bound(x, [p.images for p in prompts]).items(), key=lambda pair: pair[1])),
         reference,
     )
 
@@ -355,6 +394,9 @@ def compare_sets(
     if prompts:
         first, second = ([pair[k] for pair in prompts.values()] for k in (0, 1))
         tests[PER_PROMPT] = compare_paired(first, second, seed=seed)
+    agreement = _agreement_test(a, b, seed)
+    if agreement is not None:
+        tests[AGREEMENT] = agreement
     recorder = ScoreRecorder(min(len(x), len(y)), embedder, seed)
     recorder.against(a.features, b.features)
     only_in_a, only_in_b = _unequal_kinds(x, y, embedder.same_distance)
@@ -362,7 +404,8 @@ def compare_sets(
     return ComparisonReport(
         evaluate_set(a, embedder, text_embedder, seed=seed),
         evaluate_set(b, embedder, text_embedder, seed=seed),
-        compare_verdict(set_names(a.path, b.path), tests[PER_PROMPT if per_prompt else "RKE"], per_prompt),
+        compare_verdict(set_names(a.path, b.path), tests[PER_PROMPT if per_prompt else "RKE"], per_prompt)
+        + agreement_verdict(set_names(a.path, b.path), agreement),
         _overlaps(a, b),
         tests,
         recorder.records,
@@ -388,6 +431,22 @@ def _shared_prompts(
         first, second = (float(F.rke_score(part, KERNEL)) for part in parts)
         found[prompt] = first, second
     return dict(sorted(found.items()))
+
+
+def _agreement_test(a: ImageSet, b: ImageSet, seed: int) -> Comparison | None:
+    """Test of the agreement with prompts: of the means of shared prompts, if there are enough, else of all images."""
+    if a.agreement is None or b.agreement is None or a.judge is None or b.judge is None or a.judge.name != b.judge.name:
+        return None
+    means = [
+        {p: m for p, i in _by_prompt(s.prompts).items() if not math.isnan(m := float(v[i].mean()))}
+        for s, v in ((a, a.agreement), (b, b.agreement))
+    ]
+    shared = sorted(means[0].keys() & means[1].keys())
+    if len(shared) >= PROMPTS_TESTED:
+        first, second = ([m[p] for p in shared] for m in means)
+        return compare_paired(first, second, seed=seed)
+    x, y = (_subset(v[v.isfinite()][:, None].double(), EXACT_ROWS) for v in (a.agreement, b.agreement))
+    return compare(x, y, torch.mean, permutations=999, seed=seed) if len(x) and len(y) else None
 
 
 def _overlaps(a: ImageSet, b: ImageSet) -> list[str]:

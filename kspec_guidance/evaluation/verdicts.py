@@ -6,7 +6,16 @@ from pathlib import Path
 
 from kspec_guidance.statistics import Comparison
 
-__all__ = ["Headline", "advice", "compare_verdict", "difference_is_sure", "doubts", "set_names", "set_verdict"]
+__all__ = [
+    "Headline",
+    "advice",
+    "agreement_verdict",
+    "compare_verdict",
+    "difference_is_sure",
+    "doubts",
+    "set_names",
+    "set_verdict",
+]
 
 FEW_IMAGES = 20  # below this, figures change much from set to set
 FEW_PER_PROMPT = 5
@@ -134,4 +143,21 @@ def compare_verdict(names: tuple[str, str], test: Comparison, per_prompt: bool) 
     return (
         f"{more} is more varied than {less}: {high:.1f} against {low:.1f} different images {where}, "
         f"{100 * (high / low - 1):+.0f}% (sure, p = {test.p_value:.2g})."
+    )
+
+
+def agreement_verdict(names: tuple[str, str], test: Comparison | None) -> str:
+    """Which set agrees better with its prompts, and whether that is sure, as a sentence to append; empty without a test.
+
+    Args:
+        names: of the sets.
+        test: of the difference in agreement, in 0..100.
+    """
+    if test is None:
+        return ""
+    if not difference_is_sure(test):
+        return f" No sure difference in prompt agreement: {test.a:.1f} and {test.b:.1f} of 100 (p = {test.p_value:.2g})."
+    (more, high), (less, low) = sorted(zip(names, (test.a, test.b), strict=True), key=lambda pair: -pair[1])
+    return (
+        f" {more} agrees better with its prompts than {less}: {high:.1f} against {low:.1f} of 100 (p = {test.p_value:.2g})."
     )

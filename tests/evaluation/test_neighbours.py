@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from kspec_guidance.evaluation.neighbours import largest_cosine, near_duplicates, redundant
+from kspec_guidance.evaluation.neighbours import largest_cosine, near_duplicates, prompt_bound, redundant
 from tests.samples import rows
 
 
@@ -24,3 +25,17 @@ def test_redundant_rows_leave_no_two_that_are_close(monkeypatch):
     x = torch.stack([angles.cos(), angles.sin()], 1)
     assert redundant(x, 0.99) == [1, 4, 5, 6]  # 0.2 stays, since 0.1 is left out; 0.3 goes with it
     assert redundant(x, 1.01) == []
+
+
+def test_prompt_bound_is_the_difference_of_mean_cosines():
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    groups = [[0, 3, 5], [1, 2], [4, 6, 7]]  # 8 has no prompt
+    u = torch.nn.functional.normalize(x.double())
+    expected = {}
+    for group in groups:
+        for i in group:
+            same = [u[i] @ u[j] for j in group if j != i]
+            other = [u[i] @ u[j] for g in groups for j in g if g is not group]
+            expected[i] = float(sum(same) / len(same) - sum(other) / len(other))
+    assert prompt_bound(x, groups) == pytest.approx(expected)
+    assert prompt_bound(x, groups[:1]) == {}

@@ -310,7 +310,7 @@ def test_another_model_in_place_of_the_embedded_one(name, tmp_path):
     assert updates >= 1  # a preview
     assert [image.size for row in state.panels["guided"].rows for image in row] == [(64, 64)] * 4
     assert len(visitor.memory) == 4
-    assert [row[0] for row in score_table(state.report, reference)] == [
+    assert [row[0] for row in score_table(state, reference)] == [
         "Different images of a prompt",
         "Squared MMD to the reference",
     ]

@@ -1,14 +1,12 @@
 """The embedded latent text-to-image pipeline with classifier-free guidance, and a judge of its images."""
 
-import json
-
 import torch
 from torch import Tensor
 
 from kspec_guidance import load_demo_pipeline
+from kspec_guidance.demo.judge import load_demo_judge
 
-from ..networks import EmojiJudge
-from ..training import WEIGHTS, weights
+from ..training import weights
 from .base import Bed, Case, common_scores
 
 # prompts that may describe several training images; chosen before any method was run, split at random
@@ -32,17 +30,7 @@ class Emoji(Bed):
             self.name = f"emoji, {steps} steps"
         self.pipe = load_demo_pipeline()
         self.pipe.set_progress_bar_config(disable=True)
-        table = json.loads((WEIGHTS / "emoji_modes.json").read_text())
-        self.table, self.modes = table, table["modes"]
-        sizes = {"code": len(table["codes"]), "tone": len(table["tones"]), "style": len(table["styles"]),
-                 "family": len(table["families"])}  # fmt: skip
-        self.judge_ = EmojiJudge(sizes)
-        self.judge_.load_state_dict(weights("emoji_judge"))
-        self.judge_.eval()
-        self.mode_indices = torch.tensor([
-            (table["codes"].index(m["code"]), table["tones"].index(m["tone"]), table["styles"].index(m["style"]))
-            for m in self.modes
-        ])  # fmt: skip
+        self.judge_ = load_demo_judge()
 
     def prompts(self, half: str) -> list[str]:
         return TUNE if half == "tune" else REPORT
@@ -63,29 +51,18 @@ class Emoji(Bed):
         """Images ``[n, 3, 64, 64]`` in -1..1."""
         return self.pipe.vae.decode(samples / self.pipe.vae.config.scaling_factor).sample.clamp(-1, 1)
 
-    def answers(self, prompt: str) -> Tensor:
-        """Which training images a prompt may describe, bool ``[training images]``."""
-        subject, *attributes = [part.strip() for part in prompt.split(",")]
-        return torch.tensor([
-            subject in (m["subject"], *m["families"])
-            and all(a in (m["gender"], m["detail"], m["tone"], m["style"]) for a in attributes)
-            for m in self.modes
-        ])  # fmt: skip
-
     @torch.no_grad()
     def rows(self, samples: Tensor) -> Tensor:
-        return self.judge_.features(self.decode(samples))
+        return self.judge_.network.features(self.decode(samples))
 
     def truth(self, prompt: str) -> Tensor:
         kept = weights("emoji_truth")
-        return kept["rows"][self.answers(prompt)[kept["modes"].long()]]
+        return kept["rows"][self.judge_.described(prompt)[kept["modes"].long()]]
 
     @torch.no_grad()
     def figures(self, rows: Tensor, case: Case) -> dict[str, float]:
-        p = {k: head(rows).softmax(1) for k, head in self.judge_.heads.items()}
-        code, tone, style = self.mode_indices.T
-        joint = p["code"][:, code] * p["tone"][:, tone] * p["style"][:, style]  # [n, training images]
-        described = self.answers(case.prompt)
+        joint = self.judge_.probabilities(rows)  # [n, training images]
+        described = self.judge_.described(case.prompt)
         best, which = torch.where(described, joint, 0).max(1)
         agrees = described[joint.argmax(1)]
         return {

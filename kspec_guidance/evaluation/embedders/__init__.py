@@ -10,7 +10,13 @@ from kspec_guidance.evaluation.embedders.images import (
 )
 from kspec_guidance.evaluation.embedders.names import image_embedder, text_embedder
 from kspec_guidance.evaluation.embedders.pipeline import pipeline_embedder
-from kspec_guidance.evaluation.embedders.texts import minilm, one_hot_embedder, open_clip_text_embedder, sentence_embedder
+from kspec_guidance.evaluation.embedders.texts import (
+    minilm,
+    one_hot_embedder,
+    open_clip_text_embedder,
+    sentence_embedder,
+    transformers_text_embedder,
+)
 from kspec_guidance.utils.hashing import weights_fingerprint
 from kspec_guidance.utils.images import to_pixels
 
@@ -28,6 +34,7 @@ __all__ = [
     "sentence_embedder",
     "minilm",
     "one_hot_embedder",
+    "transformers_text_embedder",
     "embed_files",
     "to_pixels",
     "weights_fingerprint",

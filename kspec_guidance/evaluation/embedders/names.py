@@ -10,18 +10,18 @@ from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
 from kspec_guidance.evaluation.embedders.pipeline import pipeline_embedder
 from kspec_guidance.utils.arguments import choices
 
-__all__ = ["DEMO_NAME", "IMAGE_NAMES", "TEXT_NAMES", "image_embedder", "text_embedder"]
+__all__ = ["CLIP_MODELS", "DEMO_NAME", "IMAGE_NAMES", "TEXT_NAMES", "image_embedder", "in_cache", "text_embedder"]
 
 IMAGE_NAMES = (
     "auto", "efficientnet-lite0", "demo", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER", "torchvision:NAME:FILE",
 )  # fmt: skip
-TEXT_NAMES = ("none", "minilm", "open_clip:NAME:FILE_OR_TAG", "sentence:FOLDER")
+TEXT_NAMES = ("none", "minilm", "open_clip:NAME:FILE_OR_TAG", "sentence:FOLDER", "transformers:FOLDER")
 
 
 DEMO_NAME = "demo (the autoencoder of the embedded emoji model)"
+CLIP_MODELS = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32")
 LOCAL_MODELS = (  # that auto takes from the user's cache: self-supervised features first, the best of each family first
-    "facebook/dinov2-large", "facebook/dinov2-base", "facebook/dinov2-small", "facebook/dinov2-giant",
-    "openai/clip-vit-large-patch14", "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32",
+    "facebook/dinov2-large", "facebook/dinov2-base", "facebook/dinov2-small", "facebook/dinov2-giant", *CLIP_MODELS,
 )  # fmt: skip
 MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 
@@ -60,9 +60,14 @@ def image_embedder(name: str, device: str = "cpu") -> ImageEmbedder:
     raise ValueError(f"unknown image embedder {name!r}; {choices(name, IMAGE_NAMES)}")
 
 
+def in_cache(model: str, *more: str) -> bool:
+    """Whether the user's Hugging Face cache has a model's files, and ``more`` files."""
+    return all(isinstance(try_to_load_from_cache(model, file), str) for file in (*MODEL_FILES, *more))
+
+
 def _automatic(device: str) -> ImageEmbedder:
     for model in LOCAL_MODELS:
-        if all(isinstance(try_to_load_from_cache(model, file), str) for file in MODEL_FILES):
+        if in_cache(model):
             try:
                 return images.transformers_embedder(model, device=device)
             except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -87,4 +92,6 @@ def text_embedder(name: str, device: str = "cpu") -> TextEmbedder:
         return texts.open_clip_text_embedder(model, weights, device=device)
     if kind == "sentence" and rest:
         return texts.sentence_embedder(rest, device=device)
+    if kind == "transformers" and rest:
+        return texts.transformers_text_embedder(rest, device=device)
     raise ValueError(f"unknown text embedder {name!r}; {choices(name, TEXT_NAMES)}")

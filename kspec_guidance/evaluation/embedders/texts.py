@@ -1,4 +1,4 @@
-"""Text embedders from sentence encoders and open_clip, and one-hot features."""
+"""Text embedders from sentence encoders, open_clip and transformers, and one-hot features."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from kspec_guidance.evaluation.embedders.images import open_clip_model
 from kspec_guidance.utils.hashing import weights_fingerprint
 from kspec_guidance.utils.progress import quiet_loading
 
-__all__ = ["minilm", "one_hot_embedder", "open_clip_text_embedder", "sentence_embedder"]
+__all__ = ["minilm", "one_hot_embedder", "open_clip_text_embedder", "sentence_embedder", "transformers_text_embedder"]
 
 
 def one_hot_embedder() -> TextEmbedder:
@@ -97,3 +97,42 @@ def open_clip_text_embedder(
         return model.encode_text(tokenizer(texts).to(device))
 
     return TextEmbedder(encode, f"open_clip {name}", weights_fingerprint(model))
+
+
+def transformers_text_embedder(
+    model: str | Path | nn.Module, tokenizer: Any = None, download: bool = False, device: str | torch.device = "cpu"
+) -> TextEmbedder:
+    """Text features of a transformers model that embeds images and texts in one space: CLIP, SigLIP and others.
+
+    Args:
+        model: a folder, a hub name, or a loaded model.
+        tokenizer: of a loaded model.
+        download: whether a hub name may be downloaded; otherwise only the local cache is read.
+        device: of the model.
+
+    Raises:
+        OSError: if the model is not on this machine and ``download`` was not given.
+        ValueError: for a model without text features, or a loaded model without a tokenizer.
+    """
+    network: Any
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise ValueError("a loaded model needs tokenizer=")
+        network, name = model, type(model).__name__
+    else:
+        from transformers import AutoModel, AutoTokenizer
+
+        with quiet_loading():
+            network = AutoModel.from_pretrained(model, local_files_only=not download, use_safetensors=True)
+        tokenizer, name = AutoTokenizer.from_pretrained(model, local_files_only=not download), str(model)
+    if not hasattr(network, "get_text_features"):
+        raise ValueError(f"{name} ({type(network).__name__}) has no text features; take a model such as CLIP or SigLIP")
+    network = network.eval().requires_grad_(False).to(device)
+    padding = "max_length" if "siglip" in network.config.model_type else True  # SigLIP was trained with full-length texts
+
+    def encode(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").to(device)
+        found = network.get_text_features(**batch)
+        return found if isinstance(found, Tensor) else found.pooler_output
+
+    return TextEmbedder(encode, f"transformers {name}", weights_fingerprint(network))
