@@ -58,7 +58,7 @@ class PromptWise(Selector):
         rule: str = "recursion",
         kernel: Kernel | None = None,
         ridge: float = 1.0,
-        exploration: float = 0.3,
+        exploration: float = 1.0,
         start: int = 1,
         num_features: int = 200,
     ):
@@ -78,6 +78,7 @@ class PromptWise(Selector):
         self._map: RandomFourierFeatures | None = None
         self.theta: list[Tensor | None] = [None] * arms  # the start of the next fit
         self._fitted: dict[int, tuple[Tensor, Tensor]] = {}
+        self._mapped: list[list[Tensor]] = [[] for _ in range(arms)]  # features of the rows, as far as computed
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 
@@ -156,7 +157,8 @@ class PromptWise(Selector):
         eye = torch.eye(width, dtype=torch.float64)
         theta = self.theta[arm]
         theta = eye.new_zeros(width) if theta is None else theta
-        told = [self._features(row) for row in self.rows[arm]]
+        told = self._mapped[arm]
+        told += [self._features(row) for row in self.rows[arm][len(told) :]]
         if told:
             f, y = torch.stack(told), torch.tensor(self.rewards[arm], dtype=torch.float64)
             theta = fit_logistic(f, y, self.ridge, theta)
@@ -188,7 +190,7 @@ class PromptWise(Selector):
         self._fitted.pop(arm, None)
 
     def _grow(self) -> None:
-        for mine in (self.rows, self.rewards, self.waiting):
+        for mine in (self.rows, self.rewards, self.waiting, self._mapped):
             mine.append([])
         self.theta.append(None)
 
