@@ -28,6 +28,7 @@ SETS = "Image sets"
 SET_HELP = "Folder of images, .tar shards (WebDataset) or .parquet files."
 DROP_HELP = "Text file of names of images to leave out, one a line, as a report lists near-duplicates."
 PROMPTS_HELP = "Captions (.jsonl, .csv, .tsv, .parquet; - for standard input); by default those in the folder."
+HELD_OUT_HELP = "Real images that no model was trained on: how much less diverse is each set, among equally many?"
 
 MODES_HELP = "Folder to create, with copies of the images by kind."
 LOG_HELP = "Log all figures: trackio:PROJECT, wandb:PROJECT or tensorboard:FOLDER."
@@ -159,6 +160,7 @@ def evaluate(
 def compare(
     first: Annotated[Path, typer.Argument(help=SET_HELP, exists=True)],
     second: Annotated[Path, typer.Argument(help="The second set.", exists=True)],
+    reference: Annotated[Path | None, typer.Option(help=HELD_OUT_HELP, rich_help_panel=SETS, exists=True)] = None,
     drop: Drop = None,
     embedder: Embedder = "auto",
     text_embedder: TextEmbedder = "none",
@@ -178,7 +180,8 @@ def compare(
 
         decide = _judge(judge, [first, second], embed, embed_text)
         a, b = (_load(output, folder, embed, None, cache, drop, decide) for folder in (first, second))
-        result = compare_sets(a, b, embed, embed_text)
+        held_out = None if reference is None else _load(output, reference, embed, None, cache)
+        result = compare_sets(a, b, embed, embed_text, reference=held_out)
         files = _write(output, result, out, "compare.html")
         track(result.scalars(), f"{first.name}-{second.name}")
         table = Table(title="permutation tests on equally many images", caption=f"features: {escape(embed.name)}")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kspec_guidance.comparison import DiversityGap
 from kspec_guidance.evaluation.image_sets import ImageSet
 from kspec_guidance.evaluation.scores import AGREEMENT
 from kspec_guidance.evaluation.sets import ComparisonReport, Evaluation
@@ -85,6 +86,18 @@ def _plots(e: Evaluation) -> list[Any]:
         _svg(lambda axes: _curve(axes, e.convergence), "Score against sample size", "images", "score", log=True),
         _svg(distances, "Different images against distance", "distance within a kind", "different images"),
     ]
+
+
+def _gap_plot(gaps: dict[str, DiversityGap], names: Sequence[str]) -> Any:
+    """Vendi score against the number of images, of both sets and of the held-out images."""
+
+    def draw(axes: Any) -> None:
+        curves = [(name, gap.generated_curve) for name, gap in zip(names, gaps.values(), strict=True)]
+        curves.append(("held out", next(iter(gaps.values())).held_out_curve))
+        for colour, (name, curve) in zip(COLOURS, curves, strict=True):
+            axes.plot(curve.x, curve.mean["Vendi"], "o-", color=colour, label=name, markersize=3, linewidth=1.3)
+
+    return _svg(draw, "Vendi score against number of images", "images", "score", log=True)
 
 
 def _data_uri(images: ImageSet, i: int) -> str:
@@ -166,6 +179,7 @@ def write_page(result: Evaluation | ComparisonReport, path: str | Path, notes: S
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
     environment.filters |= {"number": _number, "short": _short, "data_uri": _data_uri}
     if isinstance(result, Evaluation):
+        gap_plot = None
         comparison, parts, doubts = None, [_part(result.images.path.name, result)], result.warnings
         title = f"How varied is {result.images.path.resolve().name}?"
         about, main_test = result.embedder, None
@@ -175,11 +189,12 @@ def write_page(result: Evaluation | ComparisonReport, path: str | Path, notes: S
         names = set_names(result.a.images.path, result.b.images.path)
         comparison, parts = result, [_part(names[0], result.a), _part(names[1], result.b)]
         title, about, main_test = f"{names[0]} beside {names[1]}", result.a.embedder, result.main_test
+        gap_plot = _gap_plot(result.gaps, names) if result.gaps else None
         own = [f"{n}: {w}" for n, e in zip(names, (result.a, result.b), strict=True) for w in e.warnings]
         doubts = [*result.warnings, *(result.a.warnings if result.a.warnings == result.b.warnings else own)]
     page = environment.get_template("report.html").render(
         title=title, about=about, parts=parts, comparison=comparison, version=__version__, notes=notes, doubts=doubts,
-        main_test=main_test, duplicates_file=files[2].name if len(files) > 2 else None,
+        main_test=main_test, gap_plot=gap_plot, duplicates_file=files[2].name if len(files) > 2 else None,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")

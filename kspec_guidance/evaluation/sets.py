@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
+from kspec_guidance.comparison import DiversityGap, diversity_gap
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
 from kspec_guidance.evaluation.embedders.names import DEMO_NAME
 from kspec_guidance.evaluation.embedders.texts import one_hot_embedder
@@ -25,6 +26,7 @@ from kspec_guidance.evaluation.verdicts import (
     agreement_verdict,
     compare_verdict,
     doubts,
+    gap_verdict,
     set_names,
     set_verdict,
 )
@@ -176,6 +178,7 @@ class ComparisonReport:
         scores: scores of ``a`` with ``b`` as reference.
         only_in_a, only_in_b: kinds of images that are more frequent in one set than in the other.
         prompts: different images of each shared prompt in ``a`` and in ``b``, among equally many.
+        gaps: diversity that ``a`` and ``b`` lack against held-out images, among equally many of all three; empty without.
     """
 
     a: Evaluation
@@ -187,6 +190,7 @@ class ComparisonReport:
     only_in_a: list[SharedKind]
     only_in_b: list[SharedKind]
     prompts: dict[str, tuple[float, float]]
+    gaps: dict[str, DiversityGap] = field(default_factory=dict)
 
     @property
     def main_test(self) -> str:
@@ -220,12 +224,14 @@ class ComparisonReport:
             "only_in_a": named(self.only_in_a, self.a.images, self.b.images),
             "only_in_b": named(self.only_in_b, self.b.images, self.a.images),
             "prompts": [{"prompt": p, "a": a, "b": b} for p, (a, b) in self.prompts.items()],
+            "gaps": {name: asdict(gap) for name, gap in self.gaps.items()},
         }
 
     def summary(self) -> list[str]:
         """The features, the verdict, the headline of each set, and what makes them doubtful, one sentence each."""
         names = set_names(self.a.images.path, self.b.images.path)
         sets = [f"{name}: {e.verdict}" for name, e in zip(names, (self.a, self.b), strict=True)]
+        sets += [gap_verdict(name, gap) for name, gap in zip(names, self.gaps.values(), strict=False)]
         doubtful = list(dict.fromkeys([*self.warnings, *self.a.warnings, *self.b.warnings]))
         doubtful = [f"Read with care: {w}" for w in doubtful]
         return [f"Image features: {self.a.embedder['name']}.", self.verdict, *sets, *doubtful]
@@ -234,7 +240,12 @@ class ComparisonReport:
         """All figures by name, for trackers of experiments."""
         sets = {f"{name}/{k}": v for name, e in (("a", self.a), ("b", self.b)) for k, v in e.scalars().items()}
         tests = {f"{name}/{k}": getattr(t, k) for name, t in self.tests.items() for k in ("a", "b", "p_value")}
-        return {**sets, **tests, **{s.score: s.value for s in self.scores}}
+        gaps = {
+            f"{name}/gap of {score}": found.gap.value
+            for name, gap in self.gaps.items()
+            for score, found in gap.scores.items()
+        }
+        return {**sets, **tests, **gaps, **{s.score: s.value for s in self.scores}}
 
 
 def _by_prompt(prompts: Sequence[str | None] | None) -> dict[str, list[int]]:
@@ -360,7 +371,12 @@ def evaluate_set(
 
 
 def compare_sets(
-    a: ImageSet, b: ImageSet, embedder: ImageEmbedder, text_embedder: TextEmbedder | None = None, seed: int = 0
+    a: ImageSet,
+    b: ImageSet,
+    embedder: ImageEmbedder,
+    text_embedder: TextEmbedder | None = None,
+    seed: int = 0,
+    reference: ImageSet | None = None,
 ) -> ComparisonReport:
     """Compare two sets: tests on equal numbers of images, kinds that are more frequent in one set, and distances.
 
@@ -373,13 +389,16 @@ def compare_sets(
         embedder: embedder of the features of both.
         text_embedder: see :func:`evaluate_set`.
         seed: seed of the tests.
+        reference: real images that neither model was trained on: how much less diverse than them is each set, by
+            :func:`~kspec_guidance.comparison.diversity_gap`? Of at most 400 images of each, as many of all three.
 
     Raises:
-        ValueError: for sets whose features have different widths.
+        ValueError: for sets whose features have different widths, or fewer than 8 images in a set with a reference.
     """
     x, y = l2_normalize(on_host(a.features)), l2_normalize(on_host(b.features))
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"the sets have {x.shape[1]} and {y.shape[1]} features per image; embed both with the same model")
+    gaps = {} if reference is None else _gaps(x, y, l2_normalize(on_host(reference.features)), seed)
     tests = {}
     for name, score in {
         "RKE": lambda z: F.rke_score(z, KERNEL),
@@ -412,7 +431,20 @@ def compare_sets(
         only_in_a,
         only_in_b,
         prompts,
+        gaps,
     )
+
+
+def _gaps(x: Tensor, y: Tensor, reference: Tensor, seed: int) -> dict[str, DiversityGap]:
+    """The gap of each set, of evenly spaced images, as many of each set as the smallest has."""
+    n = min(TEST_ROWS, len(x), len(y), len(reference))
+    if n < 8:
+        sizes = f"{len(x)}, {len(y)} and {len(reference)}"
+        raise ValueError(
+            f"the gap to held-out images needs at least 8 images in each set, got {sizes}; leave --reference out"
+        )
+    held_out = _subset(reference, n)
+    return {name: diversity_gap(_subset(z, n), held_out, KERNEL, seed=seed) for name, z in (("a", x), ("b", y))}
 
 
 def _subset(x: Tensor, max_rows: int) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kspec_guidance.comparison import DiversityGap
 from kspec_guidance.statistics import Comparison
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "compare_verdict",
     "difference_is_sure",
     "doubts",
+    "gap_verdict",
     "set_names",
     "set_verdict",
 ]
@@ -161,3 +163,20 @@ def agreement_verdict(names: tuple[str, str], test: Comparison | None) -> str:
     return (
         f" {more} agrees better with its prompts than {less}: {high:.1f} against {low:.1f} of 100 (p = {test.p_value:.2g})."
     )
+
+
+def gap_verdict(name: str, found: DiversityGap) -> str:
+    """How much less varied a set is than held-out images, by its Vendi score, in one sentence.
+
+    Args:
+        name: of the set.
+        found: of the set.
+    """
+    vendi = found.scores["vendi"]
+    figures = (
+        f"Vendi score {count(vendi.generated)} against {count(vendi.held_out)} among {found.n} of each (gap "
+        f"{vendi.gap.value:+.1f}, 95% interval {vendi.gap.low:.1f} to {vendi.gap.high:.1f})"
+    )
+    if not vendi.is_sure:
+        return f"{name} is about as varied as the held-out images: {figures}."
+    return f"{name} is {'less' if vendi.gap.value > 0 else 'more'} varied than the held-out images: {figures}."

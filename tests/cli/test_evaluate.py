@@ -30,6 +30,22 @@ def test_captions_are_read_from_standard_input(text, pictures):
     assert record["files"] == []
 
 
+def test_compare_with_a_reference_reports_the_gap_of_each_set(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = call("compare", pictures, pictures, "--reference", pictures)
+    assert few.exit_code == 2
+    assert "needs at least 8 images in each set, got 6, 6 and 6" in " ".join(few.output.split())
+    for i in range(4):
+        Image.new("RGB", (20, 20), (60 * i, 200, 250 - 60 * i)).save(pictures / f"more-{i}.png")
+    result = call("compare", pictures, pictures, "--reference", pictures, "--json", "--out", "page.html")
+    gaps = json.loads(result.stdout)["gaps"]
+    assert gaps.keys() == {"a", "b"}
+    assert gaps["a"]["scores"]["vendi"]["gap"]["value"] == pytest.approx(0, abs=1e-9)
+    page = (tmp_path / "page.html").read_text()
+    assert "Against held-out images" in page
+    assert "Vendi score against number of images" in page
+
+
 def test_json_of_compare_is_one_document_and_a_page_is_written_if_named(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("compare", pictures, pictures, "--json")
