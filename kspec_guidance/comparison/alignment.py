@@ -1,6 +1,7 @@
 """Bring one embedding's kernel close to that of another: a linear adapter in closed form, and a loss for training."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,8 +13,6 @@ from kspec_guidance.kernels import CosineKernel
 from kspec_guidance.kernels.distances import as_float, squared_distances
 
 __all__ = ["KernelAlignmentLoss", "LinearAlignment", "align_linear"]
-
-RANK = 1e-10  # share of the largest singular value below which directions are rounding errors
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,29 @@ def align_linear(
         ValueError: unless exactly one of ``y`` and ``kernel_matrix`` is given; for different numbers of rows, NaN, x of
             zeros, or a matrix that is not symmetric and positive semi-definite.
 
+    Warns:
+        UserWarning: for no more rows than features.
+
     >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     >>> bool(torch.allclose(align_linear(x, 2 * x).weight, 2 * torch.eye(3).double(), atol=1e-5))
     True
     """
     if (y is None) == (kernel_matrix is None):
         raise ValueError("give either y, the rows of the other embedding, or kernel_matrix")
-    x = on_host(check_matrix(x).detach())
+    x = check_matrix(x).detach()
+    rounding = max(x.shape) * torch.finfo(x.dtype).eps
+    if len(x) <= x.shape[1]:
+        warnings.warn(
+            f"x has {len(x)} rows of {x.shape[1]} features: an adapter of so few rows fits any kernel, and may be "
+            "far off for others; give several rows per feature, or fewer features",
+            stacklevel=2,
+        )
+    x = on_host(x)
     other = on_host(check_matrix(*((y, "y") if y is not None else (kernel_matrix, "kernel_matrix"))).detach())  # type: ignore[arg-type]
     if len(x) != len(other):
         raise ValueError(f"x has {len(x)} rows and the other embedding {len(other)}; give features of the same samples")
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    keep = s > RANK * s[0]
+    keep = s > rounding * s[0]
     if not bool(s[0] > 0):
         raise ValueError("x is zero, so no adapter gives it a kernel")
     u, inverse = u[:, keep], vh[keep].mT / s[keep]  # X^+ = inverse u'

@@ -33,6 +33,17 @@ def test_no_other_matrix_is_closer_and_the_residual_is_its_distance(g):
         assert distance(best + change + change.T) > found.residual
 
 
+def test_rounding_errors_of_float32_are_no_directions(g):
+    low = torch.randn(40, 3, generator=g, dtype=torch.float64) @ torch.randn(3, 8, generator=g, dtype=torch.float64)
+    found = align_linear(low.float(), torch.randn(40, 5, generator=g))
+    assert int((torch.linalg.eigvalsh(found.weight) > 1e-6).sum()) == 3
+
+
+def test_as_few_rows_as_features_warn(g):
+    with pytest.warns(UserWarning, match="several rows per feature"):
+        align_linear(torch.randn(5, 5, generator=g), torch.randn(5, 2, generator=g))
+
+
 def test_directions_that_the_features_lack_stay_zero(g):
     x = torch.randn(20, 3, generator=g)
     found = align_linear(torch.cat([x, torch.zeros(20, 2)], 1), x)
