@@ -86,8 +86,9 @@ def diversity_gap(
     >>> g = torch.Generator().manual_seed(0)
     >>> data, few = (torch.eye(10)[torch.randint(modes, (200,), generator=g)] for modes in (10, 5))
     >>> found = diversity_gap(few, data)
-    >>> [round(found.scores["vendi"].generated), round(found.scores["vendi"].held_out), found.scores["vendi"].is_sure]
-    [5, 10, True]
+    >>> vendi = found.scores["vendi"]
+    >>> print(round(vendi.generated), round(vendi.held_out), vendi.is_sure)
+    5 10 True
     """
     x, y = check_pair_of_sets(check_matrix(generated, "generated"), check_matrix(held_out, "held_out"), "held_out")
     x, y = on_host(x.detach()), on_host(y.detach())
