@@ -121,7 +121,8 @@ class SPARKE(KernelGuidance):
                 in their README; in ``paper`` the factor of the gradient.
             variant: ``code`` or ``paper``.
             kwargs: settings that replace the published ones: those of :class:`~kspec_guidance.guidance.Term`, ``kernel``,
-                ``prompt_kernel`` and ``seed``.
+                ``prompt_kernel``, ``seed``, and the context term: ``context``, ``context_prompts`` and ``beta`` of
+                :class:`~kspec_guidance.objectives.PublishedRKE`.
 
         Raises:
             TypeError: for an unknown argument; the message suggests a known one.
@@ -136,7 +137,8 @@ class SPARKE(KernelGuidance):
         else:
             raise ValueError(f"variant must be 'code' or 'paper', got {variant!r}")
         settings |= kwargs
-        objective = PublishedRKE(settings.pop("kernel"), settings.pop("prompt_kernel"), variant)
+        context = {name: settings.pop(name) for name in ("context", "context_prompts", "beta") if name in settings}
+        objective = PublishedRKE(settings.pop("kernel"), settings.pop("prompt_kernel"), variant, **context)
         guide = cls.__new__(cls)
         KernelGuidance.__init__(guide, objective, scale, **settings)
         return guide

@@ -1,5 +1,6 @@
 """The objectives of the authors' code of SPARKE and of MMD guidance, in its exact scale, to reproduce published steps."""
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ class Compared(NamedTuple):
     selection: Selection | None  # memory rows with their weights
     size: int  # number of samples in batch and memory
     constant: Tensor  # sum over pairs within the memory, a scalar; 0 if it is not needed
+    context: "Compared | None" = None  # the same with the context as the memory
 
 
 @dataclass(repr=False)
@@ -38,22 +40,39 @@ class PublishedRKE(Objective):
     ``N / sum_j k_ij k_T,ij``, without squares. All memory rows count, however small their weight. The code has batches of
     1; in larger ones, the other samples of the batch count as memory rows.
 
+    With a context, ``beta`` times the same score of batch and context, without pairs within the batch, is subtracted: so
+    samples stay close to those of the context that have similar prompts (``beta`` and ``F_M_real`` of the code).
+
     Args:
         kernel: kernel of samples of norm 1; by default Gaussian with bandwidth 0.6.
         prompt_kernel: kernel of unit-norm prompt features; by default Gaussian with bandwidth 0.3.
         form: ``code`` or ``paper``.
+        context: samples to stay close to ``[m, ...]``, in the space of the generated ones.
+        context_prompts: their prompt features ``[m, p]``.
+        beta: weight of the context.
 
     Raises:
         TypeError: for a kernel without a closed-form gradient; by ``value`` and ``gradient``, for a memory without rows.
-        ValueError: for another form, or a kernel without a bandwidth.
+        ValueError: for another form, a kernel without a bandwidth, a ``beta`` that is negative or infinite, or a context or
+            ``beta`` without the other.
     """
 
     kernel: Kernel = field(default_factory=lambda: GaussianKernel(0.6))
     prompt_kernel: Kernel = field(default_factory=lambda: GaussianKernel(0.3))
     form: str = "code"
+    context: Tensor | None = None
+    context_prompts: Tensor | None = None
+    beta: float | None = None
     conditional = True
 
     def __post_init__(self):
+        if (self.context is None) != (self.beta is None):
+            raise ValueError("a context needs both context=, samples [m, ...], and their weight beta=")
+        if self.beta is not None and not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta is the weight of the context and must be finite and at least 0, got {self.beta!r}")
+        self._context = MemoryBank()
+        if self.context is not None:
+            self._context.add(self.context, self.context_prompts)
         if self.form not in ("code", "paper"):
             raise ValueError(f"form must be 'code' or 'paper', got {self.form!r}")
         for name, kernel in (("kernel", self.kernel), ("prompt_kernel", self.prompt_kernel)):
@@ -68,11 +87,18 @@ class PublishedRKE(Objective):
         """The weights ``k_T(t_i, t_j)`` of all pairs, squared where the form squares them; all are 1 without prompts."""
         if memory is not None and not isinstance(memory, MemoryBank):
             raise TypeError(f"published guides need the rows of a MemoryBank, got a {type(memory).__name__}")
+        found = self._compare(x, prompt_features, memory, off_diagonal(len(x), x))
+        if self.context is None:
+            return found
+        none_inside = x.new_zeros(len(x), len(x))
+        return found._replace(context=self._compare(x, prompt_features, self._context, none_inside))
+
+    def _compare(self, x: Tensor, prompt_features: Tensor | None, memory: MemoryBank | None, inside: Tensor) -> Compared:
+        """The pairs of a batch and a memory; those within the batch have the weights ``inside`` ``[n, n]``, or less."""
         t = self._check_prompts(prompt_features, memory)
         size = len(x) + (0 if memory is None else len(memory))
         power = 1 if self.form == "code" and size > SQUARED_UP_TO else 2
         kernel = self.kernel.squared() if power == 2 else self.kernel
-        inside = off_diagonal(len(x), x)
         weights = PromptWeights(self.prompt_kernel, power)
         if t is not None:
             inside = inside * weights(t, t).to(x)
@@ -100,6 +126,12 @@ class PublishedRKE(Objective):
         """The objective; in the form without squares, a sample is constant in the scores of the others."""
         x = as_float(x)
         found = self.pairs(x, prompt_features, memory)
+        value = self._score(x, found)
+        if self.beta is not None and found.context is not None:
+            value = value - self.beta * self._score(x, found.context)
+        return value
+
+    def _score(self, x: Tensor, found: Compared) -> Tensor:
         n = found.size
         if self.form == "code" and n > SQUARED_UP_TO:
             inside, outside = self._sums(x, x.detach(), found)
@@ -119,16 +151,23 @@ class PublishedRKE(Objective):
     ) -> Gradient:
         x = as_float(x)
         found = self.pairs(x, prompt_features, memory) if pairs is None else pairs
+        rows = self._ascent(x, found)
+        if self.beta is not None and found.context is not None:
+            rows = rows - self.beta * self._ascent(x, found.context)
+        return Gradient(rows)
+
+    def _ascent(self, x: Tensor, found: Compared) -> Tensor:
+        """The derivative of the score ``[n, d]``."""
         n, inside, outside = found.size, *self._sums(x, x, found)
         g = found.kernel.vjp(x, x, found.inside)
         if found.selection is not None:
             g = g + found.selection.kernel_gradient(found.kernel, x)[0]
         if self.form == "paper":
-            return Gradient(-2 / n**2 * g)
+            return -2 / n**2 * g
         if n > SQUARED_UP_TO:
-            return Gradient(-n * (1 + inside + outside).pow(-2)[:, None] * g)
+            return -n * (1 + inside + outside).pow(-2)[:, None] * g
         total = len(x) + inside.sum() + 2 * outside.sum() + found.constant
-        return Gradient(-2 * n**2 / total**2 * g)
+        return -2 * n**2 / total**2 * g
 
 
 @dataclass(repr=False)

@@ -63,6 +63,51 @@ def test_published_gradient_matches_autograd(form, size):
         objective.gradient(rows(5, D, 0), rows(5, P, 1), CentroidMemory())
 
 
+@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("size", [3, 9])  # up to 10 samples with the context, and more
+def test_context_of_published_gradient_matches_autograd(form, size):
+    context = {"context": rows(size, D, 7), "context_prompts": rows(size, P, 8), "beta": 0.7}
+    objective = PublishedRKE(GaussianKernel(1.3), PROMPT_KERNEL, form, **context)
+    objective.normalize = False
+    assert relative_error(objective, fill(MemoryBank(), 5)) < 1e-8
+
+
+@pytest.mark.parametrize("size", [4, 20])
+def test_context_of_published_score_is_that_of_the_authors_code(size):
+    x, context, y = rows(1, D, 0), rows(size, D, 2), rows(6, D, 4)
+    t, its_prompts, s = (torch.nn.functional.normalize(rows(n, P, seed)) for n, seed in ((1, 1), (size, 3), (6, 5)))
+
+    def rank(others, prompts):  # of one new sample with others: exp of the conditional entropy of order 2, or its own mean
+        z = torch.cat([others, x])
+        joint = GaussianKernel(1.3)(z) * PROMPT_KERNEL(torch.cat([prompts, t]))
+        return 1 / (joint / len(z)).square().sum() if len(z) <= 10 else 1 / joint[-1].mean()
+
+    memory = MemoryBank()
+    memory.add(y, s)
+    objective = PublishedRKE(GaussianKernel(1.3), PROMPT_KERNEL, "code", context, its_prompts, beta=0.5)
+    objective.normalize = False
+    expected = rank(y, s) - 0.5 * rank(context, its_prompts)
+    torch.testing.assert_close(objective.value(x, t, memory), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_context_attracts_samples_of_its_prompts():
+    x, t = rows(1, D, 0), rows(1, P, 1)
+    near = PublishedRKE(GaussianKernel(1.3), PROMPT_KERNEL, context=x + 0.5, context_prompts=t, beta=1.0)
+    near.normalize = False
+    assert (near.gradient(x, t, MemoryBank()).rows > 0).all()
+    other = PublishedRKE(GaussianKernel(1.3), GaussianKernel(0.01), context=x + 0.5, context_prompts=t + 1, beta=1.0)
+    other.normalize = False
+    assert float(other.gradient(x, t, MemoryBank()).rows.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "settings", [{"beta": 0.5}, {"context": torch.ones(2, 3)}, {"context": torch.ones(2, 3), "beta": -1.0}]
+)
+def test_a_context_needs_a_weight_and_a_weight_a_context(settings):
+    with pytest.raises(ValueError, match="beta"):
+        PublishedRKE(**settings)
+
+
 def test_inaccurate_random_features_warn_with_suggestion():
     kernel = GaussianKernel(0.3)
     objective = RKE(kernel, RandomFourierFeatures(kernel, D, 16))
