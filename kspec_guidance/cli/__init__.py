@@ -1,6 +1,6 @@
-"""The command line ``kspec-guidance demo | generate | calibrate | tune | evaluate | compare``; see docs/command-line.md.
+"""The command line ``kspec-guidance demo | generate | calibrate | tune | evaluate | compare | embeddings``.
 
-Options have the names of the API's arguments. Nothing here imports torch before a command runs.
+See docs/command-line.md. Options have the names of the API's arguments. Nothing here imports torch before a command runs.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from kspec_guidance.cli.arguments import Version
 from kspec_guidance.cli.calibrate import calibrate
 from kspec_guidance.cli.console import EXIT_CODES, one_line_errors
 from kspec_guidance.cli.demo import demo
-from kspec_guidance.cli.evaluate import compare, evaluate
+from kspec_guidance.cli.evaluate import compare, embeddings, evaluate
 from kspec_guidance.cli.generate import generate
 from kspec_guidance.cli.tune import tune
 
@@ -42,7 +42,7 @@ app = typer.Typer(
     help="Diverse images from any diffusers pipeline without retraining, and diversity scores of image sets.",
     epilog=EXIT_CODES,
 )
-for command in (demo, generate, calibrate, tune, evaluate, compare):
+for command in (demo, generate, calibrate, tune, evaluate, compare, embeddings):
     app.command(epilog=EXIT_CODES, context_settings=HELP_NAMES)(command)
 
 

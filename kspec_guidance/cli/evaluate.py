@@ -1,4 +1,4 @@
-"""The commands ``kspec-guidance evaluate`` and ``kspec-guidance compare``."""
+"""The commands ``kspec-guidance evaluate``, ``compare`` and ``embeddings``."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +9,7 @@ from rich.table import Table
 
 from kspec_guidance.cli.arguments import (
     FEATURES,
+    IMAGE_EMBEDDERS,
     OUTPUT,
     Cache,
     Embedder,
@@ -17,12 +18,13 @@ from kspec_guidance.cli.arguments import (
     TextEmbedder,
     Version,
     existing_file,
+    finite,
     named,
     page_option,
 )
 from kspec_guidance.cli.console import Output, command_output
 
-__all__ = ["compare", "evaluate"]
+__all__ = ["compare", "embeddings", "evaluate"]
 
 SETS = "Image sets"
 SET_HELP = "Folder of images, .tar shards (WebDataset) or .parquet files."
@@ -37,6 +39,9 @@ JUDGE_HELP = f"Judge of prompt agreement: {', '.join(JUDGES)}; auto is CLIP, if 
 PERCEPTUAL_HELP = "Also the mean distance of two images of a prompt: lpips or dreamsim, if installed; may be repeated."
 Judge = Annotated[str, typer.Option(help=JUDGE_HELP, rich_help_panel=FEATURES, callback=named(*JUDGES))]
 Drop = Annotated[Path | None, typer.Option(help=DROP_HELP, rich_help_panel=SETS, callback=existing_file)]
+
+EMBEDDER_HELP = f"Embedder: {', '.join(IMAGE_EMBEDDERS)}."
+EPS_HELP = "How many alike images the other embedder may see in a grouping."
 
 Log = Annotated[str | None, typer.Option(help=LOG_HELP, rich_help_panel=OUTPUT)]
 
@@ -56,8 +61,9 @@ def _load(
     cache: Path | None,
     drop: Path | None = None,
     judge: Any = None,
+    again: bool = False,
 ) -> Any:
-    """Load an image set, with a progress bar; what was left out is listed on the error stream."""
+    """Load an image set, with a progress bar; what was left out is listed on the error stream, unless it is read again."""
     from kspec_guidance.evaluation import load_images
     from kspec_guidance.evaluation.image_sets import read_names
 
@@ -66,7 +72,7 @@ def _load(
         task = bars.add_task(f"reading {folder.name or folder}", total=None)
         found = load_images(folder, embedder, prompts, cache, lambda n: bars.advance(task, n), drop=names, judge=judge)
         bars.update(task, total=len(found))
-    for line in found.summary():
+    for line in [] if again else found.summary():
         output.warning(f"{folder.name or folder}: {line}")
     return found
 
@@ -193,3 +199,46 @@ def compare(
         output.result(
             record, *result.summary(), table, _scores(result.scores, f"{first} with {second} as reference", embed.name)
         )
+
+
+def embeddings(
+    first: Annotated[str, typer.Argument(help=EMBEDDER_HELP, callback=named(*IMAGE_EMBEDDERS))],
+    second: Annotated[str, typer.Argument(help="The second embedder.", callback=named(*IMAGE_EMBEDDERS))],
+    folder: Annotated[Path, typer.Argument(help=SET_HELP, exists=True)],
+    directions: Annotated[
+        int, typer.Option(min=1, help="Groupings of each embedder, at most.", rich_help_panel=FEATURES)
+    ] = 6,
+    eps: Annotated[float, typer.Option(min=0, help=EPS_HELP, rich_help_panel=FEATURES, callback=finite)] = 4.0,
+    drop: Drop = None,
+    cache: Cache = None,
+    out: Annotated[Path | None, page_option("embeddings.html")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    version: Version = False,
+) -> None:
+    """What one embedder groups in a set of images and another does not, both ways. Writes a page with the images."""
+    with command_output(as_json, quiet) as output:
+        output.note(f"loading embedders {first} and {second} ...")
+        from kspec_guidance.evaluation.embedders import image_embedder
+        from kspec_guidance.evaluation.embeddings import compare_embeddings
+
+        a, b = (image_embedder(name) for name in (first, second))
+        images = _load(output, folder, a, None, cache, drop)
+        same = _load(output, folder, b, None, cache, drop, again=True)
+        result = compare_embeddings(images, same, a, b, directions, eps)
+        files = _write(output, result, out, "embeddings.html")
+        tables = [
+            _groupings(found, f"only {mine['name']}", other["name"])
+            for found, mine, other in ((result.only_a, result.a, result.b), (result.only_b, result.b, result.a))
+            if found
+        ]
+        output.result({**result.as_dict(), "files": files}, *result.summary(), *tables)
+
+
+def _groupings(found: list, title: str, other: str) -> Table:
+    table = Table(title=escape(title), caption=f"alike images that {escape(other)} sees in them are in brackets")
+    for column in ("alike images", "one side", "the other side"):
+        table.add_column(column, justify="right")
+    for g in found:
+        table.add_row(f"{g.alike:.1f} ({g.alike_other:.1f})", str(len(g.first)), str(len(g.second)))
+    return table

@@ -19,6 +19,7 @@ STEPS = 100  # of the dual, at most; about 17 reach the tolerance
 ROUNDING = 1e-12
 ALIKE = 4.0  # alike samples that a direction must hold
 COHERENCE = 0.3  # mean similarity along a direction, in standard deviations of all similarities, that it must have
+CONTRAST = 1.5  # coherence by A over that by B that it must have
 NOT_NORMAL = 1.159  # Anderson-Darling statistic that a normal sample exceeds with probability 0.005
 SHARED = 0.5  # part of a strength that one modality must explain, to be named
 
@@ -89,7 +90,7 @@ def koda(
 
     A direction counts as noise, and ends the search, unless (1) it holds at least 4 alike samples by A,
     ``n strength_a >= 4``; (2) its coherence by A is 0.3 standard deviations of A's similarities or more, and
-    twice that by B; and (3) its entries differ from a normal sample (Anderson-Darling, p < 0.005): most directions of
+    1.5 times that by B; and (3) its entries differ from a normal sample (Anderson-Darling, p < 0.005): most directions of
     samples without groups look like one (Diaconis, Freedman 1984). In simulations of sets without groups, and of groups
     that both see, at most one set in twenty passed in 32 or more dimensions; in 16 and fewer, with a narrow kernel, many
     did. Groups of ten with much noise may be missed.
@@ -107,7 +108,8 @@ def koda(
         features: number of random features of each embedding instead of exact kernels: O(n r^2 + r^3) instead of O(n^3).
             The cosine kernel of one modality needs none.
         rotate: turn the directions that were found, in their span, to their simplest form (quartimax; Neuhaus, Wrigley
-            1954). Groups of like strength are mixed otherwise. ``lam`` and ``gap`` stay those of the search.
+            1954), unless one would then count as noise. Groups of like strength are mixed otherwise. The bound then holds
+            for the mean of the directions, and ``lam`` and ``gap`` stay those of the search.
         keep_noise: return all directions, also those that count as noise.
         seed: of random features.
 
@@ -136,7 +138,7 @@ def koda(
                     f"no direction has x' K_B x of at most {bound:.3g}, which is {n * bound:.3g} / n: the least is "
                     f"{least:.3g}, {n * least:.3g} / n; give a larger eps"
                 )
-            stopped = f"no further direction has a strength by B of at most {bound:.3g}"
+            stopped = f"no further direction has a strength by the other embedding of at most {bound:.3g}"
             break
         y, lam, gap = solved
         x = torch.from_numpy(basis @ y)[None]
@@ -148,8 +150,9 @@ def koda(
         multipliers, gaps = [*multipliers, lam], [*gaps, gap]
         basis, form_a, form_b = _deflated(basis, form_a, form_b, y)
     if rotate and len(vectors) > 1:
-        vectors = simplest_turn(vectors) @ vectors
-        vectors = vectors[first.strength(vectors).argsort(descending=True, stable=True)]
+        turned = simplest_turn(vectors) @ vectors
+        if keep_noise or not any(_why_noise(x, first, second) for x in turned.split(1)):
+            vectors = turned[first.strength(turned).argsort(descending=True, stable=True)]
     vectors = upright(vectors)
     by_modality, named = _modalities(vectors, first, second)
     return Koda(
@@ -278,12 +281,12 @@ def _why_noise(x: Tensor, first: JointKernel, second: JointKernel) -> str:
     """Why one direction ``[1, n]`` counts as noise; empty if it does not."""
     alike = first.n * float(first.strength(x))
     if alike < ALIKE:
-        return f"it holds {alike:.2f} alike samples by A, fewer than {ALIKE:g}"
+        return f"it holds {alike:.2f} alike samples, fewer than {ALIKE:g}"
     coherence, other = float(_coherence(x, first)), float(_coherence(x, second))
-    if coherence < max(COHERENCE, 2 * other):
+    if coherence < max(COHERENCE, CONTRAST * other):
         return (
-            f"its coherence is {coherence:.2f} standard deviations by A and {other:.2f} by B; it must be {COHERENCE:g} or "
-            "more, and twice that by B"
+            f"its coherence is {coherence:.2f} standard deviations, and {other:.2f} by the other embedding; it must be "
+            f"{COHERENCE:g} or more, and {CONTRAST:g} times that by the other"
         )
     statistic = _anderson_darling(x[0])
     if statistic < NOT_NORMAL:

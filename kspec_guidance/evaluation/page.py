@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kspec_guidance.comparison import DiversityGap
+from kspec_guidance.evaluation.embeddings import EmbeddingReport
 from kspec_guidance.evaluation.image_sets import ImageSet
 from kspec_guidance.evaluation.scores import AGREEMENT
 from kspec_guidance.evaluation.sets import ComparisonReport, Evaluation
@@ -158,11 +159,13 @@ def _part(name: str, e: Evaluation) -> dict[str, Any]:
     }
 
 
-def write_page(result: Evaluation | ComparisonReport, path: str | Path, notes: Sequence[str] = ()) -> list[Path]:
+def write_page(
+    result: Evaluation | ComparisonReport | EmbeddingReport, path: str | Path, notes: Sequence[str] = ()
+) -> list[Path]:
     """Write the page, and a JSON file with the same numbers; for near-duplicates of one set, also the list of their names.
 
     Args:
-        result: result of :func:`evaluate_set` or :func:`compare_sets`.
+        result: result of :func:`evaluate_set`, :func:`compare_sets` or ``compare_embeddings``.
         path: path of the page; the JSON file has the same name with another suffix, the list the ending
             ``-duplicates.txt``.
         notes: lines below the warnings.
@@ -178,6 +181,12 @@ def write_page(result: Evaluation | ComparisonReport, path: str | Path, notes: S
     files = [path, path.with_suffix(".json")]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
     environment.filters |= {"number": _number, "short": _short, "data_uri": _data_uri}
+    if isinstance(result, EmbeddingReport):
+        title = f"What two embedders see in {result.images.path.resolve().name}"
+        page = environment.get_template("embeddings.html").render(
+            title=title, result=result, images=result.images, version=__version__
+        )
+        return _write(page, result, files)
     if isinstance(result, Evaluation):
         gap_plot = None
         comparison, parts, doubts = None, [_part(result.images.path.name, result)], result.warnings
@@ -196,9 +205,15 @@ def write_page(result: Evaluation | ComparisonReport, path: str | Path, notes: S
         title=title, about=about, parts=parts, comparison=comparison, version=__version__, notes=notes, doubts=doubts,
         main_test=main_test, gap_plot=gap_plot, duplicates_file=files[2].name if len(files) > 2 else None,
     )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    files[1].write_text(json.dumps(result.as_dict(), indent=1, default=list) + "\n", encoding="utf-8")
+    _write(page, result, files)
     if isinstance(result, Evaluation) and result.redundant:
         files[2].write_text("".join(f"{result.images.names[i]}\n" for i in result.redundant), encoding="utf-8")
+    return files
+
+
+def _write(page: str, result: Evaluation | ComparisonReport | EmbeddingReport, files: list[Path]) -> list[Path]:
+    """Write the page and its JSON file, which are the first two of the files."""
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    files[0].write_text(page, encoding="utf-8")
+    files[1].write_text(json.dumps(result.as_dict(), indent=1, default=list) + "\n", encoding="utf-8")
     return files

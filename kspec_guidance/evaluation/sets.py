@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kspec_guidance import functional as F
 from kspec_guidance.comparison import DiversityGap, diversity_gap
+from kspec_guidance.evaluation.differences import Difference, novel_modes, split_prompts
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
 from kspec_guidance.evaluation.embedders.names import DEMO_NAME
 from kspec_guidance.evaluation.embedders.texts import one_hot_embedder
@@ -178,6 +179,8 @@ class ComparisonReport:
         scores: scores of ``a`` with ``b`` as reference.
         only_in_a, only_in_b: kinds of images that are more frequent in one set than in the other.
         prompts: different images of each shared prompt in ``a`` and in ``b``, among equally many.
+        novel_in_a, novel_in_b: modes that one set has more of (KEN).
+        split_in_a, split_in_b: prompts of which one set makes something more often than the other (PromptSplit).
         gaps: diversity that ``a`` and ``b`` lack against held-out images, among equally many of all three; empty without.
     """
 
@@ -190,6 +193,10 @@ class ComparisonReport:
     only_in_a: list[SharedKind]
     only_in_b: list[SharedKind]
     prompts: dict[str, tuple[float, float]]
+    novel_in_a: list[Difference]
+    novel_in_b: list[Difference]
+    split_in_a: list[Difference]
+    split_in_b: list[Difference]
     gaps: dict[str, DiversityGap] = field(default_factory=dict)
 
     @property
@@ -212,6 +219,7 @@ class ComparisonReport:
                 for k in kinds
             ]
 
+        names = self.a.images.names, self.b.images.names
         return {
             "embedder": self.a.embedder,
             "verdict": self.verdict,
@@ -224,6 +232,10 @@ class ComparisonReport:
             "only_in_a": named(self.only_in_a, self.a.images, self.b.images),
             "only_in_b": named(self.only_in_b, self.b.images, self.a.images),
             "prompts": [{"prompt": p, "a": a, "b": b} for p, (a, b) in self.prompts.items()],
+            "novel_in_a": [d.as_dict(*names) for d in self.novel_in_a],
+            "novel_in_b": [d.as_dict(*names[::-1]) for d in self.novel_in_b],
+            "split_in_a": [d.as_dict(*names) for d in self.split_in_a],
+            "split_in_b": [d.as_dict(*names[::-1]) for d in self.split_in_b],
             "gaps": {name: asdict(gap) for name, gap in self.gaps.items()},
         }
 
@@ -234,7 +246,13 @@ class ComparisonReport:
         sets += [gap_verdict(name, gap) for name, gap in zip(names, self.gaps.values(), strict=False)]
         doubtful = list(dict.fromkeys([*self.warnings, *self.a.warnings, *self.b.warnings]))
         doubtful = [f"Read with care: {w}" for w in doubtful]
-        return [f"Image features: {self.a.embedder['name']}.", self.verdict, *sets, *doubtful]
+        return [f"Image features: {self.a.embedder['name']}.", self.verdict, *self.disagreement, *sets, *doubtful]
+
+    @property
+    def disagreement(self) -> list[str]:
+        """On which prompts the sets surely differ, in one sentence; empty if there are none."""
+        prompts = dict.fromkeys(p for d in (*self.split_in_a, *self.split_in_b) if d.sure for p in d.prompts[:1])
+        return [f"The sets differ most on: {', '.join(prompts)}."] if prompts else []
 
     def scalars(self) -> dict[str, float]:
         """All figures by name, for trackers of experiments."""
@@ -378,7 +396,10 @@ def compare_sets(
     seed: int = 0,
     reference: ImageSet | None = None,
 ) -> ComparisonReport:
-    """Compare two sets: tests on equal numbers of images, kinds that are more frequent in one set, and distances.
+    """Compare two sets: tests on equal numbers of images, what is more frequent in one set, and distances.
+
+    What is more frequent is shown as kinds of images, as modes (KEN), and, where both sets have captions, by the prompts on
+    which they disagree (PromptSplit).
 
     The verdict is about RKE at ``IMAGE_BANDWIDTH``, which also sees variation within a kind: per prompt if the sets share
     at least 6 prompts, else of the whole sets.
@@ -431,6 +452,8 @@ def compare_sets(
         only_in_a,
         only_in_b,
         prompts,
+        *novel_modes(x, y, KERNEL, seed),
+        *split_prompts(x, a.prompts, y, b.prompts, text_embedder or one_hot_embedder(), KERNEL, seed),
         gaps,
     )
 
