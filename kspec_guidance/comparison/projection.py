@@ -1,5 +1,7 @@
 """Weights of several candidates per prompt that raise the conditional entropy and move the distribution least."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -80,7 +82,7 @@ def entropy_projection(
     (True, 1.0)
     """
     x, t = check_matrix(x), check_matrix(t, "t")
-    if not isinstance(candidates, int) or isinstance(candidates, bool) or candidates < 1 or len(x) % candidates:
+    if not isinstance(candidates, Integral) or isinstance(candidates, bool) or candidates < 1 or len(x) % candidates:
         raise ValueError(
             f"candidates must be an integer of at least 1 that divides the number of rows, {len(x)}, since each prompt has "
             f"as many; got {candidates!r}"
@@ -89,7 +91,8 @@ def entropy_projection(
         raise ValueError(f"entropy_weight must be finite and at least 0, got {entropy_weight}")
     if features is not None and features < 1:
         raise ValueError(f"features must be at least 1, got {features}")
-    m, prompts = candidates, len(x) // candidates
+    m = int(candidates)
+    prompts = len(x) // m
     if len(t) == prompts and m > 1:
         t = t.repeat_interleave(m, 0)
     x, t = (on_host(z.detach()) for z in check_paired(x, t))

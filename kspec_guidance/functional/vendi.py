@@ -1,5 +1,7 @@
 """Vendi scores of every order, and RKE."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -104,7 +106,7 @@ def vendi_score(
 def matrix_vendi_score(
     K: Tensor,
     order: float = 1.0,
-    weights: Tensor | None = None,
+    weights: Tensor | Sequence[float] | None = None,
     truncation: int | None = None,
 ) -> Tensor:
     """Vendi score ``[...]`` of a given kernel matrix, with probabilities of the samples.
@@ -141,7 +143,7 @@ def matrix_vendi_score(
         )
     if weights is None:
         return entropy_of(k / n, order, truncation).exp()
-    w = on_host(weights)
+    w = on_host(torch.as_tensor(weights))
     if w.ndim == 0 or w.shape[-1] != n or not torch.isfinite(w).all() or (w < 0).any() or not (w.sum(-1) > 0).all():
         raise ValueError(f"weights must be {n} finite numbers of at least 0, not all 0; got shape {list(w.shape)}")
     root = (w / w.sum(-1, keepdim=True)).sqrt()

@@ -290,7 +290,7 @@ def test_score_of_a_matrix_is_that_of_its_rows_and_weights_count_copies(order, g
 def test_weights_of_a_matrix_are_shares_of_orthogonal_samples():
     p = torch.tensor([0.5, 0.25, 0.25, 0.0])
     assert F.matrix_vendi_score(torch.eye(4), weights=p).log().item() == pytest.approx(1.5 * math.log(2))
-    assert F.matrix_vendi_score(torch.eye(4), 2.0, 8 * p).item() == pytest.approx(1 / 0.375)
+    assert F.matrix_vendi_score(torch.eye(4), 2.0, (8 * p).tolist()).item() == pytest.approx(1 / 0.375)
     assert F.matrix_vendi_score(torch.eye(4).expand(2, 4, 4), weights=torch.stack([p, p])).shape == (2,)
 
 
