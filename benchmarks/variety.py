@@ -2,10 +2,16 @@
 
     python benchmarks/variety.py --out benchmarks/results/variety.json --page docs/variety.md
     python benchmarks/variety.py --picture docs/variety.png    # only the picture, of the embedded pipeline
+    python benchmarks/variety.py --targets --page docs/variety.md    # only the targets, on the embedded pipeline
+    python benchmarks/variety.py --windows    # only variety 50 with shorter guided intervals
+    python benchmarks/variety.py --families    # only moves of tiny pipelines of random weights
 
 On every bed of the arena: the effective number of different images of a prompt (RKE of the finished samples, Gaussian
 kernel of bandwidth 0.5), the modes and the share of valid samples, against plain sampling of the same noise. Prompts are
 those of the report half; calibrations use two prompts of the tuning half.
+
+Targets: batches of one prompt with one guide, and after each its strength; the share of valid images is that of the judge
+of the emoji bed, which is also the guard of one of the columns.
 """
 
 import argparse
@@ -15,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -30,6 +37,10 @@ from kspec_guidance.plotting import image_grid
 
 KERNEL = GaussianKernel(IMAGE_BANDWIDTH)
 VARIETIES = (25, 50, 75, 100)
+TARGET, BATCHES, LAST = "5 of 8", 6, 3
+TARGET_PROMPTS = ("person", "farmer", "building", "heart", "flower", "vehicle", "qwxz blorp")  # the last one is unknown
+WINDOWS = (0.65, 0.5, 0.35)  # ends of the guided interval
+FAMILIES = ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "PixArtAlpha")
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -98,12 +109,88 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(page: Path, results: list[dict[str, Any]]) -> None:
-    """Write the table between its two markers."""
-    start, end = "<!-- variety -->", "<!-- /variety -->"
+def write_page(page: Path, name: str, lines: str) -> None:
+    """Write a table between its two markers."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     text = page.read_text(encoding="utf-8")
     head, rest = text.split(start)
-    page.write_text(f"{head}{start}\n{table(results)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    page.write_text(f"{head}{start}\n{lines}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def run_targets() -> str:
+    """A table of what a target does on the embedded pipeline, with guards and without."""
+    bed: Any = BEDS["emoji"]()
+
+    def scores(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        """The judge's probability that each image is one that its prompt may describe."""
+        x = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).movedim(-1, 1) / 127.5 - 1
+        features = bed.judge_.features(x.float())
+        return [bed.figures(row[None], Case(prompt, 0))["valid"] for row, prompt in zip(features, prompts, strict=True)]
+
+    guards = {"no guard": False, "the default guard": None, "the judge as guard": scores}
+    lines = [
+        f"| prompt | guard | variety of each batch | different of 8 | valid: first batch, last {LAST} | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for prompt in TARGET_PROMPTS:
+        for name, fidelity in guards.items():
+            guide, varieties, valid = SPARKE(target=TARGET, fidelity=fidelity), [], []
+            guide.calibration = 1.0
+            for batch in range(BATCHES):
+                x = sample(bed, Case(prompt, batch), guide)
+                varieties.append(guide.target.used[0])
+                valid.append(bed.figures(bed.rows(x), Case(prompt, 0))["valid"])
+            (found,) = guide.target.prompts
+            reason = f"{found.status}{f': {found.reason}' if found.reason else ''}"
+            strengths = ", ".join(f"{v:.3g}" for v in varieties)
+            cells = [
+                prompt,
+                name,
+                strengths,
+                f"{found.different:.1f}",
+                f"{valid[0]:.2f}, {sum(valid[-LAST:]) / LAST:.2f}",
+                reason,
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def run_windows(names: list[str], prompts: int) -> None:
+    """Print the effect of variety 50 with a guided interval that ends earlier, whatever the number of steps."""
+    for name in names:
+        bed = BEDS[name]()
+        cases = bed.cases("report", 1)[:prompts]
+        plain, cells = measure(bed, cases, lambda: guide_with(0)), []
+        for stop in WINDOWS:
+
+            def make(stop: float = stop) -> SPARKE:
+                guide = guide_with(50)
+                guide.terms[0].interval = lambda total: (0.0, stop)
+                return guide
+
+            row = measure(bed, cases, make)
+            gains = (f"x{row[key] / plain[key]:.2f}" for key in ("different", "modes"))
+            cells.append(f"to {stop:g}: {' / '.join(gains)} / {row['valid'] - plain['valid']:+.3f}")
+        print(f"{bed.name}, {bed.steps} steps: {'; '.join(cells)}", flush=True)
+
+
+def run_families() -> None:
+    """Print mean moves and gains of tiny pipelines of random weights, whose images are noise: only the unit is tested."""
+    from tests.tiny import build, call_kwargs
+
+    for family in FAMILIES:
+        pipe, cells = build(f"{family}Pipeline"), []
+        pipe.set_progress_bar_config(disable=True)
+        plain = 0.0
+        for variety in (0, *VARIETIES[:3]):
+            guide = guide_with(variety)
+            with guide.attach(pipe):
+                pipe(**call_kwargs(pipe, num_images_per_prompt=6, num_inference_steps=12, output_type="latent"))
+            report = guide.report()
+            plain, move, found = plain or report.guided, report.mean_relative_move, report.guided
+            cells.append(f"{variety}: move {move:.3f}, different {found:.2f} (x{found / plain:.2f})")
+        print(f"{family}: {'; '.join(cells)}", flush=True)
 
 
 def draw_picture(path: Path, prompts: list[str]) -> None:
@@ -136,10 +223,24 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write the table into this page")
     parser.add_argument("--picture", type=Path, help="draw images of the embedded pipeline here, and measure nothing")
     parser.add_argument("--picture-prompts", nargs="+", default=["person", "heart"])
+    parser.add_argument("--targets", action="store_true", help="measure targets on the embedded pipeline, and nothing else")
+    parser.add_argument("--windows", action="store_true", help="measure shorter guided intervals, and nothing else")
+    parser.add_argument("--families", action="store_true", help="measure tiny random pipelines, and nothing else")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.picture is not None:
         draw_picture(args.picture, args.picture_prompts)
+        return
+    if args.targets:
+        lines = run_targets()
+        if args.page is not None:
+            write_page(args.page, "target", lines)
+        return
+    if args.windows:
+        run_windows(args.beds, args.prompts)
+        return
+    if args.families:
+        run_families()
         return
     results = []
     for name in args.beds:
@@ -148,7 +249,7 @@ def main() -> None:
         if args.out is not None:
             args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.page is not None:
-        write_page(args.page, results)
+        write_page(args.page, "variety", table(results))
 
 
 if __name__ == "__main__":

@@ -205,14 +205,22 @@ def page_option(default: str) -> Any:
     )
 
 
-def check_strength(variety: float | None, scale: float | None) -> None:
-    """Check that at most one of ``--variety`` and ``--scale`` is given.
+def check_strength(variety: float | None, scale: float | None, target: str | None = None) -> None:
+    """Check that at most one of ``--variety``, ``--scale`` and a ``--target`` that sets the strength is given.
 
     Raises:
-        ValueError: if both are.
+        ValueError: if several are.
     """
-    if variety is not None and scale is not None:
-        raise ValueError(f"--variety {variety:g} and --scale {scale:g} both set the strength; give one of them")
+    given = {"--variety": variety, "--scale": scale, "--target": target}
+    listed = [
+        f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in given.items() if value is not None
+    ]
+    if len(listed) > 1:
+        raise ValueError(
+            f"{' and '.join(listed)} all set the strength; give one of them"
+            if len(listed) > 2
+            else f"{listed[0]} and {listed[1]} both set the strength; give one of them"
+        )
 
 
 # -- values ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The command ``kspec-guidance generate``."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,7 +66,12 @@ def generate(
         typer.Option(help="Seed of the run, from which the seeds of images are derived.", rich_help_panel=IMAGES),
     ] = 0,
     target: Annotated[
-        str | None, typer.Option(help="Stop a prompt early, e.g. at 'vendi>=12'.", rich_help_panel=IMAGES)
+        str | None,
+        typer.Option(
+            help="'6 of 8': raise the strength of a prompt from batch to batch until of 8 images 6 look different. "
+            "'vendi>=12': stop a prompt early.",
+            rich_help_panel=IMAGES,
+        ),
     ] = None,
     filter: Annotated[
         str | None,
@@ -154,7 +160,8 @@ def generate(
     torchrun --nproc-per-node 2 -m kspec_guidance generate ...
     """
     check_prompt_source(prompt, prompts)
-    check_strength(variety, scale)
+    raised = target if target is not None and re.fullmatch(r"[^<>=]*\bof\b[^<>=]*", target) else None
+    check_strength(variety, scale, raised)
     if processes is not None and not dry_run:
         raise ValueError(
             "--processes is for --dry-run; to start a run of several processes: torchrun --nproc-per-node "
@@ -183,7 +190,7 @@ def generate(
         height = call.get("height")
         for name, references in attributes.items():
             quotas[name] = read_attribute(pipe, references, (height, call.get("width", height)) if height else None)
-        guide = SPARKE(scale, memory=bank, variety=variety)
+        guide = SPARKE(scale, memory=bank, variety=variety, target=raised)
         if dry_run:
             plan = estimate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,
@@ -200,8 +207,8 @@ def generate(
                 output.kept = f"{now.done} of {now.total} images are kept in {out}; run the same command again to resume"
 
             result = synthesize(
-                source, out, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas, target=target,
-                filter=keep, duplicates=duplicates, candidates=candidates, memory=memory, memory_by=memory_by,
+                source, out, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas,
+                target=None if raised else target, filter=keep, duplicates=duplicates, candidates=candidates, memory=memory, memory_by=memory_by,
                 exchange=exchange, format=format, shard_size=shard_size, report=report, force=force,
                 progress_callback=progress_callback, memory_file=memory_file,
             )  # fmt: skip

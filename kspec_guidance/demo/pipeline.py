@@ -1,8 +1,9 @@
 """The embedded emoji pipeline, trained by this project on Noto Emoji and Twemoji, and reference sets."""
 
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from kspec_guidance.utils.arguments import choices
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-__all__ = ["load_demo_pipeline", "load_demo_reference"]
+__all__ = ["load_demo_pipeline", "load_demo_reference", "unknown_words"]
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -36,6 +37,20 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPi
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, dtype)  # diffusers' own method warns about float16 on the CPU
     return pipe
+
+
+def unknown_words(pipe: Any, prompt: str) -> list[str]:
+    """Words that the embedded model never saw: those that its tokenizer, trained on its captions, cuts into pieces.
+
+    Args:
+        pipe: the embedded pipeline; of others nothing is known, and the list is empty.
+        prompt: its text.
+    """
+    tokenizer: Any = getattr(pipe, "tokenizer", None)
+    if Path(str(getattr(tokenizer, "name_or_path", ""))) != ASSETS / "emoji" / "tokenizer":
+        return []
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
+    return [word for word in words if len(tokenizer.tokenize(word)) > 1]
 
 
 def load_demo_reference(name: str) -> Tensor:

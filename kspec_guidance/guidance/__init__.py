@@ -4,6 +4,7 @@ from kspec_guidance.guidance.comparison import GuidanceComparison
 from kspec_guidance.guidance.guide import KernelGuidance
 from kspec_guidance.guidance.presets import SPARKE, MMDGuidance, NoveltyGuidance, VendiGuidance
 from kspec_guidance.guidance.report import GuidanceReport, StepRecord
+from kspec_guidance.guidance.targets import PromptTarget, VarietyTarget
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS, Term
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "NoveltyGuidance",
     "KernelGuidance",
     "Term",
+    "VarietyTarget",
+    "PromptTarget",
     "DEFAULT_TRANSFORMS",
     "GuidanceComparison",
     "GuidanceReport",

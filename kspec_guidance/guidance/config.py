@@ -17,6 +17,7 @@ from torch import Tensor
 from kspec_guidance import kernels, objectives
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.guidance.spaces import SPACES, FeatureSpace
+from kspec_guidance.guidance.targets import VarietyTarget
 from kspec_guidance.guidance.term import Term
 from kspec_guidance.kernels import Kernel
 from kspec_guidance.objectives import Objective
@@ -58,6 +59,12 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"kernel": type(value).__name__} | _fields(value, tensors)
     if isinstance(value, Objective) and type(value).__name__ in OBJECTIVES:
         return {"objective": type(value).__name__} | _fields(value, tensors)
+    if isinstance(value, dict):
+        return {k: encode(v, tensors) for k, v in value.items()}
+    if isinstance(value, VarietyTarget):
+        if callable(value.fidelity):
+            raise TypeError("a target with a fidelity= function cannot be saved as settings; build the guide in code")
+        return {"target": str(value), "fidelity": value.fidelity, "prompts": encode(value.state(), tensors)}
     if isinstance(value, FeatureSpace):
         return {"space": value.describe()}
     if isinstance(value, RandomFourierFeatures):
@@ -89,6 +96,10 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
                 raise ValueError(f"unknown {kind} {value[kind]!r} in the settings; known are {', '.join(sorted(known))}")
             arguments = {k: decode(v, tensors) for k, v in value.items() if k != kind}
             return known[value[kind]](**arguments)
+    if isinstance(value.get("target"), str):
+        target = VarietyTarget.parse(value["target"], value["fidelity"])
+        target.load(decode(value["prompts"], tensors))
+        return target
     if "space" in value:
         settings = dict(value["space"])
         name = settings.pop("name", None)

@@ -17,6 +17,7 @@ from kspec_guidance.guidance.config import SETTINGS_FORMAT, decode_terms, encode
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.run import Finished, Run, ascent_direction
 from kspec_guidance.guidance.spaces import FeatureSpace
+from kspec_guidance.guidance.targets import VarietyTarget
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS, Term
 from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.kernels.distances import as_float
@@ -65,7 +66,7 @@ class KernelGuidance(PipelineCallback):
 
     Args:
         objective: an :class:`~kspec_guidance.objectives.Objective`.
-        scale, space, start, stop, every, sigma_interval, transforms, memory, unit: see :class:`Term`.
+        scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target: see :class:`Term`.
         seed: seed of the noise that separates exact duplicates; the global random state is not used.
 
     Raises:
@@ -93,11 +94,12 @@ class KernelGuidance(PipelineCallback):
         seed: int = 0,
         *,
         unit: str = "norm",
+        target: VarietyTarget | None = None,
         **unknown: Any,
     ):
         if unknown:
             raise unknown_arguments(type(self), unknown, HINTS)
-        term = Term(objective, scale, space, start, stop, every, sigma_interval, tuple(transforms), memory, unit)
+        term = Term(objective, scale, space, start, stop, every, sigma_interval, tuple(transforms), memory, unit, target)
         self._set_up([term], seed)
 
     @classmethod
@@ -370,6 +372,9 @@ class KernelGuidance(PipelineCallback):
             {name: encode(getattr(term, name), tensors) for name in names} | {"space": term.space.describe()}
             for term in self.terms
         ]
+        for term, settings in zip(self.terms, terms, strict=True):
+            if term.target is not None:
+                settings["target"] = encode(term.target, tensors)
         config = {"format": SETTINGS_FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}
         return config | ({} if self.calibration is None else {"calibration": self.calibration}), tensors
 

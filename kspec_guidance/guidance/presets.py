@@ -8,6 +8,7 @@ from torch import Tensor
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.guidance.guide import KernelGuidance
 from kspec_guidance.guidance.spaces import FeatureSpace, Latents
+from kspec_guidance.guidance.targets import FIRST, Fidelity, VarietyTarget
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS, VARIETY_AT_SCALE_1
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel
 from kspec_guidance.memory import Memory
@@ -46,12 +47,17 @@ class SPARKE(KernelGuidance):
             In proportion to the squared distance between a model's images of one prompt, so that one value has like effects
             on different models (docs/variety.md). The ``scale`` is then ``variety / 40``, in the unit ``spread`` of
             :class:`~kspec_guidance.guidance.Term`.
+        target: a number of different images out of several, such as ``"6 of 8"``, instead of a strength: the variety of
+            each prompt rises from call to call until its images are as different, see
+            :class:`~kspec_guidance.guidance.VarietyTarget`.
+        fidelity: the guard of a target; by default it limits the moves, False for none.
         feature_map, prompt_feature_map: random Fourier features of the two kernels, for a memory of constant size.
         kwargs: ``sigma_interval`` and ``seed``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.
-        ValueError: for settings outside their ranges, or both a scale and a variety.
+        ValueError: for settings outside their ranges, for two of scale, variety and target, or for a fidelity without a
+            target.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {  # compared in docs/which-method.md
@@ -74,6 +80,8 @@ class SPARKE(KernelGuidance):
         memory: Memory | None = None,
         *,
         variety: float | None = None,
+        target: str | VarietyTarget | None = None,
+        fidelity: Fidelity | bool | None = None,
         transforms: Sequence[str] = DEFAULT_TRANSFORMS,
         feature_map: RandomFourierFeatures | None = None,
         prompt_feature_map: RandomFourierFeatures | None = None,
@@ -86,17 +94,32 @@ class SPARKE(KernelGuidance):
             prompt_feature_map=prompt_feature_map,
         )
         settings: dict[str, Any] = {"transforms": transforms, "memory": memory, **kwargs}
+        given = {k: v for k, v in {"target": target, "variety": variety, "scale": scale}.items() if v is not None}
+        if len(given) > 1:
+            listed = " and ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ValueError(f"{listed} {'both' if len(given) == 2 else 'all'} set the strength; give one of them")
+        if target is not None:
+            if isinstance(target, VarietyTarget):
+                target = target.copy() if fidelity is None else VarietyTarget(target.different, target.of, fidelity)
+            else:
+                target = VarietyTarget.parse(target, fidelity)
+            settings["target"], variety = target, FIRST
+        elif fidelity is not None:
+            raise ValueError("fidelity= is the guard of a target; give target= with it, such as target='6 of 8'")
         if scale is None:
             scale = scale_of(DEFAULT_VARIETY if variety is None else variety)
             settings["unit"] = "spread"
-        elif variety is not None:
-            raise ValueError(f"variety={variety!r} and scale={scale!r} both set the strength; give one of them")
         super().__init__(objective, scale, space, start, stop, every, **settings)
 
     @property
     def variety(self) -> float | None:
-        """The strength from 0 to 100; None if the guide has a fixed scale."""
+        """The strength from 0 to 100; None if the guide has a fixed scale or a target."""
         return self.terms[0].variety
+
+    @property
+    def target(self) -> VarietyTarget | None:
+        """The target, with what it has learned of each prompt; None if the guide has none."""
+        return self.terms[0].target
 
     @classmethod
     def published(cls, scale: float = 0.03, variant: str = "code", **kwargs: Any) -> "SPARKE":

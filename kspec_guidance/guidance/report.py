@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kspec_guidance.functional.inputs import gram
+from kspec_guidance.guidance.targets import SAME_PROMPT, PromptTarget, VarietyTarget
 from kspec_guidance.guidance.term import Term
 from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel
 from kspec_guidance.loop.context import StepContext
@@ -17,11 +18,11 @@ from kspec_guidance.statistics import jackknife_interval
 
 __all__ = ["GuidanceReport", "StepRecord"]
 
-SAME_PROMPT = 5e-3  # distance of unit-norm prompt features up to which prompts are the same: rounding of half precision
 INTERVAL_IMAGES = 4  # smallest number of a prompt's images that have an interval
 # Mean sizes of a move relative to the prediction, from python benchmarks/moves.py: up to 0.03 hardly anything changes, from
 # 0.4 on some digits are no longer valid, between 0.8 and 1.8 most digits and emoji break.
 WORDS = ((0.03, "too weak to see"), (0.1, "weak"), (0.4, "moderate"), (0.8, "strong"), (math.inf, "off the scale"))
+LISTED_TARGETS = 8  # prompts whose target is told in words
 SATURATED = 0.95  # share of the images that look different, from which on the number can hardly rise
 
 
@@ -74,6 +75,7 @@ class GuidanceReport:
         self.finished: Tensor | None = None
         self.finished_plain: Tensor | None = None  # those of the same call without guidance, see KernelGuidance.compare
         self.strengths: list[tuple[str, float]] = []  # name and value of each term's strength: a scale or a variety
+        self.targets: list[tuple[VarietyTarget, PromptTarget]] = []  # of each prompt, if there is a target
         self.moves_predictions = True  # whether all terms move the clean prediction
         self.remembered = 0  # number of memory entries at the start of the run
 
@@ -186,6 +188,7 @@ class GuidanceReport:
             "guided_interval": _interval(guided),
             "plain": _mean(plain),
             "plain_interval": _interval(plain),
+            "targets": [{"target": str(target), **asdict(found)} for target, found in self.targets],
             "steps_guided": self.steps_guided,
             "total_steps": self.total_steps,
             "mean_relative_move": self.mean_relative_move,
@@ -212,7 +215,7 @@ class GuidanceReport:
         if self.finished is None:
             return f"The run has not ended: guided {self.steps_guided} of {self.total_steps} steps so far."
         guided, plain = self._scores(self.finished), self._scores(self.finished_plain)
-        lines = self._images_line(guided, plain), self._moves_line(), *self._advice(guided, plain)
+        lines = self._images_line(guided, plain), self._moves_line(), *self._target_lines(), *self._advice(guided, plain)
         return "\n".join(line for line in lines if line)
 
     def _images_line(self, guided: list[PromptScore], plain: list[PromptScore]) -> str:
@@ -245,6 +248,15 @@ class GuidanceReport:
             f"{_percent(self.mean_relative_move)} of the {of}{word}."
         )
 
+    def _target_lines(self) -> list[str]:
+        """What the target has done for each prompt."""
+        lines = [target.describe(found) for target, found in self.targets[:LISTED_TARGETS]]
+        rest = [found for _, found in self.targets[LISTED_TARGETS:]]
+        if rest:
+            reached = sum(found.status == "reached" for found in rest)
+            lines.append(f"Of {len(rest)} more prompts {reached} have reached it; see to_dict().")
+        return lines
+
     def _advice(self, guided: list[PromptScore], plain: list[PromptScore]) -> list[str]:
         """What is noteworthy, and what to change."""
         lines, move = [], self.mean_relative_move
@@ -259,6 +271,8 @@ class GuidanceReport:
             lines.append(f"Nothing was guided: no step of {self.total_steps}, since {why}.")
         elif move == 0:
             lines.append(f"Nothing moved: {self._reason()}")
+        elif self.targets:  # which chooses the strength
+            pass
         elif self._word == "off the scale":
             lines.append(
                 f"Moves {'larger than the images' if move > 1 else 'nearly as large as the images'} usually break them, "

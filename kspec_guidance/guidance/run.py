@@ -12,7 +12,7 @@ from torch import Tensor
 from kspec_guidance.guidance.calibration import find_calibration, guidance_scale_of
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces.base import Pullback
-from kspec_guidance.guidance.term import Term
+from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1, Term
 from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, norms, row_dots
 from kspec_guidance.loop.context import StepContext
 from kspec_guidance.loop.prediction import Prediction, keep_finite, realised_move
@@ -45,6 +45,7 @@ class TermState:
     prepared: bool = False
     memories: dict[int, Memory] | None = None  # the part of the memory for each guided step, likewise
     kept: list[Tensor] = field(default_factory=list)  # features of each guided step, if steps are not comparable
+    varieties: Tensor | None = None  # [n, 1], relative to that of the term, if a target chooses them
     compared: Tensor | None = None  # samples of the latest step before their move, if the memory stores those
 
     def memory_of_step(self, step: int, width: int, encoder: str | None) -> Memory:
@@ -134,6 +135,9 @@ class Run:
         self.finished, self._unchecked, self._rounded = [], [], []
         self.calibration = self._calibration(context)
         self._states = [TermState(term, term.guided_steps(context.total)) for term in self.guide.terms]
+        for state in self._states:
+            if state.term.target is not None and state.term.scale:
+                state.varieties = self._varieties(state.term, context, packed)
         self._need_score = any("off_score" in term.transforms for term in self.guide.terms)
         noisy = [state for state in self._states if state.term.space.noisy]
         self._of_predictions = [state for state in self._states if not state.term.space.noisy]
@@ -143,6 +147,13 @@ class Run:
             shape = term.space.shape(packed)
             if shape is not None:
                 term.memory.bind(shape, term.space.name, call.encoder)
+
+    def _varieties(self, term: Term, context: StepContext, packed: Tensor) -> Tensor:
+        """The variety that the target of a term has chosen for each sample ``[n, 1]``, relative to that of the term."""
+        assert term.target is not None
+        found = term.target.varieties(context, len(packed))
+        self.report.strengths = [("variety", value) for value in dict.fromkeys(found)]
+        return torch.tensor(found, device=packed.device)[:, None] / (VARIETY_AT_SCALE_1 * term.scale)
 
     def _calibration(self, context: StepContext) -> float:
         """The factor of scales in the unit "spread" for this pipeline and call."""
@@ -234,8 +245,8 @@ class Run:
                     target,
                     score,
                     context.step / context.total,
-                    (term.start, term.stop),
-                    self._strength(term, gradient),
+                    term.interval(context.total),
+                    self._strength(state, gradient),
                     gradient.effective_count,
                     sizes,
                 )
@@ -260,12 +271,14 @@ class Run:
         self._latest = sizes, size
         return move.view(x.shape)
 
-    def _strength(self, term: Term, gradient: Gradient) -> float | Tensor:
+    def _strength(self, state: TermState, gradient: Gradient) -> float | Tensor:
         """The scale of a term, relative to the norm of the moved samples."""
+        term = state.term
         if term.unit == "norm":
             return float(term.scale)
         assert gradient.spread is not None
-        return float(term.scale) * self.calibration * gradient.spread.square()
+        strength = float(term.scale) * self.calibration * gradient.spread.square()
+        return strength if state.varieties is None else strength * state.varieties
 
     def _ascent(
         self, state: TermState, x: Tensor, sizes: Tensor, context: StepContext
@@ -342,6 +355,11 @@ class Run:
                 "moves are below the rounding of half precision, or the noise level is 0; use a stronger guide, or float32"
             )
         self.report.finished = final
+        for state in self._states:
+            target = state.term.target
+            if target is not None and state.varieties is not None:
+                results = target.observe(final, [relative for _, relative, _ in self.report.moves], context)
+                self.report.targets = [(target, result) for result in results]
         for state in self._states:
             term = state.term
             if any(done.memory is term.memory for done in self.finished):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kspec_guidance.guidance.spaces import X0, FeatureSpace, make_space
+from kspec_guidance.guidance.targets import VarietyTarget
 from kspec_guidance.guidance.transforms import TRANSFORMS
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel
 from kspec_guidance.memory import Memory
@@ -16,6 +17,10 @@ from kspec_guidance.objectives import Objective
 __all__ = ["DEFAULT_TRANSFORMS", "VARIETY_AT_SCALE_1", "Term"]
 
 VARIETY_AT_SCALE_1 = 40.0  # in the unit "spread"
+
+# In the unit "spread" the guided interval of short runs is shorter: from this many steps on it is whole, at this many or
+# fewer it has this share (python benchmarks/variety.py --windows)
+WHOLE_INTERVAL, SHORT_INTERVAL, SHORT_SHARE = 8, 4, 0.5 / 0.65
 
 # docs/arena/ablations.md measures each transform alone: off_score has the largest effect
 DEFAULT_TRANSFORMS = ("tangent", "off_score", "bound", "fade")
@@ -43,6 +48,7 @@ class Term:
         sigma_interval: bounds ``(low, high)`` of the noise-to-signal ratio, as a further condition.
         transforms: names of :mod:`kspec_guidance.guidance.transforms`, in order.
         memory: memory of earlier samples; by default a new one.
+        target: chooses the scale of each prompt, from call to call; with unit ``spread``.
 
     Raises:
         ValueError: for settings outside their ranges.
@@ -60,6 +66,7 @@ class Term:
         transforms: Sequence[str] = DEFAULT_TRANSFORMS,
         memory: Memory | None = None,
         unit: str = "norm",
+        target: VarietyTarget | None = None,
     ):
         if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
             raise ValueError(
@@ -81,6 +88,9 @@ class Term:
             raise ValueError(
                 f"{type(objective).__name__} does not measure the spread of samples; use unit='norm', or SPARKE's objective"
             )
+        if target is not None and unit != "spread":
+            raise ValueError(f"a target chooses scales in the unit 'spread', got unit={unit!r}")
+        self.target = target
         self.objective, self.scale, self.unit, self.space = objective, scale, unit, make_space(space)
         self.start, self.stop, self.every = start, stop, every
         self.sigma_interval, self.transforms = sigma_interval, tuple(transforms)
@@ -93,8 +103,8 @@ class Term:
 
     @property
     def variety(self) -> float | None:
-        """The scale as a variety, usually from 0 to 100; None for scales relative to the norm."""
-        return VARIETY_AT_SCALE_1 * self.scale if self.unit == "spread" else None
+        """The scale as a variety, usually from 0 to 100; None for scales relative to the norm, and with a target."""
+        return VARIETY_AT_SCALE_1 * self.scale if self.unit == "spread" and self.target is None else None
 
     @property
     def strength(self) -> tuple[str, float]:
@@ -105,10 +115,19 @@ class Term:
         """Indices of the guided steps in a run of ``total`` steps, regardless of their noise level."""
         if self.scale == 0:
             return frozenset()
-        first = math.ceil(self.start * total - 1e-9)
+        start, stop = self.interval(total)
+        first = math.ceil(start * total - 1e-9)
         return frozenset(
-            step for step in range(total) if self.start <= step / total < self.stop and (step - first) % self.every == 0
+            step for step in range(total) if start <= step / total < stop - 1e-9 and (step - first) % self.every == 0
         )
+
+    def interval(self, total: int) -> tuple[float, float]:
+        """The guided interval of a run of ``total`` steps, as fractions; with unit ``spread`` shorter below 8 steps."""
+        if self.unit == "norm":
+            return self.start, self.stop
+        whole = min(max((total - SHORT_INTERVAL) / (WHOLE_INTERVAL - SHORT_INTERVAL), 0.0), 1.0)
+        share = SHORT_SHARE + (1 - SHORT_SHARE) * whole
+        return self.start, self.start + (self.stop - self.start) * share
 
     @property
     def settings(self) -> str:
@@ -120,7 +139,8 @@ class Term:
         texts = [(name, _text(value), _text(usual)) for name, value, usual in found if value is not None]
         changed = [f"{name}={text}" for name, text, usual in texts if text != usual]
         name, value = self.strength
-        return ", ".join([type(self.objective).__name__, f"{name}={value:g}", *changed])
+        strength = f"{name}={value:g}" if self.target is None else f"target='{self.target}'"
+        return ", ".join([type(self.objective).__name__, strength, *changed])
 
     def __repr__(self) -> str:
         return f"Term({self.settings}; {type(self.memory).__name__} with {len(self.memory)} entries)"

@@ -38,7 +38,7 @@ class TransformState:
         score: a direction parallel to the score ``[n, d]``; None if no transform needs it.
         fraction: position in the run, in [0, 1).
         window: the guided interval, as fractions of the run.
-        scale: size of the move, relative to the norm of the target; a number, or a tensor of one element.
+        scale: size of the move, relative to the norm of the target; a number, or a tensor of one element or ``[n, 1]``.
         effective_count: effective number of samples of its own prompt that each sample is compared with ``[n]``; None if
             undefined.
         sizes: norms of the target ``[n, 1]``; computed if not given.

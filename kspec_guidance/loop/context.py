@@ -36,6 +36,7 @@ class CallContext:
         size: height and width in pixels.
         steps: number of scheduler steps that the pipeline plans.
         warned: warnings of this call so far.
+        texts: of its prompts; None if they are unknown.
     """
 
     pipe: Any = None
@@ -47,6 +48,14 @@ class CallContext:
     size: tuple[int, int] | None = None
     steps: int | None = None
     warned: set[str] = field(default_factory=set)
+    texts: list[str] | None = None
+
+    def texts_of_samples(self, n: int) -> list[str] | None:
+        """The text of the prompt of each of ``n`` samples; None if they are unknown."""
+        texts = self.texts
+        if not texts or n % len(texts):
+            return None
+        return [text for text in texts for _ in range(n // len(texts))]
 
     def warn(self, message: str) -> None:
         """Issue a warning once in this call."""

@@ -109,6 +109,7 @@ class PipelineObserver:
     def _forget(self) -> None:
         """Reset the data of an earlier call."""
         self._prompts: Tensor | None = None
+        self._texts: list[str] | None = None
         self._encoder: str | None = None
         self._count: int | None = None
         self._size: tuple[int, int] | None = None
@@ -124,7 +125,7 @@ class PipelineObserver:
         steps = getattr(self.pipe, "num_timesteps", None)
         return CallContext(
             self.pipe, self._prompts, self._encoder, self._class_labels, self._prompted, self._count, self._size,
-            steps if isinstance(steps, int) else None, self._warned,
+            steps if isinstance(steps, int) else None, self._warned, self._texts,
         )  # fmt: skip
 
     def denoiser_call(self) -> DenoiserCall | None:
@@ -190,6 +191,9 @@ class PipelineObserver:
         given, encoders = bound.arguments, self._encoders()
         if ("prompt" in given and given["prompt"] is None) or given.get("prompt_embeds") is not None:
             self._token_ids.clear()  # the tokens are those of negative prompts
+        prompt = given.get("prompt")
+        texts = [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt, list) else []
+        self._texts = texts if all(isinstance(text, str) for text in texts) else None
         mask, wanted = self._returned_mask(embeds, result), wanted_rows(embeds, given, self.pipe)
         if mask is None:
             mask = self._mask(wanted)

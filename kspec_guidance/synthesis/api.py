@@ -16,6 +16,7 @@ from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.guidance.calibration import call_settings, find_calibration
 from kspec_guidance.guidance.presets import SPARKE
+from kspec_guidance.guidance.targets import STATUSES
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.objectives import Balance
@@ -61,6 +62,7 @@ class Synthesis:
         rejected: dropped images of the whole set, by reason.
         stopped: prompts of all processes, by the reason why they ended.
         attributes: images of the whole set, by attribute.
+        targets: prompts of all processes, by what the guide's target has come to.
         made: images that this process made in this call.
         total_made: images that all processes made in this call.
         seconds: that this call took to make them.
@@ -80,6 +82,7 @@ class Synthesis:
     total_made: int = 0
     seconds: float = 0.0
     guidance_seconds: float = 0.0
+    targets: dict[str, int] = field(default_factory=dict)
     exchanges: int = 0
     bytes_sent: int = 0
     report: Path | None = None
@@ -89,7 +92,7 @@ class Synthesis:
         lines = [f"{self.images} images in {self.out}"]
         if self.total_made != self.images:
             lines[0] += f", {self.total_made} of them made now"
-        for name in ("rejected", "stopped", "attributes"):
+        for name in ("rejected", "stopped", "attributes", "targets"):
             counts = getattr(self, name)
             if counts:
                 lines.append(f"{name}: " + ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
@@ -301,14 +304,17 @@ def synthesize(
 
 @contextmanager
 def _restored(guide: KernelGuidance) -> Iterator[None]:
-    """Restore the guide's memories, its calibration, and whether it adds to memories, at the end."""
+    """Restore the guide's memories, targets and calibration, and whether it adds to memories, at the end."""
     remember, calibration, memories = guide.remember, guide.calibration, [term.memory for term in guide.terms]
+    targets = [term.target for term in guide.terms]
+    for term in guide.terms:
+        term.target = None if term.target is None else term.target.copy()
     try:
         yield
     finally:
         guide.remember, guide.calibration = remember, calibration
-        for term, memory in zip(guide.terms, memories, strict=True):
-            term.memory = memory
+        for term, memory, target in zip(guide.terms, memories, targets, strict=True):
+            term.memory, term.target = memory, target
 
 
 def _calibration(pipe: Any, call: dict[str, Any]) -> float:
@@ -406,10 +412,16 @@ def _conclude(
     counts = processes.gather_integers(*(reasons.get(reason, 0) for reason in STOP_REASONS))
     totals = [sum(column) for column in zip(*counts, strict=True)]
     result.stopped = {reason: total for reason, total in zip(STOP_REASONS, totals, strict=True) if total}
+    target = worker.guide.terms[0].target
+    outcomes = Counter() if target is None else Counter(prompt.status for prompt in target.prompts)
+    counts = processes.gather_integers(*(outcomes.get(status, 0) for status in STATUSES))
+    totals = [sum(column) for column in zip(*counts, strict=True)]
+    result.targets = {status: total for status, total in zip(STATUSES, totals, strict=True) if total}
     if processes.rank == 0:
         if store.images == store.out:
             store.write_metadata(rows)
         summary = {k: getattr(result, k) for k in ("images", "rejected", "stopped", "attributes")}
+        summary |= {"targets": result.targets} if result.targets else {}
         if worker.packer is not None:
             worker.packer.finish_earlier()
         store.write_summary(summary)

@@ -193,9 +193,11 @@ def estimate(
         return Estimate(
             len(prompt_list), total, finished, 0, world_size, 0.0, 0.0, None, shares, False, "none", 0, 0, store.free_bytes
         )
-    remember = guide.remember
+    remember, targets = guide.remember, [term.target for term in guide.terms]
     generator = Generator(pipe, guide, dict(call or {}))
     try:
+        for term in guide.terms:
+            term.target = None
         generator.check_mixed(jobs, batch_size, screened=False)
         with guide.attach(pipe):
             texts = [sample.job.prompt.text for sample in samples]
@@ -207,6 +209,8 @@ def estimate(
         owners, assigned = _owners(generator, jobs, batch_size, memory_by, world_size, step_seconds)
     finally:
         guide.remember = remember
+        for term, target in zip(guide.terms, targets, strict=True):
+            term.target = target
     sample_bytes = batch.x[0].numel() * 4
     prompt_bytes = 0 if batch.prompt_features is None else batch.prompt_features.shape[1] * 4
     image_bytes = sum(len(encode_png(image)) for image in batch.images) / len(batch.images)

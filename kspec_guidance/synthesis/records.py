@@ -28,9 +28,10 @@ from kspec_guidance.synthesis.errors import CheckpointError, FolderError, Settin
 from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.utils.atomic_io import replace_all, replacing
 
-__all__ = ["Record", "RecordTensors", "Store", "json_row", "pack_tensors", "unpack_tensors"]
+__all__ = ["Record", "RecordTensors", "Store", "json_row", "pack_target", "pack_tensors", "unpack_target", "unpack_tensors"]
 
 IMAGE = re.compile(r"\d{6,}-\d{4,}\.png")
+TARGET = "target."
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 DATA_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".tar", ".parquet")
 
@@ -44,6 +45,8 @@ class Record:
         rows: metadata of the images that were kept.
         rejected: prompt, attempt and reason of those that were dropped.
         tensors: see :func:`pack_tensors`.
+        target: what a target knows of the batch's prompts after it, with its tensors under names that begin with
+            ``target``; see :func:`pack_target`.
     """
 
     epoch: int
@@ -52,6 +55,7 @@ class Record:
     rows: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    target: list[dict[str, Any]] = field(default_factory=list)
 
     def without(self, lost: set[str]) -> "Record":
         """A copy in which the images with these file names count as rejected."""
@@ -61,9 +65,12 @@ class Record:
             for row in self.rows
             if row["file_name"] in lost
         ]
-        tensors = {name: t[keep] if len(t) == len(self.rows) else t for name, t in self.tensors.items()}
+        tensors = {
+            name: t[keep] if len(t) == len(self.rows) and not name.startswith(TARGET) else t
+            for name, t in self.tensors.items()
+        }
         rows = [self.rows[k] for k in keep]
-        return Record(self.epoch, self.rank, self.batch_index, rows, self.rejected + rejected, tensors)
+        return Record(self.epoch, self.rank, self.batch_index, rows, self.rejected + rejected, tensors, self.target)
 
 
 class RecordTensors(NamedTuple):
@@ -94,6 +101,27 @@ def pack_tensors(x: Tensor, prompt_features: Tensor | None, features: Tensor | N
     if features is not None:
         tensors["features"] = features.float()
     return tensors
+
+
+def pack_target(state: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """What a target knows, as plain values and tensors; in place of a tensor is its name."""
+    tensors: dict[str, Tensor] = {}
+    packed = []
+    for k, values in enumerate(state):
+        named = {f"{TARGET}{k}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+        tensors |= named
+        packed.append({k: v for k, v in values.items() if not isinstance(v, Tensor)})
+    return packed, tensors
+
+
+def unpack_target(record: "Record") -> list[dict[str, Any]]:
+    """The inverse of :func:`pack_target`."""
+    state = []
+    for k, values in enumerate(record.target):
+        begin = f"{TARGET}{k}."
+        tensors = {name[len(begin) :]: t for name, t in record.tensors.items() if name.startswith(begin)}
+        state.append({"features": None, "rows": None} | values | tensors)
+    return state
 
 
 def unpack_tensors(tensors: dict[str, Tensor]) -> RecordTensors:
@@ -323,7 +351,7 @@ class Store:
             data, about = read_tensors(path, "batch") if tensors else ({}, read_about(path, "batch"))
         except MemoryFileError as error:
             raise CheckpointError(str(error)) from error
-        record = Record(epoch, rank, int(path.stem), about["rows"], about["rejected"], data)
+        record = Record(epoch, rank, int(path.stem), about["rows"], about["rejected"], data, about.get("target", []))
         return record.without(lost) if any(row["file_name"] in lost for row in record.rows) else record
 
     def lost_images(self) -> set[str]:
@@ -348,6 +376,7 @@ class Store:
             folder = self.folder(record.epoch, record.rank)
             folder.mkdir(parents=True, exist_ok=True)
             about = {"rows": record.rows, "rejected": record.rejected}
+            about |= {"target": record.target} if record.target else {}
             write_tensors(folder / f"{record.batch_index:06d}.safetensors", "batch", record.tensors, about, durable=True)
 
     def append_metadata(self, rows: list[dict[str, Any]]) -> None:

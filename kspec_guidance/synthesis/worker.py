@@ -23,7 +23,7 @@ from kspec_guidance.synthesis.filters import Screen
 from kspec_guidance.synthesis.generator import GeneratedBatch, Generator
 from kspec_guidance.synthesis.memories import RunMemories
 from kspec_guidance.synthesis.quotas import allot
-from kspec_guidance.synthesis.records import Record, Store, pack_tensors, unpack_tensors
+from kspec_guidance.synthesis.records import Record, Store, pack_target, pack_tensors, unpack_target, unpack_tensors
 from kspec_guidance.synthesis.schedule import Job, Sample, next_batch, prompt_score
 from kspec_guidance.synthesis.settings import FEATURE_KEYS, SAMPLE_KEYS, Settings
 
@@ -125,7 +125,7 @@ class Worker:
             self.balance.wanted = allot(list(self.attributes.values()), list(self.shares.values()), len(batch))
         made = self.generator.make(batch)
         features = made.x.flatten(1).float().cpu() if self.embedder is None else self.embedder(made.images).cpu()
-        rows = [self._row(sample) for sample in batch]
+        rows = [self._row(sample, k) for k, sample in enumerate(batch)]
         reasons = self.screen.reasons(made.images, rows, features)
         if self.settings.candidates > 1:
             self._choose(batch, features, made.prompt_features, reasons)
@@ -141,7 +141,13 @@ class Worker:
             None if made.prompt_features is None else made.prompt_features[keep],
             None if self.embedder is None else features[keep],
         )
-        record = Record(self.store.epoch, self.processes.rank, self.batch_index, [rows[k] for k in keep], rejected, tensors)
+        target = self.guide.terms[0].target
+        state: list[dict[str, Any]] = []
+        if target is not None:
+            state, about_target = pack_target(target.state(made.prompt_features, len(batch)))
+            tensors |= about_target
+        kept = [rows[k] for k in keep]
+        record = Record(self.store.epoch, self.processes.rank, self.batch_index, kept, rejected, tensors, state)
         self.store.commit(record, {rows[k]["file_name"]: encode_png(made.images[k]) for k in keep})
         if self.packer is None:
             self.store.append_metadata(record.rows)
@@ -162,8 +168,8 @@ class Worker:
         for k in set(range(len(batch))) - set(chosen):
             reasons[k] = reasons[k] or "another candidate was kept"
 
-    def _row(self, sample: Sample) -> dict[str, Any]:
-        """The metadata of an image, without its scores."""
+    def _row(self, sample: Sample, k: int) -> dict[str, Any]:
+        """The metadata of image ``k`` of a batch, without its scores."""
         job, term = sample.job, self.guide.terms[0]
         group = {"group": job.prompt.group} if self.settings.grouped else {}
         row: dict[str, Any] = {
@@ -175,7 +181,7 @@ class Worker:
             "attempt": sample.attempt,
             "prompt_number": job.number,
             "guide": type(term.objective).__name__ if term.scale else "none",
-            "variety": term.variety,
+            "variety": term.variety if term.target is None else term.target.used[k],
             "scale": term.scale if term.unit == "norm" else None,
             "settings": self.settings.digest,
         }
@@ -247,6 +253,9 @@ class Worker:
         """Add the samples to the memory; those of an ``earlier`` epoch if they can be compared with the samples now."""
         if earlier and not self._comparable(record.epoch, SAMPLE_KEYS):
             return
+        target = self.guide.terms[0].target
+        if target is not None:
+            target.load(unpack_target(record))
         x, prompt_features, _ = unpack_tensors(record.tensors)
         self.memories.add(x, prompt_features, [row.get("group") for row in record.rows], self.generator.device, earlier)
 

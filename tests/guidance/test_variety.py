@@ -120,3 +120,17 @@ def test_images_grow_apart_with_variety(pipe):
         alike.append(float((GaussianKernel(0.5)(x, x).square().sum() - 4) / 12))
     assert alike == sorted(alike, reverse=True)
     assert alike[2] < 0.9 * alike[0]
+
+
+@pytest.mark.parametrize(("total", "steps"), [(1, 1), (2, 1), (4, 2), (6, 4), (8, 6), (30, 20)])
+def test_the_guided_interval_of_short_runs_is_shorter(total, steps):
+    term = SPARKE().terms[0]
+    assert term.guided_steps(total) == frozenset(range(steps))
+    assert term.interval(8) == (term.start, term.stop)
+    assert term.interval(4)[1] == pytest.approx(0.5)
+    assert SPARKE(1.0).terms[0].interval(4) == (0.0, 0.65)
+
+
+def test_a_later_interval_of_short_runs_keeps_its_start():
+    term = SPARKE(start=0.25, stop=0.9).terms[0]
+    assert term.interval(4) == pytest.approx((0.25, 0.25 + 0.65 * 0.5 / 0.65))
