@@ -122,10 +122,16 @@ def run_targets() -> str:
     bed: Any = BEDS["emoji"]()
 
     def scores(images: list[Image.Image], prompts: list[str]) -> list[float]:
-        """The judge's probability that each image is one that its prompt may describe."""
+        """The judge's probability that each image is any of those that its prompt may describe."""
         x = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).movedim(-1, 1) / 127.5 - 1
         features = bed.judge_.features(x.float())
-        return [bed.figures(row[None], Case(prompt, 0))["valid"] for row, prompt in zip(features, prompts, strict=True)]
+        p = {name: head(features).softmax(1) for name, head in bed.judge_.heads.items()}
+        found = []
+        for k, prompt in enumerate(prompts):
+            described = bed.mode_indices[bed.answers(prompt)].unique(dim=0)
+            joint = p["code"][k, described[:, 0]] * p["tone"][k, described[:, 1]] * p["style"][k, described[:, 2]]
+            found.append(min(float(joint.sum()), 1.0))
+        return found
 
     guards = {"no guard": False, "the default guard": None, "the judge as guard": scores}
     lines = [

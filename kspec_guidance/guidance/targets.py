@@ -47,7 +47,7 @@ class PromptTarget:
         images: number of its images, of all calls.
         different: how many different images as many of them as the target names look like; None for fewer than four.
         status: ``reached``, ``stopped``, ``not reached`` (yet) or ``too few images``.
-        reason: why its variety rises no more; empty if it does, or if the target is reached.
+        reason: why its variety rises no more, a prompt that the model does not know included; else empty.
         varieties: the strengths so far, in order.
         next_variety: the strength of the next call.
         fidelity: mean score of the images at the latest strength that was judged; None without a judge.
@@ -88,6 +88,7 @@ class _Prompt:
     levels: list[_Level] = field(default_factory=list)
     variety: float = FIRST  # of the next call
     stopped: str = ""  # why a guard has stopped it for good
+    known: bool = True  # whether the model knows the prompt
     limit: str = ""  # why it cannot rise now
     rows: Tensor | None = None  # sketches of its newest images
     size: int = 0  # numbers of an image
@@ -324,8 +325,10 @@ class VarietyTarget:
         words = unknown_words(call.pipe, prompt.text or "") if self.fidelity is None else []
         first, now = prompt.levels[0].fidelity, level.fidelity
         if words:
+            prompt.known = False
             prompt.stopped = f"this model has never seen {', '.join(map(repr, words[:5]))}"
         elif first is not None and first < LEAST_SCORE:
+            prompt.known = False
             prompt.stopped = f"the model does not know this prompt: its images have a fidelity of {first:.2g}"
             prompt.variety = prompt.levels[0].variety
         elif first is not None and now is not None and now < KEPT_SCORE * first:
@@ -341,12 +344,12 @@ class VarietyTarget:
     def _status(self, prompt: _Prompt) -> PromptTarget:
         different = self._different(prompt.alike) if prompt.pairs >= LEAST_PAIRS else None
         reason = prompt.stopped or prompt.limit
-        if reason:
+        if different is not None and different >= self.different and prompt.known:
+            status = "reached"
+        elif reason:
             status = "stopped"
         elif different is None:
             status = "too few images"
-        elif different >= self.different:
-            status = "reached"
         else:
             status = "not reached"
             if self._enough(prompt.levels[-1]):
