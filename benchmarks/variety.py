@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -32,6 +31,7 @@ from benchmarks.arena.beds import BEDS, Bed, Case
 from kspec_guidance import SPARKE, load_demo_pipeline
 from kspec_guidance import functional as F
 from kspec_guidance.calibration import search_factor
+from kspec_guidance.evaluation.judges import demo_judge
 from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel, l2_normalize
 from kspec_guidance.plotting import image_grid
 
@@ -120,20 +120,7 @@ def write_page(page: Path, name: str, lines: str) -> None:
 def run_targets() -> str:
     """A table of what a target does on the embedded pipeline, with guards and without."""
     bed: Any = BEDS["emoji"]()
-
-    def scores(images: list[Image.Image], prompts: list[str]) -> list[float]:
-        """The judge's probability that each image is any of those that its prompt may describe."""
-        x = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).movedim(-1, 1) / 127.5 - 1
-        features = bed.judge_.features(x.float())
-        p = {name: head(features).softmax(1) for name, head in bed.judge_.heads.items()}
-        found = []
-        for k, prompt in enumerate(prompts):
-            described = bed.mode_indices[bed.answers(prompt)].unique(dim=0)
-            joint = p["code"][k, described[:, 0]] * p["tone"][k, described[:, 1]] * p["style"][k, described[:, 2]]
-            found.append(min(float(joint.sum()), 1.0))
-        return found
-
-    guards = {"no guard": False, "the default guard": None, "the judge as guard": scores}
+    guards = {"no guard": False, "the default guard": None, "the judge as guard": demo_judge()}
     lines = [
         f"| prompt | guard | variety of each batch | different of 8 | valid: first batch, last {LAST} | |",
         "|---|---|---|---|---|---|",

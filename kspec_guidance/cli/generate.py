@@ -208,8 +208,8 @@ def generate(
 
             result = synthesize(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas,
-                target=None if raised else target, filter=keep, duplicates=duplicates, candidates=candidates, memory=memory, memory_by=memory_by,
-                exchange=exchange, format=format, shard_size=shard_size, report=report, force=force,
+                target=None if raised else target, filter=keep, duplicates=duplicates, candidates=candidates, memory=memory,
+                memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, report=report, force=force,
                 progress_callback=progress_callback, memory_file=memory_file,
             )  # fmt: skip
         if result.first:

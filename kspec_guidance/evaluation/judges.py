@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.demo import load_demo_judge
@@ -35,6 +36,10 @@ class PromptJudge:
     meaning: str
     images: ImageEmbedder
     agreement: Callable[[Tensor, Sequence[str]], Tensor]
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """Agreement of images with their prompts in 0..1, and 0 for prompts that it does not know: guard of a target."""
+        return (self.agreement(self.images(list(images)), prompts) / 100).nan_to_num(0.0).clamp(0, 1).tolist()
 
 
 def clip_judge(images: ImageEmbedder, texts: TextEmbedder) -> PromptJudge:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kspec_guidance import load_demo_pipeline
+from kspec_guidance import SPARKE, load_demo_pipeline
 from kspec_guidance.demo import load_demo_judge
 from kspec_guidance.evaluation import compare_sets, evaluate_set, load_images, write_page
 from kspec_guidance.evaluation.embedders import ImageEmbedder, TextEmbedder, transformers_text_embedder
@@ -132,3 +132,13 @@ def test_bad_judges_are_refused(tmp_path):
         transformers_text_embedder(pipe.text_encoder, pipe.tokenizer)
     assert prompt_judge("none") is None
     assert prompt_judge("auto", tmp_path) is None
+
+
+def test_a_judge_is_the_guard_of_a_target(pipe):
+    guide = SPARKE(target="7 of 8", fidelity=demo_judge())
+    with guide.attach(pipe):
+        pipe(["heart", "zzkj"], num_images_per_prompt=4, num_inference_steps=8, guidance_scale=5.0)
+    known, unknown = guide.target.prompts
+    assert known.fidelity > 0.5
+    assert (unknown.fidelity, unknown.status) == (0, "stopped")
+    assert "does not know this prompt" in unknown.reason
