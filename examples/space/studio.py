@@ -7,7 +7,6 @@ import inspect
 import io
 import math
 import queue
-import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ from kspec_guidance import (
     load_demo_reference,
 )
 from kspec_guidance import functional as F
+from kspec_guidance.demo import unknown_words
 from kspec_guidance.evaluation.embedders import image_embedder
 from kspec_guidance.evaluation.judges import demo_judge
 from kspec_guidance.guidance.presets import DEFAULT_VARIETY
@@ -255,11 +255,8 @@ class Studio:
             return encode_reference(self.pipe, load_demo_reference(name))
 
     def unknown_words(self, prompts: list[str]) -> list[str]:
-        """Words that the embedded model never saw: those that its tokenizer, trained on its captions, cuts into pieces."""
-        if not self.demo:
-            return []
-        words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\W\d_]+", prompt.lower()))
-        return [word for word in words if len(self.pipe.tokenizer.tokenize(word)) > 1]
+        """Words that the embedded model never saw."""
+        return list(dict.fromkeys(word for prompt in prompts for word in unknown_words(self.pipe, prompt)))
 
     def make_guide(self, method: str, variety: float, visitor: Visitor, reference: Tensor | None) -> KernelGuidance:
         """Make the guide of a method, with the visitor's memory.

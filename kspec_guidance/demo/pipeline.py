@@ -46,11 +46,11 @@ def unknown_words(pipe: Any, prompt: str) -> list[str]:
         pipe: the embedded pipeline; of others nothing is known, and the list is empty.
         prompt: its text.
     """
-    tokenizer: Any = getattr(pipe, "tokenizer", None)
-    if Path(str(getattr(tokenizer, "name_or_path", ""))) != ASSETS / "emoji" / "tokenizer":
+    config = getattr(getattr(pipe, "unet", None), "config", {})
+    if Path(str(config.get("_name_or_path", ""))) != ASSETS / "emoji" / "unet":
         return []
     words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
-    return [word for word in words if len(tokenizer.tokenize(word)) > 1]
+    return [word for word in words if len(pipe.tokenizer.tokenize(word)) > 1]
 
 
 def load_demo_reference(name: str) -> Tensor:
