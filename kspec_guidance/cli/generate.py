@@ -14,6 +14,7 @@ from kspec_guidance.cli.arguments import (
     MEMORY_KINDS,
     OUTPUT,
     PROMPTS,
+    SELECT,
     BatchSize,
     Device,
     Dtype,
@@ -96,6 +97,23 @@ def generate(
             rich_help_panel=GUIDANCE,
         ),
     ] = None,
+    arms: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of settings, a table for each arm, among which --select chooses for each batch.",
+            rich_help_panel=IMAGES,
+            dir_okay=False,
+            exists=True,
+        ),
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            help=f"With --arms: {', '.join(SELECT)}; mixture-greedy by default.",
+            rich_help_panel=IMAGES,
+            callback=named(*SELECT),
+        ),
+    ] = None,
     memory: Annotated[
         str,
         typer.Option(
@@ -167,6 +185,8 @@ def generate(
             "--processes is for --dry-run; to start a run of several processes: torchrun --nproc-per-node "
             f"{processes} -m kspec_guidance generate ..."
         )
+    if select is not None and arms is None:
+        raise ValueError("--select chooses among arms; give them with --arms FILE")
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **read_options(option)}
     quotas: dict[str, Any] = {}
     for name, number in read_pairs(quota, "--quota").items():
@@ -179,13 +199,14 @@ def generate(
     with command_output(as_json, quiet) as output:
         output.note(f"loading model {model} ...")
         from kspec_guidance import SPARKE, MemoryBank
-        from kspec_guidance.synthesis import estimate, read_prompts, synthesize
+        from kspec_guidance.synthesis import estimate, read_arms, read_prompts, synthesize
         from kspec_guidance.synthesis.filters import load_filter
         from kspec_guidance.synthesis.quotas import read_attribute
 
         source = read_prompts(list(prompt or []) if prompts is None else prompts)
         bank = MemoryBank.load(memory_file) if memory_file is not None and memory_file.exists() else MemoryBank()
         keep = None if filter is None else load_filter(filter)
+        several = None if arms is None else read_arms(arms)
         pipe = load_pipeline(model, dtype, device)
         height = call.get("height")
         for name, references in attributes.items():
@@ -209,7 +230,8 @@ def generate(
             result = synthesize(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas,
                 target=None if raised else target, filter=keep, duplicates=duplicates, candidates=candidates, memory=memory,
-                memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, report=report, force=force,
+                memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, arms=several,
+                select=select or "mixture-greedy", report=report, force=force,
                 progress_callback=progress_callback, memory_file=memory_file,
             )  # fmt: skip
         if result.first:

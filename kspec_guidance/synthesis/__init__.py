@@ -7,6 +7,7 @@ A run can be stopped and resumed at any time and can use several processes: see 
 """
 
 from kspec_guidance.synthesis.api import Synthesis, synthesize
+from kspec_guidance.synthesis.arms import Arm, read_arms
 from kspec_guidance.synthesis.errors import (
     CheckpointError,
     FolderError,
@@ -21,6 +22,7 @@ from kspec_guidance.synthesis.schedule import Target
 from kspec_guidance.synthesis.worker import Progress
 
 __all__ = [
+    "Arm",
     "Attribute",
     "CheckpointError",
     "Estimate",
@@ -33,6 +35,7 @@ __all__ = [
     "SynthesisError",
     "Target",
     "estimate",
+    "read_arms",
     "read_prompts",
     "synthesize",
 ]

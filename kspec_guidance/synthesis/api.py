@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ from kspec_guidance.guidance.targets import STATUSES
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.objectives import Balance
+from kspec_guidance.selection import Selector
+from kspec_guidance.synthesis.arms import Arm, ArmChoice, arm_summary, check_arms, describe_arms, make_selector
 from kspec_guidance.synthesis.columns import column_types
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError, disk_errors
@@ -69,6 +71,7 @@ class Synthesis:
         guidance_seconds: of these, the time of guidance.
         exchanges: between the processes.
         bytes_sent: by this process in this call.
+        arms: of a run with arms: images, shares, costs and scores of each; see :func:`arm_summary`.
         report: path of ``report.html``; None if none was written, and in all processes but the first.
         first: whether this is the first process, which prints and writes for all.
     """
@@ -85,6 +88,7 @@ class Synthesis:
     targets: dict[str, int] = field(default_factory=dict)
     exchanges: int = 0
     bytes_sent: int = 0
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     report: Path | None = None
     first: bool = True
 
@@ -96,6 +100,8 @@ class Synthesis:
             counts = getattr(self, name)
             if counts:
                 lines.append(f"{name}: " + ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
+        if self.arms:
+            lines.append("arms: " + ", ".join(f"{name} {100 * a['share']:.0f}%" for name, a in self.arms.items()))
         if self.seconds:
             lines.append(f"{self.seconds:.1f} s, of which guidance {self.guidance_seconds:.1f} s")
         return "\n".join(lines)
@@ -119,6 +125,8 @@ def synthesize(
     filter: Filter | None = None,
     duplicates: float | None = None,
     candidates: int = 1,
+    arms: Sequence[Arm] | None = None,
+    select: str | Selector = "mixture-greedy",
     memory: str = "auto",
     memory_by: str = "all",
     exchange: int = 8,
@@ -158,6 +166,11 @@ def synthesize(
         candidates: images made for each one that is kept. Of those that are not dropped, the one is kept that adds most to
             the entropy of the batch and of the prompt's earlier images, given the prompts; see
             :func:`~kspec_guidance.synthesis.candidates.choose_candidates`. At most ``batch_size``, which counts them all.
+        arms: two or more :class:`Arm`, settings of which each batch has one. Their images share one memory.
+        select: chooses the arm of each batch from the images so far: ``mixture-greedy`` (the shares of the largest RKE),
+            ``mixture-ucb``, ``greedy`` (the largest share of kept images), ``uniform``, or a new
+            :class:`~kspec_guidance.selection.Selector` that needs no contexts. It is told the features at norm 1, the
+            reward 1 for a kept and 0 for a dropped image, and the cost.
         memory: ``auto`` (see :func:`choose_memory`), ``exact``, ``centroids``, or ``guide`` for the kind of the guide's
             memory. A memory of the guide that has entries, or settings other than the default, is used in any case.
         memory_by: ``all``, or ``group`` for a memory of each group of prompts.
@@ -193,6 +206,12 @@ def synthesize(
         pipe, call = load_demo_pipeline(), {"num_inference_steps": 20, "guidance_scale": 5.0} | call
         pipe.set_progress_bar_config(disable=True)
     guide = SPARKE() if guide is None else guide
+    arms = None if arms is None else list(arms)
+    if arms is not None:
+        if any(term.target is not None for term in guide.terms):
+            raise SynthesisError("arms set the strength of the guide, and so does its target; give one of them")
+        check_arms(arms, pipe, call)
+        make_selector(select, arms, seed, processes.rank)
     if len(guide.memories) > 1:
         raise SynthesisError(
             f"this guide keeps {len(guide.memories)} memories in different spaces, but a run keeps one; give all terms the "
@@ -238,6 +257,8 @@ def synthesize(
         }
         if candidates > 1:  # absent in runs of earlier versions
             run_settings["candidates"] = candidates
+        if arms is not None:
+            run_settings |= describe_arms(arms, select)
         run_settings = as_json(run_settings)
         store = Store(out, None if format == "imagefolder" else out / ".kspec" / "images")
         packer = None if format == "imagefolder" else Packer(store, format, shard_size, types)
@@ -257,6 +278,7 @@ def synthesize(
                 grouped=any(prompt.group is not None for prompt in prompt_list),
                 candidates=candidates,
             )
+            selector = None if arms is None else make_selector(select, arms, seed, processes.rank)
             worker = Worker(
                 generator,
                 run_guide,
@@ -271,6 +293,7 @@ def synthesize(
                 shares={name: a.share for name, a in attributes.items()},
                 prompt_features=prompt_features,
                 progress_callback=progress_callback if processes.rank == 0 else None,
+                arms=None if arms is None or selector is None else ArmChoice(arms, selector, pipe, run_guide, generator),
             )
             if memory_file is not None and processes.rank == 0:
                 _prepare(Path(memory_file))
@@ -417,11 +440,15 @@ def _conclude(
     counts = processes.gather_integers(*(outcomes.get(status, 0) for status in STATUSES))
     totals = [sum(column) for column in zip(*counts, strict=True)]
     result.targets = {status: total for status, total in zip(STATUSES, totals, strict=True) if total}
+    if worker.arms is not None:
+        result.arms = arm_summary(list(store.records(tensors=True)), [arm.name for arm in worker.arms.arms])
     if processes.rank == 0:
         if store.images == store.out:
             store.write_metadata(rows)
         summary = {k: getattr(result, k) for k in ("images", "rejected", "stopped", "attributes")}
         summary |= {"targets": result.targets} if result.targets else {}
+        if result.arms:
+            summary["arms"] = result.arms
         if worker.packer is not None:
             worker.packer.finish_earlier()
         store.write_summary(summary)

@@ -47,6 +47,7 @@ class Record:
         tensors: see :func:`pack_tensors`.
         target: what a target knows of the batch's prompts after it, with its tensors under names that begin with
             ``target``; see :func:`pack_target`.
+        arm: name of the arm and cost of an image, in runs with arms.
     """
 
     epoch: int
@@ -56,6 +57,7 @@ class Record:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     target: list[dict[str, Any]] = field(default_factory=list)
+    arm: dict[str, Any] | None = None
 
     def without(self, lost: set[str]) -> "Record":
         """A copy in which the images with these file names count as rejected."""
@@ -70,7 +72,7 @@ class Record:
             for name, t in self.tensors.items()
         }
         rows = [self.rows[k] for k in keep]
-        return Record(self.epoch, self.rank, self.batch_index, rows, self.rejected + rejected, tensors, self.target)
+        return Record(self.epoch, self.rank, self.batch_index, rows, self.rejected + rejected, tensors, self.target, self.arm)
 
 
 class RecordTensors(NamedTuple):
@@ -351,7 +353,9 @@ class Store:
             data, about = read_tensors(path, "batch") if tensors else ({}, read_about(path, "batch"))
         except MemoryFileError as error:
             raise CheckpointError(str(error)) from error
-        record = Record(epoch, rank, int(path.stem), about["rows"], about["rejected"], data, about.get("target", []))
+        record = Record(
+            epoch, rank, int(path.stem), about["rows"], about["rejected"], data, about.get("target", []), about.get("arm")
+        )
         return record.without(lost) if any(row["file_name"] in lost for row in record.rows) else record
 
     def lost_images(self) -> set[str]:
@@ -375,8 +379,9 @@ class Store:
             replace_all({self.images / name: data for name, data in images.items()})
             folder = self.folder(record.epoch, record.rank)
             folder.mkdir(parents=True, exist_ok=True)
-            about = {"rows": record.rows, "rejected": record.rejected}
+            about: dict[str, Any] = {"rows": record.rows, "rejected": record.rejected}
             about |= {"target": record.target} if record.target else {}
+            about |= {} if record.arm is None else {"arm": record.arm}
             write_tensors(folder / f"{record.batch_index:06d}.safetensors", "batch", record.tensors, about, durable=True)
 
     def append_metadata(self, rows: list[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
+from kspec_guidance.synthesis.arms import arm_lines
 
 __all__ = ["write_report"]
 
@@ -37,6 +38,7 @@ def write_report(out: Path, rows: list[dict[str, Any]], summary: dict[str, Any],
     for name, label in (("rejected", "dropped"), ("stopped", "prompts ended"), ("attributes", "attributes")):
         if summary[name]:
             notes.append(f"{label}: " + ", ".join(f"{k} {v}" for k, v in sorted(summary[name].items())))
+    notes += arm_lines(summary.get("arms", {}))
     path = out / "report.html"
     write_page(evaluate_set(images, embed), path, notes)
     return path

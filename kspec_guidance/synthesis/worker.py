@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.evaluation.neighbours import largest_cosine
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.objectives import Balance
+from kspec_guidance.synthesis.arms import ArmChoice
 from kspec_guidance.synthesis.candidates import choose_candidates
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.export import Packer
@@ -68,6 +70,7 @@ class Worker:
         shares: of each attribute, by name; with ``balance``.
         prompt_features: of the prompts of each process ``[n, p]``, by rank; None if nothing is exchanged.
         progress_callback: called with a :class:`Progress` after each batch and each exchange.
+        arms: of which each batch has one; None for none.
 
     Attributes:
         batch_index: of the next batch of this process.
@@ -95,11 +98,12 @@ class Worker:
         shares: dict[str, float] | None = None,
         prompt_features: list[Tensor] | None = None,
         progress_callback: Callable[[Progress], None] | None = None,
+        arms: ArmChoice | None = None,
     ):
         self.generator, self.guide, self.jobs, self.settings = generator, guide, jobs, settings
         self.store, self.processes, self.screen = store, processes, screen
         self.embedder, self.packer, self.balance, self.shares = embedder, packer, balance, shares or {}
-        self.progress_callback = progress_callback
+        self.progress_callback, self.arms = progress_callback, arms
         self.memories = RunMemories(guide, settings, processes.rank, prompt_features)
         self.job_of = {job.prompt.text: job for job in jobs}
         self.batch_index = self.exchanges = 0
@@ -123,9 +127,15 @@ class Worker:
         self.memories.use(self._memory_key(batch[0].job))
         if self.balance is not None:
             self.balance.wanted = allot(list(self.attributes.values()), list(self.shares.values()), len(batch))
-        made = self.generator.make(batch)
+        arm = None if self.arms is None else self.arms.choose()
+        start = time.monotonic()
+        with nullcontext() if self.arms is None or arm is None else self.arms.applied(arm):
+            made = self.generator.make(batch)
+            rows = [self._row(sample, k) for k, sample in enumerate(batch)]
+        seconds = time.monotonic() - start
         features = made.x.flatten(1).float().cpu() if self.embedder is None else self.embedder(made.images).cpu()
-        rows = [self._row(sample, k) for k, sample in enumerate(batch)]
+        if arm is not None:
+            rows = [{**row, "arm": arm.name} for row in rows]
         reasons = self.screen.reasons(made.images, rows, features)
         if self.settings.candidates > 1:
             self._choose(batch, features, made.prompt_features, reasons)
@@ -148,6 +158,8 @@ class Worker:
             tensors |= about_target
         kept = [rows[k] for k in keep]
         record = Record(self.store.epoch, self.processes.rank, self.batch_index, kept, rejected, tensors, state)
+        if self.arms is not None and arm is not None:
+            record.arm = self.arms.event(arm, seconds, len(batch))
         self.store.commit(record, {rows[k]["file_name"]: encode_png(made.images[k]) for k in keep})
         if self.packer is None:
             self.store.append_metadata(record.rows)
@@ -212,6 +224,8 @@ class Worker:
         """Update all state by a committed batch of this process."""
         self.count(record)
         self.learn(record)
+        if self.arms is not None:
+            self.arms.learn(record)
 
     def count(self, record: Record, earlier: bool = False) -> None:
         """Update jobs, scores and filters; a record of an ``earlier`` epoch may hold prompts of other processes."""
@@ -281,9 +295,18 @@ class Worker:
         if self.memories.prompt_features is not None:
             empty = torch.zeros(0, 0, dtype=self.memories.message_dtype)
             self.memories.receive(self.processes.gather(empty if message is None else message))
+        self._hear_of_arms()
         self.exchanges += 1
         self.total_images = sum(state[1] for state in states)
         return all(state[0] for state in states)
+
+    def _hear_of_arms(self) -> None:
+        """Tell the selector the batches that the other processes made since the last exchange, in order."""
+        first = self.exchanges * self.settings.exchange
+        for rank in range(self.processes.world_size if self.arms is not None else 0):
+            if self.arms is not None and rank != self.processes.rank:
+                for record in self.store.process_records(rank, first, first + self.settings.exchange):
+                    self.arms.learn(record)
 
     def resume(self) -> None:
         """Restore the state from the records of all epochs, with the exchanges that have taken place."""
@@ -291,6 +314,8 @@ class Worker:
         for record in store.records([e for e in store.epochs() if e != store.epoch], tensors=True):
             self.count(record, earlier=True)
             self.learn(record, earlier=True)
+            if self.arms is not None and self._comparable(record.epoch, FEATURE_KEYS):
+                self.arms.learn(record)
         for record in store.process_records(rank):
             self.count(record)
         exchanges = 0
@@ -302,6 +327,8 @@ class Worker:
             while self.exchanges < exchanges and k >= (self.exchanges + 1) * interval:
                 self._replay_exchange()
             self.learn(record)
+            if self.arms is not None:
+                self.arms.replay(record)
         while self.exchanges < exchanges:
             self._replay_exchange()
 
@@ -317,6 +344,7 @@ class Worker:
             messages.append(torch.zeros(0, 0) if message is None else message)
         self.memories.receive(messages)
         self.memories.unsent.clear()
+        self._hear_of_arms()
         self.exchanges += 1
 
     # -- the run -------------------------------------------------------------------------------------------------------
@@ -324,7 +352,7 @@ class Worker:
     def run(self) -> None:
         """Make all remaining batches."""
         start, made_before = time.monotonic(), self.made
-        with self.guide.attach(self.generator.pipe):
+        with self.guide.attach(self.generator.pipe) if self.arms is None else nullcontext():
             while True:
                 batch = self.next_batch()
                 exchange_due = self.batch_index >= (self.exchanges + 1) * self.settings.exchange

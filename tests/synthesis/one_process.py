@@ -13,7 +13,7 @@ import torch
 from kspec_guidance import SPARKE
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
-from kspec_guidance.synthesis import Prompt
+from kspec_guidance.synthesis import Arm, Prompt
 from kspec_guidance.synthesis.memories import RunMemories
 from tests.synthesis.small_runs import make, quiet_pipeline
 
@@ -43,7 +43,10 @@ def main():
         prompts = [replace(p, images=n) for p, n in zip(prompts[-len(numbers) :], numbers, strict=True)]
     by, kind = ("group", "exact") if kind == "groups" else ("all", kind)
     guide = random_features() if kind == "guide" else SPARKE()
-    result = make(out, quiet_pipeline(), prompts, 6, 3, guide=guide, memory=kind, memory_by=by, exchange=2)
+    more: dict = {}
+    if kind == "arms":
+        kind, more["arms"] = "exact", [Arm("low", {"guidance_scale": 1.0}, cost=1), Arm("high", guide=0, cost=2)]
+    result = make(out, quiet_pipeline(), prompts, 6, 3, guide=guide, memory=kind, memory_by=by, exchange=2, **more)
     values = {k: getattr(result, k) for k in ("made", "total_made", "images", "exchanges")} | {"received": received}
     (out / f"result-{'first' if result.first else id(values)}.json").write_text(json.dumps(values))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,3 +200,16 @@ def test_a_message_adds_what_the_samples_themselves_would(kind, g):
         torch.testing.assert_close(part.prompts, whole.prompts)
     add_message(part, encode_message(make(), x[:0], t[:0]), (3, 2, 2), 3)
     assert len(part) == 20
+
+
+@pytest.mark.slow
+def test_two_processes_with_arms_choose_the_same_again_and_after_a_crash(tmp_path):
+    run(tmp_path / "once", 2, "arms")
+    names = {record.arm["arm"] for record in Store(tmp_path / "once").records()}
+    assert names == {"low", "high"}
+    shutil.copytree(tmp_path / "once", tmp_path / "crashed")
+    for rank, lost in ((0, 1), (1, 3)):  # the last batches of each process
+        for path in sorted((tmp_path / "crashed" / ".kspec" / "epoch-000" / f"rank-{rank:04d}").glob("*"))[-lost:]:
+            path.unlink()
+    run(tmp_path / "crashed", 2, "arms")
+    assert contents(tmp_path / "crashed") == contents(tmp_path / "once")

@@ -1,0 +1,290 @@
+"""Arms of a run: several settings of one pipeline, of which each batch has the one that a selector chooses.
+
+The records of the batches are the events: which arm, what it cost, what was kept and what was dropped. The state of the
+selector follows from them, in order, so that a run that is resumed chooses as one that never stopped.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kspec_guidance import functional as F
+from kspec_guidance.guidance import KernelGuidance
+from kspec_guidance.kernels import GaussianKernel, l2_normalize
+from kspec_guidance.selection import Greedy, MixtureGreedy, MixtureUCB, Selector, Uniform
+from kspec_guidance.statistics import jackknife
+from kspec_guidance.synthesis.errors import SynthesisError
+from kspec_guidance.synthesis.generator import Generator, check_call
+from kspec_guidance.synthesis.records import Record, unpack_tensors
+from kspec_guidance.synthesis.schedule import BANDWIDTH, MIN_TARGET_IMAGES
+from kspec_guidance.utils.arguments import choices
+
+__all__ = ["SELECTORS", "Arm", "ArmChoice", "arm_summary", "check_arms", "read_arms"]
+
+SELECTORS = ("mixture-greedy", "mixture-ucb", "greedy", "uniform")
+FIXED = ("height", "width")  # of all arms, since samples of other sizes cannot be compared
+PARTS = 4  # of a run, whose shares the summary lists
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make images.
+
+    Args:
+        name: in metadata and reports.
+        call: arguments of the pipeline call that differ from those of the run, such as ``guidance_scale``.
+        guide: factor of the guide's scale: 0 is plain sampling.
+        scheduler: name of a scheduler class of diffusers, configured as that of the pipeline; None for the pipeline's own.
+        cost: of one image, in any unit that all arms share; by default the measured seconds.
+
+    Raises:
+        SynthesisError: for a value out of range.
+    """
+
+    name: str
+    call: Mapping[str, Any] = field(default_factory=dict)
+    guide: float = 1.0
+    scheduler: str | None = None
+    cost: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or not isinstance(self.name, str):
+            raise SynthesisError(f"an arm needs a name, got {self.name!r}")
+        if not isinstance(self.guide, int | float) or not 0 <= self.guide < float("inf"):
+            raise SynthesisError(
+                f"arm {self.name!r}: guide is a factor of at least 0, or true or false, got {self.guide!r}"
+            )
+        if self.cost is not None and not (isinstance(self.cost, int | float) and 0 < self.cost < float("inf")):
+            raise SynthesisError(f"arm {self.name!r}: cost must be a positive number, got {self.cost!r}")
+        fixed = [key for key in FIXED if key in self.call]
+        if fixed:
+            raise SynthesisError(f"arm {self.name!r} sets {', '.join(fixed)}; all arms make images of one size")
+
+
+def read_arms(path: str | Path) -> list[Arm]:
+    """Arms of a TOML file: a table for each, with its name.
+
+    ``guide``, ``scheduler`` and ``cost`` are those of :class:`Arm`, all other keys are arguments of the pipeline call.
+
+    Raises:
+        SynthesisError: if the file cannot be read, or has no tables.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        found = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise SynthesisError(f"cannot read the arms of {path}: {error}") from error
+    loose = [name for name, value in found.items() if not isinstance(value, dict)]
+    if loose or not found:
+        raise SynthesisError(f"{path} must have a table for each arm, such as [low]; found {', '.join(loose) or 'nothing'}")
+    arms = []
+    for name, table in found.items():
+        own = {key: table.pop(key) for key in ("guide", "scheduler", "cost") if key in table}
+        arms.append(Arm(name, table, **own))
+    return arms
+
+
+def check_arms(arms: Sequence[Arm], pipe: Any, call: Mapping[str, Any]) -> None:
+    """Refuse arms that the pipeline cannot have.
+
+    Raises:
+        SynthesisError: for fewer than two arms, equal names, arguments or schedulers that do not exist.
+    """
+    names = [arm.name for arm in arms]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise SynthesisError(f"arms are two or more with different names, got {', '.join(names) or 'none'}")
+    for arm in arms:
+        try:
+            check_call(pipe, {**call, **arm.call})
+            if arm.scheduler is not None:
+                _scheduler(pipe, arm.scheduler)
+        except SynthesisError as error:
+            raise SynthesisError(f"arm {arm.name!r}: {error}") from error
+
+
+def _scheduler(pipe: Any, name: str) -> Any:
+    """A scheduler of diffusers with the configuration of the pipeline's."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if kind is None or not hasattr(kind, "from_config"):
+        known = [c.__name__ for c in getattr(pipe.scheduler, "compatibles", [])]
+        raise SynthesisError(f"diffusers has no scheduler {name!r}; {choices(name, sorted(known))}")
+    return kind.from_config(pipe.scheduler.config)
+
+
+def make_selector(select: "str | Selector", arms: Sequence[Arm], seed: int, rank: int) -> Selector:
+    """The selector of one process.
+
+    Args:
+        select: one of ``SELECTORS``, or a selector of which a copy with other seeds is used.
+        arms: of the run.
+        seed: of the run.
+        rank: of the process.
+
+    Raises:
+        SynthesisError: for an unknown name, or a selector that has other arms, was used, or needs contexts.
+    """
+    digest = int.from_bytes(hashlib.sha256(f"{seed}/{rank}".encode()).digest()[:6], "big")
+    costs = [arm.cost for arm in arms]
+    known: Any = None if None in costs else costs
+    if isinstance(select, Selector):
+        if select.arms != len(arms):
+            raise SynthesisError(f"the selector has {select.arms} arms, and the run has {len(arms)}")
+        if not set(select.needs) <= {"features", "reward"}:
+            raise SynthesisError(
+                f"{type(select).__name__} chooses by context, but a batch of a run has one arm and several prompts; use "
+                f"{', '.join(SELECTORS)} or a mixture method"
+            )
+        if float((select.told + select.pending).sum()):
+            raise SynthesisError(
+                "the selector was used already; a run needs a new one, whose state follows from its records"
+            )
+        found = type(select).load(select.state())
+        found.seed = digest
+        return found
+    kernel = GaussianKernel(BANDWIDTH)
+    if select == "mixture-greedy":
+        return MixtureGreedy(len(arms), "rke", digest, kernel=kernel, costs=known)
+    if select == "mixture-ucb":
+        return MixtureUCB(len(arms), "rke", digest, kernel=kernel, costs=known)
+    if select == "greedy":
+        return Greedy(len(arms), digest, costs=known)
+    if select == "uniform":
+        return Uniform(len(arms), digest, costs=known)
+    raise SynthesisError(f"unknown select {select!r}; {choices(str(select), SELECTORS)}, or give a Selector")
+
+
+class ArmChoice:
+    """The arms of one process and the selector that chooses among them.
+
+    Args:
+        arms: of the run.
+        selector: of this process.
+        pipe: whose scheduler arms may change.
+        guide: attached to the pipeline for each batch.
+        generator: whose call arms change.
+    """
+
+    def __init__(self, arms: Sequence[Arm], selector: Selector, pipe: Any, guide: KernelGuidance, generator: Generator):
+        self.arms, self.selector, self.pipe, self.guide, self.generator = list(arms), selector, pipe, guide, generator
+        self.number = {arm.name: k for k, arm in enumerate(self.arms)}
+        self.schedulers = {arm.name: _scheduler(pipe, arm.scheduler) for arm in self.arms if arm.scheduler is not None}
+
+    def choose(self) -> Arm:
+        """The arm of the next batch."""
+        return self.arms[self.selector.choose()]
+
+    @contextmanager
+    def applied(self, arm: Arm) -> Iterator[None]:
+        """The pipeline, its call and the guide with the settings of an arm, and the guide attached."""
+        call, scales = self.generator.call, [term.scale for term in self.guide.terms]
+        scheduler = getattr(self.pipe, "scheduler", None)
+        try:
+            self.generator.call = {**call, **arm.call}
+            for term, scale in zip(self.guide.terms, scales, strict=True):
+                term.scale = scale * float(arm.guide)
+            if arm.name in self.schedulers:
+                self.pipe.scheduler = self.schedulers[arm.name]
+            with self.guide.attach(self.pipe):
+                yield
+        finally:
+            self.generator.call = call
+            for term, scale in zip(self.guide.terms, scales, strict=True):
+                term.scale = scale
+            if arm.name in self.schedulers:
+                self.pipe.scheduler = scheduler
+
+    def event(self, arm: Arm, seconds: float, images: int) -> dict[str, Any]:
+        """What the record of a batch says of its arm: name, and cost of an image."""
+        return {"arm": arm.name, "cost": seconds / images if arm.cost is None else arm.cost}
+
+    def learn(self, record: Record) -> None:
+        """Tell the selector the images of a record that were kept, then those that were dropped."""
+        if record.arm is None or record.arm["arm"] not in self.number:
+            return
+        arm, cost = self.number[record.arm["arm"]], record.arm["cost"]
+        features = unit_features(record)
+        for row in features:
+            self.selector.tell(arm, features=row, reward=1.0, cost=cost)
+        for row in record.rejected:
+            if row["reason"] != "lost":
+                self.selector.tell(arm, reward=0.0, cost=cost, kept=False)
+        self.selector.pending.zero_()  # a process makes one batch at a time
+
+    def replay(self, record: Record) -> None:
+        """Choose and learn as when the batch of a record of this process was made."""
+        self.choose()
+        self.learn(record)
+
+
+def unit_features(record: Record) -> Tensor:
+    """The features of a record's images ``[k, d]``, at norm 1."""
+    return l2_normalize(unpack_tensors(record.tensors).features.double())
+
+
+def describe_arms(arms: Sequence[Arm], select: "str | Selector") -> dict[str, Any]:
+    """Arms and selector, for the settings of a run."""
+    how = select if isinstance(select, str) else [type(select).__name__, select.settings()]
+    return {"arms": [{**asdict(arm), "call": dict(arm.call)} for arm in arms], "select": how}
+
+
+def arm_summary(records: Sequence[Record], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What each arm has made, by its name.
+
+    Returns:
+        For each arm its ``images``, the number ``dropped``, its ``share`` of all images, the ``shares`` in four equal parts
+        of the run, the cost of a kept image, and the RKE of its images (Gaussian kernel of bandwidth 0.5, features at norm
+        1) with its 95% interval.
+    """
+    mine = [r for r in records if r.arm is not None and r.arm["arm"] in names]
+    order = sorted(mine, key=lambda r: (r.epoch, r.batch_index, r.rank))
+    total = sum(len(r.rows) for r in mine)
+    found: dict[str, dict[str, Any]] = {}
+    kernel = GaussianKernel(BANDWIDTH)
+    for name in names:
+        own = [r for r in mine if r.arm is not None and r.arm["arm"] == name]
+        images, dropped = sum(len(r.rows) for r in own), sum(len(r.rejected) for r in own)
+        cost = sum(r.arm["cost"] * (len(r.rows) + len(r.rejected)) for r in own if r.arm is not None)
+        about: dict[str, Any] = {"images": images, "dropped": dropped, "share": round(images / max(total, 1), 4)}
+        bounds = [len(order) * k // PARTS for k in range(PARTS + 1)]
+        about["shares"] = []
+        for first, last in pairwise(bounds):
+            part = order[first:last]
+            count = sum(len(r.rows) for r in part if r.arm is not None and r.arm["arm"] == name)
+            about["shares"].append(round(count / max(1, sum(len(r.rows) for r in part)), 4))
+        about["cost_per_image"] = round(cost / images, 6) if images else None
+        rows = torch.cat([unit_features(r) for r in own]) if images else torch.zeros(0, 1)
+        if len(rows) >= MIN_TARGET_IMAGES and rows.shape[1]:
+            interval = jackknife(lambda z: F.rke_score(z, kernel), rows, groups=min(20, len(rows)))
+            about["rke"] = [round(v, 4) for v in (interval.value, interval.low, interval.high)]
+        found[name] = about
+    return found
+
+
+def arm_lines(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each arm, for the report."""
+    lines = []
+    for name, about in summary.items():
+        shares = ", ".join(f"{100 * s:.0f}%" for s in about["shares"])
+        line = f"arm {name}: {about['images']} images ({100 * about['share']:.0f}%; in quarters of the run {shares})"
+        if about["dropped"]:
+            line += f", {about['dropped']} dropped"
+        if about["cost_per_image"] is not None:
+            line += f", cost {about['cost_per_image']:.3g} for each kept image"
+        if "rke" in about:
+            line += ", RKE {:.2f} [{:.2f}, {:.2f}]".format(*about["rke"])
+        lines.append(line)
+    return lines

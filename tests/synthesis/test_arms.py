@@ -1,0 +1,190 @@
+"""Runs with arms: choices follow from the records, and settings are those of the arm."""
+
+import json
+
+import pytest
+
+from kspec_guidance.selection import DAKUCB, MixtureGreedy, OneArm
+from kspec_guidance.synthesis import Arm, SynthesisError, read_arms
+from kspec_guidance.synthesis.arms import ArmChoice, arm_summary, check_arms, make_selector
+from kspec_guidance.synthesis.generator import Generator
+from kspec_guidance.synthesis.records import Store
+from tests.synthesis.small_runs import CALL, contents, make, quiet_pipeline, rows_of
+
+ARMS = [
+    Arm("low", {"guidance_scale": 1.0}, cost=1.0),
+    Arm("high", {"guidance_scale": 8.0}, guide=0, cost=1.0),
+    Arm("heun", {"num_inference_steps": 2}, scheduler="HeunDiscreteScheduler", cost=2.0),
+]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return quiet_pipeline()
+
+
+@pytest.fixture(scope="module")
+def whole(pipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("arms") / "set"
+    return out, make(out, pipe, arms=ARMS)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(after):
+    """A callback that stops the run after so many batches."""
+    left = [after]
+
+    def callback(progress):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stop
+
+    return callback
+
+
+def test_each_batch_has_one_arm_and_all_arms_are_tried(whole):
+    out, result = whole
+    records = list(Store(out).records())
+    assert {r.arm["arm"] for r in records} == {"low", "high", "heun"}
+    assert all({row["arm"] for row in r.rows} == {r.arm["arm"]} for r in records)
+    assert sum(a["images"] for a in result.arms.values()) == result.images == 25
+    assert json.loads((out / "summary.json").read_text())["arms"] == result.arms
+    assert sum(a["share"] for a in result.arms.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_rows_say_what_the_arm_did(whole):
+    rows = rows_of(whole[0])
+    assert {row["guide"] for row in rows if row["arm"] == "high"} == {"none"}
+    assert "none" not in {row["guide"] for row in rows if row["arm"] != "high"}
+
+
+def test_images_of_an_arm_are_those_of_a_run_with_its_settings(pipe, tmp_path):
+    make(tmp_path / "arm", pipe, ["heart"], 6, 3, arms=ARMS, select=OneArm(3, 1))
+    make(tmp_path / "plain", pipe, ["heart"], 6, 3, call={**CALL, "guidance_scale": 8.0}, guide=plain())
+    found = [row for row in rows_of(tmp_path / "arm") if row["arm"] == "high"]
+    assert len(found) == 6
+    for row in found:
+        name = row["file_name"]
+        assert (tmp_path / "arm" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def plain():
+    from kspec_guidance import SPARKE
+
+    return SPARKE(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("select", ["mixture-greedy", "mixture-ucb"])
+def test_a_run_that_is_stopped_again_and_again_chooses_as_one_that_is_not(select, whole, pipe, tmp_path):
+    expected = whole[0]
+    if select != "mixture-greedy":
+        expected = tmp_path / "whole"
+        make(expected, pipe, arms=ARMS, select=select)
+    out = tmp_path / "stopped"
+    for after in (0, 1, 2, 0):
+        with pytest.raises(Stop):
+            make(out, pipe, arms=ARMS, select=select, progress_callback=stopping(after))
+    make(out, pipe, arms=ARMS, select=select)
+    assert contents(out) == contents(expected)
+
+
+def test_the_records_give_the_state_of_the_selector(whole, pipe):
+    states = []
+    for _ in range(2):
+        guide = plain()
+        chosen = ArmChoice(ARMS, make_selector("mixture-greedy", ARMS, 0, 0), pipe, guide, Generator(pipe, guide, CALL))
+        for record in Store(whole[0]).process_records(0):
+            assert chosen.choose().name == record.arm["arm"]
+            chosen.learn(record)
+        states.append(json.dumps(chosen.selector.state()))
+    assert states[0] == states[1]
+
+
+def test_dropped_images_are_events(pipe, tmp_path):
+    result = make(tmp_path, pipe, ["heart"], 12, 3, arms=ARMS[:2], filter=lambda image, row: row["arm"] == "low")
+    assert result.arms["high"]["images"] == 0
+    assert result.arms["high"]["dropped"] == 12  # four pulls for each of three samples, then none
+    assert result.arms["high"]["cost_per_image"] is None
+    assert result.arms["low"]["cost_per_image"] == 1.0
+
+
+def test_without_arms_records_and_settings_are_as_before(pipe, tmp_path):
+    make(tmp_path, pipe, ["heart"], 3, 3)
+    record = next(Store(tmp_path).records())
+    assert record.arm is None
+    assert not {"arms", "select"} & set(Store(tmp_path).settings(0))
+    assert "arms" not in json.loads((tmp_path / "summary.json").read_text())
+
+
+def test_other_arms_are_other_settings(whole, pipe):
+    with pytest.raises(SynthesisError, match="other settings"):
+        make(whole[0], pipe, arms=ARMS[:2])
+
+
+def test_a_selector_of_the_users_own_is_copied(pipe, tmp_path):
+    s = MixtureGreedy(2, "vendi", start=1)
+    make(tmp_path, pipe, ["heart"], 6, 3, arms=ARMS[:2], select=s)
+    assert float(s.told.sum()) == 0
+    assert Store(tmp_path).settings(0)["select"][0] == "MixtureGreedy"
+
+
+def test_a_report_has_a_line_for_each_arm(pipe, tmp_path):
+    make(tmp_path, pipe, ["heart", "runner"], 8, 4, arms=ARMS[:2], report=True)
+    page = (tmp_path / "report.html").read_text()
+    assert "arm low:" in page
+    assert "arm high:" in page
+
+
+def test_scores_and_shares_of_arms_are_summarised(whole):
+    found = arm_summary(list(Store(whole[0]).records(tensors=True)), ["low", "high", "heun"])
+    for about in found.values():
+        assert len(about["shares"]) == 4
+        if about["images"] >= 8:
+            value, low, high = about["rke"]
+            assert low <= value <= high
+
+
+def test_arms_are_read_from_a_file(tmp_path):
+    path = tmp_path / "arms.toml"
+    path.write_text("[low]\nguidance_scale = 1.0\n[off]\nguide = false\ncost = 2\nscheduler = 'DDIMScheduler'\n")
+    low, off = read_arms(path)
+    assert (low.name, low.call, low.guide) == ("low", {"guidance_scale": 1.0}, 1.0)
+    assert (off.name, off.guide, off.cost, off.scheduler) == ("off", False, 2, "DDIMScheduler")
+    path.write_text("guidance_scale = 1.0\n")
+    with pytest.raises(SynthesisError, match="a table for each arm"):
+        read_arms(path)
+    path.write_text("[x\n")
+    with pytest.raises(SynthesisError, match="cannot read"):
+        read_arms(path)
+    path.write_text("[x]\nguide = -1\n")
+    with pytest.raises(SynthesisError, match="factor of at least 0"):
+        read_arms(path)
+
+
+def test_arms_that_cannot_be_are_refused(pipe):
+    for arms, message in [
+        ([Arm("a")], "two or more"),
+        ([Arm("a"), Arm("a")], "different names"),
+        ([Arm("a"), Arm("b", {"guidance_scal": 2})], "arm 'b'.*did you mean guidance_scale"),
+        ([Arm("a"), Arm("b", scheduler="DDIMSchedulr")], "no scheduler 'DDIMSchedulr'"),
+    ]:
+        with pytest.raises(SynthesisError, match=message):
+            check_arms(arms, pipe, CALL)
+    with pytest.raises(SynthesisError, match="one size"):
+        Arm("a", {"height": 32})
+    with pytest.raises(SynthesisError, match="positive number"):
+        Arm("a", cost=0)
+    with pytest.raises(SynthesisError, match="unknown select"):
+        make_selector("mixture", ARMS, 0, 0)
+    with pytest.raises(SynthesisError, match="has 2 arms, and the run has 3"):
+        make_selector(MixtureGreedy(2), ARMS, 0, 0)
+    with pytest.raises(SynthesisError, match="chooses by context"):
+        make_selector(DAKUCB(3), ARMS, 0, 0)
+    used = MixtureGreedy(3)
+    used.choose()
+    with pytest.raises(SynthesisError, match="used already"):
+        make_selector(used, ARMS, 0, 0)
