@@ -217,6 +217,8 @@ def generate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,
                 memory_by=memory_by, processes=processes, candidates=candidates,
             )  # fmt: skip
+            if several is not None:
+                output.note("the estimate is for the settings of the run, without those of its arms")
             if output.first:
                 output.result(asdict(plan), str(plan))
             return

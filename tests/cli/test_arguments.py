@@ -5,6 +5,7 @@ import typer
 from kspec_guidance import SPARKE
 from kspec_guidance.cli import arguments
 from kspec_guidance.evaluation.embedders.names import IMAGE_NAMES, TEXT_NAMES
+from kspec_guidance.synthesis.arms import SELECTORS
 from kspec_guidance.synthesis.export import FORMATS
 from kspec_guidance.synthesis.settings import MEMORY_KINDS
 
@@ -13,6 +14,7 @@ def test_names_are_those_of_the_library():
     assert tuple(SPARKE.PRESETS) == arguments.PRESETS
     assert set(arguments.FORMATS) == set(FORMATS)
     assert arguments.MEMORY_KINDS == MEMORY_KINDS
+    assert arguments.SELECT == SELECTORS
     assert arguments.IMAGE_EMBEDDERS == IMAGE_NAMES
     assert arguments.TEXT_EMBEDDERS == TEXT_NAMES
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in arguments.DTYPES)

@@ -107,3 +107,19 @@ def test_variety_and_scale_set_the_strength_and_exclude_each_other(tmp_path):
     assert result.exit_code == 2
     assert "--variety 30 and --scale 0.5 both set the strength" in result.stderr
     assert call("generate", "heart", "--out", tmp_path / "far", *FAST, "--variety", 101).exit_code == 2
+
+
+def test_arms_of_a_file_make_the_batches(tmp_path):
+    path, out = tmp_path / "arms.toml", tmp_path / "set"
+    path.write_text("[low]\nguidance_scale = 1.0\n[plain]\nguide = false\ncost = 2\n")
+    many = ("--steps", 1, "--images", 4, "--batch", 1, "--no-report")
+    result = call("generate", "heart", "--out", out, *many, "--arms", path, "--select", "uniform", "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["arms"]) == {"low", "plain"}
+    assert {row["arm"] for row in rows_of(out)} <= {"low", "plain"}
+
+
+def test_select_without_arms_is_refused(tmp_path):
+    result = call("generate", "heart", "--out", tmp_path, *FAST, "--select", "uniform")
+    assert result.exit_code != 0
+    assert "--arms" in result.output
