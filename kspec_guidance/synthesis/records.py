@@ -72,7 +72,9 @@ class Record:
             for name, t in self.tensors.items()
         }
         rows = [self.rows[k] for k in keep]
-        return Record(self.epoch, self.rank, self.batch_index, rows, self.rejected + rejected, tensors, self.target, self.arm)
+        return Record(
+            self.epoch, self.rank, self.batch_index, rows, self.rejected + rejected, tensors, self.target, self.arm
+        )
 
 
 class RecordTensors(NamedTuple):
