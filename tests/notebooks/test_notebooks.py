@@ -10,8 +10,8 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-def test_there_are_six():
-    assert [p.name[:2] for p in NOTEBOOKS] == [f"{k}_" for k in range(1, 7)]
+def test_there_are_seven():
+    assert [p.name[:2] for p in NOTEBOOKS] == [f"{k}_" for k in range(1, 8)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
