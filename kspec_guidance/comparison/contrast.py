@@ -204,16 +204,19 @@ def _direction(a: Array, b: Array, bound: float) -> tuple[Array, float, float] |
     The dual is the maximum of the lines ``x' a x - lam (x' b x - bound)``. The next ``lam`` is where the lines of a vector
     over the bound and of one within it cross, until no line is above the crossing. None if no vector is within the bound.
     """
+    slack = 1e-9 * bound + 1e-15  # a coherence that equals the bound is rounded to either side of it
     values, vectors = eigh(b, subset_by_index=[0, 0])
-    if values[0] > bound * (1 + 1e-9) + 1e-15:
+    if values[0] > bound + slack:
         return None
     within = vectors[:, 0]
     dual, over = _top(a)
     lam = 0.0
-    if over @ b @ over <= bound:
+    if over @ b @ over <= bound + slack:
         return over, lam, 0.0
     for _ in range(STEPS):
         rise, cost = over @ a @ over - within @ a @ within, over @ b @ over - within @ b @ within
+        if cost <= 0:
+            break
         lam = max(rise / cost, 0.0)
         crossing = over @ a @ over - lam * (over @ b @ over - bound)
         top, x = _top(a - lam * b)

@@ -149,6 +149,7 @@ class JointKernel:
 
     def __init__(self, rows: Mapping[str, Tensor], kernel: Kernels = None, features: int | None = None, seed: int = 0):
         self.modalities, self.kernels = dict(rows), fit_kernels(kernel, rows)
+        self.features, self.seed = features, seed
         parts = list(rows.values())
         self.n = len(parts[0])
         self.rows = exact_rows(parts, self.kernels)
@@ -190,7 +191,7 @@ class JointKernel:
     def alone(self) -> dict[str, "JointKernel"]:
         """The kernel of each modality."""
         return {
-            name: JointKernel({name: x}, {name: kernel})
+            name: JointKernel({name: x}, {name: kernel}, self.features, self.seed)
             for (name, x), kernel in zip(self.modalities.items(), self.kernels, strict=True)
         }
 

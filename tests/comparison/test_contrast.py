@@ -103,6 +103,23 @@ def test_groups_that_both_see_are_not_reported(d, noise, kernel):
     assert len(koda(a, a)) == 0
 
 
+def test_a_bound_that_all_directions_meet_exactly_leaves_the_largest_strength():
+    found = koda(torch.eye(3).repeat_interleave(10, 0), torch.eye(30), eps=1.0, rotate=True)
+    assert found.strength_a.tolist() == pytest.approx([1 / 3] * 3)
+    assert found.strength_b.tolist() == pytest.approx([1 / 30] * 3)
+
+
+def test_modalities_of_many_samples_are_compared_by_features(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a matrix of all samples was computed")
+
+    monkeypatch.setattr("kspec_guidance.comparison.joint.joint_gram", refuse)
+    a = {"image": unit(rows(400, 4)), "text": unit(rows(400, 4, 1))}
+    b = {"image": unit(rows(400, 4, 2)), "text": unit(rows(400, 4, 3))}
+    found = koda(a, b, features=100, eps=3.0, kernel_a=GAUSSIAN, kernel_b=GAUSSIAN, keep_noise=True)
+    assert found.by_modality["text"].shape == (3, 2)
+
+
 def test_quantile_is_the_bound_of_the_paper():
     a, b, _ = planted((20,) * 6)
     matrix = GAUSSIAN(unit(b)) / 120
