@@ -18,7 +18,7 @@ TOLERANCE = 1e-11  # of the dual, relative to its value
 STEPS = 100  # of the dual, at most; about 17 reach the tolerance
 ROUNDING = 1e-12
 ALIKE = 4.0  # alike samples that a direction must hold
-COHERENCE = 0.3  # mean similarity along a direction, in standard deviations of all similarities, that it must have
+COHERENCE = 0.2  # mean similarity along a direction, in standard deviations of all similarities, that it must have
 CONTRAST = 1.5  # coherence by A over that by B that it must have
 NOT_NORMAL = 1.159  # Anderson-Darling statistic that a normal sample exceeds with probability 0.005
 SHARED = 0.5  # part of a strength that one modality must explain, to be named
@@ -89,7 +89,7 @@ def koda(
     combined. ``gap`` certifies it.
 
     A direction counts as noise, and ends the search, unless (1) it holds at least 4 alike samples by A,
-    ``n strength_a >= 4``; (2) its coherence by A is 0.3 standard deviations of A's similarities or more, and
+    ``n strength_a >= 4``; (2) its coherence by A is 0.2 standard deviations of A's similarities or more, and
     1.5 times that by B; and (3) its entries differ from a normal sample (Anderson-Darling, p < 0.005): most directions of
     samples without groups look like one (Diaconis, Freedman 1984). In simulations of sets without groups, and of groups
     that both see, at most one set in twenty passed in 32 or more dimensions; in 16 and fewer, with a narrow kernel, many

@@ -77,6 +77,12 @@ def test_planted_groups_are_found_and_none_invented(kernel):
     assert torch.allclose(found.vectors @ found.vectors.T, torch.eye(3, dtype=torch.float64), atol=1e-10)
 
 
+def test_three_directions_of_planted_groups_are_found_at_most_seeds():
+    found = [koda(*planted((20,) * 6, 32, 0.05, seed)[:2], directions=3) for seed in range(10)]
+    assert sum(len(f) == 3 for f in found) >= 9
+    assert min(len(f) for f in found) >= 1
+
+
 def test_below_one_sample_only_what_is_merged_is_found():
     a, b, group = planted(noise=0.005)
     found = koda(unit(a), unit(b), directions=8, eps=0.05, kernel_a=GAUSSIAN, kernel_b=GAUSSIAN, rotate=True)
