@@ -23,6 +23,7 @@ _LAZY = {  # modules that need torch or diffusers are imported on first use
     "load_demo_pipeline": "demo",
     "load_demo_reference": "demo",
     "encode_reference": "loop.latents",
+    "make_baseline": "baseline",
 }
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "load_demo_pipeline",
     "load_demo_reference",
     "encode_reference",
+    "make_baseline",
 ]
 
 

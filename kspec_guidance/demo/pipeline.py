@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,19 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.utils.arguments import choices
+from kspec_guidance.utils.hashing import fingerprint, same_network
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-__all__ = ["load_demo_pipeline", "load_demo_reference", "unknown_words"]
+__all__ = ["DEMO_PROMPTS", "is_demo", "is_demo_denoiser", "load_demo_pipeline", "load_demo_reference", "unknown_words"]
 
 ASSETS = Path(__file__).parent / "assets"
+DEMO_PROMPTS = (  # names of different things that the embedded model knows
+    "heart", "cat face", "dog face", "rocket", "teacher", "clock face", "bird", "surfer", "flag", "smiling face", "automobile",
+    "evergreen tree", "student", "police officer", "fish", "book", "baby", "runner", "elf", "farmer", "cook", "flower",
+    "building", "fruit", "vehicle", "person", "singer", "judge", "swimmer", "mage", "pilot", "guitar", "umbrella",
+)  # fmt: skip
 
 
 def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
@@ -46,11 +53,26 @@ def unknown_words(pipe: Any, prompt: str) -> list[str]:
         pipe: the embedded pipeline; of others nothing is known, and the list is empty.
         prompt: its text.
     """
-    config = getattr(getattr(pipe, "unet", None), "config", {})
-    if Path(str(config.get("_name_or_path", ""))) != ASSETS / "emoji" / "unet":
+    if not is_demo(pipe):
         return []
     words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
     return [word for word in words if len(pipe.tokenizer.tokenize(word)) > 1]
+
+
+@cache
+def _demo_denoiser() -> str:
+    return fingerprint(load_demo_pipeline().unet)
+
+
+def is_demo_denoiser(network: str) -> bool:
+    """Whether a fingerprint is that of the embedded pipeline's denoiser."""
+    return same_network(network, _demo_denoiser())
+
+
+def is_demo(pipe: Any) -> bool:
+    """Whether a pipeline's denoiser was loaded by :func:`load_demo_pipeline`."""
+    config = getattr(getattr(pipe, "unet", None), "config", {})
+    return Path(str(config.get("_name_or_path", ""))) == ASSETS / "emoji" / "unet"
 
 
 def load_demo_reference(name: str) -> Tensor:

@@ -1,26 +1,19 @@
 """What the folder of a run of ``generate`` tells about its images: who made them, and from which seeds."""
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kspec_guidance.demo import load_demo_pipeline
-from kspec_guidance.utils.hashing import fingerprint, same_network
+from kspec_guidance.demo.pipeline import is_demo_denoiser
 
 __all__ = ["made_by_demo", "seeds_of"]
-
-
-@cache
-def _demo_denoiser() -> str:
-    return fingerprint(load_demo_pipeline().unet)
 
 
 def made_by_demo(path: Path) -> bool:
     """Whether the settings of the run say that the embedded model made all images of this folder."""
     settings = [_json(p.read_text(encoding="utf-8", errors="replace")) for p in path.glob(".kspec/epoch-*/settings.json")]
     denoisers = [str(s.get("pipeline", {}).get("denoiser")) for s in settings]
-    return bool(denoisers) and all(same_network(d, _demo_denoiser()) for d in denoisers)
+    return bool(denoisers) and all(is_demo_denoiser(d) for d in denoisers)
 
 
 def seeds_of(path: Path) -> set[tuple[str, int]]:

@@ -12,7 +12,7 @@ from kspec_guidance.guidance.targets import FIRST, Fidelity, VarietyTarget
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS, VARIETY_AT_SCALE_1
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel
 from kspec_guidance.memory import Memory
-from kspec_guidance.objectives import MMD, ConditionalRKE, Novelty, PublishedMMD, PublishedRKE, Vendi
+from kspec_guidance.objectives import MMD, ConditionalRKE, Novelty, Objective, PublishedMMD, PublishedRKE, Vendi, Witness
 from kspec_guidance.utils.arguments import choices
 
 __all__ = ["DEFAULT_VARIETY", "SPARKE", "MMDGuidance", "NoveltyGuidance", "VendiGuidance", "scale_of"]
@@ -229,14 +229,19 @@ class MMDGuidance(KernelGuidance):
 
     Descends the squared maximum mean discrepancy (Sani, Jamali, Jalali, Farnia 2026), which compares whole distributions:
     for a batch of one prompt against references of many subjects the gradient first increases the diversity within the
-    batch. To move a style or a domain, generate several prompts in one batch, or share one memory over many calls.
+    batch. To move a style or a domain, give a ``baseline``: samples that the model makes anyway, over many prompts. The
+    move is then toward what the references have and the baseline has not, for each image alone and whatever its prompt
+    (:class:`~kspec_guidance.objectives.Witness`). :func:`make_baseline` makes one, once for a pipeline. Without it, to
+    match a distribution as a whole, generate several prompts in one batch, or share one memory over many calls.
 
     Args:
         reference: samples ``[m, ...]`` in the pipeline's latent space, see :func:`encode_reference`.
-        scale: size of the move per step, relative to the norm of the prediction.
+        scale: size of the move per step, relative to the norm of the prediction; by default 1 with a baseline, else 0.7.
         kernel: by default Gaussian at the median distance of the references; :meth:`published` has ``PolynomialKernel()``.
         reference_prompts: prompt features ``[m, p]`` of the references; each prompt then moves toward references of
             similar prompts.
+        baseline: samples ``[b, ...]`` of the model without guidance, see :func:`make_baseline`.
+        baseline_prompts: prompt features ``[b, p]`` of the baseline; needed with ``reference_prompts``.
         prompt_kernel: kernel of unit-norm prompt features; by default Gaussian with bandwidth 0.35.
         feature_map, prompt_feature_map: random Fourier features of the two kernels (Gaussian or Laplacian), for a memory of
             constant size.
@@ -251,7 +256,7 @@ class MMDGuidance(KernelGuidance):
     def __init__(
         self,
         reference: Tensor,
-        scale: float = 0.7,
+        scale: float | None = None,
         kernel: Kernel | None = None,
         space: str | FeatureSpace = "x0",
         start: float = 0.0,
@@ -261,19 +266,29 @@ class MMDGuidance(KernelGuidance):
         *,
         reference_prompts: Tensor | None = None,
         prompt_kernel: Kernel | None = None,
+        baseline: Tensor | None = None,
+        baseline_prompts: Tensor | None = None,
         feature_map: RandomFourierFeatures | None = None,
         prompt_feature_map: RandomFourierFeatures | None = None,
         transforms: Sequence[str] = ("off_score", "rescale"),
         **kwargs: Any,
     ):
-        objective = MMD(
-            reference,
-            kernel=kernel or GaussianKernel(),
-            reference_prompts=reference_prompts,
-            prompt_kernel=prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH),
-            feature_map=feature_map,
-            prompt_feature_map=prompt_feature_map,
-        )
+        if baseline is None and baseline_prompts is not None:
+            raise ValueError("baseline_prompts are the prompts of a baseline; give baseline= too")
+        if baseline is not None and prompt_feature_map is not None:
+            raise ValueError("a guide with a baseline has no features of prompts; leave prompt_feature_map out")
+        about: dict[str, Any] = {
+            "kernel": kernel or GaussianKernel(),
+            "reference_prompts": reference_prompts,
+            "prompt_kernel": prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH),
+            "feature_map": feature_map,
+        }
+        objective: Objective
+        if baseline is None:
+            objective = MMD(reference, prompt_feature_map=prompt_feature_map, **about)
+        else:
+            objective = Witness(reference, baseline, baseline_prompts=baseline_prompts, **about)
+        scale = (0.7 if baseline is None else 1.0) if scale is None else scale
         super().__init__(objective, scale, space, start, stop, every, transforms=transforms, memory=memory, **kwargs)
 
     @classmethod

@@ -12,7 +12,7 @@ from kspec_guidance.objectives.novelty import Novelty
 from kspec_guidance.objectives.published import PublishedMMD, PublishedRKE
 from kspec_guidance.objectives.rke import RKE, ConditionalRKE
 from kspec_guidance.objectives.vendi import Vendi
-from kspec_guidance.objectives.witness import Balance
+from kspec_guidance.objectives.witness import Balance, Witness
 
 __all__ = [
     "RKE",
@@ -21,6 +21,7 @@ __all__ = [
     "MMD",
     "Vendi",
     "Balance",
+    "Witness",
     "PublishedRKE",
     "PublishedMMD",
     "Objective",

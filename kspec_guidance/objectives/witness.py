@@ -1,4 +1,4 @@
-"""Balance: moves samples toward one of several reference sets, by the witness function of the MMD."""
+"""Objectives from the witness function of the MMD: toward a reference, or one of several."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,118 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import GaussianKernel, Kernel
+from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, l2_normalize
+from kspec_guidance.kernels.base import as_kernel
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.memory import Memory
-from kspec_guidance.objectives.base import Gradient, Objective, natural_rows
+from kspec_guidance.objectives.base import Gradient, Objective, differentiable, natural_rows
 
-__all__ = ["Balance"]
+__all__ = ["Balance", "Witness"]
+
+LEAST_WEIGHT = 1e-3  # of a row of an unrelated prompt, relative to one of the same prompt
+
+
+@dataclass(repr=False)
+class Witness(Objective):
+    """Ascends the witness function of the MMD, ``mean_r k(x, r) - mean_b k(x, b)`` (Gretton et al. 2012, section 2.3).
+
+    r are references, and b is a baseline: what the model makes anyway, over many prompts. Subjects, which both sides
+    have, cancel; what the references have in common, such as a style, remains. A batch of one prompt therefore moves
+    toward the style at once, where the gradient of :class:`MMD` compares the batch itself with the references, and so
+    first spreads the batch over their subjects. Memory is not used.
+
+    Args:
+        reference: samples ``[m, ...]`` of the same space as the generated ones.
+        baseline: samples ``[b, ...]`` of the model without guidance, over many prompts.
+        kernel: by default Gaussian at the median distance of the references.
+        reference_prompts: prompt features ``[m, p]``; with ``baseline_prompts`` each sample is compared with rows of
+            similar prompts.
+        baseline_prompts: prompt features ``[b, p]``.
+        prompt_kernel: by default Gaussian with bandwidth 0.35, on unit-norm prompt features.
+        feature_map: random features of the kernel (Gaussian or Laplacian): both sets are then one vector.
+        normalize: whether samples are scaled to norm 1 first.
+
+    Raises:
+        TypeError: for a kernel without a closed-form gradient.
+        ValueError: for sets that differ in shape, or prompts of one of them only; by ``value`` and ``gradient``, for
+            samples of another width, or without prompt features where they are needed.
+    """
+
+    reference: Tensor
+    baseline: Tensor
+    kernel: Kernel = field(default_factory=GaussianKernel)
+    reference_prompts: Tensor | None = None
+    baseline_prompts: Tensor | None = None
+    prompt_kernel: Kernel = field(default_factory=lambda: GaussianKernel(PROMPT_BANDWIDTH))
+    feature_map: RandomFourierFeatures | None = None
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        self.kernel, self.prompt_kernel = differentiable(self.kernel), as_kernel(self.prompt_kernel)
+        prompts = [p for p in (self.reference_prompts, self.baseline_prompts) if p is not None]
+        if len(prompts) == 1:
+            raise ValueError("a prompt-aware witness needs reference_prompts and baseline_prompts, got one of them")
+        if prompts and self.feature_map is not None:
+            raise ValueError("a prompt-aware witness is exact; leave out feature_map, or the prompts")
+        sets = [natural_rows(x, self.normalize).cpu() for x in (self.reference, self.baseline)]
+        if not min(map(len, sets)) or sets[0].shape[1] != sets[1].shape[1]:
+            shapes = f"{list(self.reference.shape)} and {list(self.baseline.shape)}"
+            raise ValueError(f"reference and baseline must be samples of one shape, one or more of each, got {shapes}")
+        for x, t, name in zip(sets, prompts, ("reference", "baseline"), strict=False):
+            if len(x) != len(t):
+                raise ValueError(f"{name} has {len(x)} samples and {len(t)} rows of prompt features")
+        self.conditional = bool(prompts)
+        self.fitted = self.kernel.fit(sets[0])
+        self._rows, self._count = torch.cat(sets), len(sets[0])
+        self._prompt_rows = l2_normalize(torch.cat([p.cpu().float() for p in prompts])) if prompts else None
+
+    def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Any:
+        """Rows and their weights ``[n or 1, m + b]``, on the device of the samples; coefficients for random features."""
+        if x.shape[-1] != self._rows.shape[1]:
+            raise ValueError(
+                f"the reference set has rows of length {self._rows.shape[1]}, samples have {x.shape[-1]}; encode the "
+                "references with this pipeline's autoencoder at the generated resolution"
+            )
+        m, b = self._count, len(self._rows) - self._count
+        sign = torch.cat([torch.full((m,), 1.0), torch.full((b,), -1.0)])
+        weights = torch.cat([torch.full((1, m), 1 / m), torch.full((1, b), -1 / b)], 1)
+        if self._prompt_rows is not None:
+            if prompt_features is None:
+                raise ValueError(
+                    "a prompt-aware witness needs prompt features, but this call has none; omit reference_prompts"
+                )
+            rows = self._prompt_rows.to(prompt_features)
+            near = self.prompt_kernel(prompt_features, rows).clamp_min(LEAST_WEIGHT)
+            sides = near[:, :m], near[:, m:]
+            weights = torch.cat([s / s.sum(1, keepdim=True) for s in sides], 1) * sign.to(near)
+        if self.feature_map is not None:
+            return (weights.double() @ self.feature_map(self._rows).double()).to(x)
+        return self._rows.to(x), weights.to(x).expand(len(x), -1)
+
+    def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+        x = as_float(x)
+        pairs = self.pairs(x, self._prompts(prompt_features), memory)
+        if self.feature_map is not None:
+            return (self.feature_map(x) * pairs).sum()
+        rows, weights = pairs
+        return (self.fitted(x, rows) * weights).sum()
+
+    def gradient(
+        self,
+        x: Tensor,
+        prompt_features: Tensor | None = None,
+        memory: Memory | None = None,
+        *,
+        jitter: Tensor | None = None,
+        pairs: Any = None,
+    ) -> Gradient:
+        x = as_float(x)
+        pairs = self.pairs(x, self._prompts(prompt_features), memory) if pairs is None else pairs
+        if self.feature_map is not None:
+            return Gradient(self.feature_map.vjp(x, pairs.expand(len(x), -1)))
+        rows, weights = pairs
+        return Gradient(self.fitted.vjp(x, rows, weights))
 
 
 @dataclass(repr=False)

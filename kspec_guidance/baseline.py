@@ -1,0 +1,160 @@
+"""A pipeline's baseline: samples that it makes without guidance, over many prompts, kept in the user's cache."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kspec_guidance.demo.pipeline import DEMO_PROMPTS, is_demo
+from kspec_guidance.guidance.calibration import calibration_file
+from kspec_guidance.guidance.presets import SPARKE
+from kspec_guidance.loop.components import denoiser_of
+from kspec_guidance.loop.observer import network_fingerprint
+from kspec_guidance.synthesis.generator import check_call
+from kspec_guidance.utils.atomic_io import replacing
+from kspec_guidance.utils.hashing import hash_json, hash_tensors, same_network
+from kspec_guidance.utils.messages import warn_user
+
+__all__ = ["BASELINE_PROMPTS", "make_baseline"]
+
+BASELINE_PROMPTS = (  # people, animals, things, places and scenes, without words of style
+    "a woman reading a book", "a man riding a bicycle", "a child with a balloon", "an old fisherman",
+    "a group of friends", "a dancer on a stage", "a doctor at work", "a farmer in a field", "a portrait of a young man",
+    "a couple on a bench", "a dog in a park", "a cat on a sofa", "a horse by a fence", "a bird on a branch",
+    "an elephant", "a fish under water", "a butterfly on a flower", "a sheep on a hill", "a bear in a river",
+    "a frog on a leaf", "a bowl of fruit", "a cup of coffee", "a loaf of bread", "a wooden chair", "a red car",
+    "an old clock", "a pair of shoes", "a guitar", "a vase with flowers", "a lamp on a table", "a stack of books",
+    "a sailing boat", "a house by a lake", "a street in a city at night", "a small village", "a church",
+    "a bridge over a river", "a castle", "a kitchen", "a library", "a train station", "a market", "a mountain with snow",
+    "a forest in autumn", "a beach at sunset", "a desert", "a waterfall", "a garden", "a stormy sea", "a field of wheat",
+)  # fmt: skip
+FEW_PROMPTS = 8  # below which a baseline is doubtful
+SAVES = 10  # of a run, at most
+
+
+def make_baseline(
+    pipe: Any,
+    prompts: Sequence[str] | None = None,
+    n: int = 100,
+    *,
+    batch_size: int = 4,
+    seed: int = 0,
+    call: dict[str, Any] | None = None,
+    cache: bool = True,
+    progress_callback: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Samples of a pipeline without guidance over many prompts, for ``MMDGuidance(reference, baseline=...)``.
+
+    Made once for a pipeline and its settings, and then read from the user's cache (``$KSPEC_GUIDANCE_HOME`` or
+    ``~/.cache/kspec_guidance``). A broken off run is continued. Samples are not decoded.
+
+    Args:
+        pipe: any text-to-image pipeline.
+        prompts: many prompts of different subjects, without words of style; by default 50 that come with this package,
+            or emoji for the embedded pipeline.
+        n: number of samples, spread over the prompts. More are better; 100 suffice for a style.
+        batch_size: samples of a prompt that are made at once.
+        seed: of the noise.
+        call: further arguments of the pipeline's call, as in later runs: ``num_inference_steps``, ``guidance_scale``,
+            ``height``, ``width``.
+        cache: whether to read and write the cache.
+        progress_callback: called with the number of samples so far, and n.
+
+    Returns:
+        ``[n, ...]`` in the shape of the pipeline's samples, as :func:`encode_reference` returns references; float32, on
+        the CPU.
+
+    Raises:
+        ValueError: for no prompts, or numbers below 1.
+        SynthesisError: if the pipeline takes no prompts, or not all of ``call``.
+
+    Warns:
+        UserWarning: if there are fewer than 8 prompts: what they have in common would count as the model's own.
+    """
+    call = dict(call or {})
+    if prompts is None:
+        prompts = DEMO_PROMPTS if is_demo(pipe) else BASELINE_PROMPTS
+    prompts = list(prompts)
+    if not prompts or n < 1 or batch_size < 1:
+        raise ValueError(f"a baseline needs prompts, samples and a batch size, got {len(prompts)}, {n} and {batch_size}")
+    check_call(pipe, call)
+    if len(set(prompts)) < FEW_PROMPTS:
+        warn_user(
+            f"a baseline of {len(set(prompts))} prompts knows little of what the model makes anyway: what these prompts "
+            f"have in common is pushed away too; give {FEW_PROMPTS} or more"
+        )
+    network = denoiser_of(pipe)
+    file = None if not cache or network is None else _File(pipe, network_fingerprint(network), prompts, call, seed)
+    rows = [] if file is None else list(file.read()[:n])
+    guide, saved = SPARKE(variety=0), len(rows)  # plain sampling, bit for bit; the guide hands the samples over
+    guide.remember = False
+    try:
+        with guide.attach(pipe):
+            while len(rows) < n:
+                batch = [prompts[k % len(prompts)] for k in range(len(rows), min(n, len(rows) + batch_size))]
+                noise = [torch.Generator().manual_seed(seed + k) for k in range(len(rows), len(rows) + len(batch))]
+                guide.finished.clear()
+                if len(batch) > 1:
+                    pipe(batch, generator=noise, output_type="latent", **call)
+                else:
+                    pipe(batch[0], generator=noise[0], output_type="latent", **call)
+                found = torch.cat([f.features for f in guide.finished]).float().cpu()
+                if len(found) != len(batch):
+                    raise ValueError(
+                        f"{type(pipe).__name__} made {len(found)} samples of {len(batch)} prompts; give batch_size=1"
+                    )
+                if not torch.isfinite(found).all():
+                    raise ValueError(f"{type(pipe).__name__} made NaN or infinite samples of {batch}")
+                rows += list(found)
+                if progress_callback is not None:
+                    progress_callback(len(rows), n)
+                if file is not None and len(rows) - saved >= max(n // SAVES, 1):
+                    file.write(torch.stack(rows))
+                    saved = len(rows)
+    finally:  # also after Ctrl-C, so that the next call continues
+        if file is not None and len(rows) > saved:
+            file.write(torch.stack(rows))
+    return torch.stack(rows)
+
+
+class _File:
+    """The file of a baseline: safetensors, with the denoiser's fingerprint and a digest of the rows.
+
+    Args:
+        pipe: the pipeline.
+        network: fingerprint of its denoiser.
+        prompts, call, seed: of the samples.
+    """
+
+    def __init__(self, pipe: Any, network: str, prompts: list[str], call: dict[str, Any], seed: int):
+        architecture = network.partition("(")[0]
+        key = hash_json([type(pipe).__name__, architecture, prompts, call, seed], 16)
+        self.network, folder = network, calibration_file().parent / "baselines"
+        for k in range(1, 100):  # models of one architecture have one key
+            self.path = folder / f"{key}-{k}.safetensors"
+            if not self.path.is_file() or self._known() is not None:
+                break
+
+    def _known(self) -> Tensor | None:
+        """The rows of the file; None if it is damaged, or of another model."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                about, rows = file.metadata() or {}, file.get_tensor("rows")
+        except (SafetensorError, OSError):
+            return None
+        own = about.get("sha256") == hash_tensors({"rows": rows}) and same_network(about.get("network", ""), self.network)
+        return rows if own else None
+
+    def read(self) -> Tensor:
+        """Rows ``[k, ...]``; none if there is no file."""
+        rows = self._known() if self.path.is_file() else None
+        return torch.empty(0) if rows is None else rows
+
+    def write(self, rows: Tensor) -> None:
+        """Write all rows, atomically."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as fresh:
+            save_file({"rows": rows}, fresh, metadata={"network": self.network, "sha256": hash_tensors({"rows": rows})})
