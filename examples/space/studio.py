@@ -29,6 +29,7 @@ from kspec_guidance import (
     encode_reference,
     load_demo_pipeline,
     load_demo_reference,
+    make_baseline,
 )
 from kspec_guidance import functional as F
 from kspec_guidance.demo import unknown_words
@@ -50,6 +51,7 @@ MAX_PROMPTS, MAX_IMAGES_PER_PROMPT, MAX_STEPS = 6, 8, 30
 MAX_PROMPT_LENGTH = 300  # characters
 MIN_REFERENCES = 4  # uploaded images
 MEMORY_LIMIT = 2000  # images in a visitor's memory
+BASELINE_CALL = {"num_inference_steps": 8, "guidance_scale": 5.0}
 PREVIEW_EVERY = 2  # steps of the embedded model, which is fast
 PREVIEW_EVERY_SLOW = 5  # steps of any other model
 LABELS = {"plain": "without guidance", "guided": "with guidance"}
@@ -276,12 +278,20 @@ class Studio:
             raise InputError(f"{method} needs a reference set.")
         if method == "Novelty":
             return NoveltyGuidance(reference, scale)
-        toward = MMDGuidance(reference, 0.7 * scale, memory=memory)
+        toward = self._toward(reference, scale, memory)
         if method == "MMD":
             return toward
         if method == "SPARKE + MMD":
             return SPARKE(variety=variety / 2, memory=memory) + toward
         raise InputError(f"There is no method {method!r}; there are {', '.join(METHODS)}.")
+
+    def _toward(self, reference: Tensor, scale: float, memory: MemoryBank) -> KernelGuidance:
+        """A guide toward a reference set; of the embedded model away from its own images, which are made once."""
+        if not self.demo:  # the baseline of a large model takes long
+            return MMDGuidance(reference, 0.7 * scale, memory=memory)
+        with self.lock:
+            baseline = make_baseline(self.pipe, n=100, batch_size=10, call=BASELINE_CALL)
+        return MMDGuidance(reference, scale, memory=memory, baseline=baseline)
 
     def generate(
         self, visitor: Visitor, prompts: list[str], images_per_prompt: int, method: str, variety: float, seed: int,

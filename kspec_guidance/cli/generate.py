@@ -38,11 +38,31 @@ from kspec_guidance.cli.arguments import (
     read_options,
     read_pairs,
 )
-from kspec_guidance.cli.console import command_output
+from kspec_guidance.cli.console import Output, command_output
 
 __all__ = ["generate"]
 
 PROCESSES = "Processes"
+
+
+def _toward(output: Output, pipe: Any, folder: Path, call: dict[str, Any], batch_size: int, dry_run: bool) -> Any:
+    """A guide toward the images of a folder, with the pipeline's baseline; for a plan the references stand for it."""
+    from kspec_guidance import MMDGuidance, encode_reference, make_baseline
+
+    height = call.get("height")
+    reference = encode_reference(pipe, folder, size=(height, call.get("width", height)) if height else None)
+    if dry_run:
+        return MMDGuidance(reference, baseline=reference)
+    output.note("making the baseline: images of many prompts without guidance, once for this model and settings ...")
+    settings = {k: v for k, v in call.items() if v is not None}
+    with output.progress_bars() as bars:
+        task = bars.add_task("baseline", total=None)
+
+        def show(k: int, n: int) -> None:
+            bars.update(task, completed=k, total=n)
+
+        baseline = make_baseline(pipe, batch_size=batch_size, call=settings, progress_callback=show)
+    return MMDGuidance(reference, baseline=baseline)
 
 
 def generate(
@@ -90,6 +110,14 @@ def generate(
     ] = 1,
     variety: Variety = None,
     scale: Scale = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images whose style or domain to take on; 20 to 50 are enough.",
+            rich_help_panel=GUIDANCE,
+            exists=True,
+        ),
+    ] = None,
     attribute: Annotated[
         list[str] | None,
         typer.Option(
@@ -211,7 +239,9 @@ def generate(
         height = call.get("height")
         for name, references in attributes.items():
             quotas[name] = read_attribute(pipe, references, (height, call.get("width", height)) if height else None)
-        guide = SPARKE(scale, memory=bank, variety=variety, target=raised)
+        guide: Any = SPARKE(scale, memory=bank, variety=variety, target=raised)
+        if like is not None:
+            guide = guide + _toward(output, pipe, like, call, batch_size, dry_run)
         if dry_run:
             plan = estimate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,

@@ -19,9 +19,9 @@ __all__ = ["DEMO_PROMPTS", "is_demo", "is_demo_denoiser", "load_demo_pipeline", 
 
 ASSETS = Path(__file__).parent / "assets"
 DEMO_PROMPTS = (  # names of different things that the embedded model knows
-    "heart", "cat face", "dog face", "rocket", "teacher", "clock face", "bird", "surfer", "flag", "smiling face", "automobile",
-    "evergreen tree", "student", "police officer", "fish", "book", "baby", "runner", "elf", "farmer", "cook", "flower",
-    "building", "fruit", "vehicle", "person", "singer", "judge", "swimmer", "mage", "pilot", "guitar", "umbrella",
+    "heart", "cat face", "dog face", "rocket", "teacher", "clock face", "bird", "surfer", "flag", "smiling face",
+    "automobile", "evergreen tree", "student", "police officer", "fish", "book", "baby", "runner", "elf", "farmer", "cook",
+    "flower", "building", "fruit", "vehicle", "person", "singer", "judge", "swimmer", "mage", "pilot", "guitar", "umbrella",
 )  # fmt: skip
 
 

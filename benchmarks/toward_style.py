@@ -1,0 +1,112 @@
+"""MMD guidance toward a style at one prompt a batch, with and without a baseline of the model's own samples.
+
+    python benchmarks/toward_style.py --json benchmarks/results/toward_style.json --plot docs/baseline.png
+
+The embedded model, 8 steps, 8 images of each of 7 prompts that are not among those of the baseline. *Other style* is the
+emoji classifier's mean probability of the other art style; *valid* its probability of the likeliest emoji that the prompt
+may describe.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.arena.beds.base import Case
+from benchmarks.arena.beds.emoji import Emoji
+from kspec_guidance import MMDGuidance, encode_reference, load_demo_reference, make_baseline
+
+PROMPTS = ("firefighter", "health worker", "astronaut", "detective", "artist", "mechanic", "dancer")
+CALL = {"num_inference_steps": 8, "guidance_scale": 5.0}
+REFERENCES, BASELINES = (8, 16, 32, 96), (25, 50, 100, 200)
+
+
+def measure(bed: Emoji, guide: Any, seeds: int, style: str, words: str = "") -> dict[str, float]:
+    """Figures of 7 prompts, one prompt a batch, with their standard errors over seeds."""
+    index, found = bed.judge_.classes["style"].index(style), {"other": [], "valid": []}
+    for seed in range(seeds):
+        other, valid = [], []
+        if guide is not None:
+            guide.memory.clear()
+        for k, prompt in enumerate(PROMPTS):
+            case = Case(prompt, 100 * seed + k)
+            asked = Case(prompt + words, case.seed)
+            if guide is None:
+                x = bed.run(asked, 8)
+            else:
+                with guide.attach(bed.pipe):
+                    x = bed.run(asked, 8)
+            p = bed.judge_.network(bed.decode(x))["style"].softmax(1)
+            other.append(1 - float(p[:, index].mean()))
+            valid.append(bed.judge(x, case)["valid"])
+        found["other"].append(mean(other))
+        found["valid"].append(mean(valid))
+    error = {f"{k}_se": stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for k, v in found.items()}
+    return {k: mean(v) for k, v in found.items()} | error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    bed, rows = Emoji(), []
+    everything = make_baseline(bed.pipe, n=max(BASELINES), batch_size=8, call=CALL, cache=False)
+
+    def add(name: str, guide: Any, style: str, words: str = "", **about: Any) -> None:
+        row = {"name": name, "style": style, **about, **measure(bed, guide, options.seeds, style, words)}
+        rows.append(row)
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+    for style in ("noto style", "twemoji style"):
+        latents = encode_reference(bed.pipe, load_demo_reference(style.split()[0]))
+        latents = latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))]
+        add("plain", None, style)
+        add("asked in words", None, style, f", {style}")
+        add("MMD, batch and memory", MMDGuidance(latents), style, references=len(latents))
+        for m in REFERENCES:
+            if m <= len(latents):
+                guide = MMDGuidance(latents[:m], baseline=everything[:100])
+                add("baseline", guide, style, references=m, baseline=100)
+        for b in BASELINES:
+            guide = MMDGuidance(latents, baseline=everything[:b])
+            add("baseline", guide, style, references=len(latents), baseline=b)
+    if options.json:
+        options.json.write_text(json.dumps({"seeds": options.seeds, "rows": rows}, indent=1) + "\n")
+    if options.plot:
+        plot(rows, options.plot)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Other style against the number of references, and of baseline samples."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+    for style, colour in (("noto style", "#2f6fb3"), ("twemoji style", "#c4572e")):
+        own = [r for r in rows if r["style"] == style]
+        plain = next(r["other"] for r in own if r["name"] == "plain")
+        most = max(r.get("references", 0) for r in own)
+        for ax, key, fixed in ((axes[0], "references", ("baseline", 100)), (axes[1], "baseline", ("references", most))):
+            line = sorted({r[key]: r for r in own if r["name"] == "baseline" and r[fixed[0]] == fixed[1]}.items())
+            ax.errorbar([x for x, _ in line], [r["other"] for _, r in line], [r["other_se"] for _, r in line],
+                        fmt="o-", color=colour, label=style.split()[0], capsize=2)  # fmt: skip
+            ax.axhline(plain, color=colour, linestyle="--", linewidth=1)
+            ax.set_xscale("log", base=2)
+            ax.set_xticks([x for x, _ in line], [str(x) for x, _ in line])
+    axes[0].set(xlabel="references (100 baseline samples)", ylabel="probability of the other style", ylim=(0, None))
+    axes[1].set(xlabel="baseline samples (all references)")
+    axes[0].legend(frameon=False)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The witness function of references against a baseline."""
+
+import pytest
+import torch
+
+from kspec_guidance import KernelGuidance, MMDGuidance
+from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel
+from kspec_guidance.memory import MemoryBank
+from kspec_guidance.objectives import Witness
+from tests.objectives.common import FEATURE_MAP, PROMPT_KERNEL, D, P, relative_error
+from tests.samples import rows
+
+REFERENCE, BASELINE = rows(9, D, 3), rows(11, D, 4)
+PROMPTS = {"reference_prompts": rows(9, P, 7), "baseline_prompts": rows(11, P, 8)}
+
+
+@pytest.mark.parametrize("prompts", [{}, PROMPTS], ids=["plain", "prompt-aware"])
+@pytest.mark.parametrize("kernel", [GaussianKernel(1.3), CosineKernel(), PolynomialKernel(), LaplacianKernel(2.0)], ids=str)
+def test_closed_form_gradient_matches_autograd(kernel, prompts):
+    objective = Witness(REFERENCE, BASELINE, kernel, prompt_kernel=PROMPT_KERNEL, **prompts)
+    assert relative_error(objective, MemoryBank()) < 1e-8
+
+
+def test_gradient_of_random_features_matches_autograd():
+    objective = Witness(REFERENCE, BASELINE, GaussianKernel(2.5), feature_map=FEATURE_MAP)
+    assert relative_error(objective, MemoryBank()) < 1e-8
+
+
+def test_value_is_the_difference_of_mean_kernels():
+    k, x = GaussianKernel(1.3), rows(5, D, 0)
+    expected = (k(x, REFERENCE).mean(1) - k(x, BASELINE).mean(1)).sum()
+    torch.testing.assert_close(Witness(REFERENCE, BASELINE, k).value(x), expected)
+
+
+def test_random_features_approach_the_exact_gradient():
+    k, x = GaussianKernel(2.5), rows(5, D, 0)
+    exact = Witness(REFERENCE, BASELINE, k).gradient(x).rows
+    features = RandomFourierFeatures(k, D, 8192)
+    approximate = Witness(REFERENCE, BASELINE, k, feature_map=features).gradient(x).rows
+    assert (approximate - exact).norm() < 0.1 * exact.norm()
+
+
+def test_what_both_sides_have_cancels():
+    """Subjects are directions that both sides have in equal shares; a style is a shift of the references alone."""
+    subjects, style = 4 * torch.eye(D, dtype=torch.float64)[:4], torch.zeros(D, dtype=torch.float64)
+    style[5] = 1.0
+    objective = Witness(subjects + style, subjects, GaussianKernel(3.0))
+    g = objective.gradient(subjects[:1]).rows[0]  # one subject, as in a batch of one prompt
+    assert g[5] > 5 * g[:5].abs().max()
+
+
+def test_a_prompt_is_compared_with_rows_of_its_own():
+    t = torch.eye(2, dtype=torch.float64)
+    reference, baseline = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(), torch.zeros(2, 2).double()
+    objective = Witness(reference, baseline, GaussianKernel(1.0), reference_prompts=t, baseline_prompts=t)
+    g = objective.gradient(0.1 * torch.ones(2, 2).double(), t).rows
+    assert g[0, 0] > 20 * g[0, 1].abs()
+    assert g[1, 1] > 20 * g[1, 0].abs()
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="samples of one shape"):
+        Witness(REFERENCE, BASELINE[:, :4])
+    with pytest.raises(ValueError, match="got one of them"):
+        Witness(REFERENCE, BASELINE, reference_prompts=PROMPTS["reference_prompts"])
+    with pytest.raises(ValueError, match="baseline has 11 samples and 3 rows"):
+        Witness(REFERENCE, BASELINE, reference_prompts=rows(9, P, 7), baseline_prompts=rows(3, P, 8))
+    with pytest.raises(ValueError, match="is exact"):
+        Witness(REFERENCE, BASELINE, feature_map=FEATURE_MAP, **PROMPTS)
+    with pytest.raises(ValueError, match="omit reference_prompts"):
+        Witness(REFERENCE, BASELINE, **PROMPTS).gradient(rows(5, D, 0))
+    with pytest.raises(ValueError, match="rows of length 6, samples have 4"):
+        Witness(REFERENCE, BASELINE).gradient(rows(5, 4, 0))
+    with pytest.raises(ValueError, match="give baseline= too"):
+        MMDGuidance(REFERENCE, baseline_prompts=PROMPTS["baseline_prompts"])
+
+
+def test_settings_survive_saving(tmp_path):
+    guide = MMDGuidance(REFERENCE.float(), baseline=BASELINE.float())
+    guide.save_config(tmp_path)
+    again = KernelGuidance.from_config(tmp_path).terms[0]
+    x = rows(5, D, 0).float()
+    assert torch.equal(again.objective.gradient(x).rows, guide.terms[0].objective.gradient(x).rows)
+    assert again.scale == guide.terms[0].scale == 1.0

@@ -1,0 +1,124 @@
+"""Baselines of a pipeline: what they are, their cache, and that they move a style at one prompt a batch."""
+
+import pytest
+import torch
+
+from kspec_guidance import MMDGuidance, encode_reference, load_demo_pipeline, load_demo_reference, make_baseline
+from kspec_guidance.baseline import BASELINE_PROMPTS
+from kspec_guidance.demo import load_demo_judge
+from kspec_guidance.demo.pipeline import DEMO_PROMPTS
+from tests import tiny
+
+CALL = {"num_inference_steps": 2, "guidance_scale": 1.0}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path))
+    return tmp_path / "baselines"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def plain(pipe, k):
+    return pipe(
+        DEMO_PROMPTS[k], generator=torch.Generator().manual_seed(k), output_type="latent", **CALL
+    ).images  # fmt: skip
+
+
+def test_samples_are_those_of_plain_sampling(pipe, home):
+    found = make_baseline(pipe, n=3, batch_size=2, call=CALL)
+    expected = torch.cat([plain(pipe, k) for k in range(3)])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_cache_is_read_extended_and_cut(pipe, home):
+    first = make_baseline(pipe, n=4, call=CALL)
+    files = list(home.iterdir())
+    made = []
+    longer = make_baseline(pipe, n=6, call=CALL, progress_callback=lambda k, n: made.append(k))
+    assert made == [6]
+    assert torch.equal(longer[:4], first)
+    assert torch.equal(make_baseline(pipe, n=2, call=CALL, progress_callback=lambda k, n: made.append(k)), first[:2])
+    assert made == [6]
+    assert list(home.iterdir()) == files
+    make_baseline(pipe, n=2, call=CALL | {"guidance_scale": 2.0})
+    assert len(list(home.iterdir())) == 2
+
+
+def test_a_damaged_cache_and_another_model_are_not_read(pipe, home):
+    first = make_baseline(pipe, n=2, call=CALL)
+    next(home.iterdir()).write_bytes(b"damaged")
+    torch.testing.assert_close(make_baseline(pipe, n=2, call=CALL), first)
+    other = load_demo_pipeline()
+    with torch.no_grad():
+        for p in other.unet.parameters():
+            p.mul_(1.05 if p.ndim == 1 else 1).add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    found = make_baseline(other, DEMO_PROMPTS, n=2, call=CALL)
+    assert not torch.allclose(found, first, atol=0.1)
+
+
+def test_an_interrupted_run_is_continued(pipe, home):
+    def stop(k, n):
+        if k == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_baseline(pipe, n=6, batch_size=2, call=CALL, progress_callback=stop)
+    made = []
+    make_baseline(pipe, n=6, batch_size=2, call=CALL, progress_callback=lambda k, n: made.append(k))
+    assert made == [6]
+    assert pipe.scheduler.step.__qualname__ == type(pipe.scheduler).step.__qualname__  # nothing is left patched
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline"])
+def test_any_pipeline_has_a_baseline(name, home):
+    pipe = tiny.build(name)
+    given = ("prompt", "generator", "output_type", "num_images_per_prompt")
+    call = {k: v for k, v in tiny.call_kwargs(name).items() if k not in given}
+    found = make_baseline(pipe, n=3, batch_size=2, call=call)
+    assert len(found) == 3
+    assert found.isfinite().all()
+
+
+def test_bad_input_is_refused(pipe, home):
+    with pytest.raises(ValueError, match="needs prompts"):
+        make_baseline(pipe, [])
+    with pytest.raises(ValueError, match=r"got \d+, 0 and 4"):
+        make_baseline(pipe, n=0)
+    with pytest.warns(UserWarning, match="baseline of 2 prompts"):
+        make_baseline(pipe, ["heart", "bird"], n=2, call=CALL)
+    assert len(set(BASELINE_PROMPTS)) == len(BASELINE_PROMPTS) == 50
+
+
+def test_the_judge_knows_the_prompts_of_the_embedded_pipeline():
+    judge = load_demo_judge()
+    assert all(judge.described(p).any() for p in DEMO_PROMPTS)
+
+
+@pytest.mark.slow
+def test_a_style_moves_at_one_prompt_a_batch(pipe, home):
+    call = {"num_inference_steps": 8, "guidance_scale": 5.0}
+    judge, reference = load_demo_judge(), encode_reference(pipe, load_demo_reference("noto"))
+    guides = {
+        "plain": None,
+        "batch alone": MMDGuidance(reference),
+        "baseline": MMDGuidance(reference, baseline=make_baseline(pipe, n=100, batch_size=8, call=call)),
+    }
+    noto, other = judge.classes["style"].index("noto style"), {}
+    for name, guide in guides.items():
+        found = []
+        for prompt in ("firefighter", "student", "singer"):
+            generator = torch.Generator().manual_seed(0)
+            with (guide or MMDGuidance(reference, 0)).attach(pipe):
+                images = pipe(prompt, num_images_per_prompt=8, generator=generator, output_type="pt", **call).images
+            found.append(1 - judge.network(2 * images - 1)["style"].softmax(1)[:, noto].mean())
+        other[name] = sum(found) / len(found)
+    assert other["baseline"] < 0.15
+    assert other["baseline"] < other["plain"] / 2
+    assert other["batch alone"] > other["plain"] / 2
