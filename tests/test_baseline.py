@@ -76,7 +76,7 @@ def test_an_interrupted_run_is_continued(pipe, home):
     assert pipe.scheduler.step.__qualname__ == type(pipe.scheduler).step.__qualname__  # nothing is left patched
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline"])
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionXLPipeline"])
 def test_any_pipeline_has_a_baseline(name, home):
     pipe = tiny.build(name)
     given = ("prompt", "generator", "output_type", "num_images_per_prompt")

@@ -23,7 +23,7 @@ def test_wheel_contains_pipeline_and_runs_standalone(tmp_path):
         sizes = {i.filename: i.file_size for i in archive.infolist()}
         archive.extractall(tmp_path / "site")
     weights = [n for n in sizes if n.endswith(".safetensors")]
-    assert len(weights) == 3
+    assert len(weights) == 4
     assert sum(sizes[n] for n in weights) < 40e6
     for name in (
         "py.typed",
