@@ -2,6 +2,7 @@ import importlib
 import json
 
 import pytest
+from PIL import Image
 
 from kspec_guidance.synthesis.api import synthesize
 from tests.cli.commands import call
@@ -123,3 +124,25 @@ def test_select_without_arms_is_refused(tmp_path):
     result = call("generate", "heart", "--out", tmp_path, *FAST, "--select", "uniform")
     assert result.exit_code != 0
     assert "--arms" in result.output
+
+
+@pytest.mark.slow
+def test_like_takes_a_folder_and_makes_the_baseline_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "references"
+    folder.mkdir()
+    for k in range(4):
+        Image.new("RGB", (64, 64), (60 * k, 90, 120)).save(folder / f"{k}.png")
+    plan = call("generate", "heart", "--like", folder, "--out", tmp_path / "set", *FAST, "--dry-run")
+    assert plan.exit_code == 0, plan.output
+    assert not (tmp_path / "home").exists()
+    first = call("generate", "heart", "--like", folder, "--out", tmp_path / "set", *FAST)
+    assert first.exit_code == 0, first.output
+    [baseline] = (tmp_path / "home" / "baselines").iterdir()
+    changed = baseline.stat().st_mtime_ns
+    call("generate", "heart", "--out", tmp_path / "plain", *FAST, "--variety", 0)
+    again = call("generate", "heart", "--like", folder, "--out", tmp_path / "set", *FAST)
+    assert "all images made" in again.output
+    assert baseline.stat().st_mtime_ns == changed
+    images = [next((tmp_path / name).rglob("*.png")).read_bytes() for name in ("set", "plain")]
+    assert images[0] != images[1]
