@@ -74,13 +74,16 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
 
 def table(results: dict[str, dict[str, list[float]]]) -> str:
     """Means and half widths of their 95% intervals."""
-    lines = ["| experiment | figure | method: mean, with its 95% interval |", "|---|---|---|"]
+    lines = ["| experiment | figure | seeds | method: mean, with its 95% interval |", "|---|---|---|---|"]
     for name, (what, _) in EXPERIMENTS.items():
+        if name not in results:
+            continue
         cells = []
         for key, values in results[name].items():
             mean, half = mean_and_half(values)
             cells.append(f"{key} {mean:.3g}" + (f" ± {half:.1g}" if half > 0 else ""))
-        lines.append(f"| {name} | {what} | {'; '.join(cells)} |")
+        seeds = len(next(iter(results[name].values())))
+        lines.append(f"| {name} | {what} | {seeds} | {'; '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -91,7 +94,7 @@ def figures(results: dict[str, dict[str, list[float]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = ["1 RKE", "2 overlap", "4 linear", "5 circle", "5 bad start", "7 PromptWise"]
+    names = ["1 RKE", "1 Vendi", "4 linear", "5 circle", "5 bad start", "7 PromptWise"]
     fig, axes = plt.subplots(2, 3, figsize=(11, 6), constrained_layout=True)
     for axis, name in zip(axes.flat, names, strict=True):
         found = {k: v for k, v in results[name].items() if name != "7 PromptWise" or k.endswith(", regret")}
