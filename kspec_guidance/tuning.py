@@ -42,10 +42,12 @@ class Difference:
 
     Attributes:
         mean: of the differences.
-        low, high: ends of its 95% interval, by Student's t; infinite for one batch.
+        low, high: ends of its interval, by Student's t; infinite for one batch. It holds with 95% for all differences
+            that are compared together (Bonferroni).
         detectable: the smallest true difference that so many batches find with a power of 80% (Bloom 1995, Evaluation
             Review 19: minimum detectable effect); infinite for one batch.
         batches: number of pairs of batches.
+        comparisons: number of differences, one of each scale, that are compared together.
     """
 
     mean: float
@@ -53,17 +55,18 @@ class Difference:
     high: float
     detectable: float
     batches: int
+    comparisons: int = 1
 
     @classmethod
-    def of(cls, plain: Sequence[float], guided: Sequence[float]) -> "Difference":
+    def of(cls, plain: Sequence[float], guided: Sequence[float], comparisons: int = 1) -> "Difference":
         """The difference of scores, one of each batch, in the same order."""
         d = torch.tensor(guided, dtype=torch.float64) - torch.tensor(plain, dtype=torch.float64)
         n, mean = len(d), float(d.mean())
         if n < 2:
-            return cls(mean, -math.inf, math.inf, math.inf, n)
+            return cls(mean, -math.inf, math.inf, math.inf, n, comparisons)
         se = float(d.std()) / math.sqrt(n)
-        half, detectable = (q * se for q in _quantiles(n))
-        return cls(mean, mean - half, mean + half, detectable, n)
+        half, detectable = (q * se for q in _quantiles(n, comparisons))
+        return cls(mean, mean - half, mean + half, detectable, n, comparisons)
 
     def relative(self, base: float) -> str:
         """The mean and its interval in percent of ``base``, for messages."""
@@ -73,18 +76,18 @@ class Difference:
         """About how many batches find a true difference of this size, if they vary as these do; infinite if unknown."""
         if not (size > 0 and math.isfinite(self.detectable)):
             return math.inf
-        deviation = self.detectable / _quantiles(self.batches)[1] * math.sqrt(self.batches)
+        deviation = self.detectable / _quantiles(self.batches, self.comparisons)[1] * math.sqrt(self.batches)
         n = 2
-        while n < MAX_BATCHES and _quantiles(n)[1] * deviation / math.sqrt(n) > size:
+        while n < MAX_BATCHES and _quantiles(n, self.comparisons)[1] * deviation / math.sqrt(n) > size:
             n += max(1, n // 50)
         return n if n < MAX_BATCHES else math.inf
 
 
-def _quantiles(n: int) -> tuple[float, float]:
+def _quantiles(n: int, comparisons: int = 1) -> tuple[float, float]:
     """Half the width of an interval from n pairs, and the smallest difference that is found, in standard errors."""
     from scipy.stats import t
 
-    half = float(t.ppf(0.975, n - 1))
+    half = float(t.ppf(1 - 0.025 / comparisons, n - 1))
     return half, half + float(t.ppf(POWER, n - 1))
 
 
@@ -332,7 +335,7 @@ def tune(
         rows, guided_images = run(float(scale), seed)
         images.append(guided_images)
         found, kept = vendi(rows), precision(rows)
-        gain, loss = Difference.of(base, found), Difference.of(kept, fidelities)
+        gain, loss = (Difference.of(*pair, len(scales)) for pair in ((base, found), (kept, fidelities)))
         points.append(TuningPoint(float(scale), mean(found), mean(kept), compare_paired(base, found), gain, loss))
     decision = decide(points, diversity, fidelity, max_fidelity_loss, min_gain, len(prompts), batch_size)
     return Tuning(

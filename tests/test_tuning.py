@@ -51,6 +51,16 @@ def test_wide_intervals_are_too_few_images_and_never_no_help():
     assert f"about {found.batches_needed * 2 * 4} images" in found.reason
 
 
+def test_the_best_of_several_scales_without_effect_is_seldom_said_to_help(g):
+    """Two pairs of batches and five scales, as in the smallest runs: at most one run in twenty finds an effect."""
+    found = 0
+    for _ in range(400):
+        plain = [0.0, 0.0]
+        gains = torch.randn(5, 2, generator=g).tolist()
+        found += any(Difference.of(plain, d, 5).low > 0 for d in gains)
+    assert found <= 0.05 * 400  # each alone at 95% would find one in 12%
+
+
 def test_narrow_intervals_below_the_smallest_gain_are_no_help():
     found = judge(point(0.3, [0.01, -0.01, 0.02, -0.02]), point(0.6, [0.02, -0.02, 0.01, -0.01]))
     assert (found.scale, found.verdict) == (None, NO_HELP)
