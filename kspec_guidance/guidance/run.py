@@ -41,6 +41,7 @@ class TermState:
 
     term: Term
     steps: frozenset[int]
+    interval: tuple[float, float]
     pairs: Any = None
     prepared: bool = False
     memories: dict[int, Memory] | None = None  # the part of the memory for each guided step, likewise
@@ -134,7 +135,9 @@ class Run:
         self.report = GuidanceReport.of(context, self.guide.terms)
         self.finished, self._unchecked, self._rounded = [], [], []
         self.calibration = self._calibration(context)
-        self._states = [TermState(term, term.guided_steps(context.total)) for term in self.guide.terms]
+        self._states = [
+            TermState(term, term.guided_steps(context.total), term.interval(context.total)) for term in self.guide.terms
+        ]
         for state in self._states:
             if state.term.target is not None and state.term.scale:
                 state.varieties = self._varieties(state.term, context, packed)
@@ -245,7 +248,7 @@ class Run:
                     target,
                     score,
                     context.step / context.total,
-                    term.interval(context.total),
+                    state.interval,
                     self._strength(state, gradient),
                     gradient.effective_count,
                     sizes,

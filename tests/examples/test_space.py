@@ -164,7 +164,8 @@ def test_visitors_do_not_share_a_memory(server):
     assert first.predict(api_name="/clear") == "Memory: 0 images."
     status, table, archive = (generate(second)[k] for k in (1, 2, 4))
     assert "Memory: 8 images" in status
-    assert [row[0] for row in table["data"]] == ["Different images of a prompt", "95% interval"]
+    rows = ["Different images of a prompt", "95% interval", "Images that show their prompt"]
+    assert [row[0] for row in table["data"]] == rows
     with zipfile.ZipFile(archive) as files:
         names = files.namelist()
     assert len([n for n in names if n.endswith(".png")]) == 8
@@ -173,7 +174,8 @@ def test_visitors_do_not_share_a_memory(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("text", "images_per_prompt", "rows"), [("heart", 1, 0), ("heart", 2, 1), ("heart\nflag\nman", 1, 0), ("heart", 3, 1)]
+    ("text", "images_per_prompt", "rows"),
+    [("heart", 1, 1), ("heart", 2, 2), ("heart\nflag\nman", 1, 1), ("heart", 3, 2), ("a lorry", 2, 1)],
 )
 def test_few_images_have_scores_without_intervals(server, text, images_per_prompt, rows):
     settings = SETTINGS | {"images_per_prompt": images_per_prompt}
