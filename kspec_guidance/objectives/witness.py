@@ -19,8 +19,55 @@ __all__ = ["Balance", "Witness"]
 LEAST_WEIGHT = 1e-3  # of a row of an unrelated prompt, relative to one of the same prompt
 
 
+class _WeightedRows(Objective):
+    """Ascends ``sum_r w_r k(x, r)`` over fixed rows r, with weights that may depend on the sample; memory is not used."""
+
+    feature_map: RandomFourierFeatures | None = None
+    fitted: Kernel
+    _rows: Tensor
+
+    def _weights(self, n: int, prompt_features: Tensor | None) -> Tensor:
+        """Weights of the rows for each sample ``[n or 1, m]``."""
+        raise NotImplementedError
+
+    def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Any:
+        """Rows and their weights ``[n, m]`` on the device of the samples; coefficients ``[n, D]`` of random features."""
+        if x.shape[-1] != self._rows.shape[1]:
+            raise ValueError(
+                f"the reference set has rows of length {self._rows.shape[1]}, samples have {x.shape[-1]}; encode the "
+                "references with this pipeline's autoencoder at the generated resolution"
+            )
+        weights = self._weights(len(x), self._prompts(prompt_features))
+        if self.feature_map is not None:
+            return (weights.double() @ self.feature_map(self._rows).double()).to(x).expand(len(x), -1)
+        return self._rows.to(x), weights.to(x).expand(len(x), -1)
+
+    def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+        x = as_float(x)
+        pairs = self.pairs(x, prompt_features, memory)
+        if self.feature_map is not None:
+            return (self.feature_map(x) * pairs).sum()
+        rows, weights = pairs
+        return (self.fitted(x, rows) * weights).sum()
+
+    def gradient(
+        self,
+        x: Tensor,
+        prompt_features: Tensor | None = None,
+        memory: Memory | None = None,
+        *,
+        jitter: Tensor | None = None,
+        pairs: Any = None,
+    ) -> Gradient:
+        x = as_float(x)
+        pairs = self.pairs(x, prompt_features, memory) if pairs is None else pairs
+        if self.feature_map is not None:
+            return Gradient(self.feature_map.vjp(x, pairs))
+        return Gradient(self.fitted.vjp(x, *pairs))
+
+
 @dataclass(repr=False)
-class Witness(Objective):
+class Witness(_WeightedRows):
     """Ascends the witness function of the MMD, ``mean_r k(x, r) - mean_b k(x, b)`` (Gretton et al. 2012, section 2.3).
 
     r are references, and b is a baseline: what the model makes anyway, over many prompts. Subjects, which both sides
@@ -73,56 +120,19 @@ class Witness(Objective):
         self._rows, self._count = torch.cat(sets), len(sets[0])
         self._prompt_rows = l2_normalize(torch.cat([p.cpu().float() for p in prompts])) if prompts else None
 
-    def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Any:
-        """Rows and their weights ``[n or 1, m + b]``, on the device of the samples; coefficients for random features."""
-        if x.shape[-1] != self._rows.shape[1]:
-            raise ValueError(
-                f"the reference set has rows of length {self._rows.shape[1]}, samples have {x.shape[-1]}; encode the "
-                "references with this pipeline's autoencoder at the generated resolution"
-            )
+    def _weights(self, n: int, prompt_features: Tensor | None) -> Tensor:
         m, b = self._count, len(self._rows) - self._count
-        sign = torch.cat([torch.full((m,), 1.0), torch.full((b,), -1.0)])
-        weights = torch.cat([torch.full((1, m), 1 / m), torch.full((1, b), -1 / b)], 1)
-        if self._prompt_rows is not None:
-            if prompt_features is None:
-                raise ValueError(
-                    "a prompt-aware witness needs prompt features, but this call has none; omit reference_prompts"
-                )
-            rows = self._prompt_rows.to(prompt_features)
-            near = self.prompt_kernel(prompt_features, rows).clamp_min(LEAST_WEIGHT)
-            sides = near[:, :m], near[:, m:]
-            weights = torch.cat([s / s.sum(1, keepdim=True) for s in sides], 1) * sign.to(near)
-        if self.feature_map is not None:
-            return (weights.double() @ self.feature_map(self._rows).double()).to(x)
-        return self._rows.to(x), weights.to(x).expand(len(x), -1)
-
-    def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
-        x = as_float(x)
-        pairs = self.pairs(x, self._prompts(prompt_features), memory)
-        if self.feature_map is not None:
-            return (self.feature_map(x) * pairs).sum()
-        rows, weights = pairs
-        return (self.fitted(x, rows) * weights).sum()
-
-    def gradient(
-        self,
-        x: Tensor,
-        prompt_features: Tensor | None = None,
-        memory: Memory | None = None,
-        *,
-        jitter: Tensor | None = None,
-        pairs: Any = None,
-    ) -> Gradient:
-        x = as_float(x)
-        pairs = self.pairs(x, self._prompts(prompt_features), memory) if pairs is None else pairs
-        if self.feature_map is not None:
-            return Gradient(self.feature_map.vjp(x, pairs.expand(len(x), -1)))
-        rows, weights = pairs
-        return Gradient(self.fitted.vjp(x, rows, weights))
+        if self._prompt_rows is None:
+            return torch.cat([torch.full((1, m), 1 / m), torch.full((1, b), -1 / b)], 1)
+        if prompt_features is None:
+            raise ValueError("a prompt-aware witness needs prompt features, but this call has none; omit reference_prompts")
+        near = self.prompt_kernel(prompt_features, self._prompt_rows.to(prompt_features)).clamp_min(LEAST_WEIGHT)
+        own, other = near[:, :m], near[:, m:]
+        return torch.cat([own / own.sum(1, keepdim=True), -other / other.sum(1, keepdim=True)], 1)
 
 
 @dataclass(repr=False)
-class Balance(Objective):
+class Balance(_WeightedRows):
     """Ascends ``mean_r k(x, r) - mean_s k(x, s)``, with the references r of the sample's attribute and s of all others.
 
     This is the witness function of the MMD between the attribute's distribution and the others' (Gretton et al. 2012,
@@ -150,36 +160,10 @@ class Balance(Objective):
         self.fitted = self.kernel.fit(self._rows)
         self.wanted: list[int] = []  # the attribute of each sample of the current batch
 
-    def _weights(self, wanted: Sequence[int]) -> Tensor:
+    def _weights(self, n: int, prompt_features: Tensor | None) -> Tensor:
+        wanted = self.wanted if len(self.wanted) == n else [0] * n
         own = torch.as_tensor(wanted)[:, None] == self._attribute
         return own / own.sum(1, keepdim=True) - ~own / (~own).sum(1, keepdim=True)
-
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples, references and their weights ``[n, m]``."""
-        x = as_float(x)
-        if x.shape[1] != self._rows.shape[1]:
-            raise ValueError(
-                f"reference sets have rows of length {self._rows.shape[1]}, samples have {x.shape[1]}; encode the "
-                "references with this pipeline's autoencoder at the generated resolution"
-            )
-        wanted = self.wanted if len(self.wanted) == len(x) else [0] * len(x)
-        return x, self._rows.to(x), self._weights(wanted).to(x)
-
-    def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
-        x, rows, weights = self._inputs(x)
-        return (self.fitted(x, rows) * weights).sum()
-
-    def gradient(
-        self,
-        x: Tensor,
-        prompt_features: Tensor | None = None,
-        memory: Memory | None = None,
-        *,
-        jitter: Tensor | None = None,
-        pairs: Any = None,
-    ) -> Gradient:
-        x, rows, weights = self._inputs(x)
-        return Gradient(self.fitted.vjp(x, rows, weights))
 
     def assign(self, x: Tensor) -> list[int]:
         """The attribute of each sample ``[n, ...]``: that of the reference set with the largest mean kernel."""
