@@ -32,6 +32,21 @@ class _OneBatch(TextEmbedder):
         return super().__call__(texts, max(1, len(texts)), progress)
 
 
+def _loaded(model: str | Path | nn.Module, tokenizer: Any, download: bool, device: str | torch.device) -> tuple[Any, Any]:
+    """A transformers model, frozen and on its device, and its tokenizer; from a folder, a hub name, or loaded before."""
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise ValueError("a loaded model needs tokenizer=")
+        network = model
+    else:
+        from transformers import AutoModel, AutoTokenizer
+
+        with quiet_loading():
+            network = AutoModel.from_pretrained(model, local_files_only=not download, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=not download)
+    return network.eval().requires_grad_(False).to(device), tokenizer
+
+
 def sentence_embedder(
     model: str | Path | nn.Module, tokenizer: Any = None, download: bool = False, device: str | torch.device = "cpu"
 ) -> TextEmbedder:
@@ -47,17 +62,8 @@ def sentence_embedder(
         OSError: if the model is not on this machine and ``download`` was not given.
         ValueError: for a loaded model without a tokenizer.
     """
-    if isinstance(model, nn.Module):
-        if tokenizer is None:
-            raise ValueError("a loaded model needs tokenizer=")
-        network, name = model, type(model).__name__
-    else:
-        from transformers import AutoModel, AutoTokenizer
-
-        with quiet_loading():
-            network = AutoModel.from_pretrained(model, local_files_only=not download, use_safetensors=True)
-        tokenizer, name = AutoTokenizer.from_pretrained(model, local_files_only=not download), Path(model).name
-    network = network.eval().requires_grad_(False).to(device)
+    network, tokenizer = _loaded(model, tokenizer, download, device)
+    name = type(model).__name__ if isinstance(model, nn.Module) else Path(model).name
 
     def encode(texts: list[str]) -> Tensor:
         batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
@@ -114,20 +120,10 @@ def transformers_text_embedder(
         OSError: if the model is not on this machine and ``download`` was not given.
         ValueError: for a model without text features, or a loaded model without a tokenizer.
     """
-    network: Any
-    if isinstance(model, nn.Module):
-        if tokenizer is None:
-            raise ValueError("a loaded model needs tokenizer=")
-        network, name = model, type(model).__name__
-    else:
-        from transformers import AutoModel, AutoTokenizer
-
-        with quiet_loading():
-            network = AutoModel.from_pretrained(model, local_files_only=not download, use_safetensors=True)
-        tokenizer, name = AutoTokenizer.from_pretrained(model, local_files_only=not download), str(model)
+    network, tokenizer = _loaded(model, tokenizer, download, device)
+    name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     if not hasattr(network, "get_text_features"):
         raise ValueError(f"{name} ({type(network).__name__}) has no text features; take a model such as CLIP or SigLIP")
-    network = network.eval().requires_grad_(False).to(device)
     padding = "max_length" if "siglip" in network.config.model_type else True  # SigLIP was trained with full-length texts
 
     def encode(texts: list[str]) -> Tensor:
