@@ -54,6 +54,7 @@ IMAGE_EMBEDDERS = (
     "auto", "efficientnet-lite0", "demo", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER", "torchvision:NAME:FILE",
 )  # fmt: skip
 TEXT_EMBEDDERS = ("none", "minilm", "open_clip:NAME:FILE_OR_TAG", "sentence:FOLDER", "transformers:FOLDER")
+JUDGES = ("auto", "none", "demo", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER")
 
 
 # -- checks before anything is loaded ----------------------------------------------------------------------------------

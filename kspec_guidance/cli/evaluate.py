@@ -10,6 +10,7 @@ from rich.table import Table
 from kspec_guidance.cli.arguments import (
     FEATURES,
     IMAGE_EMBEDDERS,
+    JUDGES,
     OUTPUT,
     Cache,
     Embedder,
@@ -34,9 +35,8 @@ HELD_OUT_HELP = "Real images that no model was trained on: how much less diverse
 
 MODES_HELP = "Folder to create, with copies of the images by kind."
 LOG_HELP = "Log all figures: trackio:PROJECT, wandb:PROJECT or tensorboard:FOLDER."
-JUDGES = ("auto", "none", "demo", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER")
 JUDGE_HELP = f"Judge of prompt agreement: {', '.join(JUDGES)}; auto is CLIP, if cached."
-PERCEPTUAL_HELP = "Also the mean distance of two images of a prompt: lpips or dreamsim, if installed; may be repeated."
+PERCEPTUAL_HELP = "Also the mean distance of two images of a prompt, if installed: lpips, dreamsim; may be repeated."
 Judge = Annotated[str, typer.Option(help=JUDGE_HELP, rich_help_panel=FEATURES, callback=named(*JUDGES))]
 Drop = Annotated[Path | None, typer.Option(help=DROP_HELP, rich_help_panel=SETS, callback=existing_file)]
 

@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kspec_guidance.evaluation.image_sets import ImageSet, load_images
     from kspec_guidance.evaluation.page import write_page
-    from kspec_guidance.evaluation.sets import ComparisonReport, Evaluation, compare_sets, evaluate_set
+    from kspec_guidance.evaluation.set_pairs import ComparisonReport, compare_sets
+    from kspec_guidance.evaluation.sets import Evaluation, evaluate_set
 
 _LAZY = {  # scores take seconds to import, and a synthesis needs only embedders
     "ImageSet": "image_sets",
     "load_images": "image_sets",
     "write_page": "page",
-    "ComparisonReport": "sets",
+    "ComparisonReport": "set_pairs",
     "Evaluation": "sets",
-    "compare_sets": "sets",
+    "compare_sets": "set_pairs",
     "evaluate_set": "sets",
 }
 

@@ -13,7 +13,8 @@ from kspec_guidance.comparison import DiversityGap
 from kspec_guidance.evaluation.embeddings import EmbeddingReport
 from kspec_guidance.evaluation.image_sets import ImageSet
 from kspec_guidance.evaluation.scores import AGREEMENT
-from kspec_guidance.evaluation.sets import ComparisonReport, Evaluation
+from kspec_guidance.evaluation.set_pairs import ComparisonReport
+from kspec_guidance.evaluation.sets import Evaluation
 from kspec_guidance.evaluation.verdicts import count, set_names
 from kspec_guidance.statistics import Curve
 
@@ -128,8 +129,6 @@ def _third_figure(e: Evaluation) -> tuple[str, str]:
     for score in e.scores:
         if score.score == AGREEMENT and e.images.judge is not None:
             return _number(score.value), e.images.judge.meaning
-        if score.score == "CLIP score":
-            return _number(score.value), "agreement of images and prompts: CLIP score, of 100"
     return str(len(e.redundant)), "images that nearly repeat another"
 
 

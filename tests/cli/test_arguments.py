@@ -5,6 +5,7 @@ import typer
 from kspec_guidance import SPARKE
 from kspec_guidance.cli import arguments
 from kspec_guidance.evaluation.embedders.names import IMAGE_NAMES, TEXT_NAMES
+from kspec_guidance.evaluation.judges import JUDGE_NAMES
 from kspec_guidance.synthesis.arms import SELECTORS
 from kspec_guidance.synthesis.export import FORMATS
 from kspec_guidance.synthesis.settings import MEMORY_KINDS
@@ -17,6 +18,7 @@ def test_names_are_those_of_the_library():
     assert arguments.SELECT == SELECTORS
     assert arguments.IMAGE_EMBEDDERS == IMAGE_NAMES
     assert arguments.TEXT_EMBEDDERS == TEXT_NAMES
+    assert arguments.JUDGES == JUDGE_NAMES
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in arguments.DTYPES)
 
 

@@ -10,7 +10,7 @@ from kspec_guidance.evaluation.differences import novel_modes, split_prompts
 from kspec_guidance.evaluation.embedders import ImageEmbedder, one_hot_embedder
 from kspec_guidance.evaluation.image_sets import ImageSet
 from kspec_guidance.evaluation.page import write_page
-from kspec_guidance.evaluation.sets import compare_sets
+from kspec_guidance.evaluation.set_pairs import compare_sets
 from kspec_guidance.kernels import GaussianKernel
 from tests.evaluation.test_sets import encode_png
 from tests.samples import normalize_rows, rows

@@ -16,7 +16,8 @@ from kspec_guidance.evaluation.embedders.names import DEMO_NAME
 from kspec_guidance.evaluation.image_sets import ImageSet, SourceError, load_images, read_captions, read_names
 from kspec_guidance.evaluation.neighbours import near_duplicates
 from kspec_guidance.evaluation.page import write_page
-from kspec_guidance.evaluation.sets import compare_sets, evaluate_set, prompt_ranking
+from kspec_guidance.evaluation.set_pairs import compare_sets
+from kspec_guidance.evaluation.sets import evaluate_set, prompt_ranking
 from kspec_guidance.utils.hashing import fingerprint
 
 PIXELS = ImageEmbedder(lambda x: torch.nn.functional.avg_pool2d(x, 8).flatten(1), 64, "8 x 8 pixels", fit="squash")
