@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.modular_pipelines import ModularPipelineBlocks
 from PIL import Image
@@ -19,6 +18,7 @@ from kspec_guidance.loop.context import StepContext
 from kspec_guidance.loop.prediction import Prediction
 from kspec_guidance.loop.scheduler_hook import MethodPatch
 from kspec_guidance.plotting import side_by_side
+from kspec_guidance.utils.images import to_frames
 
 __all__ = ["GuidanceComparison", "PlainRun", "RepeatedCall"]
 
@@ -233,32 +233,12 @@ def _pictures(content: Any) -> list[list[Image.Image]]:
     """
     samples = [content] if isinstance(content, Image.Image) else content
     try:
-        found = [_frames(sample) for sample in samples]
+        found = [to_frames(sample) for sample in samples]
     except (TypeError, ValueError) as error:
         raise ValueError(f"the pipeline returned no pictures that a grid can show: {error}") from error
     if not found:
         raise ValueError("the pipeline returned no pictures")
     return [frames if len(frames) == 1 else [frames[0], frames[len(frames) // 2]] for frames in found]
-
-
-def _frames(sample: Any) -> list[Image.Image]:
-    """A sample as PIL images: an image, a list of frames, or an array with values in 0..1."""
-    if isinstance(sample, Image.Image):
-        return [sample]
-    if isinstance(sample, list | tuple):
-        return [frame for part in sample for frame in _frames(part)]
-    if isinstance(sample, Tensor):
-        sample = sample.detach().float().cpu().numpy()
-        sample = np.moveaxis(sample, -3, -1) if sample.ndim >= 3 else sample
-    array = np.asarray(sample)
-    if array.ndim not in (3, 4) or array.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"samples of shape {list(array.shape)} are sound or latents")
-    if array.dtype != np.uint8:
-        if not (np.isfinite(array).all() and array.min() >= -1e-3 and array.max() <= 1.001):
-            raise ValueError(f"values must lie in 0..1, got {array.min():.3g}..{array.max():.3g}")
-        array = (array * 255).round().clip(0, 255).astype(np.uint8)
-    frames = array if array.ndim == 4 else array[None]
-    return [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
 
 
 def _columns(n: int) -> int:

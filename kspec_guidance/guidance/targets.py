@@ -15,6 +15,7 @@ from kspec_guidance.guidance.spaces import Pixels
 from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel
 from kspec_guidance.loop.context import CallContext, StepContext
 from kspec_guidance.objectives import natural_rows
+from kspec_guidance.utils.images import to_frames
 
 __all__ = ["SAME_PROMPT", "STATUSES", "Fidelity", "PromptTarget", "VarietyTarget"]
 
@@ -436,7 +437,7 @@ def _pictures(decoded: Tensor) -> list[Image.Image]:
         ValueError: for samples that are no pictures.
     """
     y = decoded[:, :, decoded.shape[2] // 2] if decoded.ndim == 5 else decoded
-    if y.ndim != 4 or y.shape[1] not in (1, 3, 4):
-        raise ValueError(f"fidelity= judges pictures, and these samples decode to the shape {list(decoded.shape)}")
-    pixels = ((y.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
-    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
+    try:
+        return [to_frames(sample)[0] for sample in (y.float() / 2 + 0.5).clamp(0, 1)]
+    except ValueError as error:
+        raise ValueError(f"fidelity= judges pictures: {error}") from error

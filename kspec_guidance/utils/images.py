@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "image_types",
     "not_an_image",
     "read_folder",
+    "to_frames",
     "to_pixels",
     "to_rgb",
 ]
@@ -286,3 +288,31 @@ def _crop_long_side(x: Tensor, size: tuple[int, int]) -> Tensor:
             needed += (length - needed) % 2  # the middle stays the middle
             x = x.narrow(dim, (length - needed) // 2, needed)
     return x
+
+
+def to_frames(sample: Any) -> list[Image.Image]:
+    """A sample as PIL images.
+
+    Args:
+        sample: an image, a list of frames, an array ``[h, w, c]`` or ``[f, h, w, c]``, or a tensor ``[c, h, w]`` or
+            ``[f, c, h, w]``, with values in 0..1 or 8 bits.
+
+    Raises:
+        ValueError: for another shape, or values outside 0..1.
+    """
+    if isinstance(sample, Image.Image):
+        return [sample]
+    if isinstance(sample, list | tuple):
+        return [frame for part in sample for frame in to_frames(part)]
+    if isinstance(sample, Tensor):
+        sample = sample.detach().float().cpu().numpy()
+        sample = np.moveaxis(sample, -3, -1) if sample.ndim >= 3 else sample
+    array = np.asarray(sample)
+    if array.ndim not in (3, 4) or array.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"samples of shape {list(array.shape)} are sound or latents")
+    if array.dtype != np.uint8:
+        if not (np.isfinite(array).all() and array.min() >= -1e-3 and array.max() <= 1.001):
+            raise ValueError(f"values must lie in 0..1, got {array.min():.3g}..{array.max():.3g}")
+        array = (array * 255).round().clip(0, 255).astype(np.uint8)
+    frames = array if array.ndim == 4 else array[None]
+    return [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
