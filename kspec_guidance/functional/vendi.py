@@ -156,7 +156,7 @@ def rke_score(
     feature_map: FeatureMap | None = None,
     unbiased: bool = False,
 ) -> Tensor:
-    """Renyi kernel entropy score ``n^2 / ||K||_F^2`` (Jalali, Li, Farnia 2023, arXiv 2310.11714): Vendi of order 2.
+    """Renyi kernel entropy score ``n^2 / ||K||_F^2`` (Jalali, Li, Farnia, NeurIPS 2023): Vendi of order 2.
 
     Needs no eigenvalues, and holds only a block of a large kernel matrix.
 

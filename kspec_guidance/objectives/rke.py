@@ -33,7 +33,7 @@ DISTINCT = 1e-3  # share of the largest distance below which two rows are duplic
 class RKE(Objective):
     """Ascends the order-2 Renyi entropy of batch and memory, i.e. descends ``E = sum over pairs of k(x_i, x_j)^2``.
 
-    RKE is ``n^2 / ||K||_F^2`` (Jalali et al. 2023, arXiv 2310.11714), so its ascent is the descent of the sum of squared
+    RKE is ``n^2 / ||K||_F^2`` (Jalali, Li, Farnia, NeurIPS 2023), so its ascent is the descent of the sum of squared
     kernels; pairs within the memory are constant. ``value`` is ``-E``, each pair counted once.
 
     Args:
