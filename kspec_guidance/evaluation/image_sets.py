@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from kspec_guidance.evaluation.judges import PromptJudge
 from kspec_guidance.evaluation.readers import READ_ERRORS, SetReader
 from kspec_guidance.utils.images import SourceError, decode_image, to_pixels
 
-__all__ = ["ImageSet", "load_images", "read_captions", "read_names"]
+__all__ = ["ImageSet", "by_prompt", "load_images", "read_captions", "read_names"]
 
 THUMBNAIL_SIZE = 96
 BATCH_SIZE = 64
@@ -107,6 +107,15 @@ class ImageSet:
             names = self.first_frame_only
             lines.append(f"{len(names)} animated or of several pages, first frame only: {_first(names)}")
         return lines + self.notes
+
+
+def by_prompt(prompts: Sequence[str | None] | None) -> dict[str, list[int]]:
+    """Indices of the images of each prompt that has at least two; images without one (None) are left out."""
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts or []):
+        if prompt is not None:
+            groups.setdefault(prompt, []).append(i)
+    return {p: indices for p, indices in groups.items() if len(indices) > 1}
 
 
 def _first(names: Iterable[str]) -> str:

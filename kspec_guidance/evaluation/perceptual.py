@@ -1,6 +1,7 @@
 """Perceptual distances between images of one prompt, by packages that the user has installed: LPIPS and DreamSim."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from itertools import combinations
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
-from kspec_guidance.evaluation.image_sets import ImageSet, load_images
+from kspec_guidance.evaluation.image_sets import ImageSet, by_prompt, load_images
 from kspec_guidance.kernels.distances import evenly_spaced
 from kspec_guidance.statistics import Interval, jackknife
 from kspec_guidance.utils.arguments import choices
@@ -38,7 +39,7 @@ def pair_distance(name: str, device: str = "cpu") -> PairDistance:
     if name not in PERCEPTUAL_NAMES:
         raise ValueError(f"unknown perceptual distance {name!r}; {choices(name, PERCEPTUAL_NAMES)}")
     try:
-        module = __import__(name)
+        module = import_module(name)
     except ImportError as error:
         raise ImportError(f"{name} needs: pip install {name}") from error
     if name == "lpips":
@@ -65,11 +66,8 @@ def perceptual_diversity(images: ImageSet, distance: PairDistance, size: int = 2
     Raises:
         SourceError: if the files are gone.
     """
-    groups: dict[str, list[int]] = {}
-    for i, prompt in enumerate(images.prompts or [""] * len(images)):
-        if prompt is not None:
-            groups.setdefault(prompt, []).append(i)
-    chosen = [[g[k] for k in evenly_spaced(len(g), IMAGES_PER_PROMPT)] for g in groups.values() if len(g) > 1]
+    groups = by_prompt(images.prompts or [""] * len(images)).values()  # without prompts, all count as of one
+    chosen = [[g[k] for k in evenly_spaced(len(g), IMAGES_PER_PROMPT)] for g in groups]
     chosen = [chosen[k] for k in evenly_spaced(len(chosen), IMAGES // IMAGES_PER_PROMPT)]
     if not chosen:
         return None

@@ -14,10 +14,10 @@ from kspec_guidance.comparison import DiversityGap, diversity_gap
 from kspec_guidance.evaluation.differences import Difference, novel_modes, split_prompts
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
 from kspec_guidance.evaluation.embedders.texts import one_hot_embedder
-from kspec_guidance.evaluation.image_sets import ImageSet
+from kspec_guidance.evaluation.image_sets import ImageSet, by_prompt
 from kspec_guidance.evaluation.runs import seeds_of
 from kspec_guidance.evaluation.scores import AGREEMENT, EXACT_ROWS, ScoreRecord, ScoreRecorder
-from kspec_guidance.evaluation.sets import KERNEL, Evaluation, by_prompt, evaluate_set
+from kspec_guidance.evaluation.sets import KERNEL, Evaluation, evaluate_set
 from kspec_guidance.evaluation.verdicts import agreement_verdict, compare_verdict, gap_verdict, set_names
 from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.kernels import l2_normalize

@@ -12,7 +12,7 @@ from kspec_guidance import functional as F
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
 from kspec_guidance.evaluation.embedders.names import DEMO_NAME
 from kspec_guidance.evaluation.embedders.texts import one_hot_embedder
-from kspec_guidance.evaluation.image_sets import ImageSet
+from kspec_guidance.evaluation.image_sets import ImageSet, by_prompt
 from kspec_guidance.evaluation.neighbours import Duplicate, near_duplicates, prompt_bound, redundant
 from kspec_guidance.evaluation.perceptual import PairDistance
 from kspec_guidance.evaluation.runs import made_by_demo
@@ -33,7 +33,7 @@ from kspec_guidance.statistics import (
     effective_number_interval,
 )
 
-__all__ = ["KERNEL", "Evaluation", "PromptScore", "by_prompt", "evaluate_set", "prompt_ranking"]
+__all__ = ["KERNEL", "Evaluation", "PromptScore", "evaluate_set", "prompt_ranking"]
 
 DUPLICATE = 0.98  # cosine from which an image nearly repeats another
 KERNEL = GaussianKernel(IMAGE_BANDWIDTH)  # one for all sets, so that their scores can be compared
@@ -133,15 +133,6 @@ class Evaluation:
         """All figures by name, for trackers of experiments."""
         bounds = {k: v for k in ("low", "high") if (v := getattr(self.headline, k)) is not None}
         return {"different": self.headline.different, **bounds, **{s.score: s.value for s in self.scores}}
-
-
-def by_prompt(prompts: Sequence[str | None] | None) -> dict[str, list[int]]:
-    """Indices of the images of each prompt that has at least two; images without one (None) are left out."""
-    groups: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts or []):
-        if prompt is not None:
-            groups.setdefault(prompt, []).append(i)
-    return {p: indices for p, indices in groups.items() if len(indices) > 1}
 
 
 def prompt_ranking(x: Tensor, prompts: Sequence[str | None] | None, agreement: Tensor | None = None) -> list[PromptScore]:
