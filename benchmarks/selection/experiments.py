@@ -86,11 +86,6 @@ def shares_of(arms: Sequence[int], number: int) -> Tensor:
     return torch.bincount(torch.tensor(arms), minlength=number).double() / len(arms)
 
 
-def weights_or_shares(s: Selector, arms: list[int]) -> Tensor:
-    """The mixture that a method has found: its weights, or the shares of its pulls."""
-    return s.weights() if isinstance(s, MixtureGreedy) else shares_of(arms, s.arms)
-
-
 def mixture(modes: Modes, seed: int, rounds: int = 1000, objective: str = "rke", batch: int = 1) -> Figures:
     """Excess of the loss of all pulls over the best mixture (1, 2): one over RKE, or minus log Vendi."""
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.selection.regret --seeds 20 --results benchmarks/results/selection.json --page docs/selection.md
 
-About a quarter of an hour on one core. Without ``--results`` it prints the table.
+Figures that the file of results lacks are measured and added to it, so that a run that was stopped goes on. About an hour
+on one core for 20 seeds. Without ``--page`` it prints the table.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import pages
 from benchmarks.selection import experiments as e
 
 EXPERIMENTS: dict[str, tuple[str, Callable[[int], Any]]] = {
@@ -29,6 +31,10 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[int], Any]]] = {
     "3 FID": ("the same with the Frechet distance, 600 pulls", partial(e.target, "fid", rounds=600)),
     "4 linear": ("reward alone, 0.5 or 0.6: regret after 400 pulls", e.linear),
     "5 circle": ("three arms, each best on a third of a circle: regret after 384 pulls", e.circle),
+    "5 RFF": (
+        "rounds in which RFF-UCB with 500 features and PAK-UCB, told the same, choose the same arm",
+        lambda seed: {"share": e.same_choices(seed)},
+    ),
     "5 bad start": ("the best arm's first reward is 0: regret after 300 pulls", e.bad_start),
     "6 diverse": ("share of the diverse arm", e.diverse),
     "6 experts": ("share of a diverse arm that is off the prompt", e.experts),
@@ -42,6 +48,9 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[int], Any]]] = {
 }
 
 
+Results = dict[str, dict[str, list[float]]]  # figures of each seed, by name, of each experiment
+
+
 def flat(found: dict[Any, Any]) -> dict[str, float]:
     """Figures by name; of nested figures the names are joined."""
     out = {}
@@ -53,17 +62,17 @@ def flat(found: dict[Any, Any]) -> dict[str, float]:
     return out
 
 
-def measure(seeds: int) -> dict[str, dict[str, list[float]]]:
-    """Figures of each experiment, one for each seed."""
-    results: dict[str, dict[str, list[float]]] = {}
-    for name, (_, run) in EXPERIMENTS.items():
-        for seed in range(seeds):
+def measure(seeds: int, results: Results, save: Callable[[Results], None]) -> None:
+    """Add the figures of the seeds that ``results`` lacks, one for each seed."""
+    for seed in range(seeds):
+        for name, (_, run) in EXPERIMENTS.items():
+            found = results.setdefault(name, {})
+            if len(next(iter(found.values()), [])) > seed:
+                continue
             for key, value in flat(run(seed)).items():
-                results.setdefault(name, {}).setdefault(key, []).append(round(value, 7))
-        print(name, {k: round(sum(v) / len(v), 5) for k, v in results[name].items()}, flush=True)
-    same = [e.same_choices(seed) for seed in range(min(seeds, 5))]
-    results["5 RFF"] = {"same choices as PAK-UCB at 500 features": same}
-    return results
+                found.setdefault(key, []).append(round(value, 7))
+            save(results)
+        print(f"seed {seed} is done", flush=True)
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float]:
@@ -72,22 +81,19 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
     return float(x.mean()), 1.96 * float(x.std()) / len(x) ** 0.5 if len(x) > 1 else 0.0
 
 
-def table(results: dict[str, dict[str, list[float]]]) -> str:
+def table(results: Results) -> str:
     """Means and half widths of their 95% intervals."""
-    lines = ["| experiment | figure | seeds | method: mean, with its 95% interval |", "|---|---|---|---|"]
+    rows = []
     for name, (what, _) in EXPERIMENTS.items():
-        if name not in results:
-            continue
         cells = []
         for key, values in results[name].items():
             mean, half = mean_and_half(values)
             cells.append(f"{key} {mean:.3g}" + (f" ± {half:.1g}" if half > 0 else ""))
-        seeds = len(next(iter(results[name].values())))
-        lines.append(f"| {name} | {what} | {seeds} | {'; '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, what, str(len(next(iter(results[name].values())))), "; ".join(cells)])
+    return pages.table(["experiment", "figure", "seeds", "method: mean, with its 95% interval"], rows)
 
 
-def figures(results: dict[str, dict[str, list[float]]], path: Path) -> None:
+def figures(results: Results, path: Path) -> None:
     """Bars of six experiments."""
     import matplotlib
 
@@ -109,32 +115,27 @@ def figures(results: dict[str, dict[str, list[float]]], path: Path) -> None:
     plt.close(fig)
 
 
-def replace_between(text: str, name: str, block: str) -> str:
-    """``text`` with what lies between the markers of ``name`` replaced."""
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    head, _, rest = text.partition(start)
-    return f"{head}{start}\n{block}\n{end}{rest.partition(end)[2]}"
-
-
 def main() -> None:
     """Measure, or take the figures of a file, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--results", type=Path, help="file of the figures; read if it exists, else written")
+    parser.add_argument("--results", type=Path, help="file of the figures, to which missing ones are added")
     parser.add_argument("--page", type=Path, help="page whose table and picture are replaced")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.results is not None and arguments.results.exists():
-        results = json.loads(arguments.results.read_text())
-    else:
-        results = measure(arguments.seeds)
-        if arguments.results is not None:
-            arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+    file: Path | None = arguments.results
+
+    def save(results: Results) -> None:
+        if file is not None:
+            file.write_text(json.dumps(results) + "\n")
+
+    results = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    measure(arguments.seeds, results, save)
     if arguments.page is None:
         print(table(results))
         return
     figures(results, arguments.page.with_suffix(".png"))
-    arguments.page.write_text(replace_between(arguments.page.read_text(), "regret", table(results)))
+    pages.fill(arguments.page, {"regret": table(results)})
 
 
 if __name__ == "__main__":

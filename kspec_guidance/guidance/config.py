@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kspec_guidance import kernels, objectives
+from kspec_guidance import objectives
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.guidance.spaces import SPACES, FeatureSpace
 from kspec_guidance.guidance.targets import VarietyTarget
 from kspec_guidance.guidance.term import Term
 from kspec_guidance.kernels import Kernel
+from kspec_guidance.kernels.settings import KERNELS
 from kspec_guidance.objectives import Objective
 from kspec_guidance.utils.atomic_io import replacing
 
@@ -29,7 +30,6 @@ CONFIG_NAME, TENSORS_NAME = "kspec_guidance.json", "kspec_guidance.safetensors"
 SETTINGS_FORMAT = "kspec-guidance settings 2"
 FORMAT_1 = "kspec-guidance settings 1"
 RENAMED = {"features": "feature_map", "prompt_features": "prompt_feature_map", "unit": "normalize"}  # since format 1
-KERNELS = {name: getattr(kernels, name) for name in kernels.__all__ if name.endswith("Kernel")}
 OBJECTIVES = {
     name: found
     for name in objectives.__all__

@@ -1,71 +1,24 @@
 """Selector: the protocol of all methods. Choices from a seed and a counter, pulls that are pending, costs, saved states."""
 
-import base64
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kspec_guidance import kernels
-from kspec_guidance.kernels import Kernel
 from kspec_guidance.utils.arguments import choices
+from kspec_guidance.utils.json_tensors import from_json, to_json
 
-__all__ = [
-    "Selector",
-    "check_choice",
-    "check_number",
-    "check_row",
-    "kernel_from_json",
-    "kernel_to_json",
-    "tensor_from_json",
-    "tensor_to_json",
-]
+__all__ = ["Selector", "check_choice", "check_integer", "check_number", "check_row"]
 
 VERSION = 1  # of saved states
 TIE = 1e-12  # values this close, relative to the largest, are equal
 TRIES = 4  # pulls for each sample that an arm owes at the start, after which an arm that yields none is let go
 
 Self = TypeVar("Self", bound="Selector")
-
-
-def tensor_to_json(x: Tensor) -> dict[str, Any]:
-    """A tensor as JSON, bit for bit: shape, dtype, and base64 of its bytes in little-endian order."""
-    x = x.detach().cpu().contiguous()
-    data = x.numpy().astype(x.numpy().dtype.newbyteorder("<"), copy=False).tobytes()
-    return {"shape": list(x.shape), "dtype": str(x.dtype).partition(".")[2], "data": base64.b64encode(data).decode()}
-
-
-def tensor_from_json(value: Mapping[str, Any]) -> Tensor:
-    """The tensor of :func:`tensor_to_json`."""
-    dtype = np.dtype(value["dtype"]).newbyteorder("<")
-    found = np.frombuffer(base64.b64decode(value["data"]), dtype=dtype)
-    return torch.from_numpy(found.astype(dtype.newbyteorder("="))).reshape(value["shape"])
-
-
-def kernel_to_json(kernel: Kernel | None) -> dict[str, Any] | None:
-    """A kernel of :mod:`kspec_guidance.kernels` as JSON.
-
-    Raises:
-        TypeError: for any other kernel.
-    """
-    if kernel is None:
-        return None
-    name = type(kernel).__name__
-    if not is_dataclass(kernel) or getattr(kernels, name, None) is not type(kernel) or name == "ProductKernel":
-        raise TypeError(f"the state of a selector cannot hold {kernel!r}; use a kernel of kspec_guidance.kernels")
-    return {"class": name, **asdict(kernel)}
-
-
-def kernel_from_json(value: Mapping[str, Any] | None) -> Kernel | None:
-    """The kernel of :func:`kernel_to_json`."""
-    if value is None:
-        return None
-    return getattr(kernels, value["class"])(**{k: v for k, v in value.items() if k != "class"})
 
 
 def _number(value: Any, name: str) -> float:
@@ -136,17 +89,18 @@ class Selector:
     told: Tensor
     kept: Tensor
     pending: Tensor
+    reward_sum: Tensor
+    reward_count: Tensor
     cost_sum: Tensor
     cost_count: Tensor
-    _vectors: ClassVar[tuple[str, ...]] = ("told", "kept", "pending", "cost_sum", "cost_count")  # one number for each arm
+    _vectors: ClassVar[tuple[str, ...]] = (  # one number for each arm
+        "told", "kept", "pending", "reward_sum", "reward_count", "cost_sum", "cost_count",
+    )  # fmt: skip
 
     def __init__(self, arms: int, seed: int = 0, costs: Sequence[float] | None = None, start: int = 1):
-        if isinstance(arms, bool) or not isinstance(arms, int) or arms < 1:
-            raise ValueError(f"arms is the number of arms, at least 1, got {arms!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed must be an integer, got {seed!r}")
-        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-            raise ValueError(f"start is a number of samples, at least 0, got {start!r}")
+        check_integer(arms, "arms is the number of arms", 1)
+        check_integer(seed, "seed is an integer", None)
+        check_integer(start, "start is a number of samples", 0)
         if costs is not None and len(costs) != arms:
             raise ValueError(f"costs has {len(costs)} numbers for {arms} arms; give one for each")
         self.arms, self.seed, self.start, self.draws = arms, seed, start, 0
@@ -170,8 +124,8 @@ class Selector:
         Raises:
             ValueError: if the method needs contexts and got none, or another number than ``n``.
         """
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise ValueError(f"n is a number of pulls, at least 1, got {n!r}")
+        if n is not None:
+            check_integer(n, "n is a number of pulls", 1)
         rows = self._contexts(n, contexts)
         if n is None and rows is not None and not self._is_row(contexts):
             n = len(rows)
@@ -293,6 +247,9 @@ class Selector:
         self.told[arm] += 1
         self.kept[arm] += float(bool(kept))
         self.pending[arm] = (self.pending[arm] - 1).clamp_min(0)
+        if r is not None:
+            self.reward_sum[arm] += r
+            self.reward_count[arm] += 1
         if q is not None:
             self.cost_sum[arm] += q
             self.cost_count[arm] += 1
@@ -305,7 +262,7 @@ class Selector:
         return x
 
     def _learn(self, arm: int, x: Tensor | None, reward: float | None, context: Tensor | None, kept: bool) -> None:
-        raise NotImplementedError
+        """Learn more than counts, rewards and costs, which are updated afterwards."""
 
     def _check_arm(self, arm: Any) -> None:
         if isinstance(arm, bool) or not isinstance(arm, int | np.integer) or not 0 <= arm < self.arms:
@@ -376,7 +333,7 @@ class Selector:
         return self
 
     def _merge(self, other: Any) -> None:
-        raise NotImplementedError
+        """Add more than counts, rewards and costs, which are added afterwards."""
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -411,7 +368,7 @@ class Selector:
             "settings": self.settings(),
             "draws": self.draws,
             "widths": dict(self.widths),
-            "arrays": _encode(arrays),
+            "arrays": to_json(arrays),
         }
 
     @classmethod
@@ -432,7 +389,7 @@ class Selector:
             raise ValueError(f"this state has version {version}, and this package reads version {VERSION}")
         found = cls._from_settings(dict(parts[0]))
         found.draws, found.widths = int(parts[1]), dict(parts[2])
-        arrays = _decode(parts[3])
+        arrays = from_json(parts[3])
         for vector in cls._vectors:
             setattr(found, vector, arrays.pop(vector))
         found._restore(arrays)
@@ -440,28 +397,6 @@ class Selector:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.arms} arms, {int(self.told.sum())} pulls, {int(self.pending.sum())} pending)"
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tensor_to_json(value)
-    if isinstance(value, Mapping):
-        return {k: _encode(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(v) for v in value]
-    return value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return (
-            tensor_from_json(value)
-            if set(value) == {"shape", "dtype", "data"}
-            else {k: _decode(v) for k, v in value.items()}
-        )
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_decode(v) for v in value]
-    return value
 
 
 def check_choice(value: str, name: str, known: Iterable[str]) -> str:
@@ -487,3 +422,19 @@ def check_number(value: Any, name: str, low: float = 0.0, above: bool = False) -
     if found < low or (above and found == low):
         raise ValueError(f"{name} must be {'above' if above else 'at least'} {low:g}, got {found:g}")
     return found
+
+
+def check_integer(value: Any, what: str, low: int | None) -> int:
+    """An integer of at least ``low``, if that is given.
+
+    Args:
+        value: the value.
+        what: begin of the message, such as ``n is a number of pulls``.
+        low: least value.
+
+    Raises:
+        ValueError: for any other.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
+        raise ValueError(what + ("" if low is None else f", at least {low}") + f", got {value!r}")
+    return value

@@ -1,7 +1,7 @@
 """What every method must beat: the truth, an even share, the best mean so far, one arm."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +11,8 @@ from kspec_guidance.selection.base import Selector
 __all__ = ["Greedy", "OneArm", "Oracle", "Uniform"]
 
 
-class _Rewards(Selector):
-    """Mean rewards, if any are told."""
-
-    reward_sum: Tensor
-    reward_count: Tensor
-    _vectors: ClassVar[tuple[str, ...]] = (*Selector._vectors, "reward_sum", "reward_count")
-
-    def _learn(self, arm: int, x: Tensor | None, reward: float | None, context: Tensor | None, kept: bool) -> None:
-        if reward is not None:
-            self.reward_sum[arm] += reward
-            self.reward_count[arm] += 1
-
-    def _merge(self, other: Any) -> None:
-        pass
+class _Shares(Selector):
+    """Draw from shares."""
 
     def weights(self) -> Tensor:
         """Shares of the next pulls ``[arms]``."""
@@ -34,26 +22,26 @@ class _Rewards(Selector):
         return [self._pull(arm) for arm in self._systematic(self.weights(), n)]
 
 
-class Uniform(_Rewards):
+class Uniform(_Shares):
     """Every arm as often as the others."""
 
     def weights(self) -> Tensor:
         return torch.full((self.arms,), 1 / self.arms, dtype=torch.float64)
 
 
-class OneArm(_Rewards):
+class OneArm(_Shares):
     """One arm always.
 
     Args:
-        arms, seed, costs, start: see :class:`Selector`.
+        arms, seed, kwargs: see :class:`Selector`.
         arm: the arm.
 
     Raises:
         ValueError: for an unknown arm.
     """
 
-    def __init__(self, arms: int, arm: int = 0, seed: int = 0, costs: Sequence[float] | None = None, start: int = 0):
-        super().__init__(arms, seed, costs, start)
+    def __init__(self, arms: int, arm: int = 0, seed: int = 0, *, start: int = 0, **kwargs: Any):
+        super().__init__(arms, seed, start=start, **kwargs)
         self._check_arm(arm)
         self.arm = arm
 
@@ -66,7 +54,7 @@ class OneArm(_Rewards):
         return {**super().settings(), "arm": self.arm}
 
 
-class Greedy(_Rewards):
+class Greedy(_Shares):
     """The arm of the largest mean reward so far."""
 
     needs = ("reward",)
@@ -85,13 +73,13 @@ class Greedy(_Rewards):
         return found + [self._pull(self._best(self._means())) for _ in range(n - len(found))]
 
 
-class Oracle(_Rewards):
+class Oracle(_Shares):
     """The true best: fixed shares, or the arm that a function of the context returns. Its state holds no function.
 
     Args:
         arms: their number.
         truth: shares ``[arms]``, or a function of a context ``[p]`` that returns an arm.
-        seed, costs, start: see :class:`Selector`.
+        seed, kwargs: see :class:`Selector`.
 
     Raises:
         ValueError: for shares that are not one number of at least 0 for each arm.
@@ -102,10 +90,11 @@ class Oracle(_Rewards):
         arms: int,
         truth: Sequence[float] | Callable[[Tensor], int],
         seed: int = 0,
-        costs: Sequence[float] | None = None,
+        *,
         start: int = 0,
+        **kwargs: Any,
     ):
-        super().__init__(arms, seed, costs, start)
+        super().__init__(arms, seed, start=start, **kwargs)
         self.best: Callable[[Tensor], int] | None = None
         self.shares: Tensor | None = None
         if callable(truth):

@@ -1,7 +1,6 @@
 """FDUCB, ISUCB: the single generator with the smallest Frechet distance, or the largest Inception score."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,15 +18,9 @@ class _BestArm(Selector):
     needs = ("features",)
 
     def __init__(
-        self,
-        arms: int,
-        seed: int,
-        costs: Sequence[float] | None,
-        start: int,
-        delta: float,
-        exploration: float,
+        self, arms: int, seed: int = 0, *, start: int = 5, delta: float = 0.05, exploration: float = 1.0, **kwargs: Any
     ):
-        super().__init__(arms, seed, costs, start)
+        super().__init__(arms, seed, start=start, **kwargs)
         self.delta = check_number(delta, "delta", above=True)
         if self.delta >= 1:
             raise ValueError(f"delta is a probability below 1, got {delta}")
@@ -73,26 +66,17 @@ class FDUCB(_BestArm):
         reference: ``[m, d]``.
         seed: of ties.
         costs: see :class:`Selector`.
-        start: samples of each arm first.
-        delta: probability that a bound is wrong.
+        start: samples of each arm first, 5 by default.
+        delta: probability that a bound is wrong, 0.05 by default.
         exploration: factor of the bonus. The bound of the paper is 1, and is so wide that a tenth of it has less regret.
 
     Raises:
         ValueError: for arguments out of range.
     """
 
-    def __init__(
-        self,
-        arms: int,
-        reference: Tensor,
-        seed: int = 0,
-        costs: Sequence[float] | None = None,
-        start: int = 5,
-        delta: float = 0.05,
-        exploration: float = 0.1,
-    ):
-        super().__init__(arms, seed, costs, start, delta, exploration)
-        self.loss = FrechetLoss(arms, None, 0, 0, reference)
+    def __init__(self, arms: int, reference: Tensor, seed: int = 0, *, exploration: float = 0.1, **kwargs: Any):
+        super().__init__(arms, seed, exploration=exploration, **kwargs)
+        self.loss = FrechetLoss(arms, reference)
         self._cache: dict[int, tuple[float, float, Tensor]] = {}
 
     def _check(self, x: Tensor | None, reward: float | None, context: Tensor | None) -> Tensor | None:
@@ -128,8 +112,6 @@ class FDUCB(_BestArm):
         self.loss.grow()
 
     def _merge(self, other: "FDUCB") -> None:
-        if any(not torch.equal(self.loss.reference[k], other.loss.reference[k]) for k in self.loss.reference):
-            raise ValueError("selectors with other references cannot be merged")
         self.loss.merge(other.loss)
         self._cache.clear()
 
@@ -153,22 +135,15 @@ class ISUCB(_BestArm):
     entropy by the same bound, its range being ``log C`` for C classes.
 
     Args:
-        arms, seed, costs, start, delta, exploration: see :class:`FDUCB`.
+        arms, seed: see :class:`FDUCB`.
+        kwargs: ``costs``, ``start``, ``delta`` and ``exploration``, as there; ``exploration`` is 1 by default.
 
     Raises:
         ValueError: for arguments out of range; by ``tell``, for features that are no probabilities.
     """
 
-    def __init__(
-        self,
-        arms: int,
-        seed: int = 0,
-        costs: Sequence[float] | None = None,
-        start: int = 5,
-        delta: float = 0.05,
-        exploration: float = 1.0,
-    ):
-        super().__init__(arms, seed, costs, start, delta, exploration)
+    def __init__(self, arms: int, seed: int = 0, **kwargs: Any):
+        super().__init__(arms, seed, **kwargs)
         self.sums: dict[str, Tensor] = {}
 
     def _check(self, x: Tensor | None, reward: float | None, context: Tensor | None) -> Tensor | None:

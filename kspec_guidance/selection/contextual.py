@@ -1,19 +1,30 @@
 """PAKUCB, RFFUCB: for each prompt the generator of the largest expected reward, by kernel ridge regressions."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import GaussianKernel, Kernel
-from kspec_guidance.selection.base import Selector, check_number, kernel_from_json, kernel_to_json
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel
+from kspec_guidance.kernels.settings import kernel_from_json, kernel_to_json
+from kspec_guidance.metrics.base import StreamMap
+from kspec_guidance.selection.base import Selector, check_number
 
-__all__ = ["GrownFactor", "PAKUCB", "RFFUCB"]
+__all__ = ["Contextual", "GrownFactor", "PAKUCB", "RFFUCB", "random_features"]
 
 KERNEL = GaussianKernel(0.5)  # of contexts; embeddings of norm 1 are at most 2 apart
+
+
+def random_features(kernel: Kernel, num_features: int) -> StreamMap:
+    """The map of contexts of any width ``[n, p]`` to random features ``[n, num_features]``.
+
+    Raises:
+        ValueError: for a kernel that is not Gaussian or Laplacian with a bandwidth.
+    """
+    if isinstance(kernel, CosineKernel):
+        raise ValueError(f"random features support GaussianKernel and LaplacianKernel, got {kernel!r}")
+    return StreamMap(kernel, num_features, 0)
 
 
 class GrownFactor:
@@ -68,85 +79,71 @@ class GrownFactor:
         return self.kernel(row[None], self.x)[0] @ weights
 
 
-class _Contextual(Selector):
-    """Pull the arm of the largest ``mu(t) + exploration sigma(t) - cost_weight cost`` at the context t."""
+class Contextual(Selector):
+    """Base class of the methods that choose by context, one pull after another, with pending pulls kept by context."""
 
     needs: tuple[str, ...] = ("reward", "context")
-    reward_sum: Tensor
-    _vectors: ClassVar[tuple[str, ...]] = (*Selector._vectors, "reward_sum")
 
     def __init__(
         self,
         arms: int,
         seed: int,
+        *,
         kernel: Kernel | None,
-        ridge: float,
         exploration: float | None,
-        delta: float,
         cost_weight: float,
-        costs: Sequence[float] | None,
-        start: int,
-        centred: bool,
+        ridge: float = 1.0,
+        **kwargs: Any,
     ):
-        super().__init__(arms, seed, costs, start)
-        self.kernel = KERNEL if kernel is None else kernel
-        if self.kernel.open:
-            raise ValueError(f"{self.kernel!r} needs a bandwidth; pass for example kernel.fit(contexts)")
+        super().__init__(arms, seed, **kwargs)
+        self.kernel = kernel
         self.ridge = check_number(ridge, "ridge", above=True)
-        self.delta = check_number(delta, "delta", above=True)
         self.exploration = None if exploration is None else check_number(exploration, "exploration")
         self.cost_weight = check_number(cost_weight, "cost_weight")
-        self.centred = bool(centred)
         self.waiting: list[list[Tensor]] = [[] for _ in range(arms)]  # contexts of pending pulls
 
-    @property
-    def beta(self) -> float:
-        """The factor of the standard deviation: ``exploration``, or ``(2 log(2 arms / delta))^(1/2)``."""
-        if self.exploration is not None:
-            return self.exploration
-        return math.sqrt(max(0.0, 2 * math.log(2 * self.arms / self.delta)))
-
-    def predict(self, context: Any) -> tuple[Tensor, Tensor]:
-        """Expected reward and its standard deviation (in units of the noise) of each arm ``[arms]`` at a context."""
-        (row,) = self._contexts(1, context) or []
-        found = [self._predict(i, row) for i in range(self.arms)]
-        return torch.tensor([m for m, _ in found]).double(), torch.tensor([s for _, s in found]).double()
-
-    def _prior(self) -> float:
-        """The mean reward of all arms: what is expected where an arm was not tried."""
-        return float(self.reward_sum.sum() / self.told.sum().clamp_min(1)) if self.centred else 0.0
-
-    def _predict(self, arm: int, row: Tensor) -> tuple[float, float]:
-        raise NotImplementedError
-
-    def _choose(self, n: int, contexts: list[Tensor] | None) -> list[int]:
-        found: list[int] = []
+    def _choose(self, n: int, contexts: list[Tensor] | None) -> list[Any]:
+        found: list[int | None] = []
         for row in contexts or []:
             forced = self._forced(1)
-            if forced:
-                arm = forced[0]
-            else:
-                mean, deviation = self.predict(row)
-                values = mean + self.beta * deviation
-                if self.cost_weight:
-                    values = values - self.cost_weight * self.costs()
-                arm = self._pull(self._best(values))
-            self._wait(arm, row)
+            arm = forced[0] if forced else self._pick(row)
+            if arm is not None:
+                self._wait(arm, row)
             found.append(arm)
         return found
 
+    def _pick(self, row: Tensor) -> int | None:
+        """The arm of a pull with this context, which is then pending; None for none."""
+        raise NotImplementedError
+
     def _wait(self, arm: int, row: Tensor) -> None:
         self.waiting[arm].append(row)
+        self._changed(arm)
 
-    def _arrived(self, arm: int, row: Tensor) -> None:
-        """Remove the pending pull of this context, or the oldest one."""
+    def _learn(self, arm: int, x: Tensor | None, reward: float | None, context: Tensor | None, kept: bool) -> None:
+        assert reward is not None
+        assert context is not None
         waiting = self.waiting[arm]
-        if waiting:
-            same = [k for k, other in enumerate(waiting) if torch.equal(other, row)]
+        if waiting:  # the pending pull of this context, or the oldest one
+            same = [k for k, other in enumerate(waiting) if torch.equal(other, context)]
             waiting.pop(same[0] if same else 0)
+        self._record(arm, reward, context)
+        self._changed(arm)
+
+    def _record(self, arm: int, reward: float, context: Tensor) -> None:
+        """Learn the reward of a pull."""
+        raise NotImplementedError
+
+    def _changed(self, arm: int) -> None:
+        """Forget what was computed from the pulls of an arm."""
 
     def _check(self, x: Tensor | None, reward: float | None, context: Tensor | None) -> Tensor | None:
         return None
+
+    def _row(self, context: Any) -> Tensor:
+        """One context ``[p]``, checked."""
+        (row,) = self._contexts(1, context) or []
+        return row
 
     def _grow(self) -> None:
         self.waiting.append([])
@@ -157,18 +154,71 @@ class _Contextual(Selector):
             "kernel": kernel_to_json(self.kernel),
             "ridge": self.ridge,
             "exploration": self.exploration,
-            "delta": self.delta,
             "cost_weight": self.cost_weight,
-            "centred": self.centred,
         }
 
     @classmethod
     def _from_settings(cls, settings: dict[str, Any]) -> Any:
-        settings["kernel"] = kernel_from_json(settings["kernel"])
-        return super()._from_settings(settings)
+        return super()._from_settings({**settings, "kernel": kernel_from_json(settings["kernel"])})
 
 
-class PAKUCB(_Contextual):
+class _KernelUCB(Contextual):
+    """Pull the arm of the largest ``mu(t) + exploration sigma(t) - cost_weight cost`` at the context t."""
+
+    def __init__(
+        self,
+        arms: int,
+        seed: int = 0,
+        *,
+        kernel: Kernel | None = None,
+        exploration: float | None = 0.5,
+        delta: float = 0.05,
+        cost_weight: float = 0.0,
+        centred: bool = True,
+        **kwargs: Any,
+    ):
+        kernel = KERNEL if kernel is None else kernel
+        if kernel.open:
+            raise ValueError(f"{kernel!r} needs a bandwidth; pass for example kernel.fit(contexts)")
+        super().__init__(arms, seed, kernel=kernel, exploration=exploration, cost_weight=cost_weight, **kwargs)
+        self.kernel: Kernel
+        self.delta, self.centred = check_number(delta, "delta", above=True), bool(centred)
+
+    @property
+    def beta(self) -> float:
+        """The factor of the standard deviation: ``exploration``, or ``(2 log(2 arms / delta))^(1/2)``."""
+        if self.exploration is not None:
+            return self.exploration
+        return math.sqrt(max(0.0, 2 * math.log(2 * self.arms / self.delta)))
+
+    def predict(self, context: Any) -> tuple[Tensor, Tensor]:
+        """Expected reward and its standard deviation (in units of the noise) of each arm ``[arms]`` at a context."""
+        row = self._row(context)
+        found = [self._predict(i, row) for i in range(self.arms)]
+        return torch.tensor([m for m, _ in found]).double(), torch.tensor([s for _, s in found]).double()
+
+    def _prior(self) -> float:
+        """The mean reward of all arms: what is expected where an arm was not tried."""
+        return float(self.reward_sum.sum() / self.told.sum().clamp_min(1)) if self.centred else 0.0
+
+    def _predict(self, arm: int, row: Tensor) -> tuple[float, float]:
+        raise NotImplementedError
+
+    def _optimistic(self, context: Any) -> tuple[Tensor, Tensor]:
+        """``mu + exploration sigma - cost_weight cost`` and ``exploration sigma`` of each arm ``[arms]`` at a context."""
+        mean, deviation = self.predict(context)
+        bonus = self.beta * deviation
+        values = mean + bonus
+        return (values - self.cost_weight * self.costs() if self.cost_weight else values), bonus
+
+    def _pick(self, row: Tensor) -> int | None:
+        return self._pull(self._best(self._optimistic(row)[0]))
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "delta": self.delta, "centred": self.centred}
+
+
+class PAKUCB(_KernelUCB):
     """PAK-UCB: a kernel ridge regression of the reward on the context for each arm (arXiv 2410.13287).
 
     ``mu = k(t)'(K + a I)^-1 y`` and ``sigma = a^(-1/2) (k(t, t) - k(t)'(K + a I)^-1 k(t))^(1/2)``; pull the arm of the
@@ -192,21 +242,8 @@ class PAKUCB(_Contextual):
         ValueError: for arguments out of range, or a kernel without a bandwidth.
     """
 
-    def __init__(
-        self,
-        arms: int,
-        seed: int = 0,
-        *,
-        kernel: Kernel | None = None,
-        ridge: float = 1.0,
-        exploration: float | None = 0.5,
-        delta: float = 0.05,
-        cost_weight: float = 0.0,
-        costs: Sequence[float] | None = None,
-        start: int = 1,
-        centred: bool = True,
-    ):
-        super().__init__(arms, seed, kernel, ridge, exploration, delta, cost_weight, costs, start, centred)
+    def __init__(self, arms: int, seed: int = 0, **kwargs: Any):
+        super().__init__(arms, seed, **kwargs)
         self.told_rows = [GrownFactor(self.kernel, self.ridge) for _ in range(arms)]
         self.rewards: list[list[float]] = [[] for _ in range(arms)]
         self._weights: dict[int, Tensor] = {}
@@ -231,21 +268,12 @@ class PAKUCB(_Contextual):
             self._with_pending[arm] = grown
         return self._with_pending[arm]
 
-    def _wait(self, arm: int, row: Tensor) -> None:
-        super()._wait(arm, row)
-        self._with_pending.pop(arm, None)
-
-    def _learn(self, arm: int, x: Tensor | None, reward: float | None, context: Tensor | None, kept: bool) -> None:
-        assert reward is not None
-        assert context is not None
-        self._arrived(arm, context)
-        self._record(arm, reward, context)
-        self.reward_sum[arm] += reward
-
     def _record(self, arm: int, reward: float, context: Tensor) -> None:
         self.told_rows[arm].append(context)
         self.rewards[arm].append(reward)
         self._weights.pop(arm, None)
+
+    def _changed(self, arm: int) -> None:
         self._with_pending.pop(arm, None)
 
     def _grow(self) -> None:
@@ -257,6 +285,7 @@ class PAKUCB(_Contextual):
         for arm in range(self.arms):
             for row, reward in zip(other.told_rows[arm].x, other.rewards[arm], strict=True):
                 self._record(arm, reward, row)
+        self._with_pending.clear()
 
     def _arrays(self) -> dict[str, Any]:
         return {"contexts": [f.x for f in self.told_rows], "rewards": self.rewards, "waiting": self.waiting}
@@ -268,57 +297,35 @@ class PAKUCB(_Contextual):
                 factor.append(row)
 
 
-class RFFUCB(_Contextual):
+class RFFUCB(_KernelUCB):
     """RFF-UCB: as :class:`PAKUCB` by random Fourier features, at a constant cost of a pull (arXiv 2410.13287).
 
     ``A = sum f f' + a I``, ``mu = f' A^-1 sum y f`` and ``sigma = (f' A^-1 f)^(1/2)`` with the features ``f`` of the
     contexts, which are drawn once. The sums of several processes add up.
 
     Args:
-        arms, seed, kernel, ridge, exploration, delta, cost_weight, costs, start, centred: see :class:`PAKUCB`; the kernel
-            is Gaussian or Laplacian.
+        arms, seed, kwargs: see :class:`PAKUCB`; the kernel is Gaussian or Laplacian.
         num_features: length of ``f``.
 
     Raises:
         ValueError: for arguments out of range, or another kernel.
     """
 
-    def __init__(
-        self,
-        arms: int,
-        seed: int = 0,
-        *,
-        kernel: Kernel | None = None,
-        ridge: float = 1.0,
-        exploration: float | None = 0.5,
-        delta: float = 0.05,
-        cost_weight: float = 0.0,
-        costs: Sequence[float] | None = None,
-        start: int = 1,
-        num_features: int = 200,
-        centred: bool = True,
-    ):
-        super().__init__(arms, seed, kernel, ridge, exploration, delta, cost_weight, costs, start, centred)
-        RandomFourierFeatures(self.kernel, 1, num_features)  # type: ignore[arg-type]  # checks both
-        self.num_features = num_features
+    def __init__(self, arms: int, seed: int = 0, *, num_features: int = 200, **kwargs: Any):
+        super().__init__(arms, seed, **kwargs)
+        self.map, self.num_features = random_features(self.kernel, num_features), num_features
         self.moment = torch.zeros(arms, num_features, num_features, dtype=torch.float64)
         self.rewards = torch.zeros(arms, num_features, 2, dtype=torch.float64)  # sums of y f and of f
-        self._map: RandomFourierFeatures | None = None
         self._solved: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def _features(self, row: Tensor) -> Tensor:
-        if self._map is None or self._map.input_dim != len(row):
-            self._map = RandomFourierFeatures(self.kernel, len(row), self.num_features)  # type: ignore[arg-type]
-        return self._map(row[None])[0]
-
     def _predict(self, arm: int, row: Tensor) -> tuple[float, float]:
-        f = self._features(row)
+        f = self.map(row[None])[0]
         if arm not in self._solved:
             eye = self.ridge * torch.eye(self.num_features, dtype=torch.float64)
             theta = torch.linalg.solve(self.moment[arm] + eye, self.rewards[arm])
             pending = self.moment[arm] + eye
             for other in self.waiting[arm]:
-                g = self._features(other)
+                g = self.map(other[None])[0]
                 pending = pending + torch.outer(g, g)
             self._solved[arm] = theta, torch.linalg.cholesky(pending)
         theta, factor = self._solved[arm]
@@ -326,18 +333,12 @@ class RFFUCB(_Contextual):
         reward, one = (f @ theta).tolist()
         return reward + (1 - one) * self._prior(), float(spread.norm())
 
-    def _wait(self, arm: int, row: Tensor) -> None:
-        super()._wait(arm, row)
-        self._solved.pop(arm, None)
-
-    def _learn(self, arm: int, x: Tensor | None, reward: float | None, context: Tensor | None, kept: bool) -> None:
-        assert reward is not None
-        assert context is not None
-        self._arrived(arm, context)
-        f = self._features(context)
+    def _record(self, arm: int, reward: float, context: Tensor) -> None:
+        f = self.map(context[None])[0]
         self.moment[arm] += torch.outer(f, f)
         self.rewards[arm] += torch.stack([reward * f, f], dim=1)
-        self.reward_sum[arm] += reward
+
+    def _changed(self, arm: int) -> None:
         self._solved.pop(arm, None)
 
     def _grow(self) -> None:

@@ -1,13 +1,13 @@
 """DAKUCB: for each prompt a generator, or a mixture, whose samples are good and differ from those of similar prompts."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kspec_guidance.kernels import CosineKernel, Kernel
-from kspec_guidance.selection.base import check_choice, check_number, check_row, kernel_from_json, kernel_to_json
+from kspec_guidance.kernels.settings import kernel_from_json, kernel_to_json
+from kspec_guidance.selection.base import check_choice, check_number, check_row
 from kspec_guidance.selection.contextual import PAKUCB
 from kspec_guidance.selection.quadratic import minimise_quadratic
 
@@ -31,9 +31,8 @@ class DAKUCB(PAKUCB):
     Labels are kept up to date by one kernel row for each new sample.
 
     Args:
-        arms, seed, kernel, ridge, delta, cost_weight, costs, start, centred: see :class:`PAKUCB`; ``kernel`` is that of
-            contexts.
-        exploration: factor of ``sigma``, in units of the reward.
+        arms, seed, kwargs: see :class:`PAKUCB`; ``kernel`` is that of contexts.
+        start: samples of each arm first.
         objective: ``jrke`` or ``jkd``.
         sample_kernel: of samples; cosine by default.
         diversity: weight of the likeness; 0 is PAK-UCB.
@@ -50,23 +49,14 @@ class DAKUCB(PAKUCB):
         arms: int,
         seed: int = 0,
         *,
-        kernel: Kernel | None = None,
-        ridge: float = 1.0,
-        exploration: float | None = 0.5,
-        delta: float = 0.05,
-        cost_weight: float = 0.0,
-        costs: Sequence[float] | None = None,
         start: int = 2,
         objective: str = "jrke",
         sample_kernel: Kernel | None = None,
         diversity: float = 1.0,
         mixture: bool = False,
-        centred: bool = True,
+        **kwargs: Any,
     ):
-        super().__init__(
-            arms, seed, kernel=kernel, ridge=ridge, exploration=exploration, delta=delta, cost_weight=cost_weight,
-            costs=costs, start=start, centred=centred,
-        )  # fmt: skip
+        super().__init__(arms, seed, start=start, **kwargs)
         self.objective = check_choice(objective, "objective", ("jrke", "jkd"))
         self.sample_kernel = CosineKernel() if sample_kernel is None else sample_kernel
         if self.sample_kernel.open:
@@ -146,8 +136,7 @@ class DAKUCB(PAKUCB):
 
     def likeness_at(self, context: Any) -> Tensor:
         """Estimated likeness ``D`` ``[arms, arms]`` at a context ``[p]``, symmetric; 0 for arms without samples."""
-        (row,) = self._contexts(1, context) or []
-        found = torch.zeros(self.arms, self.arms, dtype=torch.float64)
+        row, found = self._row(context), torch.zeros(self.arms, self.arms, dtype=torch.float64)
         for g in range(self.arms):
             if not len(self.told_rows[g]):
                 continue
@@ -157,47 +146,32 @@ class DAKUCB(PAKUCB):
 
     def weights(self, context: Any) -> Tensor:
         """Weights of the arms ``[arms]`` at a context ``[p]``; one of them is 1 without ``mixture``."""
-        mean, deviation = self.predict(context)
-        s = mean + self.beta * deviation
-        if self.cost_weight:
-            s = s - self.cost_weight * self.costs()
+        s, bonus = self._optimistic(context)
         d = self.likeness_at(context)
         if not self.diversity:
             d = torch.zeros_like(d)
         if self.mixture:
-            d = d - torch.diag(self.beta * deviation)
-            return minimise_quadratic(self.diversity * d, s)
+            return minimise_quadratic(self.diversity * (d - torch.diag(bonus)), s)
         found = torch.zeros(self.arms, dtype=torch.float64)
-        optimistic = d.diagonal() - self.beta * deviation
-        found[self._best(s - self.diversity * optimistic)] = 1.0
+        found[self._best(s - self.diversity * (d.diagonal() - bonus))] = 1.0
         return found
 
-    def _choose(self, n: int, contexts: list[Tensor] | None) -> list[int]:
-        found: list[int] = []
-        for row in contexts or []:
-            forced = self._forced(1)
-            if forced:
-                arm = forced[0]
-            else:
-                w = self.weights(row)
-                arm = self._pull(self._systematic(w, 1)[0] if self.mixture else int(w.argmax()))
-            self._wait(arm, row)
-            found.append(arm)
-        return found
+    def _pick(self, row: Tensor) -> int | None:
+        w = self.weights(row)
+        return self._pull(self._systematic(w, 1)[0] if self.mixture else int(w.argmax()))
 
     def _grow(self) -> None:
         super()._grow()
         for g, row in enumerate(self.likeness):
             row.append(torch.zeros(len(self.samples[g]), dtype=torch.float64))
-        self.likeness.append([torch.zeros(0, dtype=torch.float64)] * (self.arms))
+        self.likeness.append([torch.zeros(0, dtype=torch.float64)] * self.arms)
         self.samples.append([])
         self.references.append([])
 
     def _merge(self, other: "DAKUCB") -> None:  # type: ignore[override]
+        super()._merge(other)
         for arm in range(self.arms):
-            events = zip(other.told_rows[arm].x, other.rewards[arm], other.samples[arm], other.references[arm], strict=True)
-            for t, reward, x, y in events:
-                self._record(arm, reward, t)
+            for x, y, t in zip(other.samples[arm], other.references[arm], other.told_rows[arm].x, strict=True):
                 self._add(arm, x, y, t)
 
     def settings(self) -> dict[str, Any]:
@@ -211,8 +185,7 @@ class DAKUCB(PAKUCB):
 
     @classmethod
     def _from_settings(cls, settings: dict[str, Any]) -> Any:
-        settings["sample_kernel"] = kernel_from_json(settings["sample_kernel"])
-        return super()._from_settings(settings)
+        return super()._from_settings({**settings, "sample_kernel": kernel_from_json(settings["sample_kernel"])})
 
     def _arrays(self) -> dict[str, Any]:
         more = {"samples": self.samples, "references": self.references, "likeness": self.likeness}

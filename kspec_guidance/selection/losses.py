@@ -18,6 +18,7 @@ from kspec_guidance.selection.quadratic import minimise_quadratic, nearest_psd
 
 __all__ = ["LOSSES", "FrechetLoss", "MixtureLoss", "QuadraticLoss", "RewardLoss", "VendiLoss", "make_loss"]
 
+SEED = 0  # of random features
 EMPTY = 1e-12  # eigenvalues at most this are 0
 TOLERANCE, MAX_STEPS = 1e-5, 400  # of the weights of losses without an exact solution
 
@@ -33,8 +34,8 @@ class MixtureLoss:
 
     needs_features = True
 
-    def __init__(self, arms: int, kernel: Kernel | None, num_features: int, seed: int, reference: Any = None):
-        self.arms, self.kernel, self.num_features, self.seed = arms, kernel, num_features, seed
+    def __init__(self, arms: int):
+        self.arms = arms
         self.total = torch.zeros(arms, dtype=torch.float64)
         self.total_squares = torch.zeros(arms, dtype=torch.float64)
         self.sums: dict[str, Tensor] = {}
@@ -77,7 +78,14 @@ class MixtureLoss:
         self.sums = {name: torch.cat([x, torch.zeros_like(x[:1])]) for name, x in self.sums.items()}
 
     def merge(self, other: "MixtureLoss") -> None:
-        """Add the sums of another."""
+        """Add the sums of another.
+
+        Raises:
+            ValueError: if its reference is another one.
+        """
+        mine, theirs = self.reference, other.reference
+        if mine.keys() != theirs.keys() or any(not torch.equal(mine[k], theirs[k]) for k in mine):
+            raise ValueError("selectors with other references cannot be merged")
         self.total, self.total_squares = self.total + other.total, self.total_squares + other.total_squares
         for name, x in other.sums.items():
             self.sums[name] = x.clone() if name not in self.sums else self.sums[name] + x
@@ -86,14 +94,14 @@ class MixtureLoss:
         """Value, and gradient ``[k]``, at weights ``[k]`` of the known arms (indices ``[k]``)."""
         raise NotImplementedError
 
-    def minimise(self, known: Tensor, linear: Tensor, floor: float) -> Tensor:
+    def minimise(self, known: Tensor, linear: Tensor) -> Tensor:
         """Weights ``[k]`` of the known arms (indices) that minimise the loss plus ``linear`` ``[k]`` times the weights."""
 
         def objective(a: Tensor) -> tuple[float, Tensor]:
             value, g = self.evaluate(a, known)
             return value + float(linear @ a), g + linear
 
-        return minimise_on_simplex(objective, len(known), floor, TOLERANCE, MAX_STEPS).weights
+        return minimise_on_simplex(objective, len(known), tolerance=TOLERANCE, max_steps=MAX_STEPS).weights
 
     def state(self) -> dict[str, Any]:
         """Sums and reference."""
@@ -115,22 +123,15 @@ class QuadraticLoss(MixtureLoss):
     mean over pairs of the reference is added: the squared MMD of the mixture (KID with features of Inception).
     """
 
-    def __init__(
-        self, arms: int, kernel: Kernel | None, num_features: int, seed: int, reference: Any = None, squared: bool = True
-    ):
-        super().__init__(arms, kernel, num_features, seed)
-        self.squared = squared
-        self.map = StreamMap(kernel, num_features, seed)
-        cosine = isinstance(self.map.kernel, CosineKernel)
-        if squared and not cosine:
-            self.map = StreamMap(self.map.kernel.squared(), num_features, seed)
-        self.products = cosine and squared  # the features of the squared cosine are products
+    def __init__(self, arms: int, kernel: Kernel | None, num_features: int, squared: bool, reference: Any = None):
+        super().__init__(arms)
+        self.map = StreamMap(kernel, num_features, SEED)
+        self.products = squared and isinstance(self.map.kernel, CosineKernel)  # features of the squared cosine
+        if squared and not self.products:
+            self.map = StreamMap(self.map.kernel.squared(), num_features, SEED)
         if reference is not None:
-            rows = self.map(check_matrix(reference, "reference").cpu().double())
-            n = len(rows)
-            if n < 2:
-                raise ValueError(f"reference needs at least two samples, got {n}")
-            total = rows.sum(0)
+            rows = self.map(_reference_rows(reference))
+            n, total = len(rows), rows.sum(0)
             self.reference = {
                 "mean": total / n,
                 "constant": (total @ total - rows.square().sum()) / (n * (n - 1)),
@@ -160,17 +161,17 @@ class QuadraticLoss(MixtureLoss):
         k = nearest_psd(k)
         return float(a @ k @ a - 2 * p @ a) + constant, 2 * (k @ a - p)
 
-    def minimise(self, known: Tensor, linear: Tensor, floor: float) -> Tensor:
+    def minimise(self, known: Tensor, linear: Tensor) -> Tensor:
         k, p, _ = self.matrix(known)
-        return minimise_quadratic(k, 2 * p - linear, floor)
+        return minimise_quadratic(k, 2 * p - linear)
 
 
 class VendiLoss(MixtureLoss):
     """``tr(r log r)`` of ``r = sum_i a_i C_i``, ``C_i`` the second moment of arm i: minus the log of the Vendi score."""
 
-    def __init__(self, arms: int, kernel: Kernel | None, num_features: int, seed: int, reference: Any = None):
-        super().__init__(arms, kernel, num_features, seed)
-        self.map = StreamMap(kernel, num_features, seed)
+    def __init__(self, arms: int, kernel: Kernel | None, num_features: int):
+        super().__init__(arms)
+        self.map = StreamMap(kernel, num_features, SEED)
 
     def terms(self, x: Tensor) -> dict[str, Tensor]:
         phi = self.map(x[None]).double()[0]
@@ -192,13 +193,9 @@ class FrechetLoss(MixtureLoss):
     is convex, since the root is operator concave and ``C`` is concave in the weights.
     """
 
-    def __init__(self, arms: int, kernel: Kernel | None, num_features: int, seed: int, reference: Any = None):
-        super().__init__(arms, kernel, num_features, seed)
-        if reference is not None:
-            rows = check_matrix(reference, "reference").cpu().double()
-            if len(rows) < 2:
-                raise ValueError(f"reference needs at least two samples, got {len(rows)}")
-            self.reference = _reference_moments(rows)
+    def __init__(self, arms: int, reference: Tensor):
+        super().__init__(arms)
+        self.reference = _reference_moments(_reference_rows(reference))
 
     def check_width(self, width: int) -> None:
         if len(self.reference["mean"]) != width:
@@ -242,9 +239,21 @@ class RewardLoss(MixtureLoss):
     def evaluate(self, a: Tensor, known: Tensor) -> tuple[float, Tensor]:
         return 0.0, torch.zeros_like(a)
 
-    def minimise(self, known: Tensor, linear: Tensor, floor: float) -> Tensor:
+    def minimise(self, known: Tensor, linear: Tensor) -> Tensor:
         best = (linear <= linear.min() + 1e-12 * linear.abs().max()).double()
-        return floor + (1 - len(linear) * floor) * best / best.sum()
+        return best / best.sum()
+
+
+def _reference_rows(reference: Tensor) -> Tensor:
+    """The rows ``[m, d]`` of a reference in float64 on the host.
+
+    Raises:
+        ValueError: for less than two.
+    """
+    rows = check_matrix(reference, "reference").cpu().double()
+    if len(rows) < 2:
+        raise ValueError(f"reference needs at least two samples, got {len(rows)}")
+    return rows
 
 
 def _reference_moments(rows: Tensor) -> dict[str, Tensor]:
@@ -261,9 +270,10 @@ def _reference_moments(rows: Tensor) -> dict[str, Tensor]:
 LOSSES = ("rke", "vendi", "kid", "fid", "reward")
 
 
-def make_loss(name: str, arms: int, kernel: Kernel | None, num_features: int, seed: int, reference: Any) -> MixtureLoss:
-    """The loss of one of the names in ``LOSSES``."""
+def make_loss(name: str, arms: int, kernel: Kernel | None, num_features: int, reference: Any) -> MixtureLoss:
+    """The loss of one of the names in ``LOSSES``; a reference is for ``kid`` and ``fid``."""
     if name in ("rke", "kid"):
-        return QuadraticLoss(arms, kernel, num_features, seed, reference, squared=name == "rke")
-    kinds: dict[str, type[MixtureLoss]] = {"vendi": VendiLoss, "fid": FrechetLoss, "reward": RewardLoss}
-    return kinds[name](arms, kernel, num_features, seed, reference)
+        return QuadraticLoss(arms, kernel, num_features, name == "rke", reference)
+    if name == "vendi":
+        return VendiLoss(arms, kernel, num_features)
+    return RewardLoss(arms) if name == "reward" else FrechetLoss(arms, reference)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kspec_guidance.kernels import Kernel
-from kspec_guidance.selection.base import Selector, check_choice, check_number, kernel_from_json, kernel_to_json
+from kspec_guidance.kernels.settings import kernel_from_json, kernel_to_json
+from kspec_guidance.selection.base import TRIES, Selector, check_choice, check_number
 from kspec_guidance.selection.losses import LOSSES, make_loss
 
 __all__ = ["MixtureGreedy", "MixtureUCB"]
@@ -18,10 +19,6 @@ LEAST_YIELD = 0.02  # share of kept samples below which an arm is not called mor
 
 class _Mixture(Selector):
     """Statistics and weights of the mixture methods."""
-
-    reward_sum: Tensor
-    reward_count: Tensor
-    _vectors: ClassVar[tuple[str, ...]] = (*Selector._vectors, "reward_sum", "reward_count")
 
     def __init__(
         self,
@@ -52,7 +49,7 @@ class _Mixture(Selector):
                 if reference is None
                 else f"objective {objective!r} uses no reference; leave it out, or choose 'kid' or 'fid'"
             )
-        self.loss = make_loss(objective, arms, kernel, num_features, 0, reference)
+        self.loss = make_loss(objective, arms, kernel, num_features, reference)
         rewards = ("reward",) if self.quality else ()
         self.needs = (("features",) if self.loss.needs_features else ()) + rewards
 
@@ -76,9 +73,6 @@ class _Mixture(Selector):
             self.reward_sum, self.reward_count = self.reward_sum * factor, self.reward_count * factor
         if x is not None and self.loss.needs_features:
             self.loss.add(arm, x)
-        if reward is not None:
-            self.reward_sum[arm] += reward
-            self.reward_count[arm] += 1
 
     def _grow(self) -> None:
         self.loss.grow()
@@ -93,7 +87,7 @@ class _Mixture(Selector):
     def _owing(self) -> Tensor:
         if self.half_life is None:
             return super()._owing()
-        return (self._samples() + self.pending < self.start) & ~((self.kept == 0) & (self.told >= 4 * self.start))
+        return (self._samples() + self.pending < self.start) & ~((self.kept == 0) & (self.told >= TRIES * self.start))
 
     def _known(self) -> Tensor:
         """Indices of the arms with enough samples for their terms."""
@@ -166,7 +160,7 @@ class _Mixture(Selector):
 
     @classmethod
     def _from_settings(cls, settings: dict[str, Any]) -> "_Mixture":
-        settings["kernel"] = kernel_from_json(settings["kernel"])
+        settings = {**settings, "kernel": kernel_from_json(settings["kernel"])}
         if settings["objective"] in ("kid", "fid"):  # its statistics are restored afterwards
             settings["reference"] = torch.eye(2, dtype=torch.float64)
         return super()._from_settings(settings)
@@ -176,15 +170,6 @@ class _Mixture(Selector):
 
     def _restore(self, arrays: Mapping[str, Any]) -> None:
         self.loss.restore(arrays)
-
-    def merge(self, other: "_Mixture") -> "_Mixture":  # type: ignore[override]
-        if isinstance(other, _Mixture) and not _equal(self.loss.reference, other.loss.reference):
-            raise ValueError("selectors with other references cannot be merged")
-        return super().merge(other)
-
-
-def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 class MixtureGreedy(_Mixture):
@@ -240,7 +225,7 @@ class MixtureGreedy(_Mixture):
         return max(1.0, float(self.told.sum() + self.pending.sum())) ** (-1 / 3) if linear else 0.0
 
     def _solve(self, known: Tensor) -> Tensor:
-        return self.loss.minimise(known, self._linear(known), 0.0)
+        return self.loss.minimise(known, self._linear(known))
 
     def _shares(self) -> Tensor:
         shares, floor = super()._shares(), self._floor()
@@ -288,7 +273,7 @@ class MixtureUCB(_Mixture):
         return self.bonus * (math.log(t) / n).sqrt() + self.quality * self.quality_bonus / n
 
     def _solve(self, known: Tensor) -> Tensor:
-        return self.loss.minimise(known, self._linear(known) - self._optimism(known), 0.0)
+        return self.loss.minimise(known, self._linear(known) - self._optimism(known))
 
     def _choose(self, n: int, contexts: list[Tensor] | None) -> list[int]:
         if self.variant == "cab":

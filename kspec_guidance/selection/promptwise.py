@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import Kernel
-from kspec_guidance.selection.base import Selector, check_choice, check_number, kernel_from_json, kernel_to_json
+from kspec_guidance.selection.base import check_choice, check_integer
+from kspec_guidance.selection.contextual import Contextual, random_features
 
 __all__ = ["PromptWise"]
 
 NEWTON_STEPS = 25
 
 
-class PromptWise(Selector):
+class PromptWise(Contextual):
     """PromptWise: for each try of a prompt the arm to ask, or none (arXiv 2505.18901).
 
     An arm ``g`` costs ``c_g`` and succeeds with probability ``q_g(t)``, by a logistic regression on the context for each
@@ -45,8 +45,6 @@ class PromptWise(Selector):
         ValueError: for arguments out of range; by ``tell``, for rewards outside 0...1.
     """
 
-    needs = ("reward", "context")
-
     def __init__(
         self,
         arms: int,
@@ -57,25 +55,18 @@ class PromptWise(Selector):
         budget: int = 5,
         rule: str = "recursion",
         kernel: Kernel | None = None,
-        ridge: float = 1.0,
         exploration: float = 1.0,
-        start: int = 1,
         num_features: int = 200,
+        **kwargs: Any,
     ):
-        super().__init__(arms, seed, costs, start)
-        self.cost_weight = check_number(cost_weight, "cost_weight")
-        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-            raise ValueError(f"budget is a number of tries, at least 1, got {budget!r}")
-        self.budget, self.rule = budget, check_choice(rule, "rule", ("recursion", "index"))
-        if kernel is not None:
-            RandomFourierFeatures(kernel, 1, num_features)  # type: ignore[arg-type]  # checks both
-        self.kernel, self.num_features = kernel, num_features
-        self.ridge = check_number(ridge, "ridge", above=True)
-        self.exploration = check_number(exploration, "exploration")
+        super().__init__(
+            arms, seed, kernel=kernel, exploration=exploration, cost_weight=cost_weight, costs=costs, **kwargs
+        )  # fmt: skip
+        self.budget = self._left = check_integer(budget, "budget is a number of tries", 1)
+        self.rule = check_choice(rule, "rule", ("recursion", "index"))
+        self.map, self.num_features = None if kernel is None else random_features(kernel, num_features), num_features
         self.rows: list[list[Tensor]] = [[] for _ in range(arms)]  # contexts
         self.rewards: list[list[float]] = [[] for _ in range(arms)]
-        self.waiting: list[list[Tensor]] = [[] for _ in range(arms)]
-        self._map: RandomFourierFeatures | None = None
         self.theta: list[Tensor | None] = [None] * arms  # the start of the next fit
         self._fitted: dict[int, tuple[Tensor, Tensor]] = {}
         self._mapped: list[list[Tensor]] = [[] for _ in range(arms)]  # features of the rows, as far as computed
@@ -93,40 +84,26 @@ class PromptWise(Selector):
         Raises:
             ValueError: without contexts, or for a number of tries that is negative.
         """
-        if left is not None and (isinstance(left, bool) or not isinstance(left, int) or left < 0):
-            raise ValueError(f"left is a number of tries, at least 0, got {left!r}")
-        self._left = self.budget if left is None else left
+        self._left = self.budget if left is None else check_integer(left, "left is a number of tries", 0)
         return super().choose(n, contexts)
 
-    def _choose(self, n: int, contexts: list[Tensor] | None) -> list[Any]:
-        found: list[Any] = []
-        for row in contexts or []:
-            forced = self._forced(1) if self._left == self.budget else []
-            arm = forced[0] if forced else self._ask(row, self._left)
-            if arm is not None:
-                self.waiting[arm].append(row)
-                self._fitted.pop(arm, None)
-            found.append(arm)
-        return found
+    def _owing(self) -> Tensor:
+        return super()._owing() & (self._left == self.budget)
 
-    def _ask(self, row: Tensor, left: int) -> int | None:
-        if left < 1:
+    def _pick(self, row: Tensor) -> int | None:
+        if not self._left:
             return None
         q, c = self.probabilities(row, optimistic=True), self.cost_weight * self.costs()
         if self.rule == "index":
             values = 1 - c / q
         else:
-            later = 0.0
-            for _ in range(left - 1):
-                later = max(0.0, float((q - c + (1 - q) * later).max()))
-            values = q - c + (1 - q) * later
+            values = q - c + (1 - q) * _value(q, c, self._left - 1)
         best = self._best(values)
         return None if float(values[best]) <= 0 else self._pull(best)
 
     def probabilities(self, context: Any, optimistic: bool = False) -> Tensor:
         """Probability of success of each arm ``[arms]`` at a context ``[p]``."""
-        (row,) = self._contexts(1, context) or []
-        f, found = self._features(row), torch.zeros(self.arms, dtype=torch.float64)
+        f, found = self._features(self._row(context)), torch.zeros(self.arms, dtype=torch.float64)
         for arm in range(self.arms):
             theta, factor = self._fit(arm, len(f))
             logit = theta @ f
@@ -138,17 +115,11 @@ class PromptWise(Selector):
 
     def value(self, context: Any, left: int | None = None) -> float:
         """Expected value of a prompt with ``left`` tries."""
-        q, c, found = self.probabilities(context), self.cost_weight * self.costs(), 0.0
-        for _ in range(self.budget if left is None else left):
-            found = max(0.0, float((q - c + (1 - q) * found).max()))
-        return found
+        q, c = self.probabilities(context), self.cost_weight * self.costs()
+        return _value(q, c, self.budget if left is None else left)
 
     def _features(self, row: Tensor) -> Tensor:
-        if self.kernel is None:
-            return torch.cat([row, row.new_ones(1)])
-        if self._map is None or self._map.input_dim != len(row):
-            self._map = RandomFourierFeatures(self.kernel, len(row), self.num_features)  # type: ignore[arg-type]
-        return self._map(row[None])[0]
+        return torch.cat([row, row.new_ones(1)]) if self.map is None else self.map(row[None])[0]
 
     def _fit(self, arm: int, width: int) -> tuple[Tensor, Tensor]:
         """Coefficients by Newton's method from those before, and the factor of ``V``."""
@@ -178,19 +149,16 @@ class PromptWise(Selector):
             raise ValueError(f"the reward of PromptWise is a success, 0 to 1, got {reward}; use PAKUCB for other rewards")
         return None
 
-    def _learn(self, arm: int, x: Tensor | None, reward: float | None, context: Tensor | None, kept: bool) -> None:
-        assert reward is not None
-        assert context is not None
-        waiting = self.waiting[arm]
-        if waiting:
-            same = [k for k, other in enumerate(waiting) if torch.equal(other, context)]
-            waiting.pop(same[0] if same else 0)
+    def _record(self, arm: int, reward: float, context: Tensor) -> None:
         self.rows[arm].append(context)
         self.rewards[arm].append(reward)
+
+    def _changed(self, arm: int) -> None:
         self._fitted.pop(arm, None)
 
     def _grow(self) -> None:
-        for mine in (self.rows, self.rewards, self.waiting, self._mapped):
+        super()._grow()
+        for mine in (self.rows, self.rewards, self._mapped):
             mine.append([])
         self.theta.append(None)
 
@@ -203,19 +171,10 @@ class PromptWise(Selector):
     def settings(self) -> dict[str, Any]:
         return {
             **super().settings(),
-            "cost_weight": self.cost_weight,
             "budget": self.budget,
             "rule": self.rule,
-            "kernel": kernel_to_json(self.kernel),
-            "ridge": self.ridge,
-            "exploration": self.exploration,
             "num_features": self.num_features,
         }
-
-    @classmethod
-    def _from_settings(cls, settings: dict[str, Any]) -> Any:
-        settings["kernel"] = kernel_from_json(settings["kernel"])
-        return super()._from_settings(settings)
 
     def _arrays(self) -> dict[str, Any]:
         # Fits start from the coefficients before, so these decide the last bits.
@@ -224,6 +183,14 @@ class PromptWise(Selector):
     def _restore(self, arrays: dict[str, Any]) -> None:
         self.rows, self.rewards, self.waiting = arrays["rows"], arrays["rewards"], arrays["waiting"]
         self.theta = arrays["theta"]
+
+
+def _value(q: Tensor, c: Tensor, left: int) -> float:
+    """Value of a prompt with ``left`` tries of arms with these probabilities and worths of costs ``[arms]``."""
+    found = 0.0
+    for _ in range(left):
+        found = max(0.0, float((q - c + (1 - q) * found).max()))
+    return found
 
 
 def fit_logistic(f: Tensor, y: Tensor, ridge: float, theta: Tensor) -> Tensor:

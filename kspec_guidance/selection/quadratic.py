@@ -20,7 +20,7 @@ def nearest_psd(q: Tensor) -> Tensor:
     return q if float(values[0]) >= 0 else (vectors * values.clamp_min(0)) @ vectors.mT
 
 
-def minimise_quadratic(q: Tensor, b: Tensor, floor: float = 0.0) -> Tensor:
+def minimise_quadratic(q: Tensor, b: Tensor) -> Tensor:
     """Weights ``w`` ``[k]`` on the simplex that minimise ``w'Qw - b'w``, by an active set.
 
     Starts from the support of all weights. Weights that leave the simplex are dropped on the way to the minimum of the
@@ -30,33 +30,22 @@ def minimise_quadratic(q: Tensor, b: Tensor, floor: float = 0.0) -> Tensor:
     Args:
         q: symmetric matrix ``[k, k]``; negative eigenvalues are set to 0.
         b: ``[k]``.
-        floor: least weight, at most ``1 / k``.
-
-    Raises:
-        ValueError: for a floor above ``1 / k``.
 
     >>> minimise_quadratic(torch.diag(torch.tensor([1 / 2, 1 / 3, 1 / 5], dtype=torch.float64)), torch.zeros(3))
     tensor([0.2000, 0.3000, 0.5000], dtype=torch.float64)
     """
     k = len(b)
-    if not 0 <= floor <= 1 / k + 1e-12:
-        raise ValueError(f"floor must lie between 0 and 1/{k}, since {k} weights sum to 1; got {floor}")
     q, b = nearest_psd(q.double()), b.double()
     size = max(float(q.diagonal().mean()), float(b.abs().max()), 1e-300)
     q, b = q / size + RIDGE * torch.eye(k, dtype=torch.float64), b / size
-    spare = max(0.0, 1 - k * floor)  # w = floor + spare v, with v on the simplex
-    b = spare * (b - 2 * floor * q.sum(1))
-    q = spare * spare * q
-    if spare * spare < 1e-12:
-        return torch.full((k,), 1 / k, dtype=torch.float64)
-    v, inside = torch.full((k,), 1 / k, dtype=torch.float64), torch.ones(k, dtype=torch.bool)
+    w, inside = torch.full((k,), 1 / k, dtype=torch.float64), torch.ones(k, dtype=torch.bool)
     for _ in range(10 * k + 10):
         s = inside.nonzero()[:, 0]
         m = len(s)
         system = torch.zeros(m + 1, m + 1, dtype=torch.float64)
         system[:m, :m], system[:m, m], system[m, :m] = 2 * q[s][:, s], 1.0, 1.0
         aim = torch.linalg.solve(system, torch.cat([b[s], b.new_ones(1)]))[:m]
-        step, here = 1.0, v[s]
+        step, here = 1.0, w[s]
         falling = aim < 0
         if bool(falling.any()):
             ratios = here[falling] / (here[falling] - aim[falling])
@@ -64,15 +53,15 @@ def minimise_quadratic(q: Tensor, b: Tensor, floor: float = 0.0) -> Tensor:
         moved = here + step * (aim - here)
         if step < 1.0:
             leaving = s[falling][ratios <= step + 1e-15]
-            v[s] = moved
-            v[leaving], inside[leaving] = 0.0, False
+            w[s] = moved
+            w[leaving], inside[leaving] = 0.0, False
             continue
-        v[s] = moved
-        g = 2 * q @ v - b
+        w[s] = moved
+        g = 2 * q @ w - b
         slack = g - g[s].mean()  # 0 on the support
         slack[s] = 0.0
         if float(slack.min()) >= -1e-12 * max(1.0, float(g.abs().max())):
             break
         inside[int(slack.argmin())] = True
-    v = v.clamp_min(0)
-    return floor + spare * v / v.sum()
+    w = w.clamp_min(0)
+    return w / w.sum()

@@ -206,12 +206,13 @@ def synthesize(
         pipe, call = load_demo_pipeline(), {"num_inference_steps": 20, "guidance_scale": 5.0} | call
         pipe.set_progress_bar_config(disable=True)
     guide = SPARKE() if guide is None else guide
-    arms = None if arms is None else list(arms)
+    selector = None
     if arms is not None:
+        arms = list(arms)
         if any(term.target is not None for term in guide.terms):
             raise SynthesisError("arms set the strength of the guide, and so does its target; give one of them")
         check_arms(arms, pipe, call)
-        make_selector(select, arms, seed, processes.rank)
+        selector = make_selector(select, arms, seed, processes.rank)
     if len(guide.memories) > 1:
         raise SynthesisError(
             f"this guide keeps {len(guide.memories)} memories in different spaces, but a run keeps one; give all terms the "
@@ -278,7 +279,6 @@ def synthesize(
                 grouped=any(prompt.group is not None for prompt in prompt_list),
                 candidates=candidates,
             )
-            selector = None if arms is None else make_selector(select, arms, seed, processes.rank)
             worker = Worker(
                 generator,
                 run_guide,
@@ -293,7 +293,7 @@ def synthesize(
                 shares={name: a.share for name, a in attributes.items()},
                 prompt_features=prompt_features,
                 progress_callback=progress_callback if processes.rank == 0 else None,
-                arms=None if arms is None or selector is None else ArmChoice(arms, selector, pipe, run_guide, generator),
+                arms=None if selector is None else ArmChoice(arms or [], selector, run_guide, generator),
             )
             if memory_file is not None and processes.rank == 0:
                 _prepare(Path(memory_file))

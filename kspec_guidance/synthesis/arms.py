@@ -6,11 +6,12 @@ selector follows from them, in order, so that a run that is resumed chooses as o
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -173,43 +174,48 @@ class ArmChoice:
     Args:
         arms: of the run.
         selector: of this process.
-        pipe: whose scheduler arms may change.
         guide: attached to the pipeline for each batch.
-        generator: whose call arms change.
+        generator: whose call, and whose pipeline's scheduler, arms change.
     """
 
-    def __init__(self, arms: Sequence[Arm], selector: Selector, pipe: Any, guide: KernelGuidance, generator: Generator):
-        self.arms, self.selector, self.pipe, self.guide, self.generator = list(arms), selector, pipe, guide, generator
+    def __init__(self, arms: Sequence[Arm], selector: Selector, guide: KernelGuidance, generator: Generator):
+        self.arms, self.selector, self.guide, self.generator = list(arms), selector, guide, generator
         self.number = {arm.name: k for k, arm in enumerate(self.arms)}
-        self.schedulers = {arm.name: _scheduler(pipe, arm.scheduler) for arm in self.arms if arm.scheduler is not None}
+        self.schedulers = {
+            arm.name: _scheduler(generator.pipe, arm.scheduler) for arm in self.arms if arm.scheduler is not None
+        }
 
     def choose(self) -> Arm:
         """The arm of the next batch."""
         return self.arms[self.selector.choose()]
 
     @contextmanager
-    def applied(self, arm: Arm) -> Iterator[None]:
-        """The pipeline, its call and the guide with the settings of an arm, and the guide attached."""
-        call, scales = self.generator.call, [term.scale for term in self.guide.terms]
-        scheduler = getattr(self.pipe, "scheduler", None)
+    def applied(self, arm: Arm) -> Iterator[Callable[[int], dict[str, Any]]]:
+        """The pipeline, its call and the guide with the settings of an arm, and the guide attached.
+
+        Returns:
+            A function of the number of images, which returns what the record of the batch says of its arm: name, and cost
+            of an image.
+        """
+        pipe, call, scales = self.generator.pipe, self.generator.call, [term.scale for term in self.guide.terms]
+        scheduler, start = getattr(pipe, "scheduler", None), perf_counter()
         try:
             self.generator.call = {**call, **arm.call}
             for term, scale in zip(self.guide.terms, scales, strict=True):
                 term.scale = scale * float(arm.guide)
             if arm.name in self.schedulers:
-                self.pipe.scheduler = self.schedulers[arm.name]
-            with self.guide.attach(self.pipe):
-                yield
+                pipe.scheduler = self.schedulers[arm.name]
+            with self.guide.attach(pipe):
+                yield lambda images: {
+                    "arm": arm.name,
+                    "cost": (perf_counter() - start) / images if arm.cost is None else arm.cost,
+                }
         finally:
             self.generator.call = call
             for term, scale in zip(self.guide.terms, scales, strict=True):
                 term.scale = scale
             if arm.name in self.schedulers:
-                self.pipe.scheduler = scheduler
-
-    def event(self, arm: Arm, seconds: float, images: int) -> dict[str, Any]:
-        """What the record of a batch says of its arm: name, and cost of an image."""
-        return {"arm": arm.name, "cost": seconds / images if arm.cost is None else arm.cost}
+                pipe.scheduler = scheduler
 
     def learn(self, record: Record) -> None:
         """Tell the selector the images of a record that were kept, then those that were dropped."""

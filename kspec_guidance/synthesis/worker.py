@@ -127,15 +127,8 @@ class Worker:
         self.memories.use(self._memory_key(batch[0].job))
         if self.balance is not None:
             self.balance.wanted = allot(list(self.attributes.values()), list(self.shares.values()), len(batch))
-        arm = None if self.arms is None else self.arms.choose()
-        start = time.monotonic()
-        with nullcontext() if self.arms is None or arm is None else self.arms.applied(arm):
-            made = self.generator.make(batch)
-            rows = [self._row(sample, k) for k, sample in enumerate(batch)]
-        seconds = time.monotonic() - start
+        made, rows, arm = self._make(batch)
         features = made.x.flatten(1).float().cpu() if self.embedder is None else self.embedder(made.images).cpu()
-        if arm is not None:
-            rows = [{**row, "arm": arm.name} for row in rows]
         reasons = self.screen.reasons(made.images, rows, features)
         if self.settings.candidates > 1:
             self._choose(batch, features, made.prompt_features, reasons)
@@ -157,13 +150,22 @@ class Worker:
             state, about_target = pack_target(target.state(made.prompt_features, len(batch)))
             tensors |= about_target
         kept = [rows[k] for k in keep]
-        record = Record(self.store.epoch, self.processes.rank, self.batch_index, kept, rejected, tensors, state)
-        if self.arms is not None and arm is not None:
-            record.arm = self.arms.event(arm, seconds, len(batch))
+        record = Record(self.store.epoch, self.processes.rank, self.batch_index, kept, rejected, tensors, state, arm)
         self.store.commit(record, {rows[k]["file_name"]: encode_png(made.images[k]) for k in keep})
         if self.packer is None:
             self.store.append_metadata(record.rows)
         self.apply(record)
+
+    def _make(self, batch: list[Sample]) -> tuple[GeneratedBatch, list[dict[str, Any]], dict[str, Any] | None]:
+        """Make a batch, with the arm that is chosen for it; its rows, and what its record says of the arm."""
+        if self.arms is None:
+            made = self.generator.make(batch)
+            return made, [self._row(sample, k) for k, sample in enumerate(batch)], None
+        arm = self.arms.choose()
+        with self.arms.applied(arm) as event:
+            made = self.generator.make(batch)
+            rows = [{**self._row(sample, k), "arm": arm.name} for k, sample in enumerate(batch)]
+        return made, rows, event(len(batch))
 
     def _choose(self, batch: list[Sample], features: Tensor, prompts: Tensor | None, reasons: list[str | None]) -> None:
         """Keep one candidate of each image, and give the others a reason to be dropped."""
@@ -302,9 +304,11 @@ class Worker:
 
     def _hear_of_arms(self) -> None:
         """Tell the selector the batches that the other processes made since the last exchange, in order."""
+        if self.arms is None:
+            return
         first = self.exchanges * self.settings.exchange
-        for rank in range(self.processes.world_size if self.arms is not None else 0):
-            if self.arms is not None and rank != self.processes.rank:
+        for rank in range(self.processes.world_size):
+            if rank != self.processes.rank:
                 for record in self.store.process_records(rank, first, first + self.settings.exchange):
                     self.arms.learn(record)
 

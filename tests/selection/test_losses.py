@@ -11,7 +11,7 @@ from kspec_guidance.selection.losses import make_loss
 
 
 def filled(name, rows, reference=None, kernel=None):
-    loss = make_loss(name, len(rows), kernel, 512, 0, reference)
+    loss = make_loss(name, len(rows), kernel, 512, reference)
     for arm, samples in enumerate(rows):
         for x in samples:
             loss.add(arm, x)
@@ -56,7 +56,7 @@ def test_rke_leaves_out_pairs_of_a_sample_with_itself():
 def test_random_features_of_a_gaussian_kernel_are_near_the_exact_means():
     rows = samples()
     kernel = GaussianKernel(4.0)
-    loss = make_loss("rke", 3, kernel, 4096, 0, None)
+    loss = make_loss("rke", 3, kernel, 4096, None)
     for arm, x in enumerate(rows):
         for row in x:
             loss.add(arm, row)
@@ -103,7 +103,7 @@ def test_fid_of_a_mixture_of_equal_sets_is_that_of_their_union():
 
 def test_fading_weights_give_the_weighted_means():
     rows = samples()[0]
-    loss = make_loss("rke", 1, None, 512, 0, None)
+    loss = make_loss("rke", 1, None, 512, None)
     for x in rows:
         loss.fade(0.8)
         loss.add(0, x)

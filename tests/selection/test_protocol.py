@@ -6,43 +6,32 @@ import math
 import pytest
 import torch
 
+from kspec_guidance import selection
 from kspec_guidance.kernels import GaussianKernel
-from kspec_guidance.selection import (
-    DAKUCB,
-    FDUCB,
-    ISUCB,
-    PAKUCB,
-    RFFUCB,
-    Greedy,
-    MixtureGreedy,
-    MixtureUCB,
-    OneArm,
-    Oracle,
-    PromptWise,
-    Uniform,
-)
 
 REFERENCE = torch.randn(12, 4, generator=torch.Generator().manual_seed(9)).double()
 MAKERS = {
-    **{f"greedy-{o}": (lambda o=o, **k: MixtureGreedy(3, o, **k)) for o in ("rke", "vendi", "reward")},
-    **{f"greedy-{o}": (lambda o=o, **k: MixtureGreedy(3, o, reference=REFERENCE, **k)) for o in ("kid", "fid")},
-    "greedy-gauss": lambda **k: MixtureGreedy(3, kernel=GaussianKernel(2.0), num_features=32, **k),
-    "greedy-quality": lambda **k: MixtureGreedy(3, quality=0.5, cost_weight=0.1, half_life=20.0, **k),
-    "ucb-cab": lambda **k: MixtureUCB(3, **k),
-    "ucb-ogd": lambda **k: MixtureUCB(3, "vendi", variant="ogd", **k),
-    "fd": lambda **k: FDUCB(3, REFERENCE, **k),
-    "is": lambda **k: ISUCB(3, **k),
-    "pak": lambda **k: PAKUCB(3, **k),
-    "rff": lambda **k: RFFUCB(3, num_features=32, **k),
-    "dak": lambda **k: DAKUCB(3, **k),
-    "dak-mixture": lambda **k: DAKUCB(3, mixture=True, **k),
-    "dak-jkd": lambda **k: DAKUCB(3, objective="jkd", **k),
-    "promptwise": lambda **k: PromptWise(3, [1.0, 2.0, 3.0], **k),
-    "promptwise-kernel": lambda **k: PromptWise(3, [1.0, 2.0, 3.0], kernel=GaussianKernel(1.0), num_features=16, **k),
-    "uniform": lambda **k: Uniform(3, **k),
-    "one": lambda **k: OneArm(3, 1, **k),
-    "mean": lambda **k: Greedy(3, **k),
-    "oracle": lambda **k: Oracle(3, [0.2, 0.3, 0.5], **k),
+    **{f"greedy-{o}": (lambda o=o, **k: selection.MixtureGreedy(3, o, **k)) for o in ("rke", "vendi", "reward")},
+    **{f"greedy-{o}": (lambda o=o, **k: selection.MixtureGreedy(3, o, reference=REFERENCE, **k)) for o in ("kid", "fid")},
+    "greedy-gauss": lambda **k: selection.MixtureGreedy(3, kernel=GaussianKernel(2.0), num_features=32, **k),
+    "greedy-quality": lambda **k: selection.MixtureGreedy(3, quality=0.5, cost_weight=0.1, half_life=20.0, **k),
+    "ucb-cab": lambda **k: selection.MixtureUCB(3, **k),
+    "ucb-ogd": lambda **k: selection.MixtureUCB(3, "vendi", variant="ogd", **k),
+    "fd": lambda **k: selection.FDUCB(3, REFERENCE, **k),
+    "is": lambda **k: selection.ISUCB(3, **k),
+    "pak": lambda **k: selection.PAKUCB(3, **k),
+    "rff": lambda **k: selection.RFFUCB(3, num_features=32, **k),
+    "dak": lambda **k: selection.DAKUCB(3, **k),
+    "dak-mixture": lambda **k: selection.DAKUCB(3, mixture=True, **k),
+    "dak-jkd": lambda **k: selection.DAKUCB(3, objective="jkd", **k),
+    "promptwise": lambda **k: selection.PromptWise(3, [1.0, 2.0, 3.0], **k),
+    "promptwise-kernel": lambda **k: selection.PromptWise(
+        3, [1.0, 2.0, 3.0], kernel=GaussianKernel(1.0), num_features=16, **k
+    ),
+    "uniform": lambda **k: selection.Uniform(3, **k),
+    "one": lambda **k: selection.OneArm(3, 1, **k),
+    "mean": lambda **k: selection.Greedy(3, **k),
+    "oracle": lambda **k: selection.Oracle(3, [0.2, 0.3, 0.5], **k),
 }
 every = pytest.mark.parametrize("name", MAKERS)
 
@@ -52,7 +41,7 @@ def event(s, arm, g):
     x = torch.rand(4, generator=g).double() ** (1 + arm)
     more = {}
     if "features" in s.needs:
-        more["features"] = x / x.sum() if isinstance(s, ISUCB) else x
+        more["features"] = x / x.sum() if isinstance(s, selection.ISUCB) else x
     if getattr(s, "objective", "") == "jkd":
         more["reference"] = torch.rand(4, generator=g).double()
     if "reward" in s.needs:
@@ -171,7 +160,7 @@ def test_merging_adds_what_was_told(name):
 
 
 def equal(a, b, load):
-    from kspec_guidance.selection.base import _decode
+    from kspec_guidance.utils.json_tensors import from_json
 
     def compare(x, y, path):
         assert type(x) is type(y)
@@ -187,26 +176,28 @@ def equal(a, b, load):
         else:
             assert x == pytest.approx(y)
 
-    compare(_decode(a), _decode(b), [])
+    compare(from_json(a), from_json(b), [])
 
 
 def test_selectors_of_other_kinds_or_settings_are_not_merged():
     with pytest.raises(TypeError, match="only a MixtureGreedy"):
-        MixtureGreedy(2).merge(MixtureUCB(2))
+        selection.MixtureGreedy(2).merge(selection.MixtureUCB(2))
     with pytest.raises(ValueError, match="other settings cannot be merged: objective"):
-        MixtureGreedy(2).merge(MixtureGreedy(2, "vendi"))
+        selection.MixtureGreedy(2).merge(selection.MixtureGreedy(2, "vendi"))
     with pytest.raises(ValueError, match="other references"):
-        MixtureGreedy(2, "fid", reference=REFERENCE).merge(MixtureGreedy(2, "fid", reference=REFERENCE + 1))
+        selection.MixtureGreedy(2, "fid", reference=REFERENCE).merge(
+            selection.MixtureGreedy(2, "fid", reference=REFERENCE + 1)
+        )
 
 
 def test_states_of_other_classes_or_versions_are_refused():
-    state = MixtureGreedy(2).state()
+    state = selection.MixtureGreedy(2).state()
     with pytest.raises(ValueError, match="state of a MixtureGreedy"):
-        MixtureUCB.load(state)
+        selection.MixtureUCB.load(state)
     with pytest.raises(ValueError, match="version 2"):
-        MixtureGreedy.load({**state, "version": 2})
+        selection.MixtureGreedy.load({**state, "version": 2})
     with pytest.raises(ValueError, match="no state of a selector"):
-        MixtureGreedy.load({})
+        selection.MixtureGreedy.load({})
 
 
 @every
@@ -220,7 +211,7 @@ def test_a_pull_without_a_sample_counts_with_its_cost(name):
 
 
 def test_an_arm_that_yields_nothing_is_let_go():
-    s = MixtureGreedy(2, start=3)
+    s = selection.MixtureGreedy(2, start=3)
     for _ in range(60):
         arm = s.choose()
         s.tell(arm, **({"kept": False} if arm == 0 else {"features": torch.eye(4)[int(s.kept[1]) % 4]}))
@@ -229,14 +220,14 @@ def test_an_arm_that_yields_nothing_is_let_go():
 
 
 def test_pulls_of_a_batch_are_within_one_of_their_share():
-    s = Oracle(3, [0.15, 0.25, 0.6])
+    s = selection.Oracle(3, [0.15, 0.25, 0.6])
     for _ in range(20):
         found = s.choose(10)
         for arm, share in enumerate([0.15, 0.25, 0.6]):
             assert abs(found.count(arm) - 10 * share) < 1
 
 
-@pytest.mark.parametrize("make", [lambda: PAKUCB(2), lambda: RFFUCB(2, num_features=64)])
+@pytest.mark.parametrize("make", [lambda: selection.PAKUCB(2), lambda: selection.RFFUCB(2, num_features=64)])
 def test_pending_pulls_lower_the_deviation_and_leave_the_mean(make):
     s, c = make(), [0.3, 0.7]
     for arm in (0, 1):
@@ -252,32 +243,32 @@ def test_pending_pulls_lower_the_deviation_and_leave_the_mean(make):
 
 
 def test_pending_pulls_spread_a_batch_of_equal_contexts():
-    s = PAKUCB(3, exploration=1.0)
+    s = selection.PAKUCB(3, exploration=1.0)
     assert sorted(s.choose(6, contexts=[[0.0, 1.0]] * 6)) == [0, 0, 1, 1, 2, 2]
 
 
 def test_arguments_out_of_range_are_refused():
     for make, message in [
-        (lambda: MixtureGreedy(0), "number of arms"),
-        (lambda: MixtureGreedy(2, "fidd", reference=REFERENCE), "did you mean 'fid'"),
-        (lambda: MixtureGreedy(2, "fid"), "give reference="),
-        (lambda: MixtureGreedy(2, "rke", reference=REFERENCE), "uses no reference"),
-        (lambda: MixtureGreedy(2, costs=[1.0]), "costs has 1 numbers for 2 arms"),
-        (lambda: MixtureGreedy(2, quality=-1), "quality must be at least 0"),
-        (lambda: MixtureGreedy(2, kernel=GaussianKernel()), "bandwidth"),
-        (lambda: MixtureUCB(2, variant="x"), "unknown variant"),
-        (lambda: PAKUCB(2, kernel=GaussianKernel()), "bandwidth"),
-        (lambda: PromptWise(2, budget=0), "number of tries"),
-        (lambda: ISUCB(2, start=1), "at least 2"),
+        (lambda: selection.MixtureGreedy(0), "number of arms"),
+        (lambda: selection.MixtureGreedy(2, "fidd", reference=REFERENCE), "did you mean 'fid'"),
+        (lambda: selection.MixtureGreedy(2, "fid"), "give reference="),
+        (lambda: selection.MixtureGreedy(2, "rke", reference=REFERENCE), "uses no reference"),
+        (lambda: selection.MixtureGreedy(2, costs=[1.0]), "costs has 1 numbers for 2 arms"),
+        (lambda: selection.MixtureGreedy(2, quality=-1), "quality must be at least 0"),
+        (lambda: selection.MixtureGreedy(2, kernel=GaussianKernel()), "bandwidth"),
+        (lambda: selection.MixtureUCB(2, variant="x"), "unknown variant"),
+        (lambda: selection.PAKUCB(2, kernel=GaussianKernel()), "bandwidth"),
+        (lambda: selection.PromptWise(2, budget=0), "number of tries"),
+        (lambda: selection.ISUCB(2, start=1), "at least 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()
-    s = MixtureGreedy(2, "fid", reference=REFERENCE)
+    s = selection.MixtureGreedy(2, "fid", reference=REFERENCE)
     with pytest.raises(ValueError, match="the reference has 4"):
         s.tell(0, features=torch.ones(5))
     with pytest.raises(ValueError, match="probabilities"):
-        ISUCB(2).tell(0, features=[1.0, 1.0])
+        selection.ISUCB(2).tell(0, features=[1.0, 1.0])
     with pytest.raises(ValueError, match="0 to 1"):
-        PromptWise(2).tell(0, reward=3.0, context=[1.0])
+        selection.PromptWise(2).tell(0, reward=3.0, context=[1.0])
     with pytest.raises(ValueError, match="reference output"):
-        DAKUCB(2, objective="jkd").tell(0, features=[1.0], reward=1.0, context=[1.0])
+        selection.DAKUCB(2, objective="jkd").tell(0, features=[1.0], reward=1.0, context=[1.0])

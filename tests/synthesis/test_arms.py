@@ -96,7 +96,7 @@ def test_the_records_give_the_state_of_the_selector(whole, pipe):
     states = []
     for _ in range(2):
         guide = plain()
-        chosen = ArmChoice(ARMS, make_selector("mixture-greedy", ARMS, 0, 0), pipe, guide, Generator(pipe, guide, CALL))
+        chosen = ArmChoice(ARMS, make_selector("mixture-greedy", ARMS, 0, 0), guide, Generator(pipe, guide, CALL))
         for record in Store(whole[0]).process_records(0):
             assert chosen.choose().name == record.arm["arm"]
             chosen.learn(record)
