@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.selection.regret import mean_and_half, replace_between
+from benchmarks import pages
+from benchmarks.selection.regret import mean_and_half
 from kspec_guidance import SPARKE, load_demo_pipeline
 from kspec_guidance.demo.judge import load_demo_judge
 from kspec_guidance.kernels import GaussianKernel
@@ -144,7 +145,7 @@ def main() -> None:
     if arguments.page is None:
         print(table(found))
         return
-    arguments.page.write_text(replace_between(arguments.page.read_text(), "arms", table(found)))
+    pages.fill(arguments.page, {"arms": table(found)})
 
 
 if __name__ == "__main__":

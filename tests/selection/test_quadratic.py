@@ -1,4 +1,4 @@
-"""The exact minimum over the simplex against its conditions of optimality and closed forms."""
+"""The minimum over the simplex against its conditions of optimality and closed forms."""
 
 import pytest
 import torch
