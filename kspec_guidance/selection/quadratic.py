@@ -23,7 +23,7 @@ def nearest_psd(q: Tensor) -> Tensor:
 
 
 def minimise_quadratic(q: Tensor, b: Tensor) -> Tensor:
-    """Weights ``w`` ``[k]`` on the simplex that minimise ``w'Qw - b'w``, up to a duality gap of 1e-9 of the size of Q and b.
+    """Weights ``w`` ``[k]`` on the simplex that minimise ``w'Qw - b'w``, to a gap of 1e-9 of the size of Q and b.
 
     Args:
         q: symmetric matrix ``[k, k]``; negative eigenvalues are set to 0.
