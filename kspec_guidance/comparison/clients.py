@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from kspec_guidance.functional.fidelity import frechet_of_factors
 from kspec_guidance.functional.inputs import FeatureMap, KernelLike, as_kernel, check_matrix, map_rows, on_host
+from kspec_guidance.functional.novelty import root
 from kspec_guidance.kernels import PolynomialKernel
 
 __all__ = ["ClientMessage", "ClientScores", "fid_over_clients", "kid_over_clients"]
@@ -120,11 +122,15 @@ class ClientScores:
         return self.average - self.over_all
 
 
-def _check_alike(messages: Sequence[ClientMessage]) -> None:
+def _check_alike(messages: Sequence[ClientMessage], maps: bool = True) -> None:
     first = messages[0]
     for m in messages[1:]:
         if m.mean.shape != first.mean.shape:
-            raise ValueError(f"messages are of {len(first.mean)} and {len(m.mean)} features; embed all with the same model")
+            raise ValueError(
+                f"the sets have {len(first.mean)} and {len(m.mean)} features per row; embed all with the same model"
+            )
+        if not maps:
+            continue
         if m.feature_sum.shape != first.feature_sum.shape or not torch.allclose(m.probe, first.probe, atol=1e-5):
             raise ValueError("messages are of different feature maps; give all clients one map, of one seed")
 
@@ -207,14 +213,7 @@ def kid_over_clients(
 
 
 def _frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> Tensor:
-    """Frechet distance of Gaussians; ``tr (A B)^(1/2)`` is the sum of singular values of ``A^(1/2) B^(1/2)``."""
-
-    def root(c: Tensor) -> Tensor:
-        l, v = torch.linalg.eigh(c)
-        return (v * torch.where(l > l.shape[-1] * torch.finfo(l.dtype).eps * l.amax(), l, 0.0).sqrt()) @ v.mT
-
-    spread = cov_a.trace() + cov_b.trace() - 2 * torch.linalg.svdvals(root(cov_a) @ root(cov_b)).sum()
-    return (mean_a - mean_b).square().sum() + spread.clamp_min(0)
+    return frechet_of_factors(mean_a, root(cov_a).mT, mean_b, root(cov_b).mT)
 
 
 def fid_over_clients(
@@ -237,11 +236,7 @@ def fid_over_clients(
     """
     _check_clients(clients)
     messages = [z if isinstance(z, ClientMessage) else ClientMessage.of(z) for z in (x, *clients)]
-    for m in messages[1:]:
-        if m.mean.shape != messages[0].mean.shape:
-            raise ValueError(
-                f"the sets have {len(messages[0].mean)} and {len(m.mean)} features per row; embed all with the same model"
-            )
+    _check_alike(messages, maps=False)
     counts = torch.stack([m.count for m in messages])
     if counts.min() < 2:
         raise ValueError("a Frechet distance needs at least two samples in each set")

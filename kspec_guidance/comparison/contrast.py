@@ -10,7 +10,8 @@ from scipy.linalg import eigh
 from scipy.special import log_ndtr
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import JointKernel, Kernels, Modalities, joint_kernels, sides, simplest_turn, upright
+from kspec_guidance.comparison.joint import JointKernel, Kernels, Modalities, joint_kernels, sides, simplest_turn
+from kspec_guidance.functional.modes import upright
 
 __all__ = ["Koda", "koda"]
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import Kernels, Modalities, joint_kernels, sides, upright
+from kspec_guidance.comparison.joint import Kernels, Modalities, joint_kernels, sides
+from kspec_guidance.functional.modes import upright
 from kspec_guidance.functional.novelty import SignedSpectrum, check_eta
 
 __all__ = ["Spec", "spec"]

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import exact_rows, joint_gram, random_rows, simplest_turn
+from kspec_guidance.comparison.joint import joint_rows, simplest_turn, strongest
 from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, on_host
-from kspec_guidance.functional.novelty import check_eta, root
+from kspec_guidance.functional.novelty import check_eta
 from kspec_guidance.kernels import Kernel
 
 __all__ = ["PromptSplit", "prompt_split"]
 
 NEAR_PROMPT = 0.8  # nearness to the prompts of a mode, relative to the mode's own samples, from which prompts are the same
 ROUNDING = 1e-9  # values below it, of shares that add up to 1, are rounding errors
-STRONG = 0.5  # absolute value at a sample, relative to the strongest one, from which the sample is listed
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,7 @@ def prompt_split(
             raise ValueError(f"{what}_a has {a.shape[1]} features per row and {what}_b has {b.shape[1]}; embed both alike")
         both.append(torch.cat([a, b]))
     kernels = [as_kernel(k).fit(z) for k, z in zip((kernel, prompt_kernel), both, strict=True)]
-    phi = exact_rows(both, kernels) if features is None else random_rows(both, kernels, features, method, seed)
-    phi = root(joint_gram(both, kernels)) if phi is None else phi
+    phi = joint_rows(both, kernels, features, method, seed)
     weight = torch.cat([phi.new_full((n,), 1 / n), phi.new_full((m,), -eta / m)])
     l, u = torch.linalg.eigh(_difference(phi, weight))
     chance = _extremes(phi, both[1], weight, n, permutations, seed) if permutations else None
@@ -120,16 +118,16 @@ def prompt_split(
         functions = u[:, order[: len(positive)]].T @ phi[own].T  # [modes, n]
         turn = simplest_turn(functions)
         functions = (turn @ functions)[(turn.square() @ positive).argsort(descending=True, stable=True)]
-        strongest: list[list[int]] = [[] for _ in range(modes)]
+        listed: list[list[int]] = [[] for _ in range(modes)]
         alike: list[list[int]] = [[] for _ in range(modes)]
         for k, f in enumerate(functions.square()):
-            strongest[k] = _strongest(f.sqrt(), per_mode)
-            prompts = both[1][own][strongest[k]]
-            alike[k] = _same_prompts(prompts, f[strongest[k]], both[1][other], kernels[1], per_mode)
+            listed[k] = strongest(f.sqrt(), at_most=per_mode)
+            prompts = both[1][own][listed[k]]
+            alike[k] = _same_prompts(prompts, f[listed[k]], both[1][other], kernels[1], per_mode)
         p = None
         if chance is not None:
             p = (1 + (chance[:, 0 if sign > 0 else 1, None] >= values).sum(0)).double() / (1 + permutations)
-        first, second = (strongest, alike)[::sign]
+        first, second = (listed, alike)[::sign]
         return PromptSplit(values, first, second, p)
 
     found, reverse = side(1), side(-1)
@@ -148,12 +146,6 @@ def _checked(x: Tensor, t: Tensor, name: str) -> tuple[Tensor, Tensor]:
 def _difference(phi: Tensor, weight: Tensor) -> Tensor:
     """``sum_i w_i phi_i phi_i'`` ``[r, r]``."""
     return phi.mT @ (weight[:, None] * phi)
-
-
-def _strongest(values: Tensor, at_most: int) -> list[int]:
-    """Indices of the values that are at least half as large as the largest, the largest first."""
-    order = values.argsort(descending=True, stable=True)[:at_most]
-    return order[values[order] >= STRONG * values.max()].tolist()
 
 
 def _same_prompts(own: Tensor, shares: Tensor, others: Tensor, kernel: Kernel, at_most: int) -> list[int]:

@@ -4,28 +4,31 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures, RandomProductProjection, tensor_product
-from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, on_host, second_moment, unit_gram
+from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, joint_gram, on_host, second_moment
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel
+from kspec_guidance.kernels.spectrum import noise_level
 
 __all__ = [
     "METHODS",
+    "JointFeatures",
     "JointKernel",
     "Kernels",
     "Modalities",
     "as_modalities",
     "exact_rows",
     "fit_kernels",
-    "joint_gram",
     "joint_kernels",
+    "joint_rows",
     "random_rows",
     "sides",
     "simplest_turn",
-    "upright",
+    "strongest",
 ]
 
 Modalities = Tensor | Mapping[str, Tensor]
@@ -73,14 +76,6 @@ def fit_kernels(kernel: Kernels, rows: Mapping[str, Tensor]) -> list[Kernel]:
     return [as_kernel(kernel).fit(x) for x in rows.values()]
 
 
-def joint_gram(rows: Sequence[Tensor], kernels: Sequence[Kernel]) -> Tensor:
-    """The product of the kernel matrices of all modalities ``[n, n]``, with unit diagonal."""
-    k = unit_gram(kernels[0], rows[0])
-    for x, kernel in zip(rows[1:], kernels[1:], strict=True):
-        k = k * unit_gram(kernel, x)
-    return k
-
-
 def exact_rows(rows: Sequence[Tensor], kernels: Sequence[Kernel]) -> Tensor | None:
     """Rows ``[n, D]`` whose inner products are the joint kernel, for cosine kernels and D below n; else None."""
     if not all(isinstance(kernel, CosineKernel) for kernel in kernels):
@@ -94,44 +89,98 @@ def exact_rows(rows: Sequence[Tensor], kernels: Sequence[Kernel]) -> Tensor | No
     return found if found.shape[1] < len(found) else None
 
 
-def random_rows(
-    rows: Sequence[Tensor], kernels: Sequence[Kernel], features: int, method: str | None = None, seed: int = 0
-) -> Tensor:
-    """Rows ``[n, D]`` whose inner products are close to the joint kernel, to about ``features ** -0.5``.
+class JointFeatures:
+    """Random features of the joint kernel: rows ``[n, D]`` whose inner products are close to it, to about ``D ** -0.5``.
 
     ``fourier``: random Fourier features of the joint rows, each modality divided by its bandwidth, for kernels that are all
     Gaussian or all Laplacian; their product is one such kernel. ``projection``: the features of each modality (rows of norm
     1 for the cosine kernel, else random Fourier features) are projected, and the projections multiplied. By default Fourier
     features where the kernels allow, else the projection; one modality with the cosine kernel is exact.
 
+    Args:
+        widths: features per row of each modality.
+        kernels: one for each, with a bandwidth.
+        features: D.
+        method: ``fourier``, ``projection``, or None.
+        seed: of the features.
+
     Raises:
         ValueError: for an unknown method, or kernels for which there is none.
     """
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    kinds = {type(kernel) for kernel in kernels}
-    stationary = len(kinds) == 1 and kinds <= {GaussianKernel, LaplacianKernel}
-    if method == "fourier" and not stationary:
-        raise ValueError(
-            f"joint Fourier features need kernels that are all Gaussian or all Laplacian, got {list(kernels)}; "
-            "use method='projection'"
-        )
-    if stationary and method != "projection":
-        unit = replace(kernels[0], bandwidth=1.0)  # type: ignore[type-var]
-        joint = torch.cat([x / kernel.bandwidth for x, kernel in zip(rows, kernels, strict=True)], 1)  # type: ignore[attr-defined]
-        return RandomFourierFeatures(unit, joint.shape[1], features, seed=seed)(joint)  # type: ignore[arg-type]
-    parts = [_own_rows(x, kernel, features, seed + k) for k, (x, kernel) in enumerate(zip(rows, kernels, strict=True))]
-    if len(parts) == 1:
-        return parts[0]
-    return RandomProductProjection([p.shape[1] for p in parts], features, seed)(*parts)
+
+    def __init__(
+        self, widths: Sequence[int], kernels: Sequence[Kernel], features: int, method: str | None = None, seed: int = 0
+    ):
+        if method is not None and method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        kinds = {type(kernel) for kernel in kernels}
+        stationary = len(kinds) == 1 and kinds <= {GaussianKernel, LaplacianKernel}
+        if method == "fourier" and not stationary:
+            raise ValueError(
+                f"joint Fourier features need kernels that are all Gaussian or all Laplacian, got {list(kernels)}; "
+                "use method='projection'"
+            )
+        self.bandwidths: list[float] | None = None
+        if stationary and method != "projection":
+            self.bandwidths = [kernel.bandwidth for kernel in kernels]  # type: ignore[attr-defined]
+            unit = replace(kernels[0], bandwidth=1.0)  # type: ignore[type-var]
+            self.maps: list[Any] = [RandomFourierFeatures(unit, sum(widths), features, seed=seed)]  # type: ignore[arg-type]
+            return
+        self.maps = [
+            _own_map(d, kernel, features, seed + k) for k, (d, kernel) in enumerate(zip(widths, kernels, strict=True))
+        ]
+        self.product = RandomProductProjection(
+            [features if isinstance(made, RandomFourierFeatures) else d for d, made in zip(widths, self.maps, strict=True)],
+            features, seed,
+        ) if len(widths) > 1 else None  # fmt: skip
+
+    def __call__(self, *rows: Tensor) -> Tensor:
+        """Rows ``[n, D]`` from those of each modality."""
+        if self.bandwidths is not None:
+            joint = torch.cat([x / b for x, b in zip(rows, self.bandwidths, strict=True)], 1)
+            return self.maps[0](joint)
+        parts = [made(x) for made, x in zip(self.maps, rows, strict=True)]
+        return parts[0] if self.product is None else self.product(*parts)
 
 
-def _own_rows(x: Tensor, kernel: Kernel, features: int, seed: int) -> Tensor:
+def _own_map(width: int, kernel: Kernel, features: int, seed: int) -> Any:
     if isinstance(kernel, CosineKernel):
-        return CosineKernel.features(x)
+        return CosineKernel.features
     if isinstance(kernel, GaussianKernel | LaplacianKernel):
-        return RandomFourierFeatures(kernel, x.shape[1], features, seed=seed)(x)
+        return RandomFourierFeatures(kernel, width, features, seed=seed)
     raise ValueError(f"random features are for cosine, Gaussian and Laplacian kernels, got {kernel!r}; leave out features")
+
+
+def random_rows(
+    rows: Sequence[Tensor], kernels: Sequence[Kernel], features: int, method: str | None = None, seed: int = 0
+) -> Tensor:
+    """Rows of :class:`JointFeatures`; exact ones where these are no wider, and no method is given.
+
+    Raises:
+        ValueError: as :class:`JointFeatures`.
+    """
+    exact = exact_rows(rows, kernels) if method is None else None
+    if exact is not None and exact.shape[1] <= features:
+        return exact
+    return JointFeatures([x.shape[1] for x in rows], kernels, features, method, seed)(*rows)
+
+
+def joint_rows(
+    rows: Sequence[Tensor], kernels: Sequence[Kernel], features: int | None, method: str | None = None, seed: int = 0
+) -> Tensor:
+    """Rows ``[n, D]`` whose inner products are the joint kernel, with D of at most n; or :func:`random_rows`.
+
+    Raises:
+        ValueError: as :class:`JointFeatures`.
+    """
+    if features is not None:
+        return random_rows(rows, kernels, features, method, seed)
+    exact = exact_rows(rows, kernels)
+    if exact is not None:
+        return exact
+    l, v = torch.linalg.eigh(joint_gram(rows, kernels))
+    keep = l > noise_level(l)
+    return v[:, keep] * l[keep].sqrt()
 
 
 class JointKernel:
@@ -152,8 +201,9 @@ class JointKernel:
         self.features, self.seed = features, seed
         parts = list(rows.values())
         self.n = len(parts[0])
-        self.rows = exact_rows(parts, self.kernels)
-        if self.rows is None and features is not None:
+        if features is None:
+            self.rows = exact_rows(parts, self.kernels)
+        else:
             self.rows = random_rows(parts, self.kernels, features, seed=seed)
 
     @cached_property
@@ -216,6 +266,12 @@ def joint_kernels(
     return JointKernel(first, kernel_a, features, seed), JointKernel(second, kernel_b, features, seed)
 
 
+def strongest(values: Tensor, largest: Tensor | None = None, at_most: int | None = None) -> list[int]:
+    """Indices of the values that are at least half of ``largest``, by default of their own maximum, the largest first."""
+    order = values.argsort(descending=True, stable=True)[:at_most]
+    return order[values[order] >= STRONG * (values.max() if largest is None else largest)].tolist()
+
+
 def sides(x: Tensor) -> tuple[list[list[int]], list[list[int]]]:
     """Samples on the positive and on the negative side of each row of ``x`` ``[k, n]``, the strongest first.
 
@@ -224,16 +280,8 @@ def sides(x: Tensor) -> tuple[list[list[int]], list[list[int]]]:
     found: tuple[list[list[int]], list[list[int]]] = ([], [])
     for row in x:
         for sign, lists in zip((1, -1), found, strict=True):
-            order = (sign * row).argsort(descending=True, stable=True)
-            strong = (sign * row)[order] >= STRONG * row.abs().max().clamp_min(ROUNDING)
-            lists.append(order[strong].tolist())
+            lists.append(strongest(sign * row, row.abs().max().clamp_min(ROUNDING)))
     return found
-
-
-def upright(x: Tensor) -> Tensor:
-    """Rows ``[k, n]`` with the sign for which the positive side is the larger one; that of an eigenvector is arbitrary."""
-    larger = x.clamp_min(0).square().sum(1) >= x.clamp_max(0).square().sum(1)
-    return torch.where(larger[:, None], x, -x)
 
 
 def simplest_turn(x: Tensor) -> Tensor:

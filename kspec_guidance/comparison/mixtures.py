@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, on_host, unit_gram
+from kspec_guidance.functional.novelty import root
 from kspec_guidance.functional.simplex import SimplexSolution, minimise_on_simplex
+from kspec_guidance.functional.vendi import entropy_and_log, entropy_of
 from kspec_guidance.kernels import CosineKernel
 
 __all__ = ["EntropyMixture", "max_entropy_mixture", "max_entropy_weights"]
-
-ROUNDING = 1e-15  # eigenvalues of a matrix of trace 1 below this are rounding errors
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,6 @@ def _check_embeddings(embeddings: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _spectrum_entropy(l: Tensor) -> Tensor:
-    return torch.special.entr(l.clamp_min(0)).sum(-1)
-
-
 def max_entropy_weights(matrices: Tensor, tolerance: float = 1e-8, max_steps: int = 2000) -> SimplexSolution:
     """Weights that maximise the von Neumann entropy ``H(sum_i w_i r_i)``, ``H(r) = -tr r log r``.
 
@@ -104,9 +100,8 @@ def max_entropy_weights(matrices: Tensor, tolerance: float = 1e-8, max_steps: in
     flat = r.flatten(1)
 
     def objective(w: Tensor) -> tuple[Tensor, Tensor]:
-        l, v = torch.linalg.eigh((w @ flat).view_as(r[0]))
-        log = (v * l.clamp_min(ROUNDING).log()) @ v.mT
-        return -_spectrum_entropy(l), flat @ log.flatten() + 1
+        entropy, log = entropy_and_log((w @ flat).view_as(r[0]))
+        return -entropy, flat @ log.flatten() + 1
 
     return minimise_on_simplex(objective, len(r), tolerance=tolerance, max_steps=max_steps)
 
@@ -117,10 +112,8 @@ def _density_matrices(rows: list[Tensor], kernel: KernelLike | None) -> Tensor:
     if isinstance(kernel, CosineKernel | None):
         phi = [CosineKernel.features(z) / math.sqrt(n) for z in rows]
         if sum(z.shape[1] for z in phi) < n:
-            whole = torch.cat(phi, dim=1)
-            l, v = torch.linalg.eigh(whole.mT @ whole)  # the features are U root with orthonormal columns of U
-            root = (v * l.clamp_min(0).sqrt()) @ v.mT
-            phi = list(root.split([z.shape[1] for z in rows], dim=1))
+            whole = torch.cat(phi, dim=1)  # U R' with orthonormal columns of U
+            phi = list(root(whole.mT @ whole).mT.split([z.shape[1] for z in rows], dim=1))
         return torch.stack([z @ z.mT for z in phi])
     made = as_kernel(kernel)
     return torch.stack([unit_gram(made.fit(z), z) for z in rows]) / n
@@ -160,6 +153,6 @@ def max_entropy_mixture(embeddings: Sequence[Tensor], kernel: KernelLike | None 
         )
     matrices = _density_matrices(rows, kernel)
     found = max_entropy_weights(matrices)
-    entropies = _spectrum_entropy(torch.linalg.eigvalsh(matrices))
-    cosine = isinstance(kernel, CosineKernel | None)
-    return EntropyMixture(found.weights, -found.value, found.gap, entropies, cosine)
+    return EntropyMixture(
+        found.weights, -found.value, found.gap, entropy_of(matrices), isinstance(kernel, CosineKernel | None)
+    )

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.features import RandomProductProjection, tensor_product
-from kspec_guidance.functional.inputs import check_matrix
-from kspec_guidance.kernels import SAME_DISTANCE, l2_normalize
+from kspec_guidance.comparison.joint import JointFeatures
+from kspec_guidance.features import tensor_product
+from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix
+from kspec_guidance.kernels import SAME_DISTANCE, CosineKernel, Kernel, l2_normalize
 from kspec_guidance.utils.hashing import hash_json
 
 __all__ = ["Embedder", "ProductEmbedder", "product_embedder"]
@@ -33,15 +34,24 @@ class ProductEmbedder:
     measured = False
 
     def __init__(
-        self, first: Embedder, second: Embedder, features: int | None, seed: int, other: Embedder | None, constant: float
+        self,
+        first: Embedder,
+        second: Embedder,
+        features: int | None,
+        seed: int,
+        other: Embedder | None,
+        constant: float,
+        kernels: tuple[Kernel, Kernel],
     ):
-        self.first, self.second, self.features, self.seed = first, second, features, seed
+        self.first, self.second, self.features, self.seed, self.kernels = first, second, features, seed, kernels
         self.constant = constant if other is not None else None
         self._text = other
+        self._maps: dict[tuple[int, int], JointFeatures] = {}  # random features by the widths of the factors
         names = [str(getattr(e, "name", getattr(e, "__name__", type(e).__name__))) for e in (first, second)]
         self.name = " x ".join(names)
         prints = [getattr(e, "fingerprint", name) for e, name in zip((first, second), names, strict=True)]
-        self.fingerprint = hash_json([*names, *prints, features, seed, self.constant], 12)
+        kinds = [] if all(isinstance(k, CosineKernel) for k in kernels) else [repr(k) for k in kernels]
+        self.fingerprint = hash_json([*names, *prints, features, seed, self.constant, *kinds], 12)
         sized = [e for e in (first, second) if hasattr(e, "size")]
         if sized:
             larger: Any = max(sized, key=lambda e: e.size)
@@ -65,8 +75,8 @@ class ProductEmbedder:
     def kernel(self, samples: Any, others: Any = None, **options: Any) -> Tensor:
         """The exact product kernel ``[n, m]`` of samples, without a projection; of them with themselves by default."""
         rows = self._factors(samples, **options)
-        a, b = ((z, z) for z in rows) if others is None else zip(rows, self._factors(others, **options), strict=True)
-        first, second = a[0] @ a[1].mT, b[0] @ b[1].mT
+        pairs = zip(rows, rows if others is None else self._factors(others, **options), self.kernels, strict=True)
+        first, second = (k.normalised(a, b) for a, b, k in pairs)
         return first * second if self.constant is None else first * (self.constant + second) / (1 + self.constant)
 
     def _factors(self, samples: Any, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -85,7 +95,10 @@ class ProductEmbedder:
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         if self.features is None:
             return tensor_product(a, b)
-        return RandomProductProjection([a.shape[1], b.shape[1]], self.features, self.seed).to(a.device)(a, b)
+        widths = a.shape[1], b.shape[1]
+        if widths not in self._maps:
+            self._maps[widths] = JointFeatures(widths, self.kernels, self.features, seed=self.seed)
+        return self._maps[widths](a, b)
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -99,6 +112,8 @@ def product_embedder(
     other: Embedder | None = None,
     constant: float = 1.0,
     seed: int = 0,
+    kernel_a: KernelLike | None = None,
+    kernel_b: KernelLike | None = None,
 ) -> ProductEmbedder:
     """An embedder whose kernel is the product of two: samples are alike if both find them so (KrossFuse, 2025).
 
@@ -106,6 +121,10 @@ def product_embedder(
     products are ``(u . u') (v . v')`` on average, with an error of about ``l ** -0.5``. The published program divides by
     ``sqrt(l)`` twice, so that its inner products are too small by a factor of l. ``embedder_a * embedder_b`` is short for
     this function.
+
+    For two Gaussian kernels, or two Laplacian ones, of these rows, its rows are random Fourier features of both rows
+    together, each divided by its bandwidth; for a cosine and a Gaussian one, projections as above of u and of the Fourier
+    features of v.
 
     With ``other``, the embedder of a second modality in the space of ``embedder_a`` (CLIP's texts, where ``embedder_b``
     sees images alone), the form is one-sided: ``k_a (C + k_b) / (1 + C)`` between images, and ``C k_a / (1 + C)`` between
@@ -118,11 +137,14 @@ def product_embedder(
         features: l; None for the exact rows of width ``d e``. ``kernel`` of the result is exact for any l.
         other: embedder of the second modality; the result has one of its own in the new space, as ``result.other``.
         constant: C, weight of the first kernel alone, above 0; cross-validated from 1e-3 to 1e3 in the paper.
-        seed: of the signs.
+        seed: of the signs or frequencies.
+        kernel_a: of the rows of ``embedder_a``; cosine by default, else with a bandwidth.
+        kernel_b: of the rows of ``embedder_b``.
 
     Raises:
-        TypeError: for what is not callable.
-        ValueError: for a number of features below 1, a constant that is not positive, or ``other`` without ``features``.
+        TypeError: for what is not callable, or no kernel.
+        ValueError: for a number of features below 1, a constant that is not positive, ``other`` without ``features`` or
+            with another ``kernel_a``, a kernel without a bandwidth, or one that has no random features.
 
     >>> both = product_embedder(lambda x: x[:, :2], lambda x: x[:, 2:], features=None)
     >>> x = torch.tensor([[1.0, 0.0, 0.6, 0.8], [2.0, 0.0, 3.0, 0.0]])
@@ -138,4 +160,13 @@ def product_embedder(
         raise ValueError(f"constant must be positive and finite, got {constant}")
     if other is not None and features is None:
         raise ValueError("the one-sided form needs a number of features, which the rows of both modalities then share")
-    return ProductEmbedder(embedder_a, embedder_b, features, seed, other, constant)
+    kernels = as_kernel(kernel_a), as_kernel(kernel_b)
+    if features is None and not all(isinstance(k, CosineKernel) for k in kernels):
+        raise ValueError(f"only cosine kernels have exact rows of finite width, got {list(kernels)}; give features")
+    if any(k.open for k in kernels):
+        raise ValueError(f"a kernel of an embedder needs a bandwidth, got {list(kernels)}: each batch would fit its own")
+    if other is not None and not isinstance(kernels[0], CosineKernel):
+        raise ValueError(f"the one-sided form needs the cosine kernel of embedder_a, got {kernels[0]!r}")
+    if features is not None:
+        JointFeatures((1, 1), kernels, features, seed=seed)  # refuses kernels that have none
+    return ProductEmbedder(embedder_a, embedder_b, features, seed, other, constant, kernels)

@@ -5,37 +5,15 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, check_paired, on_host, unit_gram
+from kspec_guidance.comparison.joint import joint_rows
+from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, check_paired, on_host
 from kspec_guidance.functional.simplex import minimise_on_simplex
-from kspec_guidance.kernels import CosineKernel
+from kspec_guidance.functional.vendi import entropy_and_log
+from kspec_guidance.kernels import l2_normalize
 
 __all__ = ["entropy_projection"]
 
 EXACT_ROWS = 1500  # rows up to which the kernel matrix is factored
-ROUNDING = 1e-15  # eigenvalues of a matrix of trace 1 below this are rounding errors
-
-
-def _unit(z: Tensor) -> Tensor:
-    return z / z.norm(dim=1, keepdim=True)
-
-
-def _joint_features(
-    x: Tensor, t: Tensor, kernel: KernelLike | None, prompt_kernel: KernelLike | None, features: int | None, seed: int
-) -> Tensor:
-    """Rows of norm 1 ``[n, r]`` whose inner products are the product of the kernels, or estimates of it."""
-    if features is None:
-        k, kt = as_kernel(kernel), as_kernel(prompt_kernel)
-        joint = unit_gram(k.fit(x), x) * unit_gram(kt.fit(t), t)
-        l, v = torch.linalg.eigh(joint)
-        keep = l > len(l) * ROUNDING * l[-1]
-        return _unit(v[:, keep] * l[keep].sqrt())
-    if not (isinstance(kernel, CosineKernel | None) and isinstance(prompt_kernel, CosineKernel | None)):
-        raise ValueError("random features of the product are those of cosine kernels; give random Fourier features as rows")
-    g, root3 = torch.Generator().manual_seed(seed), 3**0.5
-    a, b = (
-        _unit(z) @ ((2 * torch.rand(z.shape[1], features, generator=g, dtype=torch.float64) - 1) * root3) for z in (x, t)
-    )
-    return _unit(a * b)
 
 
 def entropy_projection(
@@ -62,8 +40,7 @@ def entropy_projection(
         entropy_weight: lam, at least 0; 0 gives the weights ``1 / m``.
         kernel: of outputs; cosine by default.
         prompt_kernel: of prompts; cosine by default.
-        features: number of random features of the product of cosines (l of RP-KrossFuse); by default exact up to 1500
-            rows and 512 above.
+        features: number of random features of the product of kernels; by default exact up to 1500 rows and 512 above.
         seed: of the random features.
 
     Returns:
@@ -71,7 +48,7 @@ def entropy_projection(
 
     Raises:
         ValueError: for n that is no multiple of ``candidates``, prompt features that differ within a block, NaN, a negative
-            or infinite weight, or random features with other kernels.
+            or infinite weight, or random features of a kernel that is not cosine, Gaussian or Laplacian.
 
     Warns:
         UserWarning: if the gap stays above 1e-8.
@@ -101,14 +78,14 @@ def entropy_projection(
         raise ValueError(f"rows of t differ within a block of {m}; put the candidates of a prompt next to each other")
     if features is None and len(x) > EXACT_ROWS:
         features = 512
-    z = _joint_features(x, t, kernel, prompt_kernel, features, seed)
+    kernels = [as_kernel(k).fit(rows) for k, rows in ((kernel, x), (prompt_kernel, t))]
+    z = l2_normalize(joint_rows([x, t], kernels, features, seed=seed))
 
     def objective(p: Tensor) -> tuple[Tensor, Tensor]:
         a = p.flatten() / prompts
         moved = (a - 1 / len(z)) @ z
-        l, v = torch.linalg.eigh(z.mT @ (a[:, None] * z))
-        entropy = torch.special.entr(l.clamp_min(0)).sum()
-        slope = 2 * z @ moved + entropy_weight * ((z @ v).square() @ l.clamp_min(ROUNDING).log() + 1)
+        entropy, log = entropy_and_log(z.mT @ (a[:, None] * z))
+        slope = 2 * z @ moved + entropy_weight * ((z @ log * z).sum(1) + 1)
         return moved @ moved - entropy_weight * entropy, (slope / prompts).view(prompts, m)
 
     return minimise_on_simplex(objective, torch.full((prompts, m), 1 / m)).weights.flatten()

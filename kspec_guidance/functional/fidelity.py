@@ -9,7 +9,7 @@ from torch import Tensor
 from kspec_guidance.functional.inputs import check_matrix, check_pair_of_sets, on_host
 from kspec_guidance.kernels.distances import pair_distances
 
-__all__ = ["FidelityScores", "fidelity_scores", "frechet_distance", "precision_score"]
+__all__ = ["FidelityScores", "fidelity_scores", "frechet_distance", "frechet_of_factors", "precision_score"]
 
 BLOCK_ROWS = 1024  # rows of the matrix of distances that are held at once
 
@@ -44,9 +44,13 @@ def frechet_distance(x: Tensor, reference: Tensor) -> float:
     x, y = _check(x, reference)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"a Frechet distance needs at least two samples in each set, got {len(x)} and {len(y)}")
-    (mean_x, r_x), (mean_y, r_y) = _mean_and_factor(x - y[0]), _mean_and_factor(y - y[0])
+    return float(frechet_of_factors(*_mean_and_factor(x - y[0]), *_mean_and_factor(y - y[0])))
+
+
+def frechet_of_factors(mean_x: Tensor, r_x: Tensor, mean_y: Tensor, r_y: Tensor) -> Tensor:
+    """Frechet distance of two Gaussians with means ``[d]`` and covariances ``R' R`` ``[d, d]``."""
     spread = r_x.square().sum() + r_y.square().sum() - 2 * torch.linalg.svdvals(r_x @ r_y.T).sum()
-    return float((mean_x - mean_y).square().sum() + spread.clamp_min(0))
+    return (mean_x - mean_y).square().sum() + spread.clamp_min(0)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Input checks, and the matrices whose spectra the scores are functions of."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ __all__ = [
     "check_paired",
     "check_samples",
     "gram",
+    "joint_gram",
     "map_rows",
     "on_host",
     "smaller_matrix",
@@ -162,6 +163,14 @@ def unit_gram(kernel: Kernel, x: Tensor, y: Tensor | None = None) -> Tensor:
             f"{kernel!r} is no kernel, since |k(x, y)| is up to {largest:.3g} times sqrt(k(x, x) k(y, y)); a kernel is "
             "positive semi-definite"
         )
+    return k
+
+
+def joint_gram(rows: Sequence[Tensor], kernels: Sequence[Kernel]) -> Tensor:
+    """The product of the kernel matrices of several modalities ``[..., n, n]``, with unit diagonal."""
+    k = unit_gram(kernels[0], rows[0])
+    for x, kernel in zip(rows[1:], kernels[1:], strict=True):
+        k = k * unit_gram(kernel, x)
     return k
 
 

@@ -9,7 +9,7 @@ from kspec_guidance.functional.inputs import FeatureMap, KernelLike, check_matri
 from kspec_guidance.functional.novelty import differential_spectrum
 from kspec_guidance.kernels.spectrum import noise_level
 
-__all__ = ["Mode", "novel_modes", "top_modes"]
+__all__ = ["Mode", "novel_modes", "top_modes", "upright"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,16 @@ class Mode:
     values: list[float]
 
 
+def upright(x: Tensor) -> Tensor:
+    """Rows ``[k, n]`` with the sign for which the positive side is the larger one; that of an eigenvector is arbitrary."""
+    larger = x.clamp_min(0).square().sum(1) >= x.clamp_max(0).square().sum(1)
+    return torch.where(larger[:, None], x, -x)
+
+
 def _largest(values: Tensor, shares: Tensor, per_mode: int) -> list[Mode]:
-    """Modes from columns of values at the samples; the sign of an eigenvector is arbitrary: the larger side is positive."""
+    """Modes from columns of values at the samples."""
     modes = []
-    for share, v in zip(shares.tolist(), values.unbind(-1), strict=True):
-        v = v if v.clamp_min(0).square().sum() >= v.clamp_max(0).square().sum() else -v
+    for share, v in zip(shares.tolist(), upright(values.mT), strict=True):
         top = v.topk(min(per_mode, len(v)))
         keep = top.values > 1e-6 * top.values[0]
         modes.append(Mode(share, top.indices[keep].tolist(), top.values[keep].tolist()))

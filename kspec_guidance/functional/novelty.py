@@ -12,6 +12,7 @@ from kspec_guidance.functional.inputs import (
     as_kernel,
     check_pair_of_sets,
     check_paired,
+    joint_gram,
     map_rows,
     on_host,
     unit_gram,
@@ -198,13 +199,9 @@ def conditional_ken_score(
     check_eta(eta)
     x, t = check_paired(x, prompt_features)
     y, s = check_paired(reference, reference_prompt_features)
-    joint: Tensor | float = 1.0
-    for a, b, made in ((x, y, as_kernel(kernel)), (t, s, as_kernel(prompt_kernel))):
-        check_pair_of_sets(a, b)
-        both = torch.cat([on_host(a), on_host(b)], dim=-2)
-        joint = joint * unit_gram(made.fit(both.detach()), both)
-    assert isinstance(joint, Tensor)
-    return entropy_of_mass(_signed_spectrum(joint, x.shape[-2], eta, vectors=False)[0])
+    both = [torch.cat([on_host(z) for z in check_pair_of_sets(*pair)], dim=-2) for pair in ((x, y), (t, s))]
+    kernels = [as_kernel(k).fit(z.detach()) for k, z in zip((kernel, prompt_kernel), both, strict=True)]
+    return entropy_of_mass(_signed_spectrum(joint_gram(both, kernels), x.shape[-2], eta, vectors=False)[0])
 
 
 def relative_rke_score(x: Tensor, reference: Tensor, kernel: KernelLike | None = None) -> Tensor:

@@ -19,8 +19,17 @@ from kspec_guidance.functional.inputs import (
 from kspec_guidance.kernels import CosineKernel, Kernel, l2_normalize
 from kspec_guidance.kernels.spectrum import check_order, renyi_entropy, truncate
 
-__all__ = ["entropy_of", "kernel_entropy", "matrix_vendi_score", "mean_cosine", "rke_score", "vendi_score"]
+__all__ = [
+    "entropy_and_log",
+    "entropy_of",
+    "kernel_entropy",
+    "matrix_vendi_score",
+    "mean_cosine",
+    "rke_score",
+    "vendi_score",
+]
 
+EMPTY = 1e-15  # eigenvalues of a matrix of trace 1 below this are rounding errors
 BLOCK_ROWS = 1024  # rows of the kernel matrix that RKE computes at once
 
 
@@ -43,6 +52,12 @@ def entropy_of(matrix: Tensor, order: float = 1.0, truncation: int | None = None
     mass = spectrum.sum(-1, keepdim=True)
     spectrum = spectrum / (mass if truncation is None else mass.clamp_min(1))
     return renyi_entropy(truncate(spectrum, truncation), order)
+
+
+def entropy_and_log(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``-tr C log C`` of a semi-definite matrix ``[n, n]`` of trace 1, and ``log C``; the gradient is ``-log C - I``."""
+    l, v = torch.linalg.eigh(matrix)
+    return torch.special.entr(l.clamp_min(0)).sum(), (v * l.clamp_min(EMPTY).log()) @ v.mT
 
 
 def kernel_entropy(

@@ -126,6 +126,13 @@ def test_modalities_of_many_samples_are_compared_by_features(monkeypatch):
     assert found.by_modality["text"].shape == (3, 2)
 
 
+def test_random_features_are_as_many_as_asked_for_unless_exact_rows_are_narrower():
+    parts = {"image": rows(400, 15), "text": rows(400, 20, 1)}
+    assert JointKernel(parts, features=64).rows.shape == (400, 64)
+    exact = JointKernel(parts, features=300)
+    assert torch.allclose(exact.matrix, JointKernel(parts).matrix)
+
+
 def test_quantile_is_the_bound_of_the_paper():
     a, b, _ = planted((20,) * 6)
     matrix = GAUSSIAN(unit(b)) / 120

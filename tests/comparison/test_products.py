@@ -3,7 +3,8 @@ import torch
 
 from kspec_guidance.comparison import product_embedder
 from kspec_guidance.evaluation.embedders import ImageEmbedder, TextEmbedder
-from kspec_guidance.features import RandomProductProjection
+from kspec_guidance.features import RandomFourierFeatures, RandomProductProjection
+from kspec_guidance.kernels import GaussianKernel, LaplacianKernel, PolynomialKernel
 from tests.samples import normalize_rows, rows
 
 PIXELS = ImageEmbedder(lambda x: torch.nn.functional.avg_pool2d(x, 4).flatten(1), 16, "16 pixels", fit="squash")
@@ -77,6 +78,31 @@ def test_one_sided_form_leaves_zero_shot_ranking_unchanged(constant):
     assert float((z @ z.T - exact).abs().max()) < 8 * 200**-0.5
 
 
+@pytest.mark.parametrize("kind", [GaussianKernel, LaplacianKernel])
+def test_two_shift_invariant_kernels_have_joint_fourier_features(kind):
+    x, kernels = rows(30, 50), (kind(0.9), kind(1.3))
+    factors = normalize_rows(x[:, :20]), normalize_rows(x[:, 20:])
+    exact = kernels[0](factors[0]) * kernels[1](factors[1])
+    both = product_embedder(first, second, features=8000, kernel_a=kernels[0], kernel_b=kernels[1])
+    z = both(x)
+    assert torch.allclose(both.kernel(x), exact)
+    assert torch.allclose((z @ z.T).diagonal(), torch.ones(30, dtype=z.dtype))
+    assert float((z @ z.T - exact).square().mean().sqrt()) < 2 * 8000**-0.5
+    phase = torch.cat([factors[0] / kernels[0].bandwidth, factors[1] / kernels[1].bandwidth], 1)
+    assert torch.allclose(z, RandomFourierFeatures(kind(1.0), 50, 8000)(phase))
+    assert both.fingerprint != product_embedder(first, second, features=8000).fingerprint
+
+
+def test_a_cosine_and_a_gaussian_kernel_multiply():
+    x, kernel = rows(30, 50), GaussianKernel(0.8)
+    both = product_embedder(first, second, features=8000, kernel_b=kernel, other=lambda t: t)
+    a, b = normalize_rows(x[:, :20]), normalize_rows(x[:, 20:])
+    exact = (a @ a.T) * (1 + kernel(b)) / 2
+    assert torch.allclose(both.kernel(x), exact)
+    assert float((both(x) @ both(x).T - exact).square().mean().sqrt()) < 4 * 8000**-0.5
+    assert torch.allclose(both(x) @ both.other(a).T, (a @ a.T) / 2)
+
+
 def test_embedders_multiply_and_have_names_and_fingerprints():
     images = torch.rand(5, 3, 16, 16)
     both = PIXELS * COLOURS
@@ -104,6 +130,14 @@ def test_bad_factors_are_named():
         product_embedder(first, second, constant=0)
     with pytest.raises(ValueError, match="one-sided"):
         product_embedder(first, second, features=None, other=first)
+    with pytest.raises(ValueError, match="exact rows of finite width"):
+        product_embedder(first, second, features=None, kernel_a=GaussianKernel(1.0))
+    with pytest.raises(ValueError, match="random features are for cosine, Gaussian"):
+        product_embedder(first, second, kernel_b=PolynomialKernel())
+    with pytest.raises(ValueError, match="needs a bandwidth"):
+        product_embedder(first, second, kernel_b=GaussianKernel())
+    with pytest.raises(ValueError, match="the one-sided form needs the cosine kernel"):
+        product_embedder(first, second, other=first, kernel_a=GaussianKernel(1.0))
     with pytest.raises(ValueError, match="returned 3 and 2 rows"):
         product_embedder(first, lambda x: x[:2, 20:])(rows(3, 50))
     with pytest.raises(ValueError, match="contains NaN"):
