@@ -12,6 +12,7 @@ from kspec_guidance.cli.arguments import (
     IMAGE_EMBEDDERS,
     JUDGES,
     OUTPUT,
+    TEXT_EMBEDDERS,
     Cache,
     Embedder,
     Json,
@@ -41,8 +42,12 @@ Judge = Annotated[str, typer.Option(help=JUDGE_HELP, rich_help_panel=FEATURES, c
 Drop = Annotated[Path | None, typer.Option(help=DROP_HELP, rich_help_panel=SETS, callback=existing_file)]
 
 EMBEDDER_HELP = f"Embedder: {', '.join(IMAGE_EMBEDDERS)}."
+SECOND_TEXT_HELP = "Prompt features beside the second embedder; by default the same."
 EPS_HELP = "How many alike images the other embedder may see in a grouping."
 
+SecondTextEmbedder = Annotated[
+    str | None, typer.Option(help=SECOND_TEXT_HELP, rich_help_panel=FEATURES, callback=named(*TEXT_EMBEDDERS))
+]
 Log = Annotated[str | None, typer.Option(help=LOG_HELP, rich_help_panel=OUTPUT)]
 
 
@@ -209,6 +214,8 @@ def embeddings(
         int, typer.Option(min=1, help="Groupings of each embedder, at most.", rich_help_panel=FEATURES)
     ] = 6,
     eps: Annotated[float, typer.Option(min=0, help=EPS_HELP, rich_help_panel=FEATURES, callback=finite)] = 4.0,
+    text_embedder: TextEmbedder = "none",
+    second_text_embedder: SecondTextEmbedder = None,
     drop: Drop = None,
     cache: Cache = None,
     out: Annotated[Path | None, page_option("embeddings.html")] = None,
@@ -219,19 +226,29 @@ def embeddings(
     """What one embedder groups in a set of images and another does not, both ways. Writes a page with the images."""
     with command_output(as_json, quiet) as output:
         output.note(f"loading embedders {first} and {second} ...")
-        from kspec_guidance.evaluation.embedders import image_embedder
+        from kspec_guidance.evaluation import embedders
         from kspec_guidance.evaluation.embeddings import compare_embeddings
 
-        a, b = (image_embedder(name) for name in (first, second))
+        a, b = (embedders.image_embedder(name) for name in (first, second))
+        text_a = embedders.text_embedder(text_embedder)
+        text_b = text_a if second_text_embedder is None else embedders.text_embedder(second_text_embedder)
         images = _load(output, folder, a, None, cache, drop)
         same = _load(output, folder, b, None, cache, drop, again=True)
-        result = compare_embeddings(images, same, a, b, directions, eps)
+        result = compare_embeddings(images, same, a, b, directions, eps, (text_a, text_b))
         files = _write(output, result, out, "embeddings.html")
         tables = [
             _groupings(found, f"only {mine['name']}", other["name"])
             for found, mine, other in ((result.only_a, result.a, result.b), (result.only_b, result.b, result.a))
             if found
         ]
+        if result.joint is not None:
+            tables += [
+                _groupings(found, f"images with prompts: only {mine['name']}", other["name"])
+                for found, mine, other in (
+                    (result.joint.only_a, result.a, result.b), (result.joint.only_b, result.b, result.a)
+                )
+                if found
+            ]  # fmt: skip
         output.result({**result.as_dict(), "files": files}, *result.summary(), *tables)
 
 

@@ -1,18 +1,21 @@
 """Comparison of two embedders on one set of images: what one groups and the other does not, both ways."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kspec_guidance.comparison import koda, spec
-from kspec_guidance.evaluation.embedders.base import ImageEmbedder
+from kspec_guidance.evaluation.embedders.base import ImageEmbedder, TextEmbedder
+from kspec_guidance.evaluation.embedders.texts import one_hot_embedder
 from kspec_guidance.evaluation.image_sets import ImageSet
 from kspec_guidance.functional.inputs import on_host
-from kspec_guidance.kernels import GaussianKernel, Kernel, l2_normalize
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, l2_normalize
 from kspec_guidance.kernels.distances import evenly_spaced
 
-__all__ = ["EmbeddingReport", "Grouping", "SpecMode", "compare_embeddings"]
+__all__ = ["EmbeddingReport", "Grouping", "JointGroupings", "SpecMode", "compare_embeddings"]
 
 ROWS = 600  # images that are compared, evenly spaced
 DIRECTIONS = 6
@@ -28,6 +31,8 @@ class Grouping:
         coherence, coherence_other: mean similarity along it, in standard deviations of all similarities of the embedder.
         gap: how many alike images the optimum may hold more, by duality.
         first, second: indices of the images on both sides, the strongest first; the second may be empty.
+        modality: of images with their prompts: ``image``, ``text`` or ``joint``, where the first embedder sees it and the
+            other does not; empty for images alone.
     """
 
     alike: float
@@ -37,6 +42,7 @@ class Grouping:
     gap: float
     first: list[int]
     second: list[int]
+    modality: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,26 @@ class SpecMode:
     value: float
     first: list[int]
     second: list[int]
+
+
+@dataclass(frozen=True)
+class JointGroupings:
+    """What two pairs of embedders see in images with their prompts.
+
+    Attributes:
+        text_a, text_b: names of the embedders of prompts.
+        compared: number of images with a caption that were compared.
+        only_a, only_b: what one pair groups and the other does not.
+        stopped_a, stopped_b: why there are no more.
+    """
+
+    text_a: str
+    text_b: str
+    compared: int
+    only_a: list[Grouping]
+    only_b: list[Grouping]
+    stopped_a: str
+    stopped_b: str
 
 
 @dataclass
@@ -62,6 +88,7 @@ class EmbeddingReport:
         spec: modes of SPEC, of both signs.
         distance: the largest absolute value of SPEC.
         verdict: how many groupings were found, in one sentence.
+        joint: the same for images with their prompts; None if there are fewer than two prompts.
     """
 
     images: ImageSet
@@ -76,6 +103,7 @@ class EmbeddingReport:
     spec: list[SpecMode]
     distance: float
     verdict: str
+    joint: JointGroupings | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON, with the names of images."""
@@ -88,6 +116,9 @@ class EmbeddingReport:
                 for g in found
             ]
 
+        joint = None if self.joint is None else asdict(self.joint)
+        if self.joint is not None and joint is not None:
+            joint |= {"only_a": named(self.joint.only_a), "only_b": named(self.joint.only_b)}
         return {
             "verdict": self.verdict,
             "a": self.a,
@@ -101,6 +132,7 @@ class EmbeddingReport:
             "stopped_b": self.stopped_b,
             "spec": named(self.spec),
             "distance": self.distance,
+            "joint": joint,
         }
 
     def summary(self) -> list[str]:
@@ -110,6 +142,11 @@ class EmbeddingReport:
             for about, why in ((self.a, self.stopped_a), (self.b, self.stopped_b))
             if why
         ]
+        if self.joint is not None:
+            more.append(
+                f"With prompts, A groups {self.joint.compared} images in {_ways(self.joint.only_a)} that B does "
+                f"not see, and B in {_ways(self.joint.only_b)} that A does not see."
+            )
         return [f"A: {self.a['name']}. B: {self.b['name']}.", self.verdict, *more]
 
 
@@ -120,11 +157,15 @@ def compare_embeddings(
     embedder_b: ImageEmbedder,
     directions: int = DIRECTIONS,
     eps: float = EPS,
+    text_embedders: tuple[TextEmbedder, TextEmbedder] | None = None,
 ) -> EmbeddingReport:
     """Find what each of two embedders groups in a set of images and the other does not: KODA both ways, and SPEC.
 
     Kernels are Gaussian on rows of norm 1, with the median distance of each embedder as bandwidth, so that both have
     similarities of one scale. Of more than 600 images, 600 evenly spaced ones are compared.
+
+    If the images have two or more prompts, those with a caption are compared as pairs of image and prompt too: their kernel
+    is the product of both, and each grouping is named by the modality in which it is seen.
 
     Args:
         a: the images with their features by the first embedder.
@@ -133,6 +174,7 @@ def compare_embeddings(
         embedder_b: the second.
         directions: number of groupings of each, at most.
         eps: how many alike images the other embedder may see in a grouping.
+        text_embedders: of the prompts, one beside each embedder; by default distinct prompts are unrelated.
 
     Raises:
         ValueError: for sets of different images, fewer than 4 images, or an ``eps`` that no direction meets.
@@ -141,23 +183,11 @@ def compare_embeddings(
         raise ValueError(f"two embedders are compared on the same images, got {len(a)} and {len(b)} of different files")
     if len(a) < 4:
         raise ValueError(f"a comparison of embedders needs at least 4 images, got {len(a)}")
+    features = [l2_normalize(on_host(s.features)) for s in (a, b)]
     chosen = evenly_spaced(len(a), ROWS)
-    rows = [(x, GaussianKernel().fit(x)) for x in (l2_normalize(on_host(s.features))[chosen] for s in (a, b))]
+    rows = [(x[chosen], GaussianKernel().fit(x[chosen])) for x in features]
     place = chosen.tolist()
-
-    def grouped(first: tuple[Tensor, Kernel], second: tuple[Tensor, Kernel]) -> tuple[list[Grouping], str]:
-        (p, kernel_a), (q, kernel_b) = first, second
-        found, n = koda(p, q, directions, eps, kernel_a=kernel_a, kernel_b=kernel_b, rotate=True), len(p)
-        return [
-            Grouping(
-                n * float(found.strength_a[k]), n * float(found.strength_b[k]), float(found.coherence_a[k]),
-                float(found.coherence_b[k]), n * float(found.gap[k]), [place[i] for i in found.positive[k]],
-                [place[i] for i in found.negative[k]],
-            )
-            for k in range(len(found))
-        ], found.stopped  # fmt: skip
-
-    (only_a, stopped_a), (only_b, stopped_b) = (grouped(*pair) for pair in (rows, rows[::-1]))
+    (only_a, stopped_a), (only_b, stopped_b) = _both_ways([({"": x}, {"": k}) for x, k in rows], place, directions, eps)
     (x, kernel_a), (y, kernel_b) = rows
     both = spec(x, y, kernel_a=kernel_a, kernel_b=kernel_b)
     modes = [
@@ -170,13 +200,59 @@ def compare_embeddings(
         for e, (x, kernel) in zip((embedder_a, embedder_b), rows, strict=True)
     ]
     verdict = (
-        f"A groups the {len(chosen)} images in {_ways(len(only_a))} that B does not see, "
-        f"and B in {_ways(len(only_b))} that A does not see."
+        f"A groups the {len(chosen)} images in {_ways(only_a)} that B does not see, "
+        f"and B in {_ways(only_b)} that A does not see."
     )
+    texts = text_embedders or (one_hot_embedder(), one_hot_embedder())
     return EmbeddingReport(
-        a, about[0], about[1], len(chosen), eps, only_a, only_b, stopped_a, stopped_b, modes, both.distance, verdict
-    )
+        a, about[0], about[1], len(chosen), eps, only_a, only_b, stopped_a, stopped_b, modes, both.distance, verdict,
+        _joint(features, a.prompts or [], texts, directions, eps),
+    )  # fmt: skip
 
 
-def _ways(count: int) -> str:
-    return {0: "no way", 1: "one way"}.get(count, f"{count} ways")
+Side = tuple[dict[str, Tensor], dict[str, Kernel]]  # rows and kernels of one embedder, by modality
+Found = tuple[list[Grouping], str]
+
+
+def _both_ways(sides: list[Side], place: list[int], directions: int, eps: float) -> tuple[Found, Found]:
+    """What each side groups and the other does not, and why there is no more; ``place`` are the indices of the images."""
+
+    def grouped(first: Side, second: Side) -> Found:
+        found = koda(first[0], second[0], directions, eps, kernel_a=first[1], kernel_b=second[1], rotate=True)
+        n = len(place)
+        return [
+            Grouping(
+                n * float(found.strength_a[k]), n * float(found.strength_b[k]), float(found.coherence_a[k]),
+                float(found.coherence_b[k]), n * float(found.gap[k]), [place[i] for i in found.positive[k]],
+                [place[i] for i in found.negative[k]], found.modality[k] if found.modality else "",
+            )
+            for k in range(len(found))
+        ], found.stopped  # fmt: skip
+
+    return grouped(*sides), grouped(*sides[::-1])
+
+
+def _joint(
+    features: list[Tensor],
+    prompts: Sequence[str | None],
+    embedders: tuple[TextEmbedder, TextEmbedder],
+    directions: int,
+    eps: float,
+) -> JointGroupings | None:
+    known = [i for i, p in enumerate(prompts) if p is not None]
+    chosen = torch.tensor(known)[evenly_spaced(len(known), ROWS)] if known else torch.tensor([], dtype=torch.long)
+    place = chosen.tolist()
+    texts = [str(prompts[i]) for i in place]
+    if len(place) < 4 or len(set(texts)) < 2:
+        return None
+    sides: list[Side] = []
+    for x, embedder in zip(features, embedders, strict=True):
+        image, text = x[chosen], l2_normalize(on_host(embedder(texts)))
+        kernels = {"image": GaussianKernel().fit(image), "text": GaussianKernel(PROMPT_BANDWIDTH)}
+        sides.append(({"image": image, "text": text}, dict(kernels)))
+    (only_a, stopped_a), (only_b, stopped_b) = _both_ways(sides, place, directions, eps)
+    return JointGroupings(embedders[0].name, embedders[1].name, len(place), only_a, only_b, stopped_a, stopped_b)
+
+
+def _ways(found: Sequence[Grouping]) -> str:
+    return {0: "no way", 1: "one way"}.get(len(found), f"{len(found)} ways")

@@ -6,13 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from kspec_guidance.evaluation.embedders import ImageEmbedder
+from kspec_guidance.evaluation.embedders import ImageEmbedder, TextEmbedder
 from kspec_guidance.evaluation.embeddings import compare_embeddings
 from kspec_guidance.evaluation.image_sets import ImageSet
 from kspec_guidance.evaluation.page import write_page
 from tests.cli.commands import call
 from tests.comparison.planted import planted
 from tests.evaluation.test_sets import demo_images, encode_png
+from tests.samples import rows
 
 FIRST, SECOND = (ImageEmbedder(lambda x: x.flatten(1), 8, n, fingerprint=n) for n in ("first", "second"))
 
@@ -43,6 +44,29 @@ def test_planted_groups_are_found_in_both_directions(tmp_path):
     assert record["only_a"][0]["images"]
     assert record["b"]["name"] == "second"
     assert result.summary()[0] == "A: first. B: second."
+
+
+def test_pairs_of_image_and_prompt_name_the_modality_that_is_responsible(tmp_path):
+    points, noise = torch.eye(8), [0.02 * rows(121, 8, s) for s in range(2)]
+    kinds = {"image": (0, 1, 2, 2), "merged image": (0, 0, 2, 2), "text": (0, 0, 1, 2), "merged text": (0, 0, 1, 1)}
+    of = {name: torch.tensor(k).repeat_interleave(30) for name, k in kinds.items()}
+    last = torch.tensor([5])  # an image without a caption
+    a, b = (image_set(points[torch.cat([of[k], last])] + n, tmp_path) for k, n in zip(list(of)[:2], noise, strict=True))
+    a.prompts = b.prompts = [str(int(k)) for k in of["text"]] + [None]
+    fine = TextEmbedder(lambda texts: points[[int(t) for t in texts]], "fine", "fine")
+    coarse = TextEmbedder(lambda texts: points[[min(int(t), 1) for t in texts]], "coarse", "coarse")
+    result = compare_embeddings(a, b, FIRST, SECOND, eps=1.5, text_embedders=(fine, coarse))
+    assert result.joint.compared == 120
+    named = {g.modality: {i // 30 for i in g.first + g.second} for g in result.joint.only_a}
+    assert named == {"image": {0, 1}, "text": {2, 3}}
+    assert result.joint.only_b == []
+    assert {g.modality for g in result.only_a} == {""}
+    assert "With prompts, A groups 120 images in 2 ways that B does not see, and B in no way" in result.summary()[-1]
+    files = write_page(result, tmp_path / "page.html")
+    assert "seen in the prompts" in files[0].read_text()
+    assert {g["modality"] for g in json.loads(files[1].read_text())["joint"]["only_a"]} == {"image", "text"}
+    a.prompts = ["one"] * 121
+    assert compare_embeddings(a, b, FIRST, SECOND, eps=1.5).joint is None
 
 
 def test_an_embedder_beside_itself_differs_by_nothing(tmp_path):
@@ -79,6 +103,12 @@ def test_command_writes_a_page_and_json(emoji, tmp_path, monkeypatch):
     result = call("embeddings", "demo", "demo", emoji, "--json", "--quiet")
     record = json.loads(result.stdout)
     assert (record["distance"], record["only_a"], record["files"]) == (0, [], [])
+    assert record["joint"] is None
+    lines = "".join(f'{{"file_name": "{i}.png", "text": "prompt {i % 4}"}}\n' for i in range(16))
+    (emoji / "metadata.jsonl").write_text(lines)
+    result = call("embeddings", "efficientnet-lite0", "demo", emoji, "--json", "--quiet")
+    (emoji / "metadata.jsonl").unlink()
+    assert json.loads(result.stdout)["joint"]["compared"] == 16
     unknown = call("embeddings", "nothing", "demo", emoji)
     assert unknown.exit_code == 2
     assert "unknown" in unknown.stderr
