@@ -237,18 +237,12 @@ def embeddings(
         result = compare_embeddings(images, same, a, b, directions, eps, (text_a, text_b))
         files = _write(output, result, out, "embeddings.html")
         tables = [
-            _groupings(found, f"only {mine['name']}", other["name"])
-            for found, mine, other in ((result.only_a, result.a, result.b), (result.only_b, result.b, result.a))
+            _groupings(found, f"{title}only {mine['name']}", other["name"])
+            for title, part in (("", result), ("images with prompts: ", result.joint))
+            if part is not None
+            for found, mine, other in ((part.only_a, result.a, result.b), (part.only_b, result.b, result.a))
             if found
         ]
-        if result.joint is not None:
-            tables += [
-                _groupings(found, f"images with prompts: only {mine['name']}", other["name"])
-                for found, mine, other in (
-                    (result.joint.only_a, result.a, result.b), (result.joint.only_b, result.b, result.a)
-                )
-                if found
-            ]  # fmt: skip
         output.result({**result.as_dict(), "files": files}, *result.summary(), *tables)
 
 

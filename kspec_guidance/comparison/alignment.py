@@ -69,7 +69,8 @@ def align_linear(
             stacklevel=2,
         )
     x = on_host(x)
-    other = on_host(check_matrix(*((y, "y") if y is not None else (kernel_matrix, "kernel_matrix"))).detach())  # type: ignore[arg-type]
+    name, given = ("y", y) if kernel_matrix is None else ("kernel_matrix", kernel_matrix)
+    other = on_host(check_matrix(given, name).detach())  # type: ignore[arg-type]
     if len(x) != len(other):
         raise ValueError(f"x has {len(x)} rows and the other embedding {len(other)}; give features of the same samples")
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
@@ -77,17 +78,12 @@ def align_linear(
     if not bool(s[0] > 0):
         raise ValueError("x is zero, so no adapter gives it a kernel")
     u, inverse = u[:, keep], vh[keep].mT / s[keep]  # X^+ = inverse u'
-    k = None
-    if kernel_matrix is not None:
-        k = other
-    elif kernel is not None:
-        made = as_kernel(kernel)
-        k = made.fit(other)(other)
-    if k is None:
+    if kernel_matrix is None and kernel is None:
         inside = u.mT @ other
         total = other.mT @ other if other.shape[1] < len(other) else other @ other.mT
         core, norm2 = inside @ inside.mT, total.square().sum()
     else:
+        k = other if kernel_matrix is not None else as_kernel(kernel).fit(other)(other)
         if k.shape != (len(x), len(x)) or not torch.allclose(k, k.mT, atol=1e-5 * float(k.abs().max())):
             raise ValueError(f"a kernel matrix of {len(x)} samples is symmetric, of shape [n, n]; got {list(k.shape)}")
         core, norm2 = u.mT @ k @ u, k.square().sum()

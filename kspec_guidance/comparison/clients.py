@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -200,7 +201,9 @@ def kid_over_clients(
             raise ValueError(f"the sets have {[z.shape[1] for z in rows]} features per row; embed all with the same model")
         made = as_kernel(kernel or PolynomialKernel()).fit(torch.cat(rows))
         counts = torch.tensor([len(z) for z in rows], dtype=torch.float64)
-        inner = torch.stack([torch.stack([made(a, b).mean() for b in rows]) for a in rows])
+        inner = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        for i, j in combinations_with_replacement(range(len(rows)), 2):
+            inner[i, j] = inner[j, i] = made(rows[i], rows[j]).mean()
         squares = torch.stack([made.diagonal(z).sum() for z in rows])
     if unbiased:
         if counts.min() < 2:
