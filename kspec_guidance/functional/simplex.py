@@ -53,7 +53,8 @@ def _start(start: Tensor | int, floor: float) -> Tensor:
         w = ((w - floor) / spare).clamp_min(0)
         total = w.sum(-1, keepdim=True)
         w = torch.where(total > 0, w / torch.where(total > 0, total, 1.0), 1 / k)
-    return w.clamp_min(1e-12 / k) / w.clamp_min(1e-12 / k).sum(-1, keepdim=True)
+    w = w.clamp_min(1e-12 / k)
+    return w / w.sum(-1, keepdim=True)
 
 
 def minimise_on_simplex(

@@ -4,6 +4,7 @@ import torch
 from kspec_guidance.comparison import prompt_split
 from kspec_guidance.functional.novelty import differential_spectrum
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel
+from kspec_guidance.metrics import KENScore
 from tests.samples import rows
 
 CHANGED = {4, 11, 20}
@@ -70,6 +71,19 @@ def test_it_is_novelty_of_joint_rows_for_gaussian_kernels():
     expected = differential_spectrum(*joint, GaussianKernel(1.0), 1.0)[0].flip(0)[:3]
     found = prompt_split(x, t, y, s, kernel=GaussianKernel(2.0), prompt_kernel=GaussianKernel(3.0))
     assert found.values.tolist() == pytest.approx(expected.tolist(), abs=1e-10)
+
+
+def test_sums_over_batches_have_the_same_modes():
+    x, t, y, s = rows(14, 5), rows(14, 3, 1), rows(10, 5, 2) + 0.5, rows(10, 3, 3)
+    stream = KENScore(GaussianKernel(1.0), num_features=256)
+    for start in (0, 7):
+        stream.update(torch.cat([x / 2, t / 3], 1)[start : start + 7])
+        stream.update(torch.cat([y / 2, s / 3], 1)[start : start + 7], real=True)
+    kernels = {"kernel": GaussianKernel(2.0), "prompt_kernel": GaussianKernel(3.0)}
+    found = prompt_split(x, t, y, s, **kernels, features=256)
+    values = torch.linalg.eigvalsh(stream.difference())
+    assert values.flip(0)[:3].tolist() == pytest.approx(found.values.tolist(), abs=1e-5)
+    assert (-values[:3]).tolist() == pytest.approx(found.reverse.values.tolist(), abs=1e-5)
 
 
 def test_exchanged_models_are_the_reverse(models):
