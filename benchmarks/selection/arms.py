@@ -1,22 +1,26 @@
-"""Arms of the embedded pipeline whose truth is known: kinds of image found for the same denoising, by each way to choose.
+"""Arms of the embedded pipeline whose truth is known: kinds of image for a second of denoising, by each way to choose.
 
     python -m benchmarks.selection.arms --results benchmarks/results/selection_arms.json --page docs/selection.md
 
-For each prompt every way makes images until the same number of denoiser evaluations is spent, dropped images included (an
-image of 8 steps takes 16 with guidance, 8 with a guidance scale of 1). A classifier drops images that do not show their
-prompt, and says which of the training images that the prompt describes each one is: the kinds. About ten minutes on a core.
+Each way makes images of the embedded prompts that describe at least eight training images, 16 of each, in an order that
+depends on the seed, until the same seconds of denoising are spent, dropped images included. A classifier drops images that
+do not show their prompt, and says which of the training images that the prompt describes each one is: the kinds. What an
+image of each arm costs is measured first, in processor time of one core. Figures that the file of results lacks are
+measured and added to it; about five minutes on a core for three seeds.
 """
 
 import argparse
 import json
+import random
 import tempfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -24,19 +28,30 @@ from benchmarks import pages
 from benchmarks.selection.regret import mean_and_half
 from kspec_guidance import SPARKE, load_demo_pipeline
 from kspec_guidance.demo.judge import load_demo_judge
+from kspec_guidance.demo.pipeline import DEMO_PROMPTS
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.selection import MixtureGreedy, OneArm
 from kspec_guidance.synthesis import Arm, synthesize
 from kspec_guidance.synthesis.records import Store
 
-PROMPTS = ["flower", "smiling face", "cat face"]  # that describe 20 to 28 training images
-STEPS, BUDGET, BATCH = 8, 640, 4  # evaluations of the denoiser for each prompt
-ARMS = [
-    Arm("CFG 1, guided", {"guidance_scale": 1.0}, cost=STEPS),
-    Arm("CFG 3, guided", {"guidance_scale": 3.0}, cost=2 * STEPS),
-    Arm("CFG 8, no guide", {"guidance_scale": 8.0}, guide=0, cost=2 * STEPS),
-    Arm("collapsed (CFG 20, no guide)", {"guidance_scale": 20.0}, guide=0, cost=2 * STEPS),
-]
+STEPS, BATCH, IMAGES, BUDGET = 8, 4, 16, 12.0  # steps of an image; images of a batch and a prompt; seconds of denoising
+LEAST_KINDS = 8  # training images that a prompt describes
+ROUNDS = 5  # of the measurement of costs, of which the least counts
+SETTINGS: dict[str, dict[str, Any]] = {
+    "CFG 1, guided": {"call": {"guidance_scale": 1.0}},
+    "CFG 3, guided": {"call": {"guidance_scale": 3.0}},
+    "CFG 8, no guide": {"call": {"guidance_scale": 8.0}, "guide": 0},
+    "one start noise, no guide": {"call": {"guidance_scale": 3.0, "same_start": True}, "guide": 0},
+}
+
+
+class Pipeline(StableDiffusionPipeline):
+    """The pipeline, with an argument that makes it collapse: all images of a prompt start from the same noise."""
+
+    def __call__(self, prompt: Any, generator: Any, same_start: bool = False, **kwargs: Any) -> Any:
+        if same_start:
+            generator = [torch.Generator().manual_seed(0) for _ in generator]
+        return super().__call__(prompt, generator=generator, **kwargs)
 
 
 class Judge:
@@ -55,97 +70,130 @@ class Judge:
         return int(torch.where(described, joint, 0).argmax())
 
 
-def ways(seed: int) -> dict[str, Any]:
+def load_pipeline() -> Pipeline:
+    pipe = Pipeline(**load_demo_pipeline().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def measure_costs(pipe: Pipeline) -> dict[str, float]:
+    """Seconds of processor time for an image of each arm: the arms in turn, several times, the least of each."""
+    found: dict[str, float] = {}
+    for _ in range(ROUNDS):
+        for name, arm in SETTINGS.items():
+            call = {"num_inference_steps": STEPS, "num_images_per_prompt": BATCH, **arm["call"]}
+            start = process_time()
+            with nullcontext() if arm.get("guide") == 0 else SPARKE().attach(pipe):
+                pipe("cook", [torch.Generator().manual_seed(k) for k in range(BATCH)], **call)
+            found[name] = min(found.get(name, float("inf")), (process_time() - start) / BATCH)
+    return found
+
+
+def ways(costs: dict[str, float]) -> dict[str, Any]:
     """The ways to choose, by name."""
-    k, kernel = len(ARMS), GaussianKernel(0.5)
-    found: dict[str, Any] = {arm.name: OneArm(k, i) for i, arm in enumerate(ARMS)}
+    k = len(costs)
+    found: dict[str, Any] = {name: OneArm(k, i) for i, name in enumerate(costs)}
     found["uniform"] = "uniform"
     found["mixture-greedy"] = "mixture-greedy"
     found["mixture-greedy with costs"] = MixtureGreedy(
-        k, "rke", kernel=kernel, costs=[arm.cost for arm in ARMS], cost_weight=1 / BUDGET
+        k, "rke", kernel=GaussianKernel(0.5), costs=list(costs.values()), cost_weight=1 / BUDGET
     )
     return found
 
 
-def run(pipe: Any, judge: Judge, prompt: str, select: Any, seed: int) -> dict[str, Any]:
-    """Kinds, images, and denoising of one prompt, up to the budget."""
+def run(pipe: Pipeline, judge: Judge, select: Any, costs: dict[str, float], seed: int) -> dict[str, Any]:
+    """Kinds, images and seconds of denoising of one run, which stops when the budget is spent."""
+    prompts = [prompt for prompt in DEMO_PROMPTS if int(judge.judge.described(prompt).sum()) >= LEAST_KINDS]
+    random.Random(seed).shuffle(prompts)
+    kinds: dict[str, int | None] = {}  # by file name
+    spent, batches = 0.0, 0
+
+    class Spent(Exception):
+        pass
+
+    def keep(image: Image.Image, row: dict[str, Any]) -> bool:
+        kinds[row["file_name"]] = judge.kind(image, row["prompt"])
+        return kinds[row["file_name"]] is not None
+
     with tempfile.TemporaryDirectory() as folder:
-        start = perf_counter()
-        images = BUDGET // STEPS
-
-        class Spent(Exception):
-            pass
-
-        spent = 0.0
         store = Store(Path(folder))
 
         def stop(_: Any) -> None:
-            nonlocal spent
-            spent = sum(r.arm["cost"] * (len(r.rows) + len(r.rejected)) for r in store.records() if r.arm is not None)
+            nonlocal spent, batches
+            for record in store.process_records(0, batches):
+                assert record.arm is not None
+                spent += record.arm["cost"] * (len(record.rows) + len(record.rejected))
+                batches += 1
             if spent >= BUDGET:
                 raise Spent
 
         with suppress(Spent):
             synthesize(
-                [prompt], folder, pipe, SPARKE(), images, BATCH, call={"num_inference_steps": STEPS}, seed=seed, arms=ARMS,
-                select=select, filter=lambda image, row: judge.kind(image, row["prompt"]) is not None, report=False,
-                progress_callback=stop,
+                prompts, folder, pipe, SPARKE(), IMAGES, BATCH, call={"num_inference_steps": STEPS}, seed=seed,
+                arms=[Arm(name, **arm, cost=costs[name]) for name, arm in SETTINGS.items()], select=select, filter=keep,
+                report=False, progress_callback=stop,
             )  # fmt: skip
-        seconds = perf_counter() - start
         rows = store.rows()
-        kinds = {judge.kind(Image.open(Path(folder) / row["file_name"]), prompt) for row in rows}
-        shares = {arm.name: sum(row["arm"] == arm.name for row in rows) / max(1, len(rows)) for arm in ARMS}
-        return {"kinds": len(kinds), "images": len(rows), "evaluations": spent, "seconds": seconds, "shares": shares}
+    different = {(row["prompt"], kinds[row["file_name"]]) for row in rows}
+    shares = {name: sum(row["arm"] == name for row in rows) / max(1, len(rows)) for name in SETTINGS}
+    return {"kinds": len(different), "images": len(rows), "made": len(kinds), "seconds": spent, "shares": shares}
 
 
-def measure(prompts: list[str], seeds: int) -> dict[str, list[dict[str, Any]]]:
-    """Figures of each way, one for each prompt and seed."""
-    pipe, judge = load_demo_pipeline(), Judge()
-    pipe.set_progress_bar_config(disable=True)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in ways(0):
-        for prompt in prompts:
-            for seed in range(seeds):
-                found.setdefault(name, []).append({"prompt": prompt, **run(pipe, judge, prompt, ways(seed)[name], seed)})
-        print(name, round(sum(f["kinds"] for f in found[name]) / len(found[name]), 2), flush=True)
-    return found
+def measure(seeds: int, found: dict[str, Any], save: Any) -> None:
+    """Add the costs, and the figures of each way and seed, that ``found`` lacks."""
+    pipe, judge = load_pipeline(), Judge()
+    if "costs" not in found:
+        found |= {"costs": measure_costs(pipe), "ways": {}}
+        save(found)
+    for seed in range(seeds):
+        for name in ways(found["costs"]):
+            figures = found["ways"].setdefault(name, [])
+            if len(figures) <= seed:
+                figures.append(run(pipe, judge, ways(found["costs"])[name], found["costs"], seed))
+                save(found)
+                print(seed, name, figures[-1], flush=True)
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Kinds for each prompt and for each 100 evaluations, images kept, and shares of the arms."""
-    lines = [
-        "| way to choose | kinds of a prompt | kinds for 100 evaluations | images kept | shares of the four arms |",
-        "|---|---|---|---|---|",
-    ]
-    for name, figures in found.items():
-        kinds, half = mean_and_half([f["kinds"] for f in figures])
-        rate, _ = mean_and_half([100 * f["kinds"] / f["evaluations"] for f in figures])
-        kept, _ = mean_and_half([f["images"] for f in figures])
-        shares = [sum(f["shares"][arm.name] for f in figures) / len(figures) for arm in ARMS]
-        cells = ", ".join(f"{100 * s:.0f}%" for s in shares)
-        lines.append(f"| {name} | {kinds:.1f} ± {half:.1f} | {rate:.2f} | {kept:.0f} | {cells} |")
-    return "\n".join(lines)
+def table(found: dict[str, Any]) -> str:
+    """Kinds for a second of denoising, images made, share of them that were kept, and shares of the arms."""
+    rows = []
+    for name, figures in found["ways"].items():
+        rate, half = mean_and_half([f["kinds"] / f["seconds"] for f in figures])
+        made, _ = mean_and_half([f["made"] for f in figures])
+        kept, _ = mean_and_half([f["images"] / f["made"] for f in figures])
+        different, _ = mean_and_half([f["kinds"] / max(1, f["images"]) for f in figures])
+        shares = ", ".join(f"{100 * sum(f['shares'][a] for f in figures) / len(figures):.0f}%" for a in SETTINGS)
+        cost = f"{1000 * found['costs'][name]:.0f} ms" if name in found["costs"] else "-"
+        rows.append([
+            name, cost, f"{rate:.2f} ± {half:.2f}", f"{made:.0f}", f"{100 * kept:.0f}%", f"{100 * different:.0f}%", shares,
+        ])  # fmt: skip
+    head = [
+        "way to choose", "cost of an image", f"kinds for a second ({len(figures)} seeds)", "images made", "kept",
+        "kinds of those kept", "shares of the four arms",
+    ]  # fmt: skip
+    return pages.table(head, rows)
 
 
 def main() -> None:
     """Measure, or take the figures of a file, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--results", type=Path, help="file of the figures; read if it exists, else written")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--results", type=Path, help="file of the figures, to which missing ones are added")
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.results is not None and arguments.results.exists():
-        found = json.loads(arguments.results.read_text())
-    else:
-        found = measure(PROMPTS[: arguments.prompts], arguments.seeds)
-        if arguments.results is not None:
-            arguments.results.write_text(json.dumps(found, indent=1) + "\n")
+    file: Path | None = arguments.results
+
+    def save(found: dict[str, Any]) -> None:
+        if file is not None:
+            file.write_text(json.dumps(found) + "\n")
+
+    found = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    measure(arguments.seeds, found, save)
     if arguments.page is None:
         print(table(found))
-        return
-    pages.fill(arguments.page, {"arms": table(found)})
+    else:
+        pages.fill(arguments.page, {"arms": table(found)})
 
 
 if __name__ == "__main__":

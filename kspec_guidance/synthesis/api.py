@@ -21,6 +21,7 @@ from kspec_guidance.memory import MemoryBank
 from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.objectives import Balance
 from kspec_guidance.selection import Selector
+from kspec_guidance.synthesis.arm_models import ArmModels
 from kspec_guidance.synthesis.arms import Arm, ArmChoice, arm_summary, check_arms, describe_arms, make_selector
 from kspec_guidance.synthesis.columns import column_types
 from kspec_guidance.synthesis.distributed import Processes
@@ -206,13 +207,13 @@ def synthesize(
         pipe, call = load_demo_pipeline(), {"num_inference_steps": 20, "guidance_scale": 5.0} | call
         pipe.set_progress_bar_config(disable=True)
     guide = SPARKE() if guide is None else guide
-    selector = None
+    selector = models = None
     if arms is not None:
         arms = list(arms)
         if any(term.target is not None for term in guide.terms):
             raise SynthesisError("arms set the strength of the guide, and so does its target; give one of them")
         check_arms(arms, pipe, call)
-        selector = make_selector(select, arms, seed, processes.rank)
+        selector, models = make_selector(select, arms, seed, processes.rank), ArmModels(arms, pipe)
     if len(guide.memories) > 1:
         raise SynthesisError(
             f"this guide keeps {len(guide.memories)} memories in different spaces, but a run keeps one; give all terms the "
@@ -258,8 +259,8 @@ def synthesize(
         }
         if candidates > 1:  # absent in runs of earlier versions
             run_settings["candidates"] = candidates
-        if arms is not None:
-            run_settings |= describe_arms(arms, select)
+        if arms is not None and models is not None:
+            run_settings |= describe_arms(arms, select, models)
         run_settings = as_json(run_settings)
         store = Store(out, None if format == "imagefolder" else out / ".kspec" / "images")
         packer = None if format == "imagefolder" else Packer(store, format, shard_size, types)
@@ -293,7 +294,7 @@ def synthesize(
                 shares={name: a.share for name, a in attributes.items()},
                 prompt_features=prompt_features,
                 progress_callback=progress_callback if processes.rank == 0 else None,
-                arms=None if selector is None else ArmChoice(arms or [], selector, run_guide, generator),
+                arms=None if selector is None else ArmChoice(arms or [], selector, run_guide, generator, models),
             )
             if memory_file is not None and processes.rank == 0:
                 _prepare(Path(memory_file))

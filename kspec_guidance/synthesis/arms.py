@@ -8,7 +8,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +22,7 @@ from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.selection import Greedy, MixtureGreedy, MixtureUCB, Selector, Uniform
 from kspec_guidance.statistics import jackknife
+from kspec_guidance.synthesis.arm_models import ArmModels
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.generator import Generator, check_call
 from kspec_guidance.synthesis.records import Record, unpack_tensors
@@ -32,6 +33,7 @@ __all__ = ["SELECTORS", "Arm", "ArmChoice", "arm_summary", "check_arms", "read_a
 
 SELECTORS = ("mixture-greedy", "mixture-ucb", "greedy", "uniform")
 FIXED = ("height", "width")  # of all arms, since samples of other sizes cannot be compared
+BLOCK = 8  # batches whose arms are chosen together if a change of the model is to be rare
 PARTS = 4  # of a run, whose shares the summary lists
 
 
@@ -43,8 +45,11 @@ class Arm:
         name: in metadata and reports.
         call: arguments of the pipeline call that differ from those of the run, such as ``guidance_scale``.
         guide: factor of the guide's scale: 0 is plain sampling.
-        scheduler: name of a scheduler class of diffusers, configured as that of the pipeline; None for the pipeline's own.
-        cost: of one image, in any unit that all arms share; by default the measured seconds.
+        scheduler: name of a scheduler class of diffusers, configured as that of the model; None for the model's own.
+        cost: of one image, in any unit that all arms share; by default the measured seconds, with those of changing the
+            model.
+        model: folder or id of a pipeline whose denoiser and scheduler the arm has; None for those of the run.
+        lora: file, folder or id of a LoRA that is added to the model.
 
     Raises:
         SynthesisError: for a value out of range.
@@ -55,6 +60,8 @@ class Arm:
     guide: float = 1.0
     scheduler: str | None = None
     cost: float | None = None
+    model: str | None = None
+    lora: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
@@ -73,7 +80,8 @@ class Arm:
 def read_arms(path: str | Path) -> list[Arm]:
     """Arms of a TOML file: a table for each, with its name.
 
-    ``guide``, ``scheduler`` and ``cost`` are those of :class:`Arm`, all other keys are arguments of the pipeline call.
+    ``guide``, ``scheduler``, ``cost``, ``model`` and ``lora`` are those of :class:`Arm`, all other keys are arguments of
+    the pipeline call.
 
     Raises:
         SynthesisError: if the file cannot be read, or has no tables.
@@ -92,7 +100,7 @@ def read_arms(path: str | Path) -> list[Arm]:
         raise SynthesisError(f"{path} must have a table for each arm, such as [low]; found {', '.join(loose) or 'nothing'}")
     arms = []
     for name, table in found.items():
-        own = {key: table.pop(key) for key in ("guide", "scheduler", "cost") if key in table}
+        own = {f.name: table.pop(f.name) for f in fields(Arm) if f.name in table and f.name not in ("name", "call")}
         arms.append(Arm(name, table, **own))
     return arms
 
@@ -110,20 +118,20 @@ def check_arms(arms: Sequence[Arm], pipe: Any, call: Mapping[str, Any]) -> None:
         try:
             check_call(pipe, {**call, **arm.call})
             if arm.scheduler is not None:
-                _scheduler(pipe, arm.scheduler)
+                _scheduler(pipe.scheduler, arm.scheduler)
         except SynthesisError as error:
             raise SynthesisError(f"arm {arm.name!r}: {error}") from error
 
 
-def _scheduler(pipe: Any, name: str) -> Any:
-    """A scheduler of diffusers with the configuration of the pipeline's."""
+def _scheduler(scheduler: Any, name: str) -> Any:
+    """A scheduler of diffusers with the configuration of another one."""
     import diffusers
 
     kind = getattr(diffusers, name, None)
     if kind is None or not hasattr(kind, "from_config"):
-        known = [c.__name__ for c in getattr(pipe.scheduler, "compatibles", [])]
+        known = [c.__name__ for c in getattr(scheduler, "compatibles", [])]
         raise SynthesisError(f"diffusers has no scheduler {name!r}; {choices(name, sorted(known))}")
-    return kind.from_config(pipe.scheduler.config)
+    return kind.from_config(scheduler.config)
 
 
 def make_selector(select: "str | Selector", arms: Sequence[Arm], seed: int, rank: int) -> Selector:
@@ -171,23 +179,44 @@ def make_selector(select: "str | Selector", arms: Sequence[Arm], seed: int, rank
 class ArmChoice:
     """The arms of one process and the selector that chooses among them.
 
+    With several models the arms of ``BLOCK`` batches are chosen together and sorted, so that models change seldom.
+
     Args:
         arms: of the run.
         selector: of this process.
         guide: attached to the pipeline for each batch.
         generator: whose call, and whose pipeline's scheduler, arms change.
+        models: of the arms, in the generator's pipeline; those of the pipeline by default.
     """
 
-    def __init__(self, arms: Sequence[Arm], selector: Selector, guide: KernelGuidance, generator: Generator):
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        selector: Selector,
+        guide: KernelGuidance,
+        generator: Generator,
+        models: ArmModels | None = None,
+    ):
         self.arms, self.selector, self.guide, self.generator = list(arms), selector, guide, generator
+        self.models = ArmModels(arms, generator.pipe) if models is None else models
         self.number = {arm.name: k for k, arm in enumerate(self.arms)}
-        self.schedulers = {
-            arm.name: _scheduler(generator.pipe, arm.scheduler) for arm in self.arms if arm.scheduler is not None
-        }
+        self.schedulers: dict[str, Any] = {}
+        for arm in self.arms:
+            own = self.models.scheduler(arm)
+            if arm.scheduler is not None or arm.model is not None:
+                self.schedulers[arm.name] = own if arm.scheduler is None else _scheduler(own, arm.scheduler)
+        self.order = list(dict.fromkeys(arm.model for arm in self.arms))  # of the models in a block, from the last one on
+        self.block = BLOCK if len(self.order) > 1 else 1
+        self.queue: list[int] = []  # arms that were chosen for the next batches
 
     def choose(self) -> Arm:
         """The arm of the next batch."""
-        return self.arms[self.selector.choose()]
+        if not self.queue:
+            self.queue = sorted(self.selector.choose(self.block), key=lambda k: self.order.index(self.arms[k].model))
+        arm = self.arms[self.queue.pop(0)]
+        self.order.remove(arm.model)
+        self.order.insert(0, arm.model)
+        return arm
 
     @contextmanager
     def applied(self, arm: Arm) -> Iterator[Callable[[int], dict[str, Any]]]:
@@ -195,10 +224,11 @@ class ArmChoice:
 
         Returns:
             A function of the number of images, which returns what the record of the batch says of its arm: name, and cost
-            of an image.
+            of an image, with the change of the model.
         """
         pipe, call, scales = self.generator.pipe, self.generator.call, [term.scale for term in self.guide.terms]
         scheduler, start = getattr(pipe, "scheduler", None), perf_counter()
+        self.models.use(arm)
         try:
             self.generator.call = {**call, **arm.call}
             for term, scale in zip(self.guide.terms, scales, strict=True):
@@ -228,7 +258,9 @@ class ArmChoice:
         for row in record.rejected:
             if row["reason"] != "lost":
                 self.selector.tell(arm, reward=0.0, cost=cost, kept=False)
-        self.selector.pending.zero_()  # a process makes one batch at a time
+        self.selector.pending = torch.bincount(
+            torch.tensor(self.queue, dtype=torch.int64), minlength=self.selector.arms
+        ).double()  # of batches, each of which yields several images
 
     def replay(self, record: Record) -> None:
         """Choose and learn as when the batch of a record of this process was made."""
@@ -241,10 +273,10 @@ def unit_features(record: Record) -> Tensor:
     return l2_normalize(unpack_tensors(record.tensors).features.double())
 
 
-def describe_arms(arms: Sequence[Arm], select: "str | Selector") -> dict[str, Any]:
+def describe_arms(arms: Sequence[Arm], select: "str | Selector", models: ArmModels) -> dict[str, Any]:
     """Arms and selector, for the settings of a run."""
     how = select if isinstance(select, str) else [type(select).__name__, select.settings()]
-    return {"arms": [{**asdict(arm), "call": dict(arm.call)} for arm in arms], "select": how}
+    return {"arms": [{**asdict(arm), "call": dict(arm.call), **models.describe(arm)} for arm in arms], "select": how}
 
 
 def arm_summary(records: Sequence[Record], names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -356,7 +355,7 @@ class Worker:
     def run(self) -> None:
         """Make all remaining batches."""
         start, made_before = time.monotonic(), self.made
-        with self.guide.attach(self.generator.pipe) if self.arms is None else nullcontext():
+        with self.guide.attach(self.generator.pipe) if self.arms is None else self.arms.models.loaded():
             while True:
                 batch = self.next_batch()
                 exchange_due = self.batch_index >= (self.exchanges + 1) * self.settings.exchange
