@@ -10,7 +10,15 @@ from scipy.linalg import eigh
 from scipy.special import log_ndtr
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import JointKernel, Kernels, Modalities, joint_kernels, sides, simplest_turn
+from kspec_guidance.comparison.joint import (
+    JointKernel,
+    Kernels,
+    Modalities,
+    joint_kernels,
+    modalities_of,
+    sides,
+    simplest_turn,
+)
 from kspec_guidance.functional.modes import upright
 
 __all__ = ["Koda", "koda"]
@@ -22,7 +30,6 @@ ALIKE = 4.0  # alike samples that a direction must hold
 COHERENCE = 0.2  # mean similarity along a direction, in standard deviations of all similarities, that it must have
 CONTRAST = 1.5  # coherence by A over that by B that it must have
 NOT_NORMAL = 1.159  # Anderson-Darling statistic that a normal sample exceeds with probability 0.005
-SHARED = 0.5  # part of a strength that one modality must explain, to be named
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ def koda(
         if keep_noise or not any(_why_noise(x, first, second) for x in turned.split(1)):
             vectors = turned[first.strength(turned).argsort(descending=True, stable=True)]
     vectors = upright(vectors)
-    by_modality, named = _modalities(vectors, first, second)
+    by_modality, named = modalities_of(vectors, first, second)
     return Koda(
         vectors, first.strength(vectors), second.strength(vectors), torch.tensor(gaps, dtype=torch.float64),
         torch.tensor(multipliers, dtype=torch.float64), bound, _coherence(vectors, first), _coherence(vectors, second),
@@ -306,15 +313,3 @@ def _anderson_darling(x: Tensor) -> float:
     odd = np.arange(1, 2 * n, 2)
     square = -n - float((odd * (log_ndtr(z) + log_ndtr(-z[::-1]))).sum()) / n
     return square * (1 + 0.75 / n + 2.25 / n**2)
-
-
-def _modalities(x: Tensor, first: JointKernel, second: JointKernel) -> tuple[dict[str, Tensor], list[str]]:
-    """Strengths of each direction by each modality's own kernel, and the name of the one that shows it in A alone."""
-    if len(first.modalities) == 1:
-        return {}, []
-    mine, others = first.alone(), second.alone()
-    found = {name: torch.stack([mine[name].strength(x), others[name].strength(x)], 1) for name in mine}
-    excess = torch.stack([s[:, 0] - s[:, 1] for s in found.values()])  # [modalities, k]
-    enough, names = SHARED * first.strength(x), list(found)
-    best = excess.max(0)
-    return found, [names[i] if v >= e else "joint" for v, i, e in zip(best.values, best.indices, enough, strict=True)]

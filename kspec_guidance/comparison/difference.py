@@ -1,11 +1,11 @@
 """SPEC: the difference of two embeddings' kernel matrices, with both signs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import Kernels, Modalities, joint_kernels, sides
+from kspec_guidance.comparison.joint import Kernels, Modalities, joint_kernels, modalities_of, sides
 from kspec_guidance.functional.modes import upright
 from kspec_guidance.functional.novelty import SignedSpectrum, check_eta
 
@@ -24,6 +24,8 @@ class Spec:
         vectors: unit vectors over the samples ``[2 modes, n]``, and 0 where the value is 0.
         positive, negative: samples on the two sides of each vector, the strongest first.
         distance: the largest absolute eigenvalue, 0 for equal kernels: what SPEC-align makes small.
+        modality: for several modalities, the one in which the embedding that groups a vector does so and the other does
+            not, as of :func:`koda`; empty for a single modality.
     """
 
     values: Tensor
@@ -31,6 +33,7 @@ class Spec:
     positive: list[list[int]]
     negative: list[list[int]]
     distance: float
+    modality: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -87,4 +90,5 @@ def spec(
     chosen = torch.cat([order[:k], order[len(order) - k :]])
     vectors = upright(torch.nn.functional.normalize(columns[:, chosen], dim=0).T)
     vectors = torch.where(values[chosen, None] == 0, 0.0, vectors)
-    return Spec(values[chosen], vectors, *sides(vectors), float(values.abs().max()))
+    more, less = modalities_of(vectors[:k], first, second)[1], modalities_of(vectors[k:], second, first)[1]
+    return Spec(values[chosen], vectors, *sides(vectors), float(values.abs().max()), more + less)

@@ -25,6 +25,7 @@ __all__ = [
     "fit_kernels",
     "joint_kernels",
     "joint_rows",
+    "modalities_of",
     "random_rows",
     "sides",
     "simplest_turn",
@@ -39,6 +40,7 @@ Kernels = KernelLike | Mapping[str, KernelLike | None] | None
 
 METHODS = ("fourier", "projection")
 ROUNDING = 1e-12  # entries and variances below it are rounding errors
+SHARED = 0.5  # part of a strength that one modality must explain, to be named
 TURNS = 100  # of a rotation, at most
 STRONG = 0.5  # absolute entry, relative to the largest one, from which a sample is listed
 
@@ -264,6 +266,21 @@ def joint_kernels(
     if n < 2:
         raise ValueError("two embeddings are compared over at least two samples, got 1")
     return JointKernel(first, kernel_a, features, seed), JointKernel(second, kernel_b, features, seed)
+
+
+def modalities_of(x: Tensor, first: JointKernel, second: JointKernel) -> tuple[dict[str, Tensor], list[str]]:
+    """Strengths of rows ``x`` ``[k, n]`` by each modality's own kernels, and the one that shows each in ``first`` alone.
+
+    Its name, or ``joint`` if no modality alone explains half of the strength; nothing for a single modality.
+    """
+    if len(first.modalities) == 1:
+        return {}, []
+    mine, others = first.alone(), second.alone()
+    found = {name: torch.stack([mine[name].strength(x), others[name].strength(x)], 1) for name in mine}
+    excess = torch.stack([s[:, 0] - s[:, 1] for s in found.values()])  # [modalities, k]
+    enough, names = SHARED * first.strength(x), list(found)
+    best = excess.max(0)
+    return found, [names[i] if v >= e else "joint" for v, i, e in zip(best.values, best.indices, enough, strict=True)]
 
 
 def strongest(values: Tensor, largest: Tensor | None = None, at_most: int | None = None) -> list[int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,11 +47,15 @@ class Grouping:
 
 @dataclass(frozen=True)
 class SpecMode:
-    """An eigenvector of the difference of the kernel matrices: positive values are grouped more by the first embedder."""
+    """An eigenvector of the difference of the kernel matrices: positive values are grouped more by the first embedder.
+
+    Of images with their prompts, ``modality`` is as of :class:`Grouping`.
+    """
 
     value: float
     first: list[int]
     second: list[int]
+    modality: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class JointGroupings:
         compared: number of images with a caption that were compared.
         only_a, only_b: what one pair groups and the other does not.
         stopped_a, stopped_b: why there are no more.
+        spec: modes of SPEC, of both signs.
+        distance: the largest absolute value of SPEC.
     """
 
     text_a: str
@@ -72,6 +78,8 @@ class JointGroupings:
     only_b: list[Grouping]
     stopped_a: str
     stopped_b: str
+    spec: list[SpecMode]
+    distance: float
 
 
 @dataclass
@@ -118,7 +126,11 @@ class EmbeddingReport:
 
         joint = None if self.joint is None else asdict(self.joint)
         if self.joint is not None and joint is not None:
-            joint |= {"only_a": named(self.joint.only_a), "only_b": named(self.joint.only_b)}
+            joint |= {
+                "only_a": named(self.joint.only_a),
+                "only_b": named(self.joint.only_b),
+                "spec": named(self.joint.spec),
+            }
         return {
             "verdict": self.verdict,
             "a": self.a,
@@ -187,14 +199,9 @@ def compare_embeddings(
     chosen = evenly_spaced(len(a), ROWS)
     rows = [(x[chosen], GaussianKernel().fit(x[chosen])) for x in features]
     place = chosen.tolist()
-    (only_a, stopped_a), (only_b, stopped_b) = _both_ways([({"": x}, {"": k}) for x, k in rows], place, directions, eps)
-    (x, kernel_a), (y, kernel_b) = rows
-    both = spec(x, y, kernel_a=kernel_a, kernel_b=kernel_b)
-    modes = [
-        SpecMode(float(v), [place[i] for i in p], [place[i] for i in q])
-        for v, p, q in zip(both.values, both.positive, both.negative, strict=True)
-        if v != 0
-    ]
+    sides = [Side({"": x}, {"": kernel}) for x, kernel in rows]
+    (only_a, stopped_a), (only_b, stopped_b) = _both_ways(sides, place, directions, eps)
+    modes, distance = _differences(sides, place)
     about = [
         {"name": e.name, "fingerprint": e.fingerprint, "input size": e.size, "width": x.shape[1], "kernel": repr(kernel)}
         for e, (x, kernel) in zip((embedder_a, embedder_b), rows, strict=True)
@@ -205,12 +212,18 @@ def compare_embeddings(
     )
     texts = text_embedders or (one_hot_embedder(), one_hot_embedder())
     return EmbeddingReport(
-        a, about[0], about[1], len(chosen), eps, only_a, only_b, stopped_a, stopped_b, modes, both.distance, verdict,
+        a, about[0], about[1], len(chosen), eps, only_a, only_b, stopped_a, stopped_b, modes, distance, verdict,
         _joint(features, a.prompts or [], texts, directions, eps),
     )  # fmt: skip
 
 
-Side = tuple[dict[str, Tensor], dict[str, Kernel]]  # rows and kernels of one embedder, by modality
+class Side(NamedTuple):
+    """Rows and kernels of one embedder, by modality."""
+
+    rows: dict[str, Tensor]
+    kernels: dict[str, Kernel]
+
+
 Found = tuple[list[Grouping], str]
 
 
@@ -218,7 +231,7 @@ def _both_ways(sides: list[Side], place: list[int], directions: int, eps: float)
     """What each side groups and the other does not, and why there is no more; ``place`` are the indices of the images."""
 
     def grouped(first: Side, second: Side) -> Found:
-        found = koda(first[0], second[0], directions, eps, kernel_a=first[1], kernel_b=second[1], rotate=True)
+        found = koda(first.rows, second.rows, directions, eps, kernel_a=first.kernels, kernel_b=second.kernels, rotate=True)
         n = len(place)
         return [
             Grouping(
@@ -230,6 +243,16 @@ def _both_ways(sides: list[Side], place: list[int], directions: int, eps: float)
         ], found.stopped  # fmt: skip
 
     return grouped(*sides), grouped(*sides[::-1])
+
+
+def _differences(sides: list[Side], place: list[int]) -> tuple[list[SpecMode], float]:
+    """Modes of SPEC that are not 0, and its distance."""
+    first, second = sides
+    found = spec(first.rows, second.rows, kernel_a=first.kernels, kernel_b=second.kernels)
+    modes = zip(found.values, found.positive, found.negative, found.modality or [""] * len(found.values), strict=True)
+    return [
+        SpecMode(float(v), [place[i] for i in p], [place[i] for i in q], name) for v, p, q, name in modes if v != 0
+    ], found.distance
 
 
 def _joint(
@@ -249,9 +272,12 @@ def _joint(
     for x, embedder in zip(features, embedders, strict=True):
         image, text = x[chosen], l2_normalize(on_host(embedder(texts)))
         kernels = {"image": GaussianKernel().fit(image), "text": GaussianKernel(PROMPT_BANDWIDTH)}
-        sides.append(({"image": image, "text": text}, dict(kernels)))
+        sides.append(Side({"image": image, "text": text}, dict(kernels)))
     (only_a, stopped_a), (only_b, stopped_b) = _both_ways(sides, place, directions, eps)
-    return JointGroupings(embedders[0].name, embedders[1].name, len(place), only_a, only_b, stopped_a, stopped_b)
+    modes, distance = _differences(sides, place)
+    return JointGroupings(
+        embedders[0].name, embedders[1].name, len(place), only_a, only_b, stopped_a, stopped_b, modes, distance
+    )
 
 
 def _ways(found: Sequence[Grouping]) -> str:

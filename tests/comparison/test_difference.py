@@ -67,3 +67,14 @@ def test_bad_inputs_are_named():
         spec(x, x, eta=float("nan"))
     with pytest.raises(ValueError, match="at least two samples"):
         spec(x[:1], x[:1])
+
+
+def test_the_modality_that_is_responsible_is_named():
+    points = torch.eye(4)
+    a = {"image": points[[0, 1, 2, 2]].repeat_interleave(10, 0), "text": points[[0, 0, 1, 2]].repeat_interleave(10, 0)}
+    merged = {"image": points[[0, 0, 2, 2]].repeat_interleave(10, 0), "text": a["text"]}
+    found = spec(a, merged, modes=1)
+    assert found.values.tolist() == pytest.approx([0.25, -0.25])
+    assert set(found.positive[0] + found.negative[0]) == set(range(20))
+    assert found.modality == ["image", "image"]
+    assert spec(a["image"], merged["image"]).modality == []

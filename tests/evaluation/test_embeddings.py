@@ -61,6 +61,8 @@ def test_pairs_of_image_and_prompt_name_the_modality_that_is_responsible(tmp_pat
     assert named == {"image": {0, 1}, "text": {2, 3}}
     assert result.joint.only_b == []
     assert {g.modality for g in result.only_a} == {""}
+    assert sorted(m.modality for m in result.joint.spec[:2]) == ["image", "text"]
+    assert result.joint.distance == pytest.approx(max(abs(m.value) for m in result.joint.spec))
     assert "With prompts, A groups 120 images in 2 ways that B does not see, and B in no way" in result.summary()[-1]
     files = write_page(result, tmp_path / "page.html")
     assert "seen in the prompts" in files[0].read_text()
