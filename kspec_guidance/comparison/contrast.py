@@ -18,8 +18,8 @@ from kspec_guidance.comparison.joint import (
     modalities_of,
     sides,
     simplest_turn,
+    upright,
 )
-from kspec_guidance.functional.modes import upright
 
 __all__ = ["Koda", "koda"]
 

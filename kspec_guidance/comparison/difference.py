@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import Kernels, Modalities, joint_kernels, modalities_of, sides
-from kspec_guidance.functional.modes import upright
+from kspec_guidance.comparison.joint import Kernels, Modalities, joint_kernels, modalities_of, sides, upright
 from kspec_guidance.functional.novelty import SignedSpectrum, check_eta
 
 __all__ = ["Spec", "spec"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures, RandomProductProjection, tensor_product
 from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, joint_gram, on_host, second_moment
+from kspec_guidance.functional.modes import larger_side
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel
 from kspec_guidance.kernels.spectrum import noise_level
 
@@ -30,6 +31,7 @@ __all__ = [
     "sides",
     "simplest_turn",
     "strongest",
+    "upright",
 ]
 
 Modalities = Tensor | Mapping[str, Tensor]
@@ -299,6 +301,12 @@ def sides(x: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         for sign, lists in zip((1, -1), found, strict=True):
             lists.append(strongest(sign * row, row.abs().max().clamp_min(ROUNDING)))
     return found
+
+
+def upright(x: Tensor) -> Tensor:
+    """Rows ``[k, n]`` with the sign for which the positive one of :func:`sides` is the larger one, and so not empty."""
+    listed = x.abs() >= STRONG * x.abs().amax(1, keepdim=True)
+    return x * larger_side(torch.where(listed, x, 0.0))
 
 
 def simplest_turn(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from kspec_guidance.functional.inputs import FeatureMap, KernelLike, check_matri
 from kspec_guidance.functional.novelty import differential_spectrum
 from kspec_guidance.kernels.spectrum import noise_level
 
-__all__ = ["Mode", "novel_modes", "top_modes", "upright"]
+__all__ = ["Mode", "larger_side", "novel_modes", "top_modes"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Mode:
     values: list[float]
 
 
-def upright(x: Tensor) -> Tensor:
-    """Rows ``[k, n]`` with the sign for which the positive side is the larger one; that of an eigenvector is arbitrary."""
+def larger_side(x: Tensor) -> Tensor:
+    """The sign ``[k, 1]`` of the side of each row ``[k, n]`` with the larger sum of squares; eigenvectors have either."""
     larger = x.clamp_min(0).square().sum(1) >= x.clamp_max(0).square().sum(1)
-    return torch.where(larger[:, None], x, -x)
+    return torch.where(larger, 1.0, -1.0)[:, None].to(x)
 
 
 def _largest(values: Tensor, shares: Tensor, per_mode: int) -> list[Mode]:
     """Modes from columns of values at the samples."""
     modes = []
-    for share, v in zip(shares.tolist(), upright(values.mT), strict=True):
+    for share, v in zip(shares.tolist(), values.mT * larger_side(values.mT), strict=True):
         top = v.topk(min(per_mode, len(v)))
         keep = top.values > 1e-6 * top.values[0]
         modes.append(Mode(share, top.indices[keep].tolist(), top.values[keep].tolist()))

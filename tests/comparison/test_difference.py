@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kspec_guidance.comparison import koda, spec
+from kspec_guidance.comparison.joint import sides, upright
 from kspec_guidance.kernels import CosineKernel, GaussianKernel
 from tests.comparison.planted import planted
 from tests.samples import rows
@@ -78,3 +79,11 @@ def test_the_modality_that_is_responsible_is_named():
     assert set(found.positive[0] + found.negative[0]) == set(range(20))
     assert found.modality == ["image", "image"]
     assert spec(a["image"], merged["image"]).modality == []
+
+
+def test_the_positive_side_lists_the_strongest_samples():
+    x = torch.tensor([[0.9, 0.8, *[-0.3] * 20], [-0.9, 0.5, *[0.0] * 20], [0.0] * 22])
+    for turned in (upright(x), upright(-x)):
+        positive, negative = sides(turned)
+        assert positive[:2] == [[0, 1], [0]]
+        assert negative[:2] == [[], [1]]
