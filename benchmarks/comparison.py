@@ -24,6 +24,7 @@ from torch import Tensor
 from kspec_guidance import functional as F
 from kspec_guidance.comparison import (
     ClientMessage,
+    ClientScores,
     KernelAlignmentLoss,
     align_linear,
     complete_kernel,
@@ -279,6 +280,23 @@ def candidates() -> tuple[str, float, str]:
     return "KKT conditions by autograd", error, f"{took:.1f} s, 100 prompts of 10"
 
 
+def fid_of_scale(s: float) -> ClientScores:
+    """FID of N(0, s^2) to clients N(1, 1) and N(-1, 1), by messages with exactly these moments."""
+
+    def message(mean: float, variance: float) -> ClientMessage:
+        empty = torch.zeros(0).double()
+        moments = (torch.tensor(v).double() for v in (2.0, [mean], [[variance]]))
+        return ClientMessage(*moments, empty, torch.tensor(0.0).double(), empty)
+
+    return fid_over_clients(message(0, s * s), [message(1, 1), message(-1, 1)], [0.5, 0.5])
+
+
+def ranking_of_fid() -> list[dict[str, Any]]:
+    """Two models that FID ranks by all data, and not by the mean over clients."""
+    scales = {"N(0, 1.96)": 1.4, "N(0, 0.36)": 0.6}
+    return [{"model": m, "mean": (f := fid_of_scale(s)).average, "all clients": f.over_all} for m, s in scales.items()]
+
+
 SETTINGS: dict[str, tuple[Kernel, float]] = {  # of the function, with a narrow kernel, and of the command
     "cosine, eps 1.05": (CosineKernel(), 1.05),
     "Gaussian 0.5, eps 1.05": (GaussianKernel(0.5), 1.05),
@@ -422,8 +440,8 @@ def draw(path: str) -> None:
     axes[1].set(title="Missing entry of a chain", xlabel="observed a", ylabel="completed")
     axes[1].legend(frameon=False)
     scales = [0.3 + 0.05 * i for i in range(35)]
-    axes[2].plot(scales, [1 + (s - 1) ** 2 for s in scales], label="mean over clients")
-    axes[2].plot(scales, [(s - math.sqrt(2)) ** 2 for s in scales], label="all clients")
+    axes[2].plot(scales, [fid_of_scale(s).average for s in scales], label="mean over clients")
+    axes[2].plot(scales, [fid_of_scale(s).over_all for s in scales], label="all clients")
     axes[2].set(title="FID of N(0, s²), clients N(±1, 1)", xlabel="s", ylabel="FID")
     axes[2].legend(frameon=False)
     found = diversity_gap(0.8 * normal(600, 6), normal(600, 6), GaussianKernel(1.0))
@@ -447,6 +465,7 @@ def oracles() -> list[dict[str, Any]]:
 PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "oracles": oracles,
     "bounds": bounds,
+    "fid": ranking_of_fid,
     "prompt_split": cost_of_prompt_split,
     "product": error_of_products,
     "koda": cost_of_directions,
