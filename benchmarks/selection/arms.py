@@ -2,7 +2,7 @@
 
     python -m benchmarks.selection.arms --results benchmarks/results/selection_arms.json --page docs/selection.md
 
-Each way makes images of the embedded prompts that describe at least eight training images, 16 of each, in an order that
+Each way makes images of the embedded prompts that describe at least eight training images, 8 of each, in an order that
 depends on the seed, until the same seconds of denoising are spent, dropped images included. A classifier drops images that
 do not show their prompt, and says which of the training images that the prompt describes each one is: the kinds. What an
 image of each arm costs is measured first, in processor time of one core. Figures that the file of results lacks are
@@ -34,7 +34,7 @@ from kspec_guidance.selection import MixtureGreedy, OneArm
 from kspec_guidance.synthesis import Arm, synthesize
 from kspec_guidance.synthesis.records import Store
 
-STEPS, BATCH, IMAGES, BUDGET = 8, 4, 16, 12.0  # steps of an image; images of a batch and a prompt; seconds of denoising
+STEPS, BATCH, IMAGES, BUDGET = 8, 2, 8, 8.0  # steps of an image; images of a batch and of a prompt; seconds of denoising
 LEAST_KINDS = 8  # training images that a prompt describes
 ROUNDS = 5  # of the measurement of costs, of which the least counts
 SETTINGS: dict[str, dict[str, Any]] = {

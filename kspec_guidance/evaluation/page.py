@@ -18,7 +18,7 @@ from kspec_guidance.evaluation.sets import Evaluation
 from kspec_guidance.evaluation.verdicts import count, set_names
 from kspec_guidance.statistics import Curve
 
-__all__ = ["write_page"]
+__all__ = ["svg_plot", "write_page"]
 
 COLOURS = ("#2f6fb3", "#c4572e", "#3d8b5f")
 KINDS_SHOWN, TILES, GROUP_TILES = 12, 11, 22
@@ -38,7 +38,16 @@ def _short(kernel: str) -> str:
     return re.sub(r"\d+\.\d{4,}", lambda m: f"{float(m[0]):.4g}", kernel)
 
 
-def _svg(draw: Any, title: str, xlabel: str, ylabel: str, log: bool = False) -> Any:
+def svg_plot(draw: Any, title: str, xlabel: str, ylabel: str, log: bool = False) -> Any:
+    """A plot as SVG for the page.
+
+    Args:
+        draw: called with the axes of matplotlib; their labels make the legend.
+        title: of the plot, without text of users.
+        xlabel: of the axis.
+        ylabel: of the axis.
+        log: binary logarithmic x axis.
+    """
     from markupsafe import Markup
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -84,9 +93,9 @@ def _plots(e: Evaluation) -> list[Any]:
         axes.axvline(e.embedder["same_distance"], color="#98a2b3", linestyle="--", linewidth=1)
 
     return [
-        _svg(sizes, "Kinds by size", "kind", "share of the set in %"),
-        _svg(lambda axes: _curve(axes, e.convergence), "Score against sample size", "images", "score", log=True),
-        _svg(distances, "Different images against distance", "distance within a kind", "different images"),
+        svg_plot(sizes, "Kinds by size", "kind", "share of the set in %"),
+        svg_plot(lambda axes: _curve(axes, e.convergence), "Score against sample size", "images", "score", log=True),
+        svg_plot(distances, "Different images against distance", "distance within a kind", "different images"),
     ]
 
 
@@ -99,7 +108,7 @@ def _gap_plot(gaps: dict[str, DiversityGap], names: Sequence[str]) -> Any:
         for colour, (name, curve) in zip(COLOURS, curves, strict=True):
             axes.plot(curve.x, curve.mean["Vendi"], "o-", color=colour, label=name, markersize=3, linewidth=1.3)
 
-    return _svg(draw, "Vendi score against number of images", "images", "score", log=True)
+    return svg_plot(draw, "Vendi score against number of images", "images", "score", log=True)
 
 
 def _data_uri(images: ImageSet, i: int) -> str:
@@ -159,7 +168,10 @@ def _part(name: str, e: Evaluation) -> dict[str, Any]:
 
 
 def write_page(
-    result: Evaluation | ComparisonReport | EmbeddingReport, path: str | Path, notes: Sequence[str] = ()
+    result: Evaluation | ComparisonReport | EmbeddingReport,
+    path: str | Path,
+    notes: Sequence[str] = (),
+    plots: Sequence[Any] = (),
 ) -> list[Path]:
     """Write the page, and a JSON file with the same numbers; for near-duplicates of one set, also the list of their names.
 
@@ -168,6 +180,7 @@ def write_page(
         path: path of the page; the JSON file has the same name with another suffix, the list the ending
             ``-duplicates.txt``.
         notes: lines below the warnings.
+        plots: results of :func:`svg_plot`, below the notes.
 
     Returns:
         The paths of the files.
@@ -201,8 +214,8 @@ def write_page(
         own = [f"{n}: {w}" for n, e in zip(names, (result.a, result.b), strict=True) for w in e.warnings]
         doubts = [*result.warnings, *(result.a.warnings if result.a.warnings == result.b.warnings else own)]
     page = environment.get_template("report.html").render(
-        title=title, about=about, parts=parts, comparison=comparison, version=__version__, notes=notes, doubts=doubts,
-        main_test=main_test, gap_plot=gap_plot, duplicates_file=files[2].name if len(files) > 2 else None,
+        title=title, about=about, parts=parts, comparison=comparison, version=__version__, notes=notes, plots=plots,
+        doubts=doubts, main_test=main_test, gap_plot=gap_plot, duplicates_file=files[2].name if len(files) > 2 else None,
     )  # fmt: skip
     _write(page, result, files)
     if isinstance(result, Evaluation) and result.redundant:

@@ -22,7 +22,15 @@ from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.objectives import Balance
 from kspec_guidance.selection import Selector
 from kspec_guidance.synthesis.arm_models import ArmModels
-from kspec_guidance.synthesis.arms import Arm, ArmChoice, arm_summary, check_arms, describe_arms, make_selector
+from kspec_guidance.synthesis.arms import (
+    Arm,
+    ArmChoice,
+    arm_differences,
+    arm_summary,
+    check_arms,
+    describe_arms,
+    make_selector,
+)
 from kspec_guidance.synthesis.columns import column_types
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError, disk_errors
@@ -35,6 +43,7 @@ from kspec_guidance.synthesis.records import Store, unpack_tensors
 from kspec_guidance.synthesis.schedule import Job, Target, make_jobs
 from kspec_guidance.synthesis.settings import (
     DIGITS,
+    FEATURE_KEYS,
     Settings,
     as_json,
     check_candidates,
@@ -73,6 +82,7 @@ class Synthesis:
         exchanges: between the processes.
         bytes_sent: by this process in this call.
         arms: of a run with arms: images, shares, costs and scores of each; see :func:`arm_summary`.
+        arm_differences: of a run with arms: where the two with most images differ; see :func:`arm_differences`.
         report: path of ``report.html``; None if none was written, and in all processes but the first.
         first: whether this is the first process, which prints and writes for all.
     """
@@ -90,6 +100,7 @@ class Synthesis:
     exchanges: int = 0
     bytes_sent: int = 0
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    arm_differences: list[dict[str, Any]] = field(default_factory=list)
     report: Path | None = None
     first: bool = True
 
@@ -442,14 +453,17 @@ def _conclude(
     totals = [sum(column) for column in zip(*counts, strict=True)]
     result.targets = {status: total for status, total in zip(STATUSES, totals, strict=True) if total}
     if worker.arms is not None:
-        result.arms = arm_summary(list(store.records(tensors=True)), [arm.name for arm in worker.arms.arms])
+        records = list(store.records(tensors=True))
+        epochs = {epoch for epoch in store.epochs() if worker.comparable(epoch, FEATURE_KEYS)}
+        result.arms = arm_summary(records, list(worker.arms.number), epochs)
+        result.arm_differences = arm_differences(records, result.arms, epochs)
     if processes.rank == 0:
         if store.images == store.out:
             store.write_metadata(rows)
         summary = {k: getattr(result, k) for k in ("images", "rejected", "stopped", "attributes")}
         summary |= {"targets": result.targets} if result.targets else {}
         if result.arms:
-            summary["arms"] = result.arms
+            summary |= {"arms": result.arms, "arm_differences": result.arm_differences}
         if worker.packer is not None:
             worker.packer.finish_earlier()
         store.write_summary(summary)

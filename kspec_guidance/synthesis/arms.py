@@ -6,7 +6,8 @@ selector follows from them, in order, so that a run that is resumed chooses as o
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
+from kspec_guidance.evaluation.differences import split_prompts
+from kspec_guidance.evaluation.embedders.base import TextEmbedder
+from kspec_guidance.evaluation.verdicts import SURE
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.selection import Greedy, MixtureGreedy, MixtureUCB, Selector, Uniform
@@ -29,11 +33,13 @@ from kspec_guidance.synthesis.records import Record, unpack_tensors
 from kspec_guidance.synthesis.schedule import BANDWIDTH, MIN_TARGET_IMAGES
 from kspec_guidance.utils.arguments import choices
 
-__all__ = ["SELECTORS", "Arm", "ArmChoice", "arm_summary", "check_arms", "read_arms"]
+__all__ = ["SELECTORS", "Arm", "ArmChoice", "arm_differences", "arm_summary", "check_arms", "read_arms"]
 
 SELECTORS = ("mixture-greedy", "mixture-ucb", "greedy", "uniform")
 FIXED = ("height", "width")  # of all arms, since samples of other sizes cannot be compared
 BLOCK = 8  # batches whose arms are chosen together if a change of the model is to be rare
+MODES = 3  # of either arm, of the differences of two
+HISTORY = 20  # parts of a run, at most, in the plot of the shares
 PARTS = 4  # of a run, whose shares the summary lists
 
 
@@ -247,9 +253,14 @@ class ArmChoice:
             if arm.name in self.schedulers:
                 pipe.scheduler = scheduler
 
-    def learn(self, record: Record) -> None:
-        """Tell the selector the images of a record that were kept, then those that were dropped."""
-        if record.arm is None or record.arm["arm"] not in self.number:
+    def learn(self, record: Record, same: Container[str] | None = None) -> None:
+        """Tell the selector the images of a record that were kept, then those that were dropped.
+
+        Args:
+            record: of this process or another one.
+            same: arms whose settings were the same when it was made; by default all.
+        """
+        if record.arm is None or record.arm["arm"] not in (self.number if same is None else same):
             return
         arm, cost = self.number[record.arm["arm"]], record.arm["cost"]
         features = unit_features(record)
@@ -279,41 +290,103 @@ def describe_arms(arms: Sequence[Arm], select: "str | Selector", models: ArmMode
     return {"arms": [{**asdict(arm), "call": dict(arm.call), **models.describe(arm)} for arm in arms], "select": how}
 
 
-def arm_summary(records: Sequence[Record], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def arm_summary(records: Sequence[Record], names: Sequence[str], epochs: Container[int]) -> dict[str, dict[str, Any]]:
     """What each arm has made, by its name.
+
+    Args:
+        records: of a run, with tensors.
+        names: of the arms.
+        epochs: whose features can be compared.
 
     Returns:
         For each arm its ``images``, the number ``dropped``, its ``share`` of all images, the ``shares`` in four equal parts
-        of the run, the cost of a kept image, and the RKE of its images (Gaussian kernel of bandwidth 0.5, features at norm
-        1) with its 95% interval.
+        of the run, and their ``history`` in up to twenty, the cost of a kept image, and the RKE of its images (Gaussian
+        kernel of bandwidth 0.5, features at norm 1) with its 95% interval.
     """
-    mine = [r for r in records if r.arm is not None and r.arm["arm"] in names]
-    order = sorted(mine, key=lambda r: (r.epoch, r.batch_index, r.rank))
-    total = sum(len(r.rows) for r in mine)
+    order = sorted(records, key=lambda r: (r.epoch, r.batch_index, r.rank))
+    order = [r for r in order if r.arm is not None and r.arm["arm"] in names]
+    by_arm: dict[str, list[Record]] = {name: [] for name in names}
+    for record in order:
+        by_arm[_arm_of(record)].append(record)
+    shares, history = (_shares(order, names, parts) for parts in (PARTS, min(HISTORY, max(1, len(order)))))
+    total = sum(len(r.rows) for r in order)
     found: dict[str, dict[str, Any]] = {}
     kernel = GaussianKernel(BANDWIDTH)
-    for name in names:
-        own = [r for r in mine if r.arm is not None and r.arm["arm"] == name]
+    for name, own in by_arm.items():
         images, dropped = sum(len(r.rows) for r in own), sum(len(r.rejected) for r in own)
         cost = sum(r.arm["cost"] * (len(r.rows) + len(r.rejected)) for r in own if r.arm is not None)
         about: dict[str, Any] = {"images": images, "dropped": dropped, "share": round(images / max(total, 1), 4)}
-        bounds = [len(order) * k // PARTS for k in range(PARTS + 1)]
-        about["shares"] = []
-        for first, last in pairwise(bounds):
-            part = order[first:last]
-            count = sum(len(r.rows) for r in part if r.arm is not None and r.arm["arm"] == name)
-            about["shares"].append(round(count / max(1, sum(len(r.rows) for r in part)), 4))
+        about |= {"shares": shares[name], "history": history[name]}
         about["cost_per_image"] = round(cost / images, 6) if images else None
-        rows = torch.cat([unit_features(r) for r in own]) if images else torch.zeros(0, 1)
-        if len(rows) >= MIN_TARGET_IMAGES and rows.shape[1]:
-            interval = jackknife(lambda z: F.rke_score(z, kernel), rows, groups=min(20, len(rows)))
+        rows = [unit_features(r) for r in own if r.rows and r.epoch in epochs]
+        if sum(map(len, rows)) >= MIN_TARGET_IMAGES and rows[0].shape[1]:
+            x = torch.cat(rows)
+            interval = jackknife(lambda z: F.rke_score(z, kernel), x, groups=min(20, len(x)))
             about["rke"] = [round(v, 4) for v in (interval.value, interval.low, interval.high)]
         found[name] = about
     return found
 
 
-def arm_lines(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each arm, for the report."""
+def _arm_of(record: Record) -> str:
+    return "" if record.arm is None else record.arm["arm"]
+
+
+def _shares(order: Sequence[Record], names: Sequence[str], parts: int) -> dict[str, list[float]]:
+    """Share of the images that each arm has in equal parts of the records."""
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for first, last in pairwise(len(order) * k // parts for k in range(parts + 1)):
+        counts = Counter(dict.fromkeys(names, 0))
+        for record in order[first:last]:
+            counts[_arm_of(record)] += len(record.rows)
+        for name in names:
+            found[name].append(round(counts[name] / max(1, counts.total()), 4))
+    return found
+
+
+def arm_differences(
+    records: Sequence[Record], summary: Mapping[str, Mapping[str, Any]], epochs: Container[int]
+) -> list[dict[str, Any]]:
+    """Where the two arms with most images differ (PromptSplit), by equally many images of each prompt that both have made.
+
+    Args:
+        records: of a run, with tensors.
+        summary: result of :func:`arm_summary`.
+        epochs: whose features can be compared.
+
+    Returns:
+        For each mode, by the probability that it is chance: the ``arm`` that has more of it and the ``other``, how much
+        larger its share of the arm's images is, the probability (None if it was not computed), and the ``prompts``. Empty
+        if there are too few images of two common prompts or more, or no features of prompts.
+    """
+    pair = sorted(summary, key=lambda name: -summary[name]["images"])[:2]
+    rows: dict[str, dict[str, list[Tensor]]] = {name: {} for name in pair}
+    texts: dict[str, Tensor] = {}
+    for record in records:
+        data = unpack_tensors(record.tensors)
+        if _arm_of(record) not in rows or record.epoch not in epochs or data.prompt_features is None:
+            continue
+        for row, x, t in zip(record.rows, unit_features(record), data.prompt_features, strict=True):
+            rows[_arm_of(record)].setdefault(row["prompt"], []).append(x.float())
+            texts[row["prompt"]] = t.float().flatten()
+    a, b = (rows[name] for name in pair)
+    common = [(prompt, min(len(a[prompt]), len(b[prompt]))) for prompt in a if prompt in b]
+    if len(common) < 2 or sum(n for _, n in common) < MIN_TARGET_IMAGES:
+        return []
+    prompts = [prompt for prompt, n in common for _ in range(n)]
+    x, y = (torch.stack([z for prompt, n in common for z in part[prompt][:n]]) for part in (a, b))
+    embedder = TextEmbedder(lambda known: torch.stack([texts[prompt] for prompt in known]), "prompt features", "")
+    found = split_prompts(x, prompts, y, prompts, embedder, GaussianKernel(BANDWIDTH))
+    named = zip(found, pair, reversed(pair), strict=True)
+    listed = [
+        {"arm": arm, "other": other, "more": round(d.value, 4), "p_value": d.p_value, "prompts": d.prompts[:3]}
+        for differences, arm, other in named
+        for d in differences[:MODES]
+    ]
+    return sorted(listed, key=lambda d: (d["p_value"] is None, d["p_value"], -d["more"]))
+
+
+def arm_lines(summary: Mapping[str, Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each arm, and one for each difference of the best two, for the report."""
     lines = []
     for name, about in summary.items():
         shares = ", ".join(f"{100 * s:.0f}%" for s in about["shares"])
@@ -325,4 +398,12 @@ def arm_lines(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if "rke" in about:
             line += ", RKE {:.2f} [{:.2f}, {:.2f}]".format(*about["rke"])
         lines.append(line)
+    for d in differences:
+        sure = (
+            "" if d["p_value"] is None else f", p = {d['p_value']:.2g}" + ("" if d["p_value"] < SURE else ": may be chance")
+        )
+        lines.append(
+            f"arm {d['arm']} makes something of {', '.join(d['prompts'])} that arm {d['other']} makes less often "
+            f"({100 * d['more']:+.1f}% of its images{sure})"
+        )
     return lines

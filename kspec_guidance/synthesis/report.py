@@ -1,5 +1,7 @@
 """report.html at the end of a run: the page of `evaluate`, with what was dropped and why prompts ended."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ def write_report(out: Path, rows: list[dict[str, Any]], summary: dict[str, Any],
     from kspec_guidance.evaluation import evaluate_set
     from kspec_guidance.evaluation.embedders import image_embedder
     from kspec_guidance.evaluation.image_sets import load_images
-    from kspec_guidance.evaluation.page import write_page
+    from kspec_guidance.evaluation.page import svg_plot, write_page
 
     names = [row["file_name"] for row in rows]
     sample = names if len(names) <= MAX_IMAGES else names[:: -(-len(names) // MAX_IMAGES)]
@@ -38,7 +40,21 @@ def write_report(out: Path, rows: list[dict[str, Any]], summary: dict[str, Any],
     for name, label in (("rejected", "dropped"), ("stopped", "prompts ended"), ("attributes", "attributes")):
         if summary[name]:
             notes.append(f"{label}: " + ", ".join(f"{k} {v}" for k, v in sorted(summary[name].items())))
-    notes += arm_lines(summary.get("arms", {}))
+    arms = summary.get("arms", {})
+    notes += arm_lines(arms, summary.get("arm_differences", []))
+    plots = []
+    if arms:
+        draw = partial(_draw_shares, arms=arms)
+        plots.append(svg_plot(draw, "Shares of the arms", "part of the run in %", "images in %"))
     path = out / "report.html"
-    write_page(evaluate_set(images, embed), path, notes)
+    write_page(evaluate_set(images, embed), path, notes, plots)
     return path
+
+
+def _draw_shares(axes: Any, arms: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, about in arms.items():
+        parts = len(about["history"])
+        middles = [100 * (k + 0.5) / parts for k in range(parts)]
+        label = name.replace("$", r"\$")  # no formula
+        axes.plot(middles, [100 * share for share in about["history"]], marker="o", markersize=3, label=label)
+    axes.set_ylim(-2, 102)

@@ -231,7 +231,7 @@ class Worker:
     def count(self, record: Record, earlier: bool = False) -> None:
         """Update jobs, scores and filters; a record of an ``earlier`` epoch may hold prompts of other processes."""
         features = unpack_tensors(record.tensors).features
-        if earlier and not self._comparable(record.epoch, FEATURE_KEYS):
+        if earlier and not self.comparable(record.epoch, FEATURE_KEYS):
             features = features[:, :0]
         if not earlier:
             self.batch_index = record.batch_index + 1
@@ -266,7 +266,7 @@ class Worker:
 
     def learn(self, record: Record, earlier: bool = False) -> None:
         """Add the samples to the memory; those of an ``earlier`` epoch if they can be compared with the samples now."""
-        if earlier and not self._comparable(record.epoch, SAMPLE_KEYS):
+        if earlier and not self.comparable(record.epoch, SAMPLE_KEYS):
             return
         target = self.guide.terms[0].target
         if target is not None:
@@ -274,7 +274,12 @@ class Worker:
         x, prompt_features, _ = unpack_tensors(record.tensors)
         self.memories.add(x, prompt_features, [row.get("group") for row in record.rows], self.generator.device, earlier)
 
-    def _comparable(self, epoch: int, keys: Iterable[str]) -> bool:
+    def _same_arms(self, epoch: int) -> set[str]:
+        """Names of the arms that had the same settings in an earlier epoch."""
+        old, now = (self.store.settings(e).get("arms", []) for e in (epoch, self.store.epoch))
+        return {arm["name"] for arm in now if arm in old}
+
+    def comparable(self, epoch: int, keys: Iterable[str]) -> bool:
         """Whether the settings of an earlier epoch and of this one agree in ``keys``."""
         old, now = (self.store.settings(e).get("samples", {}) for e in (epoch, self.store.epoch))
         return all(old.get(key) == now.get(key) for key in keys)
@@ -317,8 +322,8 @@ class Worker:
         for record in store.records([e for e in store.epochs() if e != store.epoch], tensors=True):
             self.count(record, earlier=True)
             self.learn(record, earlier=True)
-            if self.arms is not None and self._comparable(record.epoch, FEATURE_KEYS):
-                self.arms.learn(record)
+            if self.arms is not None and self.comparable(record.epoch, FEATURE_KEYS):
+                self.arms.learn(record, same=self._same_arms(record.epoch))
         for record in store.process_records(rank):
             self.count(record)
         exchanges = 0

@@ -17,6 +17,8 @@ from kspec_guidance.synthesis import Arm, Prompt
 from kspec_guidance.synthesis.memories import RunMemories
 from tests.synthesis.small_runs import make, quiet_pipeline
 
+ARMS = [Arm("low", {"guidance_scale": 1.0}, cost=1), Arm("high", guide=0, cost=2)]
+
 
 def random_features():
     kernel, prompts = GaussianKernel(1.0), GaussianKernel(0.35)
@@ -45,7 +47,7 @@ def main():
     guide = random_features() if kind == "guide" else SPARKE()
     more: dict = {}
     if kind == "arms":
-        kind, more["arms"] = "exact", [Arm("low", {"guidance_scale": 1.0}, cost=1), Arm("high", guide=0, cost=2)]
+        kind, more["arms"] = "exact", ARMS
     result = make(out, quiet_pipeline(), prompts, 6, 3, guide=guide, memory=kind, memory_by=by, exchange=2, **more)
     values = {k: getattr(result, k) for k in ("made", "total_made", "images", "exchanges")} | {"received": received}
     (out / f"result-{'first' if result.first else id(values)}.json").write_text(json.dumps(values))

@@ -3,12 +3,21 @@
 import json
 
 import pytest
+import torch
 
+from kspec_guidance.evaluation.embedders import image_embedder
 from kspec_guidance.selection import DAKUCB, MixtureGreedy, OneArm
 from kspec_guidance.synthesis import Arm, SynthesisError, read_arms
-from kspec_guidance.synthesis.arms import ArmChoice, arm_summary, check_arms, make_selector
+from kspec_guidance.synthesis.arms import (
+    ArmChoice,
+    arm_differences,
+    arm_lines,
+    arm_summary,
+    check_arms,
+    make_selector,
+)
 from kspec_guidance.synthesis.generator import Generator
-from kspec_guidance.synthesis.records import Store
+from kspec_guidance.synthesis.records import Record, Store, pack_tensors
 from tests.synthesis.small_runs import CALL, contents, make, quiet_pipeline, rows_of
 
 ARMS = [
@@ -137,15 +146,72 @@ def test_a_report_has_a_line_for_each_arm(pipe, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "arm low:" in page
     assert "arm high:" in page
+    assert 'aria-label="Shares of the arms"' in page
 
 
 def test_scores_and_shares_of_arms_are_summarised(whole):
-    found = arm_summary(list(Store(whole[0]).records(tensors=True)), ["low", "high", "heun"])
+    found = arm_summary(list(Store(whole[0]).records(tensors=True)), ["low", "high", "heun"], {0})
     for about in found.values():
         assert len(about["shares"]) == 4
         if about["images"] >= 8:
             value, low, high = about["rke"]
             assert low <= value <= high
+
+
+def planted(counts, seed=0):
+    """Records of arms "a" and "b" that differ on the first prompt alone; ``counts`` are images by arm and prompt."""
+    g = torch.Generator().manual_seed(seed)
+    modes, prompts = torch.eye(12), torch.eye(3)
+    records = []
+    for number, (arm, images) in enumerate(counts.items()):
+        rows, x, t = [], [], []
+        for prompt, n in enumerate(images):
+            for _ in range(n):
+                mode = 4 * prompt + int(torch.randint(2, (1,), generator=g)) + 2 * (arm == "b" and prompt == 0)
+                rows.append({"prompt": f"prompt {prompt}", "file_name": f"{number}-{len(rows)}.png"})
+                x.append(modes[mode] + 0.01 * torch.randn(12, generator=g))
+                t.append(prompts[prompt])
+        tensors = pack_tensors(torch.stack(x), torch.stack(t), None)
+        records.append(Record(0, 0, number, rows, [], tensors, arm={"arm": arm, "cost": 1.0}))
+    return records
+
+
+def test_differences_of_the_best_two_arms_are_on_the_prompt_where_they_differ():
+    records = planted({"a": [12, 12, 12], "b": [12, 24, 12], "rare": [1, 1, 1]})
+    found = arm_differences(records, arm_summary(records, ["rare", "a", "b"], {0}), {0})
+    sure = [d for d in found if d["p_value"] < 0.05]
+    assert {(d["arm"], d["other"]) for d in sure} == {("a", "b"), ("b", "a")}
+    assert {prompt for d in sure for prompt in d["prompts"]} == {"prompt 0"}
+    assert "makes something of prompt 0 that arm" in arm_lines({}, found)[0]
+
+
+def test_arms_that_make_other_prompts_are_not_said_to_differ():
+    records = planted({"a": [0, 30, 5], "b": [0, 5, 30]})
+    summary = arm_summary(records, ["a", "b"], {0})
+    assert all(d["p_value"] > 0.05 for d in arm_differences(records, summary, {0}))
+    assert arm_differences(records[:1], summary, {0}) == []
+    records = planted({"a": [0, 20, 0], "b": [0, 0, 20]})
+    assert arm_differences(records, summary, {0}) == []
+
+
+def test_features_and_settings_of_earlier_epochs_count_only_if_they_are_the_same(pipe, tmp_path):
+    settings = {"images_per_prompt": 6, "select": "uniform"}
+    make(tmp_path, pipe, ["heart"], arms=ARMS[:2], **settings)
+    high = Arm("high", {"guidance_scale": 7.0}, guide=0, cost=1.0)
+    learned = []
+
+    class Watched(ArmChoice):
+        def learn(self, record, same=None):
+            learned.append((record.arm["arm"], same))
+            super().learn(record, same)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kspec_guidance.synthesis.api.ArmChoice", Watched)
+        make(tmp_path, pipe, ["heart", "man"], arms=[ARMS[0], high], force=True, **settings)
+    assert [same for _, same in learned if same is not None] == [{"low"}, {"low"}]
+    embedder = image_embedder("demo")
+    result = make(tmp_path, pipe, ["heart", "man", "runner"], arms=ARMS[:2], embedder=embedder, force=True, **settings)
+    assert sum(about["images"] for about in result.arms.values()) == 18
 
 
 def test_arms_are_read_from_a_file(tmp_path):

@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from kspec_guidance import SPARKE
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.memory import CentroidMemory, MemoryBank, RandomFeatureMemory
+from kspec_guidance.synthesis.arms import ArmChoice, make_selector
 from kspec_guidance.synthesis.distributed import add_message, encode_message
+from kspec_guidance.synthesis.generator import Generator
 from kspec_guidance.synthesis.records import Store
-from tests.synthesis.small_runs import contents, rows_of
+from tests.synthesis.one_process import ARMS
+from tests.synthesis.small_runs import CALL, contents, quiet_pipeline, rows_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,3 +217,39 @@ def test_two_processes_with_arms_choose_the_same_again_and_after_a_crash(tmp_pat
             path.unlink()
     run(tmp_path / "crashed", 2, "arms")
     assert contents(tmp_path / "crashed") == contents(tmp_path / "once")
+
+
+@pytest.mark.slow
+def test_the_events_of_four_processes_replay_in_one(tmp_path):
+    out = tmp_path / "set"
+    run(out, 4, "arms")
+    store, pipe, guide = Store(out), quiet_pipeline(), SPARKE()
+    records = [list(store.process_records(rank)) for rank in range(4)]
+
+    def choice(rank):
+        selector = make_selector("mixture-greedy", ARMS, 0, rank)
+        return ArmChoice(ARMS, selector, guide, Generator(pipe, guide, dict(CALL)))
+
+    for rank in range(4):  # the choices of each follow from the records of all
+        replayed, exchanges = choice(rank), 0
+        for k, record in enumerate(records[rank]):
+            while k >= (exchanges + 1) * 2:
+                for other in range(4):
+                    for heard in records[other][2 * exchanges : 2 * exchanges + 2] if other != rank else ():
+                        replayed.learn(heard)
+                exchanges += 1
+            assert replayed.choose().name == record.arm["arm"]
+            replayed.learn(record)
+        assert exchanges > 0
+
+    one, parts = choice(0), [choice(rank) for rank in range(4)]
+    for rank in range(4):
+        for record in records[rank]:
+            one.learn(record)
+            parts[rank].learn(record)
+    merged = parts[0].selector
+    for part in parts[1:]:
+        merged.merge(part.selector)
+    assert float(one.selector.kept.sum()) == len(rows_of(out)) == 48
+    assert torch.equal(merged.told, one.selector.told)
+    assert torch.allclose(merged.weights(), one.selector.weights())
