@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["ArmModels"]
 
 
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn errors of the hub, the files, or a missing package into a :class:`SynthesisError` that names the source."""
+    try:
+        with quiet_loading():
+            yield
+    except Exception as error:
+        raise SynthesisError(f"cannot load {name!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
 class ArmModels:
     """Denoisers, schedulers and LoRAs of arms.
 
@@ -55,13 +65,8 @@ class ArmModels:
     def _load(self, model: str) -> tuple[Any, Any]:
         from diffusers import DiffusionPipeline
 
-        try:
-            with quiet_loading():
-                found = DiffusionPipeline.from_pretrained(model, use_safetensors=True, torch_dtype=self.pipe.dtype)
-        except Exception as error:  # of the hub, the files, or a package that the pipeline needs
-            raise SynthesisError(
-                f"cannot load {model!r}: {type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
+        with _loading(model):
+            found = DiffusionPipeline.from_pretrained(model, use_safetensors=True, torch_dtype=self.pipe.dtype)
         if not isinstance(self.pipe, type(found)):
             raise SynthesisError(f"{model!r} is a {type(found).__name__}, and the run has a {type(self.pipe).__name__}")
         for name, part in self.pipe.components.items():
@@ -76,10 +81,8 @@ class ArmModels:
         return getattr(found, self.attribute), found.scheduler
 
     def _digest(self, lora: str) -> str:
-        try:
+        with _loading(lora):
             state = self.pipe.lora_state_dict(lora)
-        except Exception as error:  # of the hub or the files
-            raise SynthesisError(f"cannot load {lora!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
         return hash_tensors(state[0] if isinstance(state, tuple) else state, digits=DIGITS)
 
     def describe(self, arm: "Arm") -> dict[str, Any]:
@@ -100,7 +103,10 @@ class ArmModels:
                 if arm.lora is not None and (arm.model, arm.lora) not in self.adapters:
                     self._place(arm.model)
                     name = f"arm{len(self.adapters)}"
-                    self.pipe.load_lora_weights(arm.lora, adapter_name=name)
+                    with _loading(arm.lora):
+                        self.pipe.load_lora_weights(arm.lora, adapter_name=name)
+                        if not any(name in names for names in self.pipe.get_list_adapters().values()):
+                            raise ValueError("it has no weights for the networks of this pipeline")
                     self.adapters[arm.model, arm.lora] = name
             yield
         finally:

@@ -4,6 +4,7 @@ from itertools import groupby
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kspec_guidance import SPARKE
 from kspec_guidance.loop.components import denoiser_of
@@ -116,6 +117,19 @@ def test_models_that_cannot_be_compared_or_loaded_are_refused(other, tmp_path):
         with pytest.raises(SynthesisError, match=message):
             make(tmp_path / "set", pipe, arms=[Arm("own"), arm])
     assert not (tmp_path / "set").exists()
+
+
+def test_a_lora_without_weights_for_the_pipeline_is_refused(tmp_path):
+    save_file(
+        {"unet.other.lora_A.weight": torch.ones(2, 4), "unet.other.lora_B.weight": torch.ones(4, 2)},
+        tmp_path / "lora.safetensors",
+    )
+    pipe = quiet_pipeline()
+    before = fingerprint(pipe.unet)
+    with pytest.raises(SynthesisError, match="cannot load"):
+        make(tmp_path / "set", pipe, arms=[Arm("own"), Arm("a", lora=str(tmp_path / "lora.safetensors"))])
+    assert fingerprint(pipe.unet) == before
+    assert rows_of(tmp_path / "set") == []
 
 
 def test_other_weights_of_a_model_are_other_settings(other, lora):
