@@ -155,21 +155,24 @@ def measure(seeds: int, found: dict[str, Any], save: Any) -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Kinds for a second of denoising, images made, share of them that were kept, and shares of the arms."""
-    rows = []
+    """Kinds for a second of denoising, also less those of an even share, what was kept, and shares of the arms."""
+    rows, even = [], [f["kinds"] / f["seconds"] for f in found["ways"]["uniform"]]
     for name, figures in found["ways"].items():
         rate, half = mean_and_half([f["kinds"] / f["seconds"] for f in figures])
+        pairs = zip(figures, even, strict=True)
+        more, spread = mean_and_half([f["kinds"] / f["seconds"] - other for f, other in pairs])
         made, _ = mean_and_half([f["made"] for f in figures])
         kept, _ = mean_and_half([f["images"] / f["made"] for f in figures])
         different, _ = mean_and_half([f["kinds"] / max(1, f["images"]) for f in figures])
         shares = ", ".join(f"{100 * sum(f['shares'][a] for f in figures) / len(figures):.0f}%" for a in SETTINGS)
         cost = f"{1000 * found['costs'][name]:.0f} ms" if name in found["costs"] else "-"
         rows.append([
-            name, cost, f"{rate:.2f} ± {half:.2f}", f"{made:.0f}", f"{100 * kept:.0f}%", f"{100 * different:.0f}%", shares,
+            name, cost, f"{rate:.2f} ± {half:.2f}", "-" if name == "uniform" else f"{more:+.2f} ± {spread:.2f}",
+            f"{made:.0f}", f"{100 * kept:.0f}%", f"{100 * different:.0f}%", shares,
         ])  # fmt: skip
     head = [
-        "way to choose", "cost of an image", f"kinds for a second ({len(figures)} seeds)", "images made", "kept",
-        "kinds of those kept", "shares of the four arms",
+        "way to choose", "cost of an image", f"kinds for a second ({len(even)} seeds)", "less uniform's", "images made",
+        "kept", "kinds of those kept", "shares of the four arms",
     ]  # fmt: skip
     return pages.table(head, rows)
 

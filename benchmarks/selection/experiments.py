@@ -355,7 +355,7 @@ def prompt_wise(seed: int, prompts: int = 500, cost_weight: float = 0.03, budget
     return out
 
 
-def batches(seed: int, rounds: int = 384) -> dict[int, Figures]:
+def batches(seed: int, rounds: int = 384) -> dict[str, Figures]:
     """Regret on the circle with batches, with and without pending pulls in the deviations (8)."""
 
     class Blind(PAKUCB):
@@ -366,7 +366,7 @@ def batches(seed: int, rounds: int = 384) -> dict[int, Figures]:
 
     kernel, methods = GaussianKernel(0.5), {"pending": PAKUCB, "not pending": Blind}
     return {
-        b: circle(seed, rounds, b, {name: make(3, seed, kernel=kernel) for name, make in methods.items()})
+        f"batches of {b}": circle(seed, rounds, b, {name: make(3, seed, kernel=kernel) for name, make in methods.items()})
         for b in (1, 8, 32, 96)
     }
 

@@ -39,8 +39,8 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[int], Any]]] = {
     "6 diverse": ("share of the diverse arm", e.diverse),
     "6 experts": ("share of a diverse arm that is off the prompt", e.experts),
     "6 complementary": ("RKE of what two collapsed arms make together (larger is better)", e.complementary),
-    "7 PromptWise": ("regret, cost and successes of 500 prompts, five tries each", e.prompt_wise),
-    "8 batches": ("regret on the circle, batches of 1, 8, 32, 96", e.batches),
+    "7 PromptWise": ("500 prompts, five tries each", e.prompt_wise),
+    "8 batches": ("regret on the circle, pending pulls in the deviations or not", e.batches),
     "8 processes": ("excess of the weights after 300 pulls", e.processes),
     "9 change": ("excess of 1/RKE two half-lives after an arm collapsed", e.change),
     "10 new arm": ("first pulls and later share (the best is 0.5) of an arm that is added", e.new_arm),
@@ -72,7 +72,7 @@ def measure(seeds: int, results: Results, save: Callable[[Results], None]) -> No
             for key, value in flat(run(seed)).items():
                 found.setdefault(key, []).append(round(value, 7))
             save(results)
-        print(f"seed {seed} is done", flush=True)
+            print(f"seed {seed}: {name}", flush=True)
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float]:
@@ -81,15 +81,37 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
     return float(x.mean()), 1.96 * float(x.std()) / len(x) ** 0.5 if len(x) > 1 else 0.0
 
 
+def rounded(value: float, digits: int) -> str:
+    """A number with so many significant digits, without an exponent above 0."""
+    text = f"{value:.{digits}g}"
+    return f"{float(text):,.0f}" if "e+" in text else text
+
+
+def parts(found: dict[str, list[float]]) -> dict[str, dict[str, list[float]]]:
+    """Figures of several kinds for each method by their kind; figures of one kind under an empty name."""
+    split = {key: key.rpartition(", ") for key in found}
+    kinds = {kind for _, _, kind in split.values()}
+    if not all(method for method, _, _ in split.values()) or len({m for m, _, _ in split.values()}) * len(kinds) != len(
+        found
+    ):
+        return {"": found}
+    out: dict[str, dict[str, list[float]]] = {}
+    for key, (method, _, kind) in split.items():
+        out.setdefault(kind, {})[method] = found[key]
+    return out
+
+
 def table(results: Results) -> str:
     """Means and half widths of their 95% intervals."""
     rows = []
     for name, (what, _) in EXPERIMENTS.items():
-        cells = []
-        for key, values in results[name].items():
-            mean, half = mean_and_half(values)
-            cells.append(f"{key} {mean:.3g}" + (f" ± {half:.1g}" if half > 0 else ""))
-        rows.append([name, what, str(len(next(iter(results[name].values())))), "; ".join(cells)])
+        for kind, found in parts(results[name]).items():
+            cells = []
+            for key, values in found.items():
+                mean, half = mean_and_half(values)
+                cells.append(f"{key} {rounded(mean, 3)}" + (f" ± {rounded(half, 1)}" if half > 1e-9 else ""))
+            seeds = str(len(next(iter(found.values()))))
+            rows.append([name, what + (f": {kind}" if kind else ""), seeds, "; ".join(cells)])
     return pages.table(["experiment", "figure", "seeds", "method: mean, with its 95% interval"], rows)
 
 
