@@ -6,7 +6,7 @@ Each way makes images of the embedded prompts that describe at least eight train
 depends on the seed, until the same seconds of denoising are spent, dropped images included. A classifier drops images that
 do not show their prompt, and says which of the training images that the prompt describes each one is: the kinds. What an
 image of each arm costs is measured first, in processor time of one core. Figures that the file of results lacks are
-measured and added to it; about five minutes on a core for three seeds.
+measured and added to it; about ten minutes on a core for six seeds.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, or take the figures of a file, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--results", type=Path, help="file of the figures, to which missing ones are added")
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()

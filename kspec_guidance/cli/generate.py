@@ -128,7 +128,7 @@ def generate(
     arms: Annotated[
         Path | None,
         typer.Option(
-            help="TOML file of settings, a table for each arm, among which --select chooses for each batch.",
+            help="TOML file of settings or models, a table for each arm, among which --select chooses for each batch.",
             rich_help_panel=IMAGES,
             dir_okay=False,
             exists=True,
