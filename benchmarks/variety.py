@@ -27,6 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import pages
 from benchmarks.arena.beds import BEDS, Bed, Case
 from kspec_guidance import SPARKE, load_demo_pipeline
 from kspec_guidance import functional as F
@@ -107,14 +108,6 @@ def table(results: list[dict[str, Any]]) -> str:
             cells.append(" / ".join([*gains, f"{row['valid'] - plain['valid']:+.3f}"]))
         lines.append(f"| {result['bed']} | " + " | ".join(cells) + f" | {result['factor']:.2f} |")
     return "\n".join(lines)
-
-
-def write_page(page: Path, name: str, lines: str) -> None:
-    """Write a table between its two markers."""
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    text = page.read_text(encoding="utf-8")
-    head, rest = text.split(start)
-    page.write_text(f"{head}{start}\n{lines}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def run_targets() -> str:
@@ -227,7 +220,7 @@ def main() -> None:
     if args.targets:
         lines = run_targets()
         if args.page is not None:
-            write_page(args.page, "target", lines)
+            pages.fill(args.page, {"target": lines})
         return
     if args.windows:
         run_windows(args.beds, args.prompts)
@@ -242,7 +235,7 @@ def main() -> None:
         if args.out is not None:
             args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.page is not None:
-        write_page(args.page, "variety", table(results))
+        pages.fill(args.page, {"variety": table(results)})
 
 
 if __name__ == "__main__":

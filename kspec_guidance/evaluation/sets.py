@@ -33,7 +33,7 @@ from kspec_guidance.statistics import (
     effective_number_interval,
 )
 
-__all__ = ["KERNEL", "Evaluation", "PromptScore", "evaluate_set", "prompt_ranking"]
+__all__ = ["Evaluation", "PromptScore", "evaluate_set", "prompt_ranking"]
 
 DUPLICATE = 0.98  # cosine from which an image nearly repeats another
 KERNEL = GaussianKernel(IMAGE_BANDWIDTH)  # one for all sets, so that their scores can be compared
