@@ -352,14 +352,20 @@ def _number(scores: list[PromptScore]) -> str:
 
 
 def _verdict(plain: list[PromptScore], guided: list[PromptScore]) -> str:
-    """Whether the numbers differ, judged by the interval of the difference, since both start from the same noise."""
+    """Whether the numbers differ, judged by the interval of the difference, since both start from the same noise.
+
+    A difference below a tenth may be certain and still too small to see, so it is not called clear.
+    """
     half = _half_width([b.left_out - a.left_out for a, b in zip(plain, guided, strict=True)])
     if half is None:
         return ""
     difference = sum(b.value - a.value for a, b in zip(plain, guided, strict=True)) / len(plain)
     if abs(difference) <= half:
         return " No clear change."
-    return " Clearly more." if difference > 0 else " Clearly fewer."
+    share = difference / (sum(a.value for a in plain) / len(plain))
+    if abs(share) < 0.1:
+        return f" Slightly {'more' if share > 0 else 'fewer'}: {share:+.1%}."
+    return " Clearly more." if share > 0 else " Clearly fewer."
 
 
 def _percent(share: float) -> str:

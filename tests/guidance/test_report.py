@@ -190,6 +190,8 @@ def test_plain_figure_beside_the_guided_one_is_judged_by_their_difference(g):
     assert "without guidance, from the same noise, 1.0 [1.0, 1.0]. Clearly more." in str(more)
     assert "Clearly fewer." in str(moved(same, 0.2, plain=other))
     assert "No clear change." in str(moved(other, 0.2, plain=other))
+    little = same.mean(0) + 1.2 * (same - same.mean(0))  # certainly more varied, by less than anyone would see
+    assert "[1.0, 1.0]. Slightly more: +0." in str(moved(little, 0.2, plain=same))
     assert "nearly all differ already" in str(moved(other, 0.2, plain=other))
     assert "guide.compare" not in str(more)
     assert "Clearly" not in str(moved(other[:3], 0.2, plain=same[:3]))  # too few for an interval
