@@ -41,7 +41,7 @@ class Bed:
     images: int = 8
     steps: int = 20
     guidance_scale: float = 1.0
-    has: ClassVar[frozenset[str]] = frozenset({"features", "guidance", "prompts"})
+    has: ClassVar[frozenset[str]] = frozenset({"features", "guidance", "images", "prompts"})
     pipe: Any
 
     def prompts(self, half: str) -> list[str]:

@@ -88,7 +88,7 @@ class DistilledDigits(Digits):
 
     model = "digits_distilled"
     guidance_scale = 1.0
-    has = frozenset({"features", "prompts"})
+    has = frozenset({"features", "images", "prompts"})
 
     def __init__(self):
         super().__init__(4)
@@ -100,7 +100,7 @@ class AnyDigit(Digits):
 
     name = "digits, no prompt"
     guidance_scale = 1.0
-    has = frozenset({"features"})
+    has = frozenset({"features", "images"})
 
     def __init__(self):
         super().__init__()

@@ -135,7 +135,8 @@ class Method:
     """Base class: does nothing. Subclasses are dataclasses of their parameters.
 
     ``tuned`` names the parameters that the optimiser chooses, with their ranges; ``strength`` is the one that is swept for
-    the front; ``needs`` is what a bed must have: ``features`` of the denoiser, classifier-free ``guidance``, ``prompts``.
+    the front; ``needs`` is what a bed must have: ``features`` of the denoiser, classifier-free ``guidance``, ``prompts``,
+    ``images`` with two axes of pixels, transformer ``blocks``.
     """
 
     name: ClassVar[str] = ""

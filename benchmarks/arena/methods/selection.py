@@ -1,17 +1,13 @@
 """Group inference: a diverse subset of more candidates."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Method, Moment, Whole
-
-
-class Enough(Exception):
-    """Stops a run once the predictions of the candidates are known."""
+from .base import Whole
+from .starts import Start
 
 
 def varied(rows: Tensor, n: int, first: int = 0) -> list[int]:
@@ -26,7 +22,7 @@ def varied(rows: Tensor, n: int, first: int = 0) -> list[int]:
 
 
 @dataclass
-class GroupInference(Method):
+class GroupInference(Start):
     """Candidates are denoised for a few steps, and a diverse subset by their predictions continues (arXiv 2508.15773).
 
     In place of the paper's quadratic programme the subset is chosen greedily by the smallest distance. It costs
@@ -40,19 +36,7 @@ class GroupInference(Method):
     candidates: int = 4
     look: int = 2
 
-    def move(self, m: Moment) -> Tensor | None:
-        self._prediction = m.x0
-        if m.step + 1 >= self.look:
-            raise Enough
-        return None
-
     def choose(self, bed: Any, case: Any) -> Tensor:
         """Start noises ``[n, ...]`` for the images of the bed, out of ``candidates`` times as many."""
-        m = bed.images * self.candidates
-        start = bed.start(case, m)
-        with suppress(Enough), self.attach(bed.pipe):
-            bed.run(case, m, start)
-        return start[varied(self._prediction.flatten(1), bed.images)]
-
-    def sample(self, bed: Any, case: Any) -> Tensor:
-        return bed.run(case, bed.images, self.choose(bed, case))
+        start = bed.start(case, bed.images * self.candidates)
+        return start[varied(self.predictions(bed, case, start, self.look).flatten(1), bed.images)]
