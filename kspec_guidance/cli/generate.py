@@ -42,7 +42,7 @@ from kspec_guidance.cli.console import Output, command_output
 
 __all__ = ["generate"]
 
-PROCESSES = "Processes"
+PROCESSES, PUBLISHING = "Processes", "Publishing"
 
 
 def _toward(output: Output, pipe: Any, folder: Path, call: dict[str, Any], batch_size: int, dry_run: bool) -> Any:
@@ -181,6 +181,26 @@ def generate(
     shard_size: Annotated[
         int, typer.Option(min=1, help="Images in a shard of webdataset or parquet.", rich_help_panel=OUTPUT)
     ] = 1000,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            help="Licence of the images, an SPDX identifier such as CC0-1.0, for metadata, marks and card.",
+            rich_help_panel=PUBLISHING,
+        ),
+    ] = None,
+    marks: Annotated[
+        bool,
+        typer.Option(
+            help="Write into each image that a model made it (IPTC digital source type).", rich_help_panel=PUBLISHING
+        ),
+    ] = True,
+    sign: Annotated[
+        str | None,
+        typer.Option(
+            help="Add C2PA manifests, signed with a PEM file of certificates and private key, or 'self-signed'.",
+            rich_help_panel=PUBLISHING,
+        ),
+    ] = None,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.", rich_help_panel=OUTPUT)] = True,
     force: Annotated[
         bool,
@@ -263,7 +283,7 @@ def generate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas,
                 target=None if raised else target, filter=keep, duplicates=duplicates, candidates=candidates, memory=memory,
                 memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, arms=several,
-                select=select or "mixture-greedy", report=report, force=force,
+                select=select or "mixture-greedy", report=report, licence=licence, marks=marks, sign=sign, force=force,
                 progress_callback=progress_callback, memory_file=memory_file,
             )  # fmt: skip
         if result.first:

@@ -37,7 +37,9 @@ from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError, disk
 from kspec_guidance.synthesis.export import FORMATS, Packer
 from kspec_guidance.synthesis.filters import Filter, Screen
 from kspec_guidance.synthesis.generator import Generator
+from kspec_guidance.synthesis.marks import Marks
 from kspec_guidance.synthesis.prompts import Prompt, read_prompts
+from kspec_guidance.synthesis.provenance import Provenance, check_licence, package_versions
 from kspec_guidance.synthesis.quotas import Attribute, split_quotas
 from kspec_guidance.synthesis.records import Store, unpack_tensors
 from kspec_guidance.synthesis.schedule import Job, Target, make_jobs
@@ -55,6 +57,7 @@ from kspec_guidance.synthesis.settings import (
     describe_samples,
 )
 from kspec_guidance.synthesis.sharding import shard, shard_groups
+from kspec_guidance.synthesis.signing import Signer
 from kspec_guidance.synthesis.worker import Progress, Worker
 from kspec_guidance.utils.arguments import renamed_arguments
 from kspec_guidance.utils.hashing import hash_json, hash_tensors
@@ -146,6 +149,9 @@ def synthesize(
     shard_size: int = 1000,
     embedder: ImageEmbedder | str | None = None,
     report: bool = True,
+    licence: str | None = None,
+    marks: bool = True,
+    sign: str | Path | None = None,
     force: bool = False,
     progress_callback: Callable[[Progress], None] | None = None,
     memory_file: str | Path | None = None,
@@ -191,6 +197,10 @@ def synthesize(
         shard_size: images in a shard of ``webdataset`` or ``parquet``.
         embedder: features for scores, targets and duplicates, or their name; the samples themselves by default.
         report: write ``report.html`` at the end, of 2,000 images at most.
+        licence: of the images, an SPDX identifier such as ``CC0-1.0``, for metadata, marks and card.
+        marks: write into each image that a model made it (IPTC digital source type ``trainedAlgorithmicMedia``).
+        sign: add a C2PA manifest to each image, signed with the certificate and key of this PEM file, or ``self-signed``.
+            Signatures are random: images have the same pixels again, but not the same bytes.
         force: continue although settings changed or something is damaged; finished images are kept and counted.
         progress_callback: called with a :class:`Progress` after each batch.
         memory_file: where to save, at the end, an exact memory of the entries of the guide's memory and of the whole set.
@@ -208,6 +218,10 @@ def synthesize(
     if format not in FORMATS:
         raise SynthesisError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     check_memory(memory, memory_by)
+    licence = check_licence(licence)
+    if sign is not None and not marks:
+        raise SynthesisError("sign adds marks to images, and marks=False leaves them out; give one of them")
+    image_marks = Marks(marks, None if sign is None else Signer(sign))
     prompt_list, prompt_target = read_prompts(prompts), Target.parse(target)
     counts, attributes = split_quotas(quotas)
     screen = Screen(duplicates, filter)
@@ -270,6 +284,10 @@ def synthesize(
         }
         if candidates > 1:  # absent in runs of earlier versions
             run_settings["candidates"] = candidates
+        if licence is not None:
+            run_settings["licence"] = licence
+        if not marks or image_marks.signer is not None:
+            run_settings["marks"] = image_marks.describe()
         if arms is not None and models is not None:
             run_settings |= describe_arms(arms, select, models)
         run_settings = as_json(run_settings)
@@ -299,6 +317,13 @@ def synthesize(
                 store,
                 processes,
                 screen,
+                Provenance(
+                    licence,
+                    hash_json(run_settings["guide"], DIGITS),
+                    image_marks.names,
+                    ", ".join(f"{name} {number}" for name, number in package_versions().items()),
+                ),
+                image_marks,
                 embedder=embedder,
                 packer=packer,
                 balance=balance,
@@ -467,6 +492,7 @@ def _conclude(
         if worker.packer is not None:
             worker.packer.finish_earlier()
         store.write_summary(summary)
+        store.write_times()
         if report and len(rows) > 1:
             from kspec_guidance.synthesis.report import write_report
 

@@ -12,7 +12,9 @@ __all__ = ["COLUMNS", "TYPES", "Columns", "column_types", "plain_value"]
 
 COLUMNS: dict[str, type] = {  # of the metadata, with the types of their values
     "file_name": str, "prompt": str, "group": str, "seed": int, "attempt": int, "prompt_number": int, "guide": str,
-    "variety": float, "scale": float, "settings": str, "nearest": float, "vendi": float, "attribute": str,
+    "variety": float, "scale": float, "settings": str, "nearest": float, "vendi": float, "attribute": str, "arm": str,
+    "model": str, "revision": str, "pipeline": str, "scheduler": str, "steps": int, "guidance_scale": float,
+    "guide_digest": str, "licence": str, "versions": str, "marks": str, "sha256": str,
 }  # fmt: skip
 TYPES = {bool: "booleans", int: "whole numbers", float: "numbers", str: "texts"}
 EXACT = 2**53  # up to which float64 holds all whole numbers

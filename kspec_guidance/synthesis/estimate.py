@@ -14,13 +14,13 @@ from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.memory import CentroidMemory, choose_memory
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.generator import GeneratedBatch, Generator
+from kspec_guidance.synthesis.marks import Marks
 from kspec_guidance.synthesis.prompts import read_prompts
 from kspec_guidance.synthesis.quotas import Attribute, split_quotas
 from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.schedule import Job, Sample, make_jobs, next_batch
 from kspec_guidance.synthesis.settings import check_candidates, check_counts, check_memory
 from kspec_guidance.synthesis.sharding import shard, shard_groups
-from kspec_guidance.synthesis.worker import encode_png
 from kspec_guidance.utils.arguments import renamed_arguments
 
 __all__ = ["Estimate", "Share", "estimate"]
@@ -213,7 +213,7 @@ def estimate(
             term.target = target
     sample_bytes = batch.x[0].numel() * 4
     prompt_bytes = 0 if batch.prompt_features is None else batch.prompt_features.shape[1] * 4
-    image_bytes = sum(len(encode_png(image)) for image in batch.images) / len(batch.images)
+    image_bytes = sum(len(Marks().encode(image, {})) for image in batch.images) / len(batch.images)
     bank: Any = choose_memory(total, tuple(batch.x.shape[1:])) if memory == "auto" else None
     kind, memory_bytes = "exact rows", total * sample_bytes
     if memory == "centroids" or isinstance(bank, CentroidMemory):

@@ -15,7 +15,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from kspec_guidance.utils.atomic_io import replace_all, replacing
 __all__ = ["Record", "RecordTensors", "Store", "json_row", "pack_target", "pack_tensors", "unpack_target", "unpack_tensors"]
 
 IMAGE = re.compile(r"\d{6,}-\d{4,}\.png")
+FILE_NAME = re.compile(r"\d{4,}/" + IMAGE.pattern)
 TARGET = "target."
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 DATA_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".tar", ".parquet")
@@ -48,6 +49,7 @@ class Record:
         target: what a target knows of the batch's prompts after it, with its tensors under names that begin with
             ``target``; see :func:`pack_target`.
         arm: name of the arm and cost of an image, in runs with arms.
+        time: when it was finished, in UTC; None in records of earlier versions.
     """
 
     epoch: int
@@ -58,6 +60,7 @@ class Record:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     target: list[dict[str, Any]] = field(default_factory=list)
     arm: dict[str, Any] | None = None
+    time: str | None = None
 
     def without(self, lost: set[str]) -> "Record":
         """A copy in which the images with these file names count as rejected."""
@@ -72,9 +75,33 @@ class Record:
             for name, t in self.tensors.items()
         }
         rows = [self.rows[k] for k in keep]
+        return replace(self, rows=rows, rejected=self.rejected + rejected, tensors=tensors)
+
+
+def _record_of(about: Any, tensors: dict[str, Tensor], epoch: int, rank: int, path: Path) -> Record:
+    """The record of a file, if it is one: names of files in it must be those of images of the set, and nothing else.
+
+    Raises:
+        CheckpointError: for a description that this program does not write.
+    """
+    try:
+        rows, rejected = about["rows"], about["rejected"]
+        for row in (*rows, *rejected):
+            if not isinstance(row["prompt"], str) or type(row["attempt"]) is not int:
+                raise TypeError("a prompt or attempt of another type")
+        for row in rows:
+            if not FILE_NAME.fullmatch(row["file_name"]) or type(row["prompt_number"]) is not int:
+                raise ValueError(f"file_name {row['file_name']!r} is no image of a set")
+        if len({row["file_name"] for row in rows}) < len(rows) or (tensors and len(tensors["x"]) != len(rows)):
+            raise ValueError(f"{len(rows)} images with other names or samples")
+        number = int(path.stem)
         return Record(
-            self.epoch, self.rank, self.batch_index, rows, self.rejected + rejected, tensors, self.target, self.arm
+            epoch, rank, number, rows, rejected, tensors, about.get("target", []), about.get("arm"), about.get("time")
         )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no record of a batch ({type(error).__name__}: {error}); restore it from a copy"
+        ) from error
 
 
 class RecordTensors(NamedTuple):
@@ -257,6 +284,7 @@ class Store:
         if rows and kind == "parquet":  # whose files must have the same columns
             changed += [f"{name}: none before" for name in types.keys() - old.keys()]
             changed += [f"{name}: none now" for name in old.keys() - types.keys()]
+            changed += [] if "model" in rows[-1] else ["model: none before, in an earlier version of this program"]
         if changed:
             raise FolderError(
                 f"{self.out} holds images with other columns of prompts ({'; '.join(sorted(changed))}), with which "
@@ -355,9 +383,7 @@ class Store:
             data, about = read_tensors(path, "batch") if tensors else ({}, read_about(path, "batch"))
         except MemoryFileError as error:
             raise CheckpointError(str(error)) from error
-        record = Record(
-            epoch, rank, int(path.stem), about["rows"], about["rejected"], data, about.get("target", []), about.get("arm")
-        )
+        record = _record_of(about, data, epoch, rank, path)
         return record.without(lost) if any(row["file_name"] in lost for row in record.rows) else record
 
     def lost_images(self) -> set[str]:
@@ -384,6 +410,7 @@ class Store:
             about: dict[str, Any] = {"rows": record.rows, "rejected": record.rejected}
             about |= {"target": record.target} if record.target else {}
             about |= {} if record.arm is None else {"arm": record.arm}
+            about |= {} if record.time is None else {"time": record.time}
             write_tensors(folder / f"{record.batch_index:06d}.safetensors", "batch", record.tensors, about, durable=True)
 
     def append_metadata(self, rows: list[dict[str, Any]]) -> None:
@@ -395,6 +422,12 @@ class Store:
         """Replace ``metadata.jsonl``."""
         with disk_errors(self.out), replacing(self.out / "metadata.jsonl", durable=True) as fresh, fresh.open("w") as file:
             file.writelines(json_row(row) + "\n" for row in rows)
+
+    def write_times(self) -> None:
+        """Replace ``times.jsonl``, when each image was finished; not in the metadata, which is the same in each run."""
+        times = {row["file_name"]: record.time for record in self.records() for row in record.rows}
+        with disk_errors(self.out), replacing(self.out / "times.jsonl") as fresh, fresh.open("w") as file:
+            file.writelines(json_row({"file_name": name, "time": times[name]}) + "\n" for name in sorted(times))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace ``summary.json``."""

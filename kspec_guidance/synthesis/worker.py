@@ -1,15 +1,15 @@
 """Worker: one process of a run. It makes batches, commits them, and exchanges samples with the other processes."""
 
-import io
+import hashlib
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
@@ -22,13 +22,15 @@ from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.export import Packer
 from kspec_guidance.synthesis.filters import Screen
 from kspec_guidance.synthesis.generator import GeneratedBatch, Generator
+from kspec_guidance.synthesis.marks import Marks
 from kspec_guidance.synthesis.memories import RunMemories
+from kspec_guidance.synthesis.provenance import Provenance
 from kspec_guidance.synthesis.quotas import allot
 from kspec_guidance.synthesis.records import Record, Store, pack_target, pack_tensors, unpack_target, unpack_tensors
 from kspec_guidance.synthesis.schedule import Job, Sample, next_batch, prompt_score
 from kspec_guidance.synthesis.settings import FEATURE_KEYS, SAMPLE_KEYS, Settings
 
-__all__ = ["Progress", "Worker", "encode_png"]
+__all__ = ["Progress", "Worker"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Worker:
         store: the folder of the run.
         processes: of the run.
         screen: decides which images are dropped.
+        provenance: what rows say of their origin.
+        marks: of the images.
         embedder: features for scores and duplicates; the samples themselves by default.
         packer: writes shards.
         balance: the objective that moves images towards attributes.
@@ -91,6 +95,8 @@ class Worker:
         store: Store,
         processes: Processes,
         screen: Screen,
+        provenance: Provenance,
+        marks: Marks,
         embedder: ImageEmbedder | None = None,
         packer: Packer | None = None,
         balance: Balance | None = None,
@@ -103,6 +109,7 @@ class Worker:
         self.store, self.processes, self.screen = store, processes, screen
         self.embedder, self.packer, self.balance, self.shares = embedder, packer, balance, shares or {}
         self.progress_callback, self.arms = progress_callback, arms
+        self.provenance, self.marks = provenance, marks
         self.memories = RunMemories(guide, settings, processes.rank, prompt_features)
         self.job_of = {job.prompt.text: job for job in jobs}
         self.batch_index = self.exchanges = 0
@@ -149,8 +156,12 @@ class Worker:
             state, about_target = pack_target(target.state(made.prompt_features, len(batch)))
             tensors |= about_target
         kept = [rows[k] for k in keep]
-        record = Record(self.store.epoch, self.processes.rank, self.batch_index, kept, rejected, tensors, state, arm)
-        self.store.commit(record, {rows[k]["file_name"]: encode_png(made.images[k]) for k in keep})
+        files = {rows[k]["file_name"]: self.marks.encode(made.images[k], rows[k]) for k in keep}
+        for row in kept:
+            row["sha256"] = hashlib.sha256(files[row["file_name"]]).hexdigest()
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        record = Record(self.store.epoch, self.processes.rank, self.batch_index, kept, rejected, tensors, state, arm, now)
+        self.store.commit(record, files)
         if self.packer is None:
             self.store.append_metadata(record.rows)
         self.apply(record)
@@ -158,12 +169,13 @@ class Worker:
     def _make(self, batch: list[Sample]) -> tuple[GeneratedBatch, list[dict[str, Any]], dict[str, Any] | None]:
         """Make a batch, with the arm that is chosen for it; its rows, and what its record says of the arm."""
         if self.arms is None:
-            made = self.generator.make(batch)
-            return made, [self._row(sample, k) for k, sample in enumerate(batch)], None
+            made, origin = self.generator.make(batch), self.provenance.columns(self.generator.pipe, self.generator.call)
+            return made, [self._row(sample, k) | origin for k, sample in enumerate(batch)], None
         arm = self.arms.choose()
         with self.arms.applied(arm) as event:
             made = self.generator.make(batch)
-            rows = [{**self._row(sample, k), "arm": arm.name} for k, sample in enumerate(batch)]
+            origin = self.provenance.columns(self.generator.pipe, self.generator.call, arm.model) | {"arm": arm.name}
+            rows = [self._row(sample, k) | origin for k, sample in enumerate(batch)]
         return made, rows, event(len(batch))
 
     def _choose(self, batch: list[Sample], features: Tensor, prompts: Tensor | None, reasons: list[str | None]) -> None:
@@ -384,10 +396,3 @@ class Worker:
         shares = [score / n for score, n in self.scores.values() if n > 1]
         diversity = sum(shares) / len(shares) if shares else None
         self.progress_callback(Progress(done, total, sum(self.rejected.values()), rate, remaining, diversity))
-
-
-def encode_png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()

@@ -30,14 +30,15 @@ def rows_of(out):
 
 
 def contents(out):
-    """Digests of all files of a run; of records those of their contents, since safetensors does not fix the header."""
+    """Digests of all files of a run, without times; of records those of their contents, since headers vary."""
     digests = {}
     for path in sorted(Path(out).rglob("*")):
         name = path.relative_to(out).as_posix()
-        if not path.is_file() or path.name in ("lock", "report.html", "report.json"):
+        if not path.is_file() or path.name in ("lock", "report.html", "report.json", "times.jsonl"):
             continue
         if path.suffix == ".safetensors":
             tensors, about = read_tensors(path, "prompts" if path.stem == "prompts" else "batch")
+            about.pop("time", None)
             data = json.dumps(about).encode() + b"".join(tensors[k].contiguous().numpy().tobytes() for k in sorted(tensors))
         else:
             data = path.read_bytes()

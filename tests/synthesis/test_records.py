@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.synthesis import CheckpointError, SynthesisError
 from kspec_guidance.synthesis.records import Record, pack_tensors, unpack_tensors
 from tests.synthesis.small_runs import contents, make
@@ -129,3 +130,27 @@ def test_files_of_others_in_the_folder_of_a_run_are_left_alone(tmp_path, pipe):
     mine.write_bytes(b"mine")
     make(tmp_path, pipe, ["heart"], 1, call={"num_inference_steps": 1})
     assert mine.exists()
+
+
+def forged(path, **changes):
+    """The record of a file with other values, and a valid checksum."""
+    tensors, about = read_tensors(path, "batch")
+    about["rows"][0] |= changes.pop("row", {})
+    tensors = {name: t[:-1] for name, t in tensors.items()} if changes.pop("shorter", False) else tensors
+    write_tensors(path, "batch", tensors, {k: v for k, v in (about | changes).items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rows": None}, {"rejected": None}, {"rows": 3}, {"row": {"file_name": "../../precious.png"}}, {"shorter": True},
+     {"row": {"prompt": 3}}, {"row": {"file_name": "0000/000000-0001.png"}}, {"row": {"attempt": "0"}}],
+)  # fmt: skip
+def test_forged_records_are_refused_and_force_makes_their_images_again(tmp_path, pipe, changes):
+    settings = {"images_per_prompt": 2, "batch_size": 2, "call": {"num_inference_steps": 1}}
+    (tmp_path / "precious.png").write_bytes(b"mine")
+    make(tmp_path / "set", pipe, ["heart"], **settings)
+    forged(tmp_path / "set" / ".kspec" / "epoch-000" / "rank-0000" / "000000.safetensors", **changes)
+    with pytest.raises(CheckpointError, match=r"000000.safetensors is no record of a batch .*--force"):
+        make(tmp_path / "set", pipe, ["heart"], **settings)
+    assert make(tmp_path / "set", pipe, ["heart"], **settings, force=True).images == 2
+    assert (tmp_path / "precious.png").exists()

@@ -1,0 +1,83 @@
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from kspec_guidance.synthesis import SynthesisError
+from kspec_guidance.synthesis.marks import SOURCE_TYPE
+from kspec_guidance.synthesis.signing import Signer, _self_signed
+from tests.synthesis.small_runs import make, rows_of
+
+c2pa = pytest.importorskip("c2pa")
+ONE_STEP = {"num_inference_steps": 1}
+
+
+def read_manifest(data):
+    with c2pa.Reader("image/png", io.BytesIO(data)) as reader:
+        found = json.loads(reader.json())
+        return (
+            reader.get_validation_state(),
+            found["manifests"][found["active_manifest"]],
+            found.get("validation_status", []),
+        )
+
+
+def test_images_are_signed_with_a_certificate_that_says_it_is_self_signed(tmp_path, pipe):
+    make(tmp_path / "signed", pipe, ["heart"], 2, call=ONE_STEP, sign="self-signed")
+    make(tmp_path / "plain", pipe, ["heart"], 2, call=ONE_STEP)
+    for row in rows_of(tmp_path / "signed"):
+        data = (tmp_path / "signed" / row["file_name"]).read_bytes()
+        state, manifest, doubts = read_manifest(data)
+        assert state == "Valid"
+        assert [d["code"] for d in doubts] == ["signingCredential.untrusted"]
+        assert "self-signed, identity not verified" in manifest["signature_info"]["issuer"]
+        (action,) = manifest["assertions"][0]["data"]["actions"]
+        assert (action["action"], action["digitalSourceType"]) == ("c2pa.created", SOURCE_TYPE)
+        assert row["marks"] == "iptc, c2pa"
+        with Image.open(io.BytesIO(data)) as image, Image.open(tmp_path / "plain" / row["file_name"]) as plain:
+            assert image.tobytes() == plain.tobytes()
+            assert "XML:com.adobe.xmp" in image.text
+        assert read_manifest(data[:-20] + bytes(8) + data[-12:])[0] == "Invalid"
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"PRIVATE KEY" in p.read_bytes()]
+
+
+def test_images_are_signed_with_the_users_certificate(tmp_path, pipe):
+    (tmp_path / "mine.pem").write_bytes(_self_signed())
+    settings = {"call": ONE_STEP, "sign": tmp_path / "mine.pem"}
+    make(tmp_path / "set", pipe, ["heart"], 1, **settings)
+    assert make(tmp_path / "set", pipe, ["heart"], 1, **settings).made == 0
+    (tmp_path / "mine.pem").write_bytes(_self_signed())
+    with pytest.raises(SynthesisError, match=r"marks: iptc, c2pa: \w+ before, now iptc, c2pa: \w+"):
+        make(tmp_path / "set", pipe, ["heart"], 1, **settings)
+
+
+def test_certificates_that_cannot_sign_are_refused_before_the_run(tmp_path, pipe):
+    pem = _self_signed().decode()
+    key = pem[pem.index("-----BEGIN PRIVATE") :]
+    other = _self_signed().decode()
+    for text, message in (
+        (None, "cannot read the certificate .*No such file"),
+        ("", "holds 0 certificates and 0 private key"),
+        (pem.replace(key, ""), "holds 2 certificates and 0 private key"),
+        (key, "holds 0 certificates and 1 private key"),
+        (pem.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY"), "an encrypted private key; .* without a password"),
+        ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n" + key, "its first certificate is damaged"),
+        (pem[: pem.index("-----BEGIN PRIVATE")] + other[other.index("-----BEGIN PRIVATE") :], "cannot sign with"),
+    ):  # fmt: skip
+        path = tmp_path / "cert.pem"
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(SynthesisError, match=message):
+            make(tmp_path / "set", pipe, ["heart"], 1, sign=path)
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(SynthesisError, match="give one of them"):
+        make(tmp_path / "set", pipe, ["heart"], 1, sign="self-signed", marks=False)
+
+
+def test_an_expired_certificate_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("kspec_guidance.synthesis.signing.YEARS", 0)
+    (tmp_path / "old.pem").write_bytes(_self_signed())
+    with pytest.raises(SynthesisError, match=r"valid from .* not today"):
+        Signer(tmp_path / "old.pem")
