@@ -24,7 +24,17 @@ from kspec_guidance.kernels.settings import KERNELS
 from kspec_guidance.objectives import Objective
 from kspec_guidance.utils.atomic_io import replacing
 
-__all__ = ["CONFIG_NAME", "TENSORS_NAME", "decode", "decode_terms", "encode", "read_config", "write_config"]
+__all__ = [
+    "CONFIG_NAME",
+    "TENSORS_NAME",
+    "decode",
+    "decode_terms",
+    "encode",
+    "load_tensors",
+    "read_config",
+    "save_tensors",
+    "write_config",
+]
 
 CONFIG_NAME, TENSORS_NAME = "kspec_guidance.json", "kspec_guidance.safetensors"
 SETTINGS_FORMAT = "kspec-guidance settings 2"
@@ -153,13 +163,37 @@ def write_config(folder: str | os.PathLike, config: dict[str, Any], tensors: dic
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tensors:
-        with replacing(folder / TENSORS_NAME) as fresh:
-            save_file(tensors, fresh)
+        save_tensors(folder, tensors)
     with replacing(folder / CONFIG_NAME) as fresh:
         fresh.write_text(json.dumps({"format": SETTINGS_FORMAT, **config}, indent=2) + "\n", encoding="utf-8")
     if not tensors:
-        (folder / TENSORS_NAME).unlink(missing_ok=True)
+        save_tensors(folder, tensors)
     return folder / CONFIG_NAME
+
+
+def save_tensors(folder: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
+    """Write the tensors of settings into ``folder``, or remove those of earlier settings if there are none."""
+    path = Path(folder, TENSORS_NAME)
+    if not tensors:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as fresh:
+        save_file(tensors, fresh)
+
+
+def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read the tensors of settings.
+
+    Raises:
+        ValueError: if they are damaged, or not finite.
+    """
+    try:
+        tensors = load_file(path) if Path(path).is_file() else {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a valid safetensors file ({error}); restore it from a copy") from error
+    if any(not torch.isfinite(t).all() for t in tensors.values()):
+        raise ValueError(f"{TENSORS_NAME} contains NaN or infinite values; restore it from a copy")
+    return tensors
 
 
 def read_config(source: str | os.PathLike | dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -180,16 +214,10 @@ def read_config(source: str | os.PathLike | dict[str, Any]) -> tuple[dict[str, A
             config = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON ({error}); restore it from a copy") from error
-        tensors_path = path.parent / TENSORS_NAME
-        try:
-            tensors = load_file(tensors_path) if tensors_path.is_file() else {}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{tensors_path} is not a valid safetensors file ({error}); restore it from a copy") from error
+        tensors = load_tensors(path.parent / TENSORS_NAME)
     if isinstance(config, dict) and config.get("format") == FORMAT_1:
         config = _from_format_1(config)
     if not isinstance(config, dict) or config.get("format") != SETTINGS_FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"not the settings of a guide: format {found!r}, expected {SETTINGS_FORMAT!r}")
-    if any(not torch.isfinite(t).all() for t in tensors.values()):
-        raise ValueError(f"{TENSORS_NAME} contains NaN or infinite values; restore it from a copy")
     return config, tensors

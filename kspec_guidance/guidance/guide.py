@@ -24,6 +24,7 @@ from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.loop.attachment import Attachment, StepwiseAttachment
 from kspec_guidance.loop.callers import pipeline_of
 from kspec_guidance.loop.components import find_scheduler
+from kspec_guidance.loop.context import CallContext
 from kspec_guidance.loop.prompts import repeat_rows
 from kspec_guidance.memory import Memory, MemoryBank
 from kspec_guidance.objectives import Objective
@@ -329,19 +330,19 @@ class KernelGuidance(PipelineCallback):
             stepwise.remove()
         return callback_kwargs
 
-    def before_step(self, pipeline: Any, step_index: int, total: int, tensors: dict[str, Any]) -> None:
-        """Guide the next scheduler step only; called by a block in a denoising loop.
+    def before_step(self, pipeline: Any, step_index: int, total: int, given: dict[str, Any] | CallContext) -> None:
+        """Guide the next scheduler step only; called by a block in a denoising loop, or by a guider.
 
         Args:
-            pipeline: a pipeline with a ``scheduler``.
+            pipeline: a pipeline with a ``scheduler``, or a scheduler.
             step_index: index of the step.
             total: number of steps.
-            tensors: ``prompt_embeds`` and ``latents``, if available; read at the first step.
+            given: ``prompt_embeds`` and ``latents``, if available, or what is known of the call; read at its first step.
         """
         if not self._is_attached_to(pipeline):
             stepwise = self._stepwise(pipeline)
-            if step_index == 0:
-                stepwise.begin_call(tensors)
+            if step_index == 0 or not stepwise.in_pass():
+                stepwise.begin_call(given)
             stepwise.before_step(step_index, total)
 
     def _is_attached_to(self, pipeline: Any) -> bool:
@@ -383,17 +384,21 @@ class KernelGuidance(PipelineCallback):
         write_config(save_directory, *self.to_config())
 
     @classmethod
-    def from_config(cls, config: str | os.PathLike | dict[str, Any]) -> "KernelGuidance":
+    def from_config(
+        cls, config: str | os.PathLike | dict[str, Any], tensors: dict[str, Tensor] | None = None
+    ) -> "KernelGuidance":
         """Create a guide from saved settings, of the class that saved them, with an empty memory.
 
         Args:
             config: the folder, the JSON file, or a dictionary.
+            tensors: those that a dictionary refers to, the second result of :meth:`to_config`.
 
         Raises:
             FileNotFoundError: if there are no settings at this path.
             ValueError: if the settings are damaged or of an unknown class, whose module must be imported first.
         """
-        settings, tensors = read_config(config)
+        settings, found = read_config(config)
+        tensors = found if tensors is None else tensors
         known: dict[str, type[KernelGuidance]] = {"KernelGuidance": KernelGuidance, **cls._registry}
         name, listed = settings.get("guide"), settings.get("terms")
         if not isinstance(listed, list) or not listed or name not in known:

@@ -1,7 +1,7 @@
 """Guidance in modular pipelines: a block for the denoising loop.
 
-diffusers calls modular pipelines experimental. This file relies on two facts: blocks in a loop are called with
-``(components, block_state, i=, t=)``, and ``inputs`` lists the arguments of a block.
+This file relies on two facts of diffusers: blocks in a loop are called with ``(components, block_state, i=, t=)``, and
+``inputs`` lists the arguments of a block.
 """
 
 import copy

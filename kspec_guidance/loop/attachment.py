@@ -167,19 +167,26 @@ class StepwiseAttachment:
         if self._began:  # a later call
             self.remove()
 
-    def begin_call(self, tensors: dict[str, Any] | None = None) -> None:
+    def in_pass(self) -> bool:
+        """Whether the steps of the scheduler's present timesteps have begun."""
+        return self._hook is not None and self._hook.in_pass()
+
+    def begin_call(self, given: dict[str, Any] | CallContext | None = None) -> None:
         """Begin the steps of a call.
 
         Args:
-            tensors: ``prompt_embeds`` and ``latents`` of a call that has no observable prompt encoder.
+            given: ``prompt_embeds`` and ``latents`` of a call without an observable prompt encoder, or all that is known.
         """
         if self._hook is not None:
             self._hook.check_thread()
         observer, self._observer = self._observer, None
         self.remove()
         self._hook, self._thread = None, threading.current_thread()
-        if tensors is not None:
-            prompts = prompts_given(self.pipe, tensors)
+        if isinstance(given, CallContext):
+            self._context = given
+            return
+        if given is not None:
+            prompts = prompts_given(self.pipe, given)
             encoder = None if prompts is None else f"{type(getattr(self.pipe, 'text_encoder', None)).__name__} by block"
             self._context = CallContext(self.pipe, prompts, encoder, prompted=True)
             return
