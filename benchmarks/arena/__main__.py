@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .beds import BEDS
+from .beds import BEDS, TRANSFORMERS
 from .harness import Record, front, mean, plain, tune
 from .methods import METHODS
 
@@ -32,6 +32,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.small:
         args.trials, args.tune_seeds, args.seeds, args.strengths = 2, 1, 1, 3
+    absent = [name for name in TRANSFORMERS if name not in BEDS]
+    if args.beds == list(BEDS) and absent:
+        print(f"without {', '.join(absent)}: no weights; ARENA_WEIGHTS may name a folder that has them", flush=True)
     torch.set_grad_enabled(False)
     for name in args.beds:
         bed = BEDS[name]()

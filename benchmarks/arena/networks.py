@@ -1,7 +1,13 @@
-"""The small networks of the arena: the digits' denoiser and judge."""
+"""The small networks of the arena: the digits' denoiser and judge, the emoji's transformer and its pipeline."""
 
-from diffusers import UNet2DConditionModel
+import copy
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
+
+from kspec_guidance import load_demo_pipeline
 
 DIGITS = {"width": 32}
 
@@ -33,3 +39,41 @@ class DigitJudge(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))
+
+
+def emoji_transformer(width: int = 160, layers: int = 6) -> SD3Transformer2DModel:
+    """Velocities of the embedded emoji autoencoder's latents, 8 x 8 x 9, in 16 patches; the text has 16 tokens.
+
+    Patches of one pixel took 4 to 6 times as long to train on a processor.
+    """
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=9, out_channels=9, num_layers=layers,
+        num_attention_heads=4, attention_head_dim=width // 4, caption_projection_dim=width,
+        joint_attention_dim=320, pooled_projection_dim=320, pos_embed_max_size=4, qk_norm="rms_norm",
+    )  # fmt: skip
+
+
+def emoji_transformer_pipeline(transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3's pipeline with the embedded emoji pipeline's autoencoder, tokenizer and text encoder.
+
+    The text encoder stands in for both CLIP models; there is no T5 model. Call it with ``max_sequence_length=0``: else 256
+    tokens of zeros follow the text, in place of T5's, which the transformer was not trained with.
+    """
+    demo = load_demo_pipeline()
+    demo.vae.register_to_config(shift_factor=0.0)  # absent in the file; Stable Diffusion 3's pipeline adds it
+    config = copy.deepcopy(demo.text_encoder.config)
+    config.layer_norm_eps /= 8**2
+    encoder = CLIPTextModelWithProjection(config).float().eval().requires_grad_(False)
+    body = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in demo.text_encoder.state_dict().items()}
+    # The transformer reads what the layers add up before the last norm, here of standard deviation 11. An eighth of every
+    # summand (and of the norms' root of epsilon) makes it about 1 and keeps the output.
+    summands = ("embedding.weight", "out_proj.weight", "out_proj.bias", "fc2.weight", "fc2.bias")
+    body = {k: v / 8 if k.endswith(summands) else v for k, v in body.items()}
+    encoder.load_state_dict({**body, "text_projection.weight": torch.eye(encoder.config.projection_dim)})
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.5), vae=demo.vae,
+        text_encoder=encoder, tokenizer=demo.tokenizer, text_encoder_2=encoder, tokenizer_2=demo.tokenizer,
+        text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -8,6 +8,7 @@ package; figures on held-out data to ``measured.json``.
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -314,9 +315,15 @@ def main() -> None:
         }[part](args.data)  # fmt: skip
 
 
+def weights_file(name: str) -> Path:
+    """Path of a network's weights: in the folder named by environment variable ``ARENA_WEIGHTS``, else the committed."""
+    own = Path(os.environ.get("ARENA_WEIGHTS", WEIGHTS)) / f"{name}.safetensors"
+    return own if own.exists() else WEIGHTS / own.name
+
+
 def weights(name: str) -> dict[str, Tensor]:
-    """Committed weights as float32."""
-    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(WEIGHTS / f"{name}.safetensors").items()}
+    """A network's weights as float32."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(weights_file(name)).items()}
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import data
 import text
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from loop import averaged
 from PIL import Image
-from safetensors.torch import load_file
 from train_unet import Denoiser, build_scheduler, build_unet
 
 SCHEDULER = {"algorithm_type": "dpmsolver++", "use_karras_sigmas": False, "final_sigmas_type": "zero"}
@@ -22,8 +22,7 @@ def assemble(data_folder: Path, run_folder: Path) -> tuple[StableDiffusionPipeli
     vae = AutoencoderKL.from_pretrained(run_folder / "vae")
     tokenizer = text.cached_tokenizer(run_folder / "tokenizer", entries)
     model = Denoiser(build_unet(vae.config.latent_channels), text.build_text_model(tokenizer))
-    saved = load_file(run_folder / "checkpoint.safetensors")
-    model.load_state_dict({k.removeprefix("ema."): v for k, v in saved.items() if k.startswith("ema.")})
+    model.load_state_dict(averaged(run_folder))
     pipe = StableDiffusionPipeline(
         vae=vae,
         unet=model.unet,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from train_vae import to_model
 
@@ -13,6 +14,14 @@ def posteriors(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return means and standard deviations ``[n, c, 8, 8]`` of uint8 images ``[n, 3, 64, 64]``."""
     parts = [vae.encode(to_model(chunk)).latent_dist for chunk in images.split(64)]
     return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
+
+
+def cached_posteriors(path: Path, vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Return the means of images, read from ``path``; on the first call compute and save them."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"means": posteriors(vae, images)[0].contiguous()}, path)
+    return load_file(path)["means"]
 
 
 @torch.no_grad()

@@ -3,9 +3,12 @@
 import copy
 import math
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from batches import Batch, Batches
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,6 +22,12 @@ def rate(step: int, steps: int, peak: float, falling: float, warmup: int = 200) 
         return peak * (step + 1) / warmup
     flat = max(warmup, steps * (1 - falling))
     return peak if step < flat else peak * 0.5 * (1 + math.cos(math.pi * (step - flat) / max(1, steps - flat)))
+
+
+def averaged(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the averaged weights of a run's checkpoint."""
+    saved = load_file(folder / "checkpoint.safetensors")
+    return {k.removeprefix("ema."): v for k, v in saved.items() if k.startswith("ema.")}
 
 
 class Run:
@@ -67,6 +76,24 @@ class Run:
             averages, weights = list(self.ema.parameters()), list(self.model.parameters())
             torch._foreach_lerp_(averages, weights, 1 - decay)
         return float(norm)
+
+    def train(self, loss: Callable[[Batch], torch.Tensor], batches: Batches, save_every: int = 250) -> None:
+        """Take the steps that are left; print every 100 steps, save every ``save_every`` and at the end."""
+        total, taken = 0.0, 0
+        while self.step < self.steps:
+            start = time.perf_counter()
+            value = loss(batches(self.step, self.generator(self.step)))
+            norm = self.update(value)
+            total, taken = total + value.item(), taken + 1
+            self.seconds += time.perf_counter() - start
+            if self.step % 100 == 0:
+                print(f"step {self.step} loss {total / taken:.4f} norm {norm:.2f} "
+                      f"{batches.size * self.step / self.seconds:.0f}/s", flush=True)  # fmt: skip
+                total, taken = 0.0, 0
+            if not math.isfinite(norm):
+                raise SystemExit(f"gradient not finite at step {self.step}; resume with a lower --rate")
+            if self.step % save_every == 0 or self.step == self.steps:
+                self.save()
 
     def save(self) -> None:
         """Write a new checkpoint beside the old one, then replace it atomically."""

@@ -7,8 +7,9 @@ import data
 import latents
 import text
 import torch
-from safetensors.torch import load_file
-from train_unet import MAX_SNR, Denoiser, balance, build_scheduler, build_unet
+from batches import balance
+from loop import averaged
+from train_unet import MAX_SNR, Denoiser, build_scheduler, build_unet
 
 COUNT = 512
 
@@ -25,8 +26,7 @@ def main() -> None:
     clean, _ = latents.posteriors(latents.cached_vae(args.run / "vae", args.run, images), images[chosen])
     tokenizer = text.cached_tokenizer(args.run / "tokenizer", entries)
     model = Denoiser(build_unet(clean.shape[1]), text.build_text_model(tokenizer)).eval()
-    saved = load_file(args.run / "checkpoint.safetensors")
-    model.load_state_dict({k.removeprefix("ema."): v for k, v in saved.items() if k.startswith("ema.")})
+    model.load_state_dict(averaged(args.run))
     scheduler = build_scheduler()
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight = (snr.clamp(max=MAX_SNR) + 1) / (snr + 1)

@@ -24,10 +24,17 @@ def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for inner weights of two or more dimensions; AdamW for biases, norms, embeddings, first and last layers."""
+    """Muon for inner weights of two or more dimensions; AdamW for biases, norms, embeddings, first and last layers.
 
-    def __init__(self, module: nn.Module, lr: float, momentum: float = 0.95, betas=(0.9, 0.99), weight_decay: float = 0.01):
-        ends = ("conv_in", "conv_out", "embedding", "time_emb")
+    Args:
+        module: whose parameters are trained.
+        ends: parts of the names of the embeddings, first and last layers.
+    """
+
+    def __init__(
+        self, module: nn.Module, lr: float, momentum: float = 0.95, betas=(0.9, 0.99), weight_decay: float = 0.01,
+        ends: tuple[str, ...] = ("conv_in", "conv_out", "embedding", "time_emb"),
+    ):  # fmt: skip
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         muon = [p for n, p in named if p.ndim >= 2 and not any(e in n for e in ends)]
         chosen = {id(p) for p in muon}

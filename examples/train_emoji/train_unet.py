@@ -1,24 +1,19 @@
 """Train the denoiser and its text encoder on the latents of a trained autoencoder.  python train_unet.py --help"""
 
 import argparse
-import math
-import random
-import time
-from collections import Counter
 from pathlib import Path
 
 import data
 import latents
 import text
 import torch
-from captions import Entry
+from batches import Batch, Batches
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from loop import Run
 from muon import MuonAdamW
 from torch import nn
 from transformers import CLIPTextModel
 
-DROP_CAPTION = 0.1  # fraction trained without a caption, for classifier-free guidance
 MAX_SNR = 5.0  # the weight falls above it, as in min-SNR (Hang et al. 2023, arXiv 2303.09556)
 
 
@@ -90,42 +85,17 @@ def main() -> None:
     # Plain min-SNR for v, min(snr, 5) / (snr + 1), nearly ignores the noisiest steps, where the prompt determines the
     # subject: after 2,500 steps with it, faces were good and "heart" was a brown blob. This weight is 1 there.
     weight = (snr.clamp(max=MAX_SNR) + 1) / (snr + 1)
-    probabilities = balance(entries)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(images)} images", flush=True)
 
-    total = 0.0
-    while run.step < args.steps:
-        start = time.perf_counter()
-        g, rng = run.generator(run.step), random.Random(args.seed * 1_000_003 + run.step)
-        indices = torch.multinomial(probabilities, args.batch, generator=g)
-        z = clean[indices]
-        captions = ["" if rng.random() < DROP_CAPTION else entries[i].caption(rng) for i in indices.tolist()]
-        # stratified noise levels, one from each of `batch` equal parts of the range: less variance
-        t = ((torch.randperm(args.batch, generator=g) + torch.rand(args.batch, generator=g)) / args.batch * 1000).long()
-        noise = torch.randn(z.shape, generator=g)
-        noisy = scheduler.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
-        target = scheduler.get_velocity(z, noise, t)
+    def loss(batch: Batch) -> torch.Tensor:
+        t = (batch.levels * 1000).long()
+        noisy = scheduler.add_noise(batch.clean, batch.noise, t).contiguous(memory_format=torch.channels_last)
+        target = scheduler.get_velocity(batch.clean, batch.noise, t)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
-            predicted = model(noisy, t, text.encode(tokenizer, captions)).float()
-        error = (predicted - target).square().mean(dim=(1, 2, 3))
-        loss = (weight[t] * error).mean()
-        norm = run.update(loss)
-        total += loss.detach().item()
-        run.seconds += time.perf_counter() - start
-        if run.step % 100 == 0:
-            print(f"step {run.step} loss {total / 100:.4f} norm {norm:.2f} "
-                  f"{args.batch * run.step / run.seconds:.0f}/s", flush=True)  # fmt: skip
-            total = 0.0
-        if run.step % 250 == 0 or run.step == args.steps:
-            run.save()
-        if not math.isfinite(norm):
-            raise SystemExit(f"gradient not finite at step {run.step}; resume with a lower --rate")
+            predicted = model(noisy, t, text.encode(tokenizer, batch.captions)).float()
+        return (weight[t] * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
 
-
-def balance(entries: list[Entry]) -> torch.Tensor:
-    """Return sampling weights ``[n]``: 1 / sqrt(images of the subject), or people in all tones would be two thirds."""
-    subjects = Counter(e.subject for e in entries)
-    return torch.tensor([subjects[e.subject] ** -0.5 for e in entries])
+    run.train(loss, Batches(clean, entries, args.batch, args.seed))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The arena: its beds, methods and statistics against exact results."""
 
+import functools
 import json
 import math
 import re
@@ -10,8 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from safetensors.torch import save_file
 
-from benchmarks.arena.beds import BEDS, Bed
+from benchmarks.arena import networks
+from benchmarks.arena.beds import BEDS, Bed, transformer
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import Case
 from benchmarks.arena.fronts import holm, hypervolume, matched, weights
@@ -216,6 +221,55 @@ def test_every_table_of_the_arena_is_on_one_page_between_its_markers() -> None:
     found = {page: re.findall(r"<!-- (\w+) -->", (docs / page).read_text()) for page in pages}
     assert found == {page: list(names) for page, names in PAGES.items()}
     assert len({name for names in PAGES.values() for name in names}) == sum(map(len, PAGES.values()))
+
+
+@pytest.fixture(scope="module")
+def transformer_bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
+    folder = tmp_path_factory.mktemp("weights")
+    tiny = functools.partial(networks.emoji_transformer, width=16, layers=2)
+    torch.manual_seed(0)
+    save_file({k: v.half() for k, v in tiny().state_dict().items()}, folder / "emoji_transformer.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARENA_WEIGHTS", str(folder))
+        patch.setattr(transformer, "emoji_transformer", tiny)
+        bed = transformer.EmojiTransformer(2)
+    bed.images = 3
+    return bed
+
+
+def test_the_transformer_bed_is_sampled_and_judged(transformer_bed: Bed) -> None:
+    case = Case("flower", 0)
+    samples = transformer_bed.run(case, 3)
+    assert samples.shape == (3, *transformer_bed.shape())
+    assert torch.equal(samples, transformer_bed.run(case, 3, transformer_bed.start(case, 3)))
+    assert 0 <= transformer_bed.judge(samples, case)["valid"] <= 1
+    assert transformer_bed.name == "emoji, transformer, 2 steps"
+
+
+@pytest.mark.parametrize("name", ["CADS", "OSCAR", "feature self-guidance", "interval CFG", "SPARKE, ours"])
+def test_methods_act_on_a_transformer_and_restore_it(name: str, transformer_bed: Bed) -> None:
+    case, method = Case("flower", 0), METHODS[name]()
+    before = transformer_bed.run(case, 3)
+    assert transformer_bed.fits(METHODS[name])
+    assert not torch.equal(transformer_bed.sample(method, case), before)
+    assert torch.equal(transformer_bed.run(case, 3), before)
+
+
+def test_hooks_of_diffusers_reach_the_blocks_of_the_transformer(transformer_bed: Bed) -> None:
+    seen = []
+
+    class Watch(ModelHook):
+        def post_forward(self, module: torch.nn.Module, output: tuple) -> tuple:
+            found = TransformerBlockRegistry.get(type(module))
+            seen.append((output[found.return_hidden_states_index], output[found.return_encoder_hidden_states_index]))
+            return output
+
+    block = transformer_bed.pipe.transformer.transformer_blocks[0]
+    HookRegistry.check_if_exists_or_initialize(block).register_hook(Watch(), "watch")
+    transformer_bed.run(Case("flower", 0), 3)
+    block._diffusers_hook.remove_hook("watch")
+    images, text = seen[0]
+    assert (len(seen), images.shape, text.shape) == (2, (6, 16, 16), (6, 16, 16))  # two steps, CFG; 16 patches, 16 tokens
 
 
 @pytest.mark.slow

@@ -9,12 +9,20 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_emoji"))
+import batches
 import captions
+import distil_transformer
+import export_transformer
 import latents
 import loop
 import muon
+import train_transformer
 import train_vae
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from benchmarks.arena.networks import emoji_transformer, emoji_transformer_pipeline
+from kspec_guidance import load_demo_pipeline
 
 TABLE = [
     {
@@ -110,3 +118,83 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path):
     for a, b in ((once.model, resumed.model), (once.ema, resumed.ema)):
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
             assert torch.equal(p, q)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return emoji_transformer_pipeline(emoji_transformer(width=16, layers=2))
+
+
+def test_a_transformer_trains_resumes_and_makes_images_after_export(pipe, tmp_path, g, monkeypatch):
+    text, transformer = train_transformer.TextStates(pipe), emoji_transformer(width=16, layers=2)
+    entries, clean = captions.build_entries(TABLE), torch.randn(8, 9, 8, 8, generator=g)
+
+    def loss(batch):
+        return train_transformer.flow_loss(transformer, batch, text(batch.captions))
+
+    for steps in (1, 2):
+        optimizer = muon.MuonAdamW(transformer, 1e-2, ends=train_transformer.ENDS)
+        run = loop.Run(transformer, tmp_path, steps, 1e-2, 0.9, 0, optimizer=optimizer)
+        assert run.step == steps - 1
+        run.train(loss, batches.Batches(clean, (entries * 2)[:8], 4, 0))
+    averaged = loop.averaged(tmp_path)
+    file = tmp_path / "exported" / "tiny.safetensors"
+    monkeypatch.setattr(sys, "argv", ["export", "--run", str(tmp_path), "--out", str(file)])
+    export_transformer.main()
+    again = emoji_transformer(width=16, layers=2)
+    again.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+    for k, v in again.state_dict().items():
+        torch.testing.assert_close(v, averaged[k], atol=1e-3, rtol=1e-3)
+    monkeypatch.setattr(pipe, "transformer", again)
+    image = pipe("parrot", num_inference_steps=2, max_sequence_length=0, output_type="pt").images
+    assert image.shape == (1, 3, 64, 64)
+
+
+def test_matrices_of_all_blocks_are_trained_by_muon_and_the_ends_by_adam(pipe):
+    optimizer = muon.MuonAdamW(pipe.transformer, 1e-2, ends=train_transformer.ENDS)
+    by_muon = {id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]}
+    names = {n for n, p in pipe.transformer.named_parameters() if id(p) in by_muon}
+    blocks = {n for n, p in pipe.transformer.named_parameters() if n.startswith("transformer_blocks") and p.ndim == 2}
+    assert names == blocks | {"norm_out.linear.weight", "time_text_embed.text_embedder.linear_2.weight"}
+
+
+def test_the_text_states_are_those_of_the_embedded_encoder(pipe):
+    demo = load_demo_pipeline()
+    tokens = demo.tokenizer(["runner"], padding="max_length", max_length=16, return_tensors="pt").input_ids
+    with torch.no_grad():
+        known = demo.text_encoder(tokens, output_hidden_states=True)
+    text = train_transformer.TextStates(pipe)
+    for _ in range(2):
+        states = text(["heart", "runner"])
+        torch.testing.assert_close(
+            states["encoder_hidden_states"][1], known.hidden_states[-2][0].repeat(1, 2) / 8, atol=1e-2, rtol=1e-3
+        )
+        torch.testing.assert_close(states["pooled_projections"][1], known.pooler_output[0].repeat(2), atol=1e-3, rtol=1e-3)
+    assert list(text.known) == ["heart", "runner"]
+
+
+def test_noise_levels_stay_inside_and_are_shifted_as_the_scheduler_does(pipe):
+    s = train_transformer.noise_levels(torch.tensor([0.0, 0.5, 1.0]))
+    assert 0 < s[0] < s[1] < s[2] < 1
+    u = torch.linspace(1, 0.25, 4)
+    pipe.scheduler.set_timesteps(sigmas=u.tolist())
+    torch.testing.assert_close(train_transformer.shifted(u), pipe.scheduler.sigmas[:-1])
+
+
+@pytest.mark.parametrize(("scale", "each"), [(1.0, 1), (3.0, 2)])
+def test_a_trajectory_ends_where_the_pipeline_does(scale, each, pipe, g, monkeypatch):
+    """And with one step of the teacher for one of the student, without guidance, the teacher is its own perfect student."""
+    torch.manual_seed(0)
+    teacher = emoji_transformer(width=16, layers=2)
+    monkeypatch.setattr(pipe, "transformer", teacher)
+    text, noise = train_transformer.TextStates(pipe), torch.randn(2, 9, 8, 8, generator=g)
+    states, empty = text(["parrot"] * 2), text([""] * 2)
+    levels, visited = distil_transformer.trajectory(teacher, noise, states, empty, each, scale)
+    count = distil_transformer.STEPS * each
+    made = pipe(
+        "parrot", num_images_per_prompt=2, latents=noise, sigmas=[1 - k / count for k in range(count)],
+        guidance_scale=scale, max_sequence_length=0, output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(visited[-1], made, atol=1e-2, rtol=1e-2)
+    loss = distil_transformer.step_loss(teacher, levels, visited, states)
+    assert (loss < 1e-8) == (scale == 1)

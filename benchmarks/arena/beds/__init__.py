@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+from ..training import weights_file
 from .analytic import Analytic
 from .base import Bed, Case
 from .digits import AnyDigit, Digits, DistilledDigits
 from .emoji import Emoji
+from .transformer import DistilledEmojiTransformer, EmojiTransformer
 
 BEDS: dict[str, Callable[[], Bed]] = {
     "mixture-2": lambda: Analytic(2, True),
@@ -19,5 +21,11 @@ BEDS: dict[str, Callable[[], Bed]] = {
     "emoji": Emoji,
     "emoji-4": lambda: Emoji(4),
 }
+TRANSFORMERS: dict[str, type[EmojiTransformer]] = {
+    "emoji-transformer": EmojiTransformer,
+    "emoji-transformer-distilled": DistilledEmojiTransformer,
+}
+# Their weights are not committed: there are these beds where ARENA_WEIGHTS names a folder that has them.
+BEDS |= {name: bed for name, bed in TRANSFORMERS.items() if weights_file(bed.model).exists()}
 
-__all__ = ["BEDS", "Bed", "Case"]
+__all__ = ["BEDS", "TRANSFORMERS", "Bed", "Case"]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kspec_guidance import load_demo_pipeline
 from kspec_guidance.demo.judge import load_demo_judge
+from kspec_guidance.loop.components import denoiser_of
 
 from ..training import weights
 from .base import Bed, Case, common_scores
@@ -36,8 +37,8 @@ class Emoji(Bed):
         return TUNE if half == "tune" else REPORT
 
     def shape(self) -> tuple[int, ...]:
-        size = self.pipe.unet.config.sample_size
-        return self.pipe.unet.config.in_channels, size, size
+        config = denoiser_of(self.pipe).config
+        return config.in_channels, config.sample_size, config.sample_size
 
     def run(self, case: Case, n: int, latents: Tensor | None = None) -> Tensor:
         start = {"generator": self.noise(case, n)} if latents is None else {"latents": latents}
