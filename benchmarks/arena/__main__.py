@@ -3,6 +3,8 @@
 python -m benchmarks.arena                                # all of it; hours, resumable
 python -m benchmarks.arena --small --out outputs/arena      # a small version, minutes
 python -m benchmarks.arena --beds emoji --methods plain "SPARKE, ours"
+python -m benchmarks.arena --beds mixture-32 --seeds 100 --tuned-from benchmarks/results/arena \
+    --out benchmarks/results/arena/equal    # fronts of the settings that are tuned there, on more seeds
 """
 
 import argparse
@@ -12,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .beds import BEDS, TRANSFORMERS
-from .harness import Record, front, mean, plain, tune
+from .harness import Record, front, mean, plain, take_tuned, tune
 from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,7 @@ def main() -> None:
     parser.add_argument("--tune-seeds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--strengths", type=int, default=5)
+    parser.add_argument("--tuned-from", type=Path, help="folder of results whose tuned settings are taken, without tuning")
     parser.add_argument("--docs", type=Path, help="write the pages and figures into this folder at the end")
     parser.add_argument("--small", action="store_true", help="few trials, one seed: checks that everything works")
     args = parser.parse_args()
@@ -44,6 +47,8 @@ def main() -> None:
             "diversity": bed.diversity, "fidelity": bed.fidelity,
             "prompts": [c.prompt for c in bed.cases("report", args.seeds)], "seeds": args.seeds,
         }  # fmt: skip
+        if args.tuned_from is not None:
+            take_tuned(record, Record(args.tuned_from, bed))
         base = plain(bed, record, "report", args.seeds)
         print(f"{bed.name}: plain {mean(base[bed.diversity]):.2f} {bed.diversity}, "
               f"{mean(base[bed.fidelity]):.3f} {bed.fidelity}, {mean(base['seconds']):.2f} s", flush=True)  # fmt: skip
@@ -51,6 +56,8 @@ def main() -> None:
             if method == "plain" or not bed.fits(METHODS[method]):
                 continue
             began = time.perf_counter()
+            if args.tuned_from is not None and METHODS[method].tuned and "tuned" not in record.of(method):
+                continue
             tuned = tune(bed, method, record, args.trials, args.tune_seeds)
             front(bed, method, record, args.strengths, args.seeds)
             points = "  ".join(

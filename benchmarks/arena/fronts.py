@@ -133,6 +133,17 @@ def pooled(data: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
+def against(gains: dict[str, np.ndarray], reference: str) -> dict[str, tuple[float, float, float, float]]:
+    """How far a reference method is ahead of each other one: difference of gains, its 95% interval, Holm-corrected p."""
+    found, ps = {}, []
+    for method in gains:
+        if reference in gains and method != reference:
+            d = gains[reference] - gains[method]
+            found[method] = (float(d[0]), *map(float, np.quantile(d, [0.025, 0.975])))
+            ps.append(min(1.0, 2 * (min((d[1:] <= 0).mean(), (d[1:] >= 0).mean()) + 1 / len(d))))
+    return {method: (*values, p) for (method, values), p in zip(found.items(), holm(ps), strict=True)}
+
+
 def summaries(data: dict[str, Any], reference: str, diversity: str | None = None) -> list[Summary]:
     """All methods of a bed, compared with one of them; by another figure of the judge than the bed's own if given."""
     settings = data["settings"] | ({} if diversity is None else {"diversity": diversity})
@@ -153,12 +164,9 @@ def summaries(data: dict[str, Any], reference: str, diversity: str | None = None
         g, v = gains[method], volumes[method]
         s = Summary(method, g[0], *np.quantile(g, [0.025, 0.975]), v[0], *np.quantile(v, [0.025, 0.975]))
         s.seconds = seconds[method]
-        if reference in gains and method != reference:
-            d = gains[reference] - g
-            s.ahead, (s.ahead_low, s.ahead_high) = d[0], np.quantile(d, [0.025, 0.975])
-            s.p = min(1.0, 2 * (min((d[1:] <= 0).mean(), (d[1:] >= 0).mean()) + 1 / len(d)))
         out.append(s)
-    tested = [s for s in out if s.p is not None]
-    for s, p in zip(tested, holm([s.p for s in tested]), strict=True):
-        s.p = p
+    compared = against(gains, reference)
+    for s in out:
+        if s.method in compared:
+            s.ahead, s.ahead_low, s.ahead_high, s.p = compared[s.method]
     return sorted(out, key=lambda s: -s.gain)

@@ -13,7 +13,7 @@ import torch
 from .beds.base import Bed, Case
 from .methods import METHODS, Method, Real, Whole
 
-__all__ = ["FIDELITY_LOSS", "Record", "front", "measure", "slug", "strengths", "tune"]
+__all__ = ["FIDELITY_LOSS", "Record", "front", "measure", "slug", "strengths", "take_tuned", "tune"]
 
 FIDELITY_LOSS = 0.02  # fidelity that a method may lose against plain sampling and still count as equal
 PENALTY = 10.0  # relative modes subtracted for each unit of fidelity lost beyond that
@@ -36,8 +36,8 @@ def measure(bed: Bed, make: Callable[[], Method], cases: Sequence[Case]) -> dict
 
 def measure_all(
     bed: Bed, make: Callable[[], Method], cases: Sequence[Case]
-) -> tuple[dict[str, list[float]], Callable[[], dict[str, float]]]:
-    """The same, and a function that computes the scores of all cases together."""
+) -> tuple[dict[str, list[float]], Callable[[], dict[str, Any]]]:
+    """The same, and a function that computes the figures of several cases together: ``pooled`` and ``distances``."""
     found: dict[str, list[float]] = {}
     rows = []
     for case in cases:
@@ -48,7 +48,8 @@ def measure_all(
         rows.append(bed.rows(samples))
         for k, v in {**bed.figures(rows[-1], case), "seconds": seconds}.items():
             found.setdefault(k, []).append(v)
-    return found, lambda: bed.pooled(rows, list(cases))
+    together = list(cases)
+    return found, lambda: {"pooled": bed.pooled(rows, together), "distances": bed.distances(rows, together)}
 
 
 def mean(values: Sequence[float]) -> float:
@@ -76,9 +77,9 @@ class Record:
 def plain(bed: Bed, record: Record, half: str, seeds: int) -> dict[str, list[float]]:
     mine = record.of("plain")
     if f"{half} {seeds}" not in mine:
-        mine[f"{half} {seeds}"], pooled = measure_all(bed, METHODS["plain"], bed.cases(half, seeds))
+        mine[f"{half} {seeds}"], together = measure_all(bed, METHODS["plain"], bed.cases(half, seeds))
         if half == "report":
-            mine["pooled"] = pooled()
+            mine |= together()
         record.save()
     return mine[f"{half} {seeds}"]
 
@@ -135,6 +136,13 @@ def tune(bed: Bed, name: str, record: Record, trials: int, seeds: int) -> dict[s
     return mine["tuned"]
 
 
+def take_tuned(record: Record, source: Record) -> None:
+    """Take the tuned settings of another record of the bed."""
+    for name, found in source.data["methods"].items():
+        if "tuned" in found:
+            record.of(name).setdefault("tuned", found["tuned"])
+
+
 def strengths(name: str, tuned: dict[str, Any], number: int) -> list[float]:
     """Values of the method's strength for its front: around the tuned one, within the range."""
     cls = METHODS[name]
@@ -163,6 +171,6 @@ def front(bed: Bed, name: str, record: Record, number: int, seeds: int) -> None:
         if any(abs(p["strength"] - v) <= 1e-3 * max(1e-3, abs(v)) for p in done):  # records are rounded
             continue
         chosen = {**tuned, cls.strength: v}
-        found, pooled = measure_all(bed, lambda c=chosen: cls(**c), bed.cases("report", seeds))
-        done.append({"strength": v, "cases": found, "pooled": pooled()})
+        found, together = measure_all(bed, lambda c=chosen: cls(**c), bed.cases("report", seeds))
+        done.append({"strength": v, "cases": found, **together()})
         record.save()

@@ -12,14 +12,15 @@ from ..pages import fill, table
 from .beds import BEDS
 from .figures import OURS, ablation_panels, fronts, overview
 from .fronts import Summary, pooled, summaries
-from .harness import mean, slug
+from .harness import FIDELITY_LOSS, mean, slug
 from .methods import METHODS
+from .quality import WORSE, equal_quality
 
 ROOT = Path(__file__).parents[2]
 PAGES = {  # the tables that each page of the documentation holds, between markers
     "arena.md": ("winners", "gains"),
     "arena/setup.md": ("beds", "judges"),
-    "arena/fronts.md": ("volumes", "vendi", "tuned"),
+    "arena/fronts.md": ("equal", "volumes", "vendi", "tuned"),
     "arena/scores.md": ("scores",),
     "arena/target.md": ("matching",),
     "arena/sets.md": ("smallsets", "longruns"),
@@ -92,6 +93,32 @@ def scores(data: list[dict[str, Any]]) -> str:
 
 def volumes(data: list[dict[str, Any]]) -> str:
     return by_method(data, lambda s: f"{s.volume:.2f} [{s.volume_low:.2f}, {s.volume_high:.2f}]", lambda s: s.volume)
+
+
+def equal(data: list[dict[str, Any]]) -> str:
+    """Gains at equal quality, bed by bed."""
+    parts = []
+    for d in data:
+        found = equal_quality(d, OURS)
+        if not found:
+            continue
+        rows = [
+            [
+                s.method, percent(s.gain, s.gain_low, s.gain_high),
+                f"{s.volume:.2f} [{s.volume_low:.2f}, {s.volume_high:.2f}]",
+                f"{s.agreement:+.3f}", f"{s.gain_agreed:+.0%}",
+                "" if s.ahead is None else percent(s.ahead, s.ahead_low or 0, s.ahead_high or 0),
+                "" if s.p is None else f"{s.p:.3f}",
+            ]
+            for s in found
+        ]  # fmt: skip
+        head = ["method", "gain", "hypervolume", "agreement there", "gain that keeps agreement", "ours less it, gain", "p"]
+        title = f"### {d['bed']}, {len(d['settings']['prompts'])} runs"
+        parts.append(f"{title}\n\n" + table(head, rows))
+    tolerated = (
+        f"on the data {WORSE['on_data']}, coverage {WORSE['coverage']}, Frechet distance x{WORSE['frechet_distance']}"
+    )
+    return f"Tolerances: {tolerated}; agreement {FIDELITY_LOSS}.\n\n" + ("\n\n".join(parts) or "(not measured)")
 
 
 def verdict(s: Summary) -> str:
@@ -219,8 +246,10 @@ def judges() -> str:
 def write(folder: Path, docs: Path) -> None:
     """Fill the pages of the folder ``docs`` with the tables of a folder of results, and draw the figures there."""
     data = records(folder)
+    more = {d["bed"]: d for d in records(folder / "equal")}  # of more seeds, if there are any
     parts = {
-        "beds": beds(data), "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
+        "equal": equal([more.get(d["bed"], d) for d in data]), "beds": beds(data), "winners": winners(data),
+        "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
         "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
     }  # fmt: skip

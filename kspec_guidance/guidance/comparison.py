@@ -39,6 +39,9 @@ class PlainRun:
         """Begin a pass through the timesteps."""
         self.finished = None
 
+    def output(self, model_output: Any, prediction: Prediction, context: StepContext) -> None:
+        """No change."""
+
     def step(self, prediction: Prediction, context: StepContext) -> None:
         """No move."""
 

@@ -67,7 +67,7 @@ class KernelGuidance(PipelineCallback):
 
     Args:
         objective: an :class:`~kspec_guidance.objectives.Objective`.
-        scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target: see :class:`Term`.
+        scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg: see :class:`Term`.
         seed: seed of the noise that separates exact duplicates; the global random state is not used.
 
     Raises:
@@ -96,11 +96,14 @@ class KernelGuidance(PipelineCallback):
         *,
         unit: str = "norm",
         target: VarietyTarget | None = None,
+        ease_cfg: float | None = None,
         **unknown: Any,
     ):
         if unknown:
             raise unknown_arguments(type(self), unknown, HINTS)
-        term = Term(objective, scale, space, start, stop, every, sigma_interval, tuple(transforms), memory, unit, target)
+        term = Term(
+            objective, scale, space, start, stop, every, sigma_interval, tuple(transforms), memory, unit, target, ease_cfg
+        )
         self._set_up([term], seed)
 
     @classmethod
@@ -376,6 +379,8 @@ class KernelGuidance(PipelineCallback):
         for term, settings in zip(self.terms, terms, strict=True):
             if term.target is not None:
                 settings["target"] = encode(term.target, tensors)
+            if term.ease_cfg is not None:
+                settings["ease_cfg"] = term.ease_cfg
         config = {"format": SETTINGS_FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}
         return config | ({} if self.calibration is None else {"calibration": self.calibration}), tensors
 

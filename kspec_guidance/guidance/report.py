@@ -76,6 +76,8 @@ class GuidanceReport:
         self.finished_plain: Tensor | None = None  # those of the same call without guidance, see KernelGuidance.compare
         self.strengths: list[tuple[str, float]] = []  # name and value of each term's strength: a scale or a variety
         self.targets: list[tuple[VarietyTarget, PromptTarget]] = []  # of each prompt, if there is a target
+        self.eased: list[tuple[int, Tensor, Tensor]] = []  # step, weight of classifier-free guidance, and the eased one
+        self.eases = False  # whether a term has ease_cfg=
         self.moves_predictions = True  # whether all terms move the clean prediction
         self.remembered = 0  # number of memory entries at the start of the run
 
@@ -84,6 +86,7 @@ class GuidanceReport:
         """Create the report of a pass that begins with these terms, whose memories are those at its start."""
         report = cls(context.total, type(context.scheduler).__name__, context.layout.kind)
         report.context, report.strengths = context, [term.strength for term in terms]
+        report.eases = any(term.ease_cfg is not None for term in terms)
         report.moves_predictions = not any(term.space.noisy for term in terms)
         report.remembered = max((len(term.memory) for term in terms), default=0)
         return report
@@ -110,6 +113,12 @@ class GuidanceReport:
         """Mean relative move over guided steps and samples; 0 if no step was guided."""
         steps = self.steps
         return sum(s.relative_move for s in steps) / len(steps) if steps else 0.0
+
+    @property
+    def eased_cfg(self) -> tuple[float, float] | None:
+        """Weight of classifier-free guidance, and the least that ``ease_cfg=`` made of it; None if it made none."""
+        pairs = [(float(own), float(eased)) for _, own, eased in self.eased]
+        return min(pairs, key=lambda pair: pair[1] - pair[0], default=None)
 
     def table(self) -> str:
         """The guided steps as a table: index from 1, noise-to-signal ratio, and move relative to the moved sample."""
@@ -192,6 +201,7 @@ class GuidanceReport:
             "steps_guided": self.steps_guided,
             "total_steps": self.total_steps,
             "mean_relative_move": self.mean_relative_move,
+            "eased_cfg": self.eased_cfg,
             "seconds": self.seconds,
             "scheduler": self.scheduler,
             "layout": self.layout,
@@ -215,7 +225,8 @@ class GuidanceReport:
         if self.finished is None:
             return f"The run has not ended: guided {self.steps_guided} of {self.total_steps} steps so far."
         guided, plain = self._scores(self.finished), self._scores(self.finished_plain)
-        lines = self._images_line(guided, plain), self._moves_line(), *self._target_lines(), *self._advice(guided, plain)
+        lines = [self._images_line(guided, plain), self._moves_line(), self._eased_line(), *self._target_lines()]
+        lines += self._advice(guided, plain)
         return "\n".join(line for line in lines if line)
 
     def _images_line(self, guided: list[PromptScore], plain: list[PromptScore]) -> str:
@@ -247,6 +258,15 @@ class GuidanceReport:
             f"Guided {self.steps_guided} of {self.total_steps} steps, in {self.seconds:.2g} s; mean move "
             f"{_percent(self.mean_relative_move)} of the {of}{word}."
         )
+
+    def _eased_line(self) -> str:
+        """What ``ease_cfg=`` did."""
+        found = self.eased_cfg
+        if not self.eases or not self.moves:
+            return ""
+        if found is None:
+            return "This call has no classifier-free guidance, so ease_cfg= changed nothing."
+        return f"Classifier-free guidance of {found[0]:.3g} was eased to {found[1]:.3g} and returned as the moves faded."
 
     def _target_lines(self) -> list[str]:
         """What the target has done for each prompt."""

@@ -13,7 +13,8 @@ from kspec_guidance.guidance.calibration import find_calibration, guidance_scale
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1, Term
-from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, norms, row_dots
+from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, fading, norms, row_dots
+from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
 from kspec_guidance.loop.context import StepContext
 from kspec_guidance.loop.prediction import Prediction, keep_finite, realised_move
 from kspec_guidance.memory import Memory
@@ -121,7 +122,9 @@ class Run:
         self._unchecked: list[tuple[str, int, Tensor]] = []  # what, step, and whether it is finite
         self._rounded: list[Tensor] = []  # sizes of the moves of a step in half precision, realised and intended
         self.calibration = 1.0  # factor of scales in the unit "spread"
-        self.needs_denoiser_call = any(term.space.needs_denoiser_call for term in guide.terms)
+        self._cfg: ClassifierFree | None = None  # classifier-free guidance of this step, if a term needs it
+        self._needs_cfg = any(_needs_cfg(term) for term in guide.terms)
+        self.needs_denoiser_call = self._needs_cfg or any(term.space.needs_denoiser_call for term in guide.terms)
 
     def begin(self, context: StepContext, sample: Any) -> None:
         """Begin a pass through the timesteps: bind memories to the samples' shape, and create a new report."""
@@ -167,6 +170,35 @@ class Run:
             return 1.0
         found = find_calibration(pipe, context.total, guidance_scale_of(pipe))
         return 1.0 if found is None else found.factor
+
+    def output(self, model_output: Any, prediction: Prediction, context: StepContext) -> Any | None:
+        """The model output with less classifier-free guidance, if a term eases it at this step; else None."""
+        self._cfg = None
+        if not self._needs_cfg:
+            return None
+        fraction = context.step / context.total
+        within = [
+            state
+            for state in self._states
+            if state.steps and state.interval[0] <= fraction < state.interval[1] - 1e-9 and _needs_cfg(state.term)
+        ]
+        within = [state for state in within if _at_level(state.term, prediction)]
+        if not within:
+            return None
+        try:
+            cfg = self._cfg = classifier_free(model_output, prediction, context)
+        except UnknownGuidanceError as error:
+            raise ValueError(f"{_cannot_ease(within[0].term, context)}: {error}") from None
+        if cfg is None:
+            return None
+        self._unchecked.append((_cannot_ease(within[0].term, context), context.step, cfg.fits))
+        easing = [(state.term.ease_cfg, fading(fraction, state.interval)) for state in within]
+        weights = [cfg.weight - (cfg.weight - low).clamp_min(0) * f for low, f in easing if low is not None]
+        if not weights:
+            return None
+        eased = reduce(torch.minimum, weights)
+        self.report.eased.append((context.step, cfg.weight, eased))
+        return cfg.at_weight(model_output, eased)
 
     def step(self, prediction: Prediction, context: StepContext) -> Any | None:
         """The move of x0: the sum over terms of transform(gradient), in the layout of the loop."""
@@ -221,18 +253,19 @@ class Run:
         """Those of the terms that are active at this step."""
         active = []
         for state in states:
-            if context.step in state.steps:
-                interval = state.term.sigma_interval
-                if interval is None or interval[0] <= float(prediction.noise_to_signal) <= interval[1]:
-                    active.append(state)
+            if context.step in state.steps and _at_level(state.term, prediction):
+                active.append(state)
         return active
 
     def _move(self, x: Tensor, active: list[TermState], prediction: Prediction, context: StepContext) -> Tensor:
         """The move of packed samples ``[n, ...]`` by all terms that are active at this step."""
-        target, score = x.flatten(1), None
+        target, score, prompt = x.flatten(1), None, None
         if self._need_score:
             score = prediction.score
             score = (score if context.layout.trivial else context.layout.pack(score)).flatten(1)
+        if self._cfg is not None:
+            prompt = prediction.slope * self._cfg.direction
+            prompt = (prompt if context.layout.trivial else context.layout.pack(prompt)).flatten(1)
         sizes = norms(target)
         self._expect_finite("prediction", sizes, context.step)
         ascents = [self._ascent(state, x, sizes, context) for state in active]
@@ -252,6 +285,7 @@ class Run:
                     self._strength(state, gradient),
                     gradient.effective_count,
                     sizes,
+                    prompt,
                 )
                 for name in term.transforms:
                     move = TRANSFORMS[name](move, values)
@@ -332,8 +366,13 @@ class Run:
         checks, self._unchecked = self._unchecked, []
         values = torch.stack([finite for *_, finite in checks] + list(flags.values())).cpu().tolist()
         for (what, step, _), finite in zip(checks, values, strict=False):
-            if not finite:
+            if not finite and what in ("prediction", "move", "result"):
                 raise _not_finite(what, step, context.total)
+            if not finite:
+                raise ValueError(
+                    f"{what}: it does not combine its predictions as uncond + weight (cond - uncond), as seen at step "
+                    f"{step + 1} of {context.total}"
+                )
         for k, value in zip(flags, values[len(checks) :], strict=True):
             coincident[k] = value
         return coincident
@@ -377,6 +416,24 @@ class Run:
             with full_precision(final.device):
                 for memory, features, prompts in self.finished:
                     memory.add(features, prompts)
+
+
+def _needs_cfg(term: Term) -> bool:
+    return term.ease_cfg is not None or "keep_prompt" in term.transforms
+
+
+def _at_level(term: Term, prediction: Prediction) -> bool:
+    """Whether the noise level is in the term's ``sigma_interval``, if it has one."""
+    interval = term.sigma_interval
+    return interval is None or interval[0] <= float(prediction.noise_to_signal) <= interval[1]
+
+
+def _cannot_ease(term: Term, context: StepContext) -> str:
+    """The beginning of an error about classifier-free guidance, and the advice."""
+    name = "the transform keep_prompt" if term.ease_cfg is None else "ease_cfg="
+    pipe = context.call.pipe
+    where = "a bare scheduler" if pipe is None else f"this call of {type(pipe).__name__}"
+    return f"{name} cannot be used with {where}; leave it out"
 
 
 def _not_finite(what: str, step: int, total: int) -> ValueError:

@@ -26,7 +26,8 @@ WHOLE_INTERVAL, SHORT_INTERVAL, SHORT_SHARE = 8, 4, 0.5 / 0.65
 DEFAULT_TRANSFORMS = ("tangent", "off_score", "bound", "fade")
 
 LONGEST = 150  # characters of a setting in the repr
-USUAL = {"space": X0(), "start": 0.0, "stop": 1.0, "every": 1, "sigma_interval": None, "transforms": DEFAULT_TRANSFORMS}
+USUAL = {"space": X0(), "start": 0.0, "stop": 1.0, "every": 1, "sigma_interval": None, "transforms": DEFAULT_TRANSFORMS,
+         "ease_cfg": None}  # fmt: skip
 USUAL_KERNELS: dict[str, Any] = {"kernel": GaussianKernel(), "prompt_kernel": GaussianKernel(PROMPT_BANDWIDTH)}
 
 
@@ -49,6 +50,9 @@ class Term:
         transforms: names of :mod:`kspec_guidance.guidance.transforms`, in order.
         memory: memory of earlier samples; by default a new one.
         target: chooses the scale of each prompt, from call to call; with unit ``spread``.
+        ease_cfg: weight of classifier-free guidance at the start of the guided interval, at least 0, where the pipeline's
+            own is larger; it returns to the pipeline's at the end of the interval, as moves fade. 1 is the prediction with
+            the prompt alone. Has no effect on pipelines or calls without classifier-free guidance.
 
     Raises:
         ValueError: for settings outside their ranges.
@@ -67,6 +71,7 @@ class Term:
         memory: Memory | None = None,
         unit: str = "norm",
         target: VarietyTarget | None = None,
+        ease_cfg: float | None = None,
     ):
         if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
             raise ValueError(
@@ -90,7 +95,12 @@ class Term:
             )
         if target is not None and unit != "spread":
             raise ValueError(f"a target chooses scales in the unit 'spread', got unit={unit!r}")
-        self.target = target
+        if ease_cfg is not None and not (_is_number(ease_cfg) and math.isfinite(ease_cfg) and ease_cfg >= 0):
+            raise ValueError(
+                "ease_cfg must be a weight of classifier-free guidance of at least 0, such as 1 for the prediction with "
+                f"the prompt alone, or None, got {ease_cfg!r}"
+            )
+        self.target, self.ease_cfg = target, None if ease_cfg is None else float(ease_cfg)
         self.objective, self.scale, self.unit, self.space = objective, scale, unit, make_space(space)
         self.start, self.stop, self.every = start, stop, every
         self.sigma_interval, self.transforms = sigma_interval, tuple(transforms)
@@ -144,6 +154,10 @@ class Term:
 
     def __repr__(self) -> str:
         return f"Term({self.settings}; {type(self.memory).__name__} with {len(self.memory)} entries)"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(value: Any) -> str:

@@ -17,6 +17,8 @@ __all__ = [
     "TransformState",
     "bound",
     "fade",
+    "fading",
+    "keep_prompt",
     "off_score",
     "plain",
     "rescale",
@@ -42,6 +44,8 @@ class TransformState:
         effective_count: effective number of samples of its own prompt that each sample is compared with ``[n]``; None if
             undefined.
         sizes: norms of the target ``[n, 1]``; computed if not given.
+        prompt: what classifier-free guidance adds to the clean prediction, that with the prompt less that without
+            ``[n, d]``; None if there is none, or if no transform needs it.
     """
 
     target: Tensor
@@ -51,6 +55,7 @@ class TransformState:
     scale: float | Tensor
     effective_count: Tensor | None = None
     sizes: Tensor = None  # type: ignore[assignment]
+    prompt: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.sizes is None:
@@ -90,6 +95,17 @@ def off_score(move: Tensor, state: TransformState) -> Tensor:
     return without(move, state.score)
 
 
+def keep_prompt(move: Tensor, state: TransformState) -> Tensor:
+    """Remove the part of a move against the prompt: along the prediction without the prompt less that with it.
+
+    One-sided: what goes toward the prompt stays. Without classifier-free guidance nothing is removed.
+    """
+    if state.prompt is None:
+        return move
+    square = state.prompt.square().sum(1, keepdim=True).clamp_min(torch.finfo(move.dtype).tiny)
+    return torch.addcmul(move, state.prompt, (row_dots(move, state.prompt) / square).clamp_max(0), value=-1)
+
+
 def rescale(move: Tensor, state: TransformState) -> Tensor:
     """Scale every move to ``scale`` times the norm of its target, however small the gradient."""
     size = norms(move)
@@ -126,16 +142,22 @@ def bound(move: Tensor, state: TransformState) -> Tensor:
     return factor * state.sizes * move
 
 
+def fading(fraction: float, window: tuple[float, float]) -> float:
+    """``cos^2(pi/2 * position)``: from 1 at the start of the guided interval to 0 at its end."""
+    start, stop = window
+    position = min(max((fraction - start) / max(stop - start, 1e-9), 0.0), 1.0)
+    return math.cos(position * math.pi / 2) ** 2
+
+
 def fade(move: Tensor, state: TransformState) -> Tensor:
-    """Decrease the move from 1 at the start of the guided interval to 0 at its end: ``cos^2(pi/2 * position)``."""
-    start, stop = state.window
-    position = min(max((state.fraction - start) / max(stop - start, 1e-9), 0.0), 1.0)
-    return move * math.cos(position * math.pi / 2) ** 2
+    """Decrease the move from 1 at the start of the guided interval to 0 at its end, see :func:`fading`."""
+    return move * fading(state.fraction, state.window)
 
 
 TRANSFORMS: dict[str, Transform] = {
     "tangent": tangent,
     "off_score": off_score,
+    "keep_prompt": keep_prompt,
     "rescale": rescale,
     "rescale_from": rescale_from,
     "rescale_damped": rescale_damped,

@@ -7,7 +7,15 @@ from torch import nn
 
 from kspec_guidance.loop.prediction import UnsupportedSchedulerError
 
-__all__ = ["autoencoder_of", "call_parameters", "denoiser_of", "find_scheduler", "image_size", "sub_pipelines"]
+__all__ = [
+    "autoencoder_of",
+    "call_parameters",
+    "denoiser_of",
+    "denoisers_of",
+    "find_scheduler",
+    "image_size",
+    "sub_pipelines",
+]
 
 DENOISERS = ("transformer", "unet", "prior", "decoder", "image_unet", "model")
 
@@ -19,6 +27,12 @@ def denoiser_of(pipe: Any) -> nn.Module | None:
         if isinstance(found, nn.Module):
             return found
     return None
+
+
+def denoisers_of(pipe: Any) -> list[nn.Module]:
+    """All denoising networks of a pipeline: some (Wan 2.2) have a second one for low noise levels."""
+    second = [getattr(pipe, f"{name}_2", None) for name in DENOISERS]
+    return [found for found in (denoiser_of(pipe), *second) if isinstance(found, nn.Module)]
 
 
 def autoencoder_of(pipe: Any) -> Any:

@@ -16,10 +16,14 @@ __all__ = ["CallContext", "DenoiserCall", "StepContext", "StepHandler"]
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """A call of the denoiser: the network, and its arguments by name (the caller's tensors, not copies)."""
+    """A call of the denoiser: the network, and its arguments by name (the caller's tensors, not copies).
+
+    ``outputs`` is what this call and the further ones of the same step returned, in order.
+    """
 
     module: nn.Module
     arguments: dict[str, Any]
+    outputs: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,13 @@ class StepHandler(Protocol):
     All methods run without gradients. Samples are in the loop's layout; ``context.layout`` packs them.
     """
 
-    needs_denoiser_call: bool
+    needs_denoiser_call: bool  # whether ``context.denoiser_call`` is needed, with its outputs
 
     def begin(self, context: StepContext, sample: Any) -> None:
         """Begin a pass through the timesteps, at this noisy sample."""
+
+    def output(self, model_output: Any, prediction: Prediction, context: StepContext) -> Any | None:
+        """The model output that replaces that of the denoiser at this step; None to keep it."""
 
     def step(self, prediction: Prediction, context: StepContext) -> Any | None:
         """The move of the clean prediction x0 at this step, in its layout; None for no move."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kspec_guidance.loop.components import call_parameters, denoiser_of, sub_pipelines
+from kspec_guidance.loop.components import call_parameters, denoisers_of, sub_pipelines
 from kspec_guidance.loop.context import CallContext, DenoiserCall
 from kspec_guidance.loop.prompts import (
     condition_of,
@@ -253,7 +253,7 @@ class PipelineObserver:
 
 
 class DenoiserWatch:
-    """Observes the calls of a pipeline's denoiser, and keeps the first since the last :meth:`take`.
+    """Observes the calls of a pipeline's denoisers: keeps the first since the last :meth:`take`, and the outputs of all.
 
     Args:
         pipe: the pipeline; without a denoiser no calls are recorded.
@@ -263,10 +263,12 @@ class DenoiserWatch:
 
     def __init__(self, pipe: Any, on_call: Callable[[DenoiserCall], None] | None = None, keep: bool = True):
         self.kept: DenoiserCall | None = None
-        self._handle: Any = None  # a hook, or a patch of a module that was compiled in place
-        denoiser = denoiser_of(pipe)
-        if denoiser is None:
-            return
+        self._on_call, self._keep = on_call, keep
+        self._handles: list[Any] = []  # hooks, or patches of modules that were compiled in place
+        for denoiser in denoisers_of(pipe):
+            self._watch(denoiser)
+
+    def _watch(self, denoiser: nn.Module) -> None:
         signature = inspect.signature(getattr(denoiser, "_orig_mod", denoiser).forward)
 
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -274,22 +276,30 @@ class DenoiserWatch:
                 call = DenoiserCall(module, dict(signature.bind_partial(*args, **kwargs).arguments))
             except TypeError:
                 return
-            if keep and self.kept is None:
+            if self._keep and self.kept is None:
                 self.kept = call
-            if on_call is not None:
-                on_call(call)
+            if self._on_call is not None:
+                self._on_call(call)
+
+        def record_output(module: nn.Module, args: tuple, output: Any) -> None:
+            if self.kept is not None:
+                self.kept.outputs.append(output)
 
         def around_compiled(compiled: Function) -> Function:
             def call(*args: Any, **kwargs: Any) -> Any:
                 record(denoiser, args, kwargs)
-                return compiled(*args, **kwargs)
+                output = compiled(*args, **kwargs)
+                record_output(denoiser, args, output)
+                return output
 
             return call
 
         if getattr(denoiser, "_compiled_call_impl", None) is not None:  # hooks would be part of the graph
-            self._handle = MethodPatch(denoiser, "_compiled_call_impl", around_compiled, DenoiserWatch)
+            self._handles.append(MethodPatch(denoiser, "_compiled_call_impl", around_compiled, DenoiserWatch))
         else:
-            self._handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
+            self._handles.append(denoiser.register_forward_pre_hook(record, with_kwargs=True))
+            if self._keep:
+                self._handles.append(denoiser.register_forward_hook(record_output))
 
     def take(self) -> DenoiserCall | None:
         """Return the kept call, or None, and reset it."""
@@ -297,7 +307,7 @@ class DenoiserWatch:
         return kept
 
     def remove(self) -> None:
-        """Remove the hook, if any."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Remove the hooks, if any."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -254,6 +254,10 @@ class SchedulerHook:
         began = context.time.now()
         with torch.no_grad():
             prediction = predict(self.scheduler, model_output, timestep, sample, arguments, self.parametrisation)
+            output = self.handler.output(model_output, prediction, context)
+            if output is not None:
+                model_output = output
+                prediction = predict(self.scheduler, model_output, timestep, sample, arguments, self.parametrisation)
             move = self.handler.step(prediction, context)
             if move is not None:
                 output = keep_finite(prediction.moved(model_output, move), model_output, context.overflows)

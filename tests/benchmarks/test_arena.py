@@ -16,10 +16,12 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from safetensors.torch import save_file
 
 from benchmarks.arena import networks
+from benchmarks.arena.batched import Setting, run
 from benchmarks.arena.beds import BEDS, Bed, transformer
 from benchmarks.arena.beds.analytic import Analytic
-from benchmarks.arena.beds.base import Case
+from benchmarks.arena.beds.base import Case, blocks
 from benchmarks.arena.fronts import holm, hypervolume, matched, weights
+from benchmarks.arena.harness import FIDELITY_LOSS, Record, front, plain
 from benchmarks.arena.methods import METHODS
 from benchmarks.arena.methods.base import Moment, repulsion
 from benchmarks.arena.methods.diverseflow import dpp
@@ -28,6 +30,10 @@ from benchmarks.arena.methods.oscar import OSCAR
 from benchmarks.arena.methods.selection import varied
 from benchmarks.arena.methods.spell import SPELL
 from benchmarks.arena.page import PAGES
+from benchmarks.arena.quality import change, equal_quality
+from benchmarks.easing import GUARDED
+from kspec_guidance import SPARKE, VendiGuidance
+from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -289,3 +295,88 @@ def test_the_small_arena_runs_and_does_not_measure_twice(tmp_path: Path) -> None
     page = (tmp_path / "docs" / "arena.md").read_text()
     assert "OSCAR" in page
     assert "digits" in page
+
+
+def test_blocks_hold_successive_seeds_of_one_prompt():
+    prompts = ["a", "b", "c"] * 12  # twelve seeds: two blocks, the last of seven
+    found = blocks(prompts)
+    assert [len(block) for block in found] == [5, 5, 5, 7, 7, 7]
+    assert sorted(k for block in found for k in block) == list(range(36))
+    assert all(len({prompts[k] for k in block}) == 1 for block in found)
+
+
+def test_sample_in_another_prompts_mode_is_on_the_data_and_does_not_agree(bed: Analytic) -> None:
+    case = Case("prompt 9", 0)
+    own, other = int(bed.shares(case.prompt).argmax()), int(bed.shares(case.prompt).argmin())
+    at_own, at_other, off = (bed.model.centres[k].repeat(4, 1) + shift for k, shift in ((own, 0), (other, 0), (own, 9)))
+    figures = [bed.figures(x, case) for x in (at_own, at_other, off)]
+    assert [f["on_data"] for f in figures] == [1, 1, 0]
+    assert [f["valid"] for f in figures] == [1, 0, 0]
+    assert [f["agreement"] for f in figures[:2]] == [1, 0]
+
+
+def vector(modes: float, **changed: float) -> dict[str, np.ndarray]:
+    usual = {"modes": 4.0 * modes, "on_data": 0.9, "agreement": 0.8, "valid": 0.8, "coverage": 0.7, "recall": 0.5}
+    return {k: np.array([v, v]) for k, v in (usual | {"frechet_distance": 10.0, "mmd": 0.1} | changed).items()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "equal"),
+    [
+        ({}, True),
+        ({"on_data": 0.89, "coverage": 0.69, "frechet_distance": 10.4}, True),
+        ({"on_data": 0.87}, False),
+        ({"coverage": 0.67}, False),
+        ({"frechet_distance": 10.6}, False),
+        ({"agreement": 0.5}, True),
+        ({"coverage": 0.9, "frechet_distance": 12.0}, False),
+    ],
+)
+def test_quality_is_equal_only_if_no_figure_is_worse(changed: dict[str, float], equal: bool) -> None:
+    found = change(vector(1.5, **changed), vector(1.0), np.array([[0.5, 0.5]]))
+    assert found["modes"][0] == pytest.approx(1.5)
+    assert (found["kept"][0] >= -FIDELITY_LOSS) == equal
+
+
+def test_gain_at_equal_quality_of_a_front(tmp_path: Path) -> None:
+    """A front is measured on a bed, its record has the vector, and plain sampling against itself gains nothing."""
+    small = Analytic(8, skewed=False)
+    record = Record(tmp_path, small)
+    cases = small.cases("report", 1)
+    record.data["settings"] = {"prompts": [c.prompt for c in cases], "seeds": 1, "diversity": "modes", "fidelity": "valid"}
+    plain(small, record, "report", 1)
+    record.of("SPARKE, ours")["tuned"] = {"scale": 1e-6, "stop": 0.65}
+    front(small, "SPARKE, ours", record, 3, 1)
+    (found,) = equal_quality(json.loads(record.path.read_text()), "SPARKE, ours")
+    assert found.gain == pytest.approx(0.0, abs=1e-6)
+    assert found.agreement == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(),
+        Setting(50),
+        Setting(50, ease=1.0),
+        Setting(50, ease=1.0, guard=True),
+        Setting(scale=1.0, order=0.5),
+    ],
+)
+def test_batched_mixture_is_the_package_on_each_case(setting: Setting) -> None:
+    bed = Analytic(8, skewed=False)
+    case = bed.cases("report", 1)[0]
+    transforms = GUARDED if setting.guard else DEFAULT_TRANSFORMS
+    with torch.no_grad():
+        found = run(bed, [case], setting)[0]
+        if setting == Setting():
+            wanted = bed.run(case, bed.images)
+        else:
+            guide = (
+                VendiGuidance(setting.scale, order=setting.order)
+                if setting.scale
+                else SPARKE(variety=setting.variety, ease_cfg=setting.ease, transforms=transforms)
+            )
+            guide.calibration = 1.0
+            with guide.attach(bed.pipe):
+                wanted = bed.run(case, bed.images)
+    torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)

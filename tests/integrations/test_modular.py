@@ -67,6 +67,18 @@ def test_attach_to_modular_pipeline():
 
 
 @requires_modular
+def test_ease_cfg_needs_attach():
+    name, guide = "StableDiffusionXLModularPipeline", SPARKE(0.5, ease_cfg=1.0)
+    pipe = build_modular(name)
+    with guide.attach(pipe):
+        generate(pipe)
+    assert guide.report().eased_cfg is not None
+    pipe = build_modular(name, insert_guidance(diffusers.StableDiffusionXLAutoBlocks(), SPARKE(0.5, ease_cfg=1.0)))
+    with pytest.raises(ValueError, match=r"with guide\.attach"):  # the block comes after the denoiser
+        generate(pipe)
+
+
+@requires_modular
 def test_block_save_load_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))

@@ -86,6 +86,18 @@ def test_watched_module_compiled_in_place_is_restored():
     assert pipe.unet._compiled_call_impl is compiled
 
 
+def test_outputs_of_a_module_compiled_in_place_are_seen():
+    pipe = load_demo_pipeline()
+    eased = sample_latents(pipe, guide=SPARKE(1.0, ease_cfg=1.0), steps=3, guidance_scale=5.0)
+    dynamo = pytest.importorskip("torch._dynamo")
+    dynamo.reset()
+    pipe.unet.compile(backend="eager", fullgraph=True)
+    guide = SPARKE(1.0, ease_cfg=1.0)
+    torch.testing.assert_close(sample_latents(pipe, guide=guide, steps=3, guidance_scale=5.0), eased, atol=1e-4, rtol=1e-4)
+    assert guide.report().eased_cfg is not None
+    dynamo.reset()
+
+
 def test_dynamically_quantised_denoiser_is_guided():
     pipe = load_demo_pipeline()
     pipe.unet = torch.ao.quantization.quantize_dynamic(pipe.unet, {torch.nn.Linear}, torch.qint8)

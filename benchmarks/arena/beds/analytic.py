@@ -55,7 +55,10 @@ class ExactDenoiser(nn.Module):
 
 
 class Analytic(Bed):
-    """One mixture. ``modes`` counts the prompt's modes found, ``valid`` is the share of samples inside one."""
+    """One mixture. ``modes`` counts the prompt's modes found, ``valid`` is the share of samples inside one.
+
+    ``on_data`` is the share inside any mode, ``agreement`` that of samples whose nearest mode is the prompt's.
+    """
 
     has = frozenset({"guidance", "prompts"})
     images, steps, guidance_scale = 16, 30, 3.0
@@ -103,7 +106,8 @@ class Analytic(Bed):
     def figures(self, rows: Tensor, case: Case) -> dict[str, float]:
         shares, dim, std = self.shares(case.prompt), self.model.dim, self.model.std
         which, inside = self.assign(rows)
-        inside = inside & (shares[which] >= COUNTS)
+        own, on_data = shares[which] >= COUNTS, float(inside.float().mean())
+        inside = inside & own
         d2 = (rows[:, None] - self.model.centres[None]).square().sum(-1) / std**2
         log_p = (shares.clamp_min(1e-30).log() - d2 / 2).logsumexp(1) - dim * math.log(std * math.sqrt(2 * math.pi))
         drawn = torch.bincount(which[inside], minlength=MODES) / len(rows)
@@ -111,6 +115,8 @@ class Analytic(Bed):
             "modes": float(len(set(which[inside].tolist()))),
             "of": float((shares >= COUNTS).sum()),
             "valid": float(inside.float().mean()),
+            "on_data": on_data,
+            "agreement": float(own.float().mean()),
             "log_likelihood": float(log_p.clamp_min(-1e4).mean()) / dim,
             "total_variation": float((drawn - shares).abs().sum() / 2),
             **common_scores(rows),

@@ -1,6 +1,7 @@
 """Bed: cases, a pipeline to sample from, and a judge of the samples."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,9 @@ from kspec_guidance.kernels import CosineKernel, GaussianKernel
 
 from ..methods import Method
 
-__all__ = ["Bed", "Case", "common_scores"]
+__all__ = ["BLOCK_SEEDS", "Bed", "Case", "blocks", "common_scores"]
+
+BLOCK_SEEDS = 5  # seeds of one prompt whose samples are compared with the truth together
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,20 @@ class Case:
 
     prompt: str
     seed: int
+
+
+def blocks(prompts: list[str]) -> list[list[int]]:
+    """Indices of the cases of each block: ``BLOCK_SEEDS`` successive seeds of one prompt, all prompts of a block together.
+
+    Seeds that are left over join the last block.
+
+    >>> blocks(["a", "b"] * 10)[:2]
+    [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+    """
+    of = {p: [k for k, q in enumerate(prompts) if q == p] for p in dict.fromkeys(prompts)}
+    number = max(1, min(map(len, of.values())) // BLOCK_SEEDS)
+    ends = [*range(0, number * BLOCK_SEEDS, BLOCK_SEEDS), None]
+    return [mine[a:b] for a, b in pairwise(ends) for mine in of.values()]
 
 
 def common_scores(rows: Tensor) -> dict[str, float]:
@@ -105,6 +122,19 @@ class Bed:
     def truth(self, prompt: str) -> Tensor:
         """Feature rows ``[m, d]`` of true samples of a prompt."""
         raise NotImplementedError
+
+    def distances(self, rows: list[Tensor], cases: list[Case]) -> list[dict[str, float]]:
+        """How far each of the :func:`blocks` of cases is from the truth of its prompt.
+
+        Precision, recall, coverage, Frechet distance, and the unbiased squared MMD with a Gaussian kernel at the median
+        distance of the truth.
+        """
+        found = []
+        for block in blocks([c.prompt for c in cases]):
+            x, y = torch.cat([rows[k] for k in block]).double(), self.truth(cases[block[0]].prompt).double()
+            scores = asdict(F.fidelity_scores(x, y))
+            found.append(scores | {"mmd": float(F.mmd(x, y, GaussianKernel().fit(y)))})
+        return found
 
     def judge(self, samples: Tensor, case: Case) -> dict[str, float]:
         """All figures of one case's samples."""

@@ -16,7 +16,8 @@ ANY = ""  # the empty prompt: without labels the model was trained on a skewed d
 class Digits(Bed):
     """``modes`` counts styles of the prompt's class, or classes for the empty prompt.
 
-    ``valid`` is the judge's probability of that class (or its confidence), for digits within the radius of the data.
+    ``valid`` is the judge's probability of that class (or its confidence), for digits within the radius of the data;
+    ``on_data`` is its confidence in any class, for the same digits, and ``agreement`` the probability alone.
     """
 
     name = "digits"
@@ -65,6 +66,7 @@ class Digits(Bed):
         d = (rows[:, None] - self.centres[kinds]).norm(dim=-1)
         nearest, style = d.min(1)
         good = nearest <= self.radii[kinds]
+        on_data = float((p.amax(1) * good).mean())
         if case.prompt:
             good &= kinds == k
             modes = {(k, int(s)) for s in style[good]}
@@ -77,6 +79,7 @@ class Digits(Bed):
             "modes": float(len(modes)),
             "of": float(self.shares.shape[1] if case.prompt else 10),
             "valid": float((right * good).mean()),
+            "on_data": on_data,
             "agreement": float(right.mean()),
             "total_variation": variation,
             **common_scores(rows),

@@ -20,6 +20,8 @@ class Emoji(Bed):
 
     The fidelity of an image is the judge's probability of the likeliest training image that the prompt may describe:
     ``p(emoji) p(skin tone) p(art style)``; ``valid`` is its mean, so a wrong subject and an unclear image both count.
+    ``on_data`` is the mean probability of the likeliest training image whatever the prompt, so only an unclear image
+    counts; ``agreement`` is the share of images whose likeliest one is the prompt's.
     """
 
     name = "emoji"
@@ -70,6 +72,7 @@ class Emoji(Bed):
             "modes": float(len(set(which[agrees].tolist()))),
             "of": float(described.sum()),
             "valid": float(best.mean()),
+            "on_data": float(joint.amax(1).mean()),
             "agreement": float(agrees.float().mean()),
             **common_scores(rows),
         }

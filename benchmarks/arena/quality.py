@@ -1,0 +1,110 @@
+"""Diversity at equal quality: what a method gains where none of several figures of quality is worse than plain sampling's.
+
+A gain in modes alone can be bought with images off the data, or with the same few outliers of each mode. So quality is a
+vector: the share of samples on the data, coverage of the truth and Frechet distance to it. Agreement with the prompt is
+kept apart, since a sample in another prompt's mode is not off the data.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .beds.base import blocks
+from .fronts import against, hypervolume, matched, points, weights
+from .harness import FIDELITY_LOSS
+
+__all__ = ["FIGURES", "WORSE", "EqualQuality", "change", "equal_quality"]
+
+# What still counts as no worse than plain sampling: a difference, or a factor for distances
+WORSE = {"on_data": FIDELITY_LOSS, "coverage": 0.02, "frechet_distance": 1.05}
+DISTANCES = ("frechet_distance",)  # lower is better; compared by their ratio
+FIGURES = ("modes", "on_data", "agreement", "valid", "coverage", "recall", "frechet_distance", "mmd")
+
+
+@dataclass
+class EqualQuality:
+    """A method on one bed: its gain in modes at equal quality, the hypervolume, both with 95% intervals.
+
+    ``agreement`` is the change of agreement there; ``gain_agreed`` is the gain that also keeps agreement. ``p`` is that of
+    the difference to the reference method, Holm-corrected.
+    """
+
+    method: str
+    gain: float
+    gain_low: float
+    gain_high: float
+    volume: float
+    volume_low: float
+    volume_high: float
+    agreement: float
+    gain_agreed: float
+    ahead: float | None = None
+    ahead_low: float | None = None
+    ahead_high: float | None = None
+    p: float | None = None
+
+
+def by_block(cases: dict[str, list[float]], distances: list[dict[str, float]], prompts: list[str]) -> dict[str, np.ndarray]:
+    """The figures of each block of cases: means of those of its cases, and the distances of its samples to the truth."""
+    members = blocks(prompts)
+    found = {k: np.array([np.mean([v[i] for i in block]) for block in members]) for k, v in cases.items()}
+    return found | {k: np.array([d[k] for d in distances]) for k in distances[0]}
+
+
+def change(found: dict[str, np.ndarray], base: dict[str, np.ndarray], w: np.ndarray) -> dict[str, np.ndarray]:
+    """Figures of a setting against plain sampling, for bootstrap weights ``[draws, blocks]``.
+
+    ``modes`` and distances as factors, others as differences; ``kept`` is the quality kept, the least of the quality
+    figures in units in which ``-FIDELITY_LOSS`` still counts as equal.
+    """
+    out = {}
+    for name in FIGURES:
+        a, b = w @ found[name], w @ base[name]
+        out[name] = a / b if name in ("modes", *DISTANCES) else a - b
+    parts = [
+        -np.log(out[name]) * FIDELITY_LOSS / np.log(WORSE[name]) if name in DISTANCES else out[name] * FIDELITY_LOSS / worse
+        for name, worse in WORSE.items()
+    ]
+    return out | {"kept": np.minimum.reduce(parts)}
+
+
+def at_gain(gain: np.ndarray, kept: np.ndarray, value: np.ndarray, best: float) -> float:
+    """The value of another figure where a front reaches its gain at equal quality, interpolated as the gain is."""
+    g, k, v = (np.concatenate([[0.0], a]) for a in (gain, kept, value))
+    choices = [(abs(g[i] - best), v[i]) for i in range(len(g)) if k[i] >= -FIDELITY_LOSS]
+    for a in range(len(g) - 1):
+        if (k[a] >= -FIDELITY_LOSS) != (k[a + 1] >= -FIDELITY_LOSS):
+            part = (k[a] + FIDELITY_LOSS) / (k[a] - k[a + 1])
+            choices.append((abs(g[a] + part * (g[a + 1] - g[a]) - best), v[a] + part * (v[a + 1] - v[a])))
+    return float(min(choices)[1])
+
+
+def equal_quality(data: dict[str, Any], reference: str) -> list[EqualQuality]:
+    """All methods of a bed whose fronts have the figures of the whole judge, compared with one of them."""
+    settings, plain = data["settings"], data["methods"]["plain"]
+    own = plain.get(f"report {settings['seeds']}", {})
+    if "distances" not in plain or "on_data" not in own:
+        return []
+    prompts = settings["prompts"]
+    base = by_block(own, plain["distances"], prompts)
+    w = weights([prompts[block[0]] for block in blocks(prompts)])
+    out, gains = [], {}
+    for method, has in data["methods"].items():
+        if not has.get("front") or not all("distances" in p for p in has["front"]):
+            continue
+        found = [change(by_block(p["cases"], p["distances"], prompts), base, w) for p in points(data, method)]
+        gain, kept, agreement = (np.stack([f[k] for f in found], 1) for k in ("modes", "kept", "agreement"))
+        gain = gain - 1
+        g, volume = matched(gain, kept), hypervolume(gain, kept)
+        gains[method] = g
+        s = EqualQuality(
+            method, g[0], *np.quantile(g, [0.025, 0.975]), volume[0], *np.quantile(volume, [0.025, 0.975]),
+            at_gain(gain[0], kept[0], agreement[0], g[0]), matched(gain, np.minimum(kept, agreement))[0],
+        )  # fmt: skip
+        out.append(s)
+    compared = against(gains, reference)
+    for s in out:
+        if s.method in compared:
+            s.ahead, s.ahead_low, s.ahead_high, s.p = compared[s.method]
+    return sorted(out, key=lambda s: -s.gain)
