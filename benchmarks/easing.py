@@ -124,12 +124,19 @@ def table(name: str, found: dict[str, Any]) -> str:
     return pages.table([title, *NAMES.values(), "equal quality"], rows)
 
 
+def tables(path: Path) -> str:
+    """The tables of all beds in a file of results."""
+    if not path.exists():
+        return "(not measured)"
+    return "\n\n".join(table(name, found) for name, found in json.loads(path.read_text("utf-8")).items())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beds", nargs="*", default=[], help="beds of the arena, or emoji-24 for 24 steps")
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--half", default="report", choices=["tune", "report"])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "easing.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena" / "easing.json")
     parser.add_argument("--page", type=Path, help="write the tables into this page")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -151,7 +158,7 @@ def main() -> None:
                         fresh.write_text(json.dumps(done, separators=(",", ":")) + "\n", encoding="utf-8")
         print(table(name, found), flush=True)
     if args.page is not None:
-        pages.fill(args.page, {"easing": "\n\n".join(table(name, found) for name, found in done.items())})
+        pages.fill(args.page, {"easing": tables(args.out)})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS
 from .figures import OURS, ablation_panels, fronts, overview
@@ -25,7 +26,7 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "arena/target.md": ("matching",),
     "arena/sets.md": ("smallsets", "longruns"),
     "arena/costs.md": ("cost",),
-    "arena/ablations.md": ("ablations",),
+    "arena/ablations.md": ("ablations", "easing"),
 }
 
 
@@ -252,6 +253,7 @@ def write(folder: Path, docs: Path) -> None:
         "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
         "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
+        "easing": tables(folder / "easing.json"),
     }  # fmt: skip
     for page, names in PAGES.items():
         fill(docs / page, {name: parts[name] for name in names})
