@@ -228,8 +228,8 @@ def check_strength(variety: float | None, scale: float | None, target: str | Non
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(model: str, dtype: str, device: str | None) -> Any:
-    """The pipeline of ``--model``, on its device, without progress bars.
+def load_pipeline(model: str, dtype: str, device: str | None, revision: str | None = None) -> Any:
+    """The pipeline of ``--model``, on its device, without progress bars; of the hub, this revision of it.
 
     Raises:
         ValueError: for a model that cannot be loaded, or a device that cannot be used.
@@ -250,7 +250,9 @@ def load_pipeline(model: str, dtype: str, device: str | None) -> Any:
         from diffusers import DiffusionPipeline
 
         try:
-            pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True, torch_dtype=getattr(torch, dtype))
+            pipe = DiffusionPipeline.from_pretrained(
+                model, use_safetensors=True, torch_dtype=getattr(torch, dtype), revision=revision
+            )
         except Exception as error:  # of the hub, the files, or a package that the pipeline needs
             hint = "" if nearest_name(model, ["demo"]) is None else "; did you mean 'demo'?"
             raise ValueError(f"cannot load {model!r}{hint}: {type(error).__name__}: {_one_line(error)}") from error

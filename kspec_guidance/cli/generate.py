@@ -43,6 +43,7 @@ from kspec_guidance.cli.console import Output, command_output
 __all__ = ["generate"]
 
 PROCESSES, PUBLISHING = "Processes", "Publishing"
+WITH_REPRODUCE = ("reproduce", "out", "model", "device", "report", "force", "as_json", "quiet", "version")
 
 
 def _toward(output: Output, pipe: Any, folder: Path, call: dict[str, Any], batch_size: int, dry_run: bool) -> Any:
@@ -65,7 +66,52 @@ def _toward(output: Output, pipe: Any, folder: Path, call: dict[str, Any], batch
     return MMDGuidance(reference, baseline=baseline)
 
 
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, and does not have its default."""
+    return str(getattr(context.get_parameter_source(name), "name", "")) not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _check_alone(context: typer.Context) -> None:
+    """Refuse options that say again, or otherwise, what reproduce.yaml says.
+
+    Raises:
+        ValueError: naming them.
+    """
+    others = [name for name in context.params if name not in WITH_REPRODUCE and _given(context, name)]
+    if others:
+        listed = ", ".join("prompts" if name == "prompt" else "--" + name.replace("_", "-") for name in others)
+        raise ValueError(f"--reproduce takes all settings of the images from its file; leave out {listed}")
+
+
+def _reproduce(
+    output: Output, path: Path, out: Path, model: str | None, device: str | None, report: bool, force: bool
+) -> None:
+    """Make a set again, and print how many images are as before."""
+    from kspec_guidance.synthesis.api import reproduce
+    from kspec_guidance.synthesis.reproduction import read_recipe
+
+    about = read_recipe(path).model
+    name = model or str(about.get("name"))
+    output.note(f"loading model {name} ...")
+    dtype = str(about.get("dtype")).removeprefix("torch.")
+    pipe = load_pipeline(name, dtype, device, about.get("revision") if model is None else None)
+    output.kept = f"finished images in {out} are kept; run the same command again to resume"
+    with output.synthesis_progress() as show:
+        result = reproduce(path, out, pipe, report=report, force=force, progress_callback=show)
+    _print_result(output, result)
+
+
+def _print_result(output: Output, result: Any) -> None:
+    if result.first:
+        if result.report is not None:
+            output.wrote(result.report)
+        record = asdict(result)
+        del record["first"]
+        output.result(record, str(result))
+
+
 def generate(
+    context: typer.Context,
     prompt: PromptTexts = None,
     prompts: Prompts = None,
     quota: Annotated[
@@ -201,6 +247,16 @@ def generate(
             rich_help_panel=PUBLISHING,
         ),
     ] = None,
+    reproduce: Annotated[
+        Path | None,
+        typer.Option(
+            help="reproduce.yaml of a set, which is made again in --out; only --model, --device and options of output go "
+            "with it.",
+            rich_help_panel=PUBLISHING,
+            dir_okay=False,
+            exists=True,
+        ),
+    ] = None,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.", rich_help_panel=OUTPUT)] = True,
     force: Annotated[
         bool,
@@ -225,6 +281,11 @@ def generate(
     The same command resumes an interrupted run. Several processes:
     torchrun --nproc-per-node 2 -m kspec_guidance generate ...
     """
+    if reproduce is not None:
+        _check_alone(context)
+        with command_output(as_json, quiet) as output:
+            _reproduce(output, reproduce, out, model if _given(context, "model") else None, device, report, force)
+        return
     check_prompt_source(prompt, prompts)
     raised = target if target is not None and re.fullmatch(r"[^<>=]*\bof\b[^<>=]*", target) else None
     check_strength(variety, scale, raised)
@@ -286,9 +347,4 @@ def generate(
                 select=select or "mixture-greedy", report=report, licence=licence, marks=marks, sign=sign, force=force,
                 progress_callback=progress_callback, memory_file=memory_file,
             )  # fmt: skip
-        if result.first:
-            if result.report is not None:
-                output.wrote(result.report)
-            record = asdict(result)
-            del record["first"]
-            output.result(record, str(result))
+        _print_result(output, result)

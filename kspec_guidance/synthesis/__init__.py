@@ -6,7 +6,7 @@
 A run can be stopped and resumed at any time and can use several processes: see ``docs/synthesis.md``.
 """
 
-from kspec_guidance.synthesis.api import Synthesis, synthesize
+from kspec_guidance.synthesis.api import Synthesis, reproduce, synthesize
 from kspec_guidance.synthesis.arms import Arm, read_arms
 from kspec_guidance.synthesis.errors import (
     CheckpointError,
@@ -37,5 +37,6 @@ __all__ = [
     "estimate",
     "read_arms",
     "read_prompts",
+    "reproduce",
     "synthesize",
 ]

@@ -40,8 +40,10 @@ from kspec_guidance.synthesis.generator import Generator
 from kspec_guidance.synthesis.marks import Marks
 from kspec_guidance.synthesis.prompts import Prompt, read_prompts
 from kspec_guidance.synthesis.provenance import Provenance, check_licence, package_versions
+from kspec_guidance.synthesis.publication import compare_with_original, write_publication
 from kspec_guidance.synthesis.quotas import Attribute, split_quotas
 from kspec_guidance.synthesis.records import Store, unpack_tensors
+from kspec_guidance.synthesis.reproduction import Recipe, read_recipe, recipe_of
 from kspec_guidance.synthesis.schedule import Job, Target, make_jobs
 from kspec_guidance.synthesis.settings import (
     DIGITS,
@@ -62,7 +64,7 @@ from kspec_guidance.synthesis.worker import Progress, Worker
 from kspec_guidance.utils.arguments import renamed_arguments
 from kspec_guidance.utils.hashing import hash_json, hash_tensors
 
-__all__ = ["Synthesis", "synthesize"]
+__all__ = ["Synthesis", "reproduce", "synthesize"]
 
 STOP_REASONS = ("all images made", "more images add little", "most images made", "target reached", "too many rejected")
 
@@ -88,6 +90,7 @@ class Synthesis:
         arm_differences: of a run with arms: where the two with most images differ; see :func:`arm_differences`.
         report: path of ``report.html``; None if none was written, and in all processes but the first.
         first: whether this is the first process, which prints and writes for all.
+        reproduced: of :func:`reproduce`: files of images that have the bytes, or the pixels, of those of the earlier set.
     """
 
     out: Path
@@ -106,6 +109,7 @@ class Synthesis:
     arm_differences: list[dict[str, Any]] = field(default_factory=list)
     report: Path | None = None
     first: bool = True
+    reproduced: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.images} images in {self.out}"]
@@ -117,6 +121,8 @@ class Synthesis:
                 lines.append(f"{name}: " + ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
         if self.arms:
             lines.append("arms: " + ", ".join(f"{name} {100 * a['share']:.0f}%" for name, a in self.arms.items()))
+        if self.reproduced:
+            lines.append("as before: " + ", ".join(f"{k} {v}" for k, v in self.reproduced.items() if v))
         if self.seconds:
             lines.append(f"{self.seconds:.1f} s, of which guidance {self.guidance_seconds:.1f} s")
         return "\n".join(lines)
@@ -155,6 +161,7 @@ def synthesize(
     force: bool = False,
     progress_callback: Callable[[Progress], None] | None = None,
     memory_file: str | Path | None = None,
+    recipe: Recipe | None = None,
 ) -> Synthesis:
     """Make a dataset in which each image is repelled by the earlier images *of similar prompts*, over the whole run.
 
@@ -204,6 +211,7 @@ def synthesize(
         force: continue although settings changed or something is damaged; finished images are kept and counted.
         progress_callback: called with a :class:`Progress` after each batch.
         memory_file: where to save, at the end, an exact memory of the entries of the guide's memory and of the whole set.
+        recipe: of a set that this run is to make again, see :func:`reproduce`; other settings are refused.
 
     Raises:
         SynthesisError: for arguments that do not fit each other or the pipeline, before any image is made if possible; if
@@ -231,7 +239,7 @@ def synthesize(
 
         pipe, call = load_demo_pipeline(), {"num_inference_steps": 20, "guidance_scale": 5.0} | call
         pipe.set_progress_bar_config(disable=True)
-    guide = SPARKE() if guide is None else guide
+    guide, embedder_name = SPARKE() if guide is None else guide, embedder
     selector = models = None
     if arms is not None:
         arms = list(arms)
@@ -291,6 +299,18 @@ def synthesize(
         if arms is not None and models is not None:
             run_settings |= describe_arms(arms, select, models)
         run_settings = as_json(run_settings)
+        if recipe is not None:
+            recipe.check(run_settings)
+        run = {
+            "images_per_prompt": images_per_prompt, "batch_size": batch_size, "call": call, "seed": seed, "quotas": counts,
+            "target": run_settings["target"], "filter": filter, "duplicates": duplicates, "candidates": candidates,
+            "arms": None if arms is None else [asdict(arm) for arm in arms], "select": select, "memory": memory,
+            "memory_by": memory_by, "exchange": exchange, "format": format, "shard_size": shard_size,
+            "embedder": embedder_name, "licence": licence, "marks": marks, "sign": None if sign is None else str(sign),
+        }  # fmt: skip
+        made_by = recipe_of(pipe, guide, run, run_settings)
+        made_by.obstacles += [f"the {entries} entries of the guide's memory"] if entries else []
+        made_by.obstacles += ["the references of attributes"] if attributes else []
         store = Store(out, None if format == "imagefolder" else out / ".kspec" / "images")
         packer = None if format == "imagefolder" else Packer(store, format, shard_size, types)
         _open(store, processes, run_settings, force, types)
@@ -354,12 +374,51 @@ def synthesize(
                 first=processes.rank == 0,
             )
             _conclude(store, processes, worker, result, report, embedder)
+            if result.first and result.images:
+                if any(True for _ in store.records([e for e in store.epochs() if e < store.epoch])):
+                    made_by.obstacles.append("the earlier settings: they were changed while the set was made")
+                write_publication(store, store.rows(), result.rejected, format, result.report, made_by, prompt_list)
             if memory_file is not None and result.first:
                 _save_memory(store, guide_memory, entries, Path(memory_file))
             return result
         finally:
             if processes.rank == 0:
                 store.unlock()
+
+
+def reproduce(
+    path: str | Path,
+    out: str | Path,
+    pipe: Any = None,
+    *,
+    report: bool = True,
+    force: bool = False,
+    progress_callback: Callable[[Progress], None] | None = None,
+) -> Synthesis:
+    """Make a set again from its ``reproduce.yaml`` and ``prompts.jsonl``, and compare its images with those beside them.
+
+    Args:
+        path: of ``reproduce.yaml``.
+        out: the new folder.
+        pipe: the pipeline that made the set, if it cannot be loaded by its name; its scheduler is replaced during the run.
+        report: write ``report.html`` at the end.
+        force: continue although settings changed or something is damaged.
+        progress_callback: called with a :class:`Progress` after each batch.
+
+    Raises:
+        SynthesisError: for a file that cannot make the set again, or settings that differ, such as another model or number
+            of processes; and those of :func:`synthesize`.
+    """
+    recipe = read_recipe(path)
+    pipe = recipe.pipeline(pipe)
+    with recipe.scheduler_of(pipe):
+        result = synthesize(
+            out=out, pipe=pipe, report=report, force=force, progress_callback=progress_callback, recipe=recipe,
+            **recipe.arguments(),
+        )  # fmt: skip
+    if result.first:
+        result.reproduced = compare_with_original(Path(path).parent, result.out)
+    return result
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError
 
-__all__ = ["Filter", "Screen", "load_filter"]
+__all__ = ["Filter", "Screen", "filter_name", "load_filter"]
 
 Filter = Callable[[Image.Image, dict[str, Any]], Any]
 
@@ -38,6 +38,20 @@ def load_filter(name: str) -> Filter:
     if not callable(found):
         raise SynthesisError(f"the filter {name!r} is a {type(found).__name__}, not a function")
     return found
+
+
+def filter_name(function: Filter | None) -> str | None:
+    """The name of a filter as :func:`load_filter` takes it.
+
+    Raises:
+        TypeError: for a function that cannot be imported by name.
+    """
+    if function is None:
+        return None
+    module, name = getattr(function, "__module__", "__main__"), getattr(function, "__qualname__", "<>")
+    if module == "__main__" or "<" in name or "." in name:
+        raise TypeError(f"{name} is no function of a module")
+    return f"{module}:{name}"
 
 
 class Screen:

@@ -1,0 +1,137 @@
+"""The files that go with a set: card, Croissant, recipe, prompts and checksums."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from kspec_guidance.synthesis.card import card, licence_of
+from kspec_guidance.synthesis.columns import COLUMNS, column_types
+from kspec_guidance.synthesis.croissant import croissant
+from kspec_guidance.synthesis.errors import disk_errors
+from kspec_guidance.synthesis.prompts import Prompt
+from kspec_guidance.synthesis.records import Store
+from kspec_guidance.synthesis.reproduction import Recipe, prompts_text
+from kspec_guidance.utils.atomic_io import replacing
+
+__all__ = ["compare_with_original", "write_publication"]
+
+SUMS, CARD = "SHA256SUMS", "README.md"
+DATA = (".png", ".tar", ".parquet")
+
+
+def write_publication(
+    store: Store,
+    rows: Sequence[Mapping[str, Any]],
+    rejected: Mapping[str, int],
+    kind: str,
+    report: Path | None,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    url: str | None = None,
+) -> None:
+    """Write README.md, croissant.json, reproduce.yaml, prompts.jsonl and SHA256SUMS. A file that the user changed stays.
+
+    Args:
+        store: of the run.
+        rows: metadata of all images, at least one.
+        rejected: dropped images, by reason.
+        kind: ``imagefolder``, ``webdataset`` or ``parquet``.
+        report: the page of the scores; None for none.
+        recipe: what makes the set again.
+        prompts: of the run.
+        url: of the set's page; that of this package by default.
+    """
+    out = store.out
+    files = {"prompts.jsonl": prompts_text(prompts), "reproduce.yaml": recipe.text()}
+    types = {**column_types([prompt.extra for prompt in prompts]), **column_types(rows)}
+    if kind == "imagefolder":
+        data = {"metadata.jsonl": file_digest(out / "metadata.jsonl")}
+        used = {name for row in rows for name in row}
+        columns = {name: found for name, found in {**types, **COLUMNS}.items() if name in used}
+        images = {row["file_name"]: row.get("sha256") or file_digest(out / row["file_name"]) for row in rows}
+    else:
+        data = {path.name: file_digest(path) for path in sorted(out.glob("shard-*")) if path.suffix in DATA}
+        columns, images = {**types, **COLUMNS}, {}
+    name = f"Images by {recipe.model.get('name') or 'a model'}, run {rows[0]['settings']}"  # the same in each folder
+    about = f"{len(rows)} images of {len({row['prompt'] for row in rows})} prompts, made by a model with kspec-guidance."
+    url = url or "https://pypi.org/project/kspec-guidance/"
+    description = croissant(name, about, licence_of(rows), url, data, columns, kind, "1.0.0")
+    files["croissant.json"] = json.dumps(description, indent=1) + "\n"
+    scores = None if report is None else json.loads(report.with_suffix(".json").read_text())
+    text = card(name, rows, rejected, kind, scores, recipe.settings, recipe.obstacles)
+    written = _write(store, {**files, CARD: text})
+    with disk_errors(out):
+        recipe.write_guide(out)
+    sums = images | data | {name: written[name] for name in files}
+    _write(store, {SUMS: "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))})
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(store: Store, files: Mapping[str, str]) -> dict[str, str]:
+    """Write files, except those that another hand wrote or changed; the digests of all, as they are now."""
+    state = store.state / "written.json"
+    try:
+        known = dict(json.loads(state.read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    found = {}
+    with disk_errors(store.out):
+        for name, text in files.items():
+            path, digest = store.out / name, hashlib.sha256(text.encode()).hexdigest()
+            found[name] = file_digest(path) if path.is_file() else None
+            if found[name] not in (None, digest, known.get(name)):
+                warnings.warn(f"{path} was written or changed by another hand, and is left as it is", stacklevel=4)
+                continue
+            known[name] = found[name] = digest
+            with replacing(state) as fresh:  # first: a file cut off by a crash is then written again
+                fresh.write_text(json.dumps(known, indent=1) + "\n")
+            with replacing(path) as fresh:
+                fresh.write_text(text, encoding="utf-8", newline="\n")
+    return {name: digest or "" for name, digest in found.items()}
+
+
+def compare_with_original(original: Path, out: Path) -> dict[str, int]:
+    """How many images (or shards) of a set have the bytes, or the pixels, of those of an earlier one.
+
+    Args:
+        original: its folder.
+        out: the folder of the new set.
+    """
+    old, new = (_sums(folder / SUMS) for folder in (original, out))
+    found = {"same bytes": 0, "same pixels": 0, "different": 0}
+    for name in sorted(old.keys() | new.keys()):
+        if name in old and old.get(name) == new.get(name):
+            found["same bytes"] += 1
+        elif name in old and name in new and name.endswith(".png") and _same_pixels(original / name, out / name):
+            found["same pixels"] += 1
+        else:
+            found["different"] += 1
+    return found
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """The checksums of images or shards in a file of them."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    pairs = [line.split("  ", 1) for line in lines if "  " in line]
+    return {name: digest for digest, name in pairs if name.endswith(DATA)}
+
+
+def _same_pixels(first: Path, second: Path) -> bool:
+    try:
+        with Image.open(first) as a, Image.open(second) as b:
+            return a.size == b.size and a.mode == b.mode and a.tobytes() == b.tobytes()
+    except OSError:
+        return False
