@@ -247,6 +247,13 @@ def generate(
             rich_help_panel=PUBLISHING,
         ),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            help="Upload the finished set to this dataset on the Hugging Face hub, user/name; needs a token (HF_TOKEN).",
+            rich_help_panel=PUBLISHING,
+        ),
+    ] = None,
     reproduce: Annotated[
         Path | None,
         typer.Option(
@@ -344,7 +351,8 @@ def generate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas,
                 target=None if raised else target, filter=keep, duplicates=duplicates, candidates=candidates, memory=memory,
                 memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, arms=several,
-                select=select or "mixture-greedy", report=report, licence=licence, marks=marks, sign=sign, force=force,
+                select=select or "mixture-greedy", report=report, licence=licence, marks=marks, sign=sign,
+                push_to_hub=push_to_hub, force=force,
                 progress_callback=progress_callback, memory_file=memory_file,
             )  # fmt: skip
         _print_result(output, result)

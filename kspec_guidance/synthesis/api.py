@@ -37,6 +37,7 @@ from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError, disk
 from kspec_guidance.synthesis.export import FORMATS, Packer
 from kspec_guidance.synthesis.filters import Filter, Screen
 from kspec_guidance.synthesis.generator import Generator
+from kspec_guidance.synthesis.hub import HubUpload
 from kspec_guidance.synthesis.marks import Marks
 from kspec_guidance.synthesis.prompts import Prompt, read_prompts
 from kspec_guidance.synthesis.provenance import Provenance, check_licence, package_versions
@@ -89,6 +90,7 @@ class Synthesis:
         arms: of a run with arms: images, shares, costs and scores of each; see :func:`arm_summary`.
         arm_differences: of a run with arms: where the two with most images differ; see :func:`arm_differences`.
         report: path of ``report.html``; None if none was written, and in all processes but the first.
+        url: of the page of the set on the hub; None if it was not uploaded.
         first: whether this is the first process, which prints and writes for all.
         reproduced: of :func:`reproduce`: files of images that have the bytes, or the pixels, of those of the earlier set.
     """
@@ -108,6 +110,7 @@ class Synthesis:
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     arm_differences: list[dict[str, Any]] = field(default_factory=list)
     report: Path | None = None
+    url: str | None = None
     first: bool = True
     reproduced: dict[str, int] = field(default_factory=dict)
 
@@ -121,6 +124,8 @@ class Synthesis:
                 lines.append(f"{name}: " + ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
         if self.arms:
             lines.append("arms: " + ", ".join(f"{name} {100 * a['share']:.0f}%" for name, a in self.arms.items()))
+        if self.url is not None:
+            lines.append(f"uploaded to {self.url}")
         if self.reproduced:
             lines.append("as before: " + ", ".join(f"{k} {v}" for k, v in self.reproduced.items() if v))
         if self.seconds:
@@ -158,6 +163,7 @@ def synthesize(
     licence: str | None = None,
     marks: bool = True,
     sign: str | Path | None = None,
+    push_to_hub: str | None = None,
     force: bool = False,
     progress_callback: Callable[[Progress], None] | None = None,
     memory_file: str | Path | None = None,
@@ -208,6 +214,7 @@ def synthesize(
         marks: write into each image that a model made it (IPTC digital source type ``trainedAlgorithmicMedia``).
         sign: add a C2PA manifest to each image, signed with the certificate and key of this PEM file, or ``self-signed``.
             Signatures are random: images have the same pixels again, but not the same bytes.
+        push_to_hub: dataset repository of the Hugging Face hub, ``user/name``, to which the finished set is uploaded.
         force: continue although settings changed or something is damaged; finished images are kept and counted.
         progress_callback: called with a :class:`Progress` after each batch.
         memory_file: where to save, at the end, an exact memory of the entries of the guide's memory and of the whole set.
@@ -234,6 +241,7 @@ def synthesize(
     counts, attributes = split_quotas(quotas)
     screen = Screen(duplicates, filter)
     processes = Processes()
+    hub = None if push_to_hub is None else HubUpload(push_to_hub)
     if pipe is None:
         from kspec_guidance.demo import load_demo_pipeline
 
@@ -352,6 +360,8 @@ def synthesize(
                 progress_callback=progress_callback if processes.rank == 0 else None,
                 arms=None if selector is None else ArmChoice(arms or [], selector, run_guide, generator, models),
             )
+            if hub is not None and processes.rank == 0:
+                hub.prepare(settings.expected_images, format)
             if memory_file is not None and processes.rank == 0:
                 _prepare(Path(memory_file))
             worker.resume()
@@ -377,9 +387,20 @@ def synthesize(
             if result.first and result.images:
                 if any(True for _ in store.records([e for e in store.epochs() if e < store.epoch])):
                     made_by.obstacles.append("the earlier settings: they were changed while the set was made")
-                write_publication(store, store.rows(), result.rejected, format, result.report, made_by, prompt_list)
+                write_publication(
+                    store,
+                    store.rows(),
+                    result.rejected,
+                    format,
+                    result.report,
+                    made_by,
+                    prompt_list,
+                    None if hub is None else hub.url,
+                )
             if memory_file is not None and result.first:
                 _save_memory(store, guide_memory, entries, Path(memory_file))
+            if hub is not None and result.first and result.images:
+                result.url = hub.push(out)
             return result
         finally:
             if processes.rank == 0:

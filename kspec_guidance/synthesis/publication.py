@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from kspec_guidance.synthesis.prompts import Prompt
 from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.reproduction import Recipe, prompts_text
 from kspec_guidance.utils.atomic_io import replacing
+from kspec_guidance.utils.hashing import hash_json
+from kspec_guidance.utils.messages import warn_user
 
 __all__ = ["compare_with_original", "write_publication"]
 
@@ -62,13 +63,14 @@ def write_publication(
     url = url or "https://pypi.org/project/kspec-guidance/"
     description = croissant(name, about, licence_of(rows), url, data, columns, kind, "1.0.0")
     files["croissant.json"] = json.dumps(description, indent=1) + "\n"
-    scores = None if report is None else json.loads(report.with_suffix(".json").read_text())
+    state = _State(store)
+    scores = state.scores(rows, report)
     text = card(name, rows, rejected, kind, scores, recipe.settings, recipe.obstacles)
-    written = _write(store, {**files, CARD: text})
+    written = state.write({**files, CARD: text})
     with disk_errors(out):
         recipe.write_guide(out)
     sums = images | data | {name: written[name] for name in files}
-    _write(store, {SUMS: "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))})
+    state.write({SUMS: "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))})
 
 
 def file_digest(path: Path) -> str:
@@ -80,27 +82,47 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write(store: Store, files: Mapping[str, str]) -> dict[str, str]:
-    """Write files, except those that another hand wrote or changed; the digests of all, as they are now."""
-    state = store.state / "written.json"
-    try:
-        known = dict(json.loads(state.read_text()))
-    except (OSError, ValueError, TypeError):
-        known = {}
-    found = {}
-    with disk_errors(store.out):
-        for name, text in files.items():
-            path, digest = store.out / name, hashlib.sha256(text.encode()).hexdigest()
-            found[name] = file_digest(path) if path.is_file() else None
-            if found[name] not in (None, digest, known.get(name)):
-                warnings.warn(f"{path} was written or changed by another hand, and is left as it is", stacklevel=4)
-                continue
-            known[name] = found[name] = digest
-            with replacing(state) as fresh:  # first: a file cut off by a crash is then written again
-                fresh.write_text(json.dumps(known, indent=1) + "\n")
-            with replacing(path) as fresh:
-                fresh.write_text(text, encoding="utf-8", newline="\n")
-    return {name: digest or "" for name, digest in found.items()}
+class _State:
+    """What this program wrote into a folder, and which images its report has scored."""
+
+    def __init__(self, store: Store):
+        self.store, self.path = store, store.state / "written.json"
+        try:
+            self.known = dict(json.loads(self.path.read_text()))
+        except (OSError, ValueError, TypeError):
+            self.known = {}
+
+    def _keep(self, name: str, digest: str) -> None:
+        self.known[name] = digest
+        with replacing(self.path) as fresh:
+            fresh.write_text(json.dumps(self.known, indent=1, sort_keys=True) + "\n")
+
+    def scores(self, rows: Sequence[Mapping[str, Any]], report: Path | None) -> Any:
+        """What ``report.json`` holds, if it was written now, or in an earlier call for the same images; else None."""
+        images = hash_json([[row["file_name"], row.get("sha256")] for row in rows])
+        with disk_errors(self.store.out):
+            if report is not None:
+                self._keep("scored images", images)
+        path = self.store.out / "report.json"
+        if self.known.get("scored images") != images or not path.is_file():
+            return None
+        return json.loads(path.read_text())
+
+    def write(self, files: Mapping[str, str]) -> dict[str, str]:
+        """Write files, except those that another hand wrote or changed; the digests of all, as they are now."""
+        found = {}
+        with disk_errors(self.store.out):
+            for name, text in files.items():
+                path, digest = self.store.out / name, hashlib.sha256(text.encode()).hexdigest()
+                found[name] = file_digest(path) if path.is_file() else ""
+                if found[name] not in ("", digest, self.known.get(name)):
+                    warn_user(f"{path} was written or changed by another hand, and is left as it is")
+                    continue
+                self._keep(name, digest)  # first: after a crash between the two, the file is written again
+                found[name] = digest
+                with replacing(path) as fresh:
+                    fresh.write_text(text, encoding="utf-8", newline="\n")
+        return found
 
 
 def compare_with_original(original: Path, out: Path) -> dict[str, int]:
