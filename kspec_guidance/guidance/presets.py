@@ -52,7 +52,7 @@ class SPARKE(KernelGuidance):
             :class:`~kspec_guidance.guidance.VarietyTarget`.
         fidelity: the guard of a target; by default it limits the moves, False for none.
         feature_map, prompt_feature_map: random Fourier features of the two kernels, for a memory of constant size.
-        kwargs: ``sigma_interval`` and ``seed``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
+        kwargs: ``sigma_interval``, ``seed`` and ``ease_cfg``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.
@@ -246,7 +246,7 @@ class MMDGuidance(KernelGuidance):
         feature_map, prompt_feature_map: random Fourier features of the two kernels (Gaussian or Laplacian), for a memory of
             constant size.
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.
-        kwargs: ``sigma_interval`` and ``seed``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
+        kwargs: ``sigma_interval``, ``seed`` and ``ease_cfg``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.
@@ -331,7 +331,7 @@ class NoveltyGuidance(KernelGuidance):
         reference_prompts: prompt features ``[m, p]`` of the references; only those of similar prompts then repel.
         scale, kernel, prompt_kernel, feature_map, prompt_feature_map: see :class:`SPARKE`.
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.
-        kwargs: ``sigma_interval`` and ``seed``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
+        kwargs: ``sigma_interval``, ``seed`` and ``ease_cfg``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.

@@ -63,7 +63,8 @@ def classifier_free(model_output: Any, prediction: Prediction, context: StepCont
         context: with the denoiser's calls of this step.
 
     Raises:
-        UnknownGuidanceError: if the denoiser was not seen, or made other than one or two predictions for each sample.
+        UnknownGuidanceError: if the denoiser was not seen, made other than one or two predictions for each sample, or
+            returns them in another form than the scheduler takes.
     """
     call = context.denoiser_call
     if call is None or not call.outputs:
@@ -73,7 +74,7 @@ def classifier_free(model_output: Any, prediction: Prediction, context: StepCont
     rows = len(like) // context.layout.copies
     outputs = [_rows(output, shape[1:]) for output in call.outputs]
     total = sum(len(output) for output in outputs)
-    if total == rows:
+    if total == rows or not _has_cfg(context.call.pipe):
         return None
     if total != 2 * rows:
         raise UnknownGuidanceError(
@@ -82,11 +83,21 @@ def classifier_free(model_output: Any, prediction: Prediction, context: StepCont
     if several or any(output.shape[1:] != shape[1:] for output in outputs):
         raise UnknownGuidanceError("its denoiser returns predictions in another form than its scheduler takes")
     first, second = torch.cat(outputs).float().chunk(2)
-    found = _fitted(like[:rows, : shape[1]].float(), first, second, FIT if like.dtype.itemsize > 2 else FIT_HALF)
+    half = min(x.dtype.itemsize for x in (like, *outputs)) <= 2
+    found = _fitted(like[:rows, : shape[1]].float(), first, second, FIT_HALF if half else FIT)
     copies = context.layout.copies
     if copies == 1:
         return found
     return replace(found, cond=torch.cat([found.cond] * copies), direction=torch.cat([found.direction] * copies))
+
+
+def _has_cfg(pipe: Any) -> bool:
+    """False for pipelines whose second prediction is only a perturbed one, of the same prompt."""
+    enabled = getattr(getattr(pipe, "guider", None), "_is_cfg_enabled", None)
+    if callable(enabled):
+        return bool(enabled())
+    perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
+    return not perturbed or bool(getattr(pipe, "do_classifier_free_guidance", True))
 
 
 def _rows(output: Any, shape: torch.Size) -> Tensor:

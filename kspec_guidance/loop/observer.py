@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kspec_guidance.loop.callers import owns, running_pipelines
 from kspec_guidance.loop.components import call_parameters, denoisers_of, sub_pipelines
 from kspec_guidance.loop.context import CallContext, DenoiserCall
 from kspec_guidance.loop.prompts import (
@@ -138,6 +139,7 @@ class PipelineObserver:
         def check_inputs(*args: Any, **kwargs: Any) -> Any:
             self.on_call()
             self._forget()
+            self.denoiser_call()  # what an aborted call has left
             return original(*args, **kwargs)
 
         return check_inputs
@@ -263,7 +265,7 @@ class DenoiserWatch:
 
     def __init__(self, pipe: Any, on_call: Callable[[DenoiserCall], None] | None = None, keep: bool = True):
         self.kept: DenoiserCall | None = None
-        self._on_call, self._keep = on_call, keep
+        self._pipe, self._on_call, self._keep = pipe, on_call, keep
         self._handles: list[Any] = []  # hooks, or patches of modules that were compiled in place
         for denoiser in denoisers_of(pipe):
             self._watch(denoiser)
@@ -272,6 +274,8 @@ class DenoiserWatch:
         signature = inspect.signature(getattr(denoiser, "_orig_mod", denoiser).forward)
 
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._foreign():
+                return
             try:
                 call = DenoiserCall(module, dict(signature.bind_partial(*args, **kwargs).arguments))
             except TypeError:
@@ -282,7 +286,7 @@ class DenoiserWatch:
                 self._on_call(call)
 
         def record_output(module: nn.Module, args: tuple, output: Any) -> None:
-            if self.kept is not None:
+            if self.kept is not None and not self._foreign():
                 self.kept.outputs.append(output)
 
         def around_compiled(compiled: Function) -> Function:
@@ -300,6 +304,11 @@ class DenoiserWatch:
             self._handles.append(denoiser.register_forward_pre_hook(record, with_kwargs=True))
             if self._keep:
                 self._handles.append(denoiser.register_forward_hook(record_output))
+
+    def _foreign(self) -> bool:
+        """Whether another pipeline with the same network makes this call, perhaps within a call of this one."""
+        caller = next(running_pipelines(), None)
+        return caller is not None and not owns(self._pipe, caller)
 
     def take(self) -> DenoiserCall | None:
         """Return the kept call, or None, and reset it."""

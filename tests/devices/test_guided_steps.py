@@ -8,6 +8,7 @@ import kspec_guidance.kernels as kernels
 from kspec_guidance import SPARKE, KernelGuidance, MemoryBank, MMDGuidance, NoveltyGuidance, VendiGuidance
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
+from kspec_guidance.loop.classifier_free import _fitted
 from kspec_guidance.memory import CentroidMemory
 from kspec_guidance.objectives import RKE, Balance, Vendi
 
@@ -168,3 +169,16 @@ def test_distinct_samples_are_not_separated(monkeypatch):
     monkeypatch.setattr("kspec_guidance.guidance.run.jitter", None)
     for name in GUIDES:
         on_cpu(GUIDES[name], runs=1)
+
+
+def test_easing_of_classifier_free_guidance_does_not_wait():
+    cond, uncond = noise(1), noise(2)
+    guided = uncond + 4 * (cond - uncond)
+    with SimulatedDevice("cuda") as device:
+        on = [x.to(device.device) for x in (guided, uncond, cond)]
+        device.reads.clear()
+        found = _fitted(*on, 1e-3)
+        eased = found.at_weight(on[0], found.weight - (found.weight - 1).clamp_min(0) * 0.5)
+        assert not device.reads
+        with device.not_counting():
+            torch.testing.assert_close(eased.cpu(), uncond + 2.5 * (cond - uncond), atol=1e-4, rtol=1e-4)

@@ -158,3 +158,45 @@ def test_keep_prompt_removes_what_goes_against_the_prompt_only():
     assert (before > 0).any()
     torch.testing.assert_close(after, before.clamp_min(0))
     torch.testing.assert_close(kept[before > 0], move[before > 0])
+
+
+def test_calls_of_the_denoiser_by_others_are_not_counted(pipe):
+    wanted = latents(pipe, SPARKE(scale=0.5, ease_cfg=1.0))
+    other = type(pipe)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    guide = SPARKE(scale=0.5, ease_cfg=1.0)
+    guide.calibration = 1.0
+    with guide.attach(pipe):
+        with pytest.warns(UserWarning, match="shares its scheduler"):
+            latents(other)  # same scheduler, same network
+        apart = type(pipe)(**pipe.components | {"scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)})
+        apart.set_progress_bar_config(disable=True)
+
+        def preview(_, step, timestep, kwargs):
+            latents(apart, steps=2)
+            return kwargs
+
+        torch.testing.assert_close(latents(pipe, callback_on_step_end=preview), wanted)
+        guide.memory.clear()
+        with pytest.raises(RuntimeError, match="stop"):
+            latents(pipe, callback_on_step_end=stopped)
+        found = pipe(
+            PROMPT, num_images_per_prompt=2, num_inference_steps=3, guidance_scale=5.0, output_type="latent",
+            generator=[torch.Generator().manual_seed(k) for k in range(4)],
+        ).images  # fmt: skip
+    torch.testing.assert_close(found, wanted)
+
+
+def stopped(*args):
+    raise RuntimeError("stop")
+
+
+def test_perturbed_attention_alone_is_not_classifier_free_guidance():
+    made = build("StableDiffusionPAGPipeline")
+    call = {"guidance_scale": 1.0, "pag_scale": 3.0}
+    guide = SPARKE(scale=0.5, ease_cfg=1.0)
+    with guide.attach(made):
+        made(**call_kwargs(made, **call))
+    assert guide.report().eased_cfg is None
+    with pytest.raises(ValueError, match="two for each are needed"), guide.attach(made):
+        made(**call_kwargs(made, **call | {"guidance_scale": 4.0}))
