@@ -94,7 +94,8 @@ def measure(bed: Bed, name: str, setting: Setting, cases: list[Case]) -> dict[st
         for k, v in bed.figures(x, case).items():
             figures.setdefault(k, []).append(v)
     found = by_block(figures, bed.distances(rows, cases), [c.prompt for c in cases])
-    return {k: [float(f"{v:.5g}") for v in found[k]] for k in FIGURES}
+    about = {"seeds": len({case.seed for case in cases})}
+    return about | {k: [float(f"{v:.5g}") for v in found[k]] for k in FIGURES}
 
 
 def table(name: str, found: dict[str, Any]) -> str:
@@ -120,7 +121,8 @@ def table(name: str, found: dict[str, Any]) -> str:
         equal = c["kept"][0] >= -FIDELITY_LOSS
         agrees = c["agreement"][0] >= -FIDELITY_LOSS
         rows.append([label, *cells, ("yes" if agrees else "but agreement") if equal else "no"])
-    title = f"{found['bed']}, CFG {found['guidance_scale']:g}, {found['steps']} steps, {number * BLOCK_SEEDS} seeds"
+    seeds = sum(block["seeds"] for block in list(found["settings"][PLAIN].values())[:number])
+    title = f"{found['bed']}, CFG {found['guidance_scale']:g}, {found['steps']} steps, {seeds} seeds"
     return pages.table([title, *NAMES.values(), "equal quality"], rows)
 
 
