@@ -62,7 +62,7 @@ class Diversity(io.ComfyNode):
                     tooltip="0: the model alone, exactly. 50: clearly more varied, at little or no loss. 100: the most.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**53 - 1,
+                    "seed", default=0, min=0, max=2**53 - 1, control_after_generate=False,
                     tooltip="Separates images that start from identical noise. Others do not depend on it.",
                 ),
                 Memory.Input(

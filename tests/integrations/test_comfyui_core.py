@@ -74,6 +74,13 @@ def test_special_cases_in_comfyui(checked):
     assert found["outside of the mask"] == 0
 
 
+def test_several_latents_at_once(checked):
+    found = checked["several"]
+    assert found["identical"]
+    assert min(found["moved"]) > 0.01
+    assert (found["sizes"], found["remembered"]) == ([[1, 4 * 64 + 2 * 20]], 3)
+
+
 class Server:
     """A ComfyUI server on this machine, without a frontend."""
 

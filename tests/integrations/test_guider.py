@@ -34,6 +34,7 @@ MODULAR = [
     "LTX2ModularPipeline",
     "ErnieImageModularPipeline",
 ]
+QUICK = {"StableDiffusion3ModularPipeline", "QwenImageModularPipeline", "ZImageModularPipeline"}
 CLASSIC = ["HunyuanImagePipeline", "HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"]
 BLOCK = {"indices": [0], "fqn": "transformer_blocks", "skip_attention": False, "skip_ff": True}
 HOSTS = {"MagnitudeAwareGuidance": "QwenImageModularPipeline", "PerturbedAttentionGuidance": "HunyuanImagePipeline"}
@@ -92,7 +93,9 @@ def pipe(qwen):
     return qwen
 
 
-@pytest.mark.parametrize("name", [*MODULAR, *CLASSIC])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in [*MODULAR, *CLASSIC]]
+)
 def test_guider_makes_the_images_of_attach(name):
     pipe = build(name)
     inner = guiders_of(pipe)

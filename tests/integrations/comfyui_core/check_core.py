@@ -23,6 +23,7 @@ comfy.options.enable_args_parsing()
 import comfy.sample  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
+from comfy.nested_tensor import NestedTensor  # noqa: E402
 from guide_model import diverse, matching  # noqa: E402
 
 from kspec_guidance.integrations.denoised import MemoryBySize  # noqa: E402
@@ -104,5 +105,25 @@ def special_cases():
     return found
 
 
+def several_latents():
+    """Video with sound: a nested latent, which the sampler packs."""
+    model, memory = tiny_models.build_model_of_two_latents(), MemoryBySize()
+
+    def run(model):
+        latent = NestedTensor([torch.zeros(3, 4, 8, 8), torch.zeros(3, 2, 20)])
+        return comfy.sample.sample(
+            model, comfy.sample.prepare_noise(latent, 0), 6, 3.0, "euler", "simple", tiny_models.conditioning("a"),
+            tiny_models.conditioning("b"), latent, disable_pbar=True, seed=0,
+        ).unbind()  # fmt: skip
+
+    plain, idle, guided = run(model), run(diverse(model, 0.0)), run(diverse(model, 60.0, memory=memory))
+    return {
+        "identical": all(torch.equal(a, b) for a, b in zip(plain, idle, strict=True)),
+        "moved": [relative(a, b) for a, b in zip(guided, plain, strict=True)],
+        "sizes": [list(s) for s in memory.banks],
+        "remembered": len(memory),
+    }
+
+
 rows = [check(kind) for kind in tiny_models.KINDS] + [check("SD15 v", name) for name in SAMPLERS]
-print("\nRESULT " + json.dumps({"rows": rows, "special": special_cases()}))
+print("\nRESULT " + json.dumps({"rows": rows, "special": special_cases(), "several": several_latents()}))

@@ -1,5 +1,6 @@
 """A custom node for the tests against ComfyUI: models of its own classes with tiny random weights."""
 
+import comfy.conds
 import comfy.model_management
 import comfy.sd
 import comfy.supported_models
@@ -51,6 +52,27 @@ def build_model(kind):
         model.model_sampling = model_sampling(found, ModelType.V_PREDICTION)
     seeded(model.diffusion_model)
     return ModelPatcher(model.eval(), load_device=CPU, offload_device=CPU)
+
+
+class TwoLatents(torch.nn.Module):
+    """A denoiser of two latents at once, as for video with sound."""
+
+    dtype = torch.float32
+
+    def forward(self, x, timesteps, **kwargs):
+        return [0.5 * part + 0.1 * other.mean() for part, other in zip(x, reversed(x), strict=True)]
+
+
+def build_model_of_two_latents():
+    patcher = build_model("SD15 v")
+    model, plain = patcher.model, patcher.model.extra_conds
+    model.diffusion_model = TwoLatents()
+
+    def extra_conds(**kwargs):
+        return plain(**kwargs) | {"latent_shapes": comfy.conds.CONDConstant(kwargs["latent_shapes"])}
+
+    model.extra_conds = extra_conds
+    return patcher
 
 
 def build_vae(channels=4):
