@@ -141,9 +141,11 @@ def generate(
         ),
     ] = None,
     filter: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="module:function, called with image and row; True keeps, False or a reason drops.", rich_help_panel=IMAGES
+            help="blur<=0.6, agreement>=25, nsfw<=0.2:transformers:MODEL:LABEL, aesthetic>=5:module:function, or "
+            "module:function, called with image and row; True keeps, False or a reason drops.",
+            rich_help_panel=IMAGES,
         ),
     ] = None,
     duplicates: Annotated[
@@ -316,12 +318,12 @@ def generate(
         output.note(f"loading model {model} ...")
         from kspec_guidance import SPARKE, MemoryBank
         from kspec_guidance.synthesis import estimate, read_arms, read_prompts, synthesize
-        from kspec_guidance.synthesis.filters import load_filter
         from kspec_guidance.synthesis.quotas import read_attribute
+        from kspec_guidance.synthesis.stages import FORM, load_function
 
         source = read_prompts(list(prompt or []) if prompts is None else prompts)
         bank = MemoryBank.load(memory_file) if memory_file is not None and memory_file.exists() else MemoryBank()
-        keep = None if filter is None else load_filter(filter)
+        functions = [name if FORM.fullmatch(name.strip()) else load_function(name) for name in filter or []]
         several = None if arms is None else read_arms(arms)
         pipe = load_pipeline(model, dtype, device)
         height = call.get("height")
@@ -349,7 +351,8 @@ def generate(
 
             result = synthesize(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas,
-                target=None if raised else target, filter=keep, duplicates=duplicates, candidates=candidates, memory=memory,
+                target=None if raised else target, filter=functions or None, duplicates=duplicates,
+                candidates=candidates, memory=memory,
                 memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, arms=several,
                 select=select or "mixture-greedy", report=report, licence=licence, marks=marks, sign=sign,
                 push_to_hub=push_to_hub, force=force,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kspec_guidance.demo.pipeline import is_demo
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.guidance.calibration import call_settings, find_calibration
@@ -35,7 +36,7 @@ from kspec_guidance.synthesis.columns import column_types
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError, disk_errors
 from kspec_guidance.synthesis.export import FORMATS, Packer
-from kspec_guidance.synthesis.filters import Filter, Screen
+from kspec_guidance.synthesis.filters import Filter, Screen, describe_filters, filter_stages, score_types
 from kspec_guidance.synthesis.generator import Generator
 from kspec_guidance.synthesis.hub import HubUpload
 from kspec_guidance.synthesis.marks import Marks
@@ -61,6 +62,7 @@ from kspec_guidance.synthesis.settings import (
 )
 from kspec_guidance.synthesis.sharding import shard, shard_groups
 from kspec_guidance.synthesis.signing import Signer
+from kspec_guidance.synthesis.stages import ScoreFilter
 from kspec_guidance.synthesis.worker import Progress, Worker
 from kspec_guidance.utils.arguments import renamed_arguments
 from kspec_guidance.utils.hashing import hash_json, hash_tensors
@@ -148,7 +150,7 @@ def synthesize(
     seed: int = 0,
     quotas: Mapping[str, int | Attribute] | None = None,
     target: str | Target | None = None,
-    filter: Filter | None = None,
+    filter: Filter | ScoreFilter | str | Sequence[Filter | ScoreFilter | str] | None = None,
     duplicates: float | None = None,
     candidates: int = 1,
     arms: Sequence[Arm] | None = None,
@@ -191,8 +193,9 @@ def synthesize(
         quotas: ``{"group": number}`` of images of a group of prompts, in place of ``images_per_prompt``; and
             ``{"name": Attribute(reference, share)}`` for attributes in wanted shares.
         target: ``"vendi>=12"`` or a :class:`Target`: stop a prompt before ``images_per_prompt`` once its score is reached.
-        filter: called with an image and its metadata; True keeps it, False or a reason drops it. Dropped images are made
-            again, with other seeds.
+        filter: one or several, applied in order: a function, called with an image and its metadata, of which True keeps it,
+            and False or a reason drops it; a :class:`ScoreFilter`, or its text (``blur<=0.6``, ``agreement>=25``, see
+            :func:`~kspec_guidance.synthesis.stages.parse_score_filter`). Dropped images are made again, with other seeds.
         duplicates: drop images whose features have at least this cosine with those of an image that this process kept.
         candidates: images made for each one that is kept. Of those that are not dropped, the one is kept that adds most to
             the entropy of the batch and of the prompt's earlier images, given the prompts; see
@@ -239,7 +242,6 @@ def synthesize(
     image_marks = Marks(marks, None if sign is None else Signer(sign))
     prompt_list, prompt_target = read_prompts(prompts), Target.parse(target)
     counts, attributes = split_quotas(quotas)
-    screen = Screen(duplicates, filter)
     processes = Processes()
     hub = None if push_to_hub is None else HubUpload(push_to_hub)
     if pipe is None:
@@ -247,6 +249,8 @@ def synthesize(
 
         pipe, call = load_demo_pipeline(), {"num_inference_steps": 20, "guidance_scale": 5.0} | call
         pipe.set_progress_bar_config(disable=True)
+    stages = filter_stages(filter, "demo" if is_demo(pipe) else "auto", str(getattr(pipe, "device", "cpu")))
+    screen = Screen(duplicates, stages)
     guide, embedder_name = SPARKE() if guide is None else guide, embedder
     selector = models = None
     if arms is not None:
@@ -277,6 +281,7 @@ def synthesize(
 
             embedder = image_embedder(embedder)
         types = column_types([prompt.extra for prompt in prompt_list])
+        types |= score_types(stages, types)
         run_settings = {
             "prompts": describe_prompts(prompt_list, counts),
             "images_per_prompt": images_per_prompt,
@@ -290,7 +295,7 @@ def synthesize(
                 for name, a in attributes.items()
             },
             "target": None if prompt_target is None else asdict(prompt_target),
-            "filter": None if filter is None else getattr(filter, "__qualname__", type(filter).__name__),
+            "filter": describe_filters(stages),
             "duplicates": duplicates,
             "memory": [memory, memory_by, entries],
             "samples": describe_samples(pipe, guide, call, embedder),
@@ -311,7 +316,7 @@ def synthesize(
             recipe.check(run_settings)
         run = {
             "images_per_prompt": images_per_prompt, "batch_size": batch_size, "call": call, "seed": seed, "quotas": counts,
-            "target": run_settings["target"], "filter": filter, "duplicates": duplicates, "candidates": candidates,
+            "target": run_settings["target"], "filter": stages, "duplicates": duplicates, "candidates": candidates,
             "arms": None if arms is None else [asdict(arm) for arm in arms], "select": select, "memory": memory,
             "memory_by": memory_by, "exchange": exchange, "format": format, "shard_size": shard_size,
             "embedder": embedder_name, "licence": licence, "marks": marks, "sign": None if sign is None else str(sign),

@@ -16,7 +16,7 @@ from kspec_guidance.guidance.config import write_config
 from kspec_guidance.loop.components import find_scheduler
 from kspec_guidance.synthesis.arms import Arm
 from kspec_guidance.synthesis.errors import FolderError, SynthesisError
-from kspec_guidance.synthesis.filters import filter_name, load_filter
+from kspec_guidance.synthesis.filters import filter_name
 from kspec_guidance.synthesis.prompts import Prompt
 from kspec_guidance.synthesis.provenance import model_of, package_versions
 from kspec_guidance.synthesis.schedule import Target
@@ -116,7 +116,7 @@ class Recipe:
         run["prompts"] = _read_prompts(self.folder / PROMPTS)
         run["target"] = None if run.get("target") is None else Target(**run["target"])
         run["arms"] = None if run.get("arms") is None else [Arm(**arm) for arm in run["arms"]]
-        run["filter"] = None if run.get("filter") is None else load_filter(run["filter"])
+        run["filter"] = run.get("filter") or None
         return run
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -143,7 +143,7 @@ def recipe_of(pipe: Any, guide: KernelGuidance, run: Mapping[str, Any], settings
     obstacles, kept = list[str](), dict[str, Any]()
     for name, value in run.items():
         try:
-            plain = filter_name(value) if name == "filter" else value
+            plain = [filter_name(stage) for stage in value] if name == "filter" else value
             kept[name] = json.loads(json.dumps(plain, default=_plain_scalar, allow_nan=False))
         except (TypeError, ValueError):
             obstacles.append(f"{name}, which this file cannot hold")
