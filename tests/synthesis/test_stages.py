@@ -71,7 +71,7 @@ def test_scores_by_a_function_of_a_module_and_a_classifier(tmp_path, monkeypatch
     safe = parse_score_filter(f"safe>=0.2:transformers:{tmp_path / 'vit'}:safe")
     total = torch.tensor(nsfw.scores(images, ["", ""])) + torch.tensor(safe.scores(images, ["", ""]))
     assert torch.allclose(total, torch.ones(2))
-    with pytest.raises(SynthesisError, match="no label 'porn'; its labels are (safe, nsfw|nsfw, safe)"):
+    with pytest.raises(SynthesisError, match=r"no label 'porn'; its labels are (safe, nsfw|nsfw, safe)"):
         parse_score_filter(f"nsfw<=0.2:transformers:{tmp_path / 'vit'}:porn")
     sys.modules.pop("scores_of_a_test", None)
 
