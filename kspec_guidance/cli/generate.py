@@ -152,6 +152,22 @@ def generate(
         float | None,
         typer.Option(help="Drop images with at least this cosine to a kept one, e.g. 0.98.", rich_help_panel=IMAGES),
     ] = None,
+    semantic_duplicates: Annotated[
+        float | None,
+        typer.Option(
+            help="At the end, list images with at least this cosine to an earlier one of any prompt, e.g. 0.95.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
+    drop: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of names of finished images, one a line, to leave out; others are made in their place.",
+            rich_help_panel=IMAGES,
+            dir_okay=False,
+            exists=True,
+        ),
+    ] = None,
     candidates: Annotated[
         int,
         typer.Option(min=1, help="Images made for each kept one; the most diverse one is kept.", rich_help_panel=IMAGES),
@@ -317,12 +333,14 @@ def generate(
     with command_output(as_json, quiet) as output:
         output.note(f"loading model {model} ...")
         from kspec_guidance import SPARKE, MemoryBank
+        from kspec_guidance.evaluation.image_sets import read_names
         from kspec_guidance.synthesis import estimate, read_arms, read_prompts, synthesize
         from kspec_guidance.synthesis.quotas import read_attribute
         from kspec_guidance.synthesis.stages import FORM, load_function
 
         source = read_prompts(list(prompt or []) if prompts is None else prompts)
         bank = MemoryBank.load(memory_file) if memory_file is not None and memory_file.exists() else MemoryBank()
+        names = set() if drop is None else read_names(drop)
         functions = [name if FORM.fullmatch(name.strip()) else load_function(name) for name in filter or []]
         several = None if arms is None else read_arms(arms)
         pipe = load_pipeline(model, dtype, device)
@@ -355,7 +373,8 @@ def generate(
                 candidates=candidates, memory=memory,
                 memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, arms=several,
                 select=select or "mixture-greedy", report=report, licence=licence, marks=marks, sign=sign,
-                push_to_hub=push_to_hub, force=force,
+                push_to_hub=push_to_hub,
+                semantic_duplicates=semantic_duplicates, drop=names, force=force,
                 progress_callback=progress_callback, memory_file=memory_file,
             )  # fmt: skip
         _print_result(output, result)

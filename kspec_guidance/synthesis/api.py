@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from kspec_guidance.synthesis.arms import (
     make_selector,
 )
 from kspec_guidance.synthesis.columns import column_types
+from kspec_guidance.synthesis.deduplication import SEMANTIC, check_cosine, write_semantic_duplicates
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError, disk_errors
 from kspec_guidance.synthesis.export import FORMATS, Packer
@@ -92,6 +93,7 @@ class Synthesis:
         arms: of a run with arms: images, shares, costs and scores of each; see :func:`arm_summary`.
         arm_differences: of a run with arms: where the two with most images differ; see :func:`arm_differences`.
         report: path of ``report.html``; None if none was written, and in all processes but the first.
+        semantic_duplicates: images that nearly repeat others of any prompt; None if they were not looked for.
         url: of the page of the set on the hub; None if it was not uploaded.
         first: whether this is the first process, which prints and writes for all.
         reproduced: of :func:`reproduce`: files of images that have the bytes, or the pixels, of those of the earlier set.
@@ -112,6 +114,7 @@ class Synthesis:
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     arm_differences: list[dict[str, Any]] = field(default_factory=list)
     report: Path | None = None
+    semantic_duplicates: int | None = None
     url: str | None = None
     first: bool = True
     reproduced: dict[str, int] = field(default_factory=dict)
@@ -126,6 +129,8 @@ class Synthesis:
                 lines.append(f"{name}: " + ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
         if self.arms:
             lines.append("arms: " + ", ".join(f"{name} {100 * a['share']:.0f}%" for name, a in self.arms.items()))
+        if self.semantic_duplicates is not None:
+            lines.append(f"{self.semantic_duplicates} images nearly repeat others: {self.out / SEMANTIC}")
         if self.url is not None:
             lines.append(f"uploaded to {self.url}")
         if self.reproduced:
@@ -166,6 +171,8 @@ def synthesize(
     marks: bool = True,
     sign: str | Path | None = None,
     push_to_hub: str | None = None,
+    semantic_duplicates: float | None = None,
+    drop: Collection[str] = (),
     force: bool = False,
     progress_callback: Callable[[Progress], None] | None = None,
     memory_file: str | Path | None = None,
@@ -217,6 +224,9 @@ def synthesize(
         marks: write into each image that a model made it (IPTC digital source type ``trainedAlgorithmicMedia``).
         sign: add a C2PA manifest to each image, signed with the certificate and key of this PEM file, or ``self-signed``.
             Signatures are random: images have the same pixels again, but not the same bytes.
+        semantic_duplicates: cosine of features, such as 0.95, from which an image repeats an earlier one of any prompt; at
+            the end, the names of such images are written to ``semantic-duplicates.txt``, by an approximate index.
+        drop: file names of finished images to leave out, as such lists have them; others are made in their place.
         push_to_hub: dataset repository of the Hugging Face hub, ``user/name``, to which the finished set is uploaded.
         force: continue although settings changed or something is damaged; finished images are kept and counted.
         progress_callback: called with a :class:`Progress` after each batch.
@@ -237,6 +247,7 @@ def synthesize(
         raise SynthesisError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     check_memory(memory, memory_by)
     licence = check_licence(licence)
+    check_cosine(semantic_duplicates)
     if sign is not None and not marks:
         raise SynthesisError("sign adds marks to images, and marks=False leaves them out; give one of them")
     image_marks = Marks(marks, None if sign is None else Signer(sign))
@@ -326,7 +337,7 @@ def synthesize(
         made_by.obstacles += ["the references of attributes"] if attributes else []
         store = Store(out, None if format == "imagefolder" else out / ".kspec" / "images")
         packer = None if format == "imagefolder" else Packer(store, format, shard_size, types)
-        _open(store, processes, run_settings, force, types)
+        _open(store, processes, run_settings, force, types, drop)
         try:
             jobs = make_jobs(prompt_list, images_per_prompt, counts, _prompt_numbers(store), candidates)
             owners, prompt_features = _share_out(store, processes, generator, jobs, batch_size, memory_by == "group")
@@ -389,9 +400,14 @@ def synthesize(
                 first=processes.rank == 0,
             )
             _conclude(store, processes, worker, result, report, embedder)
+            if result.first and result.images and semantic_duplicates is not None:
+                comparable = [e for e in store.epochs() if worker.comparable(e, FEATURE_KEYS)]
+                result.semantic_duplicates = write_semantic_duplicates(store, comparable, semantic_duplicates)
             if result.first and result.images:
                 if any(True for _ in store.records([e for e in store.epochs() if e < store.epoch])):
-                    made_by.obstacles.append("the earlier settings: they were changed while the set was made")
+                    made_by.obstacles.append(
+                        "what came before: settings were changed, or images left out, while the set was made"
+                    )
                 write_publication(
                     store,
                     store.rows(),
@@ -479,13 +495,20 @@ def _warn_of_cut(generator: Generator, prompts: list[Prompt]) -> None:
         )
 
 
-def _open(store: Store, processes: Processes, settings: dict[str, Any], force: bool, types: dict[str, type | None]) -> None:
+def _open(
+    store: Store,
+    processes: Processes,
+    settings: dict[str, Any],
+    force: bool,
+    types: dict[str, type | None],
+    drop: Collection[str],
+) -> None:
     """Claim and prepare the folder in process 0; all processes raise if that fails."""
     failure: SynthesisError | None = None
     if processes.rank == 0:
         try:
             store.lock()
-            rows = store.begin(settings, force, types)
+            rows = store.begin(settings, force, types, drop)
             store.clean({row["file_name"] for row in rows})
             if store.images == store.out:
                 store.write_metadata(rows)

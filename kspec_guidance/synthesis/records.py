@@ -14,7 +14,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,7 +224,11 @@ class Store:
         return sorted(int(p.parent.name[6:]) for p in self.state.glob("epoch-*/settings.json"))
 
     def begin(
-        self, settings: dict[str, Any], force: bool, types: Mapping[str, type | None] | None = None
+        self,
+        settings: dict[str, Any],
+        force: bool,
+        types: Mapping[str, type | None] | None = None,
+        drop: Collection[str] = (),
     ) -> list[dict[str, Any]]:
         """Continue the last epoch if its settings are the same, or begin a new one. One process does this.
 
@@ -234,6 +238,7 @@ class Store:
             settings: of the run.
             force: begin a new epoch if settings changed, and leave out what is damaged or lost.
             types: of the users' own columns; see :func:`column_types`.
+            drop: file names of finished images to leave out, of which others are made.
 
         Returns:
             The rows of all finished images, in the order of prompts and attempts.
@@ -269,9 +274,27 @@ class Store:
         changed = differences(old, settings)
         if rows and changed and not force:
             raise SettingsChangedError(self.out, changed, len(rows))
-        if not epochs or changed or damaged or missing:
-            self._new_epoch(self.epoch + 1 if epochs else 0, settings, missing)
-        return sorted((row for row in rows if row["file_name"] not in set(missing)), key=lambda row: row["file_name"])
+        gone = sorted({*missing, *self._to_drop(rows, drop)})
+        if not epochs or changed or damaged or gone:
+            self._new_epoch(self.epoch + 1 if epochs else 0, settings, gone)
+        return sorted((row for row in rows if row["file_name"] not in set(gone)), key=lambda row: row["file_name"])
+
+    def _to_drop(self, rows: list[dict[str, Any]], drop: Collection[str]) -> set[str]:
+        """The finished images among those to drop; names that were dropped before are not there any more."""
+        finished = {row["file_name"] for row in rows}
+        unknown = sorted(set(drop) - finished - self.lost_images())
+        if unknown:
+            raise FolderError(
+                f"{len(unknown)} of {len(drop)} names to drop are no images of {self.out}, for instance {unknown[0]!r}; "
+                "give names as in the column file_name"
+            )
+        found = finished & set(drop)
+        if found and self.images != self.out:
+            raise FolderError(
+                f"images cannot be dropped from the shards of {self.out}; make the set with format 'imagefolder', or pass "
+                "the list to evaluate --drop"
+            )
+        return found
 
     def _check_columns(self, rows: list[dict[str, Any]], types: Mapping[str, type | None], kind: str) -> None:
         """Refuse own columns that cannot be read together with those of the finished images."""

@@ -81,7 +81,9 @@ def test_what_a_recipe_cannot_hold_is_named(tmp_path, pipe):
     assert "It lacks: the 2 entries" in (tmp_path / "set" / "README.md").read_text()
     make(tmp_path / "more", pipe, ["heart"], 1, call=CALL)
     make(tmp_path / "more", pipe, ["heart"], 2, call=CALL, force=True)
-    with pytest.raises(SynthesisError, match="the earlier settings: they were changed while the set was made"):
+    with pytest.raises(
+        SynthesisError, match="what came before: settings were changed, or images left out, while the set was made"
+    ):
         reproduce(tmp_path / "more" / "reproduce.yaml", tmp_path / "again", pipe)
     assert not (tmp_path / "again").exists()
 
