@@ -132,7 +132,8 @@ class LoadMemory(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str, from_file: bool) -> Any:
-        return name, from_file, _state(name)
+        memory = MEMORIES.get(name)  # workflows with it run again once it has changed
+        return name, from_file, str(None if memory is None else memory.state)
 
     @classmethod
     def validate_inputs(cls, name: str) -> bool | str:
@@ -145,12 +146,6 @@ class LoadMemory(io.ComfyNode):
         if from_file:
             memory.load(folder)
         return io.NodeOutput(memory)
-
-
-def _state(name: str) -> str:
-    """What a memory of this session holds: workflows with it run again once it has changed."""
-    banks = MEMORIES[name].banks if name in MEMORIES else {}
-    return str([(shape, len(bank), float(bank.x.double().sum()) if len(bank) else 0.0) for shape, bank in banks.items()])
 
 
 class SaveMemory(io.ComfyNode):

@@ -223,6 +223,12 @@ class MemoryBySize:
 
     def __init__(self) -> None:
         self.banks: dict[tuple[int, ...], MemoryBank] = {}
+        self._replaced = 0  # how often all samples were forgotten, or replaced by others
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Changes whenever the samples do; read without looking at them."""
+        return self._replaced, *((shape, len(bank)) for shape, bank in self.banks.items())
 
     def of(self, x0: Tensor) -> MemoryBank:
         """The memory for samples like these ``[n, ...]``."""
@@ -233,6 +239,7 @@ class MemoryBySize:
 
     def clear(self) -> None:
         """Forget all samples."""
+        self._replaced += 1
         for bank in self.banks.values():
             bank.clear()
 
@@ -259,3 +266,4 @@ class MemoryBySize:
             raise FileNotFoundError(f"no memory in {folder}")
         loaded = [MemoryBank.load(path) for path in paths]
         self.banks = {bank.shape: bank for bank in loaded if bank.shape is not None}
+        self._replaced += 1

@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from diffusers import guiders
 from diffusers.configuration_utils import register_to_config
@@ -30,7 +31,6 @@ from kspec_guidance.utils.messages import warn_user
 __all__ = ["KernelGuider"]
 
 CONDITIONS = ("encoder_hidden_states", "prompt_embeds", "cap_feats", "text_bth")  # names of prompts in guiders' inputs
-UNSAVED = "kspec_guidance|null|null|null"  # pipelines save a component that states where it was loaded from
 
 
 class KernelGuider(BaseGuidance):
@@ -71,7 +71,7 @@ class KernelGuider(BaseGuidance):
         self.scheduler = scheduler
         self._call: _Call | None = None
         self._pass: _Pass | None = None
-        self._diffusers_load_id = UNSAVED
+        self._diffusers_load_id = f"kspec_guidance|{uuid4()}|null|null"  # pipelines save what was loaded from somewhere
         try:
             settings = self.guide.to_config()[0]
         except TypeError as error:  # can be used, but not saved

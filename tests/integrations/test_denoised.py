@@ -151,8 +151,22 @@ def test_each_size_has_its_own_memory():
     for shape in ((4, 6, 6), (4, 8, 6), (4, 6, 6)):
         euler(guidance, noise(2, shape))
     assert {shape: len(bank) for shape, bank in memory.banks.items()} == {(4, 6, 6): 4, (4, 8, 6): 2}
-    memory.clear()
-    assert len(memory) == 0
+
+
+def test_state_of_a_memory_changes_with_its_samples(tmp_path):
+    memory = MemoryBySize()
+    states = [memory.state]
+    for change in (
+        lambda: euler(diverse(memory=memory), noise(2)),
+        lambda: memory.save(tmp_path),
+        memory.clear,
+        lambda: euler(diverse(memory=memory), noise(2, seed=1)),  # as many as before
+        lambda: memory.load(tmp_path),
+    ):
+        change()
+        states.append(memory.state)
+    assert states[1] == states[2]  # saved only
+    assert len({str(s) for s in states}) == 5
 
 
 def test_memory_is_saved_and_loaded(tmp_path):

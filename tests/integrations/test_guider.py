@@ -123,7 +123,7 @@ def test_every_guider_is_parametrised():
     assert known == {*INNER, "FrequencyDecoupledGuidance"}  # that one needs kornia
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in HOSTS else n for n in INNER])
 def test_inner_guider_is_unchanged_at_scale_0_and_equals_attach(name, sd3):
     pipe = build(HOSTS[name]) if name in HOSTS else sd3  # not every guider of diffusers works with every pipeline
 
