@@ -13,7 +13,8 @@ from uuid import uuid4
 
 from diffusers import guiders
 from diffusers.configuration_utils import register_to_config
-from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import BaseGuidance
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
