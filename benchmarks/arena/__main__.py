@@ -8,6 +8,7 @@ python -m benchmarks.arena --beds mixture-32 --seeds 100 --tuned-from benchmarks
 """
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from .beds import BEDS, TRANSFORMERS
 from .harness import Record, front, mean, plain, take_tuned, tune
 from .methods import METHODS
+from .quality import quality_goal
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--tune-seeds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--strengths", type=int, default=5)
+    parser.add_argument("--goal", choices=["validity", "quality"], default="validity", help="tune for modes at equal what")
     parser.add_argument("--tuned-from", type=Path, help="folder of results whose tuned settings are taken, without tuning")
     parser.add_argument("--docs", type=Path, help="write the pages and figures into this folder at the end")
     parser.add_argument("--small", action="store_true", help="few trials, one seed: checks that everything works")
@@ -42,13 +45,17 @@ def main() -> None:
     for name in args.beds:
         bed = BEDS[name]()
         record = Record(args.out, bed)
+        known = record.data.get("settings", {}).get("goal", "validity")
+        if record.data["methods"] and known != args.goal:
+            parser.error(f"the results in {record.path} are tuned for {known}; give --goal {known}, or another --out")
         record.data["settings"] = {
             "images": bed.images, "steps": bed.steps, "guidance_scale": bed.guidance_scale, "trials": args.trials,
-            "diversity": bed.diversity, "fidelity": bed.fidelity,
+            "diversity": bed.diversity, "fidelity": bed.fidelity, "goal": args.goal,
             "prompts": [c.prompt for c in bed.cases("report", args.seeds)], "seeds": args.seeds,
         }  # fmt: skip
         if args.tuned_from is not None:
             take_tuned(record, Record(args.tuned_from, bed))
+        goal = functools.partial(quality_goal, bed) if args.goal == "quality" else None
         base = plain(bed, record, "report", args.seeds)
         print(f"{bed.name}: plain {mean(base[bed.diversity]):.2f} {bed.diversity}, "
               f"{mean(base[bed.fidelity]):.3f} {bed.fidelity}, {mean(base['seconds']):.2f} s", flush=True)  # fmt: skip
@@ -58,7 +65,7 @@ def main() -> None:
             began = time.perf_counter()
             if args.tuned_from is not None and METHODS[method].tuned and "tuned" not in record.of(method):
                 continue
-            tuned = tune(bed, method, record, args.trials, args.tune_seeds)
+            tuned = tune(bed, method, record, args.trials, args.tune_seeds, goal)
             front(bed, method, record, args.strengths, args.seeds)
             points = "  ".join(
                 f"{p['strength']:.3g}: {mean(p['cases'][bed.diversity]):.2f} / {mean(p['cases'][bed.fidelity]):.3f}"

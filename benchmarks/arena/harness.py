@@ -16,6 +16,7 @@ from .methods import METHODS, Method, Real, Whole
 __all__ = ["FIDELITY_LOSS", "Record", "front", "measure", "slug", "strengths", "take_tuned", "tune"]
 
 FIDELITY_LOSS = 0.02  # fidelity that a method may lose against plain sampling and still count as equal
+Goal = Callable[[dict[str, list[float]], dict[str, Any]], float]  # of the figures of cases, and of cases together
 PENALTY = 10.0  # relative modes subtracted for each unit of fidelity lost beyond that
 
 
@@ -99,8 +100,9 @@ def search(
     base: dict[str, list[float]],
     trials: int,
     seed: int,
+    goal: Goal | None = None,
 ) -> Any:
-    """An optuna study of ``make(**chosen)`` on the cases, begun at ``first``."""
+    """An optuna study of ``make(**chosen)`` on the cases, begun at ``first``; of :func:`aim` unless a goal is given."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -114,22 +116,28 @@ def search(
             else trial.suggest_float(k, r.low, r.high, log=r.log)
             for k, r in ranges.items()
         }
-        found = measure(bed, lambda: make(**chosen), cases)
+        found, together = measure_all(bed, lambda: make(**chosen), cases)
         trial.set_user_attr("figures", {k: mean(found[k]) for k in (bed.diversity, bed.fidelity)})
-        return aim(bed, found, base)
+        return aim(bed, found, base) if goal is None else goal(found, together())
 
     study.optimize(objective, n_trials=trials)
     return study
 
 
-def tune(bed: Bed, name: str, record: Record, trials: int, seeds: int) -> dict[str, Any]:
-    """The best setting of ``trials`` by optuna's TPE sampler, on the tuning half; its default is the first trial."""
+def tune(
+    bed: Bed, name: str, record: Record, trials: int, seeds: int, goal: Callable[[Sequence[Case]], Goal] | None = None
+) -> dict[str, Any]:
+    """The best setting of ``trials`` by optuna's TPE sampler, on the tuning half; its default is the first trial.
+
+    It is the best by :func:`aim`, or by the goal that is made for the tuning cases.
+    """
     cls, mine = METHODS[name], record.of(name)
     if "tuned" in mine or not cls.tuned:
         return mine.get("tuned", {})
     cases, base = bed.cases("tune", seeds), plain(bed, record, "tune", seeds)
     seed = int(hashlib.sha256(f"{bed.name} {name}".encode()).hexdigest()[:8], 16)
-    study = search(bed, cls, cls.tuned, settings(cls()) | cls.first(bed.steps), cases, base, trials, seed)
+    first, chosen_goal = settings(cls()) | cls.first(bed.steps), None if goal is None else goal(cases)
+    study = search(bed, cls, cls.tuned, first, cases, base, trials, seed, chosen_goal)
     mine["tuned"] = dict(study.best_params)
     mine["trials"] = [{**t.params, "aim": t.value, **t.user_attrs.get("figures", {})} for t in study.trials]
     record.save()

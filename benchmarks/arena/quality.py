@@ -5,16 +5,18 @@ vector: the share of samples on the data, coverage of the truth and Frechet dist
 kept apart, since a sample in another prompt's mode is not off the data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .beds.base import blocks
+from .beds.base import Bed, Case, blocks
 from .fronts import against, hypervolume, matched, points, weights
-from .harness import FIDELITY_LOSS
+from .harness import FIDELITY_LOSS, PENALTY, Goal, measure_all
+from .methods import METHODS
 
-__all__ = ["FIGURES", "WORSE", "EqualQuality", "change", "equal_quality"]
+__all__ = ["FIGURES", "WORSE", "EqualQuality", "change", "equal_quality", "quality_goal"]
 
 # What still counts as no worse than plain sampling: a difference, or a factor for distances
 WORSE = {"on_data": FIDELITY_LOSS, "coverage": 0.02, "frechet_distance": 1.05}
@@ -67,6 +69,19 @@ def change(found: dict[str, np.ndarray], base: dict[str, np.ndarray], w: np.ndar
         for name, worse in WORSE.items()
     ]
     return out | {"kept": np.minimum.reduce(parts)}
+
+
+def quality_goal(bed: Bed, cases: Sequence[Case]) -> Goal:
+    """What tuning maximises: relative modes, less a penalty for quality lost beyond what counts as equal."""
+    prompts = [case.prompt for case in cases]
+    own, together = measure_all(bed, METHODS["plain"], cases)
+    base, w = by_block(own, together()["distances"], prompts), np.full((1, len(blocks(prompts))), 1 / len(blocks(prompts)))
+
+    def goal(found: dict[str, list[float]], together: dict[str, Any]) -> float:
+        changed = change(by_block(found, together["distances"], prompts), base, w)
+        return float(changed["modes"][0] - PENALTY * max(0.0, -FIDELITY_LOSS - changed["kept"][0]))
+
+    return goal
 
 
 def at_gain(gain: np.ndarray, kept: np.ndarray, value: np.ndarray, best: float) -> float:

@@ -21,7 +21,7 @@ from benchmarks.arena.beds import BEDS, Bed, transformer
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import Case, blocks
 from benchmarks.arena.fronts import holm, hypervolume, matched, weights
-from benchmarks.arena.harness import FIDELITY_LOSS, Record, front, plain
+from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY, Record, front, measure_all, plain
 from benchmarks.arena.methods import METHODS
 from benchmarks.arena.methods.base import Moment, repulsion
 from benchmarks.arena.methods.diverseflow import dpp
@@ -30,7 +30,7 @@ from benchmarks.arena.methods.oscar import OSCAR
 from benchmarks.arena.methods.selection import varied
 from benchmarks.arena.methods.spell import SPELL
 from benchmarks.arena.page import PAGES
-from benchmarks.arena.quality import change, equal_quality
+from benchmarks.arena.quality import change, equal_quality, quality_goal
 from benchmarks.easing import GUARDED
 from kspec_guidance import SPARKE, VendiGuidance
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS
@@ -336,6 +336,18 @@ def test_quality_is_equal_only_if_no_figure_is_worse(changed: dict[str, float], 
     found = change(vector(1.5, **changed), vector(1.0), np.array([[0.5, 0.5]]))
     assert found["modes"][0] == pytest.approx(1.5)
     assert (found["kept"][0] >= -FIDELITY_LOSS) == equal
+
+
+def test_goal_of_tuning_is_modes_less_lost_quality() -> None:
+    small = Analytic(2, skewed=True)
+    cases = small.cases("tune", 1)[:2]
+    goal = quality_goal(small, cases)
+    same, together = measure_all(small, METHODS["plain"], cases)
+    distances = together()["distances"]
+    assert goal(same, {"distances": distances}) == pytest.approx(1.0)
+    far = [d | {"frechet_distance": 2 * d["frechet_distance"]} for d in distances]
+    lost = FIDELITY_LOSS * math.log(2) / math.log(1.05) - FIDELITY_LOSS
+    assert goal(same, {"distances": far}) == pytest.approx(1 - PENALTY * lost)
 
 
 def test_gain_at_equal_quality_of_a_front(tmp_path: Path) -> None:
