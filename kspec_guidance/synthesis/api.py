@@ -330,7 +330,7 @@ def synthesize(
             "target": run_settings["target"], "filter": stages, "duplicates": duplicates, "candidates": candidates,
             "arms": None if arms is None else [asdict(arm) for arm in arms], "select": select, "memory": memory,
             "memory_by": memory_by, "exchange": exchange, "format": format, "shard_size": shard_size,
-            "embedder": embedder_name, "licence": licence, "marks": marks, "sign": None if sign is None else str(sign),
+            "embedder": embedder_name, "licence": licence, "marks": marks,
         }  # fmt: skip
         made_by = recipe_of(pipe, guide, run, run_settings)
         made_by.obstacles += [f"the {entries} entries of the guide's memory"] if entries else []

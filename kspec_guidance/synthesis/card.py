@@ -100,7 +100,7 @@ def card(
         dropped=_dropped(rejected),
         obstacles="".join(f" It lacks: {_plain(o)}." for o in obstacles),
         scores=_scores(report),
-        marks=_marks(rows),
+        marks=_marks(rows, "self-signed" in str(settings.get("marks"))),
         licence=_licence(licence),
     )
 
@@ -155,7 +155,8 @@ def _made(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> lis
     }  # fmt: skip
     found = [(label, _values(rows, name)) for name, label in columns.items() if any(name in row for row in rows)]
     named = ("seed", "images_per_prompt", "batch_size", "candidates", "duplicates", "filter", "processes")
-    return found + [(k.replace("_", " "), _plain(settings[k])) for k in named if settings.get(k) is not None]
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k in named if (v := settings.get(k)) is not None}
+    return found + [(k.replace("_", " "), _plain(v)) for k, v in shown.items()]
 
 
 def _dropped(counts: Mapping[str, int]) -> str:
@@ -195,12 +196,13 @@ def _scores(report: Mapping[str, Any] | None) -> str:
     )
 
 
-def _marks(rows: Sequence[Mapping[str, Any]]) -> str:
+def _marks(rows: Sequence[Mapping[str, Any]], self_signed: bool) -> str:
     counts = Counter(row.get("marks") for row in rows)
     iptc = "carry the IPTC digital source type `trainedAlgorithmicMedia` in an XMP packet"
     texts = {
         "iptc": iptc,
-        "iptc, c2pa": f"{iptc}, and a signed C2PA manifest",
+        "iptc, c2pa": f"{iptc}, and a signed C2PA manifest"
+        + (" (self-signed, identity not verified)" if self_signed else ""),
         None: "carry no mark in the file that they were made by a machine; keep this card with them",
     }
     if len(counts) == 1:

@@ -4,7 +4,7 @@ import json
 import pytest
 from PIL import Image
 
-from kspec_guidance.synthesis import SynthesisError
+from kspec_guidance.synthesis import SynthesisError, reproduce
 from kspec_guidance.synthesis.marks import SOURCE_TYPE
 from kspec_guidance.synthesis.signing import Signer, _self_signed
 from tests.synthesis.small_runs import make, rows_of
@@ -39,6 +39,9 @@ def test_images_are_signed_with_a_certificate_that_says_it_is_self_signed(tmp_pa
             assert image.tobytes() == plain.tobytes()
             assert "XML:com.adobe.xmp" in image.text
         assert read_manifest(data[:-20] + bytes(8) + data[-12:])[0] == "Invalid"
+    assert "a signed C2PA manifest (self-signed, identity not verified)" in (tmp_path / "signed" / "README.md").read_text()
+    again = reproduce(tmp_path / "signed" / "reproduce.yaml", tmp_path / "again", pipe, report=False)
+    assert again.reproduced == {"same bytes": 0, "same pixels": 2, "different": 0}  # without signatures
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"PRIVATE KEY" in p.read_bytes()]
 
 
