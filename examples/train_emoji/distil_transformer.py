@@ -82,7 +82,7 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
             return step_loss(student, *trajectory(teacher, batch.noise, states, empty, args.each, args.scale), states)
 
-    run.train(loss, Batches(clean, entries, args.batch, args.seed + 1))
+    run.train(loss, Batches(clean, entries, args.batch, args.seed + 1), save_every=50)
 
 
 if __name__ == "__main__":
