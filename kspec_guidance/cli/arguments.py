@@ -48,7 +48,7 @@ __all__ = [
 DTYPES = ("float32", "float16", "bfloat16")
 PRESETS = ("default", "safe", "vivid", "few-step", "published")
 FORMATS = ("imagefolder", "webdataset", "parquet")
-SELECT = ("mixture-greedy", "mixture-ucb", "greedy", "uniform")
+SELECT = ("mixture-greedy", "mixture-ucb", "greedy", "uniform", "pak-ucb", "rff-ucb", "dak-ucb", "promptwise")
 MEMORY_KINDS = ("auto", "exact", "centroids", "guide")
 IMAGE_EMBEDDERS = (
     "auto", "efficientnet-lite0", "demo", "open_clip:NAME:FILE_OR_TAG", "transformers:FOLDER", "torchvision:NAME:FILE",

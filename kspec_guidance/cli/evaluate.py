@@ -210,6 +210,10 @@ def embeddings(
     first: Annotated[str, typer.Argument(help=EMBEDDER_HELP, callback=named(*IMAGE_EMBEDDERS))],
     second: Annotated[str, typer.Argument(help="The second embedder.", callback=named(*IMAGE_EMBEDDERS))],
     folder: Annotated[Path, typer.Argument(help=SET_HELP, exists=True)],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help=f"{PROMPTS_HELP} The text modality.", rich_help_panel=SETS, callback=existing_file),
+    ] = None,
     directions: Annotated[
         int, typer.Option(min=1, help="Groupings of each embedder, at most.", rich_help_panel=FEATURES)
     ] = 6,
@@ -227,12 +231,18 @@ def embeddings(
     with command_output(as_json, quiet) as output:
         output.note(f"loading embedders {first} and {second} ...")
         from kspec_guidance.evaluation import embedders
-        from kspec_guidance.evaluation.embeddings import compare_embeddings
+        from kspec_guidance.evaluation.embeddings import LEAST_IMAGES, compare_embeddings
 
         a, b = (embedders.image_embedder(name) for name in (first, second))
         text_a = embedders.text_embedder(text_embedder)
         text_b = text_a if second_text_embedder is None else embedders.text_embedder(second_text_embedder)
-        images = _load(output, folder, a, None, cache, drop)
+        images = _load(output, folder, a, prompts, cache, drop)
+        known = [p for p in images.prompts or [] if p is not None]
+        if prompts is not None and (len(known) < LEAST_IMAGES or len(set(known)) < 2):
+            raise ValueError(
+                f"images are compared with their prompts if {LEAST_IMAGES} or more have one, and not all the same; "
+                f"{prompts} gives {len(known)} of {len(images)} images {len(set(known))} different prompts"
+            )
         same = _load(output, folder, b, None, cache, drop, again=True)
         result = compare_embeddings(images, same, a, b, directions, eps, (text_a, text_b))
         files = _write(output, result, out, "embeddings.html")

@@ -206,6 +206,14 @@ def generate(
             callback=named(*SELECT),
         ),
     ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="With --arms: a judge of images and prompts (demo, open_clip:NAME:FILE_OR_TAG, transformers:FOLDER), or "
+            "module:function of image and row, whose number --select compares.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
     memory: Annotated[
         str,
         typer.Option(
@@ -321,6 +329,8 @@ def generate(
         )
     if select is not None and arms is None:
         raise ValueError("--select chooses among arms; give them with --arms FILE")
+    if reward is not None and arms is None:
+        raise ValueError("--reward is told to the selector of arms; give them with --arms FILE")
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **read_options(option)}
     quotas: dict[str, Any] = {}
     for name, number in read_pairs(quota, "--quota").items():
@@ -372,8 +382,8 @@ def generate(
                 target=None if raised else target, filter=functions or None, duplicates=duplicates,
                 candidates=candidates, memory=memory,
                 memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, arms=several,
-                select=select or "mixture-greedy", report=report, licence=licence, marks=marks, sign=sign,
-                push_to_hub=push_to_hub,
+                select=select or "mixture-greedy", reward=reward, report=report, licence=licence, marks=marks,
+                sign=sign, push_to_hub=push_to_hub,
                 semantic_duplicates=semantic_duplicates, drop=names, force=force,
                 progress_callback=progress_callback, memory_file=memory_file,
             )  # fmt: skip

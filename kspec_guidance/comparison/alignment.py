@@ -28,8 +28,14 @@ class LinearAlignment:
     residual: float
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Adapted rows ``[..., d]``, in the type and on the device of ``z``."""
+        """Adapted rows ``[..., d]``, in the type and on the device of ``z``.
+
+        Raises:
+            ValueError: for rows of another length.
+        """
         z = as_float(z)
+        if z.ndim < 1 or z.shape[-1] != len(self.weight):
+            raise ValueError(f"the adapter takes rows of {len(self.weight)} features, got shape {list(z.shape)}")
         return z @ self.weight.to(z)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import Kernels, Modalities, joint_kernels, modalities_of, sides, upright
+from kspec_guidance.comparison.joint import Kernels, Modalities, check_counts, joint_kernels, modalities_of, sides, upright
 from kspec_guidance.functional.novelty import SignedSpectrum, check_eta
 
 __all__ = ["Spec", "spec"]
@@ -73,8 +73,7 @@ def spec(
     ([0.333333, -0.333333], 0.0)
     """
     check_eta(eta)
-    if modes < 1:
-        raise ValueError(f"modes must be at least 1, got {modes}")
+    check_counts(modes=modes)
     first, second = joint_kernels(a, b, kernel_a, kernel_b, features, seed)
     n = first.n
     if first.rows is not None and second.rows is not None and first.rows.shape[1] + second.rows.shape[1] < n:

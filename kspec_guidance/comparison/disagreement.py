@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import joint_rows, simplest_turn, strongest
+from kspec_guidance.comparison.joint import check_counts, joint_rows, simplest_turn, strongest
 from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, on_host
 from kspec_guidance.functional.novelty import check_eta
 from kspec_guidance.kernels import Kernel
@@ -92,10 +92,7 @@ def prompt_split(
     (0.2, [16, 17, 18, 19])
     """
     check_eta(eta)
-    if modes < 1 or per_mode < 1 or permutations < 0:
-        raise ValueError(
-            f"modes and per_mode must be at least 1, and permutations 0; got {modes}, {per_mode}, {permutations}"
-        )
+    check_counts(modes=modes, per_mode=per_mode, features=features, permutations=permutations or None)
     sets = [_checked(x_a, t_a, "a"), _checked(x_b, t_b, "b")]
     n, m = len(sets[0][0]), len(sets[1][0])
     both = []

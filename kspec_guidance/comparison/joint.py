@@ -12,7 +12,7 @@ from torch import Tensor
 from kspec_guidance.features import RandomFourierFeatures, RandomProductProjection, tensor_product
 from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, joint_gram, on_host, second_moment
 from kspec_guidance.functional.modes import larger_side
-from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel, l2_normalize
 from kspec_guidance.kernels.spectrum import noise_level
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Kernels",
     "Modalities",
     "as_modalities",
+    "check_counts",
     "exact_rows",
     "fit_kernels",
     "joint_kernels",
@@ -31,6 +32,7 @@ __all__ = [
     "sides",
     "simplest_turn",
     "strongest",
+    "unit_rows",
     "upright",
 ]
 
@@ -45,6 +47,17 @@ ROUNDING = 1e-12  # entries and variances below it are rounding errors
 SHARED = 0.5  # part of a strength that one modality must explain, to be named
 TURNS = 100  # of a rotation, at most
 STRONG = 0.5  # absolute entry, relative to the largest one, from which a sample is listed
+
+
+def check_counts(**counts: Any) -> None:
+    """Check that arguments, given by name, are integers of at least 1; None is none.
+
+    Raises:
+        ValueError: naming the first one that is not.
+    """
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be at least 1, a whole number, got {value!r}")
 
 
 def as_modalities(x: Modalities, name: str) -> dict[str, Tensor]:
@@ -147,9 +160,23 @@ class JointFeatures:
         return parts[0] if self.product is None else self.product(*parts)
 
 
+def unit_rows(x: Tensor, name: str = "a modality") -> Tensor:
+    """Rows ``[n, d]`` at norm 1.
+
+    Raises:
+        ValueError: for rows of zeros, which have no direction.
+    """
+    zeros = int((x == 0).all(-1).sum())
+    if zeros:
+        raise ValueError(
+            f"{name} has {zeros} rows of zeros, which have no direction for a cosine kernel; leave those samples out"
+        )
+    return l2_normalize(x)
+
+
 def _own_map(width: int, kernel: Kernel, features: int, seed: int) -> Any:
     if isinstance(kernel, CosineKernel):
-        return CosineKernel.features
+        return unit_rows
     if isinstance(kernel, GaussianKernel | LaplacianKernel):
         return RandomFourierFeatures(kernel, width, features, seed=seed)
     raise ValueError(f"random features are for cosine, Gaussian and Laplacian kernels, got {kernel!r}; leave out features")
@@ -258,6 +285,7 @@ def joint_kernels(
     Raises:
         ValueError: for different numbers of samples, or modalities.
     """
+    check_counts(features=features)
     first, second = as_modalities(a, "a"), as_modalities(b, "b")
     if first.keys() != second.keys():
         names = [sorted(x) if isinstance(x, Mapping) else "one tensor" for x in (a, b)]

@@ -113,7 +113,7 @@ def _density_matrices(rows: list[Tensor], kernel: KernelLike | None) -> Tensor:
         phi = [CosineKernel.features(z) / math.sqrt(n) for z in rows]
         if sum(z.shape[1] for z in phi) < n:
             whole = torch.cat(phi, dim=1)  # U R' with orthonormal columns of U
-            phi = list(root(whole.mT @ whole).mT.split([z.shape[1] for z in rows], dim=1))
+            phi = list(root(whole.mT @ whole).mT.split([z.shape[1] for z in phi], dim=1))
         return torch.stack([z @ z.mT for z in phi])
     made = as_kernel(kernel)
     return torch.stack([unit_gram(made.fit(z), z) for z in rows]) / n

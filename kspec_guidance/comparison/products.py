@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import JointFeatures
+from kspec_guidance.comparison.joint import JointFeatures, check_counts, unit_rows
 from kspec_guidance.features import tensor_product
 from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix
 from kspec_guidance.kernels import SAME_DISTANCE, CosineKernel, Kernel, l2_normalize
@@ -80,7 +80,8 @@ class ProductEmbedder:
         return first * second if self.constant is None else first * (self.constant + second) / (1 + self.constant)
 
     def _factors(self, samples: Any, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        a, b = (_unit(e(samples, *args, **options)) for e in (self.first, self.second))
+        embedders = zip((self.first, self.second), self.kernels, strict=True)
+        a, b = (_unit(e(samples, *args, **options), k) for e, k in embedders)
         if len(a) != len(b):
             raise ValueError(f"the embedders returned {len(a)} and {len(b)} rows for the same samples")
         return a, b
@@ -89,7 +90,7 @@ class ProductEmbedder:
         assert self._text is not None
         assert self.constant is not None
         assert self.features is not None
-        rows = _unit(self._text(samples, *args, **options)) * (self.constant / (1 + self.constant)) ** 0.5
+        rows = _unit(self._text(samples, *args, **options), self.kernels[0]) * (self.constant / (1 + self.constant)) ** 0.5
         return torch.nn.functional.pad(rows, (0, self.features))
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -101,8 +102,9 @@ class ProductEmbedder:
         return self._maps[widths](a, b)
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return l2_normalize(check_matrix(rows, "the embedder's result"))
+def _unit(rows: Tensor, kernel: Kernel) -> Tensor:
+    rows = check_matrix(rows, "the embedder's result")
+    return unit_rows(rows, "the embedder's result") if isinstance(kernel, CosineKernel) else l2_normalize(rows)
 
 
 def product_embedder(
@@ -154,8 +156,7 @@ def product_embedder(
     for embedder in (embedder_a, embedder_b, *([] if other is None else [other])):
         if not callable(embedder):
             raise TypeError(f"an embedder is a function of samples that returns rows [n, d], got {embedder!r}")
-    if features is not None and features < 1:
-        raise ValueError(f"features must be at least 1, or None for exact rows, got {features}")
+    check_counts(features=features)
     if not 0 < constant < math.inf:
         raise ValueError(f"constant must be positive and finite, got {constant}")
     if other is not None and features is None:

@@ -5,7 +5,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import joint_rows
+from kspec_guidance.comparison.joint import check_counts, joint_rows
 from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, check_paired, on_host
 from kspec_guidance.functional.simplex import minimise_on_simplex
 from kspec_guidance.functional.vendi import entropy_and_log
@@ -66,8 +66,7 @@ def entropy_projection(
         )
     if not 0 <= entropy_weight < float("inf"):
         raise ValueError(f"entropy_weight must be finite and at least 0, got {entropy_weight}")
-    if features is not None and features < 1:
-        raise ValueError(f"features must be at least 1, got {features}")
+    check_counts(features=features)
     m = int(candidates)
     prompts = len(x) // m
     if len(t) == prompts and m > 1:

@@ -18,6 +18,7 @@ from kspec_guidance.kernels.distances import evenly_spaced
 __all__ = ["EmbeddingReport", "Grouping", "JointGroupings", "SpecMode", "compare_embeddings"]
 
 ROWS = 600  # images that are compared, evenly spaced
+LEAST_IMAGES = 4  # that a grouping must hold
 DIRECTIONS = 6
 EPS = 4.0  # alike images that the other embedder may see in a grouping
 
@@ -193,8 +194,8 @@ def compare_embeddings(
     """
     if a.digests != b.digests:
         raise ValueError(f"two embedders are compared on the same images, got {len(a)} and {len(b)} of different files")
-    if len(a) < 4:
-        raise ValueError(f"a comparison of embedders needs at least 4 images, got {len(a)}")
+    if len(a) < LEAST_IMAGES:
+        raise ValueError(f"a comparison of embedders needs at least {LEAST_IMAGES} images, got {len(a)}")
     features = [l2_normalize(on_host(s.features)) for s in (a, b)]
     chosen = evenly_spaced(len(a), ROWS)
     rows = [(x[chosen], GaussianKernel().fit(x[chosen])) for x in features]
@@ -266,7 +267,7 @@ def _joint(
     chosen = torch.tensor(known)[evenly_spaced(len(known), ROWS)] if known else torch.tensor([], dtype=torch.long)
     place = chosen.tolist()
     texts = [str(prompts[i]) for i in place]
-    if len(place) < 4 or len(set(texts)) < 2:
+    if len(place) < LEAST_IMAGES or len(set(texts)) < 2:
         return None
     sides: list[Side] = []
     for x, embedder in zip(features, embedders, strict=True):

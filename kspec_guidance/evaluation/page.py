@@ -18,7 +18,7 @@ from kspec_guidance.evaluation.sets import Evaluation
 from kspec_guidance.evaluation.verdicts import count, set_names
 from kspec_guidance.statistics import Curve
 
-__all__ = ["svg_plot", "write_page"]
+__all__ = ["TILES", "svg_plot", "write_page"]
 
 COLOURS = ("#2f6fb3", "#c4572e", "#3d8b5f")
 KINDS_SHOWN, TILES, GROUP_TILES = 12, 11, 22
@@ -172,6 +172,7 @@ def write_page(
     path: str | Path,
     notes: Sequence[str] = (),
     plots: Sequence[Any] = (),
+    strips: Sequence[tuple[str, str, Sequence[int]]] = (),
 ) -> list[Path]:
     """Write the page, and a JSON file with the same numbers; for near-duplicates of one set, also the list of their names.
 
@@ -181,6 +182,7 @@ def write_page(
             ``-duplicates.txt``.
         notes: lines below the warnings.
         plots: results of :func:`svg_plot`, below the notes.
+        strips: of images of the arms of a run, below the plots: a name, words about it, and indices of its images.
 
     Returns:
         The paths of the files.
@@ -215,7 +217,8 @@ def write_page(
         doubts = [*result.warnings, *(result.a.warnings if result.a.warnings == result.b.warnings else own)]
     page = environment.get_template("report.html").render(
         title=title, about=about, parts=parts, comparison=comparison, version=__version__, notes=notes, plots=plots,
-        doubts=doubts, main_test=main_test, gap_plot=gap_plot, duplicates_file=files[2].name if len(files) > 2 else None,
+        strips=strips, doubts=doubts, main_test=main_test, gap_plot=gap_plot,
+        duplicates_file=files[2].name if len(files) > 2 else None,
     )  # fmt: skip
     _write(page, result, files)
     if isinstance(result, Evaluation) and result.redundant:

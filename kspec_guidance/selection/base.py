@@ -50,6 +50,8 @@ def check_row(value: Any, name: str, width: int | None) -> Tensor:
         x = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, dtype=np.float64))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a row of numbers [d], got {type(value).__name__}") from error
+    if x.is_complex():
+        raise TypeError(f"{name} must be a row of real numbers [d], got {x.dtype}")
     x = x.detach().cpu().double()
     if x.ndim == 2 and len(x) == 1:
         x = x[0]
@@ -127,8 +129,8 @@ class Selector:
         if n is not None:
             check_integer(n, "n is a number of pulls", 1)
         rows = self._contexts(n, contexts)
-        if n is None and rows is not None and not self._is_row(contexts):
-            n = len(rows)
+        if n is None and contexts is not None and not self._is_row(contexts):
+            n = len(contexts)
         found = self._choose(1 if n is None else n, rows)
         return found[0] if n is None else found
 
@@ -137,9 +139,9 @@ class Selector:
         return np.ndim(contexts.detach().cpu() if isinstance(contexts, Tensor) else contexts) == 1
 
     def _contexts(self, n: int | None, contexts: Any) -> list[Tensor] | None:
-        if "context" not in self.needs:
-            return None
         if contexts is None:
+            if "context" not in self.needs:
+                return None
             raise ValueError(
                 f"{type(self).__name__} chooses by context; give choose(contexts=) one row for each pull, for instance the "
                 "embedding of its prompt"
@@ -172,6 +174,25 @@ class Selector:
         """Mask of the arms that have not had their first samples ``[arms]``."""
         tried = self.told + self.pending >= TRIES * self.start
         return (self.kept + self.pending < self.start) & ~tried
+
+    def set_pending(self, arms: Sequence[int], contexts: Any = None) -> None:
+        """Replace the pending pulls, for instance if some were given up and will not be told.
+
+        Args:
+            arms: of the pulls that are still to be told.
+            contexts: of these pulls ``[n, p]``, for the methods that use them.
+
+        Raises:
+            ValueError: for unknown arms, or contexts of another number or length.
+        """
+        for arm in arms:
+            self._check_arm(arm)
+        rows = self._contexts(len(arms), contexts) if len(arms) else []
+        self.pending = torch.bincount(torch.tensor([*arms], dtype=torch.int64), minlength=self.arms).double()
+        self._set_waiting([*map(int, arms)], rows or [])
+
+    def _set_waiting(self, arms: list[int], contexts: list[Tensor]) -> None:
+        """Replace the contexts of the pending pulls."""
 
     def _pull(self, arm: int) -> int:
         self.pending[arm] += 1
@@ -387,12 +408,15 @@ class Selector:
             raise ValueError(f"this is the state of a {name}; load it with {name}.load(state)")
         if version != VERSION:
             raise ValueError(f"this state has version {version}, and this package reads version {VERSION}")
-        found = cls._from_settings(dict(parts[0]))
-        found.draws, found.widths = int(parts[1]), dict(parts[2])
-        arrays = from_json(parts[3])
-        for vector in cls._vectors:
-            setattr(found, vector, arrays.pop(vector))
-        found._restore(arrays)
+        try:
+            found = cls._from_settings(dict(parts[0]))
+            found.draws, found.widths = int(parts[1]), dict(parts[2])
+            arrays = from_json(parts[3])
+            for vector in cls._vectors:
+                setattr(found, vector, arrays.pop(vector))
+            found._restore(arrays)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this state of a {name} was altered or cut: {type(error).__name__}: {error}") from error
         return found
 
     def __repr__(self) -> str:

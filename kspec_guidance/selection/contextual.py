@@ -120,6 +120,15 @@ class Contextual(Selector):
         self.waiting[arm].append(row)
         self._changed(arm)
 
+    def _set_waiting(self, arms: list[int], contexts: list[Tensor]) -> None:
+        waiting: list[list[Tensor]] = [[] for _ in range(self.arms)]
+        for arm, row in zip(arms, contexts, strict=True):
+            waiting[arm].append(row)
+        for arm, (old, new) in enumerate(zip(self.waiting, waiting, strict=True)):
+            if len(old) != len(new) or not all(map(torch.equal, old, new)):
+                self.waiting[arm] = new
+                self._changed(arm)
+
     def _learn(self, arm: int, x: Tensor | None, reward: float | None, context: Tensor | None, kept: bool) -> None:
         assert reward is not None
         assert context is not None

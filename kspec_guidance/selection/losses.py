@@ -11,7 +11,9 @@ from torch import Tensor
 
 from kspec_guidance.features import tensor_product
 from kspec_guidance.functional.inputs import check_matrix
+from kspec_guidance.functional.novelty import root
 from kspec_guidance.functional.simplex import minimise_on_simplex
+from kspec_guidance.functional.vendi import entropy_and_log
 from kspec_guidance.kernels import CosineKernel, Kernel
 from kspec_guidance.metrics.base import StreamMap
 from kspec_guidance.selection.quadratic import minimise_quadratic, nearest_psd
@@ -179,18 +181,16 @@ class VendiLoss(MixtureLoss):
 
     def evaluate(self, a: Tensor, known: Tensor) -> tuple[float, Tensor]:
         c = self.sums["moment"][known] / self.total[known, None, None]
-        l, v = torch.linalg.eigh(torch.einsum("k,kij->ij", a, c))
-        log = l.clamp_min(EMPTY).log()
-        own = torch.einsum("ij,kil,lj->kj", v, c, v)  # diagonals of C_i in the eigenvectors
-        return float((l.clamp_min(0) * log).sum()), own @ log + 1
+        entropy, log = entropy_and_log(torch.einsum("k,kij->ij", a, c))
+        return -float(entropy), torch.einsum("kij,ij->k", c, log) + 1
 
 
 class FrechetLoss(MixtureLoss):
     """Frechet distance of the mixture's mean and covariance to those of the reference; convex in the weights.
 
     ``mu = sum_i a_i mu_i``, ``C = sum_i a_i (C_i + mu_i mu_i') - mu mu'`` with the unbiased covariances ``C_i``.
-    ``|mu - m|^2 + tr C`` is linear in the weights, and ``-tr (S C S)^(1/2)``, with ``S^2`` the covariance of the reference,
-    is convex, since the root is operator concave and ``C`` is concave in the weights.
+    ``|mu - m|^2 + tr C`` is linear in the weights, and ``-tr (R' C R)^(1/2)``, with ``R R'`` the covariance of the
+    reference, is convex, since the root is operator concave and ``C`` is concave in the weights.
     """
 
     def __init__(self, arms: int, reference: Tensor):
@@ -210,16 +210,16 @@ class FrechetLoss(MixtureLoss):
         mean = self.sums["sum"][known] / n[:, None]
         outer = mean[:, :, None] * mean[:, None, :]
         own = (self.sums["moment"][known] / n[:, None, None] - outer) * (n * n / (n * n - squares))[:, None, None]
-        moment, root = own + outer, self.reference["root"]
+        moment, r = own + outer, self.reference["root"]
         mu = a @ mean
         c = torch.einsum("k,kij->ij", a, moment) - torch.outer(mu, mu)
-        l, v = torch.linalg.eigh(root @ c @ root)
+        l, v = torch.linalg.eigh(r.mT @ c @ r)
         largest = max(float(l[-1]), 1e-300)
         root_l = l.clamp_min(0).sqrt()
         linear = moment.diagonal(dim1=1, dim2=2).sum(1)
         value = float(a @ linear + self.reference["trace"] - 2 * root_l.sum())
         inverse = torch.where(l > EMPTY * largest, root_l.reciprocal(), 0.0)
-        pull = root @ ((v * inverse) @ v.mT) @ root  # d tr (S C S)^(1/2) = tr(pull dC) / 2
+        pull = r @ ((v * inverse) @ v.mT) @ r.mT  # d tr (R' C R)^(1/2) = tr(pull dC) / 2
         change = torch.einsum("ij,kij->k", pull, moment) - 2 * mean @ (pull @ mu)
         return value, linear - change
 
@@ -257,14 +257,9 @@ def _reference_rows(reference: Tensor) -> Tensor:
 
 
 def _reference_moments(rows: Tensor) -> dict[str, Tensor]:
-    """Mean, root of the covariance and its trace, of the rows ``[m, d]`` of a reference."""
+    """Mean, ``R`` with ``R R'`` the covariance, and its trace, of the rows ``[m, d]`` of a reference."""
     covariance = torch.cov(rows.mT).reshape(rows.shape[1], rows.shape[1])
-    l, v = torch.linalg.eigh(covariance)
-    return {
-        "mean": rows.mean(0),
-        "root": (v * l.clamp_min(0).sqrt()) @ v.mT,
-        "trace": covariance.diagonal().sum(),
-    }
+    return {"mean": rows.mean(0), "root": root(covariance), "trace": covariance.diagonal().sum()}
 
 
 LOSSES = ("rke", "vendi", "kid", "fid", "reward")

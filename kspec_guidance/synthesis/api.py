@@ -24,6 +24,8 @@ from kspec_guidance.objectives import Balance
 from kspec_guidance.selection import Selector
 from kspec_guidance.synthesis.arm_models import ArmModels
 from kspec_guidance.synthesis.arms import (
+    BY_PROMPT,
+    SELECTORS,
     Arm,
     ArmChoice,
     arm_differences,
@@ -41,13 +43,15 @@ from kspec_guidance.synthesis.filters import Filter, Screen, describe_filters, f
 from kspec_guidance.synthesis.generator import Generator
 from kspec_guidance.synthesis.hub import HubUpload
 from kspec_guidance.synthesis.marks import Marks
+from kspec_guidance.synthesis.prompt_arms import PromptArms
 from kspec_guidance.synthesis.prompts import Prompt, read_prompts
 from kspec_guidance.synthesis.provenance import Provenance, check_licence, package_versions
 from kspec_guidance.synthesis.publication import compare_with_original, write_publication
 from kspec_guidance.synthesis.quotas import Attribute, split_quotas
 from kspec_guidance.synthesis.records import Store, unpack_tensors
 from kspec_guidance.synthesis.reproduction import Recipe, read_recipe, recipe_of
-from kspec_guidance.synthesis.schedule import Job, Target, make_jobs
+from kspec_guidance.synthesis.rewards import Reward, as_reward, reward_name
+from kspec_guidance.synthesis.schedule import NO_TRY_PAYS, Job, Target, make_jobs
 from kspec_guidance.synthesis.settings import (
     DIGITS,
     FEATURE_KEYS,
@@ -70,7 +74,14 @@ from kspec_guidance.utils.hashing import hash_json, hash_tensors
 
 __all__ = ["Synthesis", "reproduce", "synthesize"]
 
-STOP_REASONS = ("all images made", "more images add little", "most images made", "target reached", "too many rejected")
+STOP_REASONS = (
+    "all images made",
+    "more images add little",
+    "most images made",
+    "target reached",
+    "too many rejected",
+    NO_TRY_PAYS,
+)
 
 
 @dataclass
@@ -160,6 +171,7 @@ def synthesize(
     candidates: int = 1,
     arms: Sequence[Arm] | None = None,
     select: str | Selector = "mixture-greedy",
+    reward: Reward | None = None,
     memory: str = "auto",
     memory_by: str = "all",
     exchange: int = 8,
@@ -209,9 +221,14 @@ def synthesize(
             :func:`~kspec_guidance.synthesis.candidates.choose_candidates`. At most ``batch_size``, which counts them all.
         arms: two or more :class:`Arm`, settings of which each batch has one. Their images share one memory.
         select: chooses the arm of each batch from the images so far: ``mixture-greedy`` (the shares of the largest RKE),
-            ``mixture-ucb``, ``greedy`` (the largest share of kept images), ``uniform``, or a new
-            :class:`~kspec_guidance.selection.Selector` that needs no contexts. It is told the features at norm 1, the
-            reward 1 for a kept and 0 for a dropped image, and the cost.
+            ``mixture-ucb``, ``greedy`` (the largest mean reward), ``uniform``; by the prompt of each image ``pak-ucb`` or
+            ``rff-ucb`` (the largest reward that is expected), ``dak-ucb`` (reward and diversity), ``promptwise`` (a kept
+            image at the least cost; its reward is 1 for a kept one); or a new
+            :class:`~kspec_guidance.selection.Selector`. It is told the features at norm 1, the reward, the cost, and the
+            embedding of the prompt at norm 1. Choices by prompt run one step for each prompt first.
+        reward: with ``arms``, a function of an image and its metadata that returns a number, larger for better images; or
+            a :class:`~kspec_guidance.evaluation.judges.PromptJudge` or its name, such as ``open_clip:NAME:FILE``. By
+            default 1. The reward of an image that a filter drops is 0.
         memory: ``auto`` (see :func:`choose_memory`), ``exact``, ``centroids``, or ``guide`` for the kind of the guide's
             memory. A memory of the guide that has entries, or settings other than the default, is used in any case.
         memory_by: ``all``, or ``group`` for a memory of each group of prompts.
@@ -264,12 +281,16 @@ def synthesize(
     screen = Screen(duplicates, stages)
     guide, embedder_name = SPARKE() if guide is None else guide, embedder
     selector = models = None
+    rewards = None if reward is None else as_reward(reward)
     if arms is not None:
         arms = list(arms)
         if any(term.target is not None for term in guide.terms):
             raise SynthesisError("arms set the strength of the guide, and so does its target; give one of them")
         check_arms(arms, pipe, call)
-        selector, models = make_selector(select, arms, seed, processes.rank), ArmModels(arms, pipe)
+        told = "given" if rewards is not None else "kept or dropped" if screen.drops else ""
+        selector, models = make_selector(select, arms, seed, processes.rank, told), ArmModels(arms, pipe)
+    elif rewards is not None:
+        raise SynthesisError("reward is told to the selector of arms; give arms=, or leave it out")
     if len(guide.memories) > 1:
         raise SynthesisError(
             f"this guide keeps {len(guide.memories)} memories in different spaces, but a run keeps one; give all terms the "
@@ -322,6 +343,8 @@ def synthesize(
             run_settings["marks"] = image_marks.describe()
         if arms is not None and models is not None:
             run_settings |= describe_arms(arms, select, models)
+        if reward is not None:
+            run_settings["reward"] = reward_name(reward)
         run_settings = as_json(run_settings)
         if recipe is not None:
             recipe.check(run_settings)
@@ -329,6 +352,7 @@ def synthesize(
             "images_per_prompt": images_per_prompt, "batch_size": batch_size, "call": call, "seed": seed, "quotas": counts,
             "target": run_settings["target"], "filter": stages, "duplicates": duplicates, "candidates": candidates,
             "arms": None if arms is None else [asdict(arm) for arm in arms], "select": select, "memory": memory,
+            "reward": reward,
             "memory_by": memory_by, "exchange": exchange, "format": format, "shard_size": shard_size,
             "embedder": embedder_name, "licence": licence, "marks": marks,
         }  # fmt: skip
@@ -340,7 +364,14 @@ def synthesize(
         _open(store, processes, run_settings, force, types, drop)
         try:
             jobs = make_jobs(prompt_list, images_per_prompt, counts, _prompt_numbers(store), candidates)
-            owners, prompt_features = _share_out(store, processes, generator, jobs, batch_size, memory_by == "group")
+            by_prompt = selector is not None and "context" in selector.needs
+            owners, prompt_features, contexts = _share_out(
+                store, processes, generator, jobs, batch_size, memory_by == "group", by_prompt
+            )
+            choice = None
+            if selector is not None:
+                about = (arms or [], selector, run_guide, generator, models)
+                choice = ArmChoice(*about) if contexts is None else PromptArms(*about, contexts=contexts)
             settings = Settings(
                 batch_size=batch_size,
                 seed=seed,
@@ -374,14 +405,16 @@ def synthesize(
                 shares={name: a.share for name, a in attributes.items()},
                 prompt_features=prompt_features,
                 progress_callback=progress_callback if processes.rank == 0 else None,
-                arms=None if selector is None else ArmChoice(arms or [], selector, run_guide, generator, models),
+                arms=choice,
+                reward=rewards,
             )
             if hub is not None and processes.rank == 0:
                 hub.prepare(settings.expected_images, format)
             if memory_file is not None and processes.rank == 0:
                 _prepare(Path(memory_file))
             worker.resume()
-            generator.check_mixed(worker.jobs, batch_size, screen.drops or prompt_target is not None or candidates > 1)
+            screened = screen.drops or prompt_target is not None or candidates > 1 or by_prompt
+            generator.check_mixed(worker.jobs, batch_size, screened)
             made_before, start = worker.made, perf_counter()
             worker.run()
             seconds = perf_counter() - start
@@ -534,14 +567,39 @@ def _prompt_numbers(store: Store) -> dict[str, int]:
 
 
 def _share_out(
-    store: Store, processes: Processes, generator: Generator, jobs: list[Job], batch_size: int, by_group: bool
-) -> tuple[list[int], list[Tensor] | None]:
-    """The process of each prompt, and the prompt features of each process; kept in a file for resumed runs."""
-    world_size = processes.world_size
-    if world_size == 1:
-        return [0] * len(jobs), None
-    if by_group:  # each memory is in one process: nothing is exchanged
-        return shard_groups([job.prompt.group for job in jobs], [job.goal for job in jobs], world_size), None
+    store: Store,
+    processes: Processes,
+    generator: Generator,
+    jobs: list[Job],
+    batch_size: int,
+    by_group: bool,
+    by_prompt: bool,
+) -> tuple[list[int], list[Tensor] | None, dict[str, Tensor] | None]:
+    """The process of each prompt, what is exchanged, and contexts; features are kept in a file for resumed runs.
+
+    Args:
+        store: of the run.
+        processes: of the run.
+        generator: of the prompt features.
+        jobs: of all processes.
+        batch_size: prompts at once.
+        by_group: whether all prompts of a group are in one process, so that nothing is exchanged.
+        by_prompt: whether arms are chosen by prompt.
+
+    Returns:
+        The process of each job; the prompt features of each process, None if nothing is exchanged; and the features of
+        each prompt, None if arms are not chosen by them.
+
+    Raises:
+        SynthesisError: if arms are chosen by prompt, and the pipeline gives no features of prompts.
+    """
+    world_size, goals = processes.world_size, [job.goal for job in jobs]
+    exchanged = world_size > 1 and not by_group
+    owners = [0] * len(jobs)
+    if world_size > 1 and by_group:
+        owners = shard_groups([job.prompt.group for job in jobs], goals, world_size)
+    if not (exchanged or by_prompt):
+        return owners, None, None
     path = store.folder(store.epoch) / "prompts.safetensors"
     if not processes.gather_integers(int(path.exists()))[0][0]:
         part = generator.prompt_features([job.prompt.text for job in jobs[processes.rank :: world_size]], batch_size)
@@ -551,16 +609,25 @@ def _share_out(
         if known:
             for rank, rows in enumerate(parts):
                 features[rank::world_size] = rows
-        owners = shard(features, [job.goal for job in jobs], world_size)
+        owners = shard(features, goals, world_size) if exchanged else owners
         if processes.rank == 0:
             tensors = {"features": features, "owners": torch.tensor(owners)}
             with disk_errors(store.out):
                 write_tensors(path, "prompts", tensors, {"known": known}, durable=True)
         processes.wait_for_all()
     tensors, about = read_tensors(path, "prompts")
-    owner = tensors["owners"]
-    features = tensors["features"] if about["known"] else tensors["features"][:, :0]
-    return owner.tolist(), [features[owner == rank] for rank in range(world_size)]
+    owner, features = tensors["owners"], tensors["features"]
+    contexts = None
+    if by_prompt:
+        if not about["known"]:
+            raise SynthesisError(
+                f"{type(generator.pipe).__name__} gives no embeddings of prompts, by which this selector chooses; use "
+                f"{', '.join(select for select in SELECTORS if select not in BY_PROMPT)} or a mixture method"
+            )
+        contexts = {job.prompt.text: row for job, row in zip(jobs, features, strict=True)}
+    if not about["known"]:
+        features = features[:, :0]
+    return owner.tolist(), [features[owner == rank] for rank in range(world_size)] if exchanged else None, contexts
 
 
 def _conclude(

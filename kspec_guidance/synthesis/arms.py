@@ -7,7 +7,7 @@ selector follows from them, in order, so that a run that is resumed chooses as o
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
@@ -24,18 +24,29 @@ from kspec_guidance.evaluation.embedders.base import TextEmbedder
 from kspec_guidance.evaluation.verdicts import SURE
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
-from kspec_guidance.selection import Greedy, MixtureGreedy, MixtureUCB, Selector, Uniform
+from kspec_guidance.selection import (
+    DAKUCB,
+    PAKUCB,
+    RFFUCB,
+    Greedy,
+    MixtureGreedy,
+    MixtureUCB,
+    PromptWise,
+    Selector,
+    Uniform,
+)
 from kspec_guidance.statistics import jackknife
 from kspec_guidance.synthesis.arm_models import ArmModels
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.generator import Generator, check_call
 from kspec_guidance.synthesis.records import Record, unpack_tensors
-from kspec_guidance.synthesis.schedule import BANDWIDTH, MIN_TARGET_IMAGES
+from kspec_guidance.synthesis.schedule import BANDWIDTH, MIN_TARGET_IMAGES, Job, Sample, next_batch
 from kspec_guidance.utils.arguments import choices
 
 __all__ = ["SELECTORS", "Arm", "ArmChoice", "arm_differences", "arm_summary", "check_arms", "read_arms"]
 
-SELECTORS = ("mixture-greedy", "mixture-ucb", "greedy", "uniform")
+BY_PROMPT = ("pak-ucb", "rff-ucb", "dak-ucb", "promptwise")
+SELECTORS = ("mixture-greedy", "mixture-ucb", "greedy", "uniform", *BY_PROMPT)
 FIXED = ("height", "width")  # of all arms, since samples of other sizes cannot be compared
 BLOCK = 8  # batches whose arms are chosen together if a change of the model is to be rare
 MODES = 3  # of either arm, of the differences of two
@@ -140,7 +151,9 @@ def _scheduler(scheduler: Any, name: str) -> Any:
     return kind.from_config(scheduler.config)
 
 
-def make_selector(select: "str | Selector", arms: Sequence[Arm], seed: int, rank: int) -> Selector:
+def make_selector(
+    select: "str | Selector", arms: Sequence[Arm], seed: int, rank: int, rewards: str = "kept or dropped"
+) -> Selector:
     """The selector of one process.
 
     Args:
@@ -148,26 +161,45 @@ def make_selector(select: "str | Selector", arms: Sequence[Arm], seed: int, rank
         arms: of the run.
         seed: of the run.
         rank: of the process.
+        rewards: of the images: ``kept or dropped`` by a filter, ``given`` by a function, or empty if all are 1.
 
     Raises:
-        SynthesisError: for an unknown name, or a selector that has other arms, was used, or needs contexts.
+        SynthesisError: for an unknown name, or a selector that has other arms, was used, cannot be copied, or needs what
+            the run has not, such as rewards.
     """
+    found = _new_selector(select, arms, seed, rank)
+    if "reward" in found.needs and not rewards:
+        raise SynthesisError(
+            f"{_title(select)} compares rewards, and without a filter all images of this run have the reward 1; give "
+            "filter= or duplicates=, which drop images, or reward=, a function of an image and its row (--filter, "
+            "--duplicates, --reward)"
+        )
+    if isinstance(found, PromptWise) and rewards == "given":
+        raise SynthesisError("the reward of PromptWise is whether an image is kept; leave out reward, or use pak-ucb")
+    return found
+
+
+def _title(select: "str | Selector") -> str:
+    return select if isinstance(select, str) else type(select).__name__
+
+
+def _new_selector(select: "str | Selector", arms: Sequence[Arm], seed: int, rank: int) -> Selector:
     digest = int.from_bytes(hashlib.sha256(f"{seed}/{rank}".encode()).digest()[:6], "big")
     costs = [arm.cost for arm in arms]
     known: Any = None if None in costs else costs
     if isinstance(select, Selector):
         if select.arms != len(arms):
             raise SynthesisError(f"the selector has {select.arms} arms, and the run has {len(arms)}")
-        if not set(select.needs) <= {"features", "reward"}:
-            raise SynthesisError(
-                f"{type(select).__name__} chooses by context, but a batch of a run has one arm and several prompts; use "
-                f"{', '.join(SELECTORS)} or a mixture method"
-            )
+        if isinstance(select, DAKUCB) and select.objective == "jkd":
+            raise SynthesisError("objective 'jkd' compares with a reference output of each prompt, which a run has not")
         if float((select.told + select.pending).sum()):
             raise SynthesisError(
                 "the selector was used already; a run needs a new one, whose state follows from its records"
             )
-        found = type(select).load(select.state())
+        try:
+            found = type(select).load(select.state())
+        except TypeError as error:
+            raise SynthesisError(f"a run copies its selector, and {error}") from error
         found.seed = digest
         return found
     kernel = GaussianKernel(BANDWIDTH)
@@ -179,6 +211,14 @@ def make_selector(select: "str | Selector", arms: Sequence[Arm], seed: int, rank
         return Greedy(len(arms), digest, costs=known)
     if select == "uniform":
         return Uniform(len(arms), digest, costs=known)
+    if select == "pak-ucb":
+        return PAKUCB(len(arms), digest, costs=known)
+    if select == "rff-ucb":
+        return RFFUCB(len(arms), digest, costs=known)
+    if select == "dak-ucb":
+        return DAKUCB(len(arms), digest, sample_kernel=kernel, costs=known)
+    if select == "promptwise":
+        return PromptWise(len(arms), known, digest)
     raise SynthesisError(f"unknown select {select!r}; {choices(str(select), SELECTORS)}, or give a Selector")
 
 
@@ -214,12 +254,23 @@ class ArmChoice:
         self.order = list(dict.fromkeys(arm.model for arm in self.arms))  # of the models in a block, from the last one on
         self.block = BLOCK if len(self.order) > 1 else 1
         self.queue: list[int] = []  # arms that were chosen for the next batches
+        self.contexts: dict[str, Tensor] = {}  # of prompts, for selectors that choose by prompt
+
+    def next_batch(
+        self, jobs: Iterable[Job], batch_size: int, seed: int, key: Callable[[Job], object], candidates: int = 1
+    ) -> list[Sample]:
+        """The samples of the next batch; see :func:`~kspec_guidance.synthesis.schedule.next_batch`."""
+        return next_batch(jobs, batch_size, seed, key, candidates)
 
     def choose(self) -> Arm:
         """The arm of the next batch."""
         if not self.queue:
             self.queue = sorted(self.selector.choose(self.block), key=lambda k: self.order.index(self.arms[k].model))
-        arm = self.arms[self.queue.pop(0)]
+        return self._turn(self.queue.pop(0))
+
+    def _turn(self, number: int) -> Arm:
+        """An arm by its number, whose model is then the last one used."""
+        arm = self.arms[number]
         self.order.remove(arm.model)
         self.order.insert(0, arm.model)
         return arm
@@ -263,20 +314,19 @@ class ArmChoice:
         if record.arm is None or record.arm["arm"] not in (self.number if same is None else same):
             return
         arm, cost = self.number[record.arm["arm"]], record.arm["cost"]
-        features = unit_features(record)
-        for row in features:
-            self.selector.tell(arm, features=row, reward=1.0, cost=cost)
-        for row in record.rejected:
-            if row["reason"] != "lost":
-                self.selector.tell(arm, reward=0.0, cost=cost, kept=False)
-        self.selector.pending = torch.bincount(
-            torch.tensor(self.queue, dtype=torch.int64), minlength=self.selector.arms
-        ).double()  # of batches, each of which yields several images
+        rows = [(row, x) for row, x in zip(record.rows, unit_features(record), strict=True)]
+        rows += [(row, None) for row in record.rejected if row["reason"] != "lost"]
+        for row, x in rows:
+            context = self.contexts.get(row["prompt"])
+            if "context" in self.selector.needs and context is None:  # a prompt that the run had before
+                continue
+            reward = row.get("reward", 0.0 if x is None else 1.0)
+            self.selector.tell(arm, features=x, reward=reward, context=context, cost=cost, kept=x is not None)
+        self._settle(record)
 
-    def replay(self, record: Record) -> None:
-        """Choose and learn as when the batch of a record of this process was made."""
-        self.choose()
-        self.learn(record)
+    def _settle(self, record: Record) -> None:
+        """Tell the selector what is still pending: batches, each of which yields several images."""
+        self.selector.set_pending(self.queue)
 
 
 def unit_features(record: Record) -> Tensor:

@@ -15,6 +15,7 @@ COLUMNS: dict[str, type] = {  # of the metadata, with the types of their values
     "variety": float, "scale": float, "settings": str, "nearest": float, "vendi": float, "attribute": str, "arm": str,
     "model": str, "revision": str, "pipeline": str, "scheduler": str, "steps": int, "guidance_scale": float,
     "guide_digest": str, "licence": str, "versions": str, "marks": str, "sha256": str,
+    "reward": float,
 }  # fmt: skip
 TYPES = {bool: "booleans", int: "whole numbers", float: "numbers", str: "texts"}
 EXACT = 2**53  # up to which float64 holds all whole numbers

@@ -1,6 +1,7 @@
 """report.html at the end of a run: the page of `evaluate`, with what was dropped and why prompts ended."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def write_report(out: Path, rows: list[dict[str, Any]], summary: dict[str, Any],
     from kspec_guidance.evaluation import evaluate_set
     from kspec_guidance.evaluation.embedders import image_embedder
     from kspec_guidance.evaluation.image_sets import load_images
-    from kspec_guidance.evaluation.page import svg_plot, write_page
+    from kspec_guidance.evaluation.page import TILES, svg_plot, write_page
 
     names = [row["file_name"] for row in rows]
     sample = names if len(names) <= MAX_IMAGES else names[:: -(-len(names) // MAX_IMAGES)]
@@ -47,8 +48,28 @@ def write_report(out: Path, rows: list[dict[str, Any]], summary: dict[str, Any],
         draw = partial(_draw_shares, arms=arms)
         plots.append(svg_plot(draw, "Shares of the arms", "part of the run in %", "images in %"))
     path = out / "report.html"
-    write_page(evaluate_set(images, embed), path, notes, plots)
+    evaluation = evaluate_set(images, embed)
+    strips = _strips(rows, arms, evaluation.images.names, TILES)
+    write_page(evaluation, path, notes, plots, strips)
     return path
+
+
+def _strips(
+    rows: list[dict[str, Any]], arms: Mapping[str, Mapping[str, Any]], names: Sequence[str], tiles: int
+) -> list[tuple[str, str, list[int]]]:
+    """For each arm some of its images, as far as possible of the same prompts as those of the other arms."""
+    index = {name.rpartition("/")[2]: i for i, name in enumerate(names)}
+    found: dict[str, dict[str, list[int]]] = {name: {} for name in arms}  # images of each prompt
+    for row in rows:
+        i = index.get(row["file_name"].rpartition("/")[2])
+        if i is not None and row.get("arm") in found:
+            found[row["arm"]].setdefault(row["prompt"], []).append(i)
+    made_by = Counter(prompt for own in found.values() for prompt in own)
+    strips = []
+    for name, about in arms.items():
+        turns = [(k, -made_by[prompt], i) for prompt, own in found[name].items() for k, i in enumerate(own)]
+        strips.append((name, f"{about['images']} images", [i for _, _, i in sorted(turns)[:tiles]]))
+    return strips
 
 
 def _draw_shares(axes: Any, arms: Mapping[str, Mapping[str, Any]]) -> None:

@@ -147,6 +147,7 @@ def recipe_of(pipe: Any, guide: KernelGuidance, run: Mapping[str, Any], settings
     for name, value in run.items():
         try:
             plain = [filter_name(stage) for stage in value] if name == "filter" else value
+            plain = filter_name(value) if name == "reward" and callable(value) else plain
             kept[name] = json.loads(json.dumps(plain, default=_plain_scalar, allow_nan=False))
         except (TypeError, ValueError):
             obstacles.append(f"{name}, which this file cannot hold")

@@ -18,6 +18,7 @@ from kspec_guidance.synthesis.prompts import Prompt
 
 __all__ = ["Job", "Sample", "Target", "goals", "image_seed", "make_jobs", "next_batch", "prompt_score"]
 
+NO_TRY_PAYS = "no further try pays"  # reason why a selector with costs gives a prompt up
 ATTEMPTS_PER_IMAGE = 4  # attempts for each wanted image, after which a prompt whose images are rejected is given up
 SCORES: dict[str, Callable[..., Tensor]] = {"vendi": F.vendi_score, "rke": F.rke_score}
 BANDWIDTH = 0.5  # of features of norm 1, so that scores of all prompts are comparable
@@ -115,6 +116,7 @@ class Job:
         attempts: images made, rejected ones included.
         max_attempts: attempts after which the prompt is given up.
         stop_reason: why it ended before its goal; empty until then.
+        failures: images dropped since the last one that was kept.
         features: of its images, one ``[k, d]`` for each batch; empty once it is finished.
     """
 
@@ -125,6 +127,7 @@ class Job:
     attempts: int = 0
     max_attempts: int = 0
     stop_reason: str = ""
+    failures: int = 0
     features: list[Tensor] = field(default_factory=list)
 
     @property
@@ -132,13 +135,14 @@ class Job:
         """Whether it has reached its goal or was stopped."""
         return bool(self.stop_reason) or self.kept >= self.goal
 
-    def update(self, kept: int, features: Tensor, target: Target | None) -> tuple[float, int] | None:
-        """Count ``kept`` more images with their features ``[kept, d]``, and stop if the target says so.
+    def update(self, kept: int, dropped: int, features: Tensor, target: Target | None) -> tuple[float, int] | None:
+        """Count the images of a batch, ``kept`` ones with their features ``[kept, d]``, and stop if the target says so.
 
         Returns:
             The Vendi score and the number of scored images if this finished the prompt.
         """
         self.kept += kept
+        self.failures = 0 if kept else self.failures + dropped
         if kept and features.shape[1]:
             self.features.append(features)
             if target is not None and not self.finished:

@@ -39,8 +39,12 @@ def blur_effect(image: Image.Image) -> float:
     return float(max(found, default=1.0))
 
 
-def load_function(name: str) -> Any:
+def load_function(name: str, what: str = "filter") -> Any:
     """Import a function named ``module:function``, from the current folder or the environment.
+
+    Args:
+        name: of the function.
+        what: it is, for errors.
 
     Raises:
         SynthesisError: if there is no such function.
@@ -50,16 +54,16 @@ def load_function(name: str) -> Any:
 
     module, _, function = name.partition(":")
     if not module or not function:
-        raise SynthesisError(f"a filter is named module:function, got {name!r}")
+        raise SynthesisError(f"a {what} is named module:function, got {name!r}")
     sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # of the user's module
-        raise SynthesisError(f"cannot import the filter {name!r}: {type(error).__name__}: {error}") from error
+        raise SynthesisError(f"cannot import the {what} {name!r}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove("")
     if not callable(found):
-        raise SynthesisError(f"the filter {name!r} is a {type(found).__name__}, not a function")
+        raise SynthesisError(f"the {what} {name!r} is a {type(found).__name__}, not a function")
     return found
 
 

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.evaluation.embedders.base import ImageEmbedder
@@ -27,6 +28,7 @@ from kspec_guidance.synthesis.memories import RunMemories
 from kspec_guidance.synthesis.provenance import Provenance
 from kspec_guidance.synthesis.quotas import allot
 from kspec_guidance.synthesis.records import Record, Store, pack_target, pack_tensors, unpack_target, unpack_tensors
+from kspec_guidance.synthesis.rewards import Rewards
 from kspec_guidance.synthesis.schedule import Job, Sample, next_batch, prompt_score
 from kspec_guidance.synthesis.settings import FEATURE_KEYS, SAMPLE_KEYS, Settings
 
@@ -74,6 +76,7 @@ class Worker:
         prompt_features: of the prompts of each process ``[n, p]``, by rank; None if nothing is exchanged.
         progress_callback: called with a :class:`Progress` after each batch and each exchange.
         arms: of which each batch has one; None for none.
+        reward: numbers for images and their rows, see :func:`~kspec_guidance.synthesis.rewards.as_reward`.
 
     Attributes:
         batch_index: of the next batch of this process.
@@ -104,11 +107,12 @@ class Worker:
         prompt_features: list[Tensor] | None = None,
         progress_callback: Callable[[Progress], None] | None = None,
         arms: ArmChoice | None = None,
+        reward: Rewards | None = None,
     ):
         self.generator, self.guide, self.jobs, self.settings = generator, guide, jobs, settings
         self.store, self.processes, self.screen = store, processes, screen
         self.embedder, self.packer, self.balance, self.shares = embedder, packer, balance, shares or {}
-        self.progress_callback, self.arms = progress_callback, arms
+        self.progress_callback, self.arms, self.reward = progress_callback, arms, reward
         self.provenance, self.marks = provenance, marks
         self.memories = RunMemories(guide, settings, processes.rank, prompt_features)
         self.job_of = {job.prompt.text: job for job in jobs}
@@ -122,8 +126,8 @@ class Worker:
 
     def next_batch(self) -> list[Sample]:
         """Samples of the next batch, which share one memory; empty if all jobs are finished."""
-        settings = self.settings
-        return next_batch(self.jobs, settings.batch_size, settings.seed, self._memory_key, settings.candidates)
+        settings, find = self.settings, next_batch if self.arms is None else self.arms.next_batch
+        return find(self.jobs, settings.batch_size, settings.seed, self._memory_key, settings.candidates)
 
     def _memory_key(self, job: Job) -> str | None:
         return self.memories.key(job.prompt.group)
@@ -136,13 +140,15 @@ class Worker:
         made, rows, arm = self._make(batch)
         features = made.x.flatten(1).float().cpu() if self.embedder is None else self.embedder(made.images).cpu()
         reasons = self.screen.reasons(made.images, rows, features)
+        self._add_rewards(made.images, rows, reasons)
         if self.settings.candidates > 1:
             self._choose(batch, features, made.prompt_features, reasons)
         keep = [k for k, reason in enumerate(reasons) if reason is None]
         self._add_scores(batch, keep, rows, features, made)
         rejected = [
             {"prompt": sample.job.prompt.text, "attempt": sample.attempt, "reason": reason}
-            for sample, reason in zip(batch, reasons, strict=True)
+            | ({} if "reward" not in row else {"reward": row["reward"]})
+            for sample, reason, row in zip(batch, reasons, rows, strict=True)
             if reason is not None
         ]
         tensors = pack_tensors(
@@ -177,6 +183,14 @@ class Worker:
             origin = self.provenance.columns(self.generator.pipe, self.generator.call, arm.model) | {"arm": arm.name}
             rows = [self._row(sample, k) | origin for k, sample in enumerate(batch)]
         return made, rows, event(len(batch))
+
+    def _add_rewards(self, images: list[Image.Image], rows: list[dict[str, Any]], reasons: list[str | None]) -> None:
+        """Add to the rows of images that passed the filters the reward that selectors are told."""
+        keep = [] if self.reward is None else [k for k, reason in enumerate(reasons) if reason is None]
+        if self.reward is not None and keep:
+            found = self.reward([images[k] for k in keep], [rows[k] for k in keep])
+            for k, value in zip(keep, found, strict=True):
+                rows[k]["reward"] = value
 
     def _choose(self, batch: list[Sample], features: Tensor, prompts: Tensor | None, reasons: list[str | None]) -> None:
         """Keep one candidate of each image, and give the others a reason to be dropped."""
@@ -248,6 +262,7 @@ class Worker:
         if not earlier:
             self.batch_index = record.batch_index + 1
         kept: dict[str, list[int]] = {}  # indices of the rows of each prompt
+        dropped: Counter[str] = Counter()
         for k, row in enumerate(record.rows):
             if row["prompt"] in self.job_of:
                 kept.setdefault(row["prompt"], []).append(k)
@@ -256,6 +271,7 @@ class Worker:
         for row in record.rejected:
             if row["prompt"] in self.job_of:
                 kept.setdefault(row["prompt"], [])
+                dropped[row["prompt"]] += 1
                 self.rejected[row["reason"]] += 1
         for row in (*record.rows, *record.rejected):
             if row["prompt"] in kept:
@@ -268,7 +284,7 @@ class Worker:
             self.made += images
         for text, indices in kept.items():
             job = self.job_of[text]
-            score = job.update(len(indices), features[indices], self.settings.target)
+            score = job.update(len(indices), dropped[text], features[indices], self.settings.target)
             if score is not None:
                 self.scores[job.number] = score
         if features.shape[1]:
@@ -297,6 +313,9 @@ class Worker:
         return all(old.get(key) == now.get(key) for key in keys)
 
     # -- exchanges -----------------------------------------------------------------------------------------------------
+
+    def _exchange_due(self) -> bool:
+        return self.batch_index >= (self.exchanges + 1) * self.settings.exchange
 
     def exchange(self, finished: bool) -> bool:
         """Exchange samples with the other processes.
@@ -330,30 +349,35 @@ class Worker:
 
     def resume(self) -> None:
         """Restore the state from the records of all epochs, with the exchanges that have taken place."""
-        store, rank, interval = self.store, self.processes.rank, self.settings.exchange
+        store, rank = self.store, self.processes.rank
         for record in store.records([e for e in store.epochs() if e != store.epoch], tensors=True):
             self.count(record, earlier=True)
             self.learn(record, earlier=True)
             if self.arms is not None and self.comparable(record.epoch, FEATURE_KEYS):
                 self.arms.learn(record, same=self._same_arms(record.epoch))
+        exchanging = self.processes.world_size > 1
         for record in store.process_records(rank):
-            self.count(record)
-        exchanges = 0
-        if self.processes.world_size > 1:
-            states = self.processes.gather_integers(int(all(job.finished for job in self.jobs)), self.batch_index)
-            unfinished = [batches // interval for finished, batches in states if not finished]
-            exchanges = min(unfinished) if unfinished else -(-max(batches for _, batches in states) // interval)
-        for k, record in enumerate(store.process_records(rank)):
-            while self.exchanges < exchanges and k >= (self.exchanges + 1) * interval:
-                self._replay_exchange()
-            self.learn(record)
-            if self.arms is not None:
-                self.arms.replay(record)
-        while self.exchanges < exchanges:
-            self._replay_exchange()
+            while exchanging and self._exchange_due():
+                exchanging = self._replay_exchange()
+            if self.arms is not None:  # as when the batch was made
+                self.next_batch()
+                self.arms.choose()
+            self.apply(record)
+        while exchanging:
+            if not self._exchange_due():  # without a batch left, as then
+                self.next_batch()
+            exchanging = self._replay_exchange()
 
-    def _replay_exchange(self) -> None:
-        """Repeat an exchange from the records of the other processes."""
+    def _replay_exchange(self) -> bool:
+        """Repeat the next exchange from the records of the other processes, if it took place.
+
+        Returns:
+            Whether there may be another one.
+        """
+        finished = all(job.finished for job in self.jobs)
+        states = self.processes.gather_integers(int(finished), int(finished or self._exchange_due()))
+        if not all(ready for _, ready in states):
+            return False
         first, messages = self.exchanges * self.settings.exchange, []
         for rank in range(self.processes.world_size):
             message = None
@@ -366,6 +390,7 @@ class Worker:
         self.memories.unsent.clear()
         self._hear_of_arms()
         self.exchanges += 1
+        return not all(done for done, _ in states)
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -374,15 +399,12 @@ class Worker:
         start, made_before = time.monotonic(), self.made
         with self.guide.attach(self.generator.pipe) if self.arms is None else self.arms.models.loaded():
             while True:
-                batch = self.next_batch()
-                exchange_due = self.batch_index >= (self.exchanges + 1) * self.settings.exchange
-                if self.processes.world_size > 1 and (not batch or exchange_due):
-                    if self.exchange(not batch):
-                        break
-                elif not batch:
-                    break
-                else:
+                exchange_due = self.processes.world_size > 1 and self._exchange_due()
+                batch = [] if exchange_due else self.next_batch()
+                if batch:
                     self.step(batch)
+                elif self.processes.world_size == 1 or self.exchange(all(job.finished for job in self.jobs)):
+                    break
                 self._report_progress(time.monotonic() - start, self.made - made_before)
 
     def _report_progress(self, seconds: float, made: int) -> None:

@@ -129,3 +129,9 @@ def test_training_brings_the_kernels_together_and_the_anchor_holds_the_features(
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_adapter_names_rows_of_another_length(g):
+    x = torch.randn(30, 4, generator=g)
+    with pytest.raises(ValueError, match="takes rows of 4 features"):
+        align_linear(x, x)(x[:, :3])

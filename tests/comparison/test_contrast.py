@@ -210,3 +210,29 @@ def test_spread_is_that_of_pairs():
     for features in (None, 10):
         assert JointKernel({"": x}, None, features).spread == pytest.approx(float(pairs.std(correction=0)))
     assert JointKernel({"": torch.eye(5)}).spread == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 4, 7])
+def test_a_loose_bound_lists_no_leftovers_of_groups(seed):
+    a, b, _ = planted(sizes=(20,) * 6, seed=seed)
+    a, b = (torch.nn.functional.normalize(x, dim=1) for x in (a, b))
+    found = koda(a, b, 8, eps=4.0, kernel_a=GaussianKernel(), kernel_b=GaussianKernel(), rotate=True)
+    assert len(found) == 3
+    assert "times the" in found.stopped or "coherence" in found.stopped
+
+
+def test_counts_that_are_no_whole_numbers_are_named():
+    x = torch.randn(12, 3)
+    for options, message in [
+        ({"directions": 2.5}, "directions must be at least 1"),
+        ({"features": 0}, "features must be at least 1"),
+        ({"eps": "4"}, "eps must be at least 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            koda(x, x, **options)
+
+
+def test_random_features_of_rows_of_zeros_are_refused():
+    x = {"image": torch.randn(30, 20), "text": torch.zeros(30, 20)}
+    with pytest.raises(ValueError, match="30 rows of zeros"):
+        koda(x, x, features=8)

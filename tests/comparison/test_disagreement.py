@@ -131,7 +131,7 @@ def test_bad_inputs_are_named(models):
         prompt_split(x_a, t_a, x_b, t_b / 0)
     with pytest.raises(ValueError, match="no prompt in common"):
         prompt_split(x_a, t_a, x_b, t_b + 1, permutations=9)
-    with pytest.raises(ValueError, match="modes and per_mode must be at least 1"):
+    with pytest.raises(ValueError, match="modes must be at least 1"):
         prompt_split(x_a, t_a, x_b, t_b, modes=0)
     with pytest.raises(ValueError, match="fourier, projection, got 'both'"):
         prompt_split(x_a, t_a, x_b, t_b, features=10, method="both")

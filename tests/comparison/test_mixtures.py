@@ -102,3 +102,12 @@ def test_a_bandwidth_of_its_own_lets_noise_win_and_warns(g):
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_row_of_zeros_is_like_no_other(g):
+    x, y = torch.randn(12, 4, generator=g), torch.randn(12, 3, generator=g)
+    x[0] = 0
+    found = max_entropy_mixture([x, y])
+    expected = max_entropy_mixture([torch.cat([x, torch.eye(12)[:, :1]], 1), y])
+    torch.testing.assert_close(found.weights, expected.weights)
+    assert found.gap < 1e-8

@@ -142,3 +142,10 @@ def test_bad_factors_are_named():
         product_embedder(first, lambda x: x[:2, 20:])(rows(3, 50))
     with pytest.raises(ValueError, match="contains NaN"):
         product_embedder(first, second)(rows(3, 50) / 0)
+
+
+@pytest.mark.parametrize("features", [None, 50])
+def test_rows_of_zeros_have_no_product(features):
+    fused = product_embedder(lambda z: z, lambda z: z.roll(1, 1), features=features)
+    with pytest.raises(ValueError, match="1 rows of zeros"):
+        fused(torch.eye(3)[:2] * torch.tensor([[1.0], [0.0]]))

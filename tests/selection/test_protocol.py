@@ -8,6 +8,7 @@ import torch
 
 from kspec_guidance import selection
 from kspec_guidance.kernels import GaussianKernel
+from kspec_guidance.selection import MixtureGreedy, Uniform
 
 REFERENCE = torch.randn(12, 4, generator=torch.Generator().manual_seed(9)).double()
 MAKERS = {
@@ -272,3 +273,21 @@ def test_arguments_out_of_range_are_refused():
         selection.PromptWise(2).tell(0, reward=3.0, context=[1.0])
     with pytest.raises(ValueError, match="reference output"):
         selection.DAKUCB(2, objective="jkd").tell(0, features=[1.0], reward=1.0, context=[1.0])
+
+
+def test_contexts_that_are_not_used_still_count_pulls():
+    assert len(Uniform(3).choose(contexts=torch.zeros(4, 2))) == 4
+    assert isinstance(Uniform(3).choose(contexts=torch.zeros(2)), int)
+    with pytest.raises(ValueError, match="has 2 rows for 3 pulls"):
+        Uniform(3).choose(3, contexts=torch.zeros(2, 2))
+
+
+def test_complex_rows_are_refused():
+    with pytest.raises(TypeError, match="real numbers"):
+        MixtureGreedy(2).tell(0, features=torch.zeros(3, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("cut", [{"arrays": {}}, {"settings": {"arms": 2, "junk": 1}}, {"widths": None}])
+def test_states_that_were_cut_are_refused(cut):
+    with pytest.raises(ValueError, match="altered or cut"):
+        MixtureGreedy.load({**MixtureGreedy(2).state(), **cut})

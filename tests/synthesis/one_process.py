@@ -20,6 +20,10 @@ from tests.synthesis.small_runs import make, quiet_pipeline
 ARMS = [Arm("low", {"guidance_scale": 1.0}, cost=1), Arm("high", guide=0, cost=2)]
 
 
+def good(image, row):
+    return (row["arm"] == "low") == ("heart" in row["prompt"])
+
+
 def random_features():
     kernel, prompts = GaussianKernel(1.0), GaussianKernel(0.35)
     phi, psi = RandomFourierFeatures(kernel, 576, 256), RandomFourierFeatures(prompts, 160, 64)
@@ -46,8 +50,11 @@ def main():
     by, kind = ("group", "exact") if kind == "groups" else ("all", kind)
     guide = random_features() if kind == "guide" else SPARKE()
     more: dict = {}
-    if kind == "arms":
-        kind, more["arms"] = "exact", ARMS
+    if kind in ("arms", "pak-ucb", "promptwise"):
+        more["arms"], more["select"] = ARMS, "mixture-greedy" if kind == "arms" else kind
+        if kind != "arms":
+            more["filter"] = good
+        kind = "exact"
     result = make(out, quiet_pipeline(), prompts, 6, 3, guide=guide, memory=kind, memory_by=by, exchange=2, **more)
     values = {k: getattr(result, k) for k in ("made", "total_made", "images", "exchanges")} | {"received": received}
     (out / f"result-{'first' if result.first else id(values)}.json").write_text(json.dumps(values))

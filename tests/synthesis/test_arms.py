@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kspec_guidance.evaluation.embedders import image_embedder
-from kspec_guidance.selection import DAKUCB, MixtureGreedy, OneArm
+from kspec_guidance.selection import MixtureGreedy, OneArm
 from kspec_guidance.synthesis import Arm, SynthesisError, read_arms
 from kspec_guidance.synthesis.arms import (
     ArmChoice,
@@ -18,6 +18,7 @@ from kspec_guidance.synthesis.arms import (
 )
 from kspec_guidance.synthesis.generator import Generator
 from kspec_guidance.synthesis.records import Record, Store, pack_tensors
+from kspec_guidance.synthesis.report import _strips
 from tests.synthesis.small_runs import CALL, contents, make, quiet_pipeline, rows_of
 
 ARMS = [
@@ -149,6 +150,24 @@ def test_a_report_has_a_line_for_each_arm(pipe, tmp_path):
     assert 'aria-label="Shares of the arms"' in page
 
 
+def test_strips_show_the_arms_side_by_side_with_images_of_common_prompts():
+    arms = {"a": {"images": 4}, "b": {"images": 2}, "c": {"images": 0}}
+    made = [("a", "x"), ("a", "y"), ("a", "y"), ("a", "z"), ("b", "y"), ("b", "z")]
+    rows = [{"arm": arm, "prompt": p, "file_name": f"0000/{k}.png"} for k, (arm, p) in enumerate(made)]
+    found = {name: samples for name, _, samples in _strips(rows, arms, [f"{k}.png" for k in range(6)], 3)}
+    assert found == {"a": [1, 3, 0], "b": [4, 5], "c": []}
+
+
+def test_the_page_of_arms_fits_wide_and_narrow_screens(pipe, tmp_path, browser):
+    make(tmp_path, pipe, ["heart", "runner"], 12, 4, arms=ARMS, select="uniform", report=True)
+    for width in (1280, 400):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.goto(f"file://{tmp_path}/report.html")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.querySelector('section .row .strip img').naturalWidth") > 0
+        page.close()
+
+
 def test_scores_and_shares_of_arms_are_summarised(whole):
     found = arm_summary(list(Store(whole[0]).records(tensors=True)), ["low", "high", "heun"], {0})
     for about in found.values():
@@ -248,8 +267,6 @@ def test_arms_that_cannot_be_are_refused(pipe):
         make_selector("mixture", ARMS, 0, 0)
     with pytest.raises(SynthesisError, match="has 2 arms, and the run has 3"):
         make_selector(MixtureGreedy(2), ARMS, 0, 0)
-    with pytest.raises(SynthesisError, match="chooses by context"):
-        make_selector(DAKUCB(3), ARMS, 0, 0)
     used = MixtureGreedy(3)
     used.choose()
     with pytest.raises(SynthesisError, match="used already"):

@@ -207,15 +207,16 @@ def test_a_message_adds_what_the_samples_themselves_would(kind, g):
 
 
 @pytest.mark.slow
-def test_two_processes_with_arms_choose_the_same_again_and_after_a_crash(tmp_path):
-    run(tmp_path / "once", 2, "arms")
+@pytest.mark.parametrize("select", ["arms", "pak-ucb", "promptwise"])
+def test_two_processes_with_arms_choose_the_same_again_and_after_a_crash(select, tmp_path):
+    run(tmp_path / "once", 2, select)
     names = {record.arm["arm"] for record in Store(tmp_path / "once").records()}
     assert names == {"low", "high"}
     shutil.copytree(tmp_path / "once", tmp_path / "crashed")
     for rank, lost in ((0, 1), (1, 3)):  # the last batches of each process
         for path in sorted((tmp_path / "crashed" / ".kspec" / "epoch-000" / f"rank-{rank:04d}").glob("*"))[-lost:]:
             path.unlink()
-    run(tmp_path / "crashed", 2, "arms")
+    run(tmp_path / "crashed", 2, select)
     assert contents(tmp_path / "crashed") == contents(tmp_path / "once")
 
 
