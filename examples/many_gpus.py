@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         from diffusers import DiffusionPipeline
 
         dtype = torch.float16 if state.device.type == "cuda" else torch.float32
-        pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype, use_safetensors=True)
+        pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype, use_safetensors=True)
     pipe.to(state.device)
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": args.steps, "guidance_scale": args.cfg}

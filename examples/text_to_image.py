@@ -49,9 +49,7 @@ def load(recipe: Recipe, device: str, offload: bool = False) -> Any:
     if recipe.model == "demo":
         pipe: Any = load_demo_pipeline()
     else:
-        pipe = DiffusionPipeline.from_pretrained(
-            recipe.model, torch_dtype=getattr(torch, recipe.dtype), use_safetensors=True
-        )
+        pipe = DiffusionPipeline.from_pretrained(recipe.model, dtype=getattr(torch, recipe.dtype), use_safetensors=True)
     if offload:
         pipe.enable_model_cpu_offload()
     else:

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     dtype = torch.bfloat16 if args.device != "cpu" else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype, use_safetensors=True)
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype, use_safetensors=True)
     pipe.to(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "memory.safetensors"

@@ -247,12 +247,10 @@ def load_pipeline(model: str, dtype: str, device: str | None, revision: str | No
 
         pipe: Any = load_demo_pipeline(getattr(torch, dtype))
     else:
-        from diffusers import DiffusionPipeline
+        from kspec_guidance.loop.components import load_pipeline
 
         try:
-            pipe = DiffusionPipeline.from_pretrained(
-                model, use_safetensors=True, torch_dtype=getattr(torch, dtype), revision=revision
-            )
+            pipe = load_pipeline(model, getattr(torch, dtype), revision)
         except Exception as error:  # of the hub, the files, or a package that the pipeline needs
             hint = "" if nearest_name(model, ["demo"]) is None else "; did you mean 'demo'?"
             raise ValueError(f"cannot load {model!r}{hint}: {type(error).__name__}: {_one_line(error)}") from error

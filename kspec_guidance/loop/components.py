@@ -1,8 +1,11 @@
-"""Components of a pipeline, found by name: scheduler, denoiser, autoencoder."""
+"""Pipelines from disk or the hub, and their components, found by name: scheduler, denoiser, autoencoder."""
 
 import inspect
+from importlib.metadata import version
 from typing import Any
 
+import torch
+from packaging.version import Version
 from torch import nn
 
 from kspec_guidance.loop.prediction import UnsupportedSchedulerError
@@ -14,10 +17,28 @@ __all__ = [
     "denoisers_of",
     "find_scheduler",
     "image_size",
+    "load_pipeline",
     "sub_pipelines",
 ]
 
 DENOISERS = ("transformer", "unet", "prior", "decoder", "image_unet", "model")
+
+
+def load_pipeline(model: str, dtype: torch.dtype, revision: str | None = None) -> Any:
+    """A diffusers pipeline, from safetensors files alone.
+
+    Args:
+        model: id on the hub, or a folder.
+        dtype: of its networks.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        Exception: of the hub, the files, or a package that the pipeline needs.
+    """
+    from diffusers import DiffusionPipeline
+
+    name = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
+    return DiffusionPipeline.from_pretrained(model, revision=revision, use_safetensors=True, **{name: dtype})
 
 
 def denoiser_of(pipe: Any) -> nn.Module | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from kspec_guidance.loop.components import denoiser_of
+from kspec_guidance.loop.components import denoiser_of, load_pipeline
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.settings import DIGITS
 from kspec_guidance.utils.hashing import fingerprint, hash_tensors, same_network
@@ -63,10 +63,8 @@ class ArmModels:
         self.active: list[str] = []  # LoRAs that the pipeline had
 
     def _load(self, model: str) -> tuple[Any, Any]:
-        from diffusers import DiffusionPipeline
-
         with _loading(model):
-            found = DiffusionPipeline.from_pretrained(model, use_safetensors=True, torch_dtype=self.pipe.dtype)
+            found = load_pipeline(model, self.pipe.dtype)
         if not isinstance(self.pipe, type(found)):
             raise SynthesisError(f"{model!r} is a {type(found).__name__}, and the run has a {type(self.pipe).__name__}")
         for name, part in self.pipe.components.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.guidance.config import write_config
-from kspec_guidance.loop.components import find_scheduler
+from kspec_guidance.loop.components import find_scheduler, load_pipeline
 from kspec_guidance.synthesis.arms import Arm
 from kspec_guidance.synthesis.errors import FolderError, SynthesisError
 from kspec_guidance.synthesis.filters import filter_name
@@ -80,12 +80,8 @@ class Recipe:
 
             pipe = load_demo_pipeline(getattr(torch, dtype, torch.float32))
         elif pipe is None:
-            from diffusers import DiffusionPipeline
-
             try:
-                pipe = DiffusionPipeline.from_pretrained(
-                    str(name), revision=self.model.get("revision"), use_safetensors=True, torch_dtype=getattr(torch, dtype)
-                )
+                pipe = load_pipeline(str(name), getattr(torch, dtype), self.model.get("revision"))
             except Exception as error:  # of the hub, or the files
                 raise SynthesisError(
                     f"cannot load the model {name!r} that made the set: {' '.join(str(error).split())}; give its "
