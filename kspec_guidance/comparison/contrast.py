@@ -21,6 +21,7 @@ from kspec_guidance.comparison.joint import (
     simplest_turn,
     upright,
 )
+from kspec_guidance.utils.arguments import is_number
 
 __all__ = ["Koda", "koda"]
 
@@ -103,7 +104,7 @@ def koda(
     entries differ from a normal sample (Anderson-Darling, p < 0.005): most directions of samples without groups look like
     one (Diaconis, Freedman 1984). In simulations (benchmarks/comparison.py, ``eps`` of 1.05) of sets without groups, and
     of groups that both see, at most 2% had a direction in 32 and more dimensions; in 16, up to 3% with the cosine kernel
-    and up to 78% with a narrow one; in 8, up to 52%. It missed at most 2% of groups of 50, and 4% to 48% of groups of ten
+    and up to 71% with a narrow one; in 8, up to 52%. It missed at most 2% of groups of 50, and 4% to 48% of groups of ten
     with the cosine kernel, the more the noisier.
 
     Args:
@@ -177,7 +178,7 @@ def _bound(kernel: JointKernel, eps: float, quantile: float | None) -> float:
         if not 0 <= quantile <= 1:
             raise ValueError(f"eps_quantile must lie in 0..1, got {quantile}")
         return float(torch.linalg.eigvalsh(kernel.smaller).clamp_min(0).quantile(quantile))
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+    if not is_number(eps) or not 0 <= eps < math.inf:
         raise ValueError(f"eps must be at least 0 and finite, a multiple of 1 / n, got {eps!r}")
     return eps / kernel.n
 

@@ -14,6 +14,7 @@ from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix
 from kspec_guidance.functional.modes import larger_side
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel, l2_normalize
 from kspec_guidance.kernels.spectrum import noise_level
+from kspec_guidance.utils.arguments import is_integer
 
 __all__ = [
     "METHODS",
@@ -56,7 +57,7 @@ def check_counts(**counts: Any) -> None:
         ValueError: naming the first one that is not.
     """
     for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and not is_integer(value, 1):
             raise ValueError(f"{name} must be at least 1, a whole number, got {value!r}")
 
 

@@ -1,7 +1,5 @@
 """Weights of several candidates per prompt that raise the conditional entropy and move the distribution least."""
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
@@ -10,6 +8,7 @@ from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix
 from kspec_guidance.functional.simplex import minimise_on_simplex
 from kspec_guidance.functional.vendi import entropy_and_log
 from kspec_guidance.kernels import l2_normalize
+from kspec_guidance.utils.arguments import is_integer
 
 __all__ = ["entropy_projection"]
 
@@ -59,7 +58,7 @@ def entropy_projection(
     (True, 1.0)
     """
     x, t = check_matrix(x), check_matrix(t, "t")
-    if not isinstance(candidates, Integral) or isinstance(candidates, bool) or candidates < 1 or len(x) % candidates:
+    if not is_integer(candidates, 1) or len(x) % candidates:
         raise ValueError(
             f"candidates must be an integer of at least 1 that divides the number of rows, {len(x)}, since each prompt has "
             f"as many; got {candidates!r}"

@@ -13,6 +13,7 @@ from kspec_guidance.guidance.transforms import TRANSFORMS
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Objective
+from kspec_guidance.utils.arguments import is_number
 
 __all__ = ["DEFAULT_TRANSFORMS", "VARIETY_AT_SCALE_1", "Term"]
 
@@ -95,7 +96,7 @@ class Term:
             )
         if target is not None and unit != "spread":
             raise ValueError(f"a target chooses scales in the unit 'spread', got unit={unit!r}")
-        if ease_cfg is not None and not (_is_number(ease_cfg) and math.isfinite(ease_cfg) and ease_cfg >= 0):
+        if ease_cfg is not None and not (is_number(ease_cfg) and math.isfinite(ease_cfg) and ease_cfg >= 0):
             raise ValueError(
                 "ease_cfg must be a weight of classifier-free guidance of at least 0, such as 1 for the prediction with "
                 f"the prompt alone, or None, got {ease_cfg!r}"
@@ -154,10 +155,6 @@ class Term:
 
     def __repr__(self) -> str:
         return f"Term({self.settings}; {type(self.memory).__name__} with {len(self.memory)} entries)"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from kspec_guidance.utils.arguments import is_integer
+
 __all__ = ["accumulate_gram", "check_order", "eigenvalues", "noise_level", "renyi_entropy", "truncate"]
 
 BLOCK = 512  # columns of a symmetric product that are computed at once
@@ -67,7 +69,7 @@ def truncate(spectrum: Tensor, truncation: int | None) -> Tensor:
     """
     if truncation is None:
         return spectrum
-    if not isinstance(truncation, int) or isinstance(truncation, bool) or truncation < 1:
+    if not is_integer(truncation, 1):
         raise ValueError(f"truncation must be an integer, and keep at least 1 eigenvalue; got {truncation!r}")
     top = spectrum.topk(min(truncation, spectrum.shape[-1]), dim=-1).values
     return top + (1 - top.sum(-1, keepdim=True)) / top.shape[-1]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kspec_guidance.utils.arguments import choices
+from kspec_guidance.utils.arguments import choices, is_integer
 from kspec_guidance.utils.json_tensors import from_json, to_json
 
 __all__ = ["Selector", "check_choice", "check_integer", "check_number", "check_row"]
@@ -286,7 +286,7 @@ class Selector:
         """Learn more than counts, rewards and costs, which are updated afterwards."""
 
     def _check_arm(self, arm: Any) -> None:
-        if isinstance(arm, bool) or not isinstance(arm, int | np.integer) or not 0 <= arm < self.arms:
+        if not is_integer(arm, 0) or arm >= self.arms:
             raise ValueError(f"unknown arm {arm!r}; arms are the integers 0 to {self.arms - 1}, see add_arm()")
 
     @staticmethod
@@ -459,6 +459,6 @@ def check_integer(value: Any, what: str, low: int | None) -> int:
     Raises:
         ValueError: for any other.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
+    if not is_integer(value, low):
         raise ValueError(what + ("" if low is None else f", at least {low}") + f", got {value!r}")
-    return value
+    return int(value)

@@ -8,6 +8,7 @@ from torch import Tensor
 from kspec_guidance.evaluation.semantic import semantic_duplicates
 from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
 from kspec_guidance.synthesis.records import Store, unpack_tensors
+from kspec_guidance.utils.arguments import is_number
 from kspec_guidance.utils.atomic_io import replacing
 
 __all__ = ["SEMANTIC", "check_cosine", "write_semantic_duplicates"]
@@ -23,7 +24,7 @@ def check_cosine(at_least: Any) -> None:
     """
     if at_least is None:
         return
-    if isinstance(at_least, bool) or not isinstance(at_least, int | float) or not 0 < at_least <= 1:
+    if not is_number(at_least) or not 0 < at_least <= 1:
         raise SynthesisError(f"semantic_duplicates is a cosine in (0, 1], e.g. 0.95, got {at_least!r}")
     try:
         import faiss  # noqa: F401

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from kspec_guidance.demo import load_demo_reference
 from kspec_guidance.loop.latents import encode_reference
 from kspec_guidance.synthesis.errors import SynthesisError
+from kspec_guidance.utils.arguments import is_integer
 
 __all__ = ["Attribute", "allot", "read_attribute", "split_quotas"]
 
@@ -67,7 +67,7 @@ def split_quotas(quotas: Mapping[str, "int | Attribute"] | None) -> tuple[dict[s
     for name, quota in (quotas or {}).items():
         if isinstance(quota, Attribute):
             attributes[name] = quota
-        elif isinstance(quota, Integral) and not isinstance(quota, bool) and int(quota) >= 0:
+        elif is_integer(quota, 0):
             counts[name] = int(quota)
         else:
             raise SynthesisError(f"quota {name!r} must be a number of images or an Attribute, got {quota!r}")

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from kspec_guidance.loop.components import denoiser_of, find_scheduler
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.prompts import Prompt
 from kspec_guidance.synthesis.schedule import Target
+from kspec_guidance.utils.arguments import is_integer
 from kspec_guidance.utils.hashing import fingerprint, hash_json, hash_tensors
 
 __all__ = [
@@ -91,7 +91,7 @@ def check_counts(minimum: int | None = 1, **counts: Any) -> None:
         SynthesisError: naming the first one that is not.
     """
     for name, value in counts.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or (minimum is not None and int(value) < minimum):
+        if not is_integer(value, minimum):
             least = "" if minimum is None else f" of at least {minimum}"
             raise SynthesisError(f"{name} must be an integer{least}, got {value!r}")
 

@@ -1,13 +1,32 @@
-"""Names and keyword arguments: suggestions for unknown ones, and support for renamed ones."""
+"""Arguments: whether they are numbers, suggestions for unknown names, and support for renamed ones."""
 
 import difflib
 import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
-__all__ = ["choices", "nearest_name", "renamed_arguments", "unknown_arguments"]
+__all__ = ["choices", "is_integer", "is_number", "nearest_name", "renamed_arguments", "unknown_arguments"]
+
+
+def is_integer(value: Any, at_least: int | None = None) -> bool:
+    """Whether a value is an integer, also one of numpy, of at least ``at_least``; booleans are none.
+
+    >>> is_integer(3, 1), is_integer(0, 1), is_integer(2.0), is_integer(True)
+    (True, False, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool) and (at_least is None or int(value) >= at_least)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, also one of numpy; booleans are none.
+
+    >>> is_number(0.5), is_number(True), is_number("1")
+    (True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
