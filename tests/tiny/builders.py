@@ -1,5 +1,6 @@
 """Builds pipelines from the signature of their class and the rules of their family."""
 
+import copy
 import inspect
 import re
 from typing import Any
@@ -59,7 +60,7 @@ def build_component(names: list[str], override: Any) -> Any:
     for name in names:
         torch.manual_seed(0)
         if name in encoders.PROCESSORS:
-            return encoders.PROCESSORS[name](**kwargs)
+            return copy.deepcopy(encoders.PROCESSORS[name](**kwargs))  # some pipelines change their tokenizer's padding
         if name in encoders.ENCODERS:
             return encoders.ENCODERS[name](**kwargs).eval()
         if name in models.CONFIGS or name in models.UNEXPORTED:
