@@ -93,6 +93,14 @@ def test_a_method_restores_the_pipeline(name: str, bed: Analytic) -> None:
     assert not bed.pipe.unet._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_method_samples_without_gradients_as_the_arena_runs(name: str, bed: Analytic) -> None:
+    if not bed.fits(METHODS[name]):
+        pytest.skip("the analytic bed has not what the method needs")
+    with torch.no_grad():
+        assert bed.sample(METHODS[name](), Case("prompt 1", 3)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("name", "off"),
     [("lower CFG", {"weight": 3.0}), ("interval CFG", {"start": 0.0, "stop": 1.0}), ("score rescaling", {"k": 1.0}),
