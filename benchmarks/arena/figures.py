@@ -56,9 +56,8 @@ def overview(data: list[dict[str, Any]], path: Path) -> None:
 
     found = {d["bed"]: {s.method: s.gain for s in summaries(d, OURS)} for d in data}
     names = [m for m in METHODS if sum(m in by for by in found.values()) > len(found) / 2]
-    full = [by for by in found.values() if len(by) > 0.7 * len(METHODS)] or list(
-        found.values()
-    )  # beds with most of the methods
+    most = max(map(len, found.values()))
+    full = [by for by in found.values() if len(by) >= 0.75 * most]  # beds with most of the methods that were measured
     means = {m: mean([by[m] for by in full if m in by] or [0.0]) for m in names}
     names.sort(key=lambda m: means[m])
     fig = Figure(figsize=(10.4, 0.33 * len(names) + 1.5), layout="constrained")
@@ -66,7 +65,7 @@ def overview(data: list[dict[str, Any]], path: Path) -> None:
     axes = fig.subplots()
     colours = ["#1f5fa8" if m.startswith("SPARKE, ours") else "#c3cad4" for m in names]
     axes.barh(range(len(names)), [means[m] for m in names], color=colours, height=0.66, label=f"mean of {len(full)} beds")
-    marks = ["o", "s", "^", "v", "D", "P", "X", "*", "h"]
+    marks = ["o", "s", "^", "v", "D", "P", "X", "*", "h", "<", ">", "d"]
     for mark, (bed, by) in zip(marks, found.items(), strict=False):
         y = [k for k, m in enumerate(names) if m in by]
         axes.plot([by[names[k]] for k in y], y, mark, ms=4.5, mfc="none", mew=0.9, color="#333333", ls="", label=bed)

@@ -4,13 +4,14 @@ python -m benchmarks.arena.page
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from ..easing import tables
 from ..pages import fill, table
-from .beds import BEDS
+from .beds import BEDS, TRANSFORMERS
 from .figures import OURS, ablation_panels, fronts, overview
 from .fronts import Summary, pooled, summaries
 from .harness import FIDELITY_LOSS, mean, slug
@@ -30,11 +31,16 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
 }
 
 
+@functools.cache
+def order() -> list[str]:
+    """Names of the files of results of all beds, also of those whose weights are absent here."""
+    names = [*(make().name for make in BEDS.values()), *(bed.name for bed in TRANSFORMERS.values())]
+    return [slug(name) for name in dict.fromkeys(names)]
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     """Results of the beds, in the order of the arena."""
-    order = [slug(make().name) for make in BEDS.values()]
-    found = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json") if p.stem in order}
-    return [found[k] for k in order if k in found]
+    return [json.loads(path.read_text()) for name in order() if (path := folder / f"{name}.json").exists()]
 
 
 def beds(data: list[dict[str, Any]]) -> str:

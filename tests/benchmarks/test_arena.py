@@ -15,7 +15,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from safetensors.torch import save_file
 
-from benchmarks.arena import networks
+from benchmarks.arena import figures, networks
 from benchmarks.arena.batched import Setting, run
 from benchmarks.arena.beds import BEDS, Bed, transformer
 from benchmarks.arena.beds.analytic import Analytic
@@ -235,6 +235,18 @@ def test_every_table_of_the_arena_is_on_one_page_between_its_markers() -> None:
     found = {page: re.findall(r"<!-- (\w+) -->", (docs / page).read_text()) for page in pages}
     assert found == {page: list(names) for page, names in PAGES.items()}
     assert len({name for names in PAGES.values() for name in names}) == sum(map(len, PAGES.values()))
+
+
+def test_a_stored_record_is_drawn_the_same_when_methods_are_added_that_it_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = ROOT / "benchmarks" / "results" / "arena"
+    data = [json.loads((stored / f"{name}.json").read_text()) for name in ("digits", "digits--distilled")]
+    measured = {method for d in data for method in d["methods"]}
+    figures.overview(data, tmp_path / "with.png")
+    monkeypatch.setattr(figures, "METHODS", {name: m for name, m in METHODS.items() if name in measured})
+    figures.overview(data, tmp_path / "without.png")
+    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
 
 
 @pytest.fixture(scope="module")
