@@ -252,7 +252,7 @@ def test_a_stored_record_is_drawn_the_same_when_methods_are_added_that_it_has_no
 @pytest.fixture(scope="module")
 def transformer_bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
     folder = tmp_path_factory.mktemp("weights")
-    tiny = functools.partial(networks.emoji_transformer, width=16, layers=2)
+    tiny = functools.partial(networks.emoji_transformer, width=16, layers=3)  # one in the middle, where DAVE acts
     torch.manual_seed(0)
     save_file({k: v.half() for k, v in tiny().state_dict().items()}, folder / "emoji_transformer.safetensors")
     with pytest.MonkeyPatch.context() as patch:
@@ -272,7 +272,36 @@ def test_the_transformer_bed_is_sampled_and_judged(transformer_bed: Bed) -> None
     assert transformer_bed.name == "emoji, transformer, 2 steps"
 
 
-@pytest.mark.parametrize("name", ["CADS", "OSCAR", "feature self-guidance", "interval CFG", "SPARKE, ours"])
+@pytest.mark.parametrize("name", ["CADS", "seed variance"])
+def test_noise_on_the_prompt_reaches_its_tokens_and_its_pooled_state(name: str, transformer_bed: Bed) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def watch(module: torch.nn.Module, args: tuple, kwargs: dict[str, torch.Tensor]) -> None:
+        seen.append({k: kwargs[k] for k in ("encoder_hidden_states", "pooled_projections")})
+
+    case, network = Case("flower", 0), transformer_bed.pipe.transformer
+    for method in ("plain", name):
+        with METHODS[method]().attach(transformer_bed.pipe):
+            handle = network.register_forward_pre_hook(watch, with_kwargs=True)  # after the method's own
+            transformer_bed.run(case, 3)
+            handle.remove()
+    plain, noisy = seen[0], seen[transformer_bed.steps]
+    for k, states in plain.items():
+        assert noisy[k].shape == states.shape
+        assert torch.equal(noisy[k][:3], states[:3])  # of the empty prompt
+        assert not torch.allclose(noisy[k][3:], states[3:])
+        assert not torch.allclose(noisy[k][3] - states[3], noisy[k][4] - states[4])
+
+
+def test_transformer_beds_have_what_methods_on_blocks_and_on_images_need() -> None:
+    for bed, missing in ((transformer.EmojiTransformer, set()), (transformer.DistilledEmojiTransformer, {"guidance"})):
+        assert {need for m in METHODS.values() for need in m.needs} - bed.has == missing
+
+
+@pytest.mark.parametrize(
+    "name",
+    "CADS,OSCAR,feature self-guidance,interval CFG,DAVE,contextual repulsion,pink noise".split(",") + ["SPARKE, ours"],
+)
 def test_methods_act_on_a_transformer_and_restore_it(name: str, transformer_bed: Bed) -> None:
     case, method = Case("flower", 0), METHODS[name]()
     before = transformer_bed.run(case, 3)

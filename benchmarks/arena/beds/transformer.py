@@ -22,6 +22,7 @@ class EmojiTransformer(Emoji):
     name = "emoji, transformer"
     steps, guidance_scale = 28, 4.0
     model: ClassVar[str] = "emoji_transformer"
+    has = Emoji.has | {"blocks"}
 
     def __init__(self, steps: int | None = None):
         if steps is not None and steps != self.steps:
@@ -47,4 +48,4 @@ class DistilledEmojiTransformer(EmojiTransformer):
     name = "emoji, transformer, distilled"
     steps, guidance_scale = 4, 1.0
     model = "emoji_transformer_distilled"
-    has = frozenset({"features", "prompts"})
+    has = EmojiTransformer.has - {"guidance"}

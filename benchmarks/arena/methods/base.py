@@ -24,6 +24,9 @@ from kspec_guidance.loop.scheduler_hook import MethodPatch
 __all__ = ["Log", "Method", "Moment", "Real", "Whole", "norms", "rbf", "repulsion", "without"]
 
 
+CONDITIONS = ("encoder_hidden_states", "pooled_projections")  # arguments of denoisers that hold the prompts' states
+
+
 @dataclass(frozen=True)
 class Real:
     """A number to be tuned in ``low..high``, on a logarithmic scale if ``log``."""
@@ -158,7 +161,7 @@ class Method:
         """Reset the state of the last run; called when the method is attached."""
 
     def condition(self, states: Tensor, fraction: float) -> Tensor:
-        """The prompts' hidden states ``[n, l, c]``, as the denoiser is to get them."""
+        """The prompts' hidden states ``[n, l, c]``, as the denoiser is to get them; a pooled one has l = 1."""
         return states
 
     def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
@@ -210,12 +213,12 @@ class Method:
     def _before_denoiser(self, pipe: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         names = ("sample", "timestep", "encoder_hidden_states")
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        states = arguments["encoder_hidden_states"]
-        if pipe.do_classifier_free_guidance:
-            negative, positive = states.chunk(2)
-            arguments["encoder_hidden_states"] = torch.cat([negative, self.condition(positive, self._fraction(pipe))])
-        else:
-            arguments["encoder_hidden_states"] = self.condition(states, self._fraction(pipe))
+        for name in (n for n in CONDITIONS if n in arguments):
+            states = arguments[name]
+            start = len(states) // 2 if pipe.do_classifier_free_guidance else 0  # rows of the prompts
+            rows = states[start:].view(len(states) - start, -1, states.shape[-1])
+            changed = self.condition(rows, self._fraction(pipe)).view(states[start:].shape)
+            arguments[name] = torch.cat([states[:start], changed])
         self._call = DenoiserCall(module, arguments)
         return (), arguments
 

@@ -50,12 +50,12 @@ class SeedVariance(Method):
     until: float = 0.5
 
     def begin(self) -> None:
-        self._noise: Tensor | None = None
+        self._noises: dict[torch.Size, Tensor] = {}
 
     def condition(self, states: Tensor, fraction: float) -> Tensor:
         if fraction >= self.until:
             return states
-        if self._noise is None:
-            self._noise = self.noise_like(states)
+        if states.shape not in self._noises:
+            self._noises[states.shape] = self.noise_like(states)
         size = states.flatten(1).std(1).view(-1, 1, 1) if states[0].numel() > 1 else torch.ones(1)
-        return states + self.noise * size * self._noise
+        return states + self.noise * size * self._noises[states.shape]
