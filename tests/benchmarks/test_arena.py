@@ -298,10 +298,11 @@ def test_transformer_beds_have_what_methods_on_blocks_and_on_images_need() -> No
         assert {need for m in METHODS.values() for need in m.needs} - bed.has == missing
 
 
-@pytest.mark.parametrize(
-    "name",
-    "CADS,OSCAR,feature self-guidance,interval CFG,DAVE,contextual repulsion,pink noise".split(",") + ["SPARKE, ours"],
-)
+ON_OUTPUTS = ["CADS", "OSCAR", "feature self-guidance", "interval CFG", "SPARKE, ours"]
+ON_BLOCKS_AND_NOISE = ["DAVE", "contextual repulsion", "pink noise"]
+
+
+@pytest.mark.parametrize("name", ON_OUTPUTS + ON_BLOCKS_AND_NOISE)
 def test_methods_act_on_a_transformer_and_restore_it(name: str, transformer_bed: Bed) -> None:
     case, method = Case("flower", 0), METHODS[name]()
     before = transformer_bed.run(case, 3)
