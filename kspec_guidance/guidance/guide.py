@@ -340,7 +340,8 @@ class KernelGuidance(PipelineCallback):
             pipeline: a pipeline with a ``scheduler``, or a scheduler.
             step_index: index of the step.
             total: number of steps.
-            given: ``prompt_embeds`` and ``latents``, if available, or what is known of the call; read at its first step.
+            given: prompt embeddings and ``latents`` by name, if available, or what is known of the call; read at its first
+                step.
         """
         if not self._is_attached_to(pipeline):
             stepwise = self._stepwise(pipeline)

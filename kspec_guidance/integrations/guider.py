@@ -25,13 +25,11 @@ from kspec_guidance.loop.callers import running_pipelines
 from kspec_guidance.loop.components import find_scheduler
 from kspec_guidance.loop.context import CallContext
 from kspec_guidance.loop.observer import network_fingerprint
-from kspec_guidance.loop.prompts import masked_mean, prompt_major, prompt_tensor
+from kspec_guidance.loop.prompts import condition_states, masked_mean, prompt_major
 from kspec_guidance.loop.scheduler_hook import first_index
 from kspec_guidance.utils.messages import warn_user
 
 __all__ = ["KernelGuider"]
-
-CONDITIONS = ("encoder_hidden_states", "prompt_embeds", "cap_feats", "text_bth")  # names of prompts in guiders' inputs
 
 
 class KernelGuider(BaseGuidance):
@@ -318,8 +316,7 @@ def _conditional(value: Any) -> Any:
 def _context(pipe: Any, inputs: dict[str, Any]) -> CallContext:
     """The prompts of a call, from what the denoiser is given for the conditional prediction."""
     owner = None if find_scheduler(pipe) is pipe else pipe
-    value = next((inputs[name] for name in CONDITIONS if inputs.get(name) is not None), None)
-    states = prompt_tensor((value,))
+    states = condition_states(inputs)
     if states is None:
         return CallContext(owner, prompted=True)
     text_encoder = getattr(owner, "text_encoder", None)

@@ -11,7 +11,7 @@ from kspec_guidance.loop.callers import in_progress, owns, running_pipelines
 from kspec_guidance.loop.components import find_scheduler
 from kspec_guidance.loop.context import CallContext, StepHandler
 from kspec_guidance.loop.observer import DenoiserWatch, PipelineObserver
-from kspec_guidance.loop.prompts import masked_mean
+from kspec_guidance.loop.prompts import condition_states, masked_mean
 from kspec_guidance.loop.scheduler_hook import SchedulerHook
 from kspec_guidance.utils.messages import warn_user
 
@@ -175,7 +175,8 @@ class StepwiseAttachment:
         """Begin the steps of a call.
 
         Args:
-            given: ``prompt_embeds`` and ``latents`` of a call without an observable prompt encoder, or all that is known.
+            given: prompt embeddings and ``latents`` by name, of a call without an observable prompt encoder, or all that is
+                known.
         """
         if self._hook is not None:
             self._hook.check_thread()
@@ -238,9 +239,9 @@ class StepwiseAttachment:
 
 
 def prompts_given(pipe: Any, tensors: dict[str, Any]) -> Tensor | None:
-    """Unit-norm prompt features ``[rows, p]`` of ``prompt_embeds``; None if there are none."""
-    embeds, latents = tensors.get("prompt_embeds"), tensors.get("latents")
-    if not isinstance(embeds, Tensor) or embeds.ndim < 2:
+    """Unit-norm prompt features ``[rows, p]`` of the prompt embeddings; None if there are none."""
+    embeds, latents = condition_states(tensors), tensors.get("latents")
+    if embeds is None:
         return None
     n = len(latents) if isinstance(latents, Tensor) else len(embeds)
     if len(embeds) == 2 * n and getattr(pipe, "do_classifier_free_guidance", False):

@@ -10,7 +10,9 @@ from kspec_guidance.loop.context import DenoiserCall
 from kspec_guidance.utils.messages import warn_user
 
 __all__ = [
+    "CONDITIONS",
     "condition_of",
+    "condition_states",
     "masked_mean",
     "prompt_count",
     "prompt_major",
@@ -22,6 +24,7 @@ __all__ = [
 ]
 
 INSTRUCT = "StableDiffusionInstructPix2PixPipeline"
+CONDITIONS = ("encoder_hidden_states", "prompt_embeds", "cap_feats", "text_bth")  # names of prompts in denoisers' inputs
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
@@ -102,14 +105,18 @@ def wanted_rows(rows: Tensor, given: dict[str, Any], pipe: Any = None) -> Tensor
     return rows
 
 
+def condition_states(inputs: dict[str, Any]) -> Tensor | None:
+    """Prompt embeddings ``[rows, ..., c]`` among the inputs of a denoiser, by name; None if there are none."""
+    return prompt_tensor((next((inputs[name] for name in CONDITIONS if inputs.get(name) is not None), None),))
+
+
 def condition_of(call: DenoiserCall) -> tuple[Tensor, int | None] | None:
     """Prompt features from a denoiser's arguments, for pipelines without ``encode_prompt``.
 
-    Means of ``encoder_hidden_states`` ``[rows, c]`` and None, else one-hot class labels and the number of rows that have a
+    Means of its prompt embeddings ``[rows, c]`` and None, else one-hot class labels and the number of rows that have a
     class; the other rows, of unconditional predictions, have the last label. None if there are neither.
     """
-    states, labels = call.arguments.get("encoder_hidden_states"), call.arguments.get("class_labels")
-    states = None if states is None else prompt_tensor((states,))
+    states, labels = condition_states(call.arguments), call.arguments.get("class_labels")
     if states is not None:
         return masked_mean(states, None), None
     if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 1:

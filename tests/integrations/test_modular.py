@@ -67,6 +67,19 @@ def test_attach_to_modular_pipeline():
 
 
 @requires_modular
+@pytest.mark.parametrize("name", ["ZImageModularPipeline", "ErnieImageModularPipeline"])
+def test_prompts_that_denoisers_take_by_other_names_are_read(name):
+    pipe, attached, inserted = build_modular(name), SPARKE(0.0), SPARKE(0.0)
+    call = tiny.modular_call_kwargs(pipe, prompt=["a red heart", "two green cats"], num_images_per_prompt=2)
+    with attached.attach(pipe):
+        pipe(**call)
+    build_modular(name, insert_guidance(pipe.blocks, inserted))(**call | {"generator": torch.Generator().manual_seed(0)})
+    for prompts in (attached.memory.prompts, inserted.memory.prompts):
+        assert torch.equal(prompts[0], prompts[1])
+        assert float(prompts[0] @ prompts[2]) < 1 - 1e-4
+
+
+@requires_modular
 def test_ease_cfg_needs_attach():
     name, guide = "StableDiffusionXLModularPipeline", SPARKE(0.5, ease_cfg=1.0)
     pipe = build_modular(name)
