@@ -3,7 +3,8 @@
 Every pipeline class that diffusers exports is built from tiny random configurations and run on the processor: plain, at
 scale 0 (bit-identical), guided (different and finite), plain again (restored), with classifier-free guidance and without,
 as a batch of two prompts with two images each where the class takes one, through the callback, ``attach``, the guided
-subclass and, for modular pipelines, a block in the loop. Every scheduler class gets a verdict too.
+subclass and, where there are such, a block in a modular loop and the pipeline's guiders. Every scheduler class gets a
+verdict too.
 
     python benchmarks/support_matrix.py [name ...]     a few minutes on two cores; names print verdicts and write nothing
 """
@@ -114,7 +115,8 @@ step that could be guided. *Parametrisation* is a class of `kspec_guidance.loop.
 WAYS = """
 Ways in: *callback* is `callback_on_step_end=guide`, from the second step on; *callback (no prompts)*: the class
 hides its prompts from callbacks, so a warning is issued and all images count as images of one prompt; *attach* is
-`with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular block* is `insert_guidance(blocks, guide)`.
+`with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular block* is `insert_guidance(blocks, guide)`;
+*guider* is `KernelGuider(inner, guide)` around each of the pipeline's guiders.
 *Prompt encoder* is what prompt features are read from; those *with padding* are means over all tokens. The batch is the
 number of samples in one call; the memory holds one row for each, as is checked here (Marigold: one for each member of
 an ensemble; Text2Video-Zero: one for a clip). LoRA, IP-Adapter, several

@@ -3,6 +3,7 @@
 import inspect
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -146,13 +147,14 @@ def check_pipeline(name: str) -> Verdict:
             verdict.checks["guidance off"] = "runs"
     if "callback_on_step_end" in parameters:
         check_callback(pipe, verdict, plain, idle.memory, same)
+    check_guider(pipe, verdict, plain, lambda: run_pipeline(pipe, **same))
     assert np.array_equal(run_pipeline(pipe, **same), plain), "the pipeline was not restored"
     verdict.seconds = time.perf_counter() - start
     return verdict
 
 
 def check_modular_pipeline(name: str) -> Verdict:
-    """The same for a modular pipeline: with the guide attached, and with a block in its loop."""
+    """The same for a modular pipeline: with the guide attached, with a block in its loop, and in its guiders."""
     from kspec_guidance.integrations.modular import insert_guidance
 
     start = time.perf_counter()
@@ -185,8 +187,26 @@ def check_modular_pipeline(name: str) -> Verdict:
     with_block.update_components(**{k: v for k, v in pipe.components.items() if v is not None})
     with_block.set_progress_bar_config(disable=True)
     assert has_effect(run(with_block), plain), "a block in the loop changed nothing"
+    check_guider(pipe, verdict, plain, lambda: run(pipe))
     verdict.seconds = time.perf_counter() - start
     return verdict
+
+
+def check_guider(pipe: Any, verdict: Verdict, plain: np.ndarray, run: Callable[[], np.ndarray]) -> None:
+    """Check the effect of a guide in the guiders of a pipeline, if it has any, and put the plain guiders back."""
+    inner = {k: v for k, v in pipe.components.items() if k.startswith("guider")}
+    if not inner:
+        return
+    from kspec_guidance import KernelGuider
+
+    replace = getattr(pipe, "update_components", None) or pipe.register_modules
+    guide = SPARKE(1.0, stop=1.0)
+    replace(**{k: KernelGuider(v, guide) for k, v in inner.items()})
+    for _ in range(2 if verdict.checks["batch"] == 1 else 1):
+        moved = run()
+    assert has_effect(moved, plain), "a guide in a guider changed nothing"
+    replace(**inner)
+    verdict.ways.append("guider")
 
 
 def encoder_name(encoder: str | None) -> str:
