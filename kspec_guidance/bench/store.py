@@ -1,0 +1,159 @@
+"""The folder of a comparison: what was to be made, and what is finished.
+
+    out/settings.json                    model, prompts, methods, steps, versions: what makes two runs the same
+    out/records/rank-0000.jsonl          one JSON record an image, of the process that made it
+    out/images/sparke/50/000012-003.png  method, strength, prompt 12, image 3 of it
+
+The images of one prompt with one strength of a method are a *group*. A group is committed at once: its images, each written
+to a temporary file and renamed into place, then its records in one write. If a run ends between the two, or within the
+write, the group is made again from the same seeds.
+
+``settings.json``::
+
+    {"model": {"name", ...}, "steps": 8, "images": 4, "seed": 0, "device": "cpu", "versions": {...},
+     "prompts": [{"index": 0, "text": "a red apple", "truth": {...}}, ...],       "truth" only if the source states any
+     "methods": [{"name": "sparke", "strengths": ["25", "50"], "chosen": "50", ...}, ...]}    null for methods without one
+
+A record: ``method``, ``strength`` (its text; null for methods without one), ``prompt`` (its index), ``number`` (of the
+image among those of the prompt), ``seed``, ``file`` (in the folder), ``seconds`` (its share of those of its group),
+``added_seconds`` (beyond plain sampling of the same prompt by the same process; null if unknown), ``peak_bytes`` (of the
+device; null where it is not measured).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, overload
+
+from PIL import Image
+
+from kspec_guidance.synthesis.errors import CheckpointError, FolderError
+
+__all__ = ["Group", "Images", "Run"]
+
+RECORD_KEYS = {"method", "strength", "prompt", "number", "seed", "file", "seconds"}
+Group = tuple[str, str | None, int]  # method, strength, index of the prompt
+
+
+class Images(Sequence[Image.Image]):
+    """Images of one prompt, each read from its file when it is asked for, in the order of their numbers."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Images": ...
+    def __getitem__(self, index: int | slice) -> "Image.Image | Images":
+        if isinstance(index, slice):
+            return Images(self.paths[index])
+        with Image.open(self.paths[index]) as file:
+            return file.convert("RGB")
+
+
+class Run:
+    """A folder that ``kspec-guidance bench`` has written, finished or not.
+
+    Args:
+        folder: with ``settings.json`` and ``records/``.
+
+    Attributes:
+        folder: as given.
+        settings: of the run; see the module.
+
+    Raises:
+        FolderError: if the folder holds no comparison.
+        CheckpointError: if its settings are damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "settings.json"
+        if not path.is_file():
+            raise FolderError(f"{self.folder} holds no comparison: there is no settings.json that `bench` has written")
+        try:
+            self.settings: dict[str, Any] = json.loads(path.read_text())
+            _ = self.settings["prompts"], self.settings["methods"], self.settings["images"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is not what `bench` writes ({error}); restore it, or choose another folder"
+            ) from None
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all finished images: prompt by prompt, by method and strength in the order of the settings.
+
+        Groups of which a record or an image is missing are left out: the run makes them again.
+
+        Raises:
+            CheckpointError: for a damaged line that is not the last of its file.
+        """
+        finished = self._finished()
+        return [record for group in self.expected() for record in finished.get(group, ())]
+
+    def expected(self) -> list[Group]:
+        """All groups of the run, finished or not: prompt by prompt, so that an unfinished run compares the same prompts."""
+        return [
+            (method["name"], strength, prompt["index"])
+            for prompt in self.settings["prompts"]
+            for method in self.settings["methods"]
+            for strength in method["strengths"]
+        ]
+
+    def groups(self) -> dict[tuple[str, str | None], dict[int, Images]]:
+        """Finished images: for each method and strength, those of each prompt by its index."""
+        found: dict[tuple[str, str | None], dict[int, Images]] = {
+            (method["name"], strength): {} for method in self.settings["methods"] for strength in method["strengths"]
+        }
+        for (method, strength, prompt), records in sorted(self._finished().items(), key=lambda item: item[0][2]):
+            if (method, strength) in found:
+                found[method, strength][prompt] = Images([self.folder / record["file"] for record in records])
+        return found
+
+    def _finished(self) -> dict[Group, list[dict[str, Any]]]:
+        """Records of each group that is complete, by number."""
+        found: dict[Group, dict[int, dict[str, Any]]] = {}
+        for record in self._lines():
+            group = (record["method"], record["strength"], record["prompt"])
+            found.setdefault(group, {})[record["number"]] = record
+        images = self.settings["images"]
+        return {
+            group: [records[k] for k in sorted(records)]
+            for group, records in found.items()
+            if sorted(records) == list(range(images))
+            and all((self.folder / record["file"]).is_file() for record in records.values())
+        }
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        for path in sorted((self.folder / "records").glob("rank-*.jsonl")):
+            lines = path.read_text().split("\n")
+            for number, line in enumerate(lines, 1):
+                if not line:
+                    continue
+                try:
+                    yield checked_record(json.loads(line))
+                except (ValueError, TypeError) as error:
+                    if number == len(lines):
+                        continue  # the run ended within this write
+                    raise CheckpointError(
+                        f"{path} line {number} is no record of an image ({error}); restore it, or delete the line, and its "
+                        "images are made again"
+                    ) from None
+
+
+def checked_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record, if its keys are there and its file lies in the folder.
+
+    Raises:
+        ValueError: if not.
+    """
+    missing = RECORD_KEYS - set(record)
+    if missing:
+        raise ValueError(f"without {', '.join(sorted(missing))}")
+    path = PurePosixPath(record["file"])
+    if path.is_absolute() or ".." in path.parts or path.suffix != ".png":
+        raise ValueError(f"file {record['file']!r} is no image of the folder")
+    return dict(record)
