@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from kspec_guidance.bench.methods import METHODS
+
 from .beds import BEDS, TRANSFORMERS
 from .harness import Record, front, mean, plain, take_tuned, tune
-from .methods import METHODS
 from .quality import quality_goal
 
 ROOT = Path(__file__).parents[2]

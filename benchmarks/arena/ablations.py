@@ -18,6 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kspec_guidance.bench.methods import METHODS
+from kspec_guidance.bench.methods.base import Log, Method, Moment, Real, Whole, norms, without
+from kspec_guidance.bench.methods.eddy import dot
+from kspec_guidance.bench.methods.selection import GroupInference
 from kspec_guidance.guidance.spaces import Activations
 from kspec_guidance.loop.context import CallContext
 
@@ -25,10 +29,6 @@ from .beds import BEDS
 from .beds.base import Bed, Case
 from .fronts import matched, weights
 from .harness import measure, search
-from .methods import METHODS
-from .methods.base import Log, Method, Moment, Real, Whole, norms, without
-from .methods.eddy import dot
-from .methods.selection import GroupInference
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 from kspec_guidance import functional as F
+from kspec_guidance.bench.methods import CADS
+from kspec_guidance.bench.methods.base import repulsion
 from kspec_guidance.kernels import CosineKernel
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.objectives import ConditionalRKE, base
-
-from .methods import CADS
-from .methods.base import repulsion
 
 PARTICLE = "stable_diffusion/diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion_particle.py"
 

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
+from kspec_guidance.bench.methods import METHODS
+from kspec_guidance.bench.methods.base import Moment
+from kspec_guidance.bench.methods.guides import Guided
 from kspec_guidance.guidance.run import Run
 from kspec_guidance.loop.context import CallContext, StepContext
 from kspec_guidance.loop.layouts import Layout
@@ -24,9 +27,6 @@ from kspec_guidance.loop.prediction import Prediction
 
 from .beds import BEDS
 from .beds.base import Case
-from .methods import METHODS
-from .methods.base import Moment
-from .methods.guides import Guided
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"SDXL, 4 x 128 x 128": (4, 4, 128, 128), "Flux, 4096 x 64": (4, 4096, 64)}

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kspec_guidance.bench.methods import METHODS
+
 from .fronts import DEPTH, points, summaries
 from .harness import FIDELITY_LOSS, mean
-from .methods import METHODS
 
 OURS = "SPARKE, ours, order 0.5"
 OWN = {"SPARKE, ours": "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59"}  # colours

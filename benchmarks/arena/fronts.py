@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from kspec_guidance.bench.methods import METHODS
+
 from .harness import FIDELITY_LOSS
-from .methods import METHODS
 
 DEPTH = 0.1  # fidelity below plain sampling at which the hypervolume's box ends
 DRAWS = 2000

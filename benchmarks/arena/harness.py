@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from kspec_guidance.bench.methods import METHODS, Method, Real, Whole
+
 from .beds.base import Bed, Case
-from .methods import METHODS, Method, Real, Whole
 
 __all__ = ["FIDELITY_LOSS", "Record", "front", "measure", "slug", "strengths", "take_tuned", "tune"]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from kspec_guidance.bench.methods import METHODS
 from kspec_guidance.plotting import side_by_side
 
 from .beds import BEDS
 from .beds.base import Case
 from .harness import slug
-from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 SHOWN = {

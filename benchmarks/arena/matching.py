@@ -20,13 +20,13 @@ from torch import Tensor
 
 from kspec_guidance import MMDGuidance, encode_reference, load_demo_reference
 from kspec_guidance import functional as F
+from kspec_guidance.bench.methods.base import Method, Moment, norms
 from kspec_guidance.kernels import GaussianKernel, PolynomialKernel
 
 from .beds import BEDS
 from .beds.analytic import COUNTS, Analytic
 from .beds.base import Bed, Case
 from .harness import FIDELITY_LOSS, mean
-from .methods.base import Method, Moment, norms
 
 ROOT = Path(__file__).parents[2]
 BATCHES = 4

@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kspec_guidance.bench.methods import METHODS
+
 from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS, TRANSFORMERS
 from .figures import OURS, ablation_panels, fronts, overview
 from .fronts import Summary, pooled, summaries
 from .harness import FIDELITY_LOSS, mean, slug
-from .methods import METHODS
 from .quality import WORSE, equal_quality
 
 ROOT = Path(__file__).parents[2]

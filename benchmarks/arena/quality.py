@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from kspec_guidance.bench.methods import METHODS
+
 from .beds.base import Bed, Case, blocks
 from .fronts import against, hypervolume, matched, points, weights
 from .harness import FIDELITY_LOSS, PENALTY, Goal, measure_all
-from .methods import METHODS
 
 __all__ = ["FIGURES", "WORSE", "EqualQuality", "change", "equal_quality", "quality_goal"]
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from kspec_guidance.bench.methods import METHODS
+
 from .beds import BEDS
 from .fronts import weights
 from .harness import measure, slug
-from .methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 SHOWN = ["SPARKE, ours, order 0.5", "SPARKE, ours", "OSCAR", "DiverseFlow", "interval CFG", "SPARKE, authors' code",

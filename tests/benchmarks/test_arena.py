@@ -22,17 +22,17 @@ from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import Case, blocks
 from benchmarks.arena.fronts import holm, hypervolume, matched, weights
 from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY, Record, front, measure_all, plain
-from benchmarks.arena.methods import METHODS
-from benchmarks.arena.methods.base import Moment, repulsion
-from benchmarks.arena.methods.diverseflow import dpp
-from benchmarks.arena.methods.eddy import EDDY, pairs
-from benchmarks.arena.methods.oscar import OSCAR
-from benchmarks.arena.methods.selection import varied
-from benchmarks.arena.methods.spell import SPELL
 from benchmarks.arena.page import PAGES
 from benchmarks.arena.quality import change, equal_quality, quality_goal
 from benchmarks.easing import GUARDED
 from kspec_guidance import SPARKE, VendiGuidance
+from kspec_guidance.bench.methods import METHODS
+from kspec_guidance.bench.methods.base import Moment, repulsion
+from kspec_guidance.bench.methods.diverseflow import dpp
+from kspec_guidance.bench.methods.eddy import EDDY, pairs
+from kspec_guidance.bench.methods.oscar import OSCAR
+from kspec_guidance.bench.methods.selection import varied
+from kspec_guidance.bench.methods.spell import SPELL
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS
 
 ROOT = Path(__file__).parents[2]

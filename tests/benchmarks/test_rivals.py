@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from benchmarks.arena.beds.base import Bed, Case
-from benchmarks.arena.methods import METHODS
-from benchmarks.arena.methods.blockguidance import similarity_gradient
-from benchmarks.arena.methods.blocks import transformer_blocks
-from benchmarks.arena.methods.cno import contrast, pooled
+from kspec_guidance.bench.methods import METHODS
+from kspec_guidance.bench.methods.blockguidance import similarity_gradient
+from kspec_guidance.bench.methods.blocks import transformer_blocks
+from kspec_guidance.bench.methods.cno import contrast, pooled
 from tests.tiny.builders import build, call_kwargs
 from tests.tiny.models import build_model
 

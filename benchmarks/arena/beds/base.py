@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
+from kspec_guidance.bench.methods import Method
 from kspec_guidance.kernels import CosineKernel, GaussianKernel
-
-from ..methods import Method
 
 __all__ = ["BLOCK_SEEDS", "Bed", "Case", "blocks", "common_scores"]
 

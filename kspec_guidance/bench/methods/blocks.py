@@ -8,7 +8,7 @@ from typing import Any
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import Tensor, nn
 
-from .base import Method
+from kspec_guidance.bench.methods.base import Method
 
 __all__ = ["Block", "BlockMethod", "Tokens", "transformer_blocks"]
 
@@ -78,8 +78,8 @@ class BlockMethod(Method):
         return tokens.image, tokens.text
 
     @contextmanager
-    def attach(self, pipe: Any) -> Iterator["Method"]:
-        with ExitStack() as hooks, super().attach(pipe):
+    def _attached(self, pipe: Any) -> Iterator["Method"]:
+        with ExitStack() as hooks, super()._attached(pipe):
             for block in transformer_blocks(pipe.transformer):
                 hook = self._hook(pipe, block)
                 hooks.callback(block.module.register_forward_hook(hook, with_kwargs=True).remove)

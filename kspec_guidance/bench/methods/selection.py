@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Whole
-from .starts import Start
+from kspec_guidance.bench.methods.base import Whole
+from kspec_guidance.bench.methods.starts import Start
 
 
 def varied(rows: Tensor, n: int, first: int = 0) -> list[int]:

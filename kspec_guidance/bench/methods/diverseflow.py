@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Log, Method, Moment, norms
+from kspec_guidance.bench.methods.base import Log, Method, Moment, norms
 
 
 def dpp(x: Tensor, h: float) -> Tensor:

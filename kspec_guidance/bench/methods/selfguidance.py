@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kspec_guidance.bench.methods.base import Log, Method, Moment, Real, norms
 from kspec_guidance.guidance.spaces import Activations
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.loop.context import CallContext
 from kspec_guidance.objectives import RKE
-
-from .base import Log, Method, Moment, Real, norms
 
 
 @dataclass

@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -70,10 +70,12 @@ class Moment:
 
     @property
     def fraction(self) -> float:
+        """Position of the step in the run, 0 at its start."""
         return self.step / self.total
 
     @property
     def noise(self) -> Tensor:
+        """The noise that the prediction leaves, of the shape of the samples."""
         return (self.x - self.alpha * self.x0) / max(self.sigma, 1e-8)
 
     @property
@@ -181,6 +183,7 @@ class Method:
         return latents
 
     def noise_like(self, x: Tensor) -> Tensor:
+        """Standard normal noise of the shape of ``x``, from the method's own generator."""
         return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
 
     def sample(self, bed: Any, case: Any) -> Tensor:
@@ -190,9 +193,12 @@ class Method:
 
     # -- the hooks -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def attach(self, pipe: Any) -> Iterator["Method"]:
+    def attach(self, pipe: Any) -> AbstractContextManager[Any]:
         """Apply the method to all calls of ``pipe`` in the ``with`` block."""
+        return self._attached(pipe)
+
+    @contextmanager
+    def _attached(self, pipe: Any) -> Iterator["Method"]:
         self.begin()
         self._step: int = 0
         self._call: DenoiserCall | None = None

@@ -1,6 +1,6 @@
 """Plain sampling."""
 
-from .base import Method
+from kspec_guidance.bench.methods.base import Method
 
 
 class Plain(Method):

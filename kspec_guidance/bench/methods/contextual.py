@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
+from kspec_guidance.bench.methods.base import Log, Real
+from kspec_guidance.bench.methods.blocks import Block, BlockMethod, Tokens
 from kspec_guidance.kernels import CosineKernel
-
-from .base import Log, Real
-from .blocks import Block, BlockMethod, Tokens
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Method, Moment
+from kspec_guidance.bench.methods.base import Method, Moment
 
 __all__ = ["Start"]
 
@@ -20,6 +20,7 @@ class Start(Method):
     """Base class of methods that only choose the start noise ``[n, ...]``, in :meth:`choose`."""
 
     def choose(self, bed: Any, case: Any) -> Tensor:
+        """The start noises ``[n, ...]`` of the images of a case."""
         raise NotImplementedError
 
     def sample(self, bed: Any, case: Any) -> Tensor:

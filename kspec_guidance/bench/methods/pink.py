@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Real
-from .starts import Start
+from kspec_guidance.bench.methods.base import Real
+from kspec_guidance.bench.methods.starts import Start
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Log, Method, Moment
+from kspec_guidance.bench.methods.base import Log, Method, Moment
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Method, Real
+from kspec_guidance.bench.methods.base import Method, Real
 
 
 @dataclass

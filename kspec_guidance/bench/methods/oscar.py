@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Log, Method, Moment, norms, without
+from kspec_guidance.bench.methods.base import Log, Method, Moment, norms, without
 
 
 @dataclass
@@ -25,6 +25,7 @@ class OSCAR(Method):
     c: float = 4.0
 
     def velocity(self, m: Moment) -> Tensor:
+        """Direction from noise to data ``[n, ...]``."""
         return m.x0 - m.noise
 
     def move(self, m: Moment) -> Tensor | None:

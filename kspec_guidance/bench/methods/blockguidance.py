@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Log, Real
-from .blocks import Block, BlockMethod, Tokens
+from kspec_guidance.bench.methods.base import Log, Real
+from kspec_guidance.bench.methods.blocks import Block, BlockMethod, Tokens
 
 
 @dataclass

@@ -1,19 +1,18 @@
 """The two best coupled methods with less classifier-free guidance."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kspec_guidance.bench.methods.base import Log, Real
+from kspec_guidance.bench.methods.cfg import lowered
+from kspec_guidance.bench.methods.guides import OursVivid
+from kspec_guidance.bench.methods.oscar import OSCAR
 from kspec_guidance.loop.components import denoiser_of
-
-from .base import Log, Real
-from .cfg import lowered
-from .guides import OursVivid
-from .oscar import OSCAR
 
 
 @dataclass
@@ -25,14 +24,19 @@ class OursLowerGuidance(OursVivid):
     needs = frozenset({"guidance"})
     weight: float = 2.0
 
+    def attach(self, pipe: Any) -> AbstractContextManager[Any]:
+        return self._attached(pipe)
+
     @contextmanager
-    def attach(self, pipe: Any) -> Iterator[Any]:
+    def _attached(self, pipe: Any) -> Iterator[Any]:
         def lower(module: Any, args: Any, out: Any) -> Any:
             uncond, cond = out[0].chunk(2)
             return (torch.cat([lowered(uncond, cond, self.weight, pipe.guidance_scale), cond]), *out[1:])
 
         with self.guide(pipe).attach(pipe) as guide:
-            hook = denoiser_of(pipe).register_forward_hook(lower)
+            denoiser = denoiser_of(pipe)
+            assert denoiser is not None
+            hook = denoiser.register_forward_hook(lower)
             try:
                 yield guide
             finally:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Log, Whole
-from .starts import Start
+from kspec_guidance.bench.methods.base import Log, Whole
+from kspec_guidance.bench.methods.starts import Start
 
 
 @dataclass

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Log, Method, Moment, Real, norms, rbf
+from kspec_guidance.bench.methods.base import Log, Method, Moment, Real, norms, rbf
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample ``[n, ...]`` of ``a`` with that of ``b``, ``[n, 1, ...]``."""
     return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Real
-from .blocks import Block, BlockMethod, Tokens
+from kspec_guidance.bench.methods.base import Real
+from kspec_guidance.bench.methods.blocks import Block, BlockMethod, Tokens
 
 
 @dataclass

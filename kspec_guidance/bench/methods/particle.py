@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .base import Log, Method, Moment, Real, norms, repulsion
+from kspec_guidance.bench.methods.base import Log, Method, Moment, Real, norms, repulsion
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Particle(Method):
     stop: float = 1.0
 
     def rows(self, m: Moment) -> Tensor:
+        """What the kernel compares ``[n, ...]``."""
         return m.x
 
     def move(self, m: Moment) -> Tensor | None:
@@ -34,6 +35,7 @@ class Particle(Method):
         return self.weight * m.sigma / m.alpha * norms(m.noise) * g / largest
 
     def back(self, g: Tensor, m: Moment) -> Tensor:
+        """A gradient of :meth:`rows` in the shape of the samples."""
         return g
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Log, Method, Moment, Real
+from kspec_guidance.bench.methods.base import Log, Method, Moment, Real
 
 
 @dataclass

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from kspec_guidance import SPARKE, KernelGuidance, VendiGuidance
+from kspec_guidance.bench.methods.base import Log, Method, Real, Whole
 from kspec_guidance.guidance.spaces import Pixels
 from kspec_guidance.objectives import Vendi
-
-from .base import Log, Method, Real, Whole
 
 
 class Guided(Method):

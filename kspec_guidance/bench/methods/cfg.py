@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Method, Real
+from kspec_guidance.bench.methods.base import Method, Real
 
 
 def lowered(uncond: Tensor, cond: Tensor, weight: float, scale: float) -> Tensor:

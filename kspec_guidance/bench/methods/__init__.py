@@ -1,0 +1,33 @@
+"""One method a file, each our own short implementation from its paper, as hooks on a diffusers pipeline."""
+
+from kspec_guidance.bench.methods.base import Log, Method, Moment, Real, Whole
+from kspec_guidance.bench.methods.blockguidance import BlockSelfGuidance
+from kspec_guidance.bench.methods.cfg import Interval, LowerGuidance
+from kspec_guidance.bench.methods.cno import CNO
+from kspec_guidance.bench.methods.combined import OSCARLowerGuidance, OursLowerGuidance
+from kspec_guidance.bench.methods.conditions import CADS, SeedVariance
+from kspec_guidance.bench.methods.contextual import ContextualRepulsion
+from kspec_guidance.bench.methods.dave import DAVE
+from kspec_guidance.bench.methods.diverseflow import DiverseFlow, DiverseFlowFast
+from kspec_guidance.bench.methods.eddy import EDDY, EDDYProjection
+from kspec_guidance.bench.methods.guides import ContextualVendi, Ours, OursVivid, Published
+from kspec_guidance.bench.methods.oscar import OSCAR
+from kspec_guidance.bench.methods.particle import Particle, PooledParticle
+from kspec_guidance.bench.methods.pink import PinkNoise
+from kspec_guidance.bench.methods.plain import Plain
+from kspec_guidance.bench.methods.selection import GroupInference
+from kspec_guidance.bench.methods.selfguidance import SelfGuidance
+from kspec_guidance.bench.methods.spell import SPELL
+from kspec_guidance.bench.methods.tsr import ScoreRescaling
+
+METHODS: dict[str, type[Method]] = {
+    m.name: m
+    for m in (
+        Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
+        ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference,
+        PinkNoise, CNO, DAVE, ContextualRepulsion, BlockSelfGuidance,
+        Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance,
+    )
+}  # fmt: skip
+
+__all__ = ["METHODS", "Log", "Method", "Moment", "Real", "Whole"]
