@@ -5,14 +5,13 @@ along the teacher's own trajectories from noise (progressive distillation, Salim
 Each target is determined by its input, so nothing is averaged and images stay sharp; no second network is needed.
 """
 
-import argparse
 from pathlib import Path
 
 import data
 import latents
 import torch
 from batches import Batch, Batches
-from loop import Run, averaged
+from loop import Run, averaged, training_parser
 from muon import MuonAdamW
 from torch import Tensor
 from train_transformer import ENDS, TextStates, shifted
@@ -54,17 +53,11 @@ def step_loss(student: torch.nn.Module, levels: Tensor, visited: Tensor, text: d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(".cache_data"))
+    parser = training_parser(__doc__, "runs/distilled", steps=3000, batch=32, rate=5e-4)
     parser.add_argument("--teacher", type=Path, default=Path("runs/transformer"))
-    parser.add_argument("--run", type=Path, default=Path("runs/distilled"))
     parser.add_argument("--scale", type=float, default=4.0, help="of classifier-free guidance, which the student learns")
     parser.add_argument("--each", type=int, default=4, help="steps of the teacher for one of the student")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=32, help="trajectories, of which each gives four examples")
-    parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with bfloat16 matrix products")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     data.download(args.data)

@@ -1,5 +1,6 @@
-"""The common part of both trainings: learning rate, averaged weights, checkpoints that a run resumes from."""
+"""The common part of all trainings: options, learning rate, averaged weights, checkpoints that a run resumes from."""
 
+import argparse
 import copy
 import math
 import os
@@ -11,6 +12,18 @@ import torch
 from batches import Batch, Batches
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+
+def training_parser(description: str | None, run: str, steps: int, batch: int, rate: float) -> argparse.ArgumentParser:
+    """Return a parser of the options of every training, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(".cache_data"))
+    parser.add_argument("--run", type=Path, default=Path(run))
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--rate", type=float, default=rate)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def rate(step: int, steps: int, peak: float, falling: float, warmup: int = 200) -> float:

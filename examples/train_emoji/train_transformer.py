@@ -3,7 +3,6 @@
 Its autoencoder, tokenizer and text encoder are the embedded pipeline's, and stay as they are.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from batches import Batch, Batches
 from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging
-from loop import Run
+from loop import Run, training_parser
 from muon import MuonAdamW
 from torch import Tensor
 
@@ -64,14 +63,8 @@ def flow_loss(transformer: torch.nn.Module, batch: Batch, text: dict[str, Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(".cache_data"))
-    parser.add_argument("--run", type=Path, default=Path("runs/transformer"))
-    parser.add_argument("--steps", type=int, default=20000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser = training_parser(__doc__, "runs/transformer", steps=20000, batch=128, rate=1.5e-3)
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with bfloat16 matrix products")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     data.download(args.data)

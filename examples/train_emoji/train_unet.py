@@ -1,6 +1,5 @@
 """Train the denoiser and its text encoder on the latents of a trained autoencoder.  python train_unet.py --help"""
 
-import argparse
 from pathlib import Path
 
 import data
@@ -9,7 +8,7 @@ import text
 import torch
 from batches import Batch, Batches
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from loop import Run
+from loop import Run, training_parser
 from muon import MuonAdamW
 from torch import nn
 from transformers import CLIPTextModel
@@ -53,16 +52,10 @@ class Denoiser(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(".cache_data"))
+    parser = training_parser(__doc__, "runs/unet", steps=12000, batch=96, rate=1e-3)
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/ema"))
-    parser.add_argument("--run", type=Path, default=Path("runs/unet"))
     parser.add_argument("--init", type=Path, help="start from the weights of this pipeline, its autoencoder included")
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with bfloat16 matrix products")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     data.download(args.data)

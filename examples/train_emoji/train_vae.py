@@ -1,14 +1,12 @@
 """Train the autoencoder: 64 x 64 x 3 pixels to 8 x 8 x 12 latents and back.  python train_vae.py --help"""
 
-import argparse
 import math
 import time
-from pathlib import Path
 
 import data
 import torch
 from diffusers import AutoencoderKL
-from loop import Run
+from loop import Run, training_parser
 from torch.nn import functional as F
 
 
@@ -51,14 +49,8 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(".cache_data"))
-    parser.add_argument("--run", type=Path, default=Path("runs/vae"))
-    parser.add_argument("--steps", type=int, default=4200)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser = training_parser(__doc__, "runs/vae", steps=4200, batch=32, rate=2e-3)
     parser.add_argument("--kl", type=float, default=3e-6)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     data.download(args.data)
