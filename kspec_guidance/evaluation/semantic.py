@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.kernels import l2_normalize
+from kspec_guidance.utils.arguments import is_number
 
-__all__ = ["semantic_duplicates"]
+__all__ = ["load_faiss", "semantic_duplicates"]
 
 MAX_LISTS = 4096  # of the index
 TRAIN_ROWS = 40  # for each list: what faiss advises as a minimum
@@ -41,12 +42,7 @@ def semantic_duplicates(
         ImportError: if faiss is not installed.
         ValueError: for a cosine out of range, rows that are not finite, or another number of rows than announced.
     """
-    if not 0 < at_least <= 1:
-        raise ValueError(f"at_least is a cosine in (0, 1], got {at_least!r}")
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("semantic duplicates need: pip install 'kspec-guidance[publish]'") from error
+    faiss = load_faiss(at_least)
     lists = max(1, min(MAX_LISTS, int(4 * math.sqrt(rows)), rows // TRAIN_ROWS))
     found, kept = list[tuple[int, int, float]](), list[int]()
     index, held, done = None, list[Tensor](), 0
@@ -63,6 +59,22 @@ def semantic_duplicates(
     if done != rows or not rows:
         raise ValueError(f"expected {rows} rows, at least one, and got {done}")
     return found
+
+
+def load_faiss(at_least: Any) -> Any:
+    """Check the cosine from which rows repeat others, and return the module faiss.
+
+    Raises:
+        ImportError: if faiss is not installed.
+        ValueError: for a cosine out of range.
+    """
+    if not is_number(at_least) or not 0 < at_least <= 1:
+        raise ValueError(f"semantic duplicates need a cosine in (0, 1], e.g. 0.95, got {at_least!r}")
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("semantic duplicates need: pip install 'kspec-guidance[publish]'") from error
+    return faiss
 
 
 def _rechunked(blocks: Iterable[Tensor]) -> Iterator[Tensor]:

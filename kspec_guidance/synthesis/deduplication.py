@@ -5,10 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kspec_guidance.evaluation.semantic import semantic_duplicates
+from kspec_guidance.evaluation.semantic import load_faiss, semantic_duplicates
 from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
 from kspec_guidance.synthesis.records import Store, unpack_tensors
-from kspec_guidance.utils.arguments import is_number
 from kspec_guidance.utils.atomic_io import replacing
 
 __all__ = ["SEMANTIC", "check_cosine", "write_semantic_duplicates"]
@@ -24,12 +23,10 @@ def check_cosine(at_least: Any) -> None:
     """
     if at_least is None:
         return
-    if not is_number(at_least) or not 0 < at_least <= 1:
-        raise SynthesisError(f"semantic_duplicates is a cosine in (0, 1], e.g. 0.95, got {at_least!r}")
     try:
-        import faiss  # noqa: F401
-    except ImportError as error:
-        raise SynthesisError("semantic_duplicates needs: pip install 'kspec-guidance[publish]'") from error
+        load_faiss(at_least)
+    except (ValueError, ImportError) as error:
+        raise SynthesisError(str(error)) from error
 
 
 def write_semantic_duplicates(store: Store, epochs: Sequence[int], at_least: float) -> int:
