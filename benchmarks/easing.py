@@ -26,10 +26,10 @@ from benchmarks.arena.beds import BEDS
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import BLOCK_SEEDS, Bed, Case
 from benchmarks.arena.beds.emoji import Emoji
-from benchmarks.arena.fronts import weights
 from benchmarks.arena.harness import FIDELITY_LOSS
 from benchmarks.arena.quality import FIGURES, by_block, change
 from kspec_guidance import SPARKE
+from kspec_guidance.bench.fronts import weights
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS
 from kspec_guidance.utils.atomic_io import replacing
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kspec_guidance.bench.fronts import matched, weights
 from kspec_guidance.bench.methods import METHODS
 from kspec_guidance.bench.methods.base import Log, Method, Moment, Real, Whole, norms, without
 from kspec_guidance.bench.methods.eddy import dot
@@ -27,7 +28,6 @@ from kspec_guidance.loop.context import CallContext
 
 from .beds import BEDS
 from .beds.base import Bed, Case
-from .fronts import matched, weights
 from .harness import measure, search
 
 ROOT = Path(__file__).parents[2]

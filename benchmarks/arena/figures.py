@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kspec_guidance.bench.fronts import DEPTH
 from kspec_guidance.bench.methods import METHODS
 
-from .fronts import DEPTH, points, summaries
+from .fronts import points, summaries
 from .harness import FIDELITY_LOSS, mean
 
 OURS = "SPARKE, ours, order 0.5"

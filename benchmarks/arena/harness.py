@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from kspec_guidance.bench.fronts import LOSS as FIDELITY_LOSS
 from kspec_guidance.bench.methods import METHODS, Method, Real, Whole
 
 from .beds.base import Bed, Case
 
 __all__ = ["FIDELITY_LOSS", "Record", "front", "measure", "slug", "strengths", "take_tuned", "tune"]
 
-FIDELITY_LOSS = 0.02  # fidelity that a method may lose against plain sampling and still count as equal
 Goal = Callable[[dict[str, list[float]], dict[str, Any]], float]  # of the figures of cases, and of cases together
 PENALTY = 10.0  # relative modes subtracted for each unit of fidelity lost beyond that
 

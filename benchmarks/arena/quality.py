@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from kspec_guidance.bench.fronts import Standing, at_gain, hypervolume, matched, standings, weights
 from kspec_guidance.bench.methods import METHODS
 
 from .beds.base import Bed, Case, blocks
-from .fronts import against, hypervolume, matched, points, weights
+from .fronts import points
 from .harness import FIDELITY_LOSS, PENALTY, Goal, measure_all
 
 __all__ = ["FIGURES", "WORSE", "EqualQuality", "change", "equal_quality", "quality_goal"]
@@ -26,26 +27,14 @@ FIGURES = ("modes", "on_data", "agreement", "valid", "coverage", "recall", "frec
 
 
 @dataclass
-class EqualQuality:
-    """A method on one bed: its gain in modes at equal quality, the hypervolume, both with 95% intervals.
+class EqualQuality(Standing):
+    """A method on one bed: its standing with the whole vector of quality.
 
-    ``agreement`` is the change of agreement there; ``gain_agreed`` is the gain that also keeps agreement. ``p`` is that of
-    the difference to the reference method, Holm-corrected.
+    ``agreement`` is the change of agreement there; ``gain_agreed`` is the gain that also keeps agreement.
     """
 
-    method: str
-    gain: float
-    gain_low: float
-    gain_high: float
-    volume: float
-    volume_low: float
-    volume_high: float
-    agreement: float
-    gain_agreed: float
-    ahead: float | None = None
-    ahead_low: float | None = None
-    ahead_high: float | None = None
-    p: float | None = None
+    agreement: float = 0.0
+    gain_agreed: float = 0.0
 
 
 def by_block(cases: dict[str, list[float]], distances: list[dict[str, float]], prompts: list[str]) -> dict[str, np.ndarray]:
@@ -85,17 +74,6 @@ def quality_goal(bed: Bed, cases: Sequence[Case]) -> Goal:
     return goal
 
 
-def at_gain(gain: np.ndarray, kept: np.ndarray, value: np.ndarray, best: float) -> float:
-    """The value of another figure where a front reaches its gain at equal quality, interpolated as the gain is."""
-    g, k, v = (np.concatenate([[0.0], a]) for a in (gain, kept, value))
-    choices = [(abs(g[i] - best), v[i]) for i in range(len(g)) if k[i] >= -FIDELITY_LOSS]
-    for a in range(len(g) - 1):
-        if (k[a] >= -FIDELITY_LOSS) != (k[a + 1] >= -FIDELITY_LOSS):
-            part = (k[a] + FIDELITY_LOSS) / (k[a] - k[a + 1])
-            choices.append((abs(g[a] + part * (g[a + 1] - g[a]) - best), v[a] + part * (v[a + 1] - v[a])))
-    return float(min(choices)[1])
-
-
 def equal_quality(data: dict[str, Any], reference: str) -> list[EqualQuality]:
     """All methods of a bed whose fronts have the figures of the whole judge, compared with one of them."""
     settings, plain = data["settings"], data["methods"]["plain"]
@@ -105,22 +83,17 @@ def equal_quality(data: dict[str, Any], reference: str) -> list[EqualQuality]:
     prompts = settings["prompts"]
     base = by_block(own, plain["distances"], prompts)
     w = weights([prompts[block[0]] for block in blocks(prompts)])
-    out, gains = [], {}
+    gains, volumes, others = {}, {}, {}
     for method, has in data["methods"].items():
         if not has.get("front") or not all("distances" in p for p in has["front"]):
             continue
         found = [change(by_block(p["cases"], p["distances"], prompts), base, w) for p in points(data, method)]
         gain, kept, agreement = (np.stack([f[k] for f in found], 1) for k in ("modes", "kept", "agreement"))
         gain = gain - 1
-        g, volume = matched(gain, kept), hypervolume(gain, kept)
-        gains[method] = g
-        s = EqualQuality(
-            method, g[0], *np.quantile(g, [0.025, 0.975]), volume[0], *np.quantile(volume, [0.025, 0.975]),
-            at_gain(gain[0], kept[0], agreement[0], g[0]), matched(gain, np.minimum(kept, agreement))[0],
-        )  # fmt: skip
-        out.append(s)
-    compared = against(gains, reference)
-    for s in out:
-        if s.method in compared:
-            s.ahead, s.ahead_low, s.ahead_high, s.p = compared[s.method]
-    return sorted(out, key=lambda s: -s.gain)
+        gains[method], volumes[method] = matched(gain, kept), hypervolume(gain, kept)
+        others[method] = {
+            "agreement": at_gain(gain[0], kept[0], np.concatenate([[0.0], agreement[0]]), gains[method][0]),
+            "gain_agreed": float(matched(gain, np.minimum(kept, agreement))[0]),
+        }
+    found = standings(gains, volumes, reference)
+    return sorted((EqualQuality(**vars(s), **others[m]) for m, s in found.items()), key=lambda s: -s.gain)

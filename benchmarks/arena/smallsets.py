@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from kspec_guidance.bench.fronts import weights
 from kspec_guidance.bench.methods import METHODS
 
 from .beds import BEDS
-from .fronts import weights
 from .harness import measure, slug
 
 ROOT = Path(__file__).parents[2]

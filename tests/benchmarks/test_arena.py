@@ -20,7 +20,6 @@ from benchmarks.arena.batched import Setting, run
 from benchmarks.arena.beds import BEDS, Bed, transformer
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import Case, blocks
-from benchmarks.arena.fronts import holm, hypervolume, matched, weights
 from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY, Record, front, measure_all, plain
 from benchmarks.arena.page import PAGES
 from benchmarks.arena.quality import change, equal_quality, quality_goal
@@ -211,21 +210,6 @@ def test_the_first_prediction_of_the_distilled_model_is_close_to_its_samples() -
     student, teacher = similarity(BEDS["digits-distilled"]()), similarity(BEDS["digits-4"]())
     assert student > 0.8
     assert teacher < student - 0.2
-
-
-def test_volume_gain_and_correction_of_known_fronts() -> None:
-    gain, kept = np.array([[0.5, 1.0, 1.2]]), np.array([[0.0, -0.02, -0.2]])
-    assert hypervolume(gain, kept)[0] == pytest.approx(0.2 * 0.5 + 0.8 * 1.0)
-    assert matched(gain, kept)[0] == pytest.approx(1.0)
-    assert holm([0.001, 0.2]) == [0.002, 0.2]
-
-
-def test_bootstrap_weights_cover_prompts_and_seeds() -> None:
-    prompts = ["a", "b", "c"] * 4
-    w = weights(prompts, 4000)
-    assert np.allclose(w.sum(1), 1)
-    assert np.allclose(w[0], 1 / 12)
-    assert np.allclose(w.mean(0), 1 / 12, atol=0.01)
 
 
 def test_every_table_of_the_arena_is_on_one_page_between_its_markers() -> None:
