@@ -15,7 +15,7 @@ from kspec_guidance.functional.conditional import (
     conditional_vendi_score,
     information_vendi_score,
 )
-from kspec_guidance.functional.discrepancy import kid, mmd
+from kspec_guidance.functional.discrepancy import cmmd, kid, mmd
 from kspec_guidance.functional.fidelity import FidelityScores, fidelity_scores, frechet_distance, precision_score
 from kspec_guidance.functional.modes import Mode, novel_modes, top_modes
 from kspec_guidance.functional.novelty import conditional_ken_score, ken_score, relative_rke_score
@@ -42,6 +42,7 @@ __all__ = [
     "relative_rke_score",
     "mmd",
     "kid",
+    "cmmd",
     "kinds_score",
     "kinds",
     "kind_labels",

@@ -63,3 +63,18 @@ def test_mmd_with_feature_map_matches_its_kernel(unbiased):
     linear = PolynomialKernel(1, gamma=1.0, coef=0.0)
     expected = F.mmd(phi(x), phi(y), linear, unbiased)
     assert F.mmd(x, y, feature_map=phi, unbiased=unbiased).item() == pytest.approx(expected.item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_cmmd_of_two_points_in_other_shares_is_the_share_squared_times_their_distance(share):
+    """Of kernel mean embeddings: ``|p (phi(a) - phi(b))|^2 = p^2 (2 - 2 k(a, b))``, whatever the scale of the features."""
+    a, b = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([0.0, 0.5, 0.0])
+    y = torch.stack([b] * int(8 * share) + [a] * (8 - int(8 * share)))
+    expected = 1000 * share**2 * (2 - 2 * math.exp(-2 / 200))
+    assert float(F.cmmd(a.expand(5, 3), y)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_unbiased_cmmd_is_zero_in_the_mean(g):
+    values = [float(F.cmmd(*torch.randn(2, 20, 4, generator=g), unbiased=True)) for _ in range(200)]
+    error = torch.tensor(values).std() / 200**0.5
+    assert abs(sum(values) / 200) < 4 * float(error)
