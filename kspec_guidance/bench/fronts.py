@@ -149,7 +149,8 @@ def against(draws: Mapping[str, np.ndarray], reference: str) -> dict[str, tuple[
     for method in draws:
         if reference in draws and method != reference:
             d = draws[reference] - draws[method]
-            found[method] = (float(d[0]), *map(float, np.quantile(d, [0.025, 0.975])))
+            low, high = np.quantile(d, [0.025, 0.975])
+            found[method] = float(d[0]), float(low), float(high)
             ps.append(min(1.0, 2 * (min((d[1:] <= 0).mean(), (d[1:] >= 0).mean()) + 1 / len(d))))
     return {method: (*values, p) for (method, values), p in zip(found.items(), holm(ps), strict=True)}
 

@@ -125,7 +125,7 @@ def kid(
 
 
 def cmmd(x: Tensor, y: Tensor, unbiased: bool = False) -> Tensor:
-    """CLIP maximum mean discrepancy (Jayasumana et al. 2024, arXiv 2401.09603): 1000 times the squared MMD of CLIP features.
+    """CLIP maximum mean discrepancy (Jayasumana et al. 2024, arXiv 2401.09603): 1000 times the squared MMD of features.
 
     With the Gaussian kernel of bandwidth 10 on features of norm 1, as in the code of its authors, whose estimate is the
     biased one. It is CMMD for features of ViT-L/14 at 336 pixels.
