@@ -87,15 +87,15 @@ def test_setting_is_restored_when_threads_overlap():
         def work():
             with full_precision(torch.device("cpu")):
                 inside.set()
-                leave.wait(10)
+                leave.wait(60)
 
         thread = threading.Thread(target=work)
         with full_precision(torch.device("cpu")):
             thread.start()
-            inside.wait(10)
+            assert inside.wait(60)
         assert torch.get_float32_matmul_precision() == "highest"  # the other thread is still inside
         leave.set()
-        thread.join(10)
+        thread.join(60)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")

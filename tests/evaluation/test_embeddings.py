@@ -121,8 +121,8 @@ def test_pages_do_not_scroll_sideways(emoji, tmp_path, browser):
     for width in (1280, 400):
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.goto((tmp_path / "page.html").as_uri())
+        page.wait_for_function("document.images.length && [...document.images].every(i => i.complete && i.naturalWidth)")
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
         page.close()
 
 

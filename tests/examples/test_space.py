@@ -336,22 +336,27 @@ def tab(browser):
         yield context.new_page()
 
 
-def wait_for(page, text, seconds=60):
-    page.wait_for_function(
-        "t => [...document.querySelectorAll('textarea,input')].some(e => e.value.includes(t))",
-        arg=text,
-        timeout=seconds * 1000,
-    )
+def wait_for(page, text):
+    page.wait_for_function("t => [...document.querySelectorAll('textarea,input')].some(e => e.value.includes(t))", arg=text)
+
+
+def wait_for_images(page, number):
+    """Wait until the board has this many images."""
+    page.wait_for_function("n => document.querySelectorAll('.board img').length == n", arg=number)
 
 
 def upload(page, which, files):
-    """Upload files; again if the page was not ready yet."""
-    for _ in range(5):
+    """Upload files, and wait until the page lists them; again if the page was not ready yet."""
+    from playwright.sync_api import TimeoutError
+
+    listed = page.locator(".file-preview").filter(visible=True).get_by_text(Path(files[-1]).stem)
+    for timeout in (10_000, 20_000, 60_000):
         getattr(page.locator("input[type=file][multiple]"), which).set_input_files(files)
-        page.wait_for_timeout(4000)
-        if any(element.is_visible() for element in page.get_by_text(Path(files[-1]).stem).all()):
-            return
-    raise AssertionError("the upload does not appear on the page")
+        try:
+            return listed.first.wait_for(timeout=timeout)
+        except TimeoutError:
+            if timeout == 60_000:
+                raise
 
 
 @pytest.mark.slow
@@ -360,8 +365,8 @@ def test_generating_stopping_and_clearing_in_a_browser(server, tab, tmp_path):
     errors: list[str] = []
     page.on("pageerror", lambda e: errors.append(str(e)))
     page.goto(server)
+    wait_for_images(page, 48)  # the example
     page.get_by_label("Prompts").fill("heart\ncat face")
-    assert page.locator(".board img").count() == 48  # the example
     other = connect(server)
     busy = other.submit(text="heart", api_name="/generate", **(SETTINGS | {"steps": 30, "images_per_prompt": 8}))
     while not busy.outputs():
@@ -370,9 +375,9 @@ def test_generating_stopping_and_clearing_in_a_browser(server, tab, tmp_path):
     wait_for(page, "Queued")
     other.predict(api_name="/stop")
     wait_for(page, "Step ")
-    assert page.locator(".board img").count() == 24  # previews of both
+    wait_for_images(page, 24)  # previews of both
     wait_for(page, "Done: 12 images of each kind. Memory: 12 images.")
-    assert page.locator(".board img").count() == 24
+    wait_for_images(page, 24)
     page.get_by_text("Step by step").click()
     page.locator("a[href*='images.zip']").wait_for()
     for name in ("without guidance", "with guidance"):  # in the legend
@@ -408,7 +413,7 @@ def test_a_reference_and_a_report_from_uploads_in_a_browser(server, tab, tmp_pat
     upload(page, "first", files)
     page.get_by_role("button", name="Generate").click()
     wait_for(page, "Done: 24 images")
-    assert page.get_by_text("Squared MMD to the reference").count() >= 1
+    page.get_by_text("Squared MMD to the reference").first.wait_for(state="attached")
     page.get_by_role("tab", name="Evaluate").click()
     upload(page, "last", files)
     page.get_by_role("button", name="Evaluate", exact=True).click()
@@ -425,18 +430,20 @@ def test_it_fits_a_phone_in_light_and_dark_mode(server, tab, theme, tmp_path):
     page.set_viewport_size({"width": 375, "height": 800})
     page.goto(f"{server}?__theme={theme}")
     page.get_by_role("button", name="Generate").wait_for()
-    page.locator(".board img").first.wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 375
-    assert page.evaluate("document.body.classList.contains('dark')") is (theme == "dark")
-    assert page.evaluate("getComputedStyle(document.body).colorScheme") == theme  # also of the report's frame
+    wait_for_images(page, 48)
+    shown = page.get_by_text("with guidance", exact=True).filter(visible=True)
+    shown.last.wait_for()
+    page.wait_for_function("document.documentElement.scrollWidth <= 375")
+    page.wait_for_function("dark => document.body.classList.contains('dark') == dark", arg=theme == "dark")
+    page.wait_for_function("t => getComputedStyle(document.body).colorScheme == t", arg=theme)  # also of the report's frame
     top = page.get_by_role("button", name="Generate").bounding_box()
     assert top["y"] + top["height"] <= 800  # seen without scrolling
-    boxes = [cell.bounding_box() for cell in page.get_by_text("with guidance", exact=True).all() if cell.is_visible()]
+    boxes = [cell.bounding_box() for cell in shown.all()]
     assert boxes
     assert all(box["x"] + box["width"] <= 375 for box in boxes)  # the scores are not scrolled out of sight
     page.get_by_label("Prompts").fill(" ")
     page.get_by_role("button", name="Generate").click()
     wait_for(page, "Not started: Write at least one prompt")
     assert page.get_by_text("Error", exact=True).count() == 0
-    assert page.locator(".board img").count() == 48  # still there
+    wait_for_images(page, 48)  # still there
     page.screenshot(path=tmp_path / "phone.png", full_page=True)

@@ -163,8 +163,8 @@ def test_the_page_of_arms_fits_wide_and_narrow_screens(pipe, tmp_path, browser):
     for width in (1280, 400):
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.goto(f"file://{tmp_path}/report.html")
+        page.wait_for_function("document.querySelector('section .row .strip img').naturalWidth > 0")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate("document.querySelector('section .row .strip img').naturalWidth") > 0
         page.close()
 
 

@@ -25,20 +25,16 @@ from tests.synthesis.one_process import ARMS
 from tests.synthesis.small_runs import CALL, contents, quiet_pipeline, rows_of
 
 ROOT = Path(__file__).parents[2]
-
-
-def environment():
-    port = random.Random(time.time_ns()).randrange(20000, 50000)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def torchrun(out, processes, *arguments):
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
-            environment()["MASTER_PORT"], "-m", "tests.synthesis.one_process", str(out), *arguments]  # fmt: skip
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
+            "-m", "tests.synthesis.one_process", str(out), *arguments]  # fmt: skip
     return subprocess.Popen(
         line,
         cwd=ROOT,
-        env=environment(),
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -60,7 +56,7 @@ def run(out, processes, *arguments):
 @pytest.mark.slow
 def test_runs_killed_at_random_times_and_at_each_disk_operation_end_with_the_same_set(tmp_path):
     line = [sys.executable, "-m", "tests.synthesis.killed_runs", str(tmp_path / "runs")]
-    found = json.loads(subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True, env=environment()).stdout)
+    found = json.loads(subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout)
     assert found["killed"] == 20
     assert found["killed_at_steps"] == 30
     assert found["states"][0][0] < found["states"][-1][0]  # each run continued the last one
@@ -167,10 +163,10 @@ def test_accelerate_launches_the_command_line(tmp_path):
     (tmp_path / "p.txt").write_text("heart\nrunner\nman\ncat face\n")
     line = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", environment()["MASTER_PORT"],
+            "--main_process_port", "0",  # a free one
             "-m", "kspec_guidance", "generate", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "set"),
             "--images", "4", "--batch-size", "2", "--steps", "3", "--no-report"]  # fmt: skip
-    done = subprocess.run(line, capture_output=True, text=True, env=environment())
+    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("16 images in") == 1
     assert len(rows_of(tmp_path / "set")) == 16
