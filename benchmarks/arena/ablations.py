@@ -58,11 +58,11 @@ class Variant(Method):
 
     def begin(self) -> None:
         self._velocity: Tensor | None = None
-        self._cfg: Tensor | None = None
 
-    def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        self._cfg = cond - uncond
-        return uncond, cond
+    def cfg_direction(self, m: Moment) -> Tensor:
+        """Conditional less unconditional output of the denoiser, which the beds' pipelines compute in this order."""
+        uncond, cond = m.call.outputs[0][0].chunk(2)
+        return cond - uncond
 
     def kernel(self, u: Tensor, sigma: float) -> tuple[Tensor, float]:
         """Squared distances and the kernel's ``2 b^2``."""
@@ -135,9 +135,9 @@ class Variant(Method):
         g = self.direction(m)
         if self.tangent:
             g = without(g, m.x0)
-        along = {"score": m.noise, "velocity": m.x0 - m.noise, "cfg": self._cfg, "none": None}[self.projection]
-        if along is not None:
-            g = without(g, along)
+        if self.projection != "none":
+            along = {"score": m.noise, "velocity": m.x0 - m.noise}.get(self.projection)
+            g = without(g, self.cfg_direction(m) if along is None else along)
         if self.size == "each":
             g = g / norms(g)
         else:

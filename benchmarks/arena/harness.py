@@ -15,7 +15,7 @@ from kspec_guidance.bench.methods import METHODS, Method, Real, Whole
 
 from .beds.base import Bed, Case
 
-__all__ = ["FIDELITY_LOSS", "Record", "front", "measure", "slug", "strengths", "take_tuned", "tune"]
+__all__ = ["FIDELITY_LOSS", "Record", "front", "measure", "slug", "take_tuned", "tune"]
 
 Goal = Callable[[dict[str, list[float]], dict[str, Any]], float]  # of the figures of cases, and of cases together
 PENALTY = 10.0  # relative modes subtracted for each unit of fidelity lost beyond that
@@ -152,22 +152,6 @@ def take_tuned(record: Record, source: Record) -> None:
             record.of(name).setdefault("tuned", found["tuned"])
 
 
-def strengths(name: str, tuned: dict[str, Any], number: int) -> list[float]:
-    """Values of the method's strength for its front: around the tuned one, within the range."""
-    cls = METHODS[name]
-    r = cls.tuned[cls.strength]
-    if isinstance(r, Whole):
-        return [float(k) for k in range(r.low, r.high + 1)][:: max(1, (r.high - r.low + 1) // number)][:number]
-    at = float(tuned[cls.strength])
-    assert isinstance(r, Real)
-    if r.log:
-        factors = [0.5, 1.0, 2.0] if number == 3 else [0.35, 0.7, 1.0, 1.5, 3.0][:number]
-        return [at * f for f in factors]
-    far = r.high if abs(r.high - at) > abs(at - r.low) else r.low
-    opposite = r.low if far == r.high else r.high
-    return sorted({round(v, 4) for v in (at, (at + opposite) / 2, (at + far) / 2, opposite, far)})[:number]
-
-
 def front(bed: Bed, name: str, record: Record, number: int, seeds: int) -> None:
     """Figures of the report half for several strengths around the tuned setting."""
     cls, mine = METHODS[name], record.of(name)
@@ -175,7 +159,7 @@ def front(bed: Bed, name: str, record: Record, number: int, seeds: int) -> None:
         return
     tuned = mine["tuned"]
     done = mine.setdefault("front", [])
-    for value in strengths(name, tuned, number):
+    for value in cls.sweep(float(tuned[cls.strength]), number):
         v = int(value) if isinstance(cls.tuned[cls.strength], Whole) else value
         if any(abs(p["strength"] - v) <= 1e-3 * max(1e-3, abs(v)) for p in done):  # records are rounded
             continue

@@ -97,6 +97,10 @@ class Bed:
         method.generator.manual_seed(case.seed)
         return method.sample(self, case)
 
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """Samples of several runs as those of one."""
+        return torch.cat(parts)
+
     _unit: float | None = None
 
     def radius_unit(self) -> float:

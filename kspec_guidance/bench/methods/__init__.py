@@ -10,7 +10,17 @@ from kspec_guidance.bench.methods.contextual import ContextualRepulsion
 from kspec_guidance.bench.methods.dave import DAVE
 from kspec_guidance.bench.methods.diverseflow import DiverseFlow, DiverseFlowFast
 from kspec_guidance.bench.methods.eddy import EDDY, EDDYProjection
-from kspec_guidance.bench.methods.guides import ContextualVendi, Ours, OursVivid, Published
+from kspec_guidance.bench.methods.guides import (
+    ContextualVendi,
+    Dial,
+    Entropy,
+    FewStep,
+    Ours,
+    OursVivid,
+    Published,
+    TowardReference,
+    Vivid,
+)
 from kspec_guidance.bench.methods.oscar import OSCAR
 from kspec_guidance.bench.methods.particle import Particle, PooledParticle
 from kspec_guidance.bench.methods.pink import PinkNoise
@@ -20,7 +30,7 @@ from kspec_guidance.bench.methods.selfguidance import SelfGuidance
 from kspec_guidance.bench.methods.spell import SPELL
 from kspec_guidance.bench.methods.tsr import ScoreRescaling
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[Method]] = {  # those whose parameters are tuned, by their names in tables
     m.name: m
     for m in (
         Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
@@ -29,5 +39,9 @@ METHODS: dict[str, type[Method]] = {
         Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance,
     )
 }  # fmt: skip
+DIALS: tuple[type[Method], ...] = (Dial, Vivid, FewStep, Entropy, TowardReference)
+CODES: dict[str, type[Method]] = {  # those that run on pipelines as they are, by their names in commands
+    m.code: m for m in (*METHODS.values(), *DIALS) if m.code
+}
 
-__all__ = ["METHODS", "Log", "Method", "Moment", "Real", "Whole"]
+__all__ = ["CODES", "METHODS", "Log", "Method", "Moment", "Real", "Whole"]

@@ -1,8 +1,8 @@
 """What all methods share: a patch of the scheduler's step, hooks on the denoiser, and the state of the step in between.
 
-A method changes one of five things: the condition that the denoiser gets, the two outputs that classifier-free guidance
-combines, the sample that the step starts from, the clean prediction behind the model output, or the sample after the step.
-Each is a method to override. The pipeline is restored afterwards, also after an exception.
+A method changes one of five things: the condition that the denoiser gets, the weight of classifier-free guidance, the
+sample that the step starts from, the clean prediction behind the model output, or the sample after the step. Each is a
+method to override. The pipeline is restored afterwards, also after an exception.
 """
 
 import functools
@@ -16,8 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
 from kspec_guidance.loop.components import denoiser_of
-from kspec_guidance.loop.context import DenoiserCall
+from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext
+from kspec_guidance.loop.layouts import Layout
+from kspec_guidance.loop.observer import DenoiserWatch
 from kspec_guidance.loop.prediction import Prediction, predict
 from kspec_guidance.loop.scheduler_hook import MethodPatch
 
@@ -51,7 +54,7 @@ class Whole:
 
 @dataclass
 class Moment:
-    """One step about to be taken; all tensors have the shape of the samples ``[n, ...]``.
+    """One step about to be taken; all tensors have the shape of the samples ``[n, ...]``, and at least single precision.
 
     ``x = alpha x0 + sigma noise``; ``fraction`` is the position in the run, 0 at its start. ``call`` is the denoiser's call
     at this step.
@@ -93,7 +96,7 @@ class Moment:
         arguments = self.call.arguments
         name = next(k for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim > 1)
         scale = getattr(self.pipe, "guidance_scale", 1.0)
-        doubled = len(arguments[name]) == 2 * len(x)
+        doubled, x = len(arguments[name]) == 2 * len(x), x.to(arguments[name].dtype)
         inputs = torch.cat([x, x]) if doubled else x
         if hasattr(self.scheduler, "scale_model_input"):
             inputs = self.scheduler.scale_model_input(inputs, self.timestep)
@@ -139,16 +142,21 @@ def repulsion(x: Tensor) -> Tensor:
 class Method:
     """Base class: does nothing. Subclasses are dataclasses of their parameters.
 
-    ``tuned`` names the parameters that the optimiser chooses, with their ranges; ``strength`` is the one that is swept for
-    the front; ``needs`` is what a bed must have: ``features`` of the denoiser, classifier-free ``guidance``, ``prompts``,
-    ``images`` with two axes of pixels, transformer ``blocks``.
+    ``name`` is that of tables, ``code`` that of commands. ``tuned`` names the parameters that the optimiser chooses, with
+    their ranges; ``strength`` is the one that is swept for the front, at ``strengths`` if these are given. ``needs`` is
+    what a bed or a pipeline must have: ``features`` of the denoiser, classifier-free ``guidance``, ``prompts`` among the
+    denoiser's arguments, ``images`` with two axes of pixels, transformer ``blocks``. ``again``: whether it calls the
+    denoiser again within a step, which must then make all predictions in one call.
     """
 
     name: ClassVar[str] = ""
+    code: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     tuned: ClassVar[dict[str, Real | Whole]] = {}
     strength: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    strengths: ClassVar[tuple[float, ...]] = ()
+    again: ClassVar[bool] = False
     falls: ClassVar[bool] = False  # whether a smaller strength is the stronger one
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
@@ -156,6 +164,23 @@ class Method:
     def first(cls, steps: int) -> dict[str, Any]:
         """First setting that is tried for this number of steps, where it is not the default."""
         return {}
+
+    @classmethod
+    def sweep(cls, at: float, number: int) -> list[float]:
+        """Values of the strength for a front: those that the class names, or ``number`` around ``at`` within its range."""
+        if cls.strengths:
+            return list(cls.strengths)
+        if not cls.strength:
+            return []
+        r = cls.tuned[cls.strength]
+        if isinstance(r, Whole):
+            return [float(k) for k in range(r.low, r.high + 1)][:: max(1, (r.high - r.low + 1) // number)][:number]
+        if r.log:
+            factors = [0.5, 1.0, 2.0] if number == 3 else [0.35, 0.7, 1.0, 1.5, 3.0][:number]
+            return [at * f for f in factors]
+        far = r.high if abs(r.high - at) > abs(at - r.low) else r.low
+        opposite = r.low if far == r.high else r.high
+        return sorted({round(v, 4) for v in (at, (at + opposite) / 2, (at + far) / 2, opposite, far)})[:number]
 
     # -- to override -----------------------------------------------------------------------------------------------
 
@@ -166,9 +191,9 @@ class Method:
         """The prompts' hidden states ``[n, l, c]``, as the denoiser is to get them; a pooled one has l = 1."""
         return states
 
-    def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        """Unconditional and conditional output, from which the pipeline forms ``uncond + scale (cond - uncond)``."""
-        return uncond, cond
+    def weight_of(self, found: ClassifierFree, fraction: float) -> float | None:
+        """The weight of classifier-free guidance at this step; None to keep it."""
+        return None
 
     def resample(self, m: Moment) -> Tensor | None:
         """Another sample of the same noise level to step from, at the cost of one denoiser call; None to keep it."""
@@ -184,7 +209,7 @@ class Method:
 
     def noise_like(self, x: Tensor) -> Tensor:
         """Standard normal noise of the shape of ``x``, from the method's own generator."""
-        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
 
     def sample(self, bed: Any, case: Any) -> Tensor:
         """As many samples of a case ``[n, ...]`` as the bed makes at once."""
@@ -201,38 +226,29 @@ class Method:
     def _attached(self, pipe: Any) -> Iterator["Method"]:
         self.begin()
         self._step: int = 0
-        self._call: DenoiserCall | None = None
         with ExitStack() as hooks:
             patch = MethodPatch(pipe.scheduler, "step", functools.partial(self._wrap_step, pipe), self)
             hooks.callback(patch.remove)
             denoiser = denoiser_of(pipe)
-            if denoiser is not None:
+            if denoiser is not None and type(self).condition is not Method.condition:
                 before = functools.partial(self._before_denoiser, pipe)
-                after = functools.partial(self._after_denoiser, pipe)
                 hooks.callback(denoiser.register_forward_pre_hook(before, with_kwargs=True).remove)
-                hooks.callback(denoiser.register_forward_hook(after).remove)
+            self._watch = DenoiserWatch(pipe)
+            hooks.callback(self._watch.remove)
             yield self
 
     def _fraction(self, pipe: Any) -> float:
         return self._step / max(1, len(pipe.scheduler.timesteps))
 
     def _before_denoiser(self, pipe: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        names = ("sample", "timestep", "encoder_hidden_states")
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
         for name in (n for n in CONDITIONS if n in arguments):
             states = arguments[name]
-            start = len(states) // 2 if pipe.do_classifier_free_guidance else 0  # rows of the prompts
+            start = len(states) // 2 if getattr(pipe, "do_classifier_free_guidance", False) else 0  # rows of the prompts
             rows = states[start:].view(len(states) - start, -1, states.shape[-1])
-            changed = self.condition(rows, self._fraction(pipe)).view(states[start:].shape)
+            changed = self.condition(rows, self._fraction(pipe)).to(states.dtype).view(states[start:].shape)
             arguments[name] = torch.cat([states[:start], changed])
-        self._call = DenoiserCall(module, arguments)
         return (), arguments
-
-    def _after_denoiser(self, pipe: Any, module: Any, args: tuple, out: Any) -> Any:
-        if not pipe.do_classifier_free_guidance:
-            return out
-        uncond, cond = out[0].chunk(2)
-        return (torch.cat(self.outputs(uncond, cond, pipe.guidance_scale, self._fraction(pipe))), *out[1:])
 
     def _wrap_step(self, pipe: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -242,7 +258,7 @@ class Method:
             output, sample, moment = self._guide(pipe, bound.arguments)
             bound.arguments["model_output"], bound.arguments["sample"] = output, sample
             result = original(*bound.args, **bound.kwargs)
-            latents = self.after(moment, result[0])
+            latents = self.after(moment, result[0]).to(result[0].dtype)
             self._step += 1
             if isinstance(result, tuple):
                 return (latents, *result[1:])
@@ -253,18 +269,38 @@ class Method:
 
     def _guide(self, pipe: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Moment]:
         """Model output and sample to step from, given the arguments of ``scheduler.step``; and the state of the step."""
-        scheduler, t = pipe.scheduler, arguments["timestep"]
+        scheduler, t, call = pipe.scheduler, arguments["timestep"], self._watch.take()
 
         def prediction_at(output: Tensor, x: Tensor) -> tuple[Prediction, Moment]:
             found = predict(scheduler, output, t, x, arguments)
             alpha, sigma, total = float(found.alpha), float(found.sigma), len(scheduler.timesteps)
-            return found, Moment(found.x0, x, alpha, sigma, self._step, total, self._call, pipe, scheduler, t)
+            x0, x = (y.float() if y.dtype.itemsize < 4 else y for y in (found.x0, x))
+            return found, Moment(x0, x, alpha, sigma, self._step, total, call, pipe, scheduler, t)
 
         output, x = arguments["model_output"], arguments["sample"]
+        if type(self).weight_of is not Method.weight_of:
+            output = self._weighted(pipe, call, output, predict(scheduler, output, t, x, arguments))
         prediction, moment = prediction_at(output, x)
         resampled = self.resample(moment)
         if resampled is not None:
             output, x = moment.output(resampled), resampled
             prediction, moment = prediction_at(output, x)
         move = self.move(moment)
-        return output if move is None else prediction.moved(output, move), x, moment
+        return output if move is None else prediction.moved(output, move.to(output.dtype)), x, moment
+
+    def _weighted(self, pipe: Any, call: DenoiserCall | None, output: Tensor, prediction: Prediction) -> Tensor:
+        """The model output with the weight of classifier-free guidance that the method wants.
+
+        Raises:
+            UnknownGuidanceError: if the pipeline uses none, or another combination.
+        """
+        x, total = prediction.sample, len(pipe.scheduler.timesteps)
+        context = StepContext(CallContext(pipe), pipe.scheduler, None, Layout.of(x), x.shape, total, denoiser_call=call)
+        found = classifier_free(output, prediction, context)
+        if found is None or not bool(found.fits):
+            raise UnknownGuidanceError(
+                f"{self.name} changes the weight of classifier-free guidance, and {type(pipe).__name__} "
+                + ("uses none here" if found is None else "combines its predictions in another way")
+            )
+        weight = self.weight_of(found, self._fraction(pipe))
+        return output if weight is None else found.at_weight(output, torch.tensor(weight, device=output.device))

@@ -20,6 +20,7 @@ class BlockSelfGuidance(BlockMethod):
     """
 
     name = "feature self-guidance, blocks"
+    code = "block-self-guidance"
     paper = "arXiv 2606.27371"
     tuned = {"weight": Log(0.001, 0.3), "stop": Real(0.05, 0.6)}
     strength = "weight"

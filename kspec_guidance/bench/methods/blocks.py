@@ -97,7 +97,7 @@ class BlockMethod(Method):
                     out = module.forward(**{**kwargs, "hidden_states": image})
                 return out[block.image] if isinstance(out, tuple) else out
 
-            prompted = len(several[block.image]) // 2 if pipe.do_classifier_free_guidance else 0
+            prompted = len(several[block.image]) // 2 if getattr(pipe, "do_classifier_free_guidance", False) else 0
             tokens = Tokens(several[block.image], text, prompted, self._fraction(pipe), again)
             image, changed = self.change(block, tokens)
             several[block.image] = image

@@ -2,14 +2,8 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from kspec_guidance.bench.methods.base import Method, Real
-
-
-def lowered(uncond: Tensor, cond: Tensor, weight: float, scale: float) -> Tensor:
-    """The unconditional output that turns the pipeline's ``scale`` into guidance of ``weight``."""
-    return cond + (weight - 1) / (scale - 1) * (uncond - cond)
+from kspec_guidance.loop.classifier_free import ClassifierFree
 
 
 @dataclass
@@ -17,6 +11,7 @@ class LowerGuidance(Method):
     """The scale ``w'`` in place of the pipeline's ``w`` (Ho, Salimans 2022, arXiv 2207.12598)."""
 
     name = "lower CFG"
+    code = "lower-cfg"
     paper = "arXiv 2207.12598"
     tuned = {"weight": Real(1.0, 4.0)}
     strength = "weight"
@@ -24,8 +19,8 @@ class LowerGuidance(Method):
     falls = True
     weight: float = 2.0
 
-    def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        return lowered(uncond, cond, self.weight, scale), cond
+    def weight_of(self, found: ClassifierFree, fraction: float) -> float | None:
+        return self.weight
 
 
 @dataclass
@@ -33,6 +28,7 @@ class Interval(Method):
     """Guidance for ``start <= fraction < stop`` only (Kynkaanniemi and others 2024, arXiv 2404.07724)."""
 
     name = "interval CFG"
+    code = "interval-cfg"
     paper = "arXiv 2404.07724"
     tuned = {"start": Real(0.0, 0.8), "stop": Real(0.6, 1.0)}
     strength = "start"
@@ -40,5 +36,5 @@ class Interval(Method):
     start: float = 0.3
     stop: float = 1.0
 
-    def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        return (uncond, cond) if self.start <= fraction < self.stop else (cond, cond)
+    def weight_of(self, found: ClassifierFree, fraction: float) -> float | None:
+        return None if self.start <= fraction < self.stop else 1.0

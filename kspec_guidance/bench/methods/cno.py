@@ -21,6 +21,7 @@ class CNO(Start):
     """
 
     name = "CNO"
+    code = "cno"
     paper = "arXiv 2510.03813"
     tuned = {"rate": Log(0.003, 0.5), "rounds": Whole(1, 6)}
     strength = "rate"

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kspec_guidance.bench.methods.base import Log, Real
-from kspec_guidance.bench.methods.cfg import lowered
 from kspec_guidance.bench.methods.guides import OursVivid
 from kspec_guidance.bench.methods.oscar import OSCAR
+from kspec_guidance.loop.classifier_free import ClassifierFree
 from kspec_guidance.loop.components import denoiser_of
 
 
@@ -31,7 +30,8 @@ class OursLowerGuidance(OursVivid):
     def _attached(self, pipe: Any) -> Iterator[Any]:
         def lower(module: Any, args: Any, out: Any) -> Any:
             uncond, cond = out[0].chunk(2)
-            return (torch.cat([lowered(uncond, cond, self.weight, pipe.guidance_scale), cond]), *out[1:])
+            lowered = cond + (self.weight - 1) / (pipe.guidance_scale - 1) * (uncond - cond)
+            return (torch.cat([lowered, cond]), *out[1:])
 
         with self.guide(pipe).attach(pipe) as guide:
             denoiser = denoiser_of(pipe)
@@ -52,5 +52,5 @@ class OSCARLowerGuidance(OSCAR):
     needs = frozenset({"guidance"})
     cfg: float = 2.0
 
-    def outputs(self, uncond: Tensor, cond: Tensor, scale: float, fraction: float) -> tuple[Tensor, Tensor]:
-        return lowered(uncond, cond, self.cfg, scale), cond
+    def weight_of(self, found: ClassifierFree, fraction: float) -> float | None:
+        return self.cfg

@@ -17,6 +17,7 @@ class CADS(Method):
     """
 
     name = "CADS"
+    code = "cads"
     paper = "arXiv 2310.17347"
     tuned = {"s": Real(0.0, 1.0), "tau1": Real(0.2, 0.9), "psi": Real(0.0, 1.0)}
     strength = "s"
@@ -42,6 +43,7 @@ class SeedVariance(Method):
     """One noise on the prompt embedding for the first part of the steps, as the nodes that users run do."""
 
     name = "seed variance"
+    code = "seed-variance"
     paper = "seed-variance nodes"
     tuned = {"noise": Real(0.0, 2.0), "until": Real(0.1, 1.0)}
     strength = "noise"
@@ -57,5 +59,5 @@ class SeedVariance(Method):
             return states
         if states.shape not in self._noises:
             self._noises[states.shape] = self.noise_like(states)
-        size = states.flatten(1).std(1).view(-1, 1, 1) if states[0].numel() > 1 else torch.ones(1)
+        size = states.flatten(1).std(1).view(-1, 1, 1) if states[0].numel() > 1 else torch.ones(1, device=states.device)
         return states + self.noise * size * self._noises[states.shape]

@@ -21,6 +21,7 @@ class ContextualRepulsion(BlockMethod):
     """
 
     name = "contextual repulsion"
+    code = "contextual"
     paper = "arXiv 2603.28762"
     tuned = {"weight": Log(0.003, 2.0), "stop": Real(0.05, 1.0)}
     strength = "weight"

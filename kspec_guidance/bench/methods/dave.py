@@ -17,6 +17,7 @@ class DAVE(BlockMethod):
     """
 
     name = "DAVE"
+    code = "dave"
     paper = "arXiv 2606.06813"
     tuned = {"attenuation": Real(0.0, 1.0), "stop": Real(0.05, 0.6)}
     strength = "attenuation"

@@ -14,7 +14,7 @@ def dpp(x: Tensor, h: float) -> Tensor:
     d2 = (rows[:, None] - rows[None]).square().sum(-1)
     off = ~torch.eye(len(rows), dtype=torch.bool)
     l = torch.exp(-h * d2 / (2 * d2.detach()[off].median().clamp_min(1e-12)))
-    eye = torch.eye(len(rows), dtype=l.dtype)
+    eye = torch.eye(len(rows), dtype=l.dtype, device=l.device)
     return torch.logdet(l + 1e-6 * eye) - torch.logdet(l + eye)
 
 
@@ -27,9 +27,11 @@ class DiverseFlow(Method):
     """
 
     name = "DiverseFlow"
+    code = "diverseflow"
     paper = "arXiv 2504.07894"
     tuned = {"weight": Log(0.01, 3.0), "h": Log(0.3, 10.0)}
     strength = "weight"
+    again = True
     weight: float = 0.3
     h: float = 1.0
     through: bool = True
@@ -55,4 +57,6 @@ class DiverseFlowFast(DiverseFlow):
     """The same without the backward pass: the denoiser's Jacobian is taken as a multiple of the identity."""
 
     name = "DiverseFlow, no backward"
+    code = "diverseflow-fast"
+    again = False
     through: bool = False

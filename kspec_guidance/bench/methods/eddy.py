@@ -37,9 +37,11 @@ class EDDY(Method):
     """
 
     name = "EDDY"
+    code = "eddy"
     paper = "arXiv 2605.06553"
     tuned = {"weight": Log(0.01, 3.0), "stop": Real(0.3, 1.0)}
     strength = "weight"
+    again = True
     weight: float = 0.3
     stop: float = 1.0
     divergence: bool = True
@@ -68,4 +70,6 @@ class EDDYProjection(EDDY):
     """Its first two terms alone: the repulsion projected off the score, without extra denoiser calls."""
 
     name = "EDDY, projection only"
+    code = "eddy-projection"
+    again = False
     divergence: bool = False

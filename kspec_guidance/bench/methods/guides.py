@@ -1,13 +1,12 @@
 """Methods that are guides of the package: its defaults, the published settings, and the Vendi gradient of c-VSG."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kspec_guidance import SPARKE, KernelGuidance, VendiGuidance
+from kspec_guidance import SPARKE, KernelGuidance, MMDGuidance, VendiGuidance
 from kspec_guidance.bench.methods.base import Log, Method, Real, Whole
 from kspec_guidance.guidance.spaces import Pixels
 from kspec_guidance.objectives import Vendi
@@ -53,6 +52,84 @@ class OursVivid(Ours):
 
 
 @dataclass
+class Dial(Guided):
+    """SPARKE as users have it: the dial from 0 to 100, in the unit of a model's own variety (docs/variety.md)."""
+
+    name = "SPARKE"
+    code = "sparke"
+    paper = "arXiv 2506.10173"
+    strength = "variety"
+    strengths = (10.0, 25.0, 50.0, 75.0, 100.0)
+    variety: float = 50.0
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return SPARKE(variety=self.variety)
+
+
+@dataclass
+class Vivid(Guided):
+    """The preset ``vivid``: conditional entropy of order 0.5."""
+
+    name = "vivid"
+    code = "vivid"
+    paper = "arXiv 2506.10173"
+    strength = "scale"
+    strengths = (0.4, 0.75, 1.5, 3.0)
+    scale: float = SPARKE.PRESETS["vivid"]["scale"]
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return SPARKE.preset("vivid", scale=self.scale)
+
+
+@dataclass
+class FewStep(Guided):
+    """The preset ``few-step``, for samplers of 1 to 4 steps."""
+
+    name = "few-step"
+    code = "few-step"
+    paper = "arXiv 2506.10173"
+    strength = "scale"
+    strengths = (0.3, 0.6, 1.2)
+    scale: float = SPARKE.PRESETS["few-step"]["scale"]
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return SPARKE.preset("few-step", scale=self.scale)
+
+
+@dataclass
+class Entropy(Guided):
+    """The Vendi score of order 1, given prompts."""
+
+    name = "Vendi, order 1"
+    code = "vendi"
+    paper = "arXiv 2210.02410"
+    strength = "scale"
+    strengths = (0.5, 1.0, 2.0)
+    scale: float = 1.0
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return VendiGuidance(self.scale, order=1.0)
+
+
+@dataclass
+class TowardReference(Guided):
+    """Descends the maximum mean discrepancy to reference images, whose latents :attr:`reference` ``[m, ...]`` holds."""
+
+    name = "MMD"
+    code = "mmd"
+    paper = "arXiv 2601.08379"
+    strength = "scale"
+    strengths = (0.35, 0.7, 1.4)
+    needs = frozenset({"reference"})
+    scale: float = 0.7
+    reference: Tensor | None = field(default=None, repr=False)
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        assert self.reference is not None
+        return MMDGuidance(self.reference, self.scale)
+
+
+@dataclass
 class Published(Guided):
     """The step of SPARKE's authors, with images one after another and a memory of them (commit in SPARKE.published).
 
@@ -60,6 +137,7 @@ class Published(Guided):
     """
 
     name = "SPARKE, authors' code"
+    code = "sparke-published"
     paper = "arXiv 2506.10173"
     tuned = {"scale": Log(0.003, 1.0), "every": Whole(1, 10)}
     strength = "scale"
@@ -69,9 +147,9 @@ class Published(Guided):
     def guide(self, pipe: Any) -> KernelGuidance:
         return SPARKE.published(self.scale, every=self.every)
 
-    def sample(self, bed: Any, case: Any) -> Tensor:
+    def sample(self, bed: Any, case: Any) -> Any:
         with self.attach(bed.pipe):
-            return torch.cat([bed.run(case, 1, noise[None]) for noise in bed.start(case, bed.images)])
+            return bed.joined([bed.run(case, 1, noise[None]) for noise in bed.start(case, bed.images)])
 
 
 @dataclass
@@ -83,6 +161,7 @@ class ContextualVendi(Guided):
     """
 
     name = "c-VSG"
+    code = "c-vsg"
     paper = "c-VSG 2024"
     tuned = {"scale": Log(0.003, 1.0), "every": Whole(1, 5)}
     strength = "scale"

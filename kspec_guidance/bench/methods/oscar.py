@@ -17,6 +17,7 @@ class OSCAR(Method):
     """
 
     name = "OSCAR"
+    code = "oscar"
     paper = "arXiv 2510.09060"
     tuned = {"weight": Log(0.01, 3.0), "noise_weight": Log(0.001, 0.5), "c": Log(0.3, 30.0)}
     strength = "weight"
@@ -34,7 +35,7 @@ class OSCAR(Method):
         with torch.enable_grad():
             x = m.x0.detach().clone().requires_grad_()
             f = torch.nn.functional.normalize(x.flatten(1).double(), dim=1)
-            value = torch.logdet(torch.eye(len(f), dtype=f.dtype) + self.c * f @ f.mT)
+            value = torch.logdet(torch.eye(len(f), dtype=f.dtype, device=f.device) + self.c * f @ f.mT)
             (g,) = torch.autograd.grad(value, x)
         g = without(g, self.velocity(m))
         gate = m.sigma**2

@@ -17,6 +17,7 @@ class Particle(Method):
     """
 
     name = "particle guidance"
+    code = "particle"
     paper = "arXiv 2310.13102"
     tuned = {"weight": Log(0.01, 3.0), "stop": Real(0.3, 1.0)}
     strength = "weight"
@@ -44,6 +45,7 @@ class PooledParticle(Particle):
     """The same in a pooled space of the clean prediction, where the kernel compares layout and colour, not noise."""
 
     name = "particle guidance, pooled"
+    code = "particle-pooled"
 
     def rows(self, m: Moment) -> Tensor:
         if m.x0.ndim != 4 or min(m.x0.shape[-2:]) < 4:

@@ -19,6 +19,7 @@ class PinkNoise(Start):
     """
 
     name = "pink noise"
+    code = "pink-noise"
     paper = "arXiv 2601.00090"
     tuned = {"exponent": Real(0.0, 1.0)}
     strength = "exponent"
@@ -28,9 +29,9 @@ class PinkNoise(Start):
     def choose(self, bed: Any, case: Any) -> Tensor:
         x = bed.start(case, bed.images)
         h, w = x.shape[-2:]
-        f = (torch.fft.fftfreq(h)[:, None].square() + torch.fft.rfftfreq(w).square()).sqrt()
+        f = (torch.fft.fftfreq(h)[:, None].square() + torch.fft.rfftfreq(w).square()).sqrt().to(x.device)
         gain = f.clamp_min(1 / max(h, w)) ** -self.exponent
-        both_halves = torch.ones(gain.shape[-1])
+        both_halves = torch.ones(gain.shape[-1], device=x.device)
         both_halves[1 : (w + 1) // 2] = 2  # columns of rfft that stand for two
         gain = gain / ((gain.square() * both_halves).sum() / (h * w)).sqrt()
         return torch.fft.irfft2(torch.fft.rfft2(x) * gain, s=(h, w))

@@ -7,3 +7,4 @@ class Plain(Method):
     """Different seeds, nothing else."""
 
     name = "plain"
+    code = "plain"

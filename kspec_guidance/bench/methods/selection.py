@@ -30,6 +30,7 @@ class GroupInference(Start):
     """
 
     name = "group inference"
+    code = "group-inference"
     paper = "arXiv 2508.15773"
     tuned = {"candidates": Whole(2, 8), "look": Whole(1, 4)}
     strength = "candidates"

@@ -21,6 +21,7 @@ class SelfGuidance(Method):
     """
 
     name = "feature self-guidance"
+    code = "self-guidance"
     paper = "arXiv 2606.27371"
     tuned = {"weight": Log(0.01, 2.0), "stop": Real(0.3, 1.0)}
     strength = "weight"

@@ -19,6 +19,7 @@ class SPELL(Method):
     """
 
     name = "SPELL"
+    code = "spell"
     paper = "arXiv 2410.06025"
     tuned = {"r": Log(0.1, 1.5), "overcompensation": Log(0.3, 2.0)}
     strength = "r"
