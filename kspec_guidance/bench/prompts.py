@@ -213,7 +213,6 @@ SOURCES: dict[str, Source] = {
         _rows,
         _plain("category"),
         "the sheet that imagen.research.google links to",
-        seen=False,
     ),
     "parti": Source(
         "PartiPrompts",
@@ -327,5 +326,7 @@ def _missing(name: str, source: Source, where: str | Path) -> str:
 
 
 def _check_digest(source: Source, path: Path) -> None:
+    if not source.seen:
+        warn_user(f"the published file of {source.title} was not at hand when its reader was written; look at the prompts")
     if source.sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
         warn_user(f"{path} is not the file of {source.title} that this reader was written for; results may be others")
