@@ -15,8 +15,8 @@ from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1, Term
 from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, fading, norms, row_dots
 from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
-from kspec_guidance.loop.context import StepContext
-from kspec_guidance.loop.prediction import Prediction, keep_finite, realised_move
+from kspec_guidance.loop.context import StepContext, apply_move
+from kspec_guidance.loop.prediction import Prediction
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Gradient, Objective
 from kspec_guidance.utils.precision import full_precision
@@ -242,11 +242,7 @@ class Run:
             moved = sample + move.to(sample.dtype)
         else:
             moved = type(sample)(part + m.to(part.dtype) for part, m in zip(sample, move, strict=True))
-        moved = keep_finite(moved, sample, context.overflows)
-        realised = realised_move(sample, moved, move)
-        if realised is not move:
-            self.realised(realised, context)
-        return moved
+        return apply_move(sample, moved, move, self, context)
 
     @staticmethod
     def _active(states: list[TermState], prediction: Prediction, context: StepContext) -> list[TermState]:
@@ -291,6 +287,8 @@ class Run:
                     move = TRANSFORMS[name](move, values)
                 moves.append(move)
             move = reduce(torch.add, moves)
+            if context.mask is not None:
+                move = (move.view(x.shape) * context.mask).flatten(1)
             size = norms(move)
             self._expect_finite("move", size, context.step)
             return move, size

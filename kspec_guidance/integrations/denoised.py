@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.guidance.run import Run
-from kspec_guidance.loop.context import CallContext, StepContext
+from kspec_guidance.loop.context import CallContext, StepContext, apply_move
 from kspec_guidance.loop.layouts import Layout
-from kspec_guidance.loop.prediction import Prediction, keep_finite, realised_move
+from kspec_guidance.loop.prediction import Prediction
 from kspec_guidance.loop.prompts import masked_mean, repeat_rows
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.utils.messages import warn_user
@@ -99,11 +99,7 @@ class DenoisedGuidance:
             prediction = Prediction(widened, x.to(widened.dtype), alpha, noise, 1.0)
             move = run.step(prediction, context)
             if move is not None:
-                moved = keep_finite(prediction.moved(x0, move), x0, context.overflows)
-                realised = realised_move(x0, moved, move)
-                if realised is not move:
-                    run.realised(realised, context)
-                x0 = moved
+                x0 = apply_move(x0, prediction.moved(x0, move), move, run, context)
             context.time.spans.append((began, context.time.now()))
             if not current.announced and context.step == context.total - 1 and not current.levels[-1]:
                 self._remember(current, x0)
@@ -127,7 +123,7 @@ class DenoisedGuidance:
         call = CallContext(None, features, encoder)
         total = max(len(levels) - 1, 1)
         context = StepContext(
-            call, sampling, sigmas, layout, x0.shape, total, features, _index(levels, level), time=Stopwatch(x0.device)
+            call, sampling, sigmas, layout, x0.shape, total, features, step=_index(levels, level), time=Stopwatch(x0.device)
         )
         run = self._guide(x0)._run
         run.begin(context, x0)

@@ -188,7 +188,9 @@ class StepwiseAttachment:
             return
         if given is not None:
             prompts = prompts_given(self.pipe, given)
-            encoder = None if prompts is None else f"{type(getattr(self.pipe, 'text_encoder', None)).__name__} by block"
+            text_encoder = getattr(self.pipe, "text_encoder", None)
+            encoder = "given" if text_encoder is None else f"{type(text_encoder).__name__} by block"
+            encoder = None if prompts is None else encoder
             self._context = CallContext(self.pipe, prompts, encoder, prompted=True)
             return
         if observer is None or self._began:  # the call was not announced: only its end is observed

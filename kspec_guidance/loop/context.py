@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from kspec_guidance.loop.layouts import Layout
-from kspec_guidance.loop.prediction import Prediction
+from kspec_guidance.loop.prediction import Prediction, keep_finite, realised_move
 from kspec_guidance.utils.messages import warn_user
 from kspec_guidance.utils.timing import Stopwatch
 
-__all__ = ["CallContext", "DenoiserCall", "StepContext", "StepHandler"]
+__all__ = ["CallContext", "DenoiserCall", "StepContext", "StepHandler", "apply_move"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class CallContext:
         steps: number of scheduler steps that the pipeline plans.
         warned: warnings of this call so far.
         texts: of its prompts; None if they are unknown.
+        mask: pixels to repaint ``[1 or n, 1, h, w]``, if it inpaints.
     """
 
     pipe: Any = None
@@ -53,6 +54,7 @@ class CallContext:
     steps: int | None = None
     warned: set[str] = field(default_factory=set)
     texts: list[str] | None = None
+    mask: Tensor | None = None
 
     def texts_of_samples(self, n: int) -> list[str] | None:
         """The text of the prompt of each of ``n`` samples; None if they are unknown."""
@@ -80,6 +82,7 @@ class StepContext:
         shapes: shape of the noisy sample, or a list of shapes if it consists of several tensors.
         total: number of steps.
         prompts: features ``[n, p]``, one row per sample; None if prompts are unknown.
+        mask: 1 where packed samples ``[n, ...]`` may move, else 0; None if they may move everywhere.
         step: index of the current step.
         denoiser_call: first call of the denoiser at this step, if the handler needs it.
         time: time spent in the handler, without the denoiser and the scheduler.
@@ -96,6 +99,7 @@ class StepContext:
     shapes: Any
     total: int
     prompts: Tensor | None = None
+    mask: Tensor | None = None
     step: int = 0
     denoiser_call: DenoiserCall | None = None
     time: Stopwatch = field(default_factory=Stopwatch)
@@ -145,3 +149,23 @@ class StepHandler(Protocol):
 
     def finish(self, context: StepContext) -> None:
         """End a pass, after its last step or an early end of the call; ``context.final`` is the result."""
+
+
+def apply_move(
+    original: Any, moved: Any, move: Any, handler: StepHandler, context: StepContext, slope: Tensor | float = 1.0
+) -> Any:
+    """``moved`` without what overflows; the handler is told what rounding has left of the move.
+
+    Args:
+        original: what was moved: a model output or samples.
+        moved: the same, moved.
+        move: the move of x0 or of the samples, in their layout.
+        handler: takes note.
+        context: of the step.
+        slope: of x0 as a function of the model output.
+    """
+    moved = keep_finite(moved, original, context.overflows)
+    realised = realised_move(original, moved, move, slope)
+    if realised is not move:
+        handler.realised(realised, context)
+    return moved

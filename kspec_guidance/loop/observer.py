@@ -42,7 +42,8 @@ class PipelineObserver:
     """Records the data of a call from the pipeline's own methods, as a :class:`CallContext`.
 
     It patches ``check_inputs`` (a call begins), ``encode_prompt`` (prompts), ``prepare_latents`` (number and size of the
-    samples) and ``maybe_free_model_hooks`` (a call ends), and hooks the denoiser if its arguments are needed.
+    samples), ``mask_processor.preprocess`` (where it inpaints) and ``maybe_free_model_hooks`` (a call ends), and hooks the
+    denoiser if its arguments are needed.
 
     Args:
         pipe: a pipeline, classic or modular.
@@ -88,6 +89,8 @@ class PipelineObserver:
         self._encodes = bool(self._patches)
         patched = [self._patch(inner, "prepare_latents", self._around_latents) for inner in sub_pipelines(self.pipe)]
         self._has_latents = any(patched)
+        for inner in sub_pipelines(self.pipe):
+            self._patch(getattr(inner, "mask_processor", None), "preprocess", self._around_mask)
         self._has_start = self._patch(self.pipe, "check_inputs", self._around_start)
         self._patch(self.pipe, "maybe_free_model_hooks", self._around_end)
         if denoiser_calls or not self._encodes:
@@ -114,6 +117,7 @@ class PipelineObserver:
         self._encoder: str | None = None
         self._count: int | None = None
         self._size: tuple[int, int] | None = None
+        self._mask_image: Tensor | None = None
         self._warned: set[str] = set()
         self._class_labels, self._open = False, True  # _open: whether prompts of the current call are still expected
 
@@ -126,7 +130,7 @@ class PipelineObserver:
         steps = getattr(self.pipe, "num_timesteps", None)
         return CallContext(
             self.pipe, self._prompts, self._encoder, self._class_labels, self._prompted, self._count, self._size,
-            steps if isinstance(steps, int) else None, self._warned, self._texts,
+            steps if isinstance(steps, int) else None, self._warned, self._texts, self._mask_image,
         )  # fmt: skip
 
     def denoiser_call(self) -> DenoiserCall | None:
@@ -166,6 +170,14 @@ class PipelineObserver:
             return result
 
         return prepare_latents
+
+    def _around_mask(self, original: Function) -> Function:
+        def preprocess(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self._mask_image = result if isinstance(result, Tensor) else None
+            return result
+
+        return preprocess
 
     def _around_encode(self, original: Function) -> Function:
         signature = inspect.signature(original)

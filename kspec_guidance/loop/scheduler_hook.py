@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.loop.callers import in_progress
-from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, StepHandler
+from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, StepHandler, apply_move
 from kspec_guidance.loop.layouts import Layout
-from kspec_guidance.loop.prediction import keep_finite, parametrisation_of, predict, realised_move
+from kspec_guidance.loop.masks import mask_of_samples
+from kspec_guidance.loop.prediction import parametrisation_of, predict
 from kspec_guidance.loop.prompts import prompts_of_samples
 from kspec_guidance.utils.timing import Stopwatch
 
@@ -260,11 +261,8 @@ class SchedulerHook:
                 prediction = predict(self.scheduler, model_output, timestep, sample, arguments, self.parametrisation)
             move = self.handler.step(prediction, context)
             if move is not None:
-                output = keep_finite(prediction.moved(model_output, move), model_output, context.overflows)
-                realised = realised_move(model_output, output, move, prediction.slope)
-                if realised is not move:
-                    self.handler.realised(realised, context)
-                model_output = output
+                output = prediction.moved(model_output, move)
+                model_output = apply_move(model_output, output, move, self.handler, context, prediction.slope)
             moved = self.handler.before_step(sample, prediction, context)
             sample = sample if moved is None else moved
         context.time.spans.append((began, context.time.now()))
@@ -296,7 +294,8 @@ class SchedulerHook:
         layout = Layout.of(sample, count)
         device = layout.device(sample)
         prompts = prompts_of_samples(given, layout.count(sample), device, call.class_labels, call.warn)
-        context = StepContext(call, scheduler, scheduler.timesteps, layout, shapes_of(sample), total, prompts, step)
+        mask = mask_of_samples(call.mask, layout, sample)
+        context = StepContext(call, scheduler, scheduler.timesteps, layout, shapes_of(sample), total, prompts, mask, step)
         context.time = Stopwatch(device)
         self.entered = context
         with torch.no_grad():
