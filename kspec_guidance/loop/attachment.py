@@ -190,8 +190,7 @@ class StepwiseAttachment:
             prompts = prompts_given(self.pipe, given)
             text_encoder = getattr(self.pipe, "text_encoder", None)
             encoder = "given" if text_encoder is None else f"{type(text_encoder).__name__} by block"
-            encoder = None if prompts is None else encoder
-            self._context = CallContext(self.pipe, prompts, encoder, prompted=True)
+            self._context = CallContext(self.pipe, prompts, None if prompts is None else encoder, prompted=True)
             return
         if observer is None or self._began:  # the call was not announced: only its end is observed
             if observer is not None:
