@@ -20,6 +20,7 @@ __all__ = [
     "holm",
     "hypervolume",
     "matched",
+    "resampled",
     "standings",
     "weights",
 ]
@@ -50,23 +51,32 @@ class Standing:
     p: float | None = None
 
 
+def resampled(prompts: int, seeds: int, draws: int = DRAWS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Bootstrap weights of prompts ``[draws, prompts]`` and of seeds ``[draws, seeds]``, each row with the sum 1.
+
+    Both are drawn with replacement; the weight of a case is the product of both (Owen 2007). Row 0 is the sample itself.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn(n: int) -> np.ndarray:
+        w = rng.multinomial(n, np.full(n, 1 / n), draws).astype(float) if n > 1 else np.ones((draws, 1))
+        w[0] = 1
+        return w / w.sum(1, keepdims=True)
+
+    return drawn(prompts), drawn(seeds)
+
+
 def weights(prompts: Sequence[str], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Bootstrap weights ``[draws, cases]``: prompts and seeds are both drawn with replacement (Owen 2007).
+    """Bootstrap weights ``[draws, cases]`` of cases with prompts and seeds, as :func:`resampled` draws them.
 
     Args:
         prompts: of the cases, seed by seed, all prompts of a seed together.
         draws: number of draws; row 0 is the sample itself.
         seed: of the draws.
     """
-    names = list(dict.fromkeys(prompts))
-    per_seed = len(names) if len(names) > 1 else 1
-    seeds = len(prompts) // per_seed
-    rng = np.random.default_rng(seed)
-    p = rng.multinomial(per_seed, np.full(per_seed, 1 / per_seed), draws) if per_seed > 1 else np.ones((draws, 1))
-    s = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) if seeds > 1 else np.ones((draws, 1))
-    w = (s[:, :, None] * p[:, None, :]).reshape(draws, -1).astype(float)
-    w[0] = 1
-    return w / w.sum(1, keepdims=True)
+    per_seed = len(set(prompts)) if len(set(prompts)) > 1 else 1
+    p, s = resampled(per_seed, len(prompts) // per_seed, draws, seed)
+    return (s[:, :, None] * p[:, None, :]).reshape(draws, -1)
 
 
 def hypervolume(gain: np.ndarray, kept: np.ndarray, depth: float = DEPTH) -> np.ndarray:
@@ -151,7 +161,7 @@ def against(draws: Mapping[str, np.ndarray], reference: str) -> dict[str, tuple[
             d = draws[reference] - draws[method]
             low, high = np.quantile(d, [0.025, 0.975])
             found[method] = float(d[0]), float(low), float(high)
-            ps.append(min(1.0, 2 * (min((d[1:] <= 0).mean(), (d[1:] >= 0).mean()) + 1 / len(d))))
+            ps.append(min(1.0, 2 * (float(min((d[1:] <= 0).mean(), (d[1:] >= 0).mean())) + 1 / len(d))))
     return {method: (*values, p) for (method, values), p in zip(found.items(), holm(ps), strict=True)}
 
 

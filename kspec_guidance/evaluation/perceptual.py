@@ -1,8 +1,7 @@
 """Perceptual distances between images of one prompt, by packages that the user has installed: LPIPS and DreamSim."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from kspec_guidance.kernels.distances import evenly_spaced
 from kspec_guidance.statistics import Interval, jackknife
 from kspec_guidance.utils.arguments import choices
 
-__all__ = ["PERCEPTUAL_NAMES", "SIZES", "PairDistance", "pair_distance", "perceptual_diversity"]
+__all__ = ["PERCEPTUAL_NAMES", "SIZES", "PairDistance", "mean_distance", "pair_distance", "perceptual_diversity"]
 
 PERCEPTUAL_NAMES = ("lpips", "dreamsim")
 SIZES = {"lpips": 256, "dreamsim": 224}  # side of their inputs
@@ -74,11 +73,8 @@ def perceptual_diversity(images: ImageSet, distance: PairDistance, size: int = 2
     pixels = _pixels(images, sorted(i for g in chosen for i in g), size)
     means, pairs = [], 0
     for group in chosen:
-        both = list(combinations(group, 2))
-        means.append(
-            torch.cat([_distances(distance, pixels, both[k : k + BATCH]) for k in range(0, len(both), BATCH)]).mean()
-        )
-        pairs += len(both)
+        means.append(mean_distance(distance, torch.stack([pixels[i] for i in group])))
+        pairs += len(group) * (len(group) - 1) // 2
     values = torch.stack(means).double()
     if len(values) < 4:
         mean = float(values.mean())
@@ -87,14 +83,25 @@ def perceptual_diversity(images: ImageSet, distance: PairDistance, size: int = 2
 
 
 @torch.no_grad()
-def _distances(distance: PairDistance, pixels: dict[int, Tensor], pairs: Sequence[tuple[int, int]]) -> Tensor:
-    first, second = (torch.stack([pixels[pair[k]] for pair in pairs]).float() / 255 for k in (0, 1))
-    found = distance(first, second)
-    if found.shape != (len(pairs),) or not found.isfinite().all():
-        raise ValueError(
-            f"the distance returned shape {list(found.shape)} or values that are not finite for {len(pairs)} pairs"
-        )
-    return found.float()
+def mean_distance(distance: PairDistance, pixels: Tensor) -> Tensor:
+    """Mean distance of the pairs of different images, in batches.
+
+    Args:
+        distance: between images.
+        pixels: of at least two images, 8-bit, ``[n, 3, size, size]``.
+
+    Raises:
+        ValueError: if the distance returns another shape, or values that are not finite.
+    """
+    both, found = torch.combinations(torch.arange(len(pixels))), []
+    for pairs in both.split(BATCH):
+        first, second = (pixels[k].float() / 255 for k in pairs.T)
+        found.append(distance(first, second).float())
+        if found[-1].shape != (len(pairs),) or not found[-1].isfinite().all():
+            raise ValueError(
+                f"the distance returned shape {list(found[-1].shape)} or values that are not finite for {len(pairs)} pairs"
+            )
+    return torch.cat(found).mean()
 
 
 def _pixels(images: ImageSet, indices: list[int], size: int) -> dict[int, Tensor]:

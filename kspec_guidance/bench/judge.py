@@ -1,0 +1,439 @@
+"""Scores of all methods of a comparison, with paired intervals, gains at equal quality, costs, and what was left out.
+
+All methods are scored on the prompts that are finished for each of them. Intervals and differences come from one bootstrap
+over prompts and seeds (Owen 2007), the same draws for all scores and methods. The score of a whole set enters it by its
+jackknife pseudo-values over groups of prompts: copies of images, which a bootstrap makes, lower every diversity score.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kspec_guidance.bench.fronts import DRAWS, against, hypervolume, matched, resampled, standings
+from kspec_guidance.bench.metrics import ASPECTS, METRICS, Measure, Metric
+from kspec_guidance.bench.resources import Resources, Sample, Unavailable
+from kspec_guidance.bench.store import Images, Run
+from kspec_guidance.kernels.distances import evenly_spaced
+from kspec_guidance.utils.arguments import choices
+from kspec_guidance.utils.atomic_io import replacing
+from kspec_guidance.utils.folders import list_files
+from kspec_guidance.utils.hashing import hash_json
+from kspec_guidance.utils.images import SourceError, image_types
+
+__all__ = ["GROUPS", "PLAIN", "judge"]
+
+PLAIN = "plain"
+GROUPS = 10  # of prompts, each left out once by the jackknife
+DEPTH = 5.0  # of the hypervolume's box, in units of the quality that still counts as equal
+FEWEST = 4  # prompts of an interval of a score of all images
+
+Progress = Callable[[str], None]
+Setting = tuple[str, str | None]  # method, strength
+
+
+class _Values:
+    """Scores that were measured before, in ``scores/<metric>.json`` of the run's folder.
+
+    Args:
+        folder: of the run.
+        metric: name of the score.
+        about: all that values depend on, besides the images and their prompts.
+    """
+
+    def __init__(self, folder: Path, metric: str, about: Sequence[Any]):
+        self.path, self.about, self.changed = folder / "scores" / f"{metric}.json", list(about), False
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        self.known: dict[str, Any] = found if isinstance(found, dict) else {}
+
+    def key(self, samples: Sequence[Sample]) -> str:
+        files = [(s.path.name, (found := s.path.stat()).st_size, found.st_mtime_ns, s.prompt, s.truth) for s in samples]
+        return hash_json([self.about, files], 24)
+
+    def of(self, samples: Sequence[Sample], measure: Measure) -> Any:
+        """The value of some images as a number or list, measured now if they are new."""
+        key = self.key(samples)
+        if key not in self.known:
+            self.known[key], self.changed = measure(samples).double().tolist(), True
+        return self.known[key]
+
+    def save(self) -> None:
+        if self.changed:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as fresh:
+                fresh.write_text(json.dumps(self.known) + "\n", encoding="utf-8")
+            self.changed = False
+
+
+def _groups(metric: Metric, prompts: int, images: int) -> np.ndarray:
+    """The group of each prompt that is left out together with it, ``[prompts]``; -1 for prompts that a score leaves out."""
+    kept = np.arange(prompts)
+    if metric.most and prompts * images > metric.most:
+        kept = evenly_spaced(prompts, max(FEWEST, metric.most // images)).numpy()
+    out = np.full(prompts, -1)
+    out[kept] = np.arange(len(kept)) % GROUPS
+    return out
+
+
+class _Draws:
+    """Bootstrap draws of scores, the same for all."""
+
+    def __init__(self, prompts: int, images: int):
+        self.prompts, self.images = resampled(prompts, images, DRAWS)
+
+    def of(self, metric: Metric, values: np.ndarray) -> np.ndarray:
+        """Draws ``[draws]`` of a score from its values.
+
+        Args:
+            metric: the score.
+            values: of images ``[prompts, images]``, prompts ``[prompts]``, or of a set and its parts ``[1 + groups]``.
+        """
+        if metric.unit == "set":
+            return self._of_set(_groups(metric, self.prompts.shape[1], self.images.shape[1]), values[0], values[1:])
+        known = np.isfinite(values).reshape(len(values), -1)
+        of_images = self.images if metric.unit == "image" else np.ones((len(self.prompts), 1))
+        total, count = (
+            ((self.prompts @ x) * of_images).sum(1) for x in (np.where(known, values.reshape(known.shape), 0), known)
+        )
+        with np.errstate(invalid="ignore"):
+            return total / count
+
+    def _of_set(self, groups: np.ndarray, value: float, left_out: np.ndarray) -> np.ndarray:
+        """The score plus its pseudo-values, weighted so that the variance of the draws is the jackknife's."""
+        parts = len(left_out)
+        if parts < 2:
+            return np.full(len(self.prompts), value)
+        pseudo = parts * value - (parts - 1) * left_out
+        shares = np.stack([self.prompts[:, groups == g].sum(1) for g in range(parts)], 1)
+        shares /= shares.sum(1, keepdims=True).clip(1e-12)
+        return value + ((groups >= 0).sum() / (parts - 1)) ** 0.5 * (shares - shares[0]) @ pseudo
+
+
+def judge(
+    run: Run,
+    metrics: Sequence[str] | None = None,
+    reference: str | Path | None = None,
+    device: str = "cpu",
+    download: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score all methods of a comparison.
+
+    A score whose package, network or reference is absent is left out with the reason, and so is one that fails; the others
+    are finished. Values are kept in the folder ``scores`` of the run, so that another call continues.
+
+    Args:
+        run: the comparison, finished or not.
+        metrics: names of the scores; by default all.
+        reference: folder of real images, for the scores that need them.
+        device: of the networks.
+        download: whether networks may be downloaded from the hub.
+        progress: called with a line before each score.
+
+    Returns:
+        Plain values, ready for JSON. ``methods`` has for each method and score ``value``, ``low`` and ``high`` (95%, None
+        where there is no interval); a method with several strengths is there as ``name@strength``, its chosen one as
+        ``name``. ``differences`` to plain sampling, with Holm-corrected p-values. ``fronts``: for each score of diversity,
+        each method's gain at equal quality and its hypervolume. ``cost``, ``metrics``, ``skipped``, ``notes``, ``verdict``.
+
+    Raises:
+        ValueError: for an unknown score, or if no prompt is finished for all methods.
+        SourceError: for a reference without images.
+    """
+    names = list(METRICS) if metrics is None else list(dict.fromkeys(metrics))
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"unknown score {name!r}; {choices(name, METRICS)}")
+    settings, images = run.settings, run.groups()
+    notes: list[str] = []
+    shared, images = _finished(images, notes)
+    prompts = {p["index"]: p for p in settings["prompts"]}
+    samples = {
+        setting: [[Sample(path, prompts[k]["text"], prompts[k].get("truth") or {}) for path in of[k].paths] for k in shared]
+        for setting, of in images.items()
+    }
+    files = [] if reference is None else _reference(Path(reference))
+    texts = [prompts[k]["text"] for k in shared]
+    demo = settings["model"]["name"] == "demo"
+    resources = Resources(texts, demo, files, device, download)
+    draws, found, skipped = (
+        _Draws(len(shared), settings["images"]),
+        dict[str, dict[Setting, np.ndarray]](),
+        dict[str, str](),
+    )
+    for name in names:
+        if progress is not None:
+            progress(METRICS[name].title)
+        try:
+            values = _measure(METRICS[name], samples, resources, run.folder)
+        except Unavailable as error:
+            skipped[name] = str(error)
+        except Exception as error:  # whatever the code of others raises; the other scores are finished
+            skipped[name] = f"failed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        else:
+            if all(np.isfinite(v).any() for v in values.values()):
+                found[name] = {setting: draws.of(METRICS[name], v) for setting, v in values.items()}
+            else:
+                skipped[name] = "is not known for these prompts"
+    several = {m["name"] for m in settings["methods"] if len(m["strengths"]) > 1}
+    quality = _quality(found)
+    chosen = _chosen(settings["methods"], found, quality)
+    labels = {
+        (method, strength): method if method not in several or chosen[method] == strength else f"{method}@{strength}"
+        for method, strength in samples
+    }
+    fronts = _fronts(settings["methods"], found, quality)
+    if (PLAIN, None) not in images:
+        notes.append("without plain sampling among the methods there are no differences and gains")
+    if several:
+        notes.append("strengths were chosen on these same images" if quality else "no score of quality chose the strengths")
+    most = [METRICS[n].most for n in found if METRICS[n].most]
+    if most and len(shared) * settings["images"] > max(most):
+        notes.append(f"scores by a kernel matrix of all images take {max(most)} of them, of evenly spaced prompts")
+    return {
+        "model": settings["model"]["name"],
+        "prompts": len(shared),
+        "images": settings["images"],
+        "steps": settings.get("steps"),
+        "device": settings.get("device"),
+        "features": resources.embedder(resources.own).name if any(METRICS[n].features == "own" for n in found) else None,
+        "prompt_features": resources.texts().name if any(METRICS[n].prompts for n in found) else None,
+        "reference": None if reference is None else {"path": str(reference), "images": len(files)},
+        "methods": {
+            labels[s]: {n: _interval(found[n][s]) for n in found} for s in sorted(labels, key=lambda s: _order(s, labels))
+        },
+        "chosen": {m: c for m, c in chosen.items() if m in several},
+        "differences": _differences(found, labels),
+        "fronts": fronts,
+        "quality": {n: {"tolerance": METRICS[n].tolerance, "relative": METRICS[n].relative} for n in quality},
+        "cost": _cost(run, labels, shared),
+        "metrics": {n: {k: getattr(METRICS[n], k) for k in ("title", "aspect", "unit", "higher", "about")} for n in found},
+        "skipped": skipped,
+        "notes": notes,
+        "verdict": _verdict(fronts, quality, (PLAIN, None) in images, len(shared), len(images)),
+    }
+
+
+def _finished(
+    images: dict[Setting, dict[int, Images]], notes: list[str]
+) -> tuple[list[int], dict[Setting, dict[int, Images]]]:
+    """The prompts that are finished for all settings that have begun."""
+    begun = {setting: of for setting, of in images.items() if of}
+    absent = [_name(s) for s in images if s not in begun]
+    shared = sorted(set.intersection(*(set(of) for of in begun.values()))) if begun else []
+    if not shared:
+        raise ValueError("no prompt is finished for all methods; let the run continue, then score it")
+    if absent:
+        notes.append(f"without images yet: {', '.join(absent)}")
+    most = max(len(of) for of in begun.values())
+    if len(shared) < most:
+        notes.append(f"the run is not finished: {len(shared)} prompts are done for all methods, {most} for some")
+    return shared, begun
+
+
+def _name(setting: Setting) -> str:
+    return setting[0] if setting[1] is None else f"{setting[0]}@{setting[1]}"
+
+
+def _order(setting: Setting, labels: Mapping[Setting, str]) -> tuple[int, int]:
+    order = list(labels)
+    first = next(k for k, s in enumerate(order) if s[0] == setting[0])
+    return first, 0 if labels[setting] == setting[0] else 1 + order.index(setting)
+
+
+def _reference(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder of real images")
+    files = [path for path in list_files(folder)[0] if path.suffix.lower() in image_types()]
+    if not files:
+        raise SourceError(f"{folder} contains no images")
+    return files
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _measure(
+    metric: Metric, samples: Mapping[Setting, list[list[Sample]]], resources: Resources, folder: Path
+) -> dict[Setting, np.ndarray]:
+    """Values of each setting; see :class:`_Draws` for their shapes."""
+    measure = metric.load(resources)
+    features = resources.own if metric.features == "own" else metric.features
+    about: list[Any] = [resources.embedder(features).fingerprint if features else ""]
+    if metric.unit == "set":
+        about.append([(str(p), p.stat().st_mtime_ns) for p in resources.reference])
+    if metric.prompts:
+        about.append(resources.texts().fingerprint)
+    out: dict[Setting, np.ndarray] = {}
+    values = _Values(folder, metric.name, about)
+    try:
+        for setting, groups in samples.items():
+            parts = _parts(metric, groups) if metric.unit == "set" else groups
+            if features and not all(values.key(part) in values.known for part in parts):
+                resources.rows(features, [s.path for group in groups for s in group])  # in large batches
+            found = [values.of(part, measure) for part in parts]
+            for part, value in zip(parts, found, strict=True):
+                shape = [len(value)] if isinstance(value, list) else []
+                if shape != ([len(part)] if metric.unit == "image" else []):
+                    raise ValueError(f"values of shape {shape} for {len(part)} images")
+            out[setting] = np.array(found, dtype=float)
+            values.save()
+    finally:
+        values.save()
+    return out
+
+
+def _parts(metric: Metric, groups: list[list[Sample]]) -> list[list[Sample]]:
+    """The images of a score of a set, and those without each group of prompts; the first alone if prompts are few."""
+    group_of = _groups(metric, len(groups), len(groups[0]))
+    left_out = range(group_of.max() + 1) if len(groups) >= FEWEST else []
+    return [
+        [s for group, g in zip(groups, group_of, strict=True) if g >= 0 and g != without for s in group]
+        for without in [-1, *left_out]
+    ]
+
+
+def _interval(draws: np.ndarray) -> dict[str, float | None]:
+    known = draws[np.isfinite(draws)]
+    if len(known) == 0 or np.ptp(known) == 0:
+        return {"value": float(draws[0]), "low": None, "high": None}
+    low, high = np.quantile(known, [0.025, 0.975])
+    return {"value": float(draws[0]), "low": float(low), "high": float(high)}
+
+
+def _differences(
+    found: Mapping[str, Mapping[Setting, np.ndarray]], labels: Mapping[Setting, str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Each setting less plain sampling; p-values are corrected for the number of settings."""
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for name, by in found.items():
+        compared = against({labels[s]: np.nan_to_num(d, nan=float(d[0])) for s, d in by.items()}, PLAIN)
+        constant = all(np.ptp(d) == 0 for d in by.values())
+        for label, (value, low, high, p) in compared.items():
+            entry = {"value": -value} if constant else {"value": -value, "low": -high, "high": -low, "p": p}
+            out.setdefault(label, {})[name] = entry
+    return out
+
+
+def _quality(found: Mapping[str, Mapping[Setting, np.ndarray]]) -> list[str]:
+    """Scores that decide what counts as equal quality: the first of each aspect that was measured."""
+    out = []
+    for aspect in ASPECTS[1:]:
+        for name, by in found.items():
+            plain = by.get((PLAIN, None))
+            metric = METRICS[name]
+            if metric.aspect == aspect and plain is not None and (not metric.relative or (plain > 0).all()):
+                out.append(name)
+                break
+    return out
+
+
+def _kept(found: Mapping[str, Mapping[Setting, np.ndarray]], quality: Sequence[str], setting: Setting) -> np.ndarray:
+    """Change of quality against plain sampling, in units of what counts as equal: the worst of its scores."""
+    parts = []
+    for name in quality:
+        metric, plain = METRICS[name], found[name][PLAIN, None]
+        unit = metric.tolerance * plain if metric.relative else metric.tolerance
+        parts.append((1 if metric.higher else -1) * (found[name][setting] - plain) / unit)
+    return np.minimum.reduce([np.nan_to_num(p, nan=0.0) for p in parts])
+
+
+def _chosen(
+    methods: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[Setting, np.ndarray]], quality: Sequence[str]
+) -> dict[str, str | None]:
+    """The strength of each method: as the run states, else the most diverse one of equal quality, else the best."""
+    out: dict[str, str | None] = {}
+    diversity = next(iter(_diversity(found)), None)
+    for method in methods:
+        name, settings = method["name"], [(method["name"], s) for s in method["strengths"]]
+        begun = [s for s in settings if diversity is None or s in found[diversity]]
+        out[name] = method.get("chosen") or (begun or settings)[-1][1]
+        if method.get("chosen") is None and diversity is not None and quality and len(begun) > 1:
+            kept = {s: float(_kept(found, quality, s)[0]) for s in begun}
+            equal = [s for s in begun if kept[s] >= -1]
+            best = max(equal, key=lambda s: found[diversity][s][0]) if equal else max(begun, key=lambda s: kept[s])
+            out[name] = best[1]
+    return out
+
+
+def _diversity(found: Mapping[str, Mapping[Setting, np.ndarray]]) -> list[str]:
+    return [n for n in found if METRICS[n].aspect == "diversity" and METRICS[n].higher]
+
+
+def _fronts(
+    methods: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[Setting, np.ndarray]], quality: Sequence[str]
+) -> dict[str, Any]:
+    """For each score of diversity: gain at equal quality and hypervolume of each method, compared with the first one."""
+    out: dict[str, Any] = {}
+    others = [m for m in methods if m["name"] != PLAIN]
+    if not quality or not others:
+        return out
+    for name in _diversity(found):
+        by = found[name]
+        plain = by[PLAIN, None]
+        if not (plain > 0).all():
+            continue
+        gains, volumes = {}, {}
+        for method in others:
+            settings = [(method["name"], s) for s in method["strengths"] if (method["name"], s) in by]
+            if settings:
+                gain = np.stack([np.nan_to_num(by[s] / plain - 1) for s in settings], 1)
+                kept = np.stack([_kept(found, quality, s) for s in settings], 1)
+                gains[method["name"]] = matched(gain, kept, loss=1.0)
+                volumes[method["name"]] = hypervolume(gain, kept, depth=DEPTH)
+        reference = next(iter(gains), "")
+        out[name] = {
+            "reference": reference,
+            "methods": {
+                m: {k: v for k, v in vars(s).items() if k != "method"}
+                for m, s in standings(gains, volumes, reference).items()
+            },
+        }
+    return out
+
+
+def _cost(run: Run, labels: Mapping[Setting, str], shared: Sequence[int]) -> dict[str, dict[str, float | None]]:
+    """Seconds an image and peak memory: medians, and the largest."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    wanted = set(shared)
+    for record in run.records():
+        setting = record["method"], record["strength"]
+        if setting in labels and record["prompt"] in wanted:
+            records.setdefault(labels[setting], []).append(record)
+    out = {}
+    for label, rows in records.items():
+        seconds = [r["seconds"] for r in rows]
+        added = [r["added_seconds"] for r in rows if r.get("added_seconds") is not None]
+        peaks = [r["peak_bytes"] for r in rows if r.get("peak_bytes") is not None]
+        out[label] = {
+            "seconds": float(np.median(seconds)),
+            "added_seconds": float(np.median(added)) if added else None,
+            "peak_bytes": max(peaks) if peaks else None,
+        }
+    return out
+
+
+def _verdict(fronts: Mapping[str, Any], quality: Sequence[str], plain: bool, prompts: int, methods: int) -> str:
+    """One sentence on what the comparison shows."""
+    if not fronts:
+        missing = "another method" if quality else "a score of quality" if plain else "plain sampling"
+        return f"Scores of {methods} settings on {prompts} prompts; without {missing} nothing is compared at equal quality."
+    name, front = next(iter(fronts.items()))
+    order = sorted(front["methods"].items(), key=lambda item: -item[1]["gain"])
+    best, found = order[0]
+    kept = " and ".join(METRICS[q].title for q in quality)
+    if not found["gain"] > 0 or not found["gain_low"] > 0:
+        return f"No method has a sure gain in {METRICS[name].title} over plain sampling at equal {kept}."
+    text = (
+        f"At equal {kept}, {best} gains most in {METRICS[name].title}: {100 * found['gain']:+.0f}% over plain sampling "
+        f"[{100 * found['gain_low']:+.0f}%, {100 * found['gain_high']:+.0f}%]"
+    )
+    if len(order) > 1 and math.isfinite(order[1][1]["gain"]):
+        text += f"; next is {order[1][0]} with {100 * order[1][1]['gain']:+.0f}%"
+    return text + "."
