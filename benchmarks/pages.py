@@ -1,13 +1,11 @@
-"""Markdown tables, and their insertion into documentation pages."""
+"""Insertion of Markdown tables into documentation pages."""
 
 import re
 from pathlib import Path
 
+from kspec_guidance.bench.tables import markdown_table as table
 
-def table(head: list[str], rows: list[list[str]], indent: str = "") -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n".join(indent + line for line in lines)
+__all__ = ["fill", "table"]
 
 
 def fill(path: Path, parts: dict[str, str]) -> None:

@@ -209,6 +209,7 @@ def judge(
         "methods": {
             labels[s]: {n: _interval(found[n][s]) for n in found} for s in sorted(labels, key=lambda s: _order(s, labels))
         },
+        "settings": [{"method": m, "strength": s, "label": labels[m, s]} for m, s in labels],
         "chosen": {m: c for m, c in chosen.items() if m in several},
         "differences": _differences(found, labels),
         "fronts": fronts,

@@ -18,7 +18,7 @@ from kspec_guidance.evaluation.judges import PromptJudge
 from kspec_guidance.evaluation.readers import READ_ERRORS, SetReader
 from kspec_guidance.utils.images import SourceError, decode_image, to_pixels
 
-__all__ = ["ImageSet", "by_prompt", "load_images", "read_captions", "read_names"]
+__all__ = ["ImageSet", "by_prompt", "load_images", "read_captions", "read_names", "thumbnail"]
 
 THUMBNAIL_SIZE = 96
 BATCH_SIZE = 64
@@ -123,9 +123,9 @@ def _first(names: Iterable[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (" ..." if len(names) > NAMES_SHOWN else "")
 
 
-def _thumbnail(image: Image.Image) -> bytes:
+def thumbnail(image: Image.Image, size: int = THUMBNAIL_SIZE) -> bytes:
     """A small JPEG file; the image is altered."""
-    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    image.thumbnail((size, size))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=85)
     return out.getvalue()
@@ -225,7 +225,7 @@ def load_images(
             for part in both:
                 part.add(digest, image)
             found.names.append(name)
-            found.thumbnails.append(_thumbnail(image))
+            found.thumbnails.append(thumbnail(image))
             found.first_frame_only += [name] if more else []
             captions.append(caption)
             digests.append(digest)

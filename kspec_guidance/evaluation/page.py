@@ -18,13 +18,14 @@ from kspec_guidance.evaluation.sets import Evaluation
 from kspec_guidance.evaluation.verdicts import count, set_names
 from kspec_guidance.statistics import Curve
 
-__all__ = ["TILES", "svg_plot", "write_page"]
+__all__ = ["TILES", "number", "page_environment", "svg_plot", "write_page"]
 
 COLOURS = ("#2f6fb3", "#c4572e", "#3d8b5f")
 KINDS_SHOWN, TILES, GROUP_TILES = 12, 11, 22
 
 
-def _number(value: float) -> str:
+def number(value: float | None) -> str:
+    """A figure with as many digits as a table needs; a dash for None and values that are not finite."""
     if value is None or not math.isfinite(value):
         return "-"
     if value == 0 or abs(value) >= 0.1:
@@ -137,7 +138,7 @@ def _third_figure(e: Evaluation) -> tuple[str, str]:
     """Agreement with the prompts where there is a judge of it, else the number of near-duplicates."""
     for score in e.scores:
         if score.score == AGREEMENT and e.images.judge is not None:
-            return _number(score.value), e.images.judge.meaning
+            return number(score.value), e.images.judge.meaning
     return str(len(e.redundant)), "images that nearly repeat another"
 
 
@@ -167,6 +168,15 @@ def _part(name: str, e: Evaluation) -> dict[str, Any]:
     }
 
 
+def page_environment(*folders: Path) -> Any:
+    """Templates of the pages, and those of other folders, which may extend ``base.html`` and use ``macros.html``."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]), autoescape=True)
+    environment.filters |= {"number": number, "short": _short, "data_uri": _data_uri}
+    return environment
+
+
 def write_page(
     result: Evaluation | ComparisonReport | EmbeddingReport,
     path: str | Path,
@@ -187,14 +197,11 @@ def write_page(
     Returns:
         The paths of the files.
     """
-    from jinja2 import Environment, FileSystemLoader
-
     from kspec_guidance import __version__
 
     path = Path(path)
     files = [path, path.with_suffix(".json")]
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
-    environment.filters |= {"number": _number, "short": _short, "data_uri": _data_uri}
+    environment = page_environment()
     if isinstance(result, EmbeddingReport):
         title = f"What two embedders see in {result.images.path.resolve().name}"
         page = environment.get_template("embeddings.html").render(
