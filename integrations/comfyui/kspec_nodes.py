@@ -35,13 +35,17 @@ def _folder(name: str) -> Path:
     return Path(importlib.import_module("folder_paths").get_output_directory(), "kspec", name)
 
 
-def _checked(name: str) -> bool | str:
-    """True, or what is wrong with a memory's name."""
-    try:
-        _folder(name)
-    except ValueError as error:
-        return str(error)
-    return True
+class Named:
+    """A node with the name of a memory."""
+
+    @classmethod
+    def validate_inputs(cls, name: str) -> bool | str:
+        """True, or what is wrong with the name."""
+        try:
+            _folder(name)
+        except ValueError as error:
+            return str(error)
+        return True
 
 
 class Diversity(io.ComfyNode):
@@ -112,7 +116,7 @@ class MatchReference(io.ComfyNode):
         return io.NodeOutput(matching(model, torch.cat(latents), scale, stop))
 
 
-class LoadMemory(io.ComfyNode):
+class LoadMemory(Named, io.ComfyNode):
     """The memory with a name: of this session, or loaded from the output folder."""
 
     @classmethod
@@ -136,11 +140,6 @@ class LoadMemory(io.ComfyNode):
         return name, from_file, str(None if memory is None else memory.state)
 
     @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
-        """Whether the name is a plain one."""
-        return _checked(name)
-
-    @classmethod
     def execute(cls, name: str, from_file: bool) -> io.NodeOutput:
         folder, memory = _folder(name), MEMORIES.setdefault(name, MemoryBySize())
         if from_file:
@@ -148,7 +147,7 @@ class LoadMemory(io.ComfyNode):
         return io.NodeOutput(memory)
 
 
-class SaveMemory(io.ComfyNode):
+class SaveMemory(Named, io.ComfyNode):
     """Writes a memory to the output folder, after the images that it shall contain."""
 
     @classmethod
@@ -167,11 +166,6 @@ class SaveMemory(io.ComfyNode):
             outputs=[io.Image.Output(display_name="IMAGE")],
             is_output_node=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
-        """Whether the name is a plain one."""
-        return _checked(name)
 
     @classmethod
     def execute(cls, memory: Any, images: torch.Tensor, name: str) -> io.NodeOutput:
