@@ -52,7 +52,8 @@ def serve(base: Path, port: int) -> subprocess.Popen:
     )
     command = [
         os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", "--port", str(port),
-        "--base-directory", str(base), "--disable-api-nodes", "--dont-print-server", "--disable-auto-launch", "--database-url", "sqlite:///:memory:",
+        "--base-directory", str(base), "--disable-api-nodes",
+        "--dont-print-server", "--disable-auto-launch", "--database-url", "sqlite:///:memory:",
     ]  # fmt: skip
     server = subprocess.Popen(
         command, cwd=os.environ["COMFYUI_PATH"], env=os.environ | {"PYTHONPATH": str(ROOT)},
