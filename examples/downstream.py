@@ -47,26 +47,27 @@ def load_drawings(folder: Path) -> tuple[Tensor, Tensor]:
     return images[indices].float() / 255, torch.tensor([classes[i][0] for i in indices])
 
 
-def build_classifier() -> nn.Module:
+def build_classifier(channels: int, classes: int) -> nn.Module:
     def block(a: int, b: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
 
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, len(CLASSES))
-    return nn.Sequential(block(3, 32), block(32, 64), block(64, 128), block(128, 128), *head)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, classes)
+    return nn.Sequential(block(channels, 32), block(32, 64), block(64, 128), block(128, 128), *head)
 
 
-def accuracy(x: Tensor, y: Tensor, test: tuple[Tensor, Tensor], seed: int, steps: int) -> float:
+def accuracy(x: Tensor, y: Tensor, test: tuple[Tensor, Tensor], seed: int, steps: int, flips: bool = True) -> float:
     """Train a classifier with shifts, flips and colour changes, and return its mean accuracy over the test classes."""
     torch.manual_seed(seed)
-    net = build_classifier().to(memory_format=torch.channels_last)
+    net = build_classifier(x.shape[1], int(test[1].max()) + 1).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
         indices = torch.randint(len(x), (64,))
         batch = x[indices]
         batch = torch.roll(batch, tuple(torch.randint(-4, 5, (2,)).tolist()), (2, 3))
-        batch = torch.where(torch.rand(64, 1, 1, 1) < 0.5, batch.flip(3), batch)
-        batch = 1 - (1 - batch) * (0.8 + 0.4 * torch.rand(64, 3, 1, 1))
+        if flips:
+            batch = torch.where(torch.rand(64, 1, 1, 1) < 0.5, batch.flip(3), batch)
+        batch = 1 - (1 - batch) * (0.8 + 0.4 * torch.rand(64, x.shape[1], 1, 1))
         loss = nn.functional.cross_entropy(net(batch), y[indices], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
