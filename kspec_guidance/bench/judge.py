@@ -162,7 +162,7 @@ def judge(
     files = [] if reference is None else _reference(Path(reference))
     texts = [prompts[k]["text"] for k in shared]
     demo = settings["model"]["name"] == "demo"
-    resources = Resources(texts, demo, files, device, download)
+    resources = Resources(texts, demo, files, device, download, run.folder)
     draws, found, skipped = (
         _Draws(len(shared), settings["images"]),
         dict[str, dict[Setting, np.ndarray]](),
@@ -182,6 +182,7 @@ def judge(
                 found[name] = {setting: draws.of(METRICS[name], v) for setting, v in values.items()}
             else:
                 skipped[name] = "is not known for these prompts"
+        resources.release()
     several = {m["name"] for m in settings["methods"] if len(m["strengths"]) > 1}
     quality = _quality(found)
     chosen = _chosen(settings["methods"], found, quality)

@@ -6,12 +6,15 @@ of others are optional. One that is absent raises :class:`~kspec_guidance.bench.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kspec_guidance import functional as F
+from kspec_guidance.bench import elsewhere
+from kspec_guidance.bench.elsewhere import INSTALL, SCORERS
 from kspec_guidance.bench.resources import Resources, Sample, Unavailable, package
 from kspec_guidance.demo import load_demo_judge
 from kspec_guidance.evaluation.embedders.cache import LazyImages
@@ -147,24 +150,29 @@ def _on_data(r: Resources) -> Measure:
     return lambda samples: 100 * judge.probabilities(r.rows("demo", [s.path for s in samples])).amax(1)
 
 
-def _vqascore(r: Resources) -> Measure:
-    model = package("t2v_metrics", "t2v-metrics").VQAScore(model="clip-flant5-xxl", device=r.device)
-    return lambda samples: model(images=[str(s.path) for s in samples], texts=[samples[0].prompt]).float().cpu()[:, 0]
+def _elsewhere(name: str) -> Callable[[Resources], Measure]:
+    """A score of another environment: its values if there are any, else measured here if its package is installed."""
+
+    def load(r: Resources) -> Measure:
+        given = r.given(name)
+        if given:
+            return lambda samples: torch.tensor([_value(given, s.path, name) for s in samples])
+        try:
+            score = SCORERS[name](r.device)
+        except ModuleNotFoundError as error:
+            raise Unavailable(
+                f"{INSTALL[name]} asks for other versions: install it in an environment of its own, and run there "
+                f"{Path(elsewhere.__file__).name} OUT {name} ({error})"
+            ) from error
+        return lambda samples: torch.tensor(score([str(s.path) for s in samples], samples[0].prompt))
+
+    return load
 
 
-def _image_reward(r: Resources) -> Measure:
-    model = package("ImageReward", "image-reward").load("ImageReward-v1.0", device=r.device)
-    return lambda samples: torch.tensor(model.score(samples[0].prompt, [str(s.path) for s in samples])).reshape(-1)
-
-
-def _hpsv3(r: Resources) -> Measure:
-    model = package("hpsv3").HPSv3RewardInferencer(device=r.device)
-
-    def measure(samples: Sequence[Sample]) -> Tensor:
-        found = model.reward(image_paths=[str(s.path) for s in samples], prompts=[s.prompt for s in samples])
-        return torch.as_tensor(found)[:, 0].detach().float().cpu()  # the other column is its deviation
-
-    return measure
+def _value(given: Mapping[Path, float], path: Path, name: str) -> float:
+    if path not in given:
+        raise Unavailable(f"{path.name} and maybe other images have no value yet; run elsewhere.py again for {name}")
+    return given[path]
 
 
 def _aesthetic(r: Resources) -> Measure:
@@ -259,15 +267,16 @@ _METRICS = [
            about="share of the real images among the images"),
     Metric("coverage", "coverage", "diversity", "set", _against("own", _neighbours("coverage")), "own",
            about="share of the real images with an image nearby"),
-    Metric("vqascore", "VQAScore", "agreement", "image", _vqascore, tolerance=0.02,
+    Metric("vqascore", "VQAScore", "agreement", "image", _elsewhere("vqascore"), tolerance=0.02,
            about="probability of yes to the question whether an image shows its prompt, CLIP-FlanT5"),
     Metric("clip_score", "CLIP score", "agreement", "image", _judged("clip"), "clip", tolerance=0.5,
            about="100 times the cosine of image and prompt"),
     Metric("agreement", "prompt agreement", "agreement", "image", _judged("demo"), "demo", tolerance=2.0,
            about="how sure a classifier of emoji is that an image shows its prompt, in %"),
-    Metric("image_reward", "ImageReward", "preference", "image", _image_reward, tolerance=0.1,
+    Metric("image_reward", "ImageReward", "preference", "image", _elsewhere("image_reward"), tolerance=0.1,
            about="learned preference of people"),
-    Metric("hpsv3", "HPSv3", "preference", "image", _hpsv3, tolerance=0.3, about="learned preference of people"),
+    Metric("hpsv3", "HPSv3", "preference", "image", _elsewhere("hpsv3"), tolerance=0.3,
+           about="learned preference of people"),
     Metric("hpsv2", "HPSv2.1", "preference", "image", _judged("hpsv2", 0.01), "hpsv2", tolerance=0.005,
            about="learned preference of people"),
     Metric("pickscore", "PickScore", "preference", "image", _judged("pickscore"), "pickscore", tolerance=0.2,

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
+from kspec_guidance.bench.elsewhere import lines, values_file
 from kspec_guidance.evaluation.embedders import ImageEmbedder, TextEmbedder, image_embedder, images, text_embedder, texts
 from kspec_guidance.evaluation.embedders.cache import embed_files
 from kspec_guidance.evaluation.embedders.names import CLIP_MODELS, in_cache
@@ -64,6 +65,7 @@ class Resources:
         reference: real images; without, scores that need them are unavailable.
         device: of the networks.
         download: whether models of the hub may be downloaded; otherwise only the local cache is read.
+        folder: of the run, for values that were measured in other environments.
     """
 
     def __init__(
@@ -73,9 +75,10 @@ class Resources:
         reference: Sequence[Path] = (),
         device: str = "cpu",
         download: bool = False,
+        folder: Path | None = None,
     ) -> None:
         self.prompts, self.demo, self.reference = list(dict.fromkeys(prompts)), demo, list(reference)
-        self.device, self.download = device, download
+        self.device, self.download, self.folder = device, download, folder
         self._embedders: dict[str, ImageEmbedder] = {}
         self._judges: dict[str, PromptJudge] = {}
         self._rows: dict[tuple[str, Path], Tensor] = {}
@@ -122,6 +125,22 @@ class Resources:
             except ImportError:
                 self._texts = text_embedder("none")
         return self._texts
+
+    def given(self, name: str) -> dict[Path, float]:
+        """Values of a score from another environment, of the files that are still as they were."""
+        found: dict[Path, float] = {}
+        for line in () if self.folder is None else lines(values_file(self.folder, name)):
+            path = self.folder / str(line.get("file"))  # type: ignore[operator]
+            if path.is_file() and path.stat().st_size == line.get("bytes"):
+                found[path] = float(line["value"])
+        return found
+
+    def release(self) -> None:
+        """Forget all networks but that of the comparison's own features, so that the next score has the memory."""
+        self._embedders = {k: v for k, v in self._embedders.items() if k == self.own}
+        self._judges = {k: v for k, v in self._judges.items() if k == self.own}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def prompt_rows(self, samples: Sequence[Sample]) -> Tensor:
         """Features ``[n, p]`` of the prompts of samples."""
