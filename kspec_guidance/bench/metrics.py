@@ -197,13 +197,25 @@ def _against(features: str, score: Callable[[Tensor, Tensor], Any]) -> Callable[
     return load
 
 
-def _neighbours(field: str) -> Callable[[Tensor, Tensor], float]:
-    def score(x: Tensor, y: Tensor) -> float:
-        if min(len(x), len(y)) <= NEAREST:
-            raise Unavailable(f"needs more than {NEAREST} images and reference images, got {len(x)} and {len(y)}")
-        return getattr(F.fidelity_scores(x, y, NEAREST), field)
+def _neighbours(field: str) -> Callable[[Resources], Measure]:
+    """One of four scores against the reference that are computed together."""
 
-    return score
+    def load(r: Resources) -> Measure:
+        r.check_reference()
+
+        def measure(samples: Sequence[Sample]) -> Tensor:
+            paths = tuple(s.path for s in samples)
+            if min(len(paths), len(r.reference)) <= NEAREST:
+                raise Unavailable(
+                    f"needs more than {NEAREST} images and real images, got {len(paths)} and {len(r.reference)}"
+                )
+            x, y = r.rows(r.own, paths), r.rows(r.own, r.reference)
+            found = r.shared(("neighbours", paths), lambda: F.neighbour_scores(x, y, NEAREST))
+            return torch.tensor(getattr(found, field))
+
+        return measure
+
+    return load
 
 
 def _attributes(r: Resources) -> Measure:
@@ -263,9 +275,9 @@ _METRICS = [
            about="effective number of different images of all prompts together"),
     Metric("scendi", "Scendi", "diversity", "set", _scendi, "own", most=SET_IMAGES, prompts=True,
            about="diversity that the prompts do not explain"),
-    Metric("recall", "recall", "diversity", "set", _against("own", _neighbours("recall")), "own",
+    Metric("recall", "recall", "diversity", "set", _neighbours("recall"), "own",
            about="share of the real images among the images"),
-    Metric("coverage", "coverage", "diversity", "set", _against("own", _neighbours("coverage")), "own",
+    Metric("coverage", "coverage", "diversity", "set", _neighbours("coverage"), "own",
            about="share of the real images with an image nearby"),
     Metric("vqascore", "VQAScore", "agreement", "image", _elsewhere("vqascore"), tolerance=0.02,
            about="probability of yes to the question whether an image shows its prompt, CLIP-FlanT5"),
@@ -293,9 +305,9 @@ _METRICS = [
            about="MMD to the real images, CLIP ViT-L/14 at 336 pixels"),
     Metric("fd", "Frechet distance", "realism", "set", _against("own", F.frechet_distance), "own", False, DISTANCE, True,
            about="to the real images, in the features of this comparison"),
-    Metric("precision", "precision", "realism", "set", _against("own", _neighbours("precision")), "own", tolerance=0.02,
+    Metric("precision", "precision", "realism", "set", _neighbours("precision"), "own", tolerance=0.02,
            about="share of the images among the real ones"),
-    Metric("density", "density", "realism", "set", _against("own", _neighbours("density")), "own", tolerance=0.02,
+    Metric("density", "density", "realism", "set", _neighbours("density"), "own", tolerance=0.02,
            about="how many real images are around an image"),
     Metric("on_data", "clear images", "realism", "image", _on_data, "demo", tolerance=2.0,
            about="how sure a classifier of emoji is that an image is some emoji, in %"),

@@ -1,6 +1,6 @@
 """Networks that the scores of a comparison need, each loaded once, and the features of its images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -84,6 +84,7 @@ class Resources:
         self._rows: dict[tuple[str, Path], Tensor] = {}
         self._texts: TextEmbedder | None = None
         self._prompt_rows: dict[str, Tensor] = {}
+        self._shared: dict[Hashable, Any] = {}
 
     @property
     def own(self) -> str:
@@ -155,6 +156,12 @@ class Resources:
             found = embed_files(missing, self.embedder(name))
             self._rows.update({(name, path): row for path, row in zip(missing, found, strict=True)})
         return torch.stack([self._rows[name, path] for path in paths])
+
+    def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What several scores compute together: made once."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def check_reference(self) -> None:
         """Whether there are real images.

@@ -16,7 +16,14 @@ from kspec_guidance.functional.conditional import (
     information_vendi_score,
 )
 from kspec_guidance.functional.discrepancy import cmmd, kid, mmd
-from kspec_guidance.functional.fidelity import FidelityScores, fidelity_scores, frechet_distance, precision_score
+from kspec_guidance.functional.fidelity import (
+    FidelityScores,
+    NeighbourScores,
+    fidelity_scores,
+    frechet_distance,
+    neighbour_scores,
+    precision_score,
+)
 from kspec_guidance.functional.modes import Mode, novel_modes, top_modes
 from kspec_guidance.functional.novelty import conditional_ken_score, ken_score, relative_rke_score
 from kspec_guidance.functional.scendi import prompt_vendi_score, remove_prompt, scendi_matrices, scendi_score
@@ -52,6 +59,8 @@ __all__ = [
     "novel_modes",
     "FidelityScores",
     "fidelity_scores",
+    "NeighbourScores",
+    "neighbour_scores",
     "frechet_distance",
     "precision_score",
     "SimplexSolution",

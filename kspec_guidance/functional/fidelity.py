@@ -9,7 +9,15 @@ from torch import Tensor
 from kspec_guidance.functional.inputs import check_matrix, check_pair_of_sets, on_host
 from kspec_guidance.kernels.distances import pair_distances
 
-__all__ = ["FidelityScores", "fidelity_scores", "frechet_distance", "frechet_of_factors", "precision_score"]
+__all__ = [
+    "FidelityScores",
+    "NeighbourScores",
+    "fidelity_scores",
+    "frechet_distance",
+    "frechet_of_factors",
+    "neighbour_scores",
+    "precision_score",
+]
 
 BLOCK_ROWS = 1024  # rows of the matrix of distances that are held at once
 
@@ -54,20 +62,29 @@ def frechet_of_factors(mean_x: Tensor, r_x: Tensor, mean_y: Tensor, r_y: Tensor)
 
 
 @dataclass(frozen=True)
-class FidelityScores:
-    """Fidelity of a set to a reference.
+class NeighbourScores:
+    """Fidelity of a set to a reference by nearest neighbours.
 
     Attributes:
-        frechet_distance: at least 0.
         precision, recall, coverage: in [0, 1].
         density: at least 0; can exceed 1.
     """
 
-    frechet_distance: float
     precision: float
     recall: float
     density: float
     coverage: float
+
+
+@dataclass(frozen=True)
+class FidelityScores(NeighbourScores):
+    """The same, and the Frechet distance.
+
+    Attributes:
+        frechet_distance: at least 0.
+    """
+
+    frechet_distance: float
 
 
 def _check_nearest(a: Tensor, b: Tensor, nearest: int) -> None:
@@ -157,7 +174,7 @@ def in_manifold(x: Tensor, reference: Tensor, nearest: int = 5) -> Tensor:
 def precision_score(x: Tensor, reference: Tensor, nearest: int = 5) -> float:
     """Share of ``x`` inside the reference's manifold (Kynkaanniemi et al. 2019, arXiv 1904.06991), in [0, 1].
 
-    The manifold is the union of the balls described in :func:`fidelity_scores`.
+    The manifold is the union of the balls described in :func:`neighbour_scores`.
 
     Args:
         x: ``[n, d]``.
@@ -170,8 +187,8 @@ def precision_score(x: Tensor, reference: Tensor, nearest: int = 5) -> float:
     return float(in_manifold(x, reference, nearest).double().mean())
 
 
-def fidelity_scores(x: Tensor, reference: Tensor, nearest: int = 5) -> FidelityScores:
-    """Frechet distance, precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
+def neighbour_scores(x: Tensor, reference: Tensor, nearest: int = 5) -> NeighbourScores:
+    """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     The ball of a sample reaches to its ``nearest``-th neighbour in its own set, and is open, as in the code of Naeem et
     al.: a sample at exactly that distance is outside. So a set without ties has density 1 against itself. The centre
@@ -189,10 +206,24 @@ def fidelity_scores(x: Tensor, reference: Tensor, nearest: int = 5) -> FidelityS
     a, b = _check(x, reference)
     _check_nearest(a, b, nearest)
     in_reference, in_own = _memberships(a, b, _radii(b, nearest), _radii(a, nearest))
-    return FidelityScores(
-        frechet_distance=frechet_distance(a, b),
+    return NeighbourScores(
         precision=float(in_reference.any(1).double().mean()),
         recall=float(in_own.any(0).double().mean()),
         density=float(in_reference.double().sum(1).mean() / nearest),
         coverage=float(in_reference.any(0).double().mean()),
     )
+
+
+def fidelity_scores(x: Tensor, reference: Tensor, nearest: int = 5) -> FidelityScores:
+    """The scores of :func:`neighbour_scores`, and the :func:`frechet_distance`.
+
+    Args:
+        x: ``[n, d]``.
+        reference: ``[m, d]``.
+        nearest: number of neighbours, below the size of the smaller set.
+
+    Raises:
+        ValueError: for too few samples, different widths, or NaN.
+    """
+    found = neighbour_scores(x, reference, nearest)
+    return FidelityScores(**vars(found), frechet_distance=frechet_distance(x, reference))

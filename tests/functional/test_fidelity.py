@@ -104,3 +104,9 @@ def test_block_size_does_not_change_fidelity(monkeypatch):
     whole = F.fidelity_scores(x, y, 2)
     monkeypatch.setattr(fidelity, "BLOCK_ROWS", 7)
     assert F.fidelity_scores(x, y, 2) == whole
+
+
+def test_neighbour_scores_are_those_of_all_fidelity_scores_and_need_no_covariance():
+    x, y = rows(30, 3, 1), rows(40, 3, 2)
+    found = vars(F.neighbour_scores(x, y))
+    assert vars(F.fidelity_scores(x, y)) == found | {"frechet_distance": F.frechet_distance(x, y)}
