@@ -6,7 +6,6 @@ jackknife pseudo-values over groups of prompts: copies of images, which a bootst
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -226,18 +225,18 @@ def judge(
 def _finished(
     images: dict[Setting, dict[int, Images]], notes: list[str]
 ) -> tuple[list[int], dict[Setting, dict[int, Images]]]:
-    """The prompts that are finished for all settings that have begun."""
-    begun = {setting: of for setting, of in images.items() if of}
-    absent = [_name(s) for s in images if s not in begun]
-    shared = sorted(set.intersection(*(set(of) for of in begun.values()))) if begun else []
+    """The prompts that are finished for all settings; those that have far less than the others are left out."""
+    most = max((len(of) for of in images.values()), default=0)
+    kept = {setting: of for setting, of in images.items() if of and 2 * len(of) >= most}
+    left_out = [f"{_name(s)} ({len(of)})" for s, of in images.items() if s not in kept]
+    shared = sorted(set.intersection(*(set(of) for of in kept.values()))) if kept else []
     if not shared:
         raise ValueError("no prompt is finished for all methods; let the run continue, then score it")
-    if absent:
-        notes.append(f"without images yet: {', '.join(absent)}")
-    most = max(len(of) for of in begun.values())
+    if left_out:
+        notes.append(f"left out, with images of less than half of {most} prompts: {', '.join(left_out)}")
     if len(shared) < most:
         notes.append(f"the run is not finished: {len(shared)} prompts are done for all methods, {most} for some")
-    return shared, begun
+    return shared, kept
 
 
 def _name(setting: Setting) -> str:
@@ -371,7 +370,10 @@ def _diversity(found: Mapping[str, Mapping[Setting, np.ndarray]]) -> list[str]:
 def _fronts(
     methods: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[Setting, np.ndarray]], quality: Sequence[str]
 ) -> dict[str, Any]:
-    """For each score of diversity: gain at equal quality and hypervolume of each method, compared with the first one."""
+    """For each score of diversity: gain at equal quality and hypervolume of each method, compared with the first one.
+
+    ``order``: methods by their gain; ``ahead``: interval of how far the best is ahead of the next one.
+    """
     out: dict[str, Any] = {}
     others = [m for m in methods if m["name"] != PLAIN]
     if not quality or not others:
@@ -390,8 +392,12 @@ def _fronts(
                 gains[method["name"]] = matched(gain, kept, loss=1.0)
                 volumes[method["name"]] = hypervolume(gain, kept, depth=DEPTH)
         reference = next(iter(gains), "")
+        order = sorted(gains, key=lambda m: -gains[m][0])
+        ahead = [float(v) for v in np.quantile(gains[order[0]] - gains[order[1]], [0.025, 0.975])] if order[1:] else None
         out[name] = {
             "reference": reference,
+            "order": order,
+            "ahead": ahead,
             "methods": {
                 m: {k: v for k, v in vars(s).items() if k != "method"}
                 for m, s in standings(gains, volumes, reference).items()
@@ -427,15 +433,16 @@ def _verdict(fronts: Mapping[str, Any], quality: Sequence[str], plain: bool, pro
         missing = "another method" if quality else "a score of quality" if plain else "plain sampling"
         return f"Scores of {methods} settings on {prompts} prompts; without {missing} nothing is compared at equal quality."
     name, front = next(iter(fronts.items()))
-    order = sorted(front["methods"].items(), key=lambda item: -item[1]["gain"])
-    best, found = order[0]
+    best, *others = front["order"]
+    found = front["methods"][best]
     kept = " and ".join(METRICS[q].title for q in quality)
-    if not found["gain"] > 0 or not found["gain_low"] > 0:
+    if not found["gain_low"] > 0:
         return f"No method has a sure gain in {METRICS[name].title} over plain sampling at equal {kept}."
     text = (
         f"At equal {kept}, {best} gains most in {METRICS[name].title}: {100 * found['gain']:+.0f}% over plain sampling "
         f"[{100 * found['gain_low']:+.0f}%, {100 * found['gain_high']:+.0f}%]"
     )
-    if len(order) > 1 and math.isfinite(order[1][1]["gain"]):
-        text += f"; next is {order[1][0]} with {100 * order[1][1]['gain']:+.0f}%"
+    if others:
+        chance = "" if front["ahead"][0] > 0 else ", a difference that may be chance"
+        text += f"; next is {others[0]} with {100 * front['methods'][others[0]]['gain']:+.0f}%{chance}"
     return text + "."

@@ -70,6 +70,7 @@ def test_gain_at_equal_quality_is_relative_to_plain_sampling(tmp_path, stubs):
     assert front["methods"]["sparke"]["gain"] == pytest.approx(110 / 120)
     assert front["reference"] == "sparke"
     assert found["verdict"].startswith("At equal flat, cads gains most in method: +167% over plain sampling")
+    assert found["verdict"].endswith("; next is sparke with +92%.")
     assert found["cost"]["cads"] == {"seconds": 3.0, "added_seconds": 2.0, "peak_bytes": 2**20}
 
 
@@ -134,8 +135,9 @@ def test_an_unfinished_run_is_scored_on_the_prompts_that_all_methods_have(tmp_pa
     found = judge(run, stubs)
     assert (found["prompts"], found["methods"]["plain"]["method"]["value"]) == (3, 120)
     assert "3 prompts are done for all methods, 5 for some" in " ".join(found["notes"])
-    begun = make_run(tmp_path / "b", left_out=[("cads", None, k) for k in range(5)])
-    assert "without images yet: cads" in judge(begun, stubs)["notes"]
+    stopped = judge(make_run(tmp_path / "b", left_out=[("cads", None, k) for k in range(3)]), stubs)
+    assert "left out, with images of less than half of 5 prompts: cads (2)" in stopped["notes"]
+    assert (stopped["prompts"], list(stopped["methods"])) == (5, ["plain", "sparke", "sparke@25"])
     nothing = make_run(
         tmp_path / "c", 1, left_out=[(m, s, 0) for m in ("plain",) for s in (None,)], methods={"plain": [None]}
     )
@@ -181,3 +183,16 @@ def test_unknown_scores_and_references_without_images_are_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="contains no images"):
         judge(run, ["fd"], reference=tmp_path / "empty")
+
+
+def test_a_difference_that_may_be_chance_is_called_so(tmp_path, stubs, monkeypatch):
+    def noisy(samples):
+        method, k = samples[0].path.parts[-3], int(samples[0].path.stem[:6])
+        return torch.tensor({"plain": 100.0, "a": 200.0 + 30 * (k % 2), "b": 201.0 + 30 * (1 - k % 2)}[method])
+
+    monkeypatch.setitem(METRICS, "method", stub("method", "diversity", "prompt", noisy))
+    run = make_run(tmp_path, methods={"plain": [None], "a": [None], "b": [None]})
+    found = judge(run, stubs)
+    assert found["fronts"]["method"]["order"] == ["b", "a"]
+    assert found["fronts"]["method"]["ahead"][0] < 0 < found["fronts"]["method"]["ahead"][1]
+    assert found["verdict"].endswith(", a difference that may be chance.")

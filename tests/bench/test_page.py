@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
             measure = lambda s: torch.full((len(s),), 2.0 + len(s[0].path.parts[-3]))  # noqa: E731
             metric = Metric(name, f"score {name}", aspect, "image", lambda r, m=measure: m, higher=higher, tolerance=100.0)
             patch.setitem(METRICS, name, metric)
-        results = judge(run, ["a", "b", "c", "lpips"])
+        results = judge(run, ["a", "b", "c", "lpips"]) | {"failed": {"cno": "needs 80 GB"}}
         write(results, run, folder)
     return folder
 
@@ -36,7 +36,7 @@ def test_the_page_has_verdict_fronts_tables_reasons_and_the_same_prompts_of_all_
     results = json.loads((folder / "results.json").read_text())
     assert results["verdict"] in page
     assert page.count("<svg") == 2
-    for words in ("Diversity at equal quality", "Agreement with the prompts", "Time and memory", "lpips: lpips needs"):
+    for words in ("Diversity at equal quality", "Agreement with the prompts", "Time and memory", "lpips: lpips needs", "cno: needs 80"):
         assert words in page
     assert page.count("<img ") == 2 * 4 * 3
     assert "<b>dog</b>" not in page
