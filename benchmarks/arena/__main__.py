@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--goal", choices=["validity", "quality"], default="validity", help="tune for modes at equal what")
     parser.add_argument("--tuned-from", type=Path, help="folder of results whose tuned settings are taken, without tuning")
     parser.add_argument("--docs", type=Path, help="write the pages and figures into this folder at the end")
-    parser.add_argument("--small", action="store_true", help="few trials, one seed: checks that everything works")
+    parser.add_argument("--small", action="store_true", help="few trials, prompts and images: checks that everything works")
     args = parser.parse_args()
     if args.small:
         args.trials, args.tune_seeds, args.seeds, args.strengths = 2, 1, 1, 3
@@ -45,6 +45,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     for name in args.beds:
         bed = BEDS[name]()
+        if args.small:
+            bed.images, bed.prompts = 6, lambda half, every=bed.prompts: every(half)[:2]
         record = Record(args.out, bed)
         known = record.data.get("settings", {}).get("goal", "validity")
         if record.data["methods"] and known != args.goal:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
+from tests.few_steps import few_steps
 from tests.tiny import build
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def test_readme_code_runs(tmp_path, monkeypatch, tiny_hub):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     ran = 0
-    for language, block in BLOCK.findall(TEXT):
+    for language, block in BLOCK.findall(few_steps(TEXT)):
         if language == "python":
             exec(compile(block, "README.md", "exec"), names)
             ran += 1
@@ -82,7 +83,7 @@ def test_page_code_runs(page, tmp_path, monkeypatch):
     for name in ("kspec_guidance", "pipelines"):  # paths on the pages are relative to a clone
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
     names: dict = {}
-    for language, block in BLOCK.findall((ROOT / page).read_text()):
+    for language, block in BLOCK.findall(few_steps((ROOT / page).read_text())):
         assert language in ("python", "bash", "text")
         if language == "python":
             exec(compile(block, page, "exec"), names)

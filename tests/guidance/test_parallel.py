@@ -6,6 +6,7 @@ import torch
 
 from kspec_guidance import SPARKE
 from tests import tiny
+from tests.processes import FORKS
 
 pytestmark = pytest.mark.skipif(not hasattr(diffusers, "ContextParallelConfig"), reason="diffusers without it")
 SPACES = ["x0", "pooled", "latents"]
@@ -61,7 +62,7 @@ def split_weights(rank, store):
 def test_both_processes_make_the_images_of_one(tmp_path, run):
     if run is split_weights and not hasattr(diffusers, "TensorParallelConfig"):
         pytest.skip("diffusers without it")
-    torch.multiprocessing.spawn(run, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(run, (tmp_path,), 2, start_method=FORKS.get_start_method())
     pipe = tiny.build("FluxPipeline")
     (first, part), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     query = pipe.transformer.transformer_blocks[0].attn.to_q

@@ -12,6 +12,7 @@ from kspec_guidance import metrics
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel
 from kspec_guidance.statistics import jackknife_interval
+from tests.processes import FORKS
 from tests.samples import rows
 
 GAUSSIAN = GaussianKernel(2.0)
@@ -233,7 +234,9 @@ def _run_process(rank, world_size, folder, names):
 def test_results_agree_for_one_two_and_four_processes(tmp_path):
     names = [n for n in FACTORIES if n != "mmd cubic"]
     for world_size in (1, 2, 4):
-        mp.spawn(_run_process, (world_size, str(tmp_path), names), nprocs=world_size)
+        mp.start_processes(
+            _run_process, (world_size, str(tmp_path), names), world_size, start_method=FORKS.get_start_method()
+        )
     one, two, four = (torch.load(tmp_path / f"results{w}") for w in (1, 2, 4))
     for name in names:
         for other in (two, four):

@@ -30,9 +30,9 @@ def random_features():
     return SPARKE(kernel=kernel, prompt_kernel=prompts, feature_map=phi, prompt_feature_map=psi)
 
 
-def main():
+def main(out, kind="exact", numbers=None):
     torch.set_num_threads(1)
-    out, kind = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "exact"
+    out = Path(out)
     received, receive = [], RunMemories.receive
 
     def recorded(self, messages):
@@ -44,8 +44,8 @@ def main():
     similar = [f"runner{comma} {who}" for comma in (",", "") for who in ("woman", "man")]
     texts = [*similar, "runner", "runner, person", "heart", "red heart"]
     prompts = [Prompt(text, "people" if "runner" in text else "things") for text in texts]
-    if len(sys.argv) > 3:  # numbers of images of the last prompts
-        numbers = [int(n) for n in sys.argv[3].split(",")]
+    if numbers:  # of images of the last prompts
+        numbers = [int(n) for n in numbers.split(",")]
         prompts = [replace(p, images=n) for p, n in zip(prompts[-len(numbers) :], numbers, strict=True)]
     by, kind = ("group", "exact") if kind == "groups" else ("all", kind)
     guide = random_features() if kind == "guide" else SPARKE()
@@ -61,4 +61,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from kspec_guidance.synthesis.arms import ArmChoice, make_selector
 from kspec_guidance.synthesis.distributed import add_message, encode_message
 from kspec_guidance.synthesis.generator import Generator
 from kspec_guidance.synthesis.records import Store
+from tests.processes import Launch
+from tests.synthesis import one_process
 from tests.synthesis.one_process import ARMS
 from tests.synthesis.small_runs import CALL, contents, quiet_pipeline, rows_of
 
@@ -28,29 +29,21 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def torchrun(out, processes, *arguments):
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
-            "-m", "tests.synthesis.one_process", str(out), *arguments]  # fmt: skip
-    return subprocess.Popen(
-        line,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(out, processes, *arguments):
+    return Launch(one_process.main, processes, (out, *arguments), out.with_suffix(".log"))
 
 
 def run(out, processes, *arguments):
-    started = torchrun(out, processes, *arguments)
-    text, _ = started.communicate(timeout=300)
-    assert started.returncode == 0, text[-3000:]
+    start(out, processes, *arguments).wait()
+    return results_of(out)
+
+
+def results_of(out):
     paths = sorted(Path(out).glob("result-*.json"))
-    results = [json.loads(path.read_text()) for path in paths]
+    found = [json.loads(path.read_text()) for path in paths]
     for path in paths:
         path.unlink()
-    return results
+    return found
 
 
 @pytest.mark.slow
@@ -66,8 +59,13 @@ def test_runs_killed_at_random_times_and_at_each_disk_operation_end_with_the_sam
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
+    """The set of two processes that torchrun itself started."""
     out = tmp_path_factory.mktemp("two") / "set"
-    return out, run(out, 2)
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+            "-m", "tests.synthesis.one_process", str(out)]  # fmt: skip
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, results_of(out)
 
 
 @pytest.mark.slow
@@ -99,15 +97,12 @@ def test_two_processes_killed_and_resumed_end_with_the_same_set(two, tmp_path):
     rng, out = random.Random(3), tmp_path / "killed"
     progress = []
     for _ in range(4):
-        started = torchrun(out, 2)
+        started = start(out, 2)
         before, waited = len(list(out.glob(".kspec/*/*/0*.safetensors"))), time.monotonic()
         while len(list(out.glob(".kspec/*/*/0*.safetensors"))) <= before and time.monotonic() - waited < 60:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 1.0))
-        os.killpg(started.pid, signal.SIGKILL)
-        for line in os.popen(f"pgrep -f {out}").read().split():
-            os.kill(int(line), signal.SIGKILL)
-        started.communicate()
+        started.kill()
         progress.append(len(list(out.glob(".kspec/*/*/0*.safetensors"))))
     run(out, 2)
     assert contents(out) == contents(two[0]), progress
