@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from kspec_guidance.synthesis.schedule import Job, Sample, make_jobs, next_batch
 from kspec_guidance.synthesis.settings import check_candidates, check_counts, check_memory
 from kspec_guidance.synthesis.sharding import shard, shard_groups
 from kspec_guidance.utils.arguments import renamed_arguments
+from kspec_guidance.utils.messages import readable_size, readable_time
 
 __all__ = ["Estimate", "Share", "estimate"]
 
@@ -87,7 +87,9 @@ class Estimate:
     free_bytes: int
 
     def __str__(self) -> str:
-        excess = f", more than the {_size(self.free_bytes)} that are free" if self.disk_bytes > self.free_bytes else ""
+        excess = (
+            f", more than the {readable_size(self.free_bytes)} that are free" if self.disk_bytes > self.free_bytes else ""
+        )
         finished = f", {self.finished} of them finished" if self.finished else ""
         several = self.processes > 1
         timed = "one batch" if self.timed_steps is None else f"{self.timed_steps} of its steps"
@@ -95,10 +97,10 @@ class Estimate:
             f"{self.images} images of {self.prompts} prompts{finished}, {self.batches} batches on "
             + (f"{self.processes} processes" if several else "one process"),
             *(self._share_lines() if several else []),
-            f"about {_time(self.seconds)} at {self.batch_seconds:.2f} s a batch, as {timed} took now"
+            f"about {readable_time(self.seconds)} at {self.batch_seconds:.2f} s a batch, as {timed} took now"
             + (", if each process has a device as fast as this one" if several else ""),
-            f"memory of each process: up to {_size(self.memory_bytes)} ({self.memory})",
-            f"disk: about {_size(self.disk_bytes)}{excess}",
+            f"memory of each process: up to {readable_size(self.memory_bytes)} ({self.memory})",
+            f"disk: about {readable_size(self.disk_bytes)}{excess}",
             "nothing was written",
         ]
         return "\n".join(lines)
@@ -108,7 +110,7 @@ class Estimate:
         if self.processes <= LISTED_PROCESSES:
             return [
                 f"process {rank}: {_count(s.prompts, 'prompt')}, {_count(s.images, 'image')}, "
-                f"about {_time(s.seconds)}{about}"
+                f"about {readable_time(s.seconds)}{about}"
                 for rank, s in enumerate(self.shares)
             ]
         ranges = []
@@ -120,18 +122,6 @@ class Estimate:
 
 def _count(n: int, name: str) -> str:
     return f"{n} {name}" if n == 1 else f"{n} {name}s"
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
 
 
 @renamed_arguments(images="images_per_prompt", batch="batch_size")

@@ -19,9 +19,18 @@ from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError
 from kspec_guidance.synthesis.schedule import Job, Sample
 from kspec_guidance.utils.arguments import nearest_name
 
-__all__ = ["GeneratedBatch", "Generator", "check_call"]
+__all__ = ["GeneratedBatch", "Generator", "PipelineCaller", "check_call"]
 
-SET_BY_RUN = ("prompt", "num_images_per_prompt", "generator", "latents", "output_type", "return_dict")
+SET_BY_RUN = (
+    "prompt",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+)
+COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")  # arguments that say how many
 MAX_LISTED = 16  # seeds, or prompts, of a batch in an error
 UNLIMITED = 10**6  # tokens: tokenizers without a limit declare larger numbers
 
@@ -72,28 +81,22 @@ def _is_text_of_prompt(parameters: Mapping[str, inspect.Parameter], name: str) -
     return bool(one and several) or re.fullmatch(r"(negative_)?prompt(_\d+)?", name) is not None
 
 
-class Generator:
-    """Calls a pipeline for batches of samples; nothing is added to the guide's memory.
+class PipelineCaller:
+    """Calls a pipeline for images of texts, from seeds.
 
     Args:
-        pipe: a text-to-image pipeline.
-        guide: the caller attaches it to the pipeline.
+        pipe: a text-to-image pipeline, or one for videos whose clips have a single frame.
         call: arguments of every pipeline call, such as ``num_inference_steps``. A text for an argument that the pipeline
             takes for each prompt, such as ``negative_prompt``, is given for each prompt of a batch.
-
-    Attributes:
-        guidance_seconds: time that guidance has taken so far.
 
     Raises:
         SynthesisError: if the pipeline takes no prompt, or not all of ``call``.
     """
 
-    def __init__(self, pipe: Any, guide: KernelGuidance, call: dict[str, Any]):
-        self.pipe, self.guide, self.call = pipe, guide, call
-        self.guide.remember = False
+    def __init__(self, pipe: Any, call: dict[str, Any]):
+        self.pipe, self.call = pipe, call
         self.parameters = call_parameters(type(pipe))
-        self.takes_image_count = "num_images_per_prompt" in self.parameters
-        self.guidance_seconds = 0.0
+        self.count = next((n for n in COUNTS if n in self.parameters), None)
         check_call(pipe, call)
 
     @property
@@ -104,17 +107,44 @@ class Generator:
 
     def _arguments(self, texts: Sequence[str]) -> dict[str, Any]:
         """Arguments of a call that makes one image of each text."""
-        if self.takes_image_count and len(set(texts)) == 1:
-            return {**self.call, "prompt": texts[0], "num_images_per_prompt": len(texts)}
+        if self.count is not None and len(set(texts)) == 1:
+            return {**self.call, "prompt": texts[0], self.count: len(texts)}
         call = {
             k: [v] * len(texts) if isinstance(v, str) and _is_text_of_prompt(self.parameters, k) else v
             for k, v in self.call.items()
         }
-        count = {"num_images_per_prompt": 1} if self.takes_image_count else {}
+        count = {} if self.count is None else {self.count: 1}
         return {**call, **count, "prompt": list(texts)}
 
+    def images(self, texts: Sequence[str], seeds: Sequence[int], **more: Any) -> list[Image.Image]:
+        """One image of each text; ``more`` are further arguments of the call.
+
+        Raises:
+            RunFailedError: if the pipeline returns no images, another number of them, or clips of several frames.
+        """
+        generators, name = [torch.Generator().manual_seed(seed) for seed in seeds], type(self.pipe).__name__
+        result = self.pipe(**self._arguments(texts), generator=generators, output_type="pil", **more)
+        images = getattr(result, "images", None)
+        if images is None and isinstance(clips := getattr(result, "frames", None), list):
+            if any(len(clip) != 1 for clip in clips):
+                raise RunFailedError(
+                    f"{name} made clips of {len(clips[0])} frames; for images, give the option num_frames=1"
+                )
+            images = [clip[0] for clip in clips]
+        if not isinstance(images, list) or len(images) != len(texts) or not isinstance(images[0], Image.Image):
+            got = type(result).__name__ if images is None else f"{len(images)} {type(images[0]).__name__}"
+            raise RunFailedError(f"{name} returned {got}; expected {len(texts)} images")
+        for key, size in (("height", images[0].height), ("width", images[0].width)):
+            if self.call.get(key, size) not in (size, None):
+                warnings.warn(
+                    f"{key} is {self.call[key]}, but {name} made images of {images[0].width} x {images[0].height}; many "
+                    "pipelines need both height and width",
+                    stacklevel=2,
+                )
+        return images
+
     @contextmanager
-    def _explained(self, what: str, texts: Sequence[str], seeds: Sequence[int] | None = None) -> Iterator[None]:
+    def explained(self, what: str, texts: Sequence[str], seeds: Sequence[int] | None = None) -> Iterator[None]:
         """Turn errors of the pipeline, and of guidance in it, into a :class:`SynthesisError` that names the batch."""
         try:
             yield
@@ -135,6 +165,28 @@ class Generator:
                 "command continues after them"
             ) from error
 
+
+class Generator(PipelineCaller):
+    """Makes batches of samples with a guided pipeline; nothing is added to the guide's memory.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        guide: the caller attaches it to the pipeline.
+        call: see :class:`PipelineCaller`.
+
+    Attributes:
+        guidance_seconds: time that guidance has taken so far.
+
+    Raises:
+        SynthesisError: if the pipeline takes no prompt, or not all of ``call``.
+    """
+
+    def __init__(self, pipe: Any, guide: KernelGuidance, call: dict[str, Any]):
+        super().__init__(pipe, call)
+        self.guide = guide
+        self.guide.remember = False
+        self.guidance_seconds = 0.0
+
     def make(self, batch: list[Sample]) -> GeneratedBatch:
         """Generate the images of a batch.
 
@@ -143,20 +195,8 @@ class Generator:
                 guidance got no samples.
         """
         texts, seeds = [sample.job.prompt.text for sample in batch], [sample.seed for sample in batch]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with self._explained("a batch", texts, seeds):
-            result = self.pipe(**self._arguments(texts), generator=generators, output_type="pil")
-        images = getattr(result, "images", None)
-        if not isinstance(images, list) or len(images) != len(batch) or not isinstance(images[0], Image.Image):
-            got = type(result).__name__ if images is None else f"{len(images)} {type(images[0]).__name__}"
-            raise RunFailedError(f"{type(self.pipe).__name__} returned {got}; expected {len(batch)} images")
-        for key, size in (("height", images[0].height), ("width", images[0].width)):
-            if self.call.get(key, size) not in (size, None):
-                warnings.warn(
-                    f"{key} is {self.call[key]}, but {type(self.pipe).__name__} made images of {images[0].width} x "
-                    f"{images[0].height}; many pipelines need both height and width",
-                    stacklevel=2,
-                )
+        with self.explained("a batch", texts, seeds):
+            images = self.images(texts, seeds)
         if not self.guide.finished:
             raise RunFailedError(f"guidance got no finished samples from {type(self.pipe).__name__}; see docs/support.md")
         _, x, prompt_features = self.guide.finished[0]
@@ -173,7 +213,7 @@ class Generator:
         if "num_inference_steps" in self.parameters:
             call["num_inference_steps"] = 1
         call.pop("callback_on_step_end", None)
-        with self._explained("one step", texts):
+        with self.explained("one step", texts):
             self.pipe(**call, generator=[torch.Generator().manual_seed(0) for _ in texts])
 
     def check_mixed(self, jobs: Sequence[Job], batch_size: int, screened: bool) -> None:

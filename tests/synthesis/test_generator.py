@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kspec_guidance import SPARKE
-from kspec_guidance.synthesis import SynthesisError
-from kspec_guidance.synthesis.generator import Generator
+from kspec_guidance.synthesis import RunFailedError, SynthesisError
+from kspec_guidance.synthesis.generator import Generator, PipelineCaller
 from kspec_guidance.synthesis.schedule import image_seed
 from tests.synthesis.small_runs import CALL, make, rows_of
 
@@ -57,7 +57,7 @@ def test_a_subclass_that_passes_its_arguments_on_takes_those_of_its_base():
 
     generator = Generator(Forwarding(), SPARKE(), {"negative_prompt": "x", "mode": "y"})
     assert generator._arguments(["a", "b"])["negative_prompt"] == ["x", "x"]
-    assert generator.takes_image_count
+    assert generator.count == "num_images_per_prompt"
     with pytest.raises(SynthesisError, match="does not take steps"):
         Generator(Forwarding(), SPARKE(), {"steps": 2})
 
@@ -115,3 +115,20 @@ def test_sizes_that_the_pipeline_ignores_are_told(tmp_path, pipe):
         make(tmp_path, pipe, ["heart"], 1, call={"num_inference_steps": 1, "height": 32})
     with pytest.raises(SynthesisError, match="guidance_scale must be a finite number, got nan"):
         Generator(pipe, SPARKE(), {"guidance_scale": float("nan")})
+
+
+class Clips:
+    """A pipeline for videos."""
+
+    def __call__(self, prompt=None, num_videos_per_prompt=1, num_frames=9, generator=None, output_type="pil"):
+        from types import SimpleNamespace
+
+        from PIL import Image
+
+        return SimpleNamespace(frames=[[Image.new("RGB", (4, 4))] * num_frames for _ in range(num_videos_per_prompt)])
+
+
+def test_clips_of_one_frame_are_images_and_longer_ones_are_refused():
+    assert len(PipelineCaller(Clips(), {"num_frames": 1}).images(["a", "a"], [0, 1])) == 2
+    with pytest.raises(RunFailedError, match="clips of 9 frames; for images, give the option num_frames=1"):
+        PipelineCaller(Clips(), {}).images(["a"], [0])
