@@ -10,7 +10,7 @@ write, the group is made again from the same seeds.
 
 ``settings.json``::
 
-    {"model": {"name", ...}, "steps": 8, "images": 4, "seed": 0, "device": "cpu", "versions": {...},
+    {"model": {"name", ...}, "steps": 8, "images": 4, "batch_size": 4, "seed": 0, "device": "cpu", "versions": {...},
      "prompts": [{"index": 0, "text": "a red apple", "truth": {...}}, ...],       "truth" only if the source states any
      "methods": [{"name": "sparke", "strengths": ["25", "50"], "chosen": "50", ...}, ...]}    null for methods without one
 
@@ -21,15 +21,22 @@ device; null where it is not measured).
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, overload
 
+import filelock
 from PIL import Image
 
-from kspec_guidance.synthesis.errors import CheckpointError, FolderError
+from kspec_guidance.synthesis.errors import CheckpointError, FolderError, disk_errors
+from kspec_guidance.synthesis.records import lock_folder
+from kspec_guidance.synthesis.settings import differences
+from kspec_guidance.utils.atomic_io import replace_all
 
-__all__ = ["Group", "Images", "Run"]
+__all__ = ["Group", "Images", "Run", "Writer", "begin_run", "image_file"]
+
+SAME = ("model", "steps", "images", "batch_size", "seed", "reference")  # settings of which each run has one value
 
 RECORD_KEYS = {"method", "strength", "prompt", "number", "seed", "file", "seconds"}
 Group = tuple[str, str | None, int]  # method, strength, index of the prompt
@@ -157,3 +164,98 @@ def checked_record(record: Mapping[str, Any]) -> dict[str, Any]:
     if path.is_absolute() or ".." in path.parts or path.suffix != ".png":
         raise ValueError(f"file {record['file']!r} is no image of the folder")
     return dict(record)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def image_file(method: str, strength: str | None, prompt: int, number: int) -> str:
+    """The file of an image, relative to the folder."""
+    return f"images/{method}/{strength or 'plain'}/{prompt:06d}-{number:03d}.png"
+
+
+def begin_run(folder: Path, settings: dict[str, Any]) -> filelock.BaseFileLock:
+    """Claim a folder and write the settings, or add new prompts, methods and strengths to those that it has.
+
+    Raises:
+        FolderError: if another run writes to it, or it holds another comparison or anything else.
+        CheckpointError: if its settings are damaged.
+        RunFailedError: if it cannot be written to.
+    """
+    with disk_errors(folder):
+        path, state = folder / "settings.json", folder / "records"
+        if not path.exists() and folder.exists() and any(p != state for p in folder.iterdir()):
+            raise FolderError(f"{folder} is not empty, and holds no comparison; choose an empty folder")
+        lock = lock_folder(folder, state)
+        try:
+            if path.exists():
+                settings = merged_settings(folder, Run(folder).settings, settings)
+            replace_all({path: (json.dumps(settings, indent=1) + "\n").encode()})
+        except BaseException:
+            lock.release()
+            raise
+    return lock
+
+
+def merged_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new settings with the prompts, methods and strengths that only the old ones have.
+
+    Raises:
+        FolderError: if images of the two could not be compared.
+    """
+    changed = differences({k: old.get(k) for k in SAME}, {k: new.get(k) for k in SAME})
+    changed += differences(
+        {f"prompt {k}": p["text"] for k, p in enumerate(old["prompts"][: len(new["prompts"])])},
+        {f"prompt {k}": p["text"] for k, p in enumerate(new["prompts"][: len(old["prompts"])])},
+    )
+    known = {m["name"]: m for m in old["methods"]}
+    both = [m["name"] for m in new["methods"] if m["name"] in known]
+    by_name = {m["name"]: m for m in new["methods"]}
+    changed += differences(
+        {name: known[name].get("parameters") for name in both}, {name: by_name[name].get("parameters") for name in both}
+    )
+    if changed:
+        lines = "\n  ".join(changed)
+        raise FolderError(
+            f"{folder} holds a comparison that was made with other settings:\n  {lines}\ngive the old ones to continue it "
+            "(prompts, methods and strengths may be added), or choose another folder"
+        )
+    methods = []
+    for method in new["methods"]:
+        earlier = known.pop(method["name"], method)["strengths"]
+        strengths = [*method["strengths"], *(s for s in earlier if s not in method["strengths"])]
+        methods.append(method | {"strengths": strengths})
+    prompts = max(old["prompts"], new["prompts"], key=len)
+    return new | {"prompts": prompts, "methods": [*methods, *known.values()]}
+
+
+class Writer:
+    """Commits groups of one process.
+
+    Args:
+        folder: of the run.
+        rank: of the process.
+    """
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.path = folder, folder / "records" / f"rank-{rank:04d}.jsonl"
+        if self.path.exists():
+            whole = self.path.read_bytes()
+            kept = whole[: whole.rfind(b"\n") + 1]  # without a line that an interrupted write has left
+            if kept != whole:
+                replace_all({self.path: kept})
+
+    def commit(self, images: Sequence[bytes], records: Sequence[Mapping[str, Any]]) -> int:
+        """Write the images of a group, and then their records; return their size in bytes.
+
+        Raises:
+            RunFailedError: if the disk is full or cannot be written to.
+        """
+        with disk_errors(self.folder):
+            files = {self.folder / record["file"]: data for record, data in zip(records, images, strict=True)}
+            replace_all(files)
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+                file.flush()
+                os.fsync(file.fileno())
+        return sum(map(len, images))

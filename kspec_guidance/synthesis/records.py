@@ -28,7 +28,17 @@ from kspec_guidance.synthesis.errors import CheckpointError, FolderError, Settin
 from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.utils.atomic_io import replace_all, replacing
 
-__all__ = ["Record", "RecordTensors", "Store", "json_row", "pack_target", "pack_tensors", "unpack_target", "unpack_tensors"]
+__all__ = [
+    "Record",
+    "RecordTensors",
+    "Store",
+    "json_row",
+    "lock_folder",
+    "pack_target",
+    "pack_tensors",
+    "unpack_target",
+    "unpack_tensors",
+]
 
 IMAGE = re.compile(r"\d{6,}-\d{4,}\.png")
 FILE_NAME = re.compile(r"\d{4,}/" + IMAGE.pattern)
@@ -163,6 +173,21 @@ def unpack_tensors(tensors: dict[str, Tensor]) -> RecordTensors:
     return RecordTensors(x, t, tensors.get("features", x.flatten(1)))
 
 
+def lock_folder(out: Path, state: Path) -> filelock.BaseFileLock:
+    """Claim the folder ``out`` by a lock in its folder ``state``; the system releases it when the process ends in any way.
+
+    Raises:
+        FolderError: if another run holds it.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(state / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise FolderError(f"another run is writing to {out}; wait for it, or choose another folder") from error
+    return lock
+
+
 class Store:
     """The folder of a run, as this module describes it.
 
@@ -192,12 +217,7 @@ class Store:
         with disk_errors(self.out):
             if not self.state.exists():
                 self._refuse_foreign_files()
-            self.state.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(self.state / "lock", timeout=0)
-            try:
-                self._lock.acquire()
-            except filelock.Timeout as error:
-                raise FolderError(f"another run is writing to {self.out}; wait for it, or choose another folder") from error
+            self._lock = lock_folder(self.out, self.state)
 
     def _refuse_foreign_files(self) -> None:
         """Refuse a new folder with files that ``load_dataset`` would take for a part of the set."""

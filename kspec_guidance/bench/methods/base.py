@@ -211,8 +211,8 @@ class Method:
         """Standard normal noise of the shape of ``x``, from the method's own generator."""
         return torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
 
-    def sample(self, bed: Any, case: Any) -> Tensor:
-        """As many samples of a case ``[n, ...]`` as the bed makes at once."""
+    def sample(self, bed: Any, case: Any) -> Any:
+        """The samples of a case, in the form in which ``bed.run`` makes them."""
         with self.attach(bed.pipe):
             return bed.run(case, bed.images)
 

@@ -148,8 +148,9 @@ class Published(Guided):
         return SPARKE.published(self.scale, every=self.every)
 
     def sample(self, bed: Any, case: Any) -> Any:
+        start = bed.start(case, bed.images)
         with self.attach(bed.pipe):
-            return bed.joined([bed.run(case, 1, noise[None]) for noise in bed.start(case, bed.images)])
+            return bed.joined([bed.run(case, 1, noise[None]) for noise in start])
 
 
 @dataclass

@@ -4,6 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kspec_guidance.bench.methods.base import Method, Moment
@@ -28,10 +29,13 @@ class Start(Method):
 
     def predictions(self, bed: Any, case: Any, start: Tensor, look: int = 1) -> Tensor:
         """Clean predictions ``[n, ...]`` at the step ``look`` (1 is the first) of runs from these noises."""
-        self._look, self._found = look, start
-        with suppress(Enough), self.attach(bed.pipe):
-            bed.run(case, len(start), start)
-        return self._found
+        found = []
+        for part in start.split(getattr(bed, "batch_size", len(start))):
+            self._look, self._found = look, part
+            with suppress(Enough), self.attach(bed.pipe):
+                bed.run(case, len(part), part)
+            found.append(self._found)
+        return torch.cat(found)
 
     def move(self, m: Moment) -> Tensor | None:
         self._found = m.x0
