@@ -30,7 +30,7 @@ HAS = {
     "prompts": "prompts among the arguments of the one call that its denoiser has in a step",
     "images": "latents with two axes of pixels",
     "blocks": "transformer blocks that diffusers registers, called once in a step",
-    "reference": "reference images: --reference FOLDER",
+    "reference": "reference images: --like FOLDER",
 }
 
 

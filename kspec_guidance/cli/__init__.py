@@ -1,4 +1,4 @@
-"""The command line ``kspec-guidance demo | generate | calibrate | tune | evaluate | compare | embeddings``.
+"""The command line ``kspec-guidance demo | generate | calibrate | tune | evaluate | compare | embeddings | bench``.
 
 See docs/command-line.md. Options have the names of the API's arguments. Nothing here imports torch before a command runs.
 """
@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from kspec_guidance.cli.arguments import Version
+from kspec_guidance.cli.bench import bench
 from kspec_guidance.cli.calibrate import calibrate
 from kspec_guidance.cli.console import EXIT_CODES, one_line_errors
 from kspec_guidance.cli.demo import demo
@@ -42,7 +43,7 @@ app = typer.Typer(
     help="Diverse images from any diffusers pipeline without retraining, and diversity scores of image sets.",
     epilog=EXIT_CODES,
 )
-for command in (demo, generate, calibrate, tune, evaluate, compare, embeddings):
+for command in (demo, generate, calibrate, tune, evaluate, compare, embeddings, bench):
     app.command(epilog=EXIT_CODES, context_settings=HELP_NAMES)(command)
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "page_option",
     "read_options",
     "read_pairs",
+    "usable_device",
 ]
 
 # Names to choose from, here because the library's own modules import torch, which --help must not wait for.
@@ -228,6 +229,23 @@ def check_strength(variety: float | None, scale: float | None, target: str | Non
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
+def usable_device(device: str | None) -> str:
+    """The device of ``--device``: by default the GPU of this process, or the CPU where there is none.
+
+    Raises:
+        ValueError: for a device that cannot be used.
+    """
+    import torch
+
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    try:
+        torch.empty(1, device=device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+    return device or "cpu"
+
+
 def load_pipeline(model: str, dtype: str, device: str | None, revision: str | None = None) -> Any:
     """The pipeline of ``--model``, on its device, without progress bars; of the hub, this revision of it.
 
@@ -236,12 +254,7 @@ def load_pipeline(model: str, dtype: str, device: str | None, revision: str | No
     """
     import torch
 
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-    try:
-        torch.empty(1, device=device or "cpu")  # before a large model is read
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+    device = usable_device(device)  # before a large model is read
     if model == "demo":
         from kspec_guidance import load_demo_pipeline
 
@@ -254,7 +267,7 @@ def load_pipeline(model: str, dtype: str, device: str | None, revision: str | No
         except Exception as error:  # of the hub, the files, or a package that the pipeline needs
             hint = "" if nearest_name(model, ["demo"]) is None else "; did you mean 'demo'?"
             raise ValueError(f"cannot load {model!r}{hint}: {type(error).__name__}: {_one_line(error)}") from error
-    if device not in (None, "cpu"):
+    if device != "cpu":
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
