@@ -57,7 +57,7 @@ def test_too_little_memory_is_told_before_anything_is_loaded(free):
     free(12)
     with pytest.raises(ValueError, match=r"needs about .* GB or about .* GB with --offload model .* cuda:0 has 12 GB free"):
         choose_offload(RECIPES["flux-dev"], GPU, 4)
-    with pytest.raises(ValueError, match="cpu has 12 GB free; give a smaller model$"):
+    with pytest.raises(ValueError, match=r"cpu has 12 GB free; give a smaller model$"):
         choose_offload(RECIPES["flux-dev"], CPU, 1)
     with pytest.raises(ValueError, match="keeps weights off a GPU"):
         choose_offload(RECIPES["demo"], CPU, 1, "model")

@@ -22,7 +22,12 @@ def test_methods_take_their_default_strength_those_after_their_name_or_a_sweep()
 def test_a_choice_says_what_it_runs():
     [sparke] = choose_methods("sparke@25/50", DEMO)
     about = sparke.describe()
-    assert (about["name"], about["strength"], about["strengths"], about["chosen"]) == ("sparke", "variety", ["25", "50"], "50")
+    assert (about["name"], about["strength"], about["strengths"], about["chosen"]) == (
+        "sparke",
+        "variety",
+        ["25", "50"],
+        "50",
+    )
     [oscar] = choose_methods("oscar", DEMO)
     assert oscar.describe()["parameters"] == {"noise_weight": 0.05, "c": 4.0}
 

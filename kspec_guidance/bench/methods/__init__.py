@@ -41,7 +41,9 @@ METHODS: dict[str, type[Method]] = {  # those whose parameters are tuned, by the
 }  # fmt: skip
 DIALS: tuple[type[Method], ...] = (Dial, Vivid, FewStep, Entropy, TowardReference)
 CODES: dict[str, type[Method]] = {  # those that run on pipelines as they are, by their names in commands
-    m.code: m for m in (*METHODS.values(), *DIALS) if "code" in vars(m)  # combinations inherit one
+    m.code: m
+    for m in (*METHODS.values(), *DIALS)
+    if "code" in vars(m)  # combinations inherit one
 }
 
 __all__ = ["CODES", "METHODS", "Log", "Method", "Moment", "Real", "Whole"]

@@ -27,11 +27,12 @@ class PinkNoise(Start):
     exponent: float = 0.2
 
     def choose(self, bed: Any, case: Any) -> Tensor:
-        x = bed.start(case, bed.images)
+        start = bed.start(case, bed.images)
+        x = start.float()
         h, w = x.shape[-2:]
         f = (torch.fft.fftfreq(h)[:, None].square() + torch.fft.rfftfreq(w).square()).sqrt().to(x.device)
         gain = f.clamp_min(1 / max(h, w)) ** -self.exponent
         both_halves = torch.ones(gain.shape[-1], device=x.device)
         both_halves[1 : (w + 1) // 2] = 2  # columns of rfft that stand for two
         gain = gain / ((gain.square() * both_halves).sum() / (h * w)).sqrt()
-        return torch.fft.irfft2(torch.fft.rfft2(x) * gain, s=(h, w))
+        return torch.fft.irfft2(torch.fft.rfft2(x) * gain, s=(h, w)).to(start.dtype)
