@@ -30,6 +30,7 @@ PLAIN = "plain"
 GROUPS = 10  # of prompts, each left out once by the jackknife
 DEPTH = 5.0  # of the hypervolume's box, in units of the quality that still counts as equal
 FEWEST = 4  # prompts of an interval of a score of all images
+ENOUGH = 20  # prompts from which a bootstrap's intervals are about as wide as they say
 
 Progress = Callable[[str], None]
 Setting = tuple[str, str | None]  # method, strength
@@ -194,6 +195,8 @@ def judge(
         notes.append("without plain sampling among the methods there are no differences and gains")
     if several:
         notes.append("strengths were chosen on these same images" if quality else "no score of quality chose the strengths")
+    if len(shared) < ENOUGH:
+        notes.append(f"intervals from fewer than {ENOUGH} prompts, here {len(shared)}, are narrower than they should be")
     most = [METRICS[n].most for n in found if METRICS[n].most]
     if most and len(shared) * settings["images"] > max(most):
         notes.append(f"scores by a kernel matrix of all images take {max(most)} of them, of evenly spaced prompts")

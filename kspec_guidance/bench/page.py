@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kspec_guidance.bench.judge import PLAIN
+from kspec_guidance.bench.preferences import preference_table
 from kspec_guidance.bench.store import Run
 from kspec_guidance.bench.tables import latex, markdown, tables
+from kspec_guidance.bench.targets import compare_with
 from kspec_guidance.evaluation.image_sets import thumbnail
 from kspec_guidance.evaluation.page import page_environment, svg_plot
 from kspec_guidance.kernels.distances import evenly_spaced
@@ -27,7 +29,9 @@ def write(results: Mapping[str, Any], run: Run, out: str | Path) -> list[Path]:
     """Write ``bench.html``, ``results.json``, and the tables as ``tables.md`` and ``tables.tex``.
 
     Args:
-        results: of :func:`~kspec_guidance.bench.judge.judge`.
+        results: of :func:`~kspec_guidance.bench.judge.judge`. With ``compare_with``, names of tables of papers, our figures
+            are printed beside theirs; with ``preferences``, of :func:`~kspec_guidance.bench.preferences.analyse`, also what
+            people prefer; with ``failed``, methods that could not go on, with the reason.
         run: the comparison, for its images.
         out: folder; created if it does not exist.
 
@@ -39,6 +43,10 @@ def write(results: Mapping[str, Any], run: Run, out: str | Path) -> list[Path]:
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     found = tables(results)
+    if "preferences" in results:
+        found.append(preference_table(results["preferences"]))
+    for name in results.get("compare_with", ()):
+        found += compare_with(results, name)
     page = page_environment(TEMPLATES).get_template("bench.html").render(
         title=f"Methods of diversity on {results['model']}", results=results, tables=found, plots=_plots(results),
         grids=_grids(results, run), skipped=_by_reason(results["skipped"]), version=__version__,

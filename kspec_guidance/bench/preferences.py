@@ -9,8 +9,9 @@ import numpy as np
 
 from kspec_guidance.bench.fronts import DRAWS, resampled
 from kspec_guidance.bench.judge import PLAIN
+from kspec_guidance.bench.tables import Cell, Table
 
-__all__ = ["PRIOR", "analyse", "bradley_terry", "read_answers"]
+__all__ = ["PRIOR", "analyse", "bradley_terry", "preference_table", "read_answers"]
 
 PRIOR = 0.5  # wins in either direction that are added to each pair that was compared
 STEPS, CLOSE = 2000, 1e-10
@@ -129,6 +130,27 @@ def analyse(key: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> dic
             },
         }
     return out
+
+
+def preference_table(found: Mapping[str, Any]) -> Table:
+    """How probably each method is preferred to the reference, for each question.
+
+    Args:
+        found: of :func:`analyse`.
+    """
+    questions, reference = found["questions"], found["reference"]
+    methods = next(iter(questions.values()))["methods"]
+    rows = []
+    for method in methods:
+        if method != reference:
+            v = [q["methods"][method]["preferred"] for q in questions.values()]
+            cells = [Cell(f"{100 * x['value']:.0f}%", f"{100 * x['low']:.0f}%, {100 * x['high']:.0f}%") for x in v]
+            rows.append((method, cells))
+    about = (
+        f"How probably a participant prefers a method's images to those of {reference} (Bradley-Terry, 95%), of "
+        f"{found['participants']} participants."
+    )
+    return Table("What people prefer", about, ["method", *questions], rows)
 
 
 def _interval(name: str, draws: np.ndarray) -> dict[str, float]:

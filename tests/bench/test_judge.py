@@ -172,6 +172,7 @@ def test_without_plain_sampling_or_with_one_prompt_there_are_values_alone(tmp_pa
     one = judge(make_run(tmp_path / "b", prompts=1, images=1), stubs)
     assert one["methods"]["plain"]["method"] == {"value": 100.0, "low": None, "high": None}
     assert "p" not in one["differences"]["cads"]["method"]
+    assert any("fewer than 20 prompts, here 1," in note for note in one["notes"])
 
 
 def test_unknown_scores_and_references_without_images_are_errors(tmp_path):

@@ -27,6 +27,10 @@ def folder(tmp_path_factory):
             metric = Metric(name, f"score {name}", aspect, "image", lambda r, m=measure: m, higher=higher, tolerance=100.0)
             patch.setitem(METRICS, name, metric)
         results = judge(run, ["a", "b", "c", "lpips"]) | {"failed": {"cno": "needs 80 GB"}}
+        results["compare_with"] = ["sparke-cost"]
+        preferred = {"value": 0.7, "low": 0.6, "high": 0.81}
+        methods = {m: {"preferred": preferred} for m in ("plain", "cads")}
+        results["preferences"] = {"participants": 5, "reference": "plain", "questions": {"variety": {"methods": methods}}}
         write(results, run, folder)
     return folder
 
@@ -48,10 +52,13 @@ def test_the_page_has_verdict_fronts_tables_reasons_and_the_same_prompts_of_all_
 def test_tables_are_also_files(folder):
     results = json.loads((folder / "results.json").read_text())
     text = (folder / "tables.md").read_text()
-    assert [t.title for t in tables(results)] == re.findall("^## (.*)$", text, re.MULTILINE)
+    beside = ["What people prefer", "SPARKE, cost of an image, SD 1.5"]
+    assert [*(t.title for t in tables(results)), *beside] == re.findall("^## (.*)$", text, re.MULTILINE)
     assert "| cads | 3.00 | 2.00 | 0.00 |" not in text
     assert re.search(r"\| cads \| 4\.00 \| 3\.00 \| 0\.00", text)
-    assert (folder / "tables.tex").read_text().count(r"\toprule") == len(tables(results))
+    assert "| cads | 70% [60%, 81%] |" in text
+    assert "| none (plain) | 1.62 | 1.00 | 3.178 | 0.00105 |" in text
+    assert (folder / "tables.tex").read_text().count(r"\toprule") == len(tables(results)) + 2
 
 
 def test_cells_are_escaped_and_marked():
