@@ -82,7 +82,8 @@ def write_form(
         first, second, prompt = shown[k]
         left, right = (first, second) if rng.random() < 0.5 else (second, first)
         key.append({"prompt": int(prompt), "left": left, "right": right})
-    form = hash_json([key, dict(questions), chosen, [str(run.folder)]], 16)
+    made_of = {k: v for k, v in run.settings.items() if k not in ("versions", "device")}
+    form = hash_json([key, dict(questions), chosen, made_of], 16)
     texts = {p["index"]: p["text"] for p in run.settings["prompts"]}
     rows = []
     for item in key:

@@ -24,7 +24,7 @@ from kspec_guidance.utils.folders import list_files
 from kspec_guidance.utils.hashing import hash_json
 from kspec_guidance.utils.images import SourceError, image_types
 
-__all__ = ["GROUPS", "PLAIN", "judge"]
+__all__ = ["GROUPS", "PLAIN", "judge", "wanted_scores"]
 
 PLAIN = "plain"
 GROUPS = 10  # of prompts, each left out once by the jackknife
@@ -116,6 +116,32 @@ class _Draws:
         return value + ((groups >= 0).sum() / (parts - 1)) ** 0.5 * (shares - shares[0]) @ pseudo
 
 
+def wanted_scores(metrics: Sequence[str] | None, reference: str | Path | None) -> tuple[list[str], list[Path]]:
+    """Names of the scores and files of the reference that :func:`judge` will use: to refuse wrong ones before a long run.
+
+    Args:
+        metrics: names of scores; None for all.
+        reference: folder of real images, or None.
+
+    Raises:
+        ValueError: for an unknown score.
+        SourceError: for a reference without images.
+    """
+    names = list(METRICS) if metrics is None else list(dict.fromkeys(metrics))
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"unknown score {name!r}; {choices(name, METRICS)}")
+    if reference is None:
+        return names, []
+    folder = Path(reference)
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder of real images")
+    files = [path for path in list_files(folder)[0] if path.suffix.lower() in image_types()]
+    if not files:
+        raise SourceError(f"{folder} contains no images")
+    return names, files
+
+
 def judge(
     run: Run,
     metrics: Sequence[str] | None = None,
@@ -147,10 +173,7 @@ def judge(
         ValueError: for an unknown score, or if no prompt is finished for all methods.
         SourceError: for a reference without images.
     """
-    names = list(METRICS) if metrics is None else list(dict.fromkeys(metrics))
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(f"unknown score {name!r}; {choices(name, METRICS)}")
+    names, files = wanted_scores(metrics, reference)
     settings, images = run.settings, run.groups()
     notes: list[str] = []
     shared, images = _finished(images, notes)
@@ -159,7 +182,6 @@ def judge(
         setting: [[Sample(path, prompts[k]["text"], prompts[k].get("truth") or {}) for path in of[k].paths] for k in shared]
         for setting, of in images.items()
     }
-    files = [] if reference is None else _reference(Path(reference))
     texts = [prompts[k]["text"] for k in shared]
     demo = settings["model"]["name"] == "demo"
     resources = Resources(texts, demo, files, device, download, run.folder)
@@ -250,15 +272,6 @@ def _order(setting: Setting, labels: Mapping[Setting, str]) -> tuple[int, int]:
     order = list(labels)
     first = next(k for k, s in enumerate(order) if s[0] == setting[0])
     return first, 0 if labels[setting] == setting[0] else 1 + order.index(setting)
-
-
-def _reference(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise SourceError(f"{folder} is not a folder of real images")
-    files = [path for path in list_files(folder)[0] if path.suffix.lower() in image_types()]
-    if not files:
-        raise SourceError(f"{folder} contains no images")
-    return files
 
 
 @torch.inference_mode(False)

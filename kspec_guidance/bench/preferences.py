@@ -11,7 +11,7 @@ from kspec_guidance.bench.fronts import DRAWS, resampled
 from kspec_guidance.bench.judge import PLAIN
 from kspec_guidance.bench.tables import Cell, Table
 
-__all__ = ["PRIOR", "analyse", "bradley_terry", "preference_table", "read_answers"]
+__all__ = ["PRIOR", "analyse", "analyse_folder", "bradley_terry", "preference_table", "read_answers"]
 
 PRIOR = 0.5  # wins in either direction that are added to each pair that was compared
 STEPS, CLOSE = 2000, 1e-10
@@ -130,6 +130,18 @@ def analyse(key: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> dic
             },
         }
     return out
+
+
+def analyse_folder(folder: str | Path, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same with the key that :func:`~kspec_guidance.bench.form.write_form` has written into a folder.
+
+    Raises:
+        ValueError: if the folder has no key, or as :func:`analyse`.
+    """
+    path = Path(folder) / "form-key.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: it tells which set of the form is whose; copy it there")
+    return analyse(json.loads(path.read_text(encoding="utf-8")), answers)
 
 
 def preference_table(found: Mapping[str, Any]) -> Table:

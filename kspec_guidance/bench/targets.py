@@ -13,7 +13,7 @@ from kspec_guidance.bench.tables import Cell, Table
 from kspec_guidance.evaluation.page import number
 from kspec_guidance.utils.arguments import choices
 
-__all__ = ["TARGETS", "compare_with", "target"]
+__all__ = ["TARGETS", "compare_with", "figures", "target"]
 
 FOLDER = Path(__file__).parent / "assets" / "targets"
 TARGETS = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
@@ -33,6 +33,18 @@ def target(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def figures(name: str) -> dict[str, Any]:
+    """A table of a paper, as :func:`target`, that has figures.
+
+    Raises:
+        ValueError: for an unknown name, or a paper of which no figures are known here.
+    """
+    found = target(name)
+    if not found["models"]:
+        raise ValueError(f"no figures of {found['title']} ({found['source']}) are known here. {found['caveat']}")
+    return found
+
+
 def compare_with(results: Mapping[str, Any], name: str) -> list[Table]:
     """The table of a paper with our figures beside it: a table for each of its models.
 
@@ -43,9 +55,7 @@ def compare_with(results: Mapping[str, Any], name: str) -> list[Table]:
     Raises:
         ValueError: for an unknown name, or a paper of which no figures are known here.
     """
-    found = target(name)
-    if not found["models"]:
-        raise ValueError(f"no figures of {found['title']} ({found['source']}) are known here. {found['caveat']}")
+    found = figures(name)
     images = results["prompts"] * results["images"]
     about = (
         f"{found['source']}; read: {found['read']}. Theirs: {found['setting']}. Ours: {results['model']}, "

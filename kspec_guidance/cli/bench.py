@@ -1,7 +1,7 @@
 """The command ``kspec-guidance bench``."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,6 +132,20 @@ def bench(
     download: Annotated[
         bool, typer.Option("--download", help="Let scores download their networks from the hub.", rich_help_panel=SCORES)
     ] = False,
+    compare_with: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Print our figures beside those of a paper, e.g. sparke-table-1; may be repeated.", rich_help_panel=SCORES
+        ),
+    ] = None,
+    form: Annotated[
+        bool,
+        typer.Option("--form", help="Also write a blinded form for people, and its key.", rich_help_panel=SCORES),
+    ] = False,
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(help="Answers to the form, one file a person; may be repeated.", rich_help_panel=SCORES, exists=True),
+    ] = None,
     processes: Annotated[
         int | None,
         typer.Option(min=1, help="With --dry-run: plan for this many processes.", rich_help_panel=PROCESSES),
@@ -166,6 +180,7 @@ def bench(
         from kspec_guidance.bench.plan import SUITES, choose_methods
         from kspec_guidance.bench.prompts import read_bench_prompts
 
+        wanted = _Wanted.of(metrics, reference, download, compare_with or [], form, answers or [])
         settings = DEFAULTS | SUITES.get(suite or "", {}) | {k: v for k, v in given.items() if v is not None}
         recipe, own = find_recipe(model)
         if not own:
@@ -198,7 +213,7 @@ def bench(
             return
         output.note(f"{made.made} images made in {made.seconds:.0f} s")
         del pipe, job
-        _judge(output, made, out, metrics, reference, str(where), download)
+        _judge(output, made, out, wanted, str(where))
 
 
 def _call(recipe: Any, steps: int | None, guidance_scale: float | None, option: list[str] | None) -> dict[str, Any]:
@@ -256,17 +271,58 @@ def _plan_table(found: Any) -> Table:
     return table
 
 
-def _judge(
-    output: Output, made: Any, out: Path, metrics: str | None, reference: Path | None, device: str, download: bool
-) -> None:
+@dataclass(frozen=True)
+class _Wanted:
+    """What is done with the images, checked before any is made.
+
+    Attributes:
+        scores: names of scores; None for all.
+        reference: folder of real images.
+        download: whether scores may download their networks.
+        papers: names of tables of papers.
+        form: whether to write a blinded form.
+        people: the answers of each participant of a form.
+    """
+
+    scores: list[str] | None
+    reference: Path | None
+    download: bool
+    papers: list[str]
+    form: bool
+    people: list[dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls, metrics: str | None, reference: Path | None, download: bool, papers: Sequence[str], form: bool,
+        answers: Sequence[Path],
+    ) -> "_Wanted":  # fmt: skip
+        """From the options of the command."""
+        from kspec_guidance.bench.judge import wanted_scores
+        from kspec_guidance.bench.preferences import read_answers
+        from kspec_guidance.bench.targets import figures
+
+        scores = None if metrics is None else [name.strip() for name in metrics.split(",")]
+        wanted_scores(scores, reference)
+        for name in papers:
+            figures(name)
+        return cls(scores, reference, download, list(papers), form, [read_answers(path) for path in answers])
+
+
+def _judge(output: Output, made: Any, out: Path, wanted: _Wanted, device: str) -> None:
     """Score the images, and write the page."""
+    from kspec_guidance.bench.form import write_form
     from kspec_guidance.bench.judge import judge
     from kspec_guidance.bench.page import write
+    from kspec_guidance.bench.preferences import analyse_folder
 
     output.kept = f"all images are in {out}; run the same command again to score them"
-    chosen = None if metrics is None else [name.strip() for name in metrics.split(",")]
-    results = judge(made.run, chosen, reference, device, download, lambda title: output.note(f"scoring: {title}"))
-    results["failed"] = made.failed
-    files = write(results, made.run, out)
-    output.wrote(*files)
+    results = judge(
+        made.run, wanted.scores, wanted.reference, device, wanted.download, lambda title: output.note(f"scoring: {title}")
+    )
+    results |= {"failed": made.failed, "compare_with": wanted.papers}
+    if wanted.people:
+        results["preferences"] = analyse_folder(out, wanted.people)
+    output.wrote(*write(results, made.run, out))
+    if wanted.form:
+        output.wrote(*write_form(made.run, out))
     output.result(results, results["verdict"])

@@ -25,6 +25,21 @@ def test_the_command_leaves_page_and_results_and_continues(tmp_path):
     assert "seed: 0 before, now 1" in other.stderr
 
 
+def test_a_form_is_written_and_its_answers_are_read(tmp_path):
+    """A second call finds all images made: it scores them, reads the answers, and prints figures of a paper beside ours."""
+    assert call("bench", *FAST, "--form", "--out", tmp_path).exit_code == 0
+    key = json.loads((tmp_path / "form-key.json").read_text())
+    answers = [{"item": k, "answers": dict.fromkeys(key["questions"], "left")} for k in range(len(key["items"]))]
+    person = {"form": key["form"], "participant": "1", "answers": answers}
+    (tmp_path / "person.json").write_text(json.dumps(person))
+    result = call("bench", *FAST, "--answers", tmp_path / "person.json", "--compare-with", "sparke-cost", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "results.json").read_text())["preferences"]["participants"] == 1
+    text = (tmp_path / "tables.md").read_text()
+    assert "## What people prefer" in text
+    assert "## SPARKE, cost of an image, SD 1.5" in text
+
+
 def test_a_dry_run_prints_hours_and_gigabytes_and_writes_nothing(tmp_path):
     result = call("bench", *FAST, "--dry-run", "--processes", 2, "--out", tmp_path / "none", "--json")
     assert result.exit_code == 0, result.output
@@ -49,6 +64,10 @@ def test_a_dry_run_prints_hours_and_gigabytes_and_writes_nothing(tmp_path):
         (("--offload", "model", "--device", "cpu"), "keeps weights off a GPU"),
         (("--option", "negative_promt=x"), "did you mean negative_prompt?"),
         (("--device", "cuda:99"), "cannot use device 'cuda:99'"),
+        (("--metrics", "vendy"), "did you mean 'vendi'?"),
+        (("--compare-with", "sparke-table-2"), "no table of a paper is named 'sparke-table-2'"),
+        (("--compare-with", "oscar"), "no figures of OSCAR (arXiv 2510.09060) are known here"),
+        (("--answers", __file__), "holds no answers to a form"),
     ],
 )
 def test_wrong_input_is_told_in_one_line_and_nothing_is_written(arguments, message, tmp_path, monkeypatch):
