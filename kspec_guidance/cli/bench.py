@@ -180,7 +180,7 @@ def bench(
         from kspec_guidance.bench.plan import SUITES, choose_methods
         from kspec_guidance.bench.prompts import read_bench_prompts
 
-        wanted = _Wanted.of(metrics, reference, download, compare_with or [], form, answers or [])
+        wanted = _Wanted.of(out, metrics, reference, download, compare_with or [], form, answers or [])
         settings = DEFAULTS | SUITES.get(suite or "", {}) | {k: v for k, v in given.items() if v is not None}
         recipe, own = find_recipe(model)
         if not own:
@@ -281,7 +281,7 @@ class _Wanted:
         download: whether scores may download their networks.
         papers: names of tables of papers.
         form: whether to write a blinded form.
-        people: the answers of each participant of a form.
+        preferences: what the participants of a form prefer; None without answers.
     """
 
     scores: list[str] | None
@@ -289,23 +289,24 @@ class _Wanted:
     download: bool
     papers: list[str]
     form: bool
-    people: list[dict[str, Any]]
+    preferences: dict[str, Any] | None
 
     @classmethod
     def of(
-        cls, metrics: str | None, reference: Path | None, download: bool, papers: Sequence[str], form: bool,
+        cls, out: Path, metrics: str | None, reference: Path | None, download: bool, papers: Sequence[str], form: bool,
         answers: Sequence[Path],
     ) -> "_Wanted":  # fmt: skip
         """From the options of the command."""
         from kspec_guidance.bench.judge import wanted_scores
-        from kspec_guidance.bench.preferences import read_answers
+        from kspec_guidance.bench.preferences import analyse_folder, read_answers
         from kspec_guidance.bench.targets import figures
 
         scores = None if metrics is None else [name.strip() for name in metrics.split(",")]
         wanted_scores(scores, reference)
         for name in papers:
             figures(name)
-        return cls(scores, reference, download, list(papers), form, [read_answers(path) for path in answers])
+        people = [read_answers(path) for path in answers]
+        return cls(scores, reference, download, list(papers), form, analyse_folder(out, people) if people else None)
 
 
 def _judge(output: Output, made: Any, out: Path, wanted: _Wanted, device: str) -> None:
@@ -313,15 +314,14 @@ def _judge(output: Output, made: Any, out: Path, wanted: _Wanted, device: str) -
     from kspec_guidance.bench.form import write_form
     from kspec_guidance.bench.judge import judge
     from kspec_guidance.bench.page import write
-    from kspec_guidance.bench.preferences import analyse_folder
 
     output.kept = f"all images are in {out}; run the same command again to score them"
     results = judge(
         made.run, wanted.scores, wanted.reference, device, wanted.download, lambda title: output.note(f"scoring: {title}")
     )
     results |= {"failed": made.failed, "compare_with": wanted.papers}
-    if wanted.people:
-        results["preferences"] = analyse_folder(out, wanted.people)
+    if wanted.preferences is not None:
+        results["preferences"] = wanted.preferences
     output.wrote(*write(results, made.run, out))
     if wanted.form:
         output.wrote(*write_form(made.run, out))

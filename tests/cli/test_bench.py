@@ -32,6 +32,9 @@ def test_a_form_is_written_and_its_answers_are_read(tmp_path):
     answers = [{"item": k, "answers": dict.fromkeys(key["questions"], "left")} for k in range(len(key["items"]))]
     person = {"form": key["form"], "participant": "1", "answers": answers}
     (tmp_path / "person.json").write_text(json.dumps(person))
+    other = call("bench", "--answers", tmp_path / "person.json", "--out", tmp_path / "other")
+    assert other.exit_code == 2
+    assert "form-key.json is missing" in other.stderr
     result = call("bench", *FAST, "--answers", tmp_path / "person.json", "--compare-with", "sparke-cost", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "results.json").read_text())["preferences"]["participants"] == 1
