@@ -5,6 +5,7 @@ This file relies on two facts of diffusers: blocks in a loop are called with ``(
 """
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,12 @@ def _loops(blocks: Any) -> list[Any]:
     return [loop for block in inner for loop in _loops(block)]
 
 
+def _takes_steps(loop: Any) -> bool:
+    """Whether a loop goes over the steps of the scheduler: its blocks take an index and a timestep."""
+    calls = [inspect.signature(block.__call__).parameters for block in loop.sub_blocks.values()]
+    return all({"i", "t"} <= parameters.keys() for parameters in calls)
+
+
 def insert_guidance(blocks: Any, guide: KernelGuidance | None = None) -> Any:
     """A copy of modular blocks with a :class:`KernelGuidanceBlock` in every denoising loop.
 
@@ -114,12 +121,14 @@ def insert_guidance(blocks: Any, guide: KernelGuidance | None = None) -> Any:
         guide: SPARKE() by default; all loops share it.
 
     Raises:
-        ValueError: if there is no denoising loop.
+        ValueError: if there is no denoising loop, or one whose steps are inside a block.
     """
     blocks = copy.deepcopy(blocks)
-    loops = _loops(blocks)
+    found = _loops(blocks)
+    loops = [loop for loop in found if _takes_steps(loop)]
     if not loops:
-        raise ValueError(f"{type(blocks).__name__} has no denoising loop")
+        why = "takes its steps inside a block, where no other block can be inserted" if found else "has no denoising loop"
+        raise ValueError(f"{type(blocks).__name__} {why}; use guide.attach(pipe), or a KernelGuider")
     guide = SPARKE() if guide is None else guide
     for loop in loops:
         names = list(loop.sub_blocks)

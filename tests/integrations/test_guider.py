@@ -33,9 +33,18 @@ MODULAR = [
     "LTXModularPipeline",
     "LTX2ModularPipeline",
     "ErnieImageModularPipeline",
+    "AnimaModularPipeline",
+    "Krea2ModularPipeline",
+    "Flux3ModularPipeline",
+    "HeliosModularPipeline",
 ]
 QUICK = {"StableDiffusion3ModularPipeline", "QwenImageModularPipeline", "ZImageModularPipeline"}
-CLASSIC = ["HunyuanImagePipeline", "HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"]
+CLASSIC = [
+    "HunyuanImagePipeline",
+    "HunyuanVideo15Pipeline",
+    "HunyuanVideo15ImageToVideoPipeline",
+    "MotifVideoPipeline",
+]
 BLOCK = {"indices": [0], "fqn": "transformer_blocks", "skip_attention": False, "skip_ff": True}
 HOSTS = {"MagnitudeAwareGuidance": "QwenImageModularPipeline", "PerturbedAttentionGuidance": "HunyuanImagePipeline"}
 INNER = {
@@ -56,10 +65,7 @@ INNER = {
 def build(name):
     if name in tiny.MODULAR:
         return tiny.build_modular(name)
-    pipe = tiny.build(name)
-    if pipe.guider is None:
-        pipe.register_modules(guider=guiders.AdaptiveProjectedMixGuidance())
-    return pipe
+    return tiny.build(name)
 
 
 def generate(pipe, **kwargs):

@@ -109,6 +109,15 @@ def test_block_save_load_round_trip(tmp_path, monkeypatch):
 
 
 @requires_modular
+@pytest.mark.parametrize("name", ["HeliosModularPipeline", "WanAnimate2ModularPipeline", "EchoModularPipeline"])
+def test_a_block_is_refused_where_steps_are_taken_inside_a_block(name):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    with pytest.raises(ValueError, match=r"takes its steps inside a block, .* use guide.attach\(pipe\), or a KernelGuider"):
+        insert_guidance(getattr(diffusers, name)().blocks)
+
+
+@requires_modular
 def test_modular_pipeline_remembers_the_positive_prompts():
     pipe, features = build_modular("QwenImageModularPipeline"), []
     for negative in ("dull", "an ugly green cat"):

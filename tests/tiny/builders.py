@@ -114,8 +114,13 @@ def build(name: str, **overrides: Any) -> Any:
     return pipe
 
 
-# modular pipelines and the classic pipelines whose components they use
-MODULAR = {
+# modular pipelines and the classic pipelines whose components they use; None for components of their own
+MODULAR: dict[str, str | None] = {
+    "AnimaModularPipeline": None,
+    "Flux3ModularPipeline": None,
+    "Flux3DistilledModularPipeline": None,
+    "WanAnimate2ModularPipeline": None,
+    "WanAnimate2DistilledModularPipeline": None,
     "StableDiffusionXLModularPipeline": "StableDiffusionXLPipeline",
     "StableDiffusion3ModularPipeline": "StableDiffusion3Pipeline",
     "FluxModularPipeline": "FluxPipeline",
@@ -140,10 +145,53 @@ MODULAR = {
 }
 
 
+# what modular pipelines need unlike their classic counterparts
+MODULAR_COMPONENTS: dict[str, dict[str, Any]] = {
+    "Anima": {"transformer": {"in_channels": 16, "out_channels": 16}, "t5_tokenizer": "Qwen2Tokenizer"},
+    "Flux3Distilled": {"tokenizer": "Qwen3VLProcessor", "transformer": {"flow_map": True}},
+    "Flux3": {"tokenizer": "Qwen3VLProcessor"},
+    "WanAnimate2": {
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "image_encoder": {"image_size": 224, "patch_size": 56, "hidden_size": 1280},  # the width that it expects
+    },
+    "Krea2": {"text_encoder": {"text": {"num_hidden_layers": 36}}, "transformer": {"num_text_layers": 12}},  # fixed layers
+}
+MODULAR_CALLS: dict[str, dict[str, Any]] = {
+    "Flux3": {"text_encoder_out_layers": (0, 1, 2), "max_sequence_length": 256},
+    "WanAnimate2": {"image": lambda: inputs.image(1), "driving_video": lambda: inputs.clip(5), "segment_frame_length": 5},
+    "Helios": {"num_videos_per_prompt": 1},  # its history has one row
+    "HunyuanVideo15": {"num_videos_per_prompt": 1, "num_inference_steps": 2},  # its empty image embeddings have one row
+}
+
+
+def modular_rule(rules: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """The entry whose key the name begins with; empty if there is none."""
+    return next((rule for key, rule in rules.items() if name.startswith(key)), {})
+
+
 def build_modular(name: str, **settings: Any) -> Any:
-    """A modular pipeline with its default blocks and the tiny components of its classic counterpart."""
-    pipe = getattr(diffusers, name)(**settings)
-    components = build(MODULAR[name]).components
+    """A modular pipeline with its default blocks, and tiny components of its own or of its classic counterpart."""
+    pipe, overrides = getattr(diffusers, name)(**settings), modular_rule(MODULAR_COMPONENTS, name)
+    if "prompt_upsampler" in pipe.blocks.sub_blocks:  # a language model that writes a longer prompt
+        blocks = pipe.blocks
+        del blocks.sub_blocks["prompt_upsampler"]
+        pipe = getattr(diffusers, name)(blocks=blocks)
+    if MODULAR[name] is None:
+        components = {
+            spec.name: build_component(class_names(spec.type_hint), overrides.get(spec.name))
+            for spec in pipe.blocks.expected_components
+            if spec.default_creation_method == "from_pretrained"
+        }
+    else:
+        classic = getattr(diffusers, MODULAR[name])
+        annotations = inspect.signature(classic.__init__).parameters
+        components = build(
+            classic,
+            **{
+                part: build_component(class_names(annotations[part].annotation), override)
+                for part, override in overrides.items()
+            },
+        ).components
     if "Wan22" in name:
         components["transformer_2"] = build_component(["WanTransformer3DModel"], None)
     expected = {spec.name for spec in pipe.blocks.expected_components}
@@ -159,7 +207,8 @@ def build_modular(name: str, **settings: Any) -> Any:
 
 def modular_call_kwargs(pipe: Any, **kwargs: Any) -> dict[str, Any]:
     """Arguments of a modular pipeline's call that its blocks accept."""
-    settings = families.rule_for(MODULAR[type(pipe).__name__]).call
+    name = type(pipe).__name__
+    settings = families.rule_for(MODULAR[name] or name).call
     settings = {k: v() if callable(v) else v for k, v in settings.items()}
     torch.manual_seed(0)
     values = {
@@ -179,7 +228,8 @@ def modular_call_kwargs(pipe: Any, **kwargs: Any) -> dict[str, Any]:
         "frame_rate",
         "negative_prompt",
     )
-    values |= {k: v for k, v in settings.items() if k in shared} | kwargs
+    values |= {k: v for k, v in settings.items() if k in shared}
+    values |= {k: v() if callable(v) else v for k, v in modular_rule(MODULAR_CALLS, name).items()} | kwargs
     return {k: v for k, v in values.items() if k in accepted and v is not inputs.EXPLICIT_NONE}
 
 

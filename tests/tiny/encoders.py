@@ -300,6 +300,17 @@ def gemma3(cls: str = "Gemma3ForConditionalGeneration") -> Any:
     return getattr(transformers, cls)(config)
 
 
+def t5gemma2() -> Any:
+    vision = {
+        "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": HEADS,
+        "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.T5Gemma2EncoderConfig(
+        text_config=text_config(dropout_rate=0.0), vision_config=vision, image_token_index=token_id("<|image_pad|>")
+    )
+    return transformers.T5Gemma2Encoder(config)
+
+
 def mistral3(cls: str) -> Any:
     config = transformers.Mistral3Config(
         text_config=text_config(model_type="mistral"),
@@ -416,6 +427,7 @@ ENCODERS: dict[str, Any] = {
     "ChatGLMModel": chatglm,
     "MultilingualCLIP": multilingual_clip,
     "Gemma3ForConditionalGeneration": gemma3,
+    "T5Gemma2Encoder": t5gemma2,
     "SiglipVisionModel": siglip_vision,
     "ClapModel": functools.partial(clap, "ClapModel"),
     "ClapTextModelWithProjection": functools.partial(clap, "ClapTextModelWithProjection"),

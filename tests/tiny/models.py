@@ -345,7 +345,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_embed_dim": WIDTH,
         "time_position_encoding_type": "3d_rope",
     },
-    "MotifVideoTransformer3DModel": HUNYUAN | {"in_channels": 33, "out_channels": 16},
+    "MotifVideoTransformer3DModel": DIT | {
+        "in_channels": 33, "out_channels": 16, "num_single_layers": 1, "text_embed_dim": WIDTH, "rope_axes_dim": ROPE,
+    },
+    "AnimaTextConditioner": {
+        "source_dim": WIDTH, "target_dim": WIDTH, "model_dim": WIDTH, "num_layers": 1, "num_attention_heads": 2,
+        "target_vocab_size": 20000, "min_sequence_length": 16,
+    },
+    "Flux3Transformer2DModel": DIT | {
+        "in_channels": 16, "cond_in_channels": 16, "num_single_layers": 1, "joint_attention_dim": 3 * WIDTH,
+        "timestep_channels": 32, "axes_dims_rope": (4, 4, 4, 4),
+    },
+    "WanAnimate2Transformer3DModel": {
+        "text_len": 64, "in_dim": 36, "dim": 24, "ffn_dim": 32, "freq_dim": 32, "text_dim": WIDTH, "num_heads": 2,
+        "num_layers": 1,
+    },
     "LTX2VideoTransformer3DModel": {
         "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
         "cross_attention_dim": 16, "num_layers": 2,

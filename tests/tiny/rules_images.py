@@ -50,6 +50,7 @@ RULES = [
     ),
     rule(r"HunyuanDiTControlNet", call={"control_image": image}),
     rule(r"HunyuanDiTPAG", init={"pag_applied_layers": "blocks.1"}),
+    rule(r"^HunyuanImagePipeline", components={"guider": "AdaptiveProjectedMixGuidance"}),  # that of its calls without one
     rule(
         r"HunyuanImageRefiner",
         components={

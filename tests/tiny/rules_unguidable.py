@@ -14,6 +14,7 @@ RULES = [
         r"SkyReelsV2DiffusionForcing",
         unguidable="it steps each latent frame with its own copy of the scheduler: no step has a whole clip",
     ),
+    rule(r"^Echo", unguidable="its loop adds noise to the predictions itself, without a scheduler's step"),
     rule(r"VersatileDiffusionPipeline", unguidable="a collection of three pipelines without its own __call__"),
     rule(
         r"^AnyFlowFAR",

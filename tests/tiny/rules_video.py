@@ -67,6 +67,7 @@ RULES = [
         components={"scheduler": ("HeliosScheduler", {"stages": 1, "stage_range": [0, 1]})},
         call={"num_frames": 33},
     ),
+    rule(r"^HunyuanVideo15", call={"num_inference_steps": 2}),  # it attends to thousands of tokens at any size
     rule(r"^HunyuanVideoPipeline", call={"max_sequence_length": 256}),  # the tiny tokenizer needs more tokens per word
     rule(r"HunyuanSkyreels", components={"transformer": {"in_channels": 8}}),
     rule(
@@ -86,7 +87,11 @@ RULES = [
     ),
     rule(r"LucyEdit", components={"transformer": {"in_channels": 32}}, call={"prompt": PROMPT, "video": inputs.clip}),
     rule(r"^Latte", call={"mask_feature": False}),  # diffusers masks the second clip of a prompt with another prompt's mask
-    rule(r"^Motif", components={"guider": "ClassifierFreeGuidance"}),
+    rule(r"^MotifVideoImage2Video", components={"transformer": {"image_embed_dim": 32}}, call=CLIP),
+    rule(
+        r"^Motif",
+        components={"guider": "ClassifierFreeGuidance", "scheduler": "FlowMatchEulerDiscreteScheduler"},
+    ),
     rule(r"Sana.*Video", components={"vae": "AutoencoderKLWan"}),
     rule(
         r"^SkyReelsV2ImageToVideo",
