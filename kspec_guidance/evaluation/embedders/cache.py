@@ -77,7 +77,7 @@ def embed_files(
     paths: Sequence[str | os.PathLike],
     embedder: ImageEmbedder,
     cache: str | os.PathLike | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Features ``[n, d]`` of image files; with ``cache``, a folder, only new files are embedded.

@@ -58,6 +58,17 @@ def test_tensor_and_pil_inputs_match(g):
     torch.testing.assert_close(embed(x, batch_size=2), embed(x))
 
 
+def test_batches_on_a_cpu_are_small_unless_given(g):
+    x, sizes = torch.rand(70, 3, 8, 8, generator=g), []
+    embed = ImageEmbedder(lambda pixels: sizes.append(len(pixels)) or pixels.mean((2, 3)), 8, "mean colour")
+    default = embed(x)
+    assert sum(sizes) == 70
+    assert max(sizes) == min(32, 4 * torch.get_num_threads())
+    sizes.clear()
+    assert torch.equal(embed(x, batch_size=50), default)
+    assert sizes == [50, 20]
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
