@@ -5,7 +5,7 @@ from kspec_guidance import SPARKE
 from kspec_guidance.calibration import _crossing, calibrate, search_factor
 from kspec_guidance.guidance.calibration import find_calibration
 from kspec_guidance.synthesis import SynthesisError
-from kspec_guidance.synthesis.api import _calibration
+from kspec_guidance.synthesis.run import _calibration
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
 

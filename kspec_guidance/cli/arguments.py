@@ -49,6 +49,7 @@ __all__ = [
 DTYPES = ("float32", "float16", "bfloat16")
 PRESETS = ("default", "safe", "vivid", "few-step", "published")
 FORMATS = ("imagefolder", "webdataset", "parquet")
+ENGINES = ("processes", "ray")
 SELECT = ("mixture-greedy", "mixture-ucb", "greedy", "uniform", "pak-ucb", "rff-ucb", "dak-ucb", "promptwise")
 MEMORY_KINDS = ("auto", "exact", "centroids", "guide")
 IMAGE_EMBEDDERS = (

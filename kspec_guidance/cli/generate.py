@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kspec_guidance.cli.arguments import (
+    ENGINES,
     FORMATS,
     GUIDANCE,
     IMAGES,
@@ -43,7 +44,9 @@ from kspec_guidance.cli.console import Output, command_output
 __all__ = ["generate"]
 
 PROCESSES, PUBLISHING = "Processes", "Publishing"
-WITH_REPRODUCE = ("reproduce", "out", "model", "device", "report", "force", "as_json", "quiet", "version")
+WITH_REPRODUCE = (
+    "reproduce", "out", "model", "device", "report", "force", "join", "sign", "as_json", "quiet", "version",
+)  # fmt: skip
 
 
 def _toward(output: Output, pipe: Any, folder: Path, call: dict[str, Any], batch_size: int, dry_run: bool) -> Any:
@@ -84,9 +87,17 @@ def _check_alone(context: typer.Context) -> None:
 
 
 def _reproduce(
-    output: Output, path: Path, out: Path, model: str | None, device: str | None, report: bool, force: bool
+    output: Output,
+    path: Path,
+    out: Path | None,
+    model: str | None,
+    device: str | None,
+    report: bool,
+    force: bool,
+    join: str | None,
+    sign: str | None,
 ) -> None:
-    """Make a set again, and print how many images are as before."""
+    """Make a set again, and print how many images are as before; with ``join``, work in the run of the recipe."""
     from kspec_guidance.synthesis.api import reproduce
     from kspec_guidance.synthesis.reproduction import read_recipe
 
@@ -95,9 +106,9 @@ def _reproduce(
     output.note(f"loading model {name} ...")
     dtype = str(about.get("dtype")).removeprefix("torch.")
     pipe = load_pipeline(name, dtype, device, about.get("revision") if model is None else None)
-    output.kept = f"finished images in {out} are kept; run the same command again to resume"
+    output.kept = f"finished images in {out or join} are kept; run the same command again to resume"
     with output.synthesis_progress() as show:
-        result = reproduce(path, out, pipe, report=report, force=force, progress_callback=show)
+        result = reproduce(path, out, pipe, report=report, force=force, progress_callback=show, join=join, sign=sign)
     _print_result(output, result)
 
 
@@ -244,6 +255,30 @@ def generate(
         int,
         typer.Option(min=1, help="Batches between two exchanges of the processes' memories.", rich_help_panel=PROCESSES),
     ] = 8,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Worker processes, which share out groups of similar prompts. Each may end at any time.",
+            rich_help_panel=PROCESSES,
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help=f"With --workers: {', '.join(ENGINES)}.", rich_help_panel=PROCESSES, callback=named(*ENGINES)),
+    ] = "processes",
+    join: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or URL (s3://bucket/run) of a run that any number of such commands share at any time; with "
+            "--out, the set is made there at the end.",
+            rich_help_panel=PROCESSES,
+        ),
+    ] = None,
+    lease_seconds: Annotated[
+        float,
+        typer.Option(min=0.1, help="After which a worker that shows no life counts as dead.", rich_help_panel=PROCESSES),
+    ] = 120.0,
     out: Annotated[Path, folder_option("Folder for images and metadata; an interrupted run in it is resumed.")] = Path(
         "outputs/images"
     ),
@@ -311,13 +346,15 @@ def generate(
 ) -> None:
     """Generate images that differ from each other, and from those in memory, if their prompts are similar.
 
-    The same command resumes an interrupted run. Several processes:
+    The same command resumes an interrupted run. Several processes: --workers 2, or in step
     torchrun --nproc-per-node 2 -m kspec_guidance generate ...
     """
+    place = out if join is None or _given(context, "out") else None
     if reproduce is not None:
         _check_alone(context)
         with command_output(as_json, quiet) as output:
-            _reproduce(output, reproduce, out, model if _given(context, "model") else None, device, report, force)
+            name = model if _given(context, "model") else None
+            _reproduce(output, reproduce, place, name, device, report, force, join, sign)
         return
     check_prompt_source(prompt, prompts)
     raised = target if target is not None and re.fullmatch(r"[^<>=]*\bof\b[^<>=]*", target) else None
@@ -325,8 +362,12 @@ def generate(
     if processes is not None and not dry_run:
         raise ValueError(
             "--processes is for --dry-run; to start a run of several processes: torchrun --nproc-per-node "
-            f"{processes} -m kspec_guidance generate ..."
+            f"{processes} -m kspec_guidance generate ..., or --workers {processes}"
         )
+    if workers is None and _given(context, "engine"):
+        raise ValueError("--engine starts the workers of --workers; give their number")
+    if workers is not None and join is not None:
+        raise ValueError("--workers starts workers, and --join makes this process one; give one of them")
     if select is not None and arms is None:
         raise ValueError("--select chooses among arms; give them with --arms FILE")
     if reward is not None and arms is None:
@@ -370,21 +411,23 @@ def generate(
             if output.first:
                 output.result(asdict(plan), str(plan))
             return
-        output.kept = f"finished images in {out} are kept; run the same command again to resume"
+        output.kept = f"finished images in {place or join} are kept; run the same command again to resume"
         with output.synthesis_progress() as show:
 
             def progress_callback(now: Any) -> None:
                 show(now)
-                output.kept = f"{now.done} of {now.total} images are kept in {out}; run the same command again to resume"
+                kept = f"{now.done} of {now.total} images are kept in {place or join}"
+                output.kept = f"{kept}; run the same command again to resume"
 
             result = synthesize(
-                source, out, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas,
+                source, place, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas,
                 target=None if raised else target, filter=functions or None, duplicates=duplicates,
                 candidates=candidates, memory=memory,
                 memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, arms=several,
                 select=select or "mixture-greedy", reward=reward, report=report, licence=licence, marks=marks,
                 sign=sign, push_to_hub=push_to_hub,
                 semantic_duplicates=semantic_duplicates, drop=names, force=force,
-                progress_callback=progress_callback, memory_file=memory_file,
+                progress_callback=progress_callback, memory_file=memory_file, workers=workers, engine=engine, join=join,
+                lease_seconds=lease_seconds,
             )  # fmt: skip
         _print_result(output, result)

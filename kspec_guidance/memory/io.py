@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from kspec_guidance.utils.atomic_io import replacing
 from kspec_guidance.utils.hashing import hash_tensors
 
-__all__ = ["MemoryFileError", "read_tensors", "write_tensors"]
+__all__ = ["MemoryFileError", "content_digest", "encode_tensors", "read_tensors", "write_tensors"]
 
 MEMORY_FORMAT = "kspec-guidance memory 2"
 
@@ -27,10 +27,24 @@ def write_tensors(
 ) -> None:
     """Write tensors and their description to one file; ``durable`` flushes it to disk."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    text = json.dumps(about)
-    header = {"format": MEMORY_FORMAT, "kind": kind, "about": text, "sha256": hash_tensors(tensors, text)}
     with replacing(path, durable) as fresh:
-        save_file(tensors, fresh, metadata=header)
+        save_file(tensors, fresh, metadata=_metadata(kind, tensors, about))
+
+
+def encode_tensors(kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> bytes:
+    """The bytes of a file as :func:`write_tensors` writes it."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    return save(tensors, metadata=_metadata(kind, tensors, about))
+
+
+def _metadata(kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> dict[str, str]:
+    digest = content_digest(tensors, about)
+    return {"format": MEMORY_FORMAT, "kind": kind, "about": json.dumps(about), "sha256": digest}
+
+
+def content_digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    """The digest of tensors and their description that a file of them has, whatever the order of its bytes."""
+    return hash_tensors(tensors, json.dumps(about))
 
 
 def read_about(path: str | os.PathLike, kind: str) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["card", "licence_of"]
+__all__ = ["Contents", "card", "licence_of"]
 
 HUB_LICENCES = (  # that the hub knows by their SPDX identifiers in lower case
     "apache-2.0", "mit", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
@@ -66,11 +67,24 @@ def licence_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
     return None if None in found or not found else " AND ".join(sorted(map(str, found)))
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a set holds.
+
+    Attributes:
+        rows: metadata of all images, at least one.
+        rejected: dropped images, by reason.
+        kind: ``imagefolder``, ``webdataset`` or ``parquet``.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    rejected: Mapping[str, int]
+    kind: str
+
+
 def card(
     name: str,
-    rows: Sequence[Mapping[str, Any]],
-    rejected: Mapping[str, int],
-    kind: str,
+    contents: Contents,
     report: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
     obstacles: Sequence[str] = (),
@@ -79,25 +93,23 @@ def card(
 
     Args:
         name: of the set.
-        rows: metadata of all images, at least one.
-        rejected: dropped images, by reason.
-        kind: ``imagefolder``, ``webdataset`` or ``parquet``.
+        contents: of the set.
         report: what ``report.json`` holds; None without a report.
         settings: of the run.
         obstacles: what ``reproduce.yaml`` cannot make again.
     """
-    licence = licence_of(rows)
+    rows, licence = contents.rows, licence_of(contents.rows)
     texts = list(dict.fromkeys(row["prompt"] for row in rows))
     return TEXT.format(
-        front=_front(name, len(rows), kind, licence),
+        front=_front(name, len(rows), contents.kind, licence),
         name=_plain(name),
         images=len(rows),
         prompts=len(texts),
         model=_values(rows, "model"),
-        contents=_contents(rows, kind),
+        contents=_contents(rows, contents.kind),
         examples="\n".join(f"* {_plain(text)}" for text in texts[:: max(1, len(texts) // EXAMPLES)][:EXAMPLES]),
         made=_table(("", ""), _made(rows, settings)),
-        dropped=_dropped(rejected),
+        dropped=_dropped(contents.rejected),
         obstacles="".join(f" It lacks: {_plain(o)}." for o in obstacles),
         scores=_scores(report),
         marks=_marks(rows, "self-signed" in str(settings.get("marks"))),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kspec_guidance.memory import CentroidMemory, Memory, MemoryBank, RandomFeatureMemory
 
-__all__ = ["Processes", "add_message", "encode_message"]
+__all__ = ["OneProcess", "Processes", "add_message", "encode_message"]
 
 MAX_MEANS = 64  # in a message, if the memory itself holds means
 
@@ -78,6 +78,18 @@ class Processes:
         """The text of process 0, in all processes."""
         data = torch.tensor(list(text.encode() if self.rank == 0 else b""), dtype=torch.uint8)
         return bytes(self.gather(data)[0].tolist()).decode()
+
+
+class OneProcess(Processes):
+    """One process by itself, which writes the records of a rank.
+
+    Args:
+        rank: of its records.
+    """
+
+    def __init__(self, rank: int = 0):
+        self.rank, self.world_size, self.bytes_sent = rank, 1, 0
+        self.device = torch.device("cpu")
 
 
 def encode_message(memory: Memory, x: Tensor, prompt_features: Tensor | None) -> Tensor:

@@ -31,9 +31,15 @@ class SettingsChangedError(FolderError):
         differences: one line for each setting that differs.
     """
 
-    def __init__(self, out: Path, differences: list[str], images: int):
+    def __init__(self, out: Path, differences: list[str], images: int | None):
         self.differences = differences
         lines = "\n  ".join(differences)
+        if images is None:
+            super().__init__(
+                f"the run in {out} was begun with other settings:\n  {lines}\n"
+                "give those of the other workers, the packages included, or another place for another run"
+            )
+            return
         super().__init__(
             f"{out} holds {images} images that were made with other settings:\n  {lines}\n"
             "give the old settings to continue, another folder to start anew, or force=True (--force), which keeps the "
@@ -42,7 +48,7 @@ class SettingsChangedError(FolderError):
 
 
 @contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
+def disk_errors(out: Path | str) -> Iterator[None]:
     """Turn errors of the file system into a :class:`RunFailedError` that says what to do."""
     try:
         yield

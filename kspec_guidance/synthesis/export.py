@@ -101,8 +101,9 @@ class Packer:
             if epoch == self.store.epoch:
                 continue
             size = self.store.settings(epoch).get("format", [None, None])[1] or self.size
-            for rank in self.store.ranks(epoch):
-                rows = [row for r in self.store.records([epoch]) if r.rank == rank for row in r.rows]
+            leases = self.store.settings(epoch).get("processes") == "leases"  # whose units are packed as one process
+            for rank in [0] if leases else self.store.ranks(epoch):
+                rows = [row for r in self.store.records([epoch]) if leases or r.rank == rank for row in r.rows]
                 shards = 0
                 while self.path(epoch, rank, shards).exists():
                     shards += 1

@@ -13,7 +13,17 @@ from kspec_guidance.memory import MemoryBank
 from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError
 from kspec_guidance.synthesis.stages import ScoreFilter, load_function, parse_score_filter
 
-__all__ = ["Filter", "Screen", "Stage", "filter_name", "describe_filters", "filter_stages", "load_filter", "score_types"]
+__all__ = [
+    "Filter",
+    "Screen",
+    "Stage",
+    "call_on_image",
+    "filter_name",
+    "describe_filters",
+    "filter_stages",
+    "load_filter",
+    "score_types",
+]
 
 Filter = Callable[[Image.Image, dict[str, Any]], Any]
 Stage = Filter | ScoreFilter
@@ -142,24 +152,33 @@ class Screen:
                     rows[k][stage.name] = round(value, 4) if math.isfinite(value) else None
                     reason = stage.reason(value)
                 else:
-                    reason = _ask(stage, image, rows[k])
+                    reason = _reason_of(call_on_image(stage, image, rows[k], "filter"))
                 if reason is not None:
                     break
             reasons.append(reason)
         return reasons
 
 
-def _ask(function: Filter, image: Image.Image, row: dict[str, Any]) -> str | None:
-    """Why the user's function drops an image; None keeps it."""
+def call_on_image(function: Filter, image: Image.Image, row: dict[str, Any], what: str) -> Any:
+    """What a function of the user's returns for an image and its row.
+
+    Args:
+        function: of the user.
+        image: of the batch.
+        row: its metadata.
+        what: the function is, in errors.
+
+    Raises:
+        RunFailedError: if it fails, with the image and the line.
+    """
     try:
-        verdict = function(image, dict(row))
+        return function(image, dict(row))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise RunFailedError(
-            f"the filter failed for an image of {row['prompt']!r}, seed {row['seed']}: {type(error).__name__}: "
+            f"the {what} failed for an image of {row['prompt']!r}, seed {row['seed']}: {type(error).__name__}: "
             f"{' '.join(str(error).split())} ({place.filename}, line {place.lineno}); finished images are safe"
         ) from error
-    return _reason_of(verdict)
 
 
 def _is_blank(image: Image.Image) -> bool:

@@ -136,11 +136,28 @@ class RunMemories:
         """Add the messages of the other processes, by rank; of exact rows those relevant to the prompts of this one."""
         if self.prompt_features is None or self.shape is None:
             return
+        for rank, rows in enumerate(messages):
+            if rank != self.rank:
+                self.absorb(rows)
+
+    def absorb(self, rows: Tensor) -> None:
+        """Add one message; of exact rows those relevant to the prompts of this process. Needs ``shape``."""
+        if self.prompt_features is None or self.shape is None or not len(rows):
+            return
         weights = self._prompt_weights()
         bank = self._bank(None, self.shape)
-        for rank, rows in enumerate(messages):
-            if rank == self.rank or not len(rows):
-                continue
-            if isinstance(bank, MemoryBank) and self.prompt_dim and weights is not None:
-                rows = rows[relevant(rows[:, -self.prompt_dim :], self.prompt_features[self.rank], weights, TOLERANCE)]
-            add_message(bank, rows, self.shape, self.prompt_dim)
+        if isinstance(bank, MemoryBank) and self.prompt_dim and weights is not None:
+            rows = rows[relevant(rows[:, -self.prompt_dim :], self.prompt_features[self.rank], weights, TOLERANCE)]
+        add_message(bank, rows, self.shape, self.prompt_dim)
+
+    def neighbours(self) -> list[int]:
+        """The other processes with prompts that have a weight for a prompt of this one; all others without weights."""
+        if self.prompt_features is None:
+            return []
+        weights, own = self._prompt_weights(), self.prompt_features[self.rank]
+        others = [rank for rank in range(len(self.prompt_features)) if rank != self.rank]
+        if weights is None or not own.shape[1]:
+            return others
+        sizes = [len(features) for features in self.prompt_features]
+        near = relevant(torch.cat(self.prompt_features), own, weights, TOLERANCE).split(sizes)
+        return [rank for rank in others if bool(near[rank].any())]

@@ -15,7 +15,7 @@ from kspec_guidance.guidance.calibration import call_settings
 from kspec_guidance.loop.components import denoiser_of, find_scheduler
 from kspec_guidance.synthesis.errors import SynthesisError
 
-__all__ = ["Provenance", "check_licence", "model_of", "package_versions"]
+__all__ = ["Provenance", "check_licence", "model_of", "package_versions", "place_of"]
 
 PACKAGES = ("kspec-guidance", "torch", "diffusers", "transformers")
 SNAPSHOT = re.compile(r"[\\/]snapshots[\\/]([0-9a-f]{40})(?=[\\/]|$)")  # of the hub's cache
@@ -60,6 +60,11 @@ def model_of(pipe: Any) -> tuple[str | None, str | None]:
     places = [_place(part) for part in (pipe, denoiser_of(pipe), *getattr(pipe, "components", {}).values())]
     commit = next((found for place in places[1:] + places[:1] if (found := SNAPSHOT.search(place))), None)
     return _public_name(places[0]) or None, None if commit is None else commit[1]
+
+
+def place_of(pipe: Any) -> str:
+    """Where a pipeline was loaded from: ``demo``, an id on the hub, or a folder of this machine; empty if unknown."""
+    return "demo" if is_demo(pipe) else _place(pipe)
 
 
 def _place(part: Any) -> str:

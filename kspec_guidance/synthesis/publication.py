@@ -8,13 +8,13 @@ from typing import Any
 
 from PIL import Image
 
-from kspec_guidance.synthesis.card import card, licence_of
+from kspec_guidance.synthesis.card import Contents, card, licence_of
 from kspec_guidance.synthesis.columns import COLUMNS, column_types
 from kspec_guidance.synthesis.croissant import croissant
 from kspec_guidance.synthesis.errors import disk_errors
 from kspec_guidance.synthesis.prompts import Prompt
 from kspec_guidance.synthesis.records import Store
-from kspec_guidance.synthesis.reproduction import Recipe, prompts_text
+from kspec_guidance.synthesis.reproduction import Recipe
 from kspec_guidance.utils.atomic_io import replacing
 from kspec_guidance.utils.hashing import hash_json
 from kspec_guidance.utils.messages import warn_user
@@ -27,9 +27,7 @@ DATA = (".png", ".tar", ".parquet")
 
 def write_publication(
     store: Store,
-    rows: Sequence[Mapping[str, Any]],
-    rejected: Mapping[str, int],
-    kind: str,
+    contents: Contents,
     report: Path | None,
     recipe: Recipe,
     prompts: Sequence[Prompt],
@@ -39,16 +37,14 @@ def write_publication(
 
     Args:
         store: of the run.
-        rows: metadata of all images, at least one.
-        rejected: dropped images, by reason.
-        kind: ``imagefolder``, ``webdataset`` or ``parquet``.
+        contents: of the set.
         report: the page of the scores; None for none.
         recipe: what makes the set again.
         prompts: of the run.
         url: of the set's page; that of this package by default.
     """
-    out = store.out
-    files = {"prompts.jsonl": prompts_text(prompts), "reproduce.yaml": recipe.text()}
+    out, rows, kind = store.out, contents.rows, contents.kind
+    files = recipe.files(prompts)
     types = {**column_types([prompt.extra for prompt in prompts]), **column_types(rows)}
     if kind == "imagefolder":
         data = {"metadata.jsonl": file_digest(out / "metadata.jsonl")}
@@ -65,7 +61,7 @@ def write_publication(
     files["croissant.json"] = json.dumps(description, indent=1) + "\n"
     state = _State(store)
     scores = state.scores(rows, report)
-    text = card(name, rows, rejected, kind, scores, recipe.settings, recipe.obstacles)
+    text = card(name, contents, scores, recipe.settings, recipe.obstacles)
     written = state.write({**files, CARD: text})
     with disk_errors(out):
         recipe.write_guide(out)

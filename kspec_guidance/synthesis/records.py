@@ -27,6 +27,7 @@ from kspec_guidance.synthesis.columns import TYPES, column_types
 from kspec_guidance.synthesis.errors import CheckpointError, FolderError, SettingsChangedError, disk_errors
 from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.utils.atomic_io import replace_all, replacing
+from kspec_guidance.utils.messages import warn_user
 
 __all__ = [
     "Record",
@@ -36,12 +37,14 @@ __all__ = [
     "lock_folder",
     "pack_target",
     "pack_tensors",
+    "record_of",
     "unpack_target",
     "unpack_tensors",
 ]
 
 IMAGE = re.compile(r"\d{6,}-\d{4,}\.png")
 FILE_NAME = re.compile(r"\d{4,}/" + IMAGE.pattern)
+IMAGES = re.compile(r"images/\d{6,}-\d{6,}-\d{6,}\.safetensors")
 TARGET = "target."
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 DATA_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".tar", ".parquet")
@@ -60,6 +63,8 @@ class Record:
             ``target``; see :func:`pack_target`.
         arm: name of the arm and cost of an image, in runs with arms.
         time: when it was finished, in UTC; None in records of earlier versions.
+        lease: of runs whose workers come and go: owner and token, and digests of what was read before the batch; see
+            :mod:`~kspec_guidance.synthesis.units`.
     """
 
     epoch: int
@@ -71,6 +76,14 @@ class Record:
     target: list[dict[str, Any]] = field(default_factory=list)
     arm: dict[str, Any] | None = None
     time: str | None = None
+    lease: dict[str, Any] | None = None
+
+    def description(self) -> dict[str, Any]:
+        """What its file says besides the tensors."""
+        about: dict[str, Any] = {"rows": self.rows, "rejected": self.rejected}
+        about |= {"target": self.target} if self.target else {}
+        about |= {name: value for name in ("arm", "time", "lease") if (value := getattr(self, name)) is not None}
+        return about
 
     def without(self, lost: set[str]) -> "Record":
         """A copy in which the images with these file names count as rejected."""
@@ -88,7 +101,7 @@ class Record:
         return replace(self, rows=rows, rejected=self.rejected + rejected, tensors=tensors)
 
 
-def _record_of(about: Any, tensors: dict[str, Tensor], epoch: int, rank: int, path: Path) -> Record:
+def record_of(about: Any, tensors: dict[str, Tensor], epoch: int, rank: int, path: Path) -> Record:
     """The record of a file, if it is one: names of files in it must be those of images of the set, and nothing else.
 
     Raises:
@@ -105,13 +118,26 @@ def _record_of(about: Any, tensors: dict[str, Tensor], epoch: int, rank: int, pa
         if len({row["file_name"] for row in rows}) < len(rows) or (tensors and len(tensors["x"]) != len(rows)):
             raise ValueError(f"{len(rows)} images with other names or samples")
         number = int(path.stem)
-        return Record(
-            epoch, rank, number, rows, rejected, tensors, about.get("target", []), about.get("arm"), about.get("time")
-        )
+        lease = about.get("lease")
+        if lease is not None and not _is_lease(lease):
+            raise ValueError("a lease of another form")
+        target, arm, time = about.get("target", []), about.get("arm"), about.get("time")
+        return Record(epoch, rank, number, rows, rejected, tensors, target, arm, time, lease)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is no record of a batch ({type(error).__name__}: {error}); restore it from a copy"
         ) from error
+
+
+def _is_lease(lease: Any) -> bool:
+    """Whether the lease of a record has all that is used of it."""
+    read = lease["read"]
+    return (
+        type(lease["token"]) is int
+        and all(isinstance(lease[name], str) for name in ("worker", "state"))
+        and (lease["images"] is None or IMAGES.fullmatch(lease["images"]) is not None)
+        and all(unit.isdecimal() and all(isinstance(digest, str) for digest in digests) for unit, digests in read.items())
+    )
 
 
 class RecordTensors(NamedTuple):
@@ -327,7 +353,19 @@ class Store:
         if rows and kind == "parquet":  # whose files must have the same columns
             changed += [f"{name}: none before" for name in types.keys() - old.keys()]
             changed += [f"{name}: none now" for name in old.keys() - types.keys()]
-            changed += [] if "model" in rows[-1] else ["model: none before, in an earlier version of this program"]
+        early = bool(rows) and not all("model" in row for row in rows)
+        if early and kind == "parquet":
+            raise FolderError(
+                f"{self.out} was begun by an earlier version of this program, whose tables have no columns of model and "
+                "licence, and load_dataset could not read them with those that have; finish it with that version, or "
+                "choose another folder"
+            )
+        if early and kind == "webdataset":
+            warn_user(
+                f"{self.out} was begun by an earlier version of this program, whose shards have no columns of model and "
+                "licence; load_dataset takes the columns from the first shard, so it needs features= to read those of the "
+                "others"
+            )
         if changed:
             raise FolderError(
                 f"{self.out} holds images with other columns of prompts ({'; '.join(sorted(changed))}), with which "
@@ -426,7 +464,7 @@ class Store:
             data, about = read_tensors(path, "batch") if tensors else ({}, read_about(path, "batch"))
         except MemoryFileError as error:
             raise CheckpointError(str(error)) from error
-        record = _record_of(about, data, epoch, rank, path)
+        record = record_of(about, data, epoch, rank, path)
         return record.without(lost) if any(row["file_name"] in lost for row in record.rows) else record
 
     def lost_images(self) -> set[str]:
@@ -450,11 +488,8 @@ class Store:
             replace_all({self.images / name: data for name, data in images.items()})
             folder = self.folder(record.epoch, record.rank)
             folder.mkdir(parents=True, exist_ok=True)
-            about: dict[str, Any] = {"rows": record.rows, "rejected": record.rejected}
-            about |= {"target": record.target} if record.target else {}
-            about |= {} if record.arm is None else {"arm": record.arm}
-            about |= {} if record.time is None else {"time": record.time}
-            write_tensors(folder / f"{record.batch_index:06d}.safetensors", "batch", record.tensors, about, durable=True)
+            path = folder / f"{record.batch_index:06d}.safetensors"
+            write_tensors(path, "batch", record.tensors, record.description(), durable=True)
 
     def append_metadata(self, rows: list[dict[str, Any]]) -> None:
         """Append the rows of a batch to the metadata in one write; they are sorted at the end of the run."""

@@ -26,7 +26,7 @@ __all__ = ["Recipe", "read_recipe", "recipe_of"]
 
 FORMAT = "kspec-guidance reproduce 1"
 HEAD = "# Makes this set again: kspec-guidance generate --reproduce reproduce.yaml --out FOLDER\n"
-PROMPTS, GUIDE = "prompts.jsonl", "guide"
+RECIPE, PROMPTS, GUIDE = "reproduce.yaml", "prompts.jsonl", "guide"
 
 
 @dataclass
@@ -53,6 +53,10 @@ class Recipe:
     folder: Path = Path()
     tensors: dict[str, Tensor] = field(default_factory=dict)
     guide_settings: dict[str, Any] = field(default_factory=dict)
+
+    def files(self, prompts: Sequence[Prompt]) -> dict[str, str]:
+        """The text of ``reproduce.yaml``, and that of its prompts, by file name."""
+        return {PROMPTS: prompts_text(prompts), RECIPE: self.text()}
 
     def write_guide(self, folder: Path) -> None:
         """Write the settings and tensors of a guide that has tensors, into ``guide`` in a folder."""

@@ -1,7 +1,6 @@
 """Rewards: numbers for images, which selectors of arms compare."""
 
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from PIL import Image
 
 from kspec_guidance.evaluation.judges import JUDGE_NAMES, PromptJudge, prompt_judge
 from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError
-from kspec_guidance.synthesis.filters import Filter
+from kspec_guidance.synthesis.filters import call_on_image
 from kspec_guidance.synthesis.stages import load_function
 
 __all__ = ["Reward", "Rewards", "as_reward", "reward_name"]
@@ -17,22 +16,6 @@ __all__ = ["Reward", "Rewards", "as_reward", "reward_name"]
 Reward = Callable[[Image.Image, dict[str, Any]], float] | PromptJudge | str
 REWARD_JUDGES = [name for name in JUDGE_NAMES if name not in ("auto", "none")]
 Rewards = Callable[[Sequence[Image.Image], Sequence[dict[str, Any]]], list[float]]
-
-
-def _call(function: Filter, image: Image.Image, row: dict[str, Any]) -> Any:
-    """What the user's function returns.
-
-    Raises:
-        RunFailedError: if it fails, with the image and the line.
-    """
-    try:
-        return function(image, dict(row))
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise RunFailedError(
-            f"the reward failed for an image of {row['prompt']!r}, seed {row['seed']}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())} ({place.filename}, line {place.lineno}); finished images are safe"
-        ) from error
 
 
 def as_reward(reward: Reward) -> Rewards:
@@ -63,7 +46,7 @@ def as_reward(reward: Reward) -> Rewards:
         )
     function = reward
     return lambda images, rows: [
-        _as_number(_call(function, image, row), row) for image, row in zip(images, rows, strict=True)
+        _as_number(call_on_image(function, image, row, "reward"), row) for image, row in zip(images, rows, strict=True)
     ]
 
 

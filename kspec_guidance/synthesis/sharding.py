@@ -8,7 +8,7 @@ from torch import Tensor
 from kspec_guidance.functional.inputs import on_host
 from kspec_guidance.memory import PromptWeights
 
-__all__ = ["groups_of", "relevant", "shard", "shard_groups"]
+__all__ = ["bundles", "groups_of", "relevant", "shard", "shard_groups"]
 
 GROUP_DISTANCE = 0.5  # squared, of unit-norm prompt features: at bandwidth 0.35 the weight is 0.017
 MAX_GROUP_SHARE = 0.05  # of a shard; larger groups are split, so that shards are even
@@ -66,15 +66,15 @@ def shard(features: Tensor, sizes: Sequence[int], parts: int) -> list[int]:
     if parts == 1:
         return [0] * len(sizes)
     features = on_host(features)
-    bundles = _bundles(groups_of(features), sizes, MAX_GROUP_SHARE * sum(sizes) / parts)
-    centres = torch.stack([features[b].mean(0) for b in bundles]) if bundles else features
-    loads = [sum(sizes[i] for i in b) for b in bundles]
+    parts_of_groups = bundles(groups_of(features), sizes, MAX_GROUP_SHARE * sum(sizes) / parts)
+    centres = torch.stack([features[b].mean(0) for b in parts_of_groups]) if parts_of_groups else features
+    loads = [sum(sizes[i] for i in b) for b in parts_of_groups]
     owners = [0] * len(sizes)
-    pending = [(list(range(len(bundles))), 0, parts)]
+    pending = [(list(range(len(parts_of_groups))), 0, parts)]
     while pending:
         members, first, count = pending.pop()
         if count == 1 or not members:
-            for i in (i for b in members for i in bundles[b]):
+            for i in (i for b in members for i in parts_of_groups[b]):
                 owners[i] = first
             continue
         order = [members[k] for k in torch.argsort(_principal_coordinates(centres[members]), stable=True).tolist()]
@@ -109,7 +109,7 @@ def shard_groups(groups: Sequence[str | None], sizes: Sequence[int], parts: int)
     return [owners[group] for group in groups]
 
 
-def _bundles(groups: Sequence[int], sizes: Sequence[int], max_images: float) -> list[list[int]]:
+def bundles(groups: Sequence[int], sizes: Sequence[int], max_images: float) -> list[list[int]]:
     """Prompts of each group, in pieces of at most ``max_images`` images, but of one prompt at least."""
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups):

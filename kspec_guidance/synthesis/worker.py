@@ -347,14 +347,18 @@ class Worker:
                 for record in self.store.process_records(rank, first, first + self.settings.exchange):
                     self.arms.learn(record)
 
-    def resume(self) -> None:
-        """Restore the state from the records of all epochs, with the exchanges that have taken place."""
-        store, rank = self.store, self.processes.rank
-        for record in store.records([e for e in store.epochs() if e != store.epoch], tensors=True):
+    def learn_earlier(self) -> None:
+        """Restore what follows from the records of earlier epochs."""
+        for record in self.store.records([e for e in self.store.epochs() if e != self.store.epoch], tensors=True):
             self.count(record, earlier=True)
             self.learn(record, earlier=True)
             if self.arms is not None and self.comparable(record.epoch, FEATURE_KEYS):
                 self.arms.learn(record, same=self._same_arms(record.epoch))
+
+    def resume(self) -> None:
+        """Restore the state from the records of all epochs, with the exchanges that have taken place."""
+        self.learn_earlier()
+        store, rank = self.store, self.processes.rank
         exchanging = self.processes.world_size > 1
         for record in store.process_records(rank):
             while exchanging and self._exchange_due():
@@ -415,6 +419,10 @@ class Worker:
         done = own if world_size == 1 else max(self.total_images, own)
         rate = made * world_size / max(seconds, 1e-9)
         remaining = max(0, total - done) / rate if rate else float("inf")
+        self.progress_callback(Progress(done, total, sum(self.rejected.values()), rate, remaining, self.diversity))
+
+    @property
+    def diversity(self) -> float | None:
+        """Mean over finished prompts of the Vendi score divided by the number of images; None before the first."""
         shares = [score / n for score, n in self.scores.values() if n > 1]
-        diversity = sum(shares) / len(shares) if shares else None
-        self.progress_callback(Progress(done, total, sum(self.rejected.values()), rate, remaining, diversity))
+        return sum(shares) / len(shares) if shares else None

@@ -7,6 +7,7 @@ from kspec_guidance.cli import arguments
 from kspec_guidance.evaluation.embedders.names import IMAGE_NAMES, TEXT_NAMES
 from kspec_guidance.evaluation.judges import JUDGE_NAMES
 from kspec_guidance.synthesis.arms import SELECTORS
+from kspec_guidance.synthesis.engines import ENGINES
 from kspec_guidance.synthesis.export import FORMATS
 from kspec_guidance.synthesis.settings import MEMORY_KINDS
 
@@ -14,6 +15,7 @@ from kspec_guidance.synthesis.settings import MEMORY_KINDS
 def test_names_are_those_of_the_library():
     assert tuple(SPARKE.PRESETS) == arguments.PRESETS
     assert set(arguments.FORMATS) == set(FORMATS)
+    assert set(arguments.ENGINES) == set(ENGINES)
     assert arguments.MEMORY_KINDS == MEMORY_KINDS
     assert arguments.SELECT == SELECTORS
     assert arguments.IMAGE_EMBEDDERS == IMAGE_NAMES

@@ -225,7 +225,7 @@ def test_features_and_settings_of_earlier_epochs_count_only_if_they_are_the_same
             super().learn(record, same)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kspec_guidance.synthesis.api.ArmChoice", Watched)
+        patch.setattr("kspec_guidance.synthesis.run.ArmChoice", Watched)
         make(tmp_path, pipe, ["heart", "man"], arms=[ARMS[0], high], force=True, **settings)
     assert [same for _, same in learned if same is not None] == [{"low"}, {"low"}]
     embedder = image_embedder("demo")

@@ -4,7 +4,7 @@ import json
 import pytest
 import yaml
 
-from kspec_guidance.synthesis.card import card, licence_of
+from kspec_guidance.synthesis.card import Contents, card, licence_of
 from tests.synthesis.small_runs import contents, make
 
 ONE_STEP = {"num_inference_steps": 1}
@@ -112,14 +112,14 @@ def test_the_licence_of_a_set_is_that_of_all_images(licences, expected, front):
     rows = [{**ROW, "licence": licence} for licence in licences]
     assert licence_of(rows) == expected
     if rows:
-        text = card("x", rows, {}, "imagefolder", None, {})
+        text = card("x", Contents(rows, {}, "imagefolder"), None, {})
         found = yaml.safe_load(text.split("---\n")[1])
         assert {k: v for k, v in found.items() if k.startswith("license")} == front
 
 
 def test_texts_of_the_user_do_not_become_markup():
     rows = [{**ROW, "prompt": "<script>alert(1)</script>\n# head | [a](b) `c` ---\n", "model": "a|b"}]
-    text = card("x: y\n---", rows, {"bad | <b>": 2}, "imagefolder", None, {"filter": "<i>|"})
+    text = card("x: y\n---", Contents(rows, {"bad | <b>": 2}, "imagefolder"), None, {"filter": "<i>|"})
     assert "<script>" not in text
     assert "<b>" not in text
     assert "| a\\|b |" in text

@@ -1,0 +1,150 @@
+"""Assignment: which process, or which unit, makes the images of which prompts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kspec_guidance.memory.io import encode_tensors, read_tensors, write_tensors
+from kspec_guidance.synthesis.arms import BY_PROMPT, SELECTORS
+from kspec_guidance.synthesis.distributed import Processes
+from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
+from kspec_guidance.synthesis.generator import Generator
+from kspec_guidance.synthesis.records import Store
+from kspec_guidance.synthesis.run import Run
+from kspec_guidance.synthesis.schedule import Job
+from kspec_guidance.synthesis.sharding import bundles, groups_of, shard, shard_groups
+from kspec_guidance.synthesis.storage import Storage
+
+__all__ = ["Units", "share_out", "units_of"]
+
+PROMPTS = "prompts.safetensors"  # features and owners of the prompts of an epoch
+LARGE_UNITS = 64  # units that a run has at least, if one group has all of its images and prompts enough
+
+
+def share_out(
+    store: Store,
+    processes: Processes,
+    generator: Generator,
+    jobs: list[Job],
+    batch_size: int,
+    by_group: bool,
+    by_prompt: bool,
+) -> tuple[list[int], list[Tensor] | None, dict[str, Tensor] | None]:
+    """The process of each prompt, what is exchanged, and contexts; features are kept in a file for resumed runs.
+
+    Args:
+        store: of the run.
+        processes: of the run.
+        generator: of the prompt features.
+        jobs: of all processes.
+        batch_size: prompts at once.
+        by_group: whether all prompts of a group are in one process, so that nothing is exchanged.
+        by_prompt: whether arms are chosen by prompt.
+
+    Returns:
+        The process of each job; the prompt features of each process, None if nothing is exchanged; and the features of
+        each prompt, None if arms are not chosen by them.
+
+    Raises:
+        SynthesisError: if arms are chosen by prompt, and the pipeline gives no features of prompts.
+    """
+    world_size, goals = processes.world_size, [job.goal for job in jobs]
+    exchanged = world_size > 1 and not by_group
+    owners = [0] * len(jobs)
+    if world_size > 1 and by_group:
+        owners = shard_groups([job.prompt.group for job in jobs], goals, world_size)
+    if not (exchanged or by_prompt):
+        return owners, None, None
+    path = store.folder(store.epoch) / PROMPTS
+    if not processes.gather_integers(int(path.exists()))[0][0]:
+        part = generator.prompt_features([job.prompt.text for job in jobs[processes.rank :: world_size]], batch_size)
+        parts = processes.gather(torch.zeros(0, 1) if part is None else part)
+        known = sum(map(len, parts)) == len(jobs)
+        features = torch.zeros(len(jobs), parts[0].shape[1] if known else 1)
+        if known:
+            for rank, rows in enumerate(parts):
+                features[rank::world_size] = rows
+        owners = shard(features, goals, world_size) if exchanged else owners
+        if processes.rank == 0:
+            tensors = {"features": features, "owners": torch.tensor(owners)}
+            with disk_errors(store.out):
+                write_tensors(path, "prompts", tensors, {"known": known}, durable=True)
+        processes.wait_for_all()
+    tensors, about = read_tensors(path, "prompts")
+    owner, features = tensors["owners"], tensors["features"]
+    contexts = _contexts(generator, jobs, features, about["known"]) if by_prompt else None
+    if not about["known"]:
+        features = features[:, :0]
+    return owner.tolist(), [features[owner == rank] for rank in range(world_size)] if exchanged else None, contexts
+
+
+def _contexts(generator: Generator, jobs: list[Job], features: Tensor, known: bool) -> dict[str, Tensor]:
+    """Features of each prompt, by which arms are chosen."""
+    if not known:
+        raise SynthesisError(
+            f"{type(generator.pipe).__name__} gives no embeddings of prompts, by which this selector chooses; use "
+            f"{', '.join(select for select in SELECTORS if select not in BY_PROMPT)} or a mixture method"
+        )
+    return {job.prompt.text: row for job, row in zip(jobs, features, strict=True)}
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of a run with leases.
+
+    Attributes:
+        owners: unit of each prompt.
+        prompt_features: of the prompts of each unit ``[n, p]``; None if nothing is exchanged.
+        contexts: features of each prompt, if arms are chosen by them.
+    """
+
+    owners: list[int]
+    prompt_features: list[Tensor] | None
+    contexts: dict[str, Tensor] | None
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return max(self.owners, default=-1) + 1
+
+
+def units_of(run: Run, jobs: list[Job], storage: Storage) -> Units:
+    """The units of a run, which the first worker that comes makes and writes, and all others read.
+
+    Similar prompts are one unit, unless they have more than 1/64 of all images, and more than what is made between two
+    exchanges. With a memory of each group, a unit is a group.
+
+    Args:
+        run: of the units.
+        jobs: of all prompts.
+        storage: of the run.
+
+    Raises:
+        SynthesisError: if arms are chosen by prompt, and the pipeline gives no features of prompts.
+    """
+    a, by_group = run.arguments, run.arguments["memory_by"] == "group"
+    if not storage.exists(PROMPTS):
+        goals, groups = [job.goal for job in jobs], [job.prompt.group for job in jobs]
+        found = None
+        if not by_group or run.by_prompt:
+            found = run.generator.prompt_features([job.prompt.text for job in jobs], a["batch_size"])
+        features = torch.zeros(len(jobs), 1) if found is None else found
+        owners = [0] * len(jobs)
+        largest = max(a["batch_size"] * a["exchange"], sum(goals) / LARGE_UNITS)
+        pieces = bundles(groups_of(features), goals, largest)
+        if by_group:
+            pieces = [[k for k, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)]
+        for unit, piece in enumerate(pieces):
+            for k in piece:
+                owners[k] = unit
+        tensors = {"features": features, "owners": torch.tensor(owners)}
+        storage.create(PROMPTS, encode_tensors("prompts", tensors, {"known": found is not None}))
+    with storage.local(PROMPTS) as path:
+        tensors, about = read_tensors(path, "prompts")
+    owner, features = tensors["owners"], tensors["features"]
+    contexts = _contexts(run.generator, jobs, features, about["known"]) if run.by_prompt else None
+    if not about["known"]:
+        features = features[:, :0]
+    parts = [features[owner == unit] for unit in range(int(owner.max()) + 1)]
+    return Units(owner.tolist(), None if by_group or len(parts) == 1 else parts, contexts)

@@ -1,0 +1,257 @@
+"""Runs whose workers come and go: each takes one unit after another by a lease, until all are finished."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from kspec_guidance.synthesis.assignment import Units, units_of
+from kspec_guidance.synthesis.conclusion import Ending, conclude, recount
+from kspec_guidance.synthesis.distributed import OneProcess
+from kspec_guidance.synthesis.engines import Task, start_workers
+from kspec_guidance.synthesis.errors import RunFailedError, SettingsChangedError, SynthesisError
+from kspec_guidance.synthesis.folder import collect, open_folder, prompt_numbers, stored_settings
+from kspec_guidance.synthesis.leases import LeaseLostError, Leases
+from kspec_guidance.synthesis.records import Store
+from kspec_guidance.synthesis.result import Synthesis
+from kspec_guidance.synthesis.run import Run, restored
+from kspec_guidance.synthesis.schedule import Job
+from kspec_guidance.synthesis.settings import differences
+from kspec_guidance.synthesis.storage import Storage
+from kspec_guidance.synthesis.units import Unit, UnitLog, UnitStore
+from kspec_guidance.synthesis.worker import Progress
+
+__all__ = ["join_run", "run_with_workers", "work"]
+
+POLL_SECONDS = 5.0  # between two looks for a unit to take, at most
+EPOCH = re.compile(r"epoch-(\d{3,})")
+Show = Callable[[Progress], None]
+
+
+def work(
+    run: Run,
+    store: Store,
+    log: UnitLog,
+    units: Units,
+    leases: Leases,
+    jobs: Callable[[], list[Job]],
+    show: Show | None = None,
+    in_order: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """Take units and finish them, until all are finished.
+
+    Args:
+        run: of the units.
+        store: the folder of the run, for records of earlier epochs.
+        log: of the units.
+        units: of the run.
+        leases: as this worker sees them.
+        jobs: makes new jobs of all prompts.
+        show: called after each batch.
+        in_order: take units by number; otherwise each worker begins at another one.
+        sleep: waits before the next look.
+
+    Returns:
+        Images made here.
+    """
+    made, start, expected = 0, time.monotonic(), sum(job.goal for job in jobs())
+    first = 0 if in_order else sum(leases.worker.encode()) % max(1, units.number)
+    order = [*range(first, units.number), *range(first)]
+    poll = min(POLL_SECONDS, leases.seconds / 8)
+    checked = False
+    while len(leases.done()) < units.number:
+        lease = leases.take(order)
+        if lease is None:
+            sleep(poll)
+            continue
+        with restored(run.run_guide, copy_memory=True), lease.beating(leases.seconds):
+            before = made
+
+            def report(now: Progress, before: int = before) -> None:
+                if show is not None:
+                    rate = (before + now.done) / max(time.monotonic() - start, 1e-9)
+                    show(Progress(before + now.done, expected, now.rejected, rate, float("inf"), now.diversity))
+
+            unit_store = UnitStore(store.out, log, lease, run.settings)
+            mine = [job for job, owner in zip(jobs(), units.owners, strict=True) if owner == lease.unit]
+            worker = run.worker(
+                mine, expected, unit_store, OneProcess(lease.unit), None, units.prompt_features, units.contexts, report
+            )
+            done = False
+            try:
+                unit = Unit(worker, unit_store)
+                unit.resume()
+                if not checked:
+                    run.generator.check_mixed(worker.jobs, run.arguments["batch_size"], run.screened)
+                    checked = True
+                unit.run()
+                done = True
+            except LeaseLostError:  # its records tell what was committed; the unit is left to its owner
+                pass
+            finally:
+                made = before + worker.made - unit_store.replayed
+                lease.release(done)
+    return made
+
+
+def join_run(run: Run, place: str, out: Path | None, ending: Ending, show: Show | None = None) -> Synthesis:
+    """Work in a run on shared storage until it is finished, and make the set in ``out``, if that is given.
+
+    Args:
+        run: to work in; it is begun here, if it is the first.
+        place: folder or URL of the storage.
+        out: folder of the set; None to leave it to others.
+        ending: what is asked for at the end.
+        show: called after each batch.
+
+    Raises:
+        SettingsChangedError: if the storage holds a run with other settings, such as another model, other prompts or
+            another version of a package.
+    """
+    _check(run)
+    storage = Storage(place)
+    storage.check()
+    folder = storage.folder
+    if folder is None or folder.parent.name != ".kspec" or not EPOCH.fullmatch(folder.name):
+        store = Store(Path(storage.place))
+    else:  # of a run that was begun in its folder
+        store = Store(folder.parent.parent)
+        store.epoch = int(folder.name.removeprefix("epoch-"))
+    settings = json.dumps(run.settings, indent=1).encode() + b"\n"
+    begun = storage.create("settings.json", settings)
+    changed = [] if begun else differences(stored_settings(storage), run.settings)
+    if changed:
+        raise SettingsChangedError(Path(place), changed, None)
+    start = perf_counter()
+    numbers = prompt_numbers(store)
+    jobs = run.jobs(numbers)
+    units = units_of(run, jobs, storage)
+    leases = Leases(storage, units.number, run.arguments["lease_seconds"])
+    made = work(run, store, UnitLog(storage, store.epoch), units, leases, lambda: run.jobs(numbers), show)
+    seconds = perf_counter() - start
+    if out is None:
+        images = leases.images()
+        return Synthesis(
+            Path(place), images, made=made, total_made=images, seconds=seconds,
+            guidance_seconds=run.generator.guidance_seconds,
+        )  # fmt: skip
+    own = Store(out, _images(out, run))
+    try:
+        open_folder(own, OneProcess(), run.settings, False, run.types, ())
+        ending.prepare(sum(job.goal for job in jobs), run.arguments["format"])
+        return _conclude(run, own, storage, units, ending, made, seconds)
+    finally:
+        own.unlock()
+
+
+def run_with_workers(
+    run: Run,
+    out: Path,
+    workers: int,
+    engine: str,
+    ending: Ending,
+    force: bool,
+    drop: Collection[str],
+    sign: str | Path | None,
+    task: Task,
+    show: Show | None = None,
+) -> Synthesis:
+    """Make a set with workers of this machine, or of a Ray cluster.
+
+    Args:
+        run: to make.
+        out: the folder of the set, which also is the storage.
+        workers: their number; one works in this process.
+        engine: that starts them.
+        ending: what is asked for at the end.
+        force: as in ``synthesize``.
+        drop: likewise.
+        sign: likewise.
+        task: what a worker of Ray runs.
+        show: called with the progress.
+
+    Raises:
+        RunFailedError: if workers failed before the run was finished.
+    """
+    _check(run)
+    store = Store(out, _images(out, run))
+    try:
+        open_folder(store, OneProcess(), run.settings, force, run.types, drop)
+        numbers = prompt_numbers(store)
+        jobs = run.jobs(numbers)
+        total = sum(job.goal for job in jobs)
+        ending.prepare(total, run.arguments["format"])
+        storage = Storage(store.folder(store.epoch))
+        storage.check()
+        units = units_of(run, jobs, storage)
+        leases = Leases(storage, units.number, run.arguments["lease_seconds"])
+        start, earlier = perf_counter(), sum(1 for _ in _rows_before(store))
+        before = leases.images()
+        if workers == 1 and engine == "processes":
+            work(run, store, UnitLog(storage, store.epoch), units, leases, lambda: run.jobs(numbers), show, in_order=True)
+        elif len(leases.done()) < units.number:
+            with start_workers(engine, workers, run, storage, task, sign) as pool:
+                while pool.alive():
+                    pool.wait(1.0)
+                    if show is not None:
+                        done, seconds = leases.images(), max(perf_counter() - start, 1e-9)
+                        rate = (done - before) / seconds
+                        left = max(0, total - earlier - done) / rate if rate else float("inf")
+                        show(Progress(earlier + done, total, 0, rate, left, None))
+                if len(leases.done()) < units.number:
+                    raise RunFailedError(
+                        f"all {workers} workers ended before the set was finished; finished images are safe, and the same "
+                        f"command continues after them. {pool.failure()}"
+                    )
+        made = leases.images() - before
+        return _conclude(run, store, storage, units, ending, made, perf_counter() - start)
+    finally:
+        store.unlock()
+
+
+def _rows_before(store: Store) -> Iterator[dict[str, Any]]:
+    return (row for record in store.records([e for e in store.epochs() if e < store.epoch]) for row in record.rows)
+
+
+def _check(run: Run) -> None:
+    """Refuse what workers that come and go cannot share."""
+    if run.entries:
+        raise SynthesisError(
+            f"the guide's memory has {run.entries} entries, which workers that come and go do not share; start with an "
+            "empty memory, or without workers"
+        )
+
+
+def _images(out: Path, run: Run) -> Path | None:
+    return None if run.arguments["format"] == "imagefolder" else out / ".kspec" / "images"
+
+
+def _conclude(
+    run: Run, store: Store, storage: Storage, units: Units, ending: Ending, made: int, seconds: float
+) -> Synthesis:
+    """Make the set from the records of all units."""
+    own = Storage(store.folder(store.epoch))
+    collect(store, UnitLog(storage, store.epoch), units.number)
+    jobs, processes = run.jobs(prompt_numbers(store)), OneProcess()
+    packer = run.packer(store)
+    with restored(run.run_guide, copy_memory=True):
+        worker = run.worker(jobs, sum(job.goal for job in jobs), store, processes, packer, None, units.contexts)
+        recount(worker, store)
+        if packer is not None:
+            packer.finish(store.epoch, processes.rank)
+        if any((record.lease or {}).get("read") for record in store.records([store.epoch])):
+            run.recipe.obstacles.append(
+                "when its workers read what others had made, which the records in .kspec say: other workers make other "
+                "images of the same prompts"
+            )
+        result = Synthesis(
+            store.out, images=0, made=made, total_made=made, seconds=seconds,
+            guidance_seconds=run.generator.guidance_seconds,
+        )  # fmt: skip
+        result = conclude(run, store, processes, worker, result, ending, run.guide.memory)
+    own.delete("images")  # which are in the set now
+    return result
