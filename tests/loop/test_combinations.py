@@ -18,8 +18,7 @@ def generate(pipe, guide=None, **kwargs):
         return pipe(**call)[0]
 
 
-@pytest.mark.parametrize("space", ["x0", "pixels"])
-@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+@pytest.mark.parametrize(("space", "offload_type"), [("x0", "block_level"), ("x0", "leaf_level"), ("pixels", "leaf_level")])
 def test_group_offloading_changes_no_image(space, offload_type):
     pipe = tiny.build("FluxPipeline")
     expected = generate(pipe, SPARKE(0.5, space=space))
