@@ -232,7 +232,8 @@ def judge(
         "prompt_features": resources.texts().name if any(METRICS[n].prompts for n in found) else None,
         "reference": None if reference is None else {"path": str(reference), "images": len(files)},
         "methods": {
-            labels[s]: {n: _interval(found[n][s]) for n in found} for s in sorted(labels, key=lambda s: _order(s, labels))
+            labels[s]: {n: _interval(found[n][s], METRICS[n].bounds) for n in found}
+            for s in sorted(labels, key=lambda s: _order(s, labels))
         },
         "settings": [{"method": m, "strength": s, "label": labels[m, s]} for m, s in labels],
         "chosen": {m: c for m, c in chosen.items() if m in several},
@@ -243,7 +244,7 @@ def judge(
         "metrics": {n: {k: getattr(METRICS[n], k) for k in ("title", "aspect", "unit", "higher", "about")} for n in found},
         "skipped": skipped,
         "notes": notes,
-        "verdict": _verdict(fronts, quality, (PLAIN, None) in images, len(shared), len(images)),
+        "verdict": _verdict(fronts, _missing(images, found, quality), quality, len(shared), len(images)),
     }
 
 
@@ -316,11 +317,11 @@ def _parts(metric: Metric, groups: list[list[Sample]]) -> list[list[Sample]]:
     ]
 
 
-def _interval(draws: np.ndarray) -> dict[str, float | None]:
+def _interval(draws: np.ndarray, bounds: tuple[float, float]) -> dict[str, float | None]:
     known = draws[np.isfinite(draws)]
     if len(known) == 0 or np.ptp(known) == 0:
         return {"value": float(draws[0]), "low": None, "high": None}
-    low, high = np.quantile(known, [0.025, 0.975])
+    low, high = np.quantile(known, [0.025, 0.975]).clip(*bounds)  # a set's are from a linear approximation
     return {"value": float(draws[0]), "low": float(low), "high": float(high)}
 
 
@@ -443,11 +444,23 @@ def _cost(run: Run, labels: Mapping[Setting, str], shared: Sequence[int]) -> dic
     return out
 
 
-def _verdict(fronts: Mapping[str, Any], quality: Sequence[str], plain: bool, prompts: int, methods: int) -> str:
+def _missing(
+    images: Mapping[Setting, Any], found: Mapping[str, Mapping[Setting, np.ndarray]], quality: Sequence[str]
+) -> str:
+    """What a comparison at equal quality lacks."""
+    if (PLAIN, None) not in images:
+        return "plain sampling"
+    if not quality:
+        return "a score of quality"
+    return "another method" if _diversity(found) else "a score of diversity"
+
+
+def _verdict(fronts: Mapping[str, Any], missing: str, quality: Sequence[str], prompts: int, settings: int) -> str:
     """One sentence on what the comparison shows."""
     if not fronts:
-        missing = "another method" if quality else "a score of quality" if plain else "plain sampling"
-        return f"Scores of {methods} settings on {prompts} prompts; without {missing} nothing is compared at equal quality."
+        return (
+            f"Scores of {settings} settings on {prompts} prompts; without {missing} nothing is compared at equal quality."
+        )
     name, front = next(iter(fronts.items()))
     best, *others = front["order"]
     found = front["methods"][best]

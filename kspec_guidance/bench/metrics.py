@@ -4,6 +4,7 @@ A score is a :class:`Metric`: its name, what it stands for, and a function that 
 of others are optional. One that is absent raises :class:`~kspec_guidance.bench.resources.Unavailable` with the reason.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class Metric:
         relative: whether the tolerance is a share of plain sampling's value.
         most: images that a score of a set takes at most, of evenly spaced prompts; 0 for all.
         prompts: whether it uses features of the prompts.
+        bounds: least and largest possible value.
         about: what it is, in a sentence part.
 
     Raises:
@@ -67,6 +69,7 @@ class Metric:
     relative: bool = False
     most: int = 0
     prompts: bool = False
+    bounds: tuple[float, float] = (-math.inf, math.inf)
     about: str = ""
 
     def __post_init__(self) -> None:
@@ -262,7 +265,7 @@ _METRICS = [
     Metric("dino_pairwise", "DINOv2 pairwise", "diversity", "prompt",
            _of_rows("dinov2", lambda x: 1 - F.mean_cosine(x)), "dinov2",
            about="one less the mean cosine of two images of a prompt, DINOv2 ViT-L/14"),
-    Metric("attribute_coverage", "attribute coverage", "diversity", "prompt", _attributes, "own",
+    Metric("attribute_coverage", "attribute coverage", "diversity", "prompt", _attributes, "own", bounds=(0, 1),
            about="share of the kinds that the images of a prompt could show and do"),
     Metric("conditional_vendi", "Conditional-Vendi", "diversity", "set", _given_prompts(F.conditional_vendi_score), "own",
            most=SET_IMAGES, prompts=True,
@@ -275,15 +278,16 @@ _METRICS = [
            about="effective number of different images of all prompts together"),
     Metric("scendi", "Scendi", "diversity", "set", _scendi, "own", most=SET_IMAGES, prompts=True,
            about="diversity that the prompts do not explain"),
-    Metric("recall", "recall", "diversity", "set", _neighbours("recall"), "own",
+    Metric("recall", "recall", "diversity", "set", _neighbours("recall"), "own", bounds=(0, 1),
            about="share of the real images among the images"),
-    Metric("coverage", "coverage", "diversity", "set", _neighbours("coverage"), "own",
+    Metric("coverage", "coverage", "diversity", "set", _neighbours("coverage"), "own", bounds=(0, 1),
            about="share of the real images with an image nearby"),
-    Metric("vqascore", "VQAScore", "agreement", "image", _elsewhere("vqascore"), tolerance=0.02,
+    Metric("vqascore", "VQAScore", "agreement", "image", _elsewhere("vqascore"), tolerance=0.02, bounds=(0, 1),
            about="probability of yes to the question whether an image shows its prompt, CLIP-FlanT5"),
     Metric("clip_score", "CLIP score", "agreement", "image", _judged("clip"), "clip", tolerance=0.5,
            about="100 times the cosine of image and prompt"),
     Metric("agreement", "prompt agreement", "agreement", "image", _judged("demo"), "demo", tolerance=2.0,
+           bounds=(0, 100),
            about="how sure a classifier of emoji is that an image shows its prompt, in %"),
     Metric("image_reward", "ImageReward", "preference", "image", _elsewhere("image_reward"), tolerance=0.1,
            about="learned preference of people"),
@@ -296,20 +300,22 @@ _METRICS = [
     Metric("aesthetic", "aesthetic", "preference", "image", _aesthetic, tolerance=0.1,
            about="learned rating of looks, 1 to 10, LAION"),
     Metric("fd_dinov2", "FD-DINOv2", "realism", "set", _against("dinov2", F.frechet_distance), "dinov2", False, DISTANCE,
-           True, about="Frechet distance to the real images, DINOv2 ViT-L/14"),
+           True, bounds=(0, math.inf), about="Frechet distance to the real images, DINOv2 ViT-L/14"),
     Metric("fid", "FID", "realism", "set", _against("inception", F.frechet_distance), "inception", False, DISTANCE, True,
-           about="Frechet distance to the real images, Inception v3"),
+           bounds=(0, math.inf),           about="Frechet distance to the real images, Inception v3"),
     Metric("kid", "KID", "realism", "set", _against("inception", F.mmd), "inception", False, DISTANCE, True,
            about="squared MMD to the real images, unbiased, Inception v3"),
     Metric("cmmd", "CMMD", "realism", "set", _against("clip336", F.cmmd), "clip336", False, DISTANCE, True,
            about="MMD to the real images, CLIP ViT-L/14 at 336 pixels"),
     Metric("fd", "Frechet distance", "realism", "set", _against("own", F.frechet_distance), "own", False, DISTANCE, True,
-           about="to the real images, in the features of this comparison"),
+           bounds=(0, math.inf),           about="to the real images, in the features of this comparison"),
     Metric("precision", "precision", "realism", "set", _neighbours("precision"), "own", tolerance=0.02,
+           bounds=(0, 1),
            about="share of the images among the real ones"),
     Metric("density", "density", "realism", "set", _neighbours("density"), "own", tolerance=0.02,
+           bounds=(0, math.inf),
            about="how many real images are around an image"),
-    Metric("on_data", "clear images", "realism", "image", _on_data, "demo", tolerance=2.0,
+    Metric("on_data", "clear images", "realism", "image", _on_data, "demo", tolerance=2.0, bounds=(0, 100),
            about="how sure a classifier of emoji is that an image is some emoji, in %"),
 ]  # fmt: skip
 METRICS = {m.name: m for m in _METRICS}

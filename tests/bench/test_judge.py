@@ -197,3 +197,16 @@ def test_a_difference_that_may_be_chance_is_called_so(tmp_path, stubs, monkeypat
     assert found["fronts"]["method"]["order"] == ["b", "a"]
     assert found["fronts"]["method"]["ahead"][0] < 0 < found["fronts"]["method"]["ahead"][1]
     assert found["verdict"].endswith(", a difference that may be chance.")
+
+
+@pytest.mark.parametrize(("names", "missing"), [(["method"], "a score of quality"), (["flat"], "a score of diversity")])
+def test_the_verdict_names_what_a_comparison_lacks(tmp_path, stubs, names, missing):
+    assert f"without {missing} nothing is compared" in judge(make_run(tmp_path), names)["verdict"]
+
+
+def test_intervals_stay_within_the_bounds_of_their_score(tmp_path, monkeypatch):
+    full = stub("full", "diversity", "set", lambda s: torch.tensor(1 - (channel(s[-1], 1) < 40) * 0.2), bounds=(0, 1))
+    monkeypatch.setitem(METRICS, "full", full)
+    found = judge(make_run(tmp_path), ["full"])["methods"]["plain"]["full"]
+    assert (found["value"], found["high"]) == (1, 1)
+    assert found["low"] < 1
