@@ -72,7 +72,9 @@ def generate(pipe, **kwargs):
     if not isinstance(pipe, diffusers.ModularPipeline):
         return as_array(pipe(**tiny.call_kwargs(pipe, **kwargs)))
     state = pipe(**tiny.modular_call_kwargs(pipe, **kwargs))
-    return as_array(next(state.get(k) for k in ("images", "videos", "audio", "latents") if state.get(k) is not None))
+    return as_array(
+        next(state.get(k) for k in ("images", "videos", "audio", "audios", "latents") if state.get(k) is not None)
+    )
 
 
 def set_guiders(pipe, **parts):

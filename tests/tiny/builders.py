@@ -119,6 +119,7 @@ MODULAR: dict[str, str | None] = {
     "AnimaModularPipeline": None,
     "Flux3ModularPipeline": None,
     "Flux3DistilledModularPipeline": None,
+    "MiniMaxMusic3ModularPipeline": None,
     "WanAnimate2ModularPipeline": None,
     "WanAnimate2DistilledModularPipeline": None,
     "StableDiffusionXLModularPipeline": "StableDiffusionXLPipeline",
@@ -150,6 +151,7 @@ MODULAR_COMPONENTS: dict[str, dict[str, Any]] = {
     "Anima": {"transformer": {"in_channels": 16, "out_channels": 16}, "t5_tokenizer": "Qwen2Tokenizer"},
     "Flux3Distilled": {"tokenizer": "Qwen3VLProcessor", "transformer": {"flow_map": True}},
     "Flux3": {"tokenizer": "Qwen3VLProcessor"},
+    "MiniMaxMusic3": {"language_model": {"vocab_size": 180_000}},  # its audio tokens have fixed numbers
     "WanAnimate2": {
         "scheduler": "FlowMatchEulerDiscreteScheduler",
         "image_encoder": {"image_size": 224, "patch_size": 56, "hidden_size": 1280},  # the width that it expects
@@ -157,6 +159,7 @@ MODULAR_COMPONENTS: dict[str, dict[str, Any]] = {
     "Krea2": {"text_encoder": {"text": {"num_hidden_layers": 36}}, "transformer": {"num_text_layers": 12}},  # fixed layers
 }
 MODULAR_CALLS: dict[str, dict[str, Any]] = {
+    "MiniMaxMusic3": {"lyrics": "la la", "audio_duration": 0.4},
     "Flux3": {"text_encoder_out_layers": (0, 1, 2), "max_sequence_length": 256},
     "WanAnimate2": {"image": lambda: inputs.image(1), "driving_video": lambda: inputs.clip(5), "segment_frame_length": 5},
     "Helios": {"num_videos_per_prompt": 1},  # its history has one row

@@ -352,6 +352,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "source_dim": WIDTH, "target_dim": WIDTH, "model_dim": WIDTH, "num_layers": 1, "num_attention_heads": 2,
         "target_vocab_size": 20000, "min_sequence_length": 16,
     },
+    "MiniMaxMusic3RVQDepthDecoder": {
+        "hidden_size": WIDTH, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "num_codebooks": 3,
+    },
+    "MiniMaxMusic3ConditionEncoder": {"condition_hidden_dim": WIDTH, "num_condition_layers": 3, "out_dim": WIDTH},
+    "MiniMaxMusic3Transformer1DModel": {
+        "in_channels": 8, "condition_dim": WIDTH, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": HEAD,
+        "ff_inner_dim": 32, "rotary_dim": 8, "fourier_embedding_dim": 16,
+    },
+    "MiniMaxMusic3Vocoder": {"latent_channels": 8, "decoder_input_dim": 16, "decoder_hidden_dim": 16},
     "Flux3Transformer2DModel": DIT | {
         "in_channels": 16, "cond_in_channels": 16, "num_single_layers": 1, "joint_attention_dim": 3 * WIDTH,
         "timestep_channels": 32, "axes_dims_rope": (4, 4, 4, 4),

@@ -170,7 +170,9 @@ def check_modular_pipeline(name: str) -> Verdict:
                 state = pipeline(**arguments)
         else:
             state = pipeline(**arguments)
-        return as_array(next(state.get(k) for k in ("images", "videos", "audio", "latents") if state.get(k) is not None))
+        return as_array(
+            next(state.get(k) for k in ("images", "videos", "audio", "audios", "latents") if state.get(k) is not None)
+        )
 
     plain = run(pipe)
     assert np.isfinite(plain).all(), "plain output is not finite"
