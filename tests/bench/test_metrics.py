@@ -1,6 +1,7 @@
 """Scores of a comparison with real small networks, and with stubs of those whose weights cannot be had."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,11 @@ def test_every_score_of_the_protocol_is_there_with_an_aspect_and_words():
         Metric("x", "x", "realism", "set", lambda r: None)
     with pytest.raises(ValueError, match="aspect must be one of"):
         Metric("x", "x", "looks", "set", lambda r: None)
+
+
+def test_the_documentation_names_every_score():
+    text = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+    assert [name for name in METRICS if f"`{name}`" not in text] == []
 
 
 def test_absent_packages_networks_and_references_are_named(run, monkeypatch):
