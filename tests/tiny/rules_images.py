@@ -50,7 +50,11 @@ RULES = [
     ),
     rule(r"HunyuanDiTControlNet", call={"control_image": image}),
     rule(r"HunyuanDiTPAG", init={"pag_applied_layers": "blocks.1"}),
-    rule(r"^HunyuanImagePipeline", components={"guider": "AdaptiveProjectedMixGuidance"}),  # that of its calls without one
+    rule(
+        r"^HunyuanImagePipeline",
+        components={"guider": "AdaptiveProjectedMixGuidance"},  # that of its calls without one
+        attributes={"tokenizer_max_length": 300},
+    ),
     rule(
         r"HunyuanImageRefiner",
         components={
@@ -69,11 +73,12 @@ RULES = [
         call={"guidance_scale": 4.0, "guidance_schedule": inputs.EXPLICIT_NONE},
     ),
     rule(r"Kandinsky5", call={"max_sequence_length": 512}),  # its prompt template has 129 tokens
+    rule(r"^Kandinsky5T2I", attributes={"resolutions": [(32, 32)]}),
     # their prompt templates, too, are longer than the default limit of 16 tokens
     rule(r"^Flux2Pipe|^Krea2|^Lumina2|^Nucleus|^Ovis|^QwenImage", call={"max_sequence_length": 256}),
     rule(r"^Krea2", init={"text_encoder_select_layers": (0, 1)}),
     rule(r"^LongCatImage", components={"vae": {"latent_channels": 16}, "transformer": {"in_channels": 64}}),
-    rule(r"^LongCatImagePipeline", call=TWO),
+    rule(r"^LongCatImagePipeline", call=TWO, attributes={"tokenizer_max_length": 64}),  # of a prompt rewritten, too
     rule(r"^Nucleus", call={"return_index": -1}),
     rule(
         r"^OmniGen",

@@ -197,6 +197,7 @@ RULES = [
         r"(StableCascade|Wuerstchen)Decoder",
         call={"image_embeddings": lambda: noise(2, 4, 4, 4, seed=3)},
     ),
+    rule(r"StableCascade(Decoder|Combined)", init={"latent_dim_scale": 4.0}),
     rule(
         r"Wuerstchen(Decoder|Combined)",
         components={"prior_prior": {"c_in": 16}},

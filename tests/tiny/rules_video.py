@@ -67,7 +67,11 @@ RULES = [
         components={"scheduler": ("HeliosScheduler", {"stages": 1, "stage_range": [0, 1]})},
         call={"num_frames": 33},
     ),
-    rule(r"^HunyuanVideo15", call={"num_inference_steps": 2}),  # it attends to thousands of tokens at any size
+    rule(
+        r"^HunyuanVideo15",
+        call={"num_inference_steps": 2},
+        attributes={"tokenizer_max_length": 300, "vision_num_semantic_tokens": 16},
+    ),
     rule(r"^HunyuanVideoPipeline", call={"max_sequence_length": 256}),  # the tiny tokenizer needs more tokens per word
     rule(r"HunyuanSkyreels", components={"transformer": {"in_channels": 8}}),
     rule(
