@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kspec_guidance.bench.metrics import METRICS
 from kspec_guidance.bench.tables import Cell, Table
 from kspec_guidance.evaluation.page import number
 from kspec_guidance.utils.arguments import choices
@@ -64,6 +65,10 @@ def compare_with(results: Mapping[str, Any], name: str) -> list[Table]:
     missing = [f"{column}: {m['about']}" for column, m in found["metrics"].items() if "about" in m]
     if missing:
         about += f" Without ours: {'; '.join(missing)}."
+    fewer = {c: METRICS[m["ours"]].most for c, m in found["metrics"].items() if m["ours"] in METRICS}
+    limited = {column: most for column, most in fewer.items() if 0 < most < images}
+    if limited:
+        about += f" Ours of {' and '.join(limited)} take {max(limited.values())} of the images."
     tables = []
     for model in found["models"]:
         columns = [c for c in found["metrics"] if any(c in row for row in model["rows"].values())]

@@ -46,6 +46,9 @@ def test_ours_stand_beside_theirs_in_their_unit():
     assert "| SPARKE (sparke) | 30.96 | 29.50 [29.40, 29.60] |" in text
     assert "| CADS | 29.89 | - |" in text
     assert "24 images" in found[0].about
+    assert "of the images" not in found[0].about
+    many = compare_with(results() | {"prompts": 1000}, "sparke-table-1")[0].about
+    assert "Ours of Cond-Vendi and Vendi take 2000 of the images." in many
     cost = markdown(compare_with(results(), "sparke-cost")[0])
     assert "| none (plain) | 1.62 | 1.00 | 3.178 | 3.00 |" in cost
     assert "| SPARKE (sparke) | 1.752 | 1.25 | 3.23 | - |" in cost
