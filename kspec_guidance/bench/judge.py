@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import kspec_guidance
 from kspec_guidance.bench.fronts import DRAWS, against, hypervolume, matched, resampled, standings
 from kspec_guidance.bench.metrics import ASPECTS, METRICS, Measure, Metric
 from kspec_guidance.bench.resources import Resources, Sample, Unavailable
@@ -46,7 +47,8 @@ class _Values:
     """
 
     def __init__(self, folder: Path, metric: str, about: Sequence[Any]):
-        self.path, self.about, self.changed = folder / "scores" / f"{metric}.json", list(about), False
+        self.folder, self.about, self.changed = folder, list(about), False
+        self.path = folder / "scores" / f"{metric}.json"
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -54,7 +56,11 @@ class _Values:
         self.known: dict[str, Any] = found if isinstance(found, dict) else {}
 
     def key(self, samples: Sequence[Sample]) -> str:
-        files = [(s.path.name, (found := s.path.stat()).st_size, found.st_mtime_ns, s.prompt, s.truth) for s in samples]
+        files = []
+        for s in samples:
+            found = s.path.stat()
+            name = s.path.relative_to(self.folder).as_posix()  # also the method: copies of a folder may have equal times
+            files.append((name, found.st_size, found.st_mtime_ns, s.prompt, s.truth))
         return hash_json([self.about, files], 24)
 
     def of(self, samples: Sequence[Sample], measure: Measure) -> Any:
@@ -283,7 +289,7 @@ def _measure(
     """Values of each setting; see :class:`_Draws` for their shapes."""
     measure = metric.load(resources)
     features = resources.own if metric.features == "own" else metric.features
-    about: list[Any] = [resources.embedder(features).fingerprint if features else ""]
+    about: list[Any] = [kspec_guidance.__version__, resources.embedder(features).fingerprint if features else ""]
     if metric.unit == "set":
         about.append([(str(p), p.stat().st_mtime_ns) for p in resources.reference])
     if metric.prompts:

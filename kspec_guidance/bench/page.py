@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def _front(axes: Any, results: Mapping[str, Any], x: str, y: str) -> None:
         axes.invert_xaxis()
 
 
-def _grids(results: Mapping[str, Any], run: Run) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+def _grids(results: Mapping[str, Any], run: Run) -> list[tuple[str, list[tuple[str, list[str | None]]]]]:
     """For some prompts a row of images of each method, at its chosen strength: the same seeds in the same places."""
     groups, texts = run.groups(), {p["index"]: p["text"] for p in run.settings["prompts"]}
     chosen = [s for s in results["settings"] if s["label"] == s["method"]]
@@ -120,10 +120,14 @@ def _grids(results: Mapping[str, Any], run: Run) -> list[tuple[str, list[tuple[s
         rows = []
         for s in chosen:
             images = groups[s["method"], s["strength"]][shared[k]]
-            rows.append((s["method"], [_data_uri(images[i]) for i in range(min(IMAGES_SHOWN, len(images)))]))
+            rows.append((s["method"], [_data_uri(images, i) for i in range(min(IMAGES_SHOWN, len(images)))]))
         out.append((texts[shared[k]], rows))
     return out
 
 
-def _data_uri(image: Any) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(thumbnail(image, SIDE)).decode()
+def _data_uri(images: Sequence[Any], i: int) -> str | None:
+    """An image for its ``src``; None if its file is damaged, which the scores have told."""
+    try:
+        return "data:image/jpeg;base64," + base64.b64encode(thumbnail(images[i], SIDE)).decode()
+    except OSError:
+        return None

@@ -210,3 +210,14 @@ def test_intervals_stay_within_the_bounds_of_their_score(tmp_path, monkeypatch):
     found = judge(make_run(tmp_path), ["full"])["methods"]["plain"]["full"]
     assert (found["value"], found["high"]) == (1, 1)
     assert found["low"] < 1
+
+
+def test_images_of_equal_size_and_time_of_two_methods_are_told_apart(tmp_path, stubs):
+    """As in a folder that was copied or unpacked: times of whole seconds, names that are the same for each method."""
+    run = make_run(tmp_path)
+    size = max(path.stat().st_size for path in tmp_path.rglob("*.png"))
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+        os.utime(path, ns=(10**9, 10**9))
+    found = judge(run, stubs)["methods"]
+    assert (found["plain"]["method"]["value"], found["cads"]["method"]["value"]) == (120, 320)

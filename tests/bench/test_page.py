@@ -75,3 +75,13 @@ def test_the_page_does_not_scroll_sideways_on_wide_and_narrow_screens(folder, br
         page.goto(f"file://{folder}/bench.html")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.close()
+
+
+def test_a_damaged_image_is_named_and_the_page_is_written(tmp_path):
+    run = make_run(tmp_path, prompts=1, images=2, methods={"plain": [None]})
+    path = tmp_path / "images/plain/plain/000000-001.png"
+    path.write_bytes(path.read_bytes()[:40])
+    results = judge(run, ["mss"])
+    assert "000000-001.png cannot be read as an image" in results["skipped"]["mss"]
+    write(results, run, tmp_path)
+    assert "unreadable" in (tmp_path / "bench.html").read_text()
