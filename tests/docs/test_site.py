@@ -65,6 +65,12 @@ def server(site):
         def log_message(self, *_):
             pass
 
+        def do_GET(self):
+            if self.path.endswith("search_index.json"):  # every page would make its index of 2 MB anew
+                self.send_error(404)
+            else:
+                super().do_GET()
+
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(site))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
