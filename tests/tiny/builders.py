@@ -163,7 +163,7 @@ MODULAR_CALLS: dict[str, dict[str, Any]] = {
     "Flux3": {"text_encoder_out_layers": (0, 1, 2), "max_sequence_length": 256},
     "WanAnimate2": {"image": lambda: inputs.image(1), "driving_video": lambda: inputs.clip(5), "segment_frame_length": 5},
     "Helios": {"num_videos_per_prompt": 1},  # its history has one row
-    "HunyuanVideo15": {"num_videos_per_prompt": 1, "num_inference_steps": 2},  # its empty image embeddings have one row
+    "HunyuanVideo15": {"num_videos_per_prompt": 1},  # its empty image embeddings have one row
 }
 
 
@@ -174,6 +174,9 @@ def modular_rule(rules: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
 
 def build_modular(name: str, **settings: Any) -> Any:
     """A modular pipeline with its default blocks, and tiny components of its own or of its classic counterpart."""
+    if MODULAR[name] is not None:  # attributes of the classic pipeline are properties of the class here
+        for attribute, value in families.rule_for(MODULAR[name]).attributes.items():
+            setattr(getattr(diffusers, name), attribute, value)
     pipe, overrides = getattr(diffusers, name)(**settings), modular_rule(MODULAR_COMPONENTS, name)
     if "prompt_upsampler" in pipe.blocks.sub_blocks:  # a language model that writes a longer prompt
         blocks = pipe.blocks
