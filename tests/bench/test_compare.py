@@ -20,6 +20,8 @@ from kspec_guidance.bench.sampler import Case, Sampler
 from kspec_guidance.bench.store import Run
 from kspec_guidance.synthesis.errors import FolderError, RunFailedError
 from tests.bench.jobs import small_job
+from tests.cli.commands import call
+from tests.devices.simulated import SimulatedDevice
 from tests.tiny import build
 
 TINY = {name: recipe for name, recipe in RECIPES.items() if name != "demo"}
@@ -206,38 +208,57 @@ def test_start_noises_give_the_images_of_their_seeds(pipe):
     assert Sampler(pipe, small.call, 3, 2, [case]).radius_unit() > 0
 
 
+COMMAND = ("bench", "--methods", "plain,sparke", "--prompts", "bundled:3", "--images", "2", "--steps", "2",
+           "--metrics", "vendi", "--out")  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_killed_command_continues_with_the_same_images(tmp_path):
-    command = [
-        sys.executable, "-m", "kspec_guidance", "bench", "--methods", "plain,sparke", "--prompts", "bundled:6",
-        "--images", "2", "--steps", "2", "--metrics", "vendi", "--out",
-    ]  # fmt: skip
-    killed = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "kspec_guidance", *COMMAND, str(tmp_path / "killed")]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = tmp_path / "killed" / "records" / "rank-0000.jsonl"
     while killed.poll() is None and not (records.exists() and records.read_text().count("\n") >= 4):
         time.sleep(0.02)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     for name in ("killed", "whole"):
-        result = subprocess.run([*command, str(tmp_path / name)], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr[-2000:]
+        result = call(*COMMAND, tmp_path / name)
+        assert result.exit_code == 0, result.output
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     assert (tmp_path / "killed" / "bench.html").exists()
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_images_of_one(tmp_path):
-    arguments = ["-m", "kspec_guidance", "bench", "--methods", "plain,sparke", "--prompts", "bundled:3", "--images", "2",
-                 "--steps", "2", "--metrics", "vendi", "--out"]  # fmt: skip
-    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launch, name in ((several, "two"), ([sys.executable], "one")):
-        result = subprocess.run(
-            [*launch, *arguments, str(tmp_path / name)], capture_output=True, text=True, check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr[-2000:]
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    result = subprocess.run(
+        [*several, "kspec_guidance", *COMMAND, str(tmp_path / "two")], capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert call(*COMMAND, tmp_path / "one").exit_code == 0
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
     assert len(list((tmp_path / "two" / "records").glob("rank-*.jsonl"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd-1.5", "sd-3.5-medium"])
+def test_methods_give_the_images_of_the_cpu_on_a_device_that_mixes_with_no_other(name):
+    codes = ",".join(code for code, method in CODES.items() if unfit(method, RECIPES[name]) is None)
+    small = small_job(name, codes, ("a red heart",), images=3, batch_size=3)
+
+    def made():
+        sampler = small.sampler()
+        return {c.code: sampler.sample(small.make(c, c.chosen), small.case(0)) for c in small.methods}
+
+    expected = made()
+    with SimulatedDevice() as device:
+        small.pipe.to(device.device)
+        found = made()
+    for code, images in expected.items():
+        for a, b in zip(images, found[code], strict=True):
+            difference = torch.tensor(list(a.tobytes())) - torch.tensor(list(b.tobytes()))
+            assert difference.abs().max() <= 1, code
 
 
 def test_the_embedded_pipeline_has_what_its_recipe_says():
