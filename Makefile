@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # a process per core, one thread each: several threads for one small tensor cost more than they gain
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo quick test gpu lint space docs oldest support overhead step memory synthesis arena arena-small effect clean
+.PHONY: demo quick test pytest gpu lint space docs oldest support overhead step memory synthesis arena arena-small effect clean
 .DEFAULT_GOAL := test
 
 # torch and torchvision first and pinned: they are built for each other, and open_clip_torch would take the newest of either
@@ -28,7 +28,10 @@ lint: $(VENV)/.installed
 quick: lint
 	$(PYTEST) -m "not slow"
 
-test: lint
+# both at once: the checkers run on one core
+test: $(VENV)/.installed
+	$(MAKE) --no-print-directory --jobs=2 lint pytest
+pytest: $(VENV)/.installed
 	$(PYTEST) --durations=8
 
 # what needs a CUDA device: tests with true kernels, copies and offloading, and the table of docs/gpu.md (five minutes)
