@@ -198,7 +198,7 @@ def bench(
         size = min(batch_size or settings["images"], settings["images"])
         mode = choose_offload(recipe, where, size, offload)
         output.note(f"loading model {recipe.model}" + (f" with --offload {mode}" if mode != "none" else "") + " ...")
-        pipe = load_pipeline(recipe.model, recipe.dtype, "cpu")
+        pipe = _loaded(recipe)
         place(pipe, where, mode)
         _note_unknown_words(output, pipe, [p.text for p in texts])
         job = Job(pipe, recipe, texts, chosen, settings["images"], size, seed, call, _encoded(pipe, like, call))
@@ -214,6 +214,17 @@ def bench(
         output.note(f"{made.made} images made in {made.seconds:.0f} s")
         del pipe, job
         _judge(output, made, out, wanted, str(where))
+
+
+def _loaded(recipe: Any) -> Any:
+    """The pipeline of a recipe, in the memory of the machine."""
+    try:
+        return load_pipeline(recipe.model, recipe.dtype, "cpu")
+    except ValueError as error:
+        if recipe.gated:
+            page = f"huggingface.co/{recipe.model}"
+            raise ValueError(f"{error}; it asks for your consent at {page}, and for a token: hf auth login") from error
+        raise
 
 
 def _call(recipe: Any, steps: int | None, guidance_scale: float | None, option: list[str] | None) -> dict[str, Any]:

@@ -82,11 +82,18 @@ def test_wrong_input_is_told_in_one_line_and_nothing_is_written(arguments, messa
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_are_not_here_are_told(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sd-1.5", "cannot load 'stable-diffusion-v1-5/stable-diffusion-v1-5'"),
+        ("flux-dev", "it asks for your consent at huggingface.co/black-forest-labs/FLUX.1-dev"),
+    ],
+)
+def test_weights_that_are_not_here_are_told(name, message, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_free", lambda device: None)
-    result = call("bench", "--model", "sd-1.5", "--out", tmp_path / "run", "--device", "cpu")
+    result = call("bench", "--model", name, "--out", tmp_path / "run", "--device", "cpu")
     assert result.exit_code == 2
-    assert "cannot load 'stable-diffusion-v1-5/stable-diffusion-v1-5'" in result.stderr
+    assert message in result.stderr
 
 
 def test_a_suite_leaves_out_methods_that_the_model_cannot_run(capsys):
