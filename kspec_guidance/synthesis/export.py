@@ -10,7 +10,7 @@ from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
 from kspec_guidance.synthesis.records import Record, Store, json_row
 from kspec_guidance.utils.atomic_io import replacing
 
-__all__ = ["FORMATS", "Packer"]
+__all__ = ["FORMATS", "Packer", "column_features"]
 
 FORMATS = ("imagefolder", "webdataset", "parquet")
 SAMPLES_READ = 5  # of the first shard, from which load_dataset("webdataset") infers the types of columns
@@ -38,12 +38,20 @@ def _write_tar(path: Path, rows: list[Row], read: Callable[[Row], bytes], types:
             tar.write({"__key__": key, "png": read(row), "txt": row["prompt"], "json": json_row(row).encode()})
 
 
+def column_features(types: Mapping[str, type | None]) -> Any:
+    """The features of ``datasets`` for columns of these types, and the column ``image``."""
+    import datasets
+
+    return datasets.Features(
+        {**{name: datasets.Value(DTYPES[kind]) for name, kind in types.items()}, "image": datasets.Image()}
+    )
+
+
 def _write_parquet(path: Path, rows: list[Row], read: Callable[[Row], bytes], types: Mapping[str, type | None]) -> None:
     import datasets
 
-    schema = {name: datasets.Value(DTYPES[kind]) for name, kind in {**types, **COLUMNS}.items()}
-    features = datasets.Features({**schema, "image": datasets.Image()})
-    table: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in schema}
+    features = column_features({**types, **COLUMNS})
+    table: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in features if name != "image"}
     table["image"] = [{"bytes": read(row), "path": row["file_name"].rpartition("/")[2]} for row in rows]
     data = io.BytesIO()
     datasets.Dataset.from_dict(table, features).to_parquet(data)

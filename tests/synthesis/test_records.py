@@ -1,5 +1,6 @@
 """Damaged and lost files, full disks, folders in use, and what force=True does."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from kspec_guidance.memory.io import read_tensors, write_tensors
-from kspec_guidance.synthesis import CheckpointError, SynthesisError
+from kspec_guidance.synthesis import CheckpointError, FolderError, SynthesisError
+from kspec_guidance.synthesis.publication import file_digest
 from kspec_guidance.synthesis.records import Record, pack_tensors, unpack_tensors
-from tests.synthesis.small_runs import contents, make
+from tests.synthesis.small_runs import contents, make, rows_of
 
 
 def test_packed_tensors_are_restored(g):
@@ -154,3 +156,55 @@ def test_forged_records_are_refused_and_force_makes_their_images_again(tmp_path,
         make(tmp_path / "set", pipe, ["heart"], **settings)
     assert make(tmp_path / "set", pipe, ["heart"], **settings, force=True).images == 2
     assert (tmp_path / "precious.png").exists()
+
+
+# -- folders that an earlier version began -------------------------------------------------------------------------------
+
+SINCE = ("model", "revision", "pipeline", "scheduler", "steps", "guidance_scale", "guide_digest", "licence", "versions",
+         "marks", "sha256")  # fmt: skip
+
+
+def begun_earlier(out, pipe, **settings):
+    """A folder as the version before provenance left it in the middle of a run: three batches, without those columns."""
+
+    def stop(now):
+        if now.done >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(out, pipe, prompts=["heart", "runner"], images_per_prompt=4, progress_callback=stop, **settings)
+    for path in sorted(out.glob(".kspec/epoch-000/rank-0000/*")):
+        tensors, about = read_tensors(path, "batch")
+        about["rows"] = [{k: v for k, v in row.items() if k not in SINCE} for row in about["rows"]]
+        about.pop("time")
+        write_tensors(path, "batch", tensors, about)
+    path = out / ".kspec" / "epoch-000" / "settings.json"
+    assert "marks" not in json.loads(path.read_text())  # as then
+
+
+def test_a_folder_that_an_earlier_version_began_is_finished(tmp_path, pipe):
+    out = tmp_path / "set"
+    begun_earlier(out, pipe)
+    result = make(out, pipe, prompts=["heart", "runner"], images_per_prompt=4)
+    assert (result.images, result.made) == (8, 2)
+    rows = rows_of(out)
+    assert ["model" in row for row in rows] == [False] * 6 + [True] * 2
+    text = (out / "README.md").read_text()
+    assert "6 images carry no mark in the file" in text
+    assert "No licence was given for all of the images." in text
+    sums = dict(reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines())
+    assert all(sums[row["file_name"]] == file_digest(out / row["file_name"]) for row in rows)
+    times = [json.loads(line)["time"] for line in (out / "times.jsonl").read_text().splitlines()]
+    assert times[:6] == [None] * 6
+
+
+def test_shards_that_an_earlier_version_began_are_finished_with_a_warning_or_refused(tmp_path, pipe):
+    begun_earlier(tmp_path / "tar", pipe, format="webdataset", shard_size=3)
+    with pytest.warns(UserWarning, match="begun by an earlier version.*needs features="):
+        result = make(
+            tmp_path / "tar", pipe, prompts=["heart", "runner"], images_per_prompt=4, format="webdataset", shard_size=3
+        )
+    assert result.images == 8
+    begun_earlier(tmp_path / "tables", pipe, format="parquet", shard_size=3)
+    with pytest.raises(FolderError, match="finish it with that version, or choose another folder"):
+        make(tmp_path / "tables", pipe, prompts=["heart", "runner"], images_per_prompt=4, format="parquet", shard_size=3)
