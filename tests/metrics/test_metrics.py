@@ -106,15 +106,15 @@ def test_state_dict_round_trip_and_record(name):
 def test_conditional_metrics_approximate_exact_scores():
     k, kt = GaussianKernel(0.9), GaussianKernel(0.8)
     exact = F.conditional_vendi_score(*NORMALIZED, k, kt).item()
-    metric = metrics.ConditionalVendiScore(k, kt, num_features=4096)
+    metric = metrics.ConditionalVendiScore(k, kt, num_features=1024)
     metric.update(X, T)
     assert metric.compute().item() == pytest.approx(exact, rel=0.05)
-    information = metrics.InformationVendiScore(k, kt, num_features=4096)
+    information = metrics.InformationVendiScore(k, kt, num_features=1024)
     information.update(X, T)
-    vendi = metrics.VendiScore(k, num_features=4096)
+    vendi = metrics.VendiScore(k, num_features=1024)
     vendi.update(NORMALIZED[0])
     product = metric.compute() * information.compute()
-    assert product.item() == pytest.approx(vendi.compute().item(), rel=0.02)
+    assert product.item() == pytest.approx(vendi.compute().item(), rel=1e-6)
 
 
 def test_forward_returns_batch_score_and_accumulates():
