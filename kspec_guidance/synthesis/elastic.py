@@ -23,6 +23,7 @@ from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.synthesis.storage import Storage
 from kspec_guidance.synthesis.units import Unit, UnitLog, UnitStore
 from kspec_guidance.synthesis.worker import Progress
+from kspec_guidance.utils.messages import warn_user
 
 __all__ = ["join_run", "run_with_workers", "work"]
 
@@ -189,6 +190,11 @@ def run_with_workers(
         storage.check()
         units = units_of(run, jobs, storage)
         leases = Leases(storage, units.number, run.arguments["lease_seconds"])
+        if units.number < workers:
+            warn_user(
+                f"the prompts form {units.number} groups of similar ones, each of which one worker makes, so that "
+                f"{workers - units.number} of {workers} workers have nothing to do"
+            )
         start, earlier = perf_counter(), sum(1 for _ in _rows_before(store))
         before = leases.images()
         if workers == 1 and engine == "processes":

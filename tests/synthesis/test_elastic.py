@@ -280,8 +280,17 @@ def test_workers_of_the_command_line_of_which_one_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_all_workers_fail(tmp_path, pipe):
-    with pytest.raises(RunFailedError, match=r"all 2 workers ended .* A worker failed: error: .*broken here"):
-        make(tmp_path / "set", pipe, workers=2, filter="tests.synthesis.small_workers:broken")
+    with (
+        pytest.warns(UserWarning, match="1 of 4"),
+        pytest.raises(RunFailedError, match=r"all 4 workers ended .* A worker failed: error: .*broken here"),
+    ):
+        make(
+            tmp_path / "set",
+            pipe,
+            prompts=["heart", "runner", "cat face"],
+            workers=4,
+            filter="tests.synthesis.small_workers:broken",
+        )
 
 
 @pytest.mark.slow
