@@ -207,7 +207,8 @@ def page(results):
     found, parts = results["workers"], {}
     one = found["one process"]
     rows = [
-        [name, *(str(f[k]) for k in ("killed", "images", "twice")), f"{f['modes']:.2f} ({f['modes'] / one['modes'] - 1:+.1%})",
+        [name, *(str(f[k]) for k in ("killed", "images", "twice")),
+         f"{f['modes']:.2f} ({f['modes'] / one['modes'] - 1:+.1%})",
          f"{f['rke']:.3f} ({f['rke'] / one['rke'] - 1:+.1%})", f"{f['seconds']:.0f}", f"{f['cpu_seconds']:.0f}"]
         for name, f in found.items() if name != "settings"
     ]  # fmt: skip
