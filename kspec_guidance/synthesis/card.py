@@ -36,7 +36,7 @@ Prompts, for instance:
 
 {made}
 
-{dropped}`reproduce.yaml` makes the set again: `kspec-guidance generate --reproduce reproduce.yaml --out FOLDER`.{obstacles}
+{dropped}{reproduction}
 
 ## Scores
 
@@ -110,7 +110,12 @@ def card(
         examples="\n".join(f"* {_plain(text)}" for text in texts[:: max(1, len(texts) // EXAMPLES)][:EXAMPLES]),
         made=_table(("", ""), _made(rows, settings)),
         dropped=_dropped(contents.rejected),
-        obstacles="".join(f" It lacks: {_plain(o)}." for o in obstacles),
+        reproduction=(
+            "`reproduce.yaml` has the settings, but does not make the set again, for it lacks: "
+            f"{'; '.join(map(_plain, obstacles))}."
+            if obstacles
+            else "`reproduce.yaml` makes the set again: `kspec-guidance generate --reproduce reproduce.yaml --out FOLDER`."
+        ),
         scores=_scores(report),
         marks=_marks(rows, "self-signed" in str(settings.get("marks"))),
         licence=_licence(licence),
