@@ -78,7 +78,7 @@ def test_what_a_recipe_cannot_hold_is_named(tmp_path, pipe):
     make(tmp_path / "set", pipe, ["heart"], 1, call=CALL, filter=lambda image, row: True, guide=guide)
     with pytest.raises(SynthesisError, match=r"it lacks filter, which this file cannot hold; the 2 entries"):
         reproduce(tmp_path / "set" / "reproduce.yaml", tmp_path / "again", pipe)
-    assert "for it lacks: the 2 entries" in (tmp_path / "set" / "README.md").read_text()
+    assert "; the 2 entries" in (tmp_path / "set" / "README.md").read_text()
     make(tmp_path / "more", pipe, ["heart"], 1, call=CALL)
     make(tmp_path / "more", pipe, ["heart"], 2, call=CALL, force=True)
     with pytest.raises(
