@@ -69,7 +69,7 @@ def load_faiss(at_least: Any) -> Any:
         ValueError: for a cosine out of range.
     """
     if not is_number(at_least) or not 0 < at_least <= 1:
-        raise ValueError(f"semantic duplicates need a cosine in (0, 1], e.g. 0.95, got {at_least!r}")
+        raise ValueError(f"semantic_duplicates is a cosine in (0, 1], e.g. 0.95, got {at_least!r}")
     try:
         import faiss
     except ImportError as error:

@@ -15,8 +15,8 @@ from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1, Term
 from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, fading, norms, row_dots
 from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
-from kspec_guidance.loop.context import StepContext, apply_move
-from kspec_guidance.loop.prediction import Prediction
+from kspec_guidance.loop.context import StepContext
+from kspec_guidance.loop.prediction import Prediction, apply_move
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Gradient, Objective
 from kspec_guidance.utils.precision import full_precision

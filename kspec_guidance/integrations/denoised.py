@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.guidance.run import Run
-from kspec_guidance.loop.context import CallContext, StepContext, apply_move
+from kspec_guidance.loop.context import CallContext, StepContext
 from kspec_guidance.loop.layouts import Layout
-from kspec_guidance.loop.prediction import Prediction
+from kspec_guidance.loop.prediction import Prediction, apply_move
 from kspec_guidance.loop.prompts import masked_mean, repeat_rows
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.utils.messages import warn_user

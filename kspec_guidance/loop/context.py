@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from kspec_guidance.loop.layouts import Layout
-from kspec_guidance.loop.prediction import Prediction, keep_finite, realised_move
+from kspec_guidance.loop.prediction import Prediction
 from kspec_guidance.utils.messages import warn_user
 from kspec_guidance.utils.timing import Stopwatch
 
-__all__ = ["CallContext", "DenoiserCall", "StepContext", "StepHandler", "apply_move"]
+__all__ = ["CallContext", "DenoiserCall", "StepContext", "StepHandler"]
 
 
 @dataclass(frozen=True)
@@ -149,23 +149,3 @@ class StepHandler(Protocol):
 
     def finish(self, context: StepContext) -> None:
         """End a pass, after its last step or an early end of the call; ``context.final`` is the result."""
-
-
-def apply_move(
-    original: Any, moved: Any, move: Any, handler: StepHandler, context: StepContext, slope: Tensor | float = 1.0
-) -> Any:
-    """``moved`` without what overflows; the handler is told what rounding has left of the move.
-
-    Args:
-        original: what was moved: a model output or samples.
-        moved: the same, moved.
-        move: the move of x0 or of the samples, in their layout.
-        handler: takes note.
-        context: of the step.
-        slope: of x0 as a function of the model output.
-    """
-    moved = keep_finite(moved, original, context.overflows)
-    realised = realised_move(original, moved, move, slope)
-    if realised is not move:
-        handler.realised(realised, context)
-    return moved

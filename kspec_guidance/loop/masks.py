@@ -23,7 +23,7 @@ def mask_of_samples(mask: Tensor | None, layout: Layout, sample: Tensor) -> Tens
     >>> mask[..., :8, 16:] = 1
     >>> mask_of_samples(mask, Layout("image"), torch.zeros(2, 4, 4, 4))[0, 0].int().tolist()
     [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    >>> mask_of_samples(mask, Layout("sequence"), torch.zeros(2, 4, 16)).flatten().int().tolist()  # 2 x 2 tokens
+    >>> mask_of_samples(mask, Layout("sequence"), torch.zeros(2, 4, 16))[0].flatten().int().tolist()  # 2 x 2 tokens
     [0, 1, 0, 0]
     """
     if mask is None or mask.ndim != 4 or mask.shape[1] != 1 or layout.kind not in ("image", "frames", "video", "sequence"):

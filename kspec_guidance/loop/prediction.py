@@ -7,13 +7,17 @@ for noisy sample ``x`` and model output ``m``, so a move of x0 changes the model
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+if TYPE_CHECKING:
+    from kspec_guidance.loop.context import StepContext, StepHandler
+
 __all__ = [
+    "apply_move",
     "PARAMETRISATIONS",
     "Parametrisation",
     "Prediction",
@@ -111,6 +115,26 @@ def realised_move(before: Any, after: Any, move: Any, slope: Level = 1.0) -> Any
     if after.dtype.itemsize > 2:
         return move
     return (after.float() - before.float())[:, : move.shape[1]] * slope
+
+
+def apply_move(
+    original: Any, moved: Any, move: Any, handler: "StepHandler", context: "StepContext", slope: Tensor | float = 1.0
+) -> Any:
+    """``moved`` without what overflows; the handler is told what rounding has left of the move.
+
+    Args:
+        original: what was moved: a model output or samples.
+        moved: the same, moved.
+        move: the move of x0 or of the samples, in their layout.
+        handler: takes note.
+        context: of the step.
+        slope: of x0 as a function of the model output.
+    """
+    moved = keep_finite(moved, original, context.overflows)
+    realised = realised_move(original, moved, move, slope)
+    if realised is not move:
+        handler.realised(realised, context)
+    return moved
 
 
 def _combine(a: Level, x: Tensor, b: Level, y: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.loop.callers import in_progress
-from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, StepHandler, apply_move
+from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, StepHandler
 from kspec_guidance.loop.layouts import Layout
 from kspec_guidance.loop.masks import mask_of_samples
-from kspec_guidance.loop.prediction import parametrisation_of, predict
+from kspec_guidance.loop.prediction import apply_move, parametrisation_of, predict
 from kspec_guidance.loop.prompts import prompts_of_samples
 from kspec_guidance.utils.timing import Stopwatch
 
