@@ -92,7 +92,9 @@ def make(bed: Bed, prompts: list[str], name: str, number: int, folder: Path) -> 
     return found
 
 
-def measure(world: str, sizes: list[int], trainings: int, out: Path, art: Path, results: dict[str, Any]) -> Iterator[None]:
+def measure(
+    world: str, sets: list[str], sizes: list[int], trainings: int, out: Path, art: Path, results: dict[str, Any]
+) -> Iterator[None]:
     """Add what ``results`` lacks: accuracies by set and size, a value for each training. Yields after each of them."""
     bed_name, prompts, _, steps = WORLDS[world]
     bed = BEDS[bed_name]()
@@ -102,7 +104,7 @@ def measure(world: str, sizes: list[int], trainings: int, out: Path, art: Path, 
     else:
         test = load_drawings(art)
     largest = -(-max(sizes) // len(prompts))
-    for name in SETS:
+    for name in sets:
         pools = make(bed, prompts, name, largest, out / world)
         for size in sizes:
             each = -(-size // len(prompts))
@@ -169,6 +171,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", nargs="+", choices=list(WORLDS), default=list(WORLDS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--sizes", nargs="+", type=int, help="of the sets, in images")
     parser.add_argument("--trainings", type=int, default=5)
     parser.add_argument("--art", type=Path, default=Path(".cache_data"), help="where to keep the real images")
@@ -179,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_grad_enabled(False)
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
     for world in args.world:
-        for _ in measure(world, args.sizes or WORLDS[world][2], args.trainings, args.out, args.art, results):
+        sizes = args.sizes or WORLDS[world][2]
+        for _ in measure(world, args.sets, sizes, args.trainings, args.out, args.art, results):
             args.results.write_text(json.dumps(results, indent=1) + "\n")
     if args.page is not None:
         fill(args.page, page(results))
