@@ -153,12 +153,13 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
     fig, axes = plt.subplots(1, len(results), figsize=(4.6 * len(results), 3.4), squeeze=False)
     for ax, (world, sets) in zip(axes[0], results.items(), strict=True):
+        every = sorted({int(s) for found in sets.values() for s in found})
         for name, found in sets.items():
             sizes = sorted(map(int, found))
             means, halves = zip(*(interval([100 * v for v in found[str(s)]]) for s in sizes), strict=True)
             ax.errorbar(sizes, means, halves, marker="o", ms=4, capsize=3, label=name)
         ax.set(xscale="log", xlabel="images in the set", ylabel="accuracy on real images in %", title=world)
-        ax.set_xticks(sizes, [f"{s:,}" for s in sizes])
+        ax.set_xticks(every, [f"{s:,}" for s in every])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
