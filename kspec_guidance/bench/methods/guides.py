@@ -67,33 +67,35 @@ class Dial(Guided):
 
 
 @dataclass
-class Vivid(Guided):
+class Preset(Guided):
+    """A preset of SPARKE, named by ``code``."""
+
+    paper = "arXiv 2506.10173"
+    strength = "scale"
+    scale: float = 1.0
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return SPARKE.preset(self.code, scale=self.scale)
+
+
+@dataclass
+class Vivid(Preset):
     """The preset ``vivid``: conditional entropy of order 0.5."""
 
     name = "vivid"
     code = "vivid"
-    paper = "arXiv 2506.10173"
-    strength = "scale"
     strengths = (0.4, 0.75, 1.5, 3.0)
     scale: float = SPARKE.PRESETS["vivid"]["scale"]
 
-    def guide(self, pipe: Any) -> KernelGuidance:
-        return SPARKE.preset("vivid", scale=self.scale)
-
 
 @dataclass
-class FewStep(Guided):
+class FewStep(Preset):
     """The preset ``few-step``, for samplers of 1 to 4 steps."""
 
     name = "few-step"
     code = "few-step"
-    paper = "arXiv 2506.10173"
-    strength = "scale"
     strengths = (0.3, 0.6, 1.2)
     scale: float = SPARKE.PRESETS["few-step"]["scale"]
-
-    def guide(self, pipe: Any) -> KernelGuidance:
-        return SPARKE.preset("few-step", scale=self.scale)
 
 
 @dataclass
