@@ -19,6 +19,7 @@ from kspec_guidance.synthesis.errors import FolderError, RunFailedError, Synthes
 __all__ = ["Storage"]
 
 CONDITIONAL = ("file", "local", "s3", "s3a", "gs", "gcs")  # whose create of fsspec is one atomic operation
+ONE_GET = {"max_concurrency": 1}  # of s3fs, which asks for the size of a file before each read otherwise
 LATE = (TimeoutError, ConnectionError)  # after which an operation may have taken place
 TRIES = 4
 WAIT = 0.5  # seconds before the second try, doubled from then on
@@ -48,7 +49,7 @@ class Storage:
                 "may then be copied to any other"
             )
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.place)
+            self.fs, self.root = fsspec.core.url_to_fs(self.place, **(ONE_GET if kind in ("s3", "s3a") else {}))
         except Exception as error:  # of the client of an object store, or its package is missing
             raise SynthesisError(f"cannot use the storage {self.place}: {' '.join(str(error).split())}") from error
         self.folder = Path(self.root) if kind in ("file", "local") else None
@@ -185,15 +186,8 @@ class Storage:
         return self._repeated(once)
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file."""
-
-        def once() -> bool:
-            if self.folder is not None:
-                return (self.folder / name).exists()
-            self.fs.invalidate_cache()
-            return bool(self.fs.exists(self._path(name)))
-
-        return bool(self._repeated(once))
+        """Whether there is a file; by reading it: clients of object stores also list the folder of a missing one."""
+        return self.read(name) is not None
 
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder, sorted; none if there is no such folder."""

@@ -142,6 +142,21 @@ def test_s3(bucket):
     assert storage.names("a") == []
 
 
+def test_a_read_of_s3_is_one_get(bucket, monkeypatch):
+    storage, calls = storage_at(bucket), []
+    storage.create("a/b", b"one")
+    call = type(storage.fs)._call_s3
+
+    async def counted(self, method, *args, **kwargs):
+        calls.append(method)
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(type(storage.fs), "_call_s3", counted)
+    assert (storage.read("a/b"), storage.read("a/c")) == (b"one", None)
+    assert (storage.exists("a/b"), storage.exists("a/c")) == (True, False)
+    assert calls == ["get_object"] * 4
+
+
 def test_a_bucket_that_is_not_there(bucket):
     with pytest.raises(RunFailedError, match="s3://nowhere/run"):
         Storage("s3://nowhere/run").check()
