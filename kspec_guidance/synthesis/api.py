@@ -24,7 +24,6 @@ from kspec_guidance.synthesis.filters import Filter
 from kspec_guidance.synthesis.folder import open_folder, prompt_numbers
 from kspec_guidance.synthesis.publication import compare_with_original
 from kspec_guidance.synthesis.quotas import Attribute
-from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.reproduction import Recipe, read_recipe
 from kspec_guidance.synthesis.result import Synthesis
 from kspec_guidance.synthesis.rewards import Reward
@@ -190,9 +189,8 @@ def _run_in_step(
     progress_callback: Callable[[Progress], None] | None,
 ) -> Synthesis:
     """Make a set in this process, or in those of torchrun, which exchange their samples after as many batches."""
-    store = Store(out, None if run.arguments["format"] == "imagefolder" else out / ".kspec" / "images")
+    store = run.store(out)
     packer, generator, first = run.packer(store), run.generator, processes.rank == 0
-    memory = run.guide.memory
     open_folder(store, processes, run.settings, force, run.types, drop)
     try:
         jobs = run.jobs(prompt_numbers(store))
@@ -226,7 +224,7 @@ def _run_in_step(
             bytes_sent=processes.bytes_sent,
             first=first,
         )
-        return conclude(run, store, processes, worker, result, ending, memory)
+        return conclude(run, store, processes, worker, result, ending)
     finally:
         if first:
             store.unlock()

@@ -1,6 +1,7 @@
 """Assignment: which process, or which unit, makes the images of which prompts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -71,22 +72,27 @@ def share_out(
             with disk_errors(store.out):
                 write_tensors(path, "prompts", tensors, {"known": known}, durable=True)
         processes.wait_for_all()
+    owners, parts, contexts = _read(path, generator, jobs, world_size, by_prompt)
+    return owners, parts if exchanged else None, contexts
+
+
+def _read(
+    path: Path, generator: Generator, jobs: list[Job], number: int | None, by_prompt: bool
+) -> tuple[list[int], list[Tensor], dict[str, Tensor] | None]:
+    """The owner of each prompt, the features of the prompts of each of ``number`` owners, and those of each prompt."""
     tensors, about = read_tensors(path, "prompts")
-    owner, features = tensors["owners"], tensors["features"]
-    contexts = _contexts(generator, jobs, features, about["known"]) if by_prompt else None
+    owner, features, contexts = tensors["owners"], tensors["features"], None
+    if by_prompt:
+        if not about["known"]:
+            raise SynthesisError(
+                f"{type(generator.pipe).__name__} gives no embeddings of prompts, by which this selector chooses; use "
+                f"{', '.join(select for select in SELECTORS if select not in BY_PROMPT)} or a mixture method"
+            )
+        contexts = {job.prompt.text: row for job, row in zip(jobs, features, strict=True)}
     if not about["known"]:
         features = features[:, :0]
-    return owner.tolist(), [features[owner == rank] for rank in range(world_size)] if exchanged else None, contexts
-
-
-def _contexts(generator: Generator, jobs: list[Job], features: Tensor, known: bool) -> dict[str, Tensor]:
-    """Features of each prompt, by which arms are chosen."""
-    if not known:
-        raise SynthesisError(
-            f"{type(generator.pipe).__name__} gives no embeddings of prompts, by which this selector chooses; use "
-            f"{', '.join(select for select in SELECTORS if select not in BY_PROMPT)} or a mixture method"
-        )
-    return {job.prompt.text: row for job, row in zip(jobs, features, strict=True)}
+    numbers = range(int(owner.max()) + 1 if number is None else number)
+    return owner.tolist(), [features[owner == k] for k in numbers], contexts
 
 
 @dataclass(frozen=True)
@@ -125,26 +131,22 @@ def units_of(run: Run, jobs: list[Job], storage: Storage) -> Units:
     """
     a, by_group = run.arguments, run.arguments["memory_by"] == "group"
     if not storage.exists(PROMPTS):
-        goals, groups = [job.goal for job in jobs], [job.prompt.group for job in jobs]
-        found = None
+        goals, found = [job.goal for job in jobs], None
         if not by_group or run.by_prompt:
             found = run.generator.prompt_features([job.prompt.text for job in jobs], a["batch_size"])
         features = torch.zeros(len(jobs), 1) if found is None else found
         owners = [0] * len(jobs)
-        largest = max(a["batch_size"] * a["exchange"], sum(goals) / LARGE_UNITS)
-        pieces = bundles(groups_of(features), goals, largest)
         if by_group:
+            groups = [job.prompt.group for job in jobs]
             pieces = [[k for k, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)]
+        else:
+            largest = max(a["batch_size"] * a["exchange"], sum(goals) / LARGE_UNITS)
+            pieces = bundles(groups_of(features), goals, largest)
         for unit, piece in enumerate(pieces):
             for k in piece:
                 owners[k] = unit
         tensors = {"features": features, "owners": torch.tensor(owners)}
         storage.create(PROMPTS, encode_tensors("prompts", tensors, {"known": found is not None}))
     with storage.local(PROMPTS) as path:
-        tensors, about = read_tensors(path, "prompts")
-    owner, features = tensors["owners"], tensors["features"]
-    contexts = _contexts(run.generator, jobs, features, about["known"]) if run.by_prompt else None
-    if not about["known"]:
-        features = features[:, :0]
-    parts = [features[owner == unit] for unit in range(int(owner.max()) + 1)]
-    return Units(owner.tolist(), None if by_group or len(parts) == 1 else parts, contexts)
+        owners, parts, contexts = _read(path, run.generator, jobs, None, run.by_prompt)
+    return Units(owners, None if by_group or len(parts) == 1 else parts, contexts)

@@ -65,9 +65,7 @@ class Ending:
                 self.memory_file.parent.mkdir(parents=True, exist_ok=True)
 
 
-def conclude(
-    run: Run, store: Store, processes: Processes, worker: Worker, result: Synthesis, ending: Ending, memory: Memory
-) -> Synthesis:
+def conclude(run: Run, store: Store, processes: Processes, worker: Worker, result: Synthesis, ending: Ending) -> Synthesis:
     """Complete the result of a run, and write what goes with the set.
 
     Args:
@@ -77,7 +75,6 @@ def conclude(
         worker: of this process, which has counted all of its images.
         result: of this process so far.
         ending: what is asked for.
-        memory: of the guide at the beginning.
     """
     _complete(store, processes, worker, result, ending.report)
     if not result.first:
@@ -87,7 +84,7 @@ def conclude(
         if ending.semantic_duplicates is not None:
             comparable = [e for e in store.epochs() if worker.comparable(e, FEATURE_KEYS)]
             result.semantic_duplicates = write_semantic_duplicates(store, comparable, ending.semantic_duplicates)
-        if any(True for _ in store.records([e for e in store.epochs() if e < store.epoch])):
+        if next(store.earlier_records(), None) is not None:
             recipe.obstacles.append("what came before: settings were changed, or images left out, while the set was made")
         write_publication(
             store,
@@ -98,7 +95,7 @@ def conclude(
             None if ending.hub is None else ending.hub.url,
         )
     if ending.memory_file is not None:
-        _save_memory(store, memory, run.entries, ending.memory_file)
+        _save_memory(store, run.memory, run.entries, ending.memory_file)
     if ending.hub is not None and result.images:
         result.url = ending.hub.push(store.out)
     return result

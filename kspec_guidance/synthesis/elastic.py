@@ -3,10 +3,9 @@
 import json
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from kspec_guidance.synthesis.assignment import Units, units_of
 from kspec_guidance.synthesis.conclusion import Ending, conclude, recount
@@ -140,7 +139,7 @@ def join_run(run: Run, place: str, out: Path | None, ending: Ending, show: Show 
             Path(place), images, made=made, total_made=images, seconds=seconds,
             guidance_seconds=run.generator.guidance_seconds,
         )  # fmt: skip
-    own = Store(out, _images(out, run))
+    own = run.store(out)
     try:
         open_folder(own, OneProcess(), run.settings, False, run.types, ())
         ending.prepare(sum(job.goal for job in jobs), run.arguments["format"])
@@ -179,7 +178,7 @@ def run_with_workers(
         RunFailedError: if workers failed before the run was finished.
     """
     _check(run)
-    store = Store(out, _images(out, run))
+    store = run.store(out)
     try:
         open_folder(store, OneProcess(), run.settings, force, run.types, drop)
         numbers = prompt_numbers(store)
@@ -195,8 +194,8 @@ def run_with_workers(
                 f"the prompts form {units.number} groups of similar ones, each of which one worker makes, so that "
                 f"{workers - units.number} of {workers} workers have nothing to do"
             )
-        start, earlier = perf_counter(), sum(1 for _ in _rows_before(store))
-        before = leases.images()
+        start, before = perf_counter(), leases.images()
+        earlier = sum(len(record.rows) for record in store.earlier_records())
         if workers == 1 and engine == "processes":
             work(run, store, UnitLog(storage, store.epoch), units, leases, lambda: run.jobs(numbers), show, in_order=True)
         elif len(leases.done()) < units.number:
@@ -219,10 +218,6 @@ def run_with_workers(
         store.unlock()
 
 
-def _rows_before(store: Store) -> Iterator[dict[str, Any]]:
-    return (row for record in store.records([e for e in store.epochs() if e < store.epoch]) for row in record.rows)
-
-
 def _check(run: Run) -> None:
     """Refuse what workers that come and go cannot share."""
     if run.entries:
@@ -230,10 +225,6 @@ def _check(run: Run) -> None:
             f"the guide's memory has {run.entries} entries, which workers that come and go do not share; start with an "
             "empty memory, or without workers"
         )
-
-
-def _images(out: Path, run: Run) -> Path | None:
-    return None if run.arguments["format"] == "imagefolder" else out / ".kspec" / "images"
 
 
 def _conclude(
@@ -258,6 +249,6 @@ def _conclude(
             store.out, images=0, made=made, total_made=made, seconds=seconds,
             guidance_seconds=run.generator.guidance_seconds,
         )  # fmt: skip
-        result = conclude(run, store, processes, worker, result, ending, run.guide.memory)
+        result = conclude(run, store, processes, worker, result, ending)
     own.delete("images")  # which are in the set now
     return result

@@ -52,7 +52,7 @@ def open_folder(
 def prompt_numbers(store: Store) -> dict[str, int]:
     """The numbers of prompts in earlier epochs."""
     numbers: dict[str, int] = {}
-    for record in store.records([e for e in store.epochs() if e < store.epoch]):
+    for record in store.earlier_records():
         for row in record.rows:
             numbers.setdefault(row["prompt"], row["prompt_number"])
     return numbers

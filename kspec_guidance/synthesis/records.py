@@ -448,6 +448,10 @@ class Store:
             if epochs is None or epoch in epochs:
                 yield self.read(path, epoch, rank, lost, tensors)
 
+    def earlier_records(self, tensors: bool = False) -> Iterator[Record]:
+        """Records of the epochs before this one."""
+        return self.records([epoch for epoch in self.epochs() if epoch < self.epoch], tensors)
+
     def process_records(self, rank: int, first: int = 0, last: int | None = None) -> Iterator[Record]:
         """Records ``first:last`` of one process in this epoch, with tensors."""
         lost = self.lost_images()

@@ -1,7 +1,5 @@
 """Run: the arguments of ``synthesize``, checked, described by settings, and made into workers."""
 
-import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.guidance.calibration import call_settings, find_calibration
 from kspec_guidance.guidance.presets import SPARKE
+from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Balance
 from kspec_guidance.selection import Selector
 from kspec_guidance.synthesis.arm_models import ArmModels
@@ -51,6 +50,7 @@ from kspec_guidance.synthesis.signing import Signer
 from kspec_guidance.synthesis.stages import ScoreFilter
 from kspec_guidance.synthesis.worker import Progress, Worker
 from kspec_guidance.utils.hashing import fingerprint, hash_json, hash_tensors
+from kspec_guidance.utils.messages import warn_user
 
 __all__ = ["Run", "prepared", "restored"]
 
@@ -63,7 +63,8 @@ class Run:
         generator: of the batches.
         guide: of the run, with its calibration.
         run_guide: the same, with a term for attributes, if there are any.
-        entries: of the guide's memory at the beginning.
+        memory: of the guide at the beginning.
+        entries: of it then.
         prompts, counts, attributes: of which images, in which numbers and shares.
         target: when a prompt is finished before its goal.
         stages, rewards, embedder, marks, balance, models: what works on the images.
@@ -76,6 +77,7 @@ class Run:
     generator: Generator
     guide: KernelGuidance
     run_guide: KernelGuidance
+    memory: Memory
     entries: int
     prompts: list[Prompt]
     counts: dict[str, int]
@@ -112,6 +114,10 @@ class Run:
         """A job for each prompt; see :func:`~kspec_guidance.synthesis.schedule.make_jobs`."""
         a = self.arguments
         return make_jobs(self.prompts, a["images_per_prompt"], self.counts, numbers, a["candidates"])
+
+    def store(self, out: Path) -> Store:
+        """The folder of the run; images that are packed into shards lie beside the records."""
+        return Store(out, None if self.arguments["format"] == "imagefolder" else out / ".kspec" / "images")
 
     def packer(self, store: Store) -> Packer | None:
         """What writes shards; None for a folder of images."""
@@ -327,8 +333,8 @@ def prepared(  # noqa: D417, the others are those of synthesize
         recipe.obstacles += [f"the {entries} entries of the guide's memory"] if entries else []
         recipe.obstacles += ["the references of attributes"] if attributes else []
         yield Run(
-            generator, guide, run_guide, entries, prompt_list, counts, attributes, prompt_target, stages, rewards, embedder,
-            image_marks, balance, models, types, settings, recipe, arguments | {"arms": arms},
+            generator, guide, run_guide, guide.memory, entries, prompt_list, counts, attributes, prompt_target, stages,
+            rewards, embedder, image_marks, balance, models, types, settings, recipe, arguments | {"arms": arms},
         )  # fmt: skip
 
 
@@ -342,7 +348,7 @@ def _describe_leases(pipe: Any, seconds: float) -> dict[str, Any]:
     The public part of a version: builds of one version for other hardware may work together.
     """
     parts = {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
-    versions = {name: re.split(r"[+]", number)[0] for name, number in package_versions().items() if name != "python"}
+    versions = {name: number.partition("+")[0] for name, number in package_versions().items() if name != "python"}
     return {
         "processes": "leases",
         "lease_seconds": seconds,
@@ -383,8 +389,7 @@ def _calibration(pipe: Any, call: dict[str, Any]) -> float:
 def _warn_of_cut(generator: Generator, prompts: list[Prompt]) -> None:
     cut, tokens = generator.count_cut([prompt.text for prompt in prompts])
     if cut:
-        warnings.warn(
+        warn_user(
             f"{cut} of {len(prompts)} prompts are longer than the {tokens} tokens that {type(generator.pipe).__name__} "
-            "reads; the rest of each has no effect on its images",
-            stacklevel=3,
+            "reads; the rest of each has no effect on its images"
         )

@@ -349,7 +349,7 @@ class Worker:
 
     def learn_earlier(self) -> None:
         """Restore what follows from the records of earlier epochs."""
-        for record in self.store.records([e for e in self.store.epochs() if e != self.store.epoch], tensors=True):
+        for record in self.store.earlier_records(tensors=True):
             self.count(record, earlier=True)
             self.learn(record, earlier=True)
             if self.arms is not None and self.comparable(record.epoch, FEATURE_KEYS):
