@@ -29,7 +29,7 @@ def mask_of_samples(mask: Tensor | None, layout: Layout, sample: Tensor) -> Tens
     if mask is None or mask.ndim != 4 or mask.shape[1] != 1 or layout.kind not in ("image", "frames", "video", "sequence"):
         return None
     n = layout.count(sample)
-    if n % len(mask):
+    if n % len(mask) or (layout.kind == "video" and sample.shape[2] > 1 and len(mask) > 1):  # those of a clip's frames
         return None
     if layout.kind == "sequence":  # tokens of an image, row by row
         rows = round((sample.shape[1] * mask.shape[2] / mask.shape[3]) ** 0.5)

@@ -65,3 +65,5 @@ def test_masks_that_do_not_fit_are_ignored():
     assert mask_of_samples(mask, Layout("vector"), torch.zeros(2, 4)) is None
     assert mask_of_samples(mask.repeat(3, 1, 1, 1), Layout("image"), torch.zeros(2, 4, 4, 4)) is None
     assert mask_of_samples(mask, Layout("sequence"), torch.zeros(2, 7, 4)) is None
+    frames = mask.repeat(2, 1, 1, 1)  # of one clip, not of two
+    assert mask_of_samples(frames, Layout("video"), torch.zeros(2, 4, 2, 4, 4)) is None
