@@ -26,20 +26,22 @@ def write_tensors(
     path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], about: dict[str, Any], durable: bool = False
 ) -> None:
     """Write tensors and their description to one file; ``durable`` flushes it to disk."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    tensors, metadata = _contents(kind, tensors, about)
     with replacing(path, durable) as fresh:
-        save_file(tensors, fresh, metadata=_metadata(kind, tensors, about))
+        save_file(tensors, fresh, metadata=metadata)
 
 
 def encode_tensors(kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> bytes:
     """The bytes of a file as :func:`write_tensors` writes it."""
+    tensors, metadata = _contents(kind, tensors, about)
+    return save(tensors, metadata=metadata)
+
+
+def _contents(kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata as they are written."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    return save(tensors, metadata=_metadata(kind, tensors, about))
-
-
-def _metadata(kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> dict[str, str]:
     digest = content_digest(tensors, about)
-    return {"format": MEMORY_FORMAT, "kind": kind, "about": json.dumps(about), "sha256": digest}
+    return tensors, {"format": MEMORY_FORMAT, "kind": kind, "about": json.dumps(about), "sha256": digest}
 
 
 def content_digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:

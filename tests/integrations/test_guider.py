@@ -11,7 +11,7 @@ from packaging.version import Version
 from kspec_guidance import SPARKE, KernelGuidance, MemoryBank, MMDGuidance
 from kspec_guidance.kernels import Kernel
 from tests import tiny
-from tests.tiny.pipeline_checks import as_array
+from tests.tiny.pipeline_checks import as_array, modular_output
 
 if Version(diffusers.__version__) < Version("0.42"):
     pytest.skip("requires the guiders of diffusers 0.42", allow_module_level=True)
@@ -63,18 +63,13 @@ INNER = {
 
 
 def build(name):
-    if name in tiny.MODULAR:
-        return tiny.build_modular(name)
-    return tiny.build(name)
+    return (tiny.build_modular if name in tiny.MODULAR else tiny.build)(name)
 
 
 def generate(pipe, **kwargs):
     if not isinstance(pipe, diffusers.ModularPipeline):
         return as_array(pipe(**tiny.call_kwargs(pipe, **kwargs)))
-    state = pipe(**tiny.modular_call_kwargs(pipe, **kwargs))
-    return as_array(
-        next(state.get(k) for k in ("images", "videos", "audio", "audios", "latents") if state.get(k) is not None)
-    )
+    return modular_output(pipe(**tiny.modular_call_kwargs(pipe, **kwargs)))
 
 
 def set_guiders(pipe, **parts):

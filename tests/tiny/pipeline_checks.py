@@ -52,6 +52,13 @@ def as_array(output: Any) -> np.ndarray:
     return np.asarray(output, dtype=np.float32)
 
 
+def modular_output(state: Any) -> np.ndarray:
+    """What a modular pipeline has made, as an array."""
+    return as_array(
+        next(state.get(k) for k in ("images", "videos", "audio", "audios", "latents") if state.get(k) is not None)
+    )
+
+
 def run_pipeline(pipe: Any, guide: Any = None, **kwargs: Any) -> np.ndarray:
     """The pipeline's output from fixed noise, as an array."""
     arguments = builders.call_kwargs(pipe, **kwargs)
@@ -170,9 +177,7 @@ def check_modular_pipeline(name: str) -> Verdict:
                 state = pipeline(**arguments)
         else:
             state = pipeline(**arguments)
-        return as_array(
-            next(state.get(k) for k in ("images", "videos", "audio", "audios", "latents") if state.get(k) is not None)
-        )
+        return modular_output(state)
 
     plain = run(pipe)
     assert np.isfinite(plain).all(), "plain output is not finite"
