@@ -4,6 +4,8 @@
 # A copy is at http://www.apache.org/licenses/LICENSE-2.0. The file is distributed "as is", without warranties or
 # conditions of any kind.
 
+import math
+
 import torch
 
 from ..configuration_utils import register_to_config
@@ -132,7 +134,7 @@ class DiversityGuidance(ClassifierFreeGuidance):
         position = (self._step / self._num_inference_steps - self.diversity_start) / (
             self.diversity_stop - self.diversity_start
         )
-        return self.diversity_scale * float(torch.cos(torch.tensor(position * torch.pi / 2, device="cpu"))) ** 2
+        return self.diversity_scale * math.cos(position * math.pi / 2) ** 2
 
     def _is_diversity_enabled(self) -> bool:
         if not self._enabled or self.diversity_scale == 0.0 or self._step is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.guidance.presets import SPARKE
-from kspec_guidance.loop.prompts import CONDITIONS
+from kspec_guidance.loop.prompts import PROMPT_INPUTS
 
 __all__ = ["KernelGuidanceBlock", "insert_guidance"]
 
@@ -75,7 +75,7 @@ class KernelGuidanceBlock(ModularPipelineBlocks):
         guide = getattr(block_state, "kspec_guidance", None) or self.guide
         if not isinstance(guide, KernelGuidance):
             raise TypeError(f"kspec_guidance must be a guide such as SPARKE(), got {type(guide).__name__}")
-        tensors = {name: getattr(block_state, name, None) for name in ("latents", *CONDITIONS)}
+        tensors = {name: getattr(block_state, name, None) for name in ("latents", *PROMPT_INPUTS)}
         guide.before_step(components, i, len(block_state.timesteps), tensors)
         return components, block_state
 

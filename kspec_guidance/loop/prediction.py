@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from kspec_guidance.loop.context import StepContext, StepHandler
 
 __all__ = [
-    "apply_move",
     "PARAMETRISATIONS",
     "Parametrisation",
     "Prediction",
     "UnsupportedSchedulerError",
+    "apply_move",
     "keep_finite",
     "parametrisation_of",
     "predict",

@@ -10,7 +10,7 @@ from kspec_guidance.loop.context import DenoiserCall
 from kspec_guidance.utils.messages import warn_user
 
 __all__ = [
-    "CONDITIONS",
+    "PROMPT_INPUTS",
     "condition_of",
     "condition_states",
     "masked_mean",
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 INSTRUCT = "StableDiffusionInstructPix2PixPipeline"
-CONDITIONS = ("encoder_hidden_states", "prompt_embeds", "cap_feats", "text_bth")  # names of prompts in denoisers' inputs
+PROMPT_INPUTS = ("encoder_hidden_states", "prompt_embeds", "cap_feats", "text_bth")  # names of prompts in denoisers' inputs
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
@@ -107,7 +107,7 @@ def wanted_rows(rows: Tensor, given: dict[str, Any], pipe: Any = None) -> Tensor
 
 def condition_states(inputs: dict[str, Any]) -> Tensor | None:
     """Prompt embeddings ``[rows, ..., c]`` among the inputs of a denoiser, by name; None if there are none."""
-    return prompt_tensor((next((inputs[name] for name in CONDITIONS if inputs.get(name) is not None), None),))
+    return prompt_tensor((next((inputs[name] for name in PROMPT_INPUTS if inputs.get(name) is not None), None),))
 
 
 def condition_of(call: DenoiserCall) -> tuple[Tensor, int | None] | None:
