@@ -28,7 +28,8 @@ from PIL import Image
 
 from kspec_guidance import functional as F
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
-from kspec_guidance.synthesis.records import Store, unpack_tensors
+from kspec_guidance.synthesis.records import unpack_tensors
+from kspec_guidance.synthesis.store import Store
 
 # -- workers that are killed -------------------------------------------------------------------------------------------
 

@@ -414,7 +414,7 @@ def worker(folder):
     torch.set_num_threads(1)
     from kspec_guidance.synthesis import synthesize
     from kspec_guidance.synthesis.generator import Generator
-    from kspec_guidance.synthesis.records import Store
+    from kspec_guidance.synthesis.store import Store
     from kspec_guidance.synthesis.worker import Worker
 
     parts = {}

@@ -31,7 +31,8 @@ from kspec_guidance.evaluation.embedders import efficientnet_lite
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.statistics import jackknife_interval
 from kspec_guidance.synthesis import Prompt, synthesize
-from kspec_guidance.synthesis.records import Store, unpack_tensors
+from kspec_guidance.synthesis.records import unpack_tensors
+from kspec_guidance.synthesis.store import Store
 
 SHOWN = ("runner", "heart", "bird", "building", "clock face")  # in the plot
 PHRASES = ("{s}, {g}", "{s} {g}", "{g} {s}", "{s}, {g}, {g}")

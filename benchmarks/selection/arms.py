@@ -32,7 +32,7 @@ from kspec_guidance.demo.pipeline import DEMO_PROMPTS
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.selection import MixtureGreedy, OneArm
 from kspec_guidance.synthesis import Arm, synthesize
-from kspec_guidance.synthesis.records import Store
+from kspec_guidance.synthesis.store import Store
 
 STEPS, BATCH, IMAGES, BUDGET = 8, 2, 8, 8.0  # steps of an image; images of a batch and of a prompt; seconds of denoising
 LEAST_KINDS = 8  # training images that a prompt describes

@@ -30,8 +30,8 @@ import filelock
 from PIL import Image
 
 from kspec_guidance.synthesis.errors import CheckpointError, FolderError, disk_errors
-from kspec_guidance.synthesis.records import lock_folder
 from kspec_guidance.synthesis.settings import differences
+from kspec_guidance.synthesis.store import lock_folder
 from kspec_guidance.utils.atomic_io import replace_all
 
 __all__ = ["Group", "Images", "Run", "Writer", "begin_run", "image_file"]

@@ -11,11 +11,11 @@ from kspec_guidance.synthesis.arms import BY_PROMPT, SELECTORS
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
 from kspec_guidance.synthesis.generator import Generator
-from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.run import Run
 from kspec_guidance.synthesis.schedule import Job
 from kspec_guidance.synthesis.sharding import bundles, groups_of, shard, shard_groups
 from kspec_guidance.synthesis.storage import Storage
+from kspec_guidance.synthesis.store import Store
 
 __all__ = ["Units", "share_out", "units_of"]
 

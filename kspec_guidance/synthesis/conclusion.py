@@ -13,11 +13,12 @@ from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
 from kspec_guidance.synthesis.hub import HubUpload
 from kspec_guidance.synthesis.publication import write_publication
-from kspec_guidance.synthesis.records import Store, unpack_target, unpack_tensors
+from kspec_guidance.synthesis.records import unpack_target, unpack_tensors
 from kspec_guidance.synthesis.result import Synthesis
 from kspec_guidance.synthesis.run import Run
 from kspec_guidance.synthesis.schedule import NO_TRY_PAYS
 from kspec_guidance.synthesis.settings import FEATURE_KEYS
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.worker import Worker
 
 __all__ = ["Ending", "conclude", "recount"]

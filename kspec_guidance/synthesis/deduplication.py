@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kspec_guidance.evaluation.semantic import load_faiss, semantic_duplicates
 from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
-from kspec_guidance.synthesis.records import Store, unpack_tensors
+from kspec_guidance.synthesis.records import unpack_tensors
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.utils.atomic_io import replacing
 
 __all__ = ["SEMANTIC", "check_cosine", "write_semantic_duplicates"]

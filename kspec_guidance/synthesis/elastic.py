@@ -14,12 +14,12 @@ from kspec_guidance.synthesis.engines import Task, start_workers
 from kspec_guidance.synthesis.errors import RunFailedError, SettingsChangedError, SynthesisError
 from kspec_guidance.synthesis.folder import collect, open_folder, prompt_numbers, stored_settings
 from kspec_guidance.synthesis.leases import LeaseLostError, Leases
-from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.result import Synthesis
 from kspec_guidance.synthesis.run import Run, restored
 from kspec_guidance.synthesis.schedule import Job
 from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.synthesis.storage import Storage
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.units import Unit, UnitLog, UnitStore
 from kspec_guidance.synthesis.worker import Progress
 from kspec_guidance.utils.messages import warn_user

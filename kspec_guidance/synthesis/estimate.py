@@ -16,10 +16,10 @@ from kspec_guidance.synthesis.generator import GeneratedBatch, Generator
 from kspec_guidance.synthesis.marks import Marks
 from kspec_guidance.synthesis.prompts import read_prompts
 from kspec_guidance.synthesis.quotas import Attribute, split_quotas
-from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.schedule import Job, Sample, make_jobs, next_batch
 from kspec_guidance.synthesis.settings import check_candidates, check_counts, check_memory
 from kspec_guidance.synthesis.sharding import shard, shard_groups
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.utils.arguments import renamed_arguments
 from kspec_guidance.utils.messages import readable_size, readable_time
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from kspec_guidance.synthesis.columns import COLUMNS
 from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
-from kspec_guidance.synthesis.records import Record, Store, json_row
+from kspec_guidance.synthesis.records import Record, json_row
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.utils.atomic_io import replacing
 
 __all__ = ["FORMATS", "Packer", "column_features"]

@@ -8,8 +8,9 @@ from typing import Any
 from kspec_guidance.memory.io import write_tensors
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import CheckpointError, RunFailedError, SynthesisError, disk_errors
-from kspec_guidance.synthesis.records import Record, Store
+from kspec_guidance.synthesis.records import Record
 from kspec_guidance.synthesis.storage import Storage
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.units import UnitLog, load_images
 from kspec_guidance.utils.atomic_io import replace_all
 

@@ -13,8 +13,8 @@ from kspec_guidance.synthesis.columns import COLUMNS, column_types
 from kspec_guidance.synthesis.croissant import croissant
 from kspec_guidance.synthesis.errors import disk_errors
 from kspec_guidance.synthesis.prompts import Prompt
-from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.reproduction import Recipe
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.utils.atomic_io import replacing
 from kspec_guidance.utils.hashing import hash_json
 from kspec_guidance.utils.messages import warn_user

@@ -30,7 +30,6 @@ from kspec_guidance.synthesis.prompt_arms import PromptArms
 from kspec_guidance.synthesis.prompts import Prompt, read_prompts
 from kspec_guidance.synthesis.provenance import Provenance, check_licence, package_versions
 from kspec_guidance.synthesis.quotas import Attribute, split_quotas
-from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.reproduction import Recipe, recipe_of
 from kspec_guidance.synthesis.rewards import Reward, Rewards, as_reward, reward_name
 from kspec_guidance.synthesis.schedule import Job, Target, make_jobs
@@ -48,6 +47,7 @@ from kspec_guidance.synthesis.settings import (
 )
 from kspec_guidance.synthesis.signing import Signer
 from kspec_guidance.synthesis.stages import ScoreFilter
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.worker import Progress, Worker
 from kspec_guidance.utils.hashing import fingerprint, hash_json, hash_tensors
 from kspec_guidance.utils.messages import warn_user

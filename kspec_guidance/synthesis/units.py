@@ -24,8 +24,9 @@ from torch import Tensor
 from kspec_guidance.memory.io import MemoryFileError, content_digest, encode_tensors, read_tensors
 from kspec_guidance.synthesis.errors import CheckpointError
 from kspec_guidance.synthesis.leases import Lease, LeaseLostError
-from kspec_guidance.synthesis.records import Record, Store, record_of
+from kspec_guidance.synthesis.records import Record, record_of
 from kspec_guidance.synthesis.storage import Storage
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.worker import Progress, Worker
 from kspec_guidance.utils.hashing import hash_json
 

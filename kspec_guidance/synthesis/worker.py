@@ -27,10 +27,11 @@ from kspec_guidance.synthesis.marks import Marks
 from kspec_guidance.synthesis.memories import RunMemories
 from kspec_guidance.synthesis.provenance import Provenance
 from kspec_guidance.synthesis.quotas import allot
-from kspec_guidance.synthesis.records import Record, Store, pack_target, pack_tensors, unpack_target, unpack_tensors
+from kspec_guidance.synthesis.records import Record, pack_target, pack_tensors, unpack_target, unpack_tensors
 from kspec_guidance.synthesis.rewards import Rewards
 from kspec_guidance.synthesis.schedule import Job, Sample, next_batch, prompt_score
 from kspec_guidance.synthesis.settings import FEATURE_KEYS, SAMPLE_KEYS, Settings
+from kspec_guidance.synthesis.store import Store
 
 __all__ = ["Progress", "Worker"]
 

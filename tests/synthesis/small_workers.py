@@ -14,9 +14,9 @@ from kspec_guidance.synthesis.distributed import OneProcess
 from kspec_guidance.synthesis.elastic import work
 from kspec_guidance.synthesis.generator import GeneratedBatch, Generator
 from kspec_guidance.synthesis.leases import Leases
-from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.run import prepared
 from kspec_guidance.synthesis.storage import Storage
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.units import UnitLog, load_images
 
 PROMPTS = ["heart", "red heart", "runner", "runner, woman", "cat face"]

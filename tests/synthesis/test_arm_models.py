@@ -11,7 +11,7 @@ from kspec_guidance.loop.components import denoiser_of
 from kspec_guidance.selection import OneArm
 from kspec_guidance.synthesis import Arm, SynthesisError
 from kspec_guidance.synthesis.arm_models import ArmModels
-from kspec_guidance.synthesis.records import Store
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.utils.hashing import fingerprint
 from tests.synthesis.small_runs import contents, make, quiet_pipeline, rows_of
 

@@ -17,8 +17,9 @@ from kspec_guidance.synthesis.arms import (
     make_selector,
 )
 from kspec_guidance.synthesis.generator import Generator
-from kspec_guidance.synthesis.records import Record, Store, pack_tensors
+from kspec_guidance.synthesis.records import Record, pack_tensors
 from kspec_guidance.synthesis.report import _strips
+from kspec_guidance.synthesis.store import Store
 from tests.synthesis.small_runs import CALL, contents, make, quiet_pipeline, rows_of
 
 ARMS = [

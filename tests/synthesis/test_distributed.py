@@ -19,7 +19,7 @@ from kspec_guidance.memory import CentroidMemory, MemoryBank, RandomFeatureMemor
 from kspec_guidance.synthesis.arms import ArmChoice, make_selector
 from kspec_guidance.synthesis.distributed import add_message, encode_message
 from kspec_guidance.synthesis.generator import Generator
-from kspec_guidance.synthesis.records import Store
+from kspec_guidance.synthesis.store import Store
 from tests.processes import Launch
 from tests.synthesis import one_process
 from tests.synthesis.one_process import ARMS

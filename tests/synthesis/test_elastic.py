@@ -23,7 +23,7 @@ from kspec_guidance.synthesis import (
     reproduce,
     synthesize,
 )  # fmt: skip
-from kspec_guidance.synthesis.records import Store
+from kspec_guidance.synthesis.store import Store
 from tests.synthesis.small_runs import rows_of
 from tests.synthesis.small_workers import PROMPTS, without_model
 

@@ -8,8 +8,8 @@ import torch
 from kspec_guidance.selection import DAKUCB, PAKUCB, Oracle, PromptWise
 from kspec_guidance.synthesis import Arm, RunFailedError, SynthesisError
 from kspec_guidance.synthesis.arms import BY_PROMPT, make_selector
-from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.reproduction import read_recipe
+from kspec_guidance.synthesis.store import Store
 from tests.synthesis.small_runs import contents, make, quiet_pipeline, rows_of
 from tests.synthesis.test_arms import Stop, stopping
 

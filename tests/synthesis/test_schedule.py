@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from kspec_guidance.synthesis import Prompt, SynthesisError, Target
-from kspec_guidance.synthesis.records import Store, unpack_tensors
+from kspec_guidance.synthesis.records import unpack_tensors
 from kspec_guidance.synthesis.schedule import goals, image_seed
+from kspec_guidance.synthesis.store import Store
 from tests.synthesis.small_runs import make
 
 

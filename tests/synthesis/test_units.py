@@ -17,9 +17,9 @@ from kspec_guidance.synthesis.distributed import OneProcess
 from kspec_guidance.synthesis.elastic import work
 from kspec_guidance.synthesis.errors import CheckpointError, RunFailedError
 from kspec_guidance.synthesis.leases import Leases
-from kspec_guidance.synthesis.records import Store
 from kspec_guidance.synthesis.run import restored
 from kspec_guidance.synthesis.storage import Storage
+from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.units import Unit, UnitLog, UnitStore
 from tests.synthesis.small_workers import (
     PROMPTS,
