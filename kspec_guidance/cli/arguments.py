@@ -36,6 +36,7 @@ __all__ = [
     "check_strength",
     "existing_file",
     "finite",
+    "file_option",
     "folder_option",
     "load_pipeline",
     "named",
@@ -193,6 +194,11 @@ Quiet = Annotated[
 Version = Annotated[
     bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
 ]
+
+
+def file_option(what: str, panel: str) -> Any:
+    """An option that is a file which is there."""
+    return typer.Option(help=what, rich_help_panel=panel, dir_okay=False, exists=True)
 
 
 def folder_option(what: str) -> Any:

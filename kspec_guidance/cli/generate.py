@@ -33,6 +33,7 @@ from kspec_guidance.cli.arguments import (
     Version,
     check_prompt_source,
     check_strength,
+    file_option,
     folder_option,
     load_pipeline,
     named,
@@ -172,12 +173,7 @@ def generate(
     ] = None,
     drop: Annotated[
         Path | None,
-        typer.Option(
-            help="File of names of finished images, one a line, to leave out; others are made in their place.",
-            rich_help_panel=IMAGES,
-            dir_okay=False,
-            exists=True,
-        ),
+        file_option("File of names of finished images, one a line, to leave out; others are made in their place.", IMAGES),
     ] = None,
     candidates: Annotated[
         int,
@@ -202,11 +198,8 @@ def generate(
     ] = None,
     arms: Annotated[
         Path | None,
-        typer.Option(
-            help="TOML file of settings or models, a table for each arm, among which --select chooses for each batch.",
-            rich_help_panel=IMAGES,
-            dir_okay=False,
-            exists=True,
+        file_option(
+            "TOML file of settings or models, a table for each arm, among which --select chooses for each batch.", IMAGES
         ),
     ] = None,
     select: Annotated[
@@ -317,12 +310,10 @@ def generate(
     ] = None,
     reproduce: Annotated[
         Path | None,
-        typer.Option(
-            help="reproduce.yaml of a set, which is made again in --out; only --model, --device and options of output go "
+        file_option(
+            "reproduce.yaml of a set, which is made again in --out; only --model, --device and options of output go "
             "with it.",
-            rich_help_panel=PUBLISHING,
-            dir_okay=False,
-            exists=True,
+            PUBLISHING,
         ),
     ] = None,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.", rich_help_panel=OUTPUT)] = True,
