@@ -15,6 +15,7 @@ import torch
 
 import kspec_guidance
 from kspec_guidance.bench.fronts import DRAWS, against, hypervolume, matched, resampled, standings
+from kspec_guidance.bench.methods import CODES
 from kspec_guidance.bench.metrics import ASPECTS, METRICS, Measure, Metric
 from kspec_guidance.bench.resources import Resources, Sample, Unavailable
 from kspec_guidance.bench.store import Images, Run
@@ -181,6 +182,8 @@ def judge(
     """
     names, files = wanted_scores(metrics, reference)
     settings, images = run.settings, run.groups()
+    methods = [m | {"strengths": _from_weakest(m["name"], m["strengths"])} for m in settings["methods"]]
+    images = {(m["name"], s): images[m["name"], s] for m in methods for s in m["strengths"]}
     notes: list[str] = []
     shared, images = _finished(images, notes)
     prompts = {p["index"]: p for p in settings["prompts"]}
@@ -211,14 +214,14 @@ def judge(
             else:
                 skipped[name] = "is not known for these prompts"
         resources.release()
-    several = {m["name"] for m in settings["methods"] if len(m["strengths"]) > 1}
+    several = {m["name"] for m in methods if len(m["strengths"]) > 1}
     quality = _quality(found)
-    chosen = _chosen(settings["methods"], found, quality)
+    chosen = _chosen(methods, found, quality)
     labels = {
         (method, strength): method if method not in several or chosen[method] == strength else f"{method}@{strength}"
         for method, strength in samples
     }
-    fronts = _fronts(settings["methods"], found, quality)
+    fronts = _fronts(methods, found, quality)
     if (PLAIN, None) not in images:
         notes.append("without plain sampling among the methods there are no differences and gains")
     if several:
@@ -252,6 +255,12 @@ def judge(
         "notes": notes,
         "verdict": _verdict(fronts, _missing(images, found, quality), quality, len(shared), len(images)),
     }
+
+
+def _from_weakest(method: str, strengths: Sequence[str | None]) -> list[str | None]:
+    """The strengths as a line from plain sampling meets them: of lower guidance, the largest first."""
+    falls = method in CODES and CODES[method].falls
+    return sorted(strengths, key=lambda s: 0.0 if s is None else float(s), reverse=falls)
 
 
 def _finished(

@@ -221,3 +221,9 @@ def test_images_of_equal_size_and_time_of_two_methods_are_told_apart(tmp_path, s
         os.utime(path, ns=(10**9, 10**9))
     found = judge(run, stubs)["methods"]
     assert (found["plain"]["method"]["value"], found["cads"]["method"]["value"]) == (120, 320)
+
+
+@pytest.mark.parametrize(("method", "order"), [("sparke", ["10", "50", "100"]), ("lower-cfg", ["100", "50", "10"])])
+def test_fronts_go_from_plain_sampling_to_the_strongest_setting(tmp_path, stubs, method, order):
+    run = make_run(tmp_path, methods={"plain": [None], method: ["50", "100", "10"]})
+    assert [s["strength"] for s in judge(run, stubs)["settings"]] == [None, *order]
