@@ -17,7 +17,7 @@ from kspec_guidance.evaluation.page import page_environment, svg_plot
 from kspec_guidance.kernels.distances import evenly_spaced
 from kspec_guidance.utils.atomic_io import replacing
 
-__all__ = ["TEMPLATES", "write"]
+__all__ = ["TEMPLATES", "draw_front", "write"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = ("#2f6fb3", "#c4572e", "#3d8b5f", "#8a5fb0", "#b8912b", "#4aa0a8", "#a8506f", "#6b7686")
@@ -84,12 +84,19 @@ def _plots(results: Mapping[str, Any]) -> list[Any]:
     for name in quality[:PLOTS]:
         x = metrics[name]["title"]
         label = x if metrics[name]["higher"] else f"{x}, lower is better"
-        plots.append(svg_plot(partial(_front, results=results, x=name, y=diversity), f"{y} and {x}", label, y))
+        plots.append(svg_plot(partial(draw_front, results=results, x=name, y=diversity), f"{y} and {x}", label, y))
     return plots
 
 
-def _front(axes: Any, results: Mapping[str, Any], x: str, y: str) -> None:
-    """Each method's strengths as a line from plain sampling; quality grows to the right."""
+def draw_front(axes: Any, results: Mapping[str, Any], x: str, y: str) -> None:
+    """Draw each method's strengths as a line from plain sampling; quality grows to the right.
+
+    Args:
+        axes: of matplotlib.
+        results: of :func:`~kspec_guidance.bench.judge.judge`.
+        x: score of quality.
+        y: score of diversity.
+    """
     methods: dict[str, list[tuple[float, float]]] = {}
     for s in results["settings"]:
         found = results["methods"][s["label"]]

@@ -21,6 +21,7 @@ from kspec_guidance.statistics import Curve
 __all__ = ["TILES", "number", "page_environment", "svg_plot", "write_page"]
 
 COLOURS = ("#2f6fb3", "#c4572e", "#3d8b5f")
+LEGEND_INSIDE = 5  # names at most in the legend of a plot; more stand beside it
 KINDS_SHOWN, TILES, GROUP_TILES = 12, 11, 22
 
 
@@ -67,7 +68,11 @@ def svg_plot(draw: Any, title: str, xlabel: str, ylabel: str, log: bool = False)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[1]:
+        names = axes.get_legend_handles_labels()[1]
+        if len(names) > LEGEND_INSIDE:
+            figure.set_figwidth(4.8)
+            figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+        elif names:
             axes.legend(frameon=False, fontsize=8)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})

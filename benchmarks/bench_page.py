@@ -1,0 +1,68 @@
+"""The example of a comparison in docs/bench.md: the embedded model, its 24 prompts, methods that fit, at several strengths.
+
+python benchmarks/bench_page.py --out outputs/paper     # a quarter of an hour on two cores; a run that was stopped goes on
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pages import fill, table
+
+from kspec_guidance.bench.page import draw_front
+
+ROOT = Path(__file__).parents[1]
+SHOWN = ("vendi", "attribute_coverage", "conditional_rke")  # scores of diversity in the table
+
+
+def gains(results: dict[str, Any]) -> str:
+    """Gains at equal quality of each method, the largest in the first score first."""
+    fronts = {name: results["fronts"][name]["methods"] for name in SHOWN}
+
+    def percent(score: str, method: str) -> str:
+        value, low, high = (f"{100 * fronts[score][method][k]:+.0f}%" for k in ("gain", "gain_low", "gain_high"))
+        return f"{value} [{low}, {high}]"
+
+    rows = []
+    for method, found in sorted(fronts[SHOWN[0]].items(), key=lambda item: -item[1]["gain"]):
+        volume = f"{found['volume']:.2f} [{found['volume_low']:.2f}, {found['volume_high']:.2f}]"
+        rows.append([method, *(percent(score, method) for score in SHOWN), volume])
+    titles = [results["metrics"][score]["title"] for score in SHOWN]
+    return table(["method", *titles, f"hypervolume, {titles[0]}"], rows)
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    qualities = list(results["quality"])
+    fig, axes = plt.subplots(1, len(qualities), figsize=(9.5, 3.4), sharey=True, layout="constrained")
+    for ax, quality in zip(axes, qualities, strict=True):
+        draw_front(ax, results, quality, SHOWN[0])
+        ax.set(xlabel=results["metrics"][quality]["title"])
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(results["metrics"][SHOWN[0]]["title"])
+    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/paper"), help="folder of the comparison")
+    args = parser.parse_args()
+    command = [sys.executable, "-m", "kspec_guidance", "bench", "--model", "demo", "--suite", "paper"]
+    subprocess.run([*command, "--prompts", "bundled:24", "--out", str(args.out)], check=True)
+    results = json.loads((args.out / "results.json").read_text())
+    fill(ROOT / "docs" / "bench.md", {"example": gains(results)})
+    figure(results, ROOT / "docs" / "bench.png")
+    for name in ("plain", *results["fronts"][SHOWN[0]]["methods"]):
+        print(name, {k: round(results["methods"][name][k]["value"], 3) for k in (*SHOWN, *results["quality"])})
+    print("p of differences in", SHOWN[0], "to", results["fronts"][SHOWN[0]]["reference"], ":",
+          {m: f["p"] for m, f in results["fronts"][SHOWN[0]]["methods"].items()})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
