@@ -87,10 +87,12 @@ class FidelityScores(NeighbourScores):
     frechet_distance: float
 
 
-def _check_nearest(a: Tensor, b: Tensor, nearest: int) -> None:
+def _check_nearest(x: Tensor, reference: Tensor, nearest: int) -> tuple[Tensor, Tensor]:
+    a, b = _check(x, reference)
     if not isinstance(nearest, int) or not 1 <= nearest < min(len(a), len(b)):
         smaller = min(len(a), len(b))
         raise ValueError(f"nearest must be an integer of at least 1 and below {smaller}, the smaller set, got {nearest!r}")
+    return a, b
 
 
 class _Distances:
@@ -159,15 +161,12 @@ def in_manifold(x: Tensor, reference: Tensor, nearest: int = 5) -> Tensor:
     """Which rows of ``x`` lie inside the reference's manifold, bool ``[n]``; see :func:`precision_score`.
 
     Args:
-        x: ``[n, d]``.
-        reference: ``[m, d]``.
-        nearest: number of neighbours, below the size of the smaller set.
+        x, reference, nearest: as for :func:`neighbour_scores`.
 
     Raises:
-        ValueError: for too few samples, different widths, or NaN.
+        ValueError: as :func:`neighbour_scores`.
     """
-    a, b = _check(x, reference)
-    _check_nearest(a, b, nearest)
+    a, b = _check_nearest(x, reference, nearest)
     return _memberships(a, b, _radii(b, nearest))[0].any(1)
 
 
@@ -177,12 +176,10 @@ def precision_score(x: Tensor, reference: Tensor, nearest: int = 5) -> float:
     The manifold is the union of the balls described in :func:`neighbour_scores`.
 
     Args:
-        x: ``[n, d]``.
-        reference: ``[m, d]``.
-        nearest: number of neighbours, below the size of the smaller set.
+        x, reference, nearest: as for :func:`neighbour_scores`.
 
     Raises:
-        ValueError: for too few samples, different widths, or NaN.
+        ValueError: as :func:`neighbour_scores`.
     """
     return float(in_manifold(x, reference, nearest).double().mean())
 
@@ -203,8 +200,7 @@ def neighbour_scores(x: Tensor, reference: Tensor, nearest: int = 5) -> Neighbou
     Raises:
         ValueError: for too few samples, different widths, or NaN.
     """
-    a, b = _check(x, reference)
-    _check_nearest(a, b, nearest)
+    a, b = _check_nearest(x, reference, nearest)
     in_reference, in_own = _memberships(a, b, _radii(b, nearest), _radii(a, nearest))
     return NeighbourScores(
         precision=float(in_reference.any(1).double().mean()),
@@ -218,12 +214,10 @@ def fidelity_scores(x: Tensor, reference: Tensor, nearest: int = 5) -> FidelityS
     """The scores of :func:`neighbour_scores`, and the :func:`frechet_distance`.
 
     Args:
-        x: ``[n, d]``.
-        reference: ``[m, d]``.
-        nearest: number of neighbours, below the size of the smaller set.
+        x, reference, nearest: as for :func:`neighbour_scores`.
 
     Raises:
-        ValueError: for too few samples, different widths, or NaN.
+        ValueError: as :func:`neighbour_scores`.
     """
     found = neighbour_scores(x, reference, nearest)
     return FidelityScores(**vars(found), frechet_distance=frechet_distance(x, reference))
