@@ -53,7 +53,7 @@ def package(name: str, install: str | None = None) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] != name.partition(".")[0]:
             raise Unavailable(f"{name} is installed, but needs {error.name}: pip install {error.name}") from error
-        raise Unavailable(f"pip install {install or name}") from error
+        raise Unavailable(f"{install or name} needs: pip install {install or name}") from error
 
 
 class Resources:

@@ -160,8 +160,7 @@ def _memberships(x: Tensor, reference: Tensor, radii: Tensor, own: Tensor | None
 def in_manifold(x: Tensor, reference: Tensor, nearest: int = 5) -> Tensor:
     """Which rows of ``x`` lie inside the reference's manifold, bool ``[n]``; see :func:`precision_score`.
 
-    Args:
-        x, reference, nearest: as for :func:`neighbour_scores`.
+    Arguments are those of :func:`neighbour_scores`.
 
     Raises:
         ValueError: as :func:`neighbour_scores`.
@@ -175,8 +174,7 @@ def precision_score(x: Tensor, reference: Tensor, nearest: int = 5) -> float:
 
     The manifold is the union of the balls described in :func:`neighbour_scores`.
 
-    Args:
-        x, reference, nearest: as for :func:`neighbour_scores`.
+    Arguments are those of :func:`neighbour_scores`.
 
     Raises:
         ValueError: as :func:`neighbour_scores`.
@@ -213,8 +211,7 @@ def neighbour_scores(x: Tensor, reference: Tensor, nearest: int = 5) -> Neighbou
 def fidelity_scores(x: Tensor, reference: Tensor, nearest: int = 5) -> FidelityScores:
     """The scores of :func:`neighbour_scores`, and the :func:`frechet_distance`.
 
-    Args:
-        x, reference, nearest: as for :func:`neighbour_scores`.
+    Arguments are those of :func:`neighbour_scores`.
 
     Raises:
         ValueError: as :func:`neighbour_scores`.

@@ -58,9 +58,10 @@ def test_absent_packages_networks_and_references_are_named(run, monkeypatch):
     assert not found["methods"]["plain"]
     reasons = found["skipped"]
     for name, words in {
-        "lpips": "pip install lpips", "dreamsim": "pip install dreamsim", "vqascore": "t2v-metrics asks for other",
+        "lpips": "lpips needs: pip install lpips", "dreamsim": "dreamsim needs: pip install dreamsim",
+        "vqascore": "t2v-metrics asks for other",
         "image_reward": "elsewhere.py OUT image_reward", "hpsv3": "elsewhere.py OUT hpsv3",
-        "aesthetic": "pip install pyiqa",
+        "aesthetic": "pyiqa needs: pip install pyiqa",
         "clip_score": "openai/clip-vit-large-patch14 is not in the Hugging Face cache",
         "pickscore": "yuvalkirstain/PickScore_v1 is not in", "hpsv2": "HPS_v2.1_compressed.pt", "fid": "--reference FOLDER",
         "cmmd": "--reference FOLDER", "agreement": "is for images of the embedded model",
