@@ -17,7 +17,7 @@ import kspec_guidance
 from kspec_guidance.bench.fronts import DRAWS, against, hypervolume, matched, resampled, standings
 from kspec_guidance.bench.methods import CODES
 from kspec_guidance.bench.metrics import ASPECTS, METRICS, Measure, Metric
-from kspec_guidance.bench.resources import Resources, Sample, Unavailable
+from kspec_guidance.bench.resources import Resources, Sample, Unavailable, original_emoji
 from kspec_guidance.bench.store import Images, Run
 from kspec_guidance.kernels.distances import evenly_spaced
 from kspec_guidance.utils.arguments import choices
@@ -165,7 +165,8 @@ def judge(
     Args:
         run: the comparison, finished or not.
         metrics: names of the scores; by default all.
-        reference: folder of real images, for the scores that need them.
+        reference: folder of real images, for the scores that compare with them; by default, for images of the embedded
+            model, the emoji that come with it.
         device: of the networks.
         download: whether networks may be downloaded from the hub.
         progress: called with a line before each score.
@@ -192,13 +193,12 @@ def judge(
         for setting, of in images.items()
     }
     texts = [prompts[k]["text"] for k in shared]
-    demo = settings["model"]["name"] == "demo"
+    demo, real = settings["model"]["name"] == "demo", None if reference is None else str(reference)
+    if demo and reference is None and any(METRICS[n].reference for n in names):
+        files, real = original_emoji(run.folder / "scores" / "originals"), "Noto Emoji and Twemoji"
     resources = Resources(texts, demo, files, device, download, run.folder)
-    draws, found, skipped = (
-        _Draws(len(shared), settings["images"]),
-        dict[str, dict[Setting, np.ndarray]](),
-        dict[str, str](),
-    )
+    draws = _Draws(len(shared), settings["images"])
+    found, skipped = dict[str, dict[Setting, np.ndarray]](), dict[str, str]()
     for name in names:
         if progress is not None:
             progress(METRICS[name].title)
@@ -237,9 +237,9 @@ def judge(
         "images": settings["images"],
         "steps": settings.get("steps"),
         "device": settings.get("device"),
-        "features": resources.embedder(resources.own).name if any(METRICS[n].features == "own" for n in found) else None,
+        "features": resources.embedder("own").name if any(METRICS[n].features == "own" for n in found) else None,
         "prompt_features": resources.texts().name if any(METRICS[n].prompts for n in found) else None,
-        "reference": None if reference is None else {"path": str(reference), "images": len(files)},
+        "reference": None if real is None else {"path": real, "images": len(files)},
         "methods": {
             labels[s]: {n: _interval(found[n][s], METRICS[n].bounds) for n in found}
             for s in sorted(labels, key=lambda s: _order(s, labels))
@@ -296,10 +296,11 @@ def _measure(
     metric: Metric, samples: Mapping[Setting, list[list[Sample]]], resources: Resources, folder: Path
 ) -> dict[Setting, np.ndarray]:
     """Values of each setting; see :class:`_Draws` for their shapes."""
-    measure = metric.load(resources)
-    features = resources.own if metric.features == "own" else metric.features
+    if metric.reference and not resources.reference:
+        raise Unavailable("needs real images: --reference FOLDER")
+    measure, features = metric.load(resources), metric.features
     about: list[Any] = [kspec_guidance.__version__, resources.embedder(features).fingerprint if features else ""]
-    if metric.unit == "set":
+    if metric.reference:
         about.append([(str(p), p.stat().st_mtime_ns) for p in resources.reference])
     if metric.prompts:
         about.append(resources.texts().fingerprint)

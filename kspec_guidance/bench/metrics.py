@@ -45,12 +45,13 @@ class Metric:
         unit: what one value is of: an ``image``, the images of a ``prompt``, or all images, the ``set``.
         load: loads what is needed, and returns the function that measures: images of one prompt to ``[n]`` or ``[]``, or
             all images to ``[]``. NaN stands for unknown.
-        features: name of the embedder whose features it uses, "own" for those of the comparison, "" for none.
+        features: name of the embedder whose features it uses, see :class:`Resources`; "" for none.
         higher: whether larger is better.
         tolerance: loss of quality that still counts as equal.
         relative: whether the tolerance is a share of plain sampling's value.
         most: images that a score of a set takes at most, of evenly spaced prompts; 0 for all.
         prompts: whether it uses features of the prompts.
+        reference: whether it compares with real images.
         bounds: least and largest possible value.
         about: what it is, in a sentence part.
 
@@ -69,6 +70,7 @@ class Metric:
     relative: bool = False
     most: int = 0
     prompts: bool = False
+    reference: bool = False
     bounds: tuple[float, float] = (-math.inf, math.inf)
     about: str = ""
 
@@ -83,9 +85,7 @@ def _of_rows(features: str, score: Callable[[Tensor], Tensor]) -> Callable[[Reso
     """A score of unit rows."""
 
     def load(r: Resources) -> Measure:
-        name = r.own if features == "own" else features
-        r.embedder(name)
-        return lambda samples: score(l2_normalize(r.rows(name, [s.path for s in samples]).double()))
+        return lambda samples: score(l2_normalize(r.rows(features, [s.path for s in samples]).double()))
 
     return load
 
@@ -116,10 +116,8 @@ def _given_prompts(score: Callable[..., Tensor]) -> Callable[[Resources], Measur
     kernels = GaussianKernel(IMAGE_BANDWIDTH), GaussianKernel(PROMPT_BANDWIDTH)
 
     def load(r: Resources) -> Measure:
-        r.embedder(r.own)
-
         def measure(samples: Sequence[Sample]) -> Tensor:
-            x = r.rows(r.own, [s.path for s in samples]).double()
+            x = r.rows("own", [s.path for s in samples]).double()
             return score(l2_normalize(x), l2_normalize(r.prompt_rows(samples).double()), *kernels)
 
         return measure
@@ -129,7 +127,7 @@ def _given_prompts(score: Callable[..., Tensor]) -> Callable[[Resources], Measur
 
 def _scendi(r: Resources) -> Measure:
     def measure(samples: Sequence[Sample]) -> Tensor:
-        x, t = r.rows(r.own, [s.path for s in samples]).double(), r.prompt_rows(samples).double()
+        x, t = r.rows("own", [s.path for s in samples]).double(), r.prompt_rows(samples).double()
         if t.shape[1] >= len(x):
             raise Unavailable(f"needs more images than the {t.shape[1]} features of a prompt; there are {len(x)}")
         return F.scendi_score(l2_normalize(x), l2_normalize(t))
@@ -187,13 +185,9 @@ def _against(features: str, score: Callable[[Tensor, Tensor], Any]) -> Callable[
     """A score of rows, as they are, and those of the reference."""
 
     def load(r: Resources) -> Measure:
-        name = r.own if features == "own" else features
-        r.check_reference()
-
         def measure(samples: Sequence[Sample]) -> Tensor:
-            return torch.as_tensor(
-                score(r.rows(name, [s.path for s in samples]).double(), r.rows(name, r.reference).double())
-            )
+            x, y = r.rows(features, [s.path for s in samples]), r.rows(features, r.reference)
+            return torch.as_tensor(score(x.double(), y.double()))
 
         return measure
 
@@ -204,16 +198,16 @@ def _neighbours(field: str) -> Callable[[Resources], Measure]:
     """One of four scores against the reference that are computed together."""
 
     def load(r: Resources) -> Measure:
-        r.check_reference()
-
         def measure(samples: Sequence[Sample]) -> Tensor:
             paths = tuple(s.path for s in samples)
             if min(len(paths), len(r.reference)) <= NEAREST:
                 raise Unavailable(
                     f"needs more than {NEAREST} images and real images, got {len(paths)} and {len(r.reference)}"
                 )
-            x, y = r.rows(r.own, paths), r.rows(r.own, r.reference)
-            found = r.shared(("neighbours", paths), lambda: F.neighbour_scores(x, y, NEAREST))
+            found = r.shared(
+                ("neighbours", paths),
+                lambda: F.neighbour_scores(r.rows("own", paths), r.rows("own", r.reference), NEAREST),
+            )
             return torch.tensor(getattr(found, field))
 
         return measure
@@ -222,11 +216,11 @@ def _neighbours(field: str) -> Callable[[Resources], Measure]:
 
 
 def _attributes(r: Resources) -> Measure:
-    judge = r.judge("demo" if r.demo else "clip")
+    judge = r.judge("judge")
 
     def values(samples: Sequence[Sample]) -> Tensor:
         """By the values of the attributes that the source of a prompt states: what an image is most like."""
-        lists, x = attribute_values(samples[0].truth), r.rows("clip", [s.path for s in samples])
+        lists, x = attribute_values(samples[0].truth), r.rows("judge", [s.path for s in samples])
         shares = []
         for values in lists:
             texts = [f"{samples[0].prompt}, {value}" for value in values]
@@ -240,7 +234,7 @@ def _attributes(r: Resources) -> Measure:
         described = emoji.described(samples[0].prompt)
         if not described.any():
             return torch.tensor(torch.nan)
-        shown = emoji.probabilities(r.rows("demo", [s.path for s in samples])).argmax(1)
+        shown = emoji.probabilities(r.rows("judge", [s.path for s in samples])).argmax(1)
         return torch.tensor(len(set(shown[described[shown]].tolist())) / min(len(samples), int(described.sum())))
 
     return kinds if r.demo else values
@@ -265,7 +259,7 @@ _METRICS = [
     Metric("dino_pairwise", "DINOv2 pairwise", "diversity", "prompt",
            _of_rows("dinov2", lambda x: 1 - F.mean_cosine(x)), "dinov2",
            about="one less the mean cosine of two images of a prompt, DINOv2 ViT-L/14"),
-    Metric("attribute_coverage", "attribute coverage", "diversity", "prompt", _attributes, "own", bounds=(0, 1),
+    Metric("attribute_coverage", "attribute coverage", "diversity", "prompt", _attributes, "judge", bounds=(0, 1),
            about="share of the kinds that the images of a prompt could show and do"),
     Metric("conditional_vendi", "Conditional-Vendi", "diversity", "set", _given_prompts(F.conditional_vendi_score), "own",
            most=SET_IMAGES, prompts=True,
@@ -278,9 +272,9 @@ _METRICS = [
            about="effective number of different images of all prompts together"),
     Metric("scendi", "Scendi", "diversity", "set", _scendi, "own", most=SET_IMAGES, prompts=True,
            about="diversity that the prompts do not explain"),
-    Metric("recall", "recall", "diversity", "set", _neighbours("recall"), "own", bounds=(0, 1),
+    Metric("recall", "recall", "diversity", "set", _neighbours("recall"), "own", reference=True, bounds=(0, 1),
            about="share of the real images among the images"),
-    Metric("coverage", "coverage", "diversity", "set", _neighbours("coverage"), "own", bounds=(0, 1),
+    Metric("coverage", "coverage", "diversity", "set", _neighbours("coverage"), "own", reference=True, bounds=(0, 1),
            about="share of the real images with an image nearby"),
     Metric("vqascore", "VQAScore", "agreement", "image", _elsewhere("vqascore"), tolerance=0.02, bounds=(0, 1),
            about="probability of yes to the question whether an image shows its prompt, CLIP-FlanT5"),
@@ -299,23 +293,21 @@ _METRICS = [
            about="learned preference of people"),
     Metric("aesthetic", "aesthetic", "preference", "image", _aesthetic, tolerance=0.1,
            about="learned rating of looks, 1 to 10, LAION"),
-    Metric("fd_dinov2", "FD-DINOv2", "realism", "set", _against("dinov2", F.frechet_distance), "dinov2", False, DISTANCE,
-           True, bounds=(0, math.inf), about="Frechet distance to the real images, DINOv2 ViT-L/14"),
-    Metric("fid", "FID", "realism", "set", _against("inception", F.frechet_distance), "inception", False, DISTANCE, True,
-           bounds=(0, math.inf),           about="Frechet distance to the real images, Inception v3"),
-    Metric("kid", "KID", "realism", "set", _against("inception", F.mmd), "inception", False, DISTANCE, True,
-           about="squared MMD to the real images, unbiased, Inception v3"),
-    Metric("cmmd", "CMMD", "realism", "set", _against("clip336", F.cmmd), "clip336", False, DISTANCE, True,
-           about="MMD to the real images, CLIP ViT-L/14 at 336 pixels"),
-    Metric("fd", "Frechet distance", "realism", "set", _against("own", F.frechet_distance), "own", False, DISTANCE, True,
-           bounds=(0, math.inf),           about="to the real images, in the features of this comparison"),
-    Metric("precision", "precision", "realism", "set", _neighbours("precision"), "own", tolerance=0.02,
-           bounds=(0, 1),
-           about="share of the images among the real ones"),
-    Metric("density", "density", "realism", "set", _neighbours("density"), "own", tolerance=0.02,
-           bounds=(0, math.inf),
-           about="how many real images are around an image"),
     Metric("on_data", "clear images", "realism", "image", _on_data, "demo", tolerance=2.0, bounds=(0, 100),
            about="how sure a classifier of emoji is that an image is some emoji, in %"),
+    Metric("fd_dinov2", "FD-DINOv2", "realism", "set", _against("dinov2", F.frechet_distance), "dinov2", False, DISTANCE,
+           True, reference=True, bounds=(0, math.inf), about="Frechet distance to the real images, DINOv2 ViT-L/14"),
+    Metric("fid", "FID", "realism", "set", _against("inception", F.frechet_distance), "inception", False, DISTANCE, True,
+           reference=True, bounds=(0, math.inf), about="Frechet distance to the real images, Inception v3"),
+    Metric("kid", "KID", "realism", "set", _against("inception", F.mmd), "inception", False, DISTANCE, True,
+           reference=True, about="squared MMD to the real images, unbiased, Inception v3"),
+    Metric("cmmd", "CMMD", "realism", "set", _against("clip336", F.cmmd), "clip336", False, DISTANCE, True,
+           reference=True, about="MMD to the real images, CLIP ViT-L/14 at 336 pixels"),
+    Metric("fd", "Frechet distance", "realism", "set", _against("own", F.frechet_distance), "own", False, DISTANCE, True,
+           reference=True, bounds=(0, math.inf), about="to the real images, in the features of this comparison"),
+    Metric("precision", "precision", "realism", "set", _neighbours("precision"), "own", reference=True, tolerance=0.02,
+           bounds=(0, 1), about="share of the images among the real ones"),
+    Metric("density", "density", "realism", "set", _neighbours("density"), "own", reference=True, tolerance=0.02,
+           bounds=(0, math.inf), about="how many real images are around an image"),
 ]  # fmt: skip
 METRICS = {m.name: m for m in _METRICS}

@@ -11,15 +11,19 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from kspec_guidance.bench.elsewhere import lines, values_file
+from kspec_guidance.demo import load_demo_reference
 from kspec_guidance.evaluation.embedders import ImageEmbedder, TextEmbedder, image_embedder, images, text_embedder, texts
 from kspec_guidance.evaluation.embedders.cache import embed_files
 from kspec_guidance.evaluation.embedders.names import CLIP_MODELS, in_cache
 from kspec_guidance.evaluation.judges import PromptJudge, clip_judge, demo_judge
+from kspec_guidance.utils.atomic_io import replacing
+from kspec_guidance.utils.images import to_frames
 
-__all__ = ["DINOV2", "Resources", "Sample", "Unavailable", "package"]
+__all__ = ["DINOV2", "Resources", "Sample", "Unavailable", "original_emoji", "package"]
 
 DINOV2, CLIP_336, PICKSCORE = "facebook/dinov2-large", "openai/clip-vit-large-patch14-336", "yuvalkirstain/PickScore_v1"
 HPSV2 = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+ORIGINALS = ("noto", "twemoji")
 JUDGES = ("demo", "clip", "pickscore", "hpsv2")
 
 
@@ -56,13 +60,30 @@ def package(name: str, install: str | None = None) -> Any:
         raise Unavailable(f"{install or name} needs: pip install {install or name}") from error
 
 
+def original_emoji(folder: Path) -> list[Path]:
+    """Pictures of the kind that the embedded model learned from, 192 that come with it, as files in a folder."""
+    files = {
+        folder / f"{name}-{k:02d}.png": x / 2 + 0.5 for name in ORIGINALS for k, x in enumerate(load_demo_reference(name))
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, pixels in files.items():
+        if not path.is_file():
+            with replacing(path) as fresh:
+                to_frames(pixels)[0].save(fresh, "PNG")
+    return list(files)
+
+
 class Resources:
     """What the scores of one comparison share.
+
+    Embedders and judges have names; ``own`` stands for the features of the comparison, those of the emoji classifier for
+    images of the embedded model, else those of ``auto``, and ``judge`` for what tells whether an image shows a text, the
+    emoji classifier or CLIP.
 
     Args:
         prompts: texts of all prompts.
         demo: whether the embedded model made the images.
-        reference: real images; without, scores that need them are unavailable.
+        reference: real images, for the scores that compare with them.
         device: of the networks.
         download: whether models of the hub may be downloaded; otherwise only the local cache is read.
         folder: of the run, for values that were measured in other environments.
@@ -86,17 +107,16 @@ class Resources:
         self._prompt_rows: dict[str, Tensor] = {}
         self._shared: dict[Hashable, Any] = {}
 
-    @property
-    def own(self) -> str:
-        """Features of the comparison: the emoji classifier's for images of the embedded model, else those of ``auto``."""
-        return "demo" if self.demo else "auto"
+    def _name(self, name: str) -> str:
+        return {"own": "demo" if self.demo else "auto", "judge": "demo" if self.demo else "clip"}.get(name, name)
 
     def embedder(self, name: str) -> ImageEmbedder:
-        """The embedder ``auto``, ``dinov2``, ``inception``, ``clip336``, or that of a judge.
+        """The embedder ``own``, ``auto``, ``dinov2``, ``inception``, ``clip336``, or that of a judge.
 
         Raises:
             Unavailable: if it is not on this machine.
         """
+        name = self._name(name)
         if name not in self._embedders:
             makers: dict[str, Callable[[], ImageEmbedder]] = {
                 "auto": lambda: image_embedder("auto", self.device),
@@ -108,11 +128,12 @@ class Resources:
         return self._embedders[name]
 
     def judge(self, name: str) -> PromptJudge:
-        """The judge ``demo``, ``clip``, ``pickscore`` or ``hpsv2``.
+        """The judge ``judge``, ``demo``, ``clip``, ``pickscore`` or ``hpsv2``.
 
         Raises:
             Unavailable: if it is not on this machine.
         """
+        name = self._name(name)
         if name not in self._judges:
             makers = {"demo": self._demo, "clip": self._clip, "pickscore": self._pickscore, "hpsv2": self._hpsv2}
             self._judges[name] = makers[name]()
@@ -138,8 +159,9 @@ class Resources:
 
     def release(self) -> None:
         """Forget all networks but that of the comparison's own features, so that the next score has the memory."""
-        self._embedders = {k: v for k, v in self._embedders.items() if k == self.own}
-        self._judges = {k: v for k, v in self._judges.items() if k == self.own}
+        own = self._name("own")
+        self._embedders = {k: v for k, v in self._embedders.items() if k == own}
+        self._judges = {k: v for k, v in self._judges.items() if k == own}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -151,6 +173,7 @@ class Resources:
 
     def rows(self, name: str, paths: Sequence[Path]) -> Tensor:
         """Features ``[n, d]`` of image files by an embedder; each file is embedded once."""
+        name = self._name(name)
         missing = [path for path in dict.fromkeys(paths) if (name, path) not in self._rows]
         if missing:
             found = embed_files(missing, self.embedder(name))
@@ -162,15 +185,6 @@ class Resources:
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
-
-    def check_reference(self) -> None:
-        """Whether there are real images.
-
-        Raises:
-            Unavailable: if not.
-        """
-        if not self.reference:
-            raise Unavailable("needs real images: --reference FOLDER")
 
     def _check(self, model: str, *files: str) -> None:
         if not self.download and not in_cache(model, *files):

@@ -195,6 +195,20 @@ def test_images_of_the_embedded_model_are_scored_by_the_judge_that_comes_with_it
     assert 0 <= values["attribute_coverage"] <= 1
 
 
+def test_images_of_the_embedded_model_are_compared_with_the_emoji_that_come_with_it(tmp_path):
+    run = make_run(tmp_path, 2, 3, model="demo", methods={"plain": [None]})
+    names = [n for n in METRICS if n in ("recall", "coverage", "precision", "density", "fd", "on_data")]
+    found = judge(run, names)
+    assert found["reference"] == {"path": "Noto Emoji and Twemoji", "images": 192}
+    assert set(found["methods"]["plain"]) == set(names)
+    assert list(found["quality"]) == ["on_data"]
+    assert judge(run, names) == found
+    assert judge(run, ["vendi"])["reference"] is None
+    own = judge(run, ["fd"], reference=tmp_path / "images")
+    assert own["reference"]["images"] == 6
+    assert own["methods"]["plain"]["fd"]["value"] == pytest.approx(0, abs=1e-9)
+
+
 def test_other_images_are_scored_by_the_embedder_of_the_package(tmp_path):
     found = judge(make_run(tmp_path, 1, 4, methods={"plain": [None]}), ["vendi", "mss"])
     assert found["features"] == "efficientnet-lite0"
