@@ -20,7 +20,7 @@ from kspec_guidance.bench.models import Recipe
 from kspec_guidance.bench.plan import Choice, text
 from kspec_guidance.bench.prompts import BenchPrompt
 from kspec_guidance.bench.sampler import Case, Sampler
-from kspec_guidance.bench.store import Group, Run, Writer, begin_run, image_file
+from kspec_guidance.bench.store import PLAIN, Group, Run, Writer, begin_run, image_file, settings_in
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.marks import Marks
@@ -139,7 +139,7 @@ def compare(job: Job, out: str | Path, progress: Callable[[int, int], None] | No
         run = Run(out)
         records = run.records()
         finished = {(r["method"], r["strength"], r["prompt"]) for r in records}
-        plain_seconds = {r["prompt"]: r["seconds"] for r in records if r["method"] == "plain"}
+        plain_seconds = {r["prompt"]: r["seconds"] for r in records if r["method"] == PLAIN}
         todo = _todo(job, processes)
         done, result = sum(group in finished for group, *_ in todo), Comparison(run, first=processes.rank == 0)
         writer, began = Writer(out, processes.rank), time.perf_counter()
@@ -186,13 +186,13 @@ def _make_group(
         with sampler.caller.explained(f"method {method}", [case.prompt] * job.images, case.seeds):
             images, seconds, peak = _timed(sampler, job.make(choice, value), case)
     except SynthesisError as error:
-        if method == "plain" or isinstance(error.__cause__, torch.OutOfMemoryError):
+        if method == PLAIN or isinstance(error.__cause__, torch.OutOfMemoryError):
             raise
         result.failed[method] = str(error)
         warn_user(f"{method} is left out: {error}")
         return
     share = seconds / job.images
-    if method == "plain":
+    if method == PLAIN:
         plain_seconds[prompt] = share
     added = share - plain_seconds[prompt] if prompt in plain_seconds else None
     marks = Marks()
@@ -283,11 +283,12 @@ def plan(job: Job, out: str | Path, processes: int | None = None) -> Plan:
         processes: that would share it; those of this program by default.
 
     Raises:
-        FolderError: if the folder holds no comparison that the job could continue.
+        FolderError: if the folder holds another comparison or anything else.
         RunFailedError: if a method fails.
     """
     out = Path(out)
     finished: set[Group] = set()
+    settings_in(out, job.settings())
     if (out / "settings.json").exists():
         finished = {(r["method"], r["strength"], r["prompt"]) for r in Run(out).records()}
     steps = job.call.get("num_inference_steps")

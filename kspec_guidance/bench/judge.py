@@ -18,7 +18,7 @@ from kspec_guidance.bench.fronts import DRAWS, against, hypervolume, matched, re
 from kspec_guidance.bench.methods import CODES
 from kspec_guidance.bench.metrics import ASPECTS, METRICS, Measure, Metric
 from kspec_guidance.bench.resources import Resources, Sample, Unavailable, original_emoji
-from kspec_guidance.bench.store import Images, Run
+from kspec_guidance.bench.store import PLAIN, Images, Run
 from kspec_guidance.kernels.distances import evenly_spaced
 from kspec_guidance.utils.arguments import choices
 from kspec_guidance.utils.atomic_io import replacing
@@ -26,9 +26,8 @@ from kspec_guidance.utils.folders import list_files
 from kspec_guidance.utils.hashing import hash_json
 from kspec_guidance.utils.images import SourceError, image_types
 
-__all__ = ["GROUPS", "PLAIN", "judge", "wanted_scores"]
+__all__ = ["GROUPS", "judge", "wanted_scores"]
 
-PLAIN = "plain"
 GROUPS = 10  # of prompts, each left out once by the jackknife
 DEPTH = 5.0  # of the hypervolume's box, in units of the quality that still counts as equal
 FEWEST = 4  # prompts of an interval of a score of all images

@@ -12,9 +12,8 @@ from kspec_guidance.utils.arguments import choices
 from kspec_guidance.utils.devices import free_bytes
 from kspec_guidance.utils.messages import readable_size
 
-__all__ = ["OFFLOADS", "RECIPES", "Recipe", "choose_offload", "find_recipe", "place"]
+__all__ = ["RECIPES", "Recipe", "choose_offload", "find_recipe", "place"]
 
-OFFLOADS = ("auto", "none", "model", "sequential")
 UNET = frozenset({"features", "guidance", "prompts", "images"})
 T5, CLIP, CLIP_G, VAE = 4.762, 0.123, 0.695, 0.084  # billions of parameters
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}

@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kspec_guidance.bench.judge import PLAIN
 from kspec_guidance.bench.preferences import preference_table
-from kspec_guidance.bench.store import Run
+from kspec_guidance.bench.store import PLAIN, Run
 from kspec_guidance.bench.tables import latex, markdown, tables
 from kspec_guidance.bench.targets import compare_with
 from kspec_guidance.evaluation.image_sets import thumbnail
@@ -108,7 +107,7 @@ def draw_front(axes: Any, results: Mapping[str, Any], x: str, y: str) -> None:
             worse = tolerance["tolerance"] * (start[0][0] if tolerance["relative"] else 1)
             edge = start[0][0] - worse * (1 if results["metrics"][x]["higher"] else -1)
             axes.axvline(edge, color="#98a2b3", linestyle=":", linewidth=1)
-        axes.plot(*start[0], "k*", markersize=9, label="plain", zorder=3)
+        axes.plot(*start[0], "k*", markersize=9, label=PLAIN, zorder=3)
     for k, (method, points) in enumerate(methods.items()):
         xs, ys = zip(*start, *points, strict=True)
         style, colour = "o-" if k < len(COLOURS) else "s--", COLOURS[k % len(COLOURS)]

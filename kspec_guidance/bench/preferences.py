@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kspec_guidance.bench.fronts import DRAWS, resampled
-from kspec_guidance.bench.judge import PLAIN
+from kspec_guidance.bench.store import PLAIN
 from kspec_guidance.bench.tables import Cell, Table
 
 __all__ = ["PRIOR", "analyse", "analyse_folder", "bradley_terry", "preference_table", "read_answers"]

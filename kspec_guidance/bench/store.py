@@ -34,8 +34,9 @@ from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.synthesis.store import lock_folder
 from kspec_guidance.utils.atomic_io import replace_all
 
-__all__ = ["Group", "Images", "Run", "Writer", "begin_run", "image_file"]
+__all__ = ["PLAIN", "Group", "Images", "Run", "Writer", "begin_run", "image_file", "settings_in"]
 
+PLAIN = "plain"  # the method that others are compared with
 SAME = ("model", "steps", "images", "batch_size", "seed", "reference")  # settings of which each run has one value
 
 RECORD_KEYS = {"method", "strength", "prompt", "number", "seed", "file", "seconds"}
@@ -183,18 +184,29 @@ def begin_run(folder: Path, settings: dict[str, Any]) -> filelock.BaseFileLock:
         RunFailedError: if it cannot be written to.
     """
     with disk_errors(folder):
-        path, state = folder / "settings.json", folder / "records"
-        if not path.exists() and folder.exists() and any(p != state for p in folder.iterdir()):
-            raise FolderError(f"{folder} is not empty, and holds no comparison; choose an empty folder")
-        lock = lock_folder(folder, state)
+        settings_in(folder, settings)  # a folder of anything else is left as it is
+        lock = lock_folder(folder, folder / "records")
         try:
-            if path.exists():
-                settings = merged_settings(folder, Run(folder).settings, settings)
-            replace_all({path: (json.dumps(settings, indent=1) + "\n").encode()})
+            text = json.dumps(settings_in(folder, settings), indent=1) + "\n"
+            replace_all({folder / "settings.json": text.encode()})
         except BaseException:
             lock.release()
             raise
     return lock
+
+
+def settings_in(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run that begins or continues in a folder.
+
+    Raises:
+        FolderError: if it holds another comparison or anything else.
+        CheckpointError: if its settings are damaged.
+    """
+    if (folder / "settings.json").exists():
+        return merged_settings(folder, Run(folder).settings, settings)
+    if folder.exists() and any(path != folder / "records" for path in folder.iterdir()):
+        raise FolderError(f"{folder} is not empty, and holds no comparison; choose an empty folder")
+    return settings
 
 
 def merged_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 
 from kspec_guidance.bench import models
 from kspec_guidance.bench.plan import SUITES
-from kspec_guidance.cli.bench import _fitting
+from kspec_guidance.cli.bench import SUITE_NAMES, _fitting
 from kspec_guidance.cli.console import Output
 from tests.cli.commands import call
 
@@ -53,6 +53,15 @@ def test_a_dry_run_prints_hours_and_gigabytes_and_writes_nothing(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_dry_run_counts_no_images_of_another_comparison(tmp_path):
+    assert call("bench", *FAST, "--out", tmp_path).exit_code == 0
+    again = call("bench", *FAST, "--dry-run", "--out", tmp_path, "--json")
+    assert json.loads(again.stdout)["finished"] == 8
+    other = call("bench", *FAST, "--dry-run", "--seed", 1, "--out", tmp_path)
+    assert other.exit_code == 3
+    assert "seed: 0 before, now 1" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,6 +106,7 @@ def test_weights_that_are_not_here_are_told(name, message, tmp_path, monkeypatch
 
 
 def test_a_suite_leaves_out_methods_that_the_model_cannot_run(capsys):
+    assert tuple(SUITES) == SUITE_NAMES
     names = SUITES["quick"]["methods"]
     left = _fitting(Output(as_json=False, quiet=False), names, models.RECIPES["flux-dev"])
     assert left == "plain,cads,particle,sparke,vivid"
