@@ -357,6 +357,8 @@ def generate(
         )
     if workers is None and _given(context, "engine"):
         raise ValueError("--engine starts the workers of --workers; give their number")
+    if workers is None and join is None and _given(context, "lease_seconds"):
+        raise ValueError("--lease-seconds is for workers that come and go; give --workers or --join")
     if workers is not None and join is not None:
         raise ValueError("--workers starts workers, and --join makes this process one; give one of them")
     if select is not None and arms is None:

@@ -157,8 +157,7 @@ def synthesize(
     leases = workers is not None or join is not None
     if out is None and join is None:
         raise SynthesisError("out is the folder of the set; only a worker that joins a run (join=) goes without")
-    if leases:
-        _check_leases(workers, engine, join, lease_seconds, drop, force)
+    _check_leases(workers, engine, join, lease_seconds, drop, force)
     processes = OneProcess() if leases else Processes()
     with prepared(
         prompts, pipe, guide, processes, call=call, images_per_prompt=images_per_prompt, batch_size=batch_size, seed=seed,
@@ -238,13 +237,15 @@ def _check_leases(
         check_counts(workers=workers)
     if engine not in ENGINES:
         raise SynthesisError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine != ENGINES[0] and workers is None:
+        raise SynthesisError(f"engine {engine!r} starts the workers; give their number (workers=)")
     if workers is not None and join is not None:
         raise SynthesisError("workers are started here, and join makes this process one of a run; give one of them")
     if not (is_number(lease_seconds) and 0 < lease_seconds < float("inf")):
         raise SynthesisError(f"lease_seconds must be a positive number, got {lease_seconds!r}")
     if join is not None and (drop or force):
         raise SynthesisError("force and drop begin a new part of a set in its folder, and a worker that joins cannot")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (workers is not None or join is not None) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SynthesisError("processes of torchrun work in step; start workers without it")
 
 

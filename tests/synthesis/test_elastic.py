@@ -238,6 +238,7 @@ def test_arguments_that_do_not_fit(tmp_path, pipe):
     for changes, message in (
         ({"workers": 0}, "workers must be an integer of at least 1"),
         ({"engine": "dask"}, "engine must be one of processes, ray"),
+        ({"engine": "ray", "workers": None}, "give their number"),
         ({"lease_seconds": 0}, "lease_seconds must be a positive number"),
         ({"lease_seconds": float("nan")}, "lease_seconds must be a positive number"),
         ({"join": tmp_path}, "give one of them"),
