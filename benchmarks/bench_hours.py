@@ -114,9 +114,8 @@ def operations() -> dict[str, float]:
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 network(**inputs())
         parameters = sum(p.numel() for p in network.parameters()) / 1e9
-        assert abs(parameters - max(v for k, v in RECIPES[name].billions.items() if k in ("unet", "transformer"))) < 6e-4, (
-            name
-        )
+        stated = next(v for k, v in RECIPES[name].billions.items() if k in ("unet", "transformer"))
+        assert abs(parameters - stated) < 6e-4, name
         found[name] = float(counter.get_total_flops())
     return found | {
         "sdxl-turbo": found["sdxl"] / 4, "sd-3.5-large-turbo": found["sd-3.5-large"], "flux-schnell": found["flux-dev"]
@@ -135,8 +134,8 @@ def added(code: str, steps: int, costs: dict[str, Any]) -> float:
     return max(0.0, costs.get(CODES[code].name, {"added": 0.0})["added"])
 
 
-def hours(recipe: Recipe, suite: str, seconds: float, costs: dict[str, Any]) -> tuple[int, float]:
-    """Images of a suite, and the hours that they take at so many seconds a plain image."""
+def hours(recipe: Recipe, suite: str, seconds: float, costs: dict[str, Any]) -> float:
+    """Hours that the images of a suite and their scores take at so many seconds a plain image."""
     settings = SUITES[suite]
     names = ",".join(c for c in settings["methods"].split(",") if unfit(CODES[c], recipe) is None)
     chosen = choose_methods(names, recipe, settings["sweep"])
@@ -144,7 +143,7 @@ def hours(recipe: Recipe, suite: str, seconds: float, costs: dict[str, Any]) -> 
     each = prompts * settings["images"]
     images = each * sum(len(c.values) for c in chosen)
     sampled = sum(each * len(c.values) * (1 + added(c.code, recipe.steps, costs)) for c in chosen) * seconds
-    return images, (sampled + images / IMAGES_JUDGED) / 3600
+    return (sampled + images / IMAGES_JUDGED) / 3600
 
 
 def fits(recipe: Recipe, gpu: str, images: int) -> str:
@@ -169,7 +168,7 @@ def main() -> None:
             mode = fits(recipe, card, 1)
             quick, paper = (hours(recipe, suite, seconds, cost) for suite in ("quick", "paper"))
             whole = "" if mode == "none" else f" ({mode})"
-            cells += [f"{seconds:.3g}{whole}", f"{quick[1]:.2g}", f"{paper[1]:.0f}"]
+            cells += [f"{seconds:.3g}{whole}", f"{quick:.2g}", f"{paper:.0f}"]
         rows.append([*cells, f"{recipe.bytes_needed(0) / 1e9:.1f}", f"{recipe.bytes_needed(0, 'model') / 1e9:.1f}"])
     head = ["name", "model", "steps"]
     for card in PEAKS:
