@@ -54,14 +54,17 @@ class _Values:
         except (OSError, ValueError):
             found = {}
         self.known: dict[str, Any] = found if isinstance(found, dict) else {}
+        self._states: dict[Path, tuple[str, int, int]] = {}
+
+    def _state(self, path: Path) -> tuple[str, int, int]:
+        """Name of a file, with its method, since files of a copied folder may have equal times; its size and time."""
+        if path not in self._states:
+            found = path.stat()
+            self._states[path] = path.relative_to(self.folder).as_posix(), found.st_size, found.st_mtime_ns
+        return self._states[path]
 
     def key(self, samples: Sequence[Sample]) -> str:
-        files = []
-        for s in samples:
-            found = s.path.stat()
-            name = s.path.relative_to(self.folder).as_posix()  # also the method: copies of a folder may have equal times
-            files.append((name, found.st_size, found.st_mtime_ns, s.prompt, s.truth))
-        return hash_json([self.about, files], 24)
+        return hash_json([self.about, [(*self._state(s.path), s.prompt, s.truth) for s in samples]], 24)
 
     def of(self, samples: Sequence[Sample], measure: Measure) -> Any:
         """The value of some images as a number or list, measured now if they are new."""
