@@ -130,7 +130,7 @@ def units_of(run: Run, jobs: list[Job], storage: Storage) -> Units:
         SynthesisError: if arms are chosen by prompt, and the pipeline gives no features of prompts.
     """
     a, by_group = run.arguments, run.arguments["memory_by"] == "group"
-    if not storage.exists(PROMPTS):
+    if PROMPTS not in storage.names():  # a large file, which is read once
         goals, found = [job.goal for job in jobs], None
         if not by_group or run.by_prompt:
             found = run.generator.prompt_features([job.prompt.text for job in jobs], a["batch_size"])

@@ -189,8 +189,8 @@ class Storage:
         """Whether there is a file; by reading it: clients of object stores also list the folder of a missing one."""
         return self.read(name) is not None
 
-    def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted; none if there is no such folder."""
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files in a folder, by default that of the storage, sorted; none if there is no such folder."""
 
         def once() -> list[str]:
             try:

@@ -23,6 +23,7 @@ def test_a_file_is_created_once_and_as_a_whole(tmp_path):
     storage.write("a/b", b"three")
     assert (storage.read("a/b"), storage.read("a/c")) == (b"three", None)
     assert storage.names("a") == os.listdir(tmp_path / "a") == ["b"]
+    assert storage.names() == ["a"]
     assert (storage.exists("a/b"), storage.exists("a/c"), storage.names("c")) == (True, False, [])
     storage.delete("a")
     storage.delete("a")
@@ -130,7 +131,7 @@ def test_s3(bucket):
     storage.write("a/c", b"three")
     assert [storage.read(f"a/{name}") for name in "bcd"] == [b"one", b"three", None]
     assert (storage.exists("a/b"), storage.exists("a/d")) == (True, False)
-    assert (storage.names("a"), storage.names("z")) == (["b", "c"], [])
+    assert (storage.names("a"), storage.names("z"), storage.names()) == (["b", "c"], [], ["a"])
     with storage.local("a/b") as path:
         assert path.read_bytes() == b"one"
     with pytest.raises(FileNotFoundError), storage.local("a/d"):
