@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 
+import diffusers  # noqa: F401 - before tests: its log keeps the standard error of its first import
 import pytest
 import typer
 from PIL import Image
