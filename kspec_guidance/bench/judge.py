@@ -158,6 +158,7 @@ def judge(
     device: str = "cpu",
     download: bool = False,
     progress: Progress | None = None,
+    emoji: bool | None = None,
 ) -> dict[str, Any]:
     """Score all methods of a comparison.
 
@@ -172,6 +173,8 @@ def judge(
         device: of the networks.
         download: whether networks may be downloaded from the hub.
         progress: called with a line before each score.
+        emoji: whether the images are emoji, so that the emoji classifier judges them and gives their features; by default
+            those of the embedded model are.
 
     Returns:
         Plain values, ready for JSON. ``methods`` has for each method and score ``value``, ``low`` and ``high`` (95%, None
@@ -195,7 +198,10 @@ def judge(
         for setting, of in images.items()
     }
     texts = [prompts[k]["text"] for k in shared]
-    demo, real = settings["model"]["name"] == "demo", None if reference is None else str(reference)
+    demo, real = (
+        settings["model"]["name"] == "demo" if emoji is None else emoji,
+        None if reference is None else str(reference),
+    )
     if demo and reference is None and any(METRICS[n].reference for n in names):
         files, real = original_emoji(run.folder / "scores" / "originals"), "Noto Emoji and Twemoji"
     resources = Resources(texts, demo, files, device, download, run.folder)

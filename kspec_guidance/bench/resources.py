@@ -82,7 +82,7 @@ class Resources:
 
     Args:
         prompts: texts of all prompts.
-        demo: whether the embedded model made the images.
+        demo: whether the images are emoji, as the embedded model makes them.
         reference: real images, for the scores that compare with them.
         device: of the networks.
         download: whether models of the hub may be downloaded; otherwise only the local cache is read.
@@ -203,7 +203,7 @@ class Resources:
 
     def _demo(self) -> PromptJudge:
         if not self.demo:
-            raise Unavailable("is for images of the embedded model")
+            raise Unavailable("is for images of the embedded model, and for other emoji with --judge demo")
         return demo_judge()
 
     def _clip(self) -> PromptJudge:

@@ -125,6 +125,14 @@ def bench(
     metrics: Annotated[
         str | None, typer.Option(help="Comma-separated scores; by default all that can be had.", rich_help_panel=SCORES)
     ] = None,
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="What tells whether an image shows its prompt: demo (emoji), clip, or auto (demo for the embedded model).",
+            rich_help_panel=SCORES,
+            callback=named("auto", "demo", "clip"),
+        ),
+    ] = "auto",
     reference: Annotated[
         Path | None,
         typer.Option(help="Folder of real images, for the scores that need them.", rich_help_panel=SCORES, exists=True),
@@ -180,7 +188,7 @@ def bench(
         from kspec_guidance.bench.plan import SUITES, choose_methods
         from kspec_guidance.bench.prompts import read_bench_prompts
 
-        wanted = _Wanted.of(out, metrics, reference, download, compare_with or [], form, answers or [])
+        wanted = _Wanted.of(out, metrics, judge, reference, download, compare_with or [], form, answers or [])
         settings = DEFAULTS | SUITES.get(suite or "", {}) | {k: v for k, v in given.items() if v is not None}
         recipe, own = find_recipe(model)
         if not own:
@@ -288,6 +296,7 @@ class _Wanted:
 
     Attributes:
         scores: names of scores; None for all.
+        emoji: whether the emoji classifier judges the images; None if it depends on the model.
         reference: folder of real images.
         download: whether scores may download their networks.
         papers: names of tables of papers.
@@ -296,6 +305,7 @@ class _Wanted:
     """
 
     scores: list[str] | None
+    emoji: bool | None
     reference: Path | None
     download: bool
     papers: list[str]
@@ -304,8 +314,8 @@ class _Wanted:
 
     @classmethod
     def of(
-        cls, out: Path, metrics: str | None, reference: Path | None, download: bool, papers: Sequence[str], form: bool,
-        answers: Sequence[Path],
+        cls, out: Path, metrics: str | None, judge: str, reference: Path | None, download: bool, papers: Sequence[str],
+        form: bool, answers: Sequence[Path],
     ) -> "_Wanted":  # fmt: skip
         """From the options of the command."""
         from kspec_guidance.bench.judge import wanted_scores
@@ -317,7 +327,9 @@ class _Wanted:
         for name in papers:
             figures(name)
         people = [read_answers(path) for path in answers]
-        return cls(scores, reference, download, list(papers), form, analyse_folder(out, people) if people else None)
+        emoji = None if judge == "auto" else judge == "demo"
+        preferences = analyse_folder(out, people) if people else None
+        return cls(scores, emoji, reference, download, list(papers), form, preferences)
 
 
 def _judge(output: Output, made: Any, out: Path, wanted: _Wanted, device: str) -> None:
@@ -328,8 +340,9 @@ def _judge(output: Output, made: Any, out: Path, wanted: _Wanted, device: str) -
 
     output.kept = f"all images are in {out}; run the same command again to score them"
     results = judge(
-        made.run, wanted.scores, wanted.reference, device, wanted.download, lambda title: output.note(f"scoring: {title}")
-    )
+        made.run, wanted.scores, wanted.reference, device, wanted.download, lambda title: output.note(f"scoring: {title}"),
+        wanted.emoji,
+    )  # fmt: skip
     results |= {"failed": made.failed, "compare_with": wanted.papers}
     if wanted.preferences is not None:
         results["preferences"] = wanted.preferences

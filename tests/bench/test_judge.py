@@ -227,3 +227,12 @@ def test_images_of_equal_size_and_time_of_two_methods_are_told_apart(tmp_path, s
 def test_fronts_go_from_plain_sampling_to_the_strongest_setting(tmp_path, stubs, method, order):
     run = make_run(tmp_path, methods={"plain": [None], method: ["50", "100", "10"]})
     assert [s["strength"] for s in judge(run, stubs)["settings"]] == [None, *order]
+
+
+@pytest.mark.parametrize(
+    ("model", "emoji", "judged"), [("tiny", None, False), ("tiny", True, True), ("demo", False, False)]
+)
+def test_emoji_of_any_model_may_be_judged_by_the_emoji_classifier(tmp_path, model, emoji, judged):
+    found = judge(make_run(tmp_path, model=model, names=["house", "ghost"], images=2), ["agreement"], emoji=emoji)
+    assert ("agreement" in found["metrics"]) is judged
+    assert ("--judge demo" in found["skipped"].get("agreement", "")) is not judged
