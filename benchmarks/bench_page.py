@@ -1,6 +1,9 @@
-"""The example of a comparison in docs/bench.md: the embedded model, its 24 prompts, methods that fit, at several strengths.
+"""The examples of comparisons in docs/bench.md: 24 prompts that the model knows, methods that fit, at several strengths.
 
-python benchmarks/bench_page.py --out outputs/paper     # a quarter of an hour on two cores; a run that was stopped goes on
+python -m benchmarks.bench_page --out outputs/paper                        # the embedded model; a quarter of an hour
+python -m benchmarks.bench_page --transformer --out outputs/transformer    # the transformer of the arena; an hour
+
+A run that was stopped goes on.
 """
 
 import argparse
@@ -10,8 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pages import fill, table
-
+from benchmarks.pages import fill, table
 from kspec_guidance.bench.page import draw_front
 
 ROOT = Path(__file__).parents[1]
@@ -49,15 +51,31 @@ def figure(results: dict[str, Any], path: Path) -> None:
     plt.close(fig)
 
 
+def save_transformer(folder: Path) -> Path:
+    """The arena's transformer as the folder of a pipeline."""
+    from benchmarks.arena.beds.transformer import EmojiTransformer
+
+    if not (folder / "model_index.json").exists():
+        EmojiTransformer().pipe.save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/paper"), help="folder of the comparison")
+    parser.add_argument("--transformer", action="store_true", help="of the arena's transformer, not the embedded model")
     args = parser.parse_args()
-    command = [sys.executable, "-m", "kspec_guidance", "bench", "--model", "demo", "--suite", "paper"]
-    subprocess.run([*command, "--prompts", "bundled:24", "--out", str(args.out)], check=True)
+    model, section, picture = ["--model", "demo"], "example", "bench.png"
+    if args.transformer:
+        folder = save_transformer(args.out.with_name(args.out.name + "-pipeline"))
+        model = ["--model", str(folder), "--judge", "demo", "--steps", "28", "--guidance-scale", "4"]
+        model += ["--option", "max_sequence_length=0"]
+        section, picture = "transformer", "bench-transformer.png"
+    command = [sys.executable, "-m", "kspec_guidance", "bench", *model, "--suite", "paper", "--prompts", "bundled:24"]
+    subprocess.run([*command, "--out", str(args.out)], check=True)
     results = json.loads((args.out / "results.json").read_text())
-    fill(ROOT / "docs" / "bench.md", {"example": gains(results)})
-    figure(results, ROOT / "docs" / "bench.png")
+    fill(ROOT / "docs" / "bench.md", {section: gains(results)})
+    figure(results, ROOT / "docs" / picture)
     for name in ("plain", *results["fronts"][SHOWN[0]]["methods"]):
         print(name, {k: round(results["methods"][name][k]["value"], 3) for k in (*SHOWN, *results["quality"])})
     print("p of differences in", SHOWN[0], "to", results["fronts"][SHOWN[0]]["reference"], ":",

@@ -163,7 +163,8 @@ def find_recipe(model: str) -> tuple[Recipe, bool]:
     alike = next((r for r in RECIPES.values() if r.pipeline == pipeline and r.model != "demo"), None)
     if alike is None:
         alike = Recipe(model, pipeline, "bfloat16", {"num_inference_steps": 50})
-    return replace(alike, model=model, billions=_stored_billions(folder) if folder.is_dir() else {}), False
+    call = {k: v for k, v in alike.call.items() if k not in ("height", "width")}  # the pipeline knows its own size
+    return replace(alike, model=model, call=call, billions=_stored_billions(folder) if folder.is_dir() else {}), False
 
 
 def _line(error: Exception) -> str:

@@ -26,7 +26,10 @@ def test_a_folder_takes_the_settings_of_its_class_and_the_size_of_its_own_weight
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     recipe, own = find_recipe(str(tmp_path))
     assert not own
-    assert (recipe.model, recipe.call) == (str(tmp_path), RECIPES["sdxl"].call)
+    assert (recipe.model, recipe.call) == (
+        str(tmp_path),
+        {"num_inference_steps": 50, "guidance_scale": 5.0},
+    )  # its own size
     assert recipe.billions == {"unet": 0.0005}
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NewPipeline"}))
     recipe, _ = find_recipe(str(tmp_path))
