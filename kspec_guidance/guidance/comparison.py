@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.guidance.report import GuidanceReport
+from kspec_guidance.loop.blocks import Tokens, TransformerBlock
 from kspec_guidance.loop.components import sub_pipelines
-from kspec_guidance.loop.context import StepContext
+from kspec_guidance.loop.context import ComingStep, StepContext
 from kspec_guidance.loop.prediction import Prediction
 from kspec_guidance.loop.scheduler_hook import MethodPatch
 from kspec_guidance.plotting import side_by_side
@@ -34,6 +35,13 @@ class PlainRun:
     def __init__(self, needs_denoiser_call: bool):
         self.needs_denoiser_call = needs_denoiser_call
         self.finished: Tensor | None = None
+
+    def blocks(self, denoiser: Any) -> list[TransformerBlock]:
+        """No blocks."""
+        return []
+
+    def inside(self, block: TransformerBlock, tokens: Tokens, coming: ComingStep) -> None:
+        """No change."""
 
     def begin(self, context: StepContext, sample: Any) -> None:
         """Begin a pass through the timesteps."""

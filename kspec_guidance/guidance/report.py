@@ -79,6 +79,7 @@ class GuidanceReport:
         self.eased: list[tuple[int, Tensor, Tensor]] = []  # step, weight of classifier-free guidance, and the eased one
         self.eases = False  # whether a term has ease_cfg=
         self.moves_predictions = True  # whether all terms move the clean prediction
+        self.moves_inside = False  # whether a term moves hidden states
         self.remembered = 0  # number of memory entries at the start of the run
 
     @classmethod
@@ -87,7 +88,8 @@ class GuidanceReport:
         report = cls(context.total, type(context.scheduler).__name__, context.layout.kind)
         report.context, report.strengths = context, [term.strength for term in terms]
         report.eases = any(term.ease_cfg is not None for term in terms)
-        report.moves_predictions = not any(term.space.noisy for term in terms)
+        report.moves_predictions = not any(term.space.noisy or term.space.inside for term in terms)
+        report.moves_inside = any(term.space.inside for term in terms)
         report.remembered = max((len(term.memory) for term in terms), default=0)
         return report
 
@@ -101,7 +103,7 @@ class GuidanceReport:
     @property
     def steps_guided(self) -> int:
         """Number of guided steps."""
-        return len(self.moves)
+        return len({step for step, *_ in self.moves})
 
     @property
     def seconds(self) -> float:
@@ -253,7 +255,7 @@ class GuidanceReport:
         if not self.moves:
             return ""
         word = f": {self._word}" if self._word else ""
-        of = "prediction" if self.moves_predictions else "noisy sample"
+        of = "prediction" if self.moves_predictions else "hidden states" if self.moves_inside else "noisy sample"
         return (
             f"Guided {self.steps_guided} of {self.total_steps} steps, in {self.seconds:.2g} s; mean move "
             f"{_percent(self.mean_relative_move)} of the {of}{word}."

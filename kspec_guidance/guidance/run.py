@@ -2,24 +2,27 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kspec_guidance.guidance.calibration import find_calibration, guidance_scale_of
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces.base import Pullback
+from kspec_guidance.guidance.spaces.blocks import Block
 from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1, Term
 from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, fading, norms, row_dots
+from kspec_guidance.loop.blocks import Tokens, TransformerBlock
 from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
-from kspec_guidance.loop.context import StepContext
+from kspec_guidance.loop.context import ComingStep, StepContext
 from kspec_guidance.loop.prediction import Prediction, apply_move
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Gradient, Objective
 from kspec_guidance.utils.precision import full_precision
+from kspec_guidance.utils.timing import Stopwatch
 from kspec_guidance.utils.transfer import read
 
 if TYPE_CHECKING:
@@ -118,6 +121,13 @@ class Run:
         self._of_predictions: list[TermState] = []  # by what they move, and when
         self._before_step: list[TermState] = []
         self._after_step: list[TermState] = []
+        self._inside: list[TermState] = []  # moved in the denoiser's calls
+        self._ahead: list[TermState] = []  # those of a pass that begins with a call of the denoiser, before its first step
+        self._first: ComingStep | None = None  # the first step of that pass
+        self._coming: ComingStep | None = None  # the latest step
+        self._moves_inside: list[tuple[TermState, Tensor]] = []  # of this step, relative to the moved states [n]
+        self._spans_inside: list[tuple[Any, Any]] = []  # time that they took
+        self._blocks: dict[int, str] = {}  # names of the blocks, by term
         self._need_score = False  # whether a transform uses the direction of the score
         self._unchecked: list[tuple[str, int, Tensor]] = []  # what, step, and whether it is finite
         self._rounded: list[Tensor] = []  # sizes of the moves of a step in half precision, realised and intended
@@ -125,6 +135,73 @@ class Run:
         self._cfg: ClassifierFree | None = None  # classifier-free guidance of this step, if a term needs it
         self._needs_cfg = any(_needs_cfg(term) for term in guide.terms)
         self.needs_denoiser_call = self._needs_cfg or any(term.space.needs_denoiser_call for term in guide.terms)
+
+    def blocks(self, denoiser: nn.Module) -> list[TransformerBlock]:
+        """The blocks whose hidden states terms move."""
+        found = {id(term): term.space.block_of(denoiser) for term in self.guide.terms if isinstance(term.space, Block)}
+        self._blocks |= {term: block.name for term, block in found.items()}
+        return list({block.name: block for block in found.values()}.values())
+
+    def inside(self, block: TransformerBlock, tokens: Tokens, coming: ComingStep) -> tuple[Tensor, Tensor | None] | None:
+        """Tokens of a block with the moves of the terms that are active at this step; None if there are none."""
+        if coming.context is None and coming is not self._first:
+            self._first, self._ahead = coming, self._states_of(coming, inside=True)
+            self.calibration = self._calibration(coming)
+        if coming is not self._coming:  # what an aborted call has left goes
+            self._coming, self._moves_inside, self._spans_inside = coming, [], []
+        states = self._ahead if coming.context is None else self._inside
+        changed = None
+        for state in states:
+            if coming.step in state.steps and self._blocks[id(state.term)] == block.name:
+                changed = self._moved_tokens(state, tokens, coming)
+                tokens = replace(tokens, image=changed[0], text=changed[1])
+        return changed
+
+    def _moved_tokens(self, state: TermState, tokens: Tokens, coming: ComingStep) -> tuple[Tensor, Tensor | None]:
+        """Image and text tokens of a block, moved by one term."""
+        space = state.term.space
+        assert isinstance(space, Block)
+        with torch.no_grad():
+            now = Stopwatch(tokens.image.device).now
+            began = now()
+            rows = space.means(tokens, coming.rows)
+            sizes = norms(rows)
+            ascend, _ = self._ascent(state, rows, sizes, coming)
+            direction, gradient = ascend(seed=self._seed(coming.step))  # coincident rows part without asking for them
+            move = self._transformed(state, direction, gradient, coming, rows, sizes)
+            self._moves_inside.append((state, (norms(move) / sizes.clamp_min(1e-12))[:, 0]))
+            moved = space.moved(tokens, coming.rows, move)
+            self._spans_inside.append((began, now()))
+        return moved
+
+    def _report_inside(self, prediction: Prediction, context: StepContext) -> None:
+        """Report the moves inside the denoiser's call of this step.
+
+        Raises:
+            ValueError: if that call, or the block in it, was not reached.
+        """
+        moves, self._moves_inside = self._moves_inside, []
+        spans, self._spans_inside = self._spans_inside, []
+        context.time.spans += spans
+        for state in self._inside:
+            found = [move for other, move in moves if other is state]
+            if context.step in state.steps and not found:
+                raise ValueError(
+                    f"space={state.term.space.name!r} moves hidden states in the denoiser's call, and at step "
+                    f"{context.step + 1} of {context.total} no such call was seen; use `with guide.attach(pipe)` on a "
+                    "pipeline, or another space"
+                )
+            for relative in found:
+                self.report.moves.append((context.step, relative, prediction.noise_to_signal))
+                self._expect_finite("move", relative, context.step)
+
+    def _states_of(self, step: StepContext | ComingStep, inside: bool) -> list[TermState]:
+        """States of the terms that move hidden states, or of the others, for a pass that begins."""
+        terms = [term for term in self.guide.terms if term.space.inside is inside]
+        return [TermState(term, term.guided_steps(step.total), term.interval(step.total)) for term in terms]
+
+    def _seed(self, step: int) -> int:
+        return self.guide.seed * 1_000_003 + step
 
     def begin(self, context: StepContext, sample: Any) -> None:
         """Begin a pass through the timesteps: bind memories to the samples' shape, and create a new report."""
@@ -138,15 +215,20 @@ class Run:
         self.report = GuidanceReport.of(context, self.guide.terms)
         self.finished, self._unchecked, self._rounded = [], [], []
         self.calibration = self._calibration(context)
-        self._states = [
-            TermState(term, term.guided_steps(context.total), term.interval(context.total)) for term in self.guide.terms
-        ]
+        if self._ahead and self._first is not None and self._first.total != context.total:
+            raise ValueError(
+                f"{type(call.pipe).__name__} planned {self._first.total} steps and takes {context.total}, so the guided "
+                f"steps of space={self._ahead[0].term.space.name!r} cannot be told; choose space='x0'"
+            )
+        self._inside, self._ahead = self._ahead or self._states_of(context, inside=True), []
+        moving = self._states_of(context, inside=False)
+        self._states = [*moving, *self._inside]
         for state in self._states:
             if state.term.target is not None and state.term.scale:
                 state.varieties = self._varieties(state.term, context, packed)
         self._need_score = any("off_score" in term.transforms for term in self.guide.terms)
-        noisy = [state for state in self._states if state.term.space.noisy]
-        self._of_predictions = [state for state in self._states if not state.term.space.noisy]
+        noisy = [state for state in moving if state.term.space.noisy]
+        self._of_predictions = [state for state in moving if not state.term.space.noisy]
         self._before_step = [state for state in noisy if state.term.space.before]
         self._after_step = [state for state in noisy if not state.term.space.before]
         for term in self.guide.terms:
@@ -161,7 +243,7 @@ class Run:
         self.report.strengths = [("variety", value) for value in dict.fromkeys(found)]
         return torch.tensor(found, device=packed.device)[:, None] / (VARIETY_AT_SCALE_1 * term.scale)
 
-    def _calibration(self, context: StepContext) -> float:
+    def _calibration(self, context: StepContext | ComingStep) -> float:
         """The factor of scales in the unit "spread" for this pipeline and call."""
         if self.guide.calibration is not None:
             return self.guide.calibration
@@ -203,6 +285,8 @@ class Run:
     def step(self, prediction: Prediction, context: StepContext) -> Any | None:
         """The move of x0: the sum over terms of transform(gradient), in the layout of the loop."""
         layout = context.layout
+        if self._inside:
+            self._report_inside(prediction, context)
         x0 = prediction.x0 if layout.trivial else layout.pack(prediction.x0)
         active = self._active(self._of_predictions, prediction, context)
         if not active:
@@ -271,21 +355,8 @@ class Run:
             """The move ``[n, d]`` and its norms ``[n, 1]``."""
             moves = []
             for state, (_, pullback), (g, gradient) in zip(active, ascents, found, strict=True):
-                term = state.term
                 move = g if pullback is None else pullback(g).flatten(1).to(x.dtype)
-                values = TransformState(
-                    target,
-                    score,
-                    context.step / context.total,
-                    state.interval,
-                    self._strength(state, gradient),
-                    gradient.effective_count,
-                    sizes,
-                    prompt,
-                )
-                for name in term.transforms:
-                    move = TRANSFORMS[name](move, values)
-                moves.append(move)
+                moves.append(self._transformed(state, move, gradient, context, target, sizes, score, prompt))
             move = reduce(torch.add, moves)
             if context.mask is not None:
                 move = (move.view(x.shape) * context.mask).flatten(1)
@@ -296,15 +367,33 @@ class Run:
         move, size = total()
         coincident = self._read(context, [gradient for _, gradient in found])
         if any(coincident):  # rare: from their start on, samples of different seeds differ
-            seed = self.guide.seed * 1_000_003 + context.step
             found = [
-                ascend(seed=seed) if again else result
+                ascend(seed=self._seed(context.step)) if again else result
                 for (ascend, _), result, again in zip(ascents, found, coincident, strict=True)
             ]
             move, size = total()
         self.report.moves.append((context.step, (size / sizes.clamp_min(1e-12))[:, 0], prediction.noise_to_signal))
         self._latest = sizes, size
         return move.view(x.shape)
+
+    def _transformed(
+        self,
+        state: TermState,
+        move: Tensor,
+        gradient: Gradient,
+        step: StepContext | ComingStep,
+        target: Tensor,
+        sizes: Tensor,
+        score: Tensor | None = None,
+        prompt: Tensor | None = None,
+    ) -> Tensor:
+        """The transforms of a term, applied to a gradient ``[n, d]`` at rows ``target`` of norms ``sizes``."""
+        strength, count = self._strength(state, gradient), gradient.effective_count
+        fraction = step.step / step.total
+        values = TransformState(target, score, fraction, state.interval, strength, count, sizes, prompt)
+        for name in state.term.transforms:
+            move = TRANSFORMS[name](move, values)
+        return move
 
     def _strength(self, state: TermState, gradient: Gradient) -> float | Tensor:
         """The scale of a term, relative to the norm of the moved samples."""
@@ -316,13 +405,14 @@ class Run:
         return strength if state.varieties is None else strength * state.varieties
 
     def _ascent(
-        self, state: TermState, x: Tensor, sizes: Tensor, context: StepContext
+        self, state: TermState, x: Tensor, sizes: Tensor, context: StepContext | ComingStep
     ) -> tuple[Callable[..., tuple[Tensor, Gradient]], Pullback | None]:
         """:func:`ascent_direction` for one term at samples of these norms, and the pullback of its space."""
         term, memory, space = state.term, state.term.memory, state.term.space
         if space.direct:
             rows, pullback, known = x.flatten(1), None, sizes
         else:
+            assert isinstance(context, StepContext)
             (rows, pullback), known = space.features(x, context.call, context.denoiser_call), None
         if space.step_by_step:
             memory = state.memory_of_step(context.step, rows.shape[1], context.call.encoder)

@@ -42,9 +42,10 @@ class Term:
             distance between samples of the same prompt, of norm 1. The latter adapts to how much a model varies its
             images, so that one scale has like effects on different models (docs/variety.md).
         space: feature space for comparisons: ``x0`` (the clean prediction), ``latents`` (the noisy sample, as in the
-            papers), ``pooled``, ``pixels``, ``activations``, or a :class:`~kspec_guidance.guidance.spaces.FeatureSpace`.
-            ``latents`` moves the noisy sample after the step, the others move the clean prediction, through the model
-            output.
+            papers), ``pooled``, ``pixels``, ``activations``, ``block``, ``context``, or a
+            :class:`~kspec_guidance.guidance.spaces.FeatureSpace`. ``latents`` moves the noisy sample after the step,
+            ``block`` and ``context`` move hidden states inside the denoiser, the others move the clean prediction, through
+            the model output.
         start, stop: the guided interval as fractions of the run, ``0 <= start <= stop <= 1``.
         every: number of steps from one guided step to the next.
         sigma_interval: bounds ``(low, high)`` of the noise-to-signal ratio, as a further condition.
@@ -110,6 +111,14 @@ class Term:
                 f"space={self.space.name!r} compares features of the same step, so the guided steps must be known in "
                 "advance; give start= and stop= instead of sigma_interval="
             )
+        if self.space.inside:
+            if target is not None:
+                raise ValueError(
+                    f"a target limits moves of predictions, and space={self.space.name!r} moves none; use 'x0'"
+                )
+            if "keep_prompt" in transforms:
+                raise ValueError(f"keep_prompt is for moves of predictions, and space={self.space.name!r} moves none")
+            self.transforms = tuple(name for name in transforms if name != "off_score")  # hidden states have no score
         self.memory: Memory = objective.make_memory() if memory is None else memory
 
     @property

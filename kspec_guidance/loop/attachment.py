@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kspec_guidance.loop.blocks import BlockHooks
 from kspec_guidance.loop.callers import in_progress, owns, running_pipelines
 from kspec_guidance.loop.components import find_scheduler
 from kspec_guidance.loop.context import CallContext, StepHandler
@@ -41,12 +42,16 @@ class Attachment:
         self.blocks = 0  # number of ``with`` blocks in progress
         found = find_scheduler(pipe, scheduler)
         self._bare = found is pipe
+        self._blocks: BlockHooks | None = None
         self._hook = self._hooked(found)
         try:
             if not self._bare:
                 self.observer = PipelineObserver(
                     pipe, self._on_call, self.end, handler.needs_denoiser_call, tag, timesteps=self._timesteps
                 )
+                watch = self.observer.denoiser
+                if watch is not None and handler.needs_denoiser_call:
+                    self._blocks = BlockHooks(pipe, lambda: self.handler, watch, lambda: self._hook, self._call)
         except BaseException:
             self.remove()
             raise
@@ -126,6 +131,8 @@ class Attachment:
         """Remove all hooks, and abandon a pass in progress. Further calls have no effect."""
         self._hook.remove()
         self._hook.forget()
+        if self._blocks is not None:
+            self._blocks.remove()
         if self.observer is not None:
             self.observer.remove()
 
@@ -146,6 +153,7 @@ class StepwiseAttachment:
         self._context = CallContext(pipe)
         self._hook: SchedulerHook | None = None
         self._denoiser: DenoiserWatch | None = None
+        self._blocks: BlockHooks | None = None
         self._observer: PipelineObserver | None = None
         self._began = False  # whether the observed call has taken a step
         self._thread = threading.current_thread()
@@ -208,9 +216,11 @@ class StepwiseAttachment:
             self._hook = SchedulerHook(
                 scheduler, self.handler, lambda: self._context, self.tag, self.pipe, self._denoiser_call, self._foreign
             )
-        self._hook.install(once=(step, total))
+        hook = self._hook
+        hook.install(once=(step, total))
         if self.handler.needs_denoiser_call and self._denoiser is None:
-            self._denoiser = DenoiserWatch(self.pipe)
+            watch = self._denoiser = DenoiserWatch(self.pipe)
+            self._blocks = BlockHooks(self.pipe, lambda: self.handler, watch, lambda: hook, lambda: self._context)
 
     def _foreign(self) -> bool:
         caller = next(running_pipelines(), None)
@@ -220,16 +230,20 @@ class StepwiseAttachment:
         if self._denoiser is None:
             return None
         found = self._denoiser.take()
-        self._denoiser.remove()
-        self._denoiser = None
+        self._remove_watch()
         return found
 
     def _remove_hooks(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+        self._remove_watch()
+
+    def _remove_watch(self) -> None:
+        if self._blocks is not None:
+            self._blocks.remove()
         if self._denoiser is not None:
             self._denoiser.remove()
-            self._denoiser = None
+        self._blocks = self._denoiser = None
 
     def remove(self) -> None:
         """Remove all hooks."""

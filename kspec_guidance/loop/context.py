@@ -2,7 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -11,7 +11,10 @@ from kspec_guidance.loop.prediction import Prediction
 from kspec_guidance.utils.messages import warn_user
 from kspec_guidance.utils.timing import Stopwatch
 
-__all__ = ["CallContext", "DenoiserCall", "StepContext", "StepHandler"]
+if TYPE_CHECKING:
+    from kspec_guidance.loop.blocks import Tokens, TransformerBlock
+
+__all__ = ["CallContext", "ComingStep", "DenoiserCall", "StepContext", "StepHandler"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,27 @@ class StepContext:
             )
 
 
+@dataclass(frozen=True)
+class ComingStep:
+    """A step whose denoiser call is in progress, before the scheduler takes it.
+
+    Attributes:
+        call: the pipeline call.
+        context: the pass through the timesteps; None before its first step.
+        step: index of the step.
+        total: number of steps.
+        rows: the rows of the denoiser's batch that have the prompt, one for each sample.
+        prompts: features ``[n, p]``, one row per sample; None if prompts are unknown.
+    """
+
+    call: CallContext
+    context: StepContext | None
+    step: int
+    total: int
+    rows: slice
+    prompts: Tensor | None = None
+
+
 class StepHandler(Protocol):
     """Interface of an object that changes the steps of a denoising loop.
 
@@ -128,6 +152,14 @@ class StepHandler(Protocol):
     """
 
     needs_denoiser_call: bool  # whether ``context.denoiser_call`` is needed, with its outputs
+
+    def blocks(self, denoiser: nn.Module) -> "list[TransformerBlock]":
+        """The blocks of a denoiser whose tokens :meth:`inside` changes."""
+
+    def inside(
+        self, block: "TransformerBlock", tokens: "Tokens", coming: ComingStep
+    ) -> "tuple[Tensor, Tensor | None] | None":
+        """Image and text tokens that replace those of a block in the denoiser's call of a step; None to keep them."""
 
     def begin(self, context: StepContext, sample: Any) -> None:
         """Begin a pass through the timesteps, at this noisy sample."""

@@ -72,7 +72,7 @@ class PipelineObserver:
         self._condition_timesteps: Any = None  # those of the call whose condition was recorded
         self._prompted = not CONDITIONS.isdisjoint(call_parameters(type(pipe)))
         self._patches: list[MethodPatch] = []
-        self._denoiser: DenoiserWatch | None = None
+        self.denoiser: DenoiserWatch | None = None
         self._token_ids: list[tuple[Tensor, Tensor | None, int | None]] = []
         self._forget()
         try:
@@ -94,7 +94,7 @@ class PipelineObserver:
         self._has_start = self._patch(self.pipe, "check_inputs", self._around_start)
         self._patch(self.pipe, "maybe_free_model_hooks", self._around_end)
         if denoiser_calls or not self._encodes:
-            self._denoiser = DenoiserWatch(self.pipe, None if self._encodes else self._note_condition, denoiser_calls)
+            self.denoiser = DenoiserWatch(self.pipe, None if self._encodes else self._note_condition, denoiser_calls)
 
     def _patch(self, owner: Any, name: str, wrap: Callable[[Function], Function]) -> bool:
         if callable(getattr(owner, name, None)):
@@ -106,9 +106,9 @@ class PipelineObserver:
         """Remove all patches and hooks."""
         for patch in self._patches:
             patch.remove()
-        if self._denoiser is not None:
-            self._denoiser.remove()
-        self._patches, self._denoiser = [], None
+        if self.denoiser is not None:
+            self.denoiser.remove()
+        self._patches, self.denoiser = [], None
 
     def _forget(self) -> None:
         """Reset the data of an earlier call."""
@@ -135,7 +135,7 @@ class PipelineObserver:
 
     def denoiser_call(self) -> DenoiserCall | None:
         """The denoiser's first call since the last query; None if there is none, or calls are not kept."""
-        return None if self._denoiser is None else self._denoiser.take()
+        return None if self.denoiser is None else self.denoiser.take()
 
     # -- patches -----------------------------------------------------------------------------------------------------
 

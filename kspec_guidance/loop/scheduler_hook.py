@@ -206,6 +206,13 @@ class SchedulerHook:
         """Whether the current timesteps are being stepped through."""
         return self.entered is not None and self.entered.timesteps is self.scheduler.timesteps
 
+    def coming(self, call: CallContext) -> tuple[StepContext | None, int, int]:
+        """The pass in progress, None before its first step; and index and number of steps of the step to come."""
+        context, planned = self.context, len(self.scheduler.timesteps)
+        if context is not None and not context.done and context.timesteps is self.scheduler.timesteps:
+            return context, context.step, context.total
+        return None, *(self._once or (0, planned if call.steps is None else min(planned, call.steps)))
+
     def _wrap(self, original: Function) -> Function:
         signature = inspect.signature(getattr(type(self.scheduler), "step", None) or type(self.scheduler).step_pred)
         names = {ARGUMENT_NAMES.get(name, name): name for name in signature.parameters}

@@ -9,7 +9,6 @@ import torch
 from benchmarks.arena.beds.base import Bed, Case
 from kspec_guidance.bench.methods import METHODS
 from kspec_guidance.bench.methods.blockguidance import similarity_gradient
-from kspec_guidance.bench.methods.blocks import transformer_blocks
 from kspec_guidance.bench.methods.cno import contrast, pooled
 from tests.tiny.builders import build, call_kwargs
 from tests.tiny.models import build_model
@@ -65,11 +64,6 @@ def test_block_methods_move_the_samples_and_leave_the_pipeline_as_it_was(name: s
 def test_block_methods_without_strength_are_plain_sampling(name: str, off: dict, bed: Transformer) -> None:
     case = Case("a red heart", 2)
     assert torch.equal(bed.sample(METHODS[name](**off), case), bed.run(case, bed.images))
-
-
-def test_networks_without_known_blocks_are_refused() -> None:
-    with pytest.raises(ValueError, match="Linear has no transformer blocks"):
-        transformer_blocks(torch.nn.Linear(2, 2))
 
 
 def test_similarity_gradient_is_that_of_autograd(g: torch.Generator) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.bench.methods.base import Log, Real
-from kspec_guidance.bench.methods.blocks import Block, BlockMethod, Tokens
+from kspec_guidance.bench.methods.blocks import BlockMethod, TokensOfRun
+from kspec_guidance.loop.blocks import TransformerBlock
 
 
 @dataclass
@@ -30,7 +31,7 @@ class BlockSelfGuidance(BlockMethod):
     kept: float = 0.4
     temperature: float = 0.1
 
-    def change(self, block: Block, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    def change(self, block: TransformerBlock, tokens: TokensOfRun) -> tuple[Tensor, Tensor | None]:
         if block.index != 1 or tokens.fraction >= self.stop:
             return tokens.image, tokens.text
         empty, rows = tokens.image[: tokens.prompted], tokens.image[tokens.prompted :].flatten(1)

@@ -1,70 +1,27 @@
-"""What methods inside transformer blocks share: the blocks that diffusers registers, and hooks on their outputs."""
+"""What methods inside transformer blocks share: hooks on the outputs of all blocks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.hooks._helpers import TransformerBlockRegistry
-from torch import Tensor, nn
+from torch import Tensor
 
 from kspec_guidance.bench.methods.base import Method
+from kspec_guidance.loop.blocks import Tokens, TransformerBlock, hook_block, transformer_blocks
 
-__all__ = ["Block", "BlockMethod", "Tokens", "transformer_blocks"]
-
-
-@dataclass(frozen=True)
-class Block:
-    """A transformer block: its position among all of them and where its outputs are in what it returns.
-
-    ``image`` and ``text`` are indices into a tuple; ``text`` is None for blocks that return no text tokens.
-    """
-
-    module: nn.Module
-    index: int
-    count: int
-    image: int
-    text: int | None
-
-    @property
-    def depth(self) -> float:
-        """Position from 0, the first block, to 1, the last."""
-        return self.index / max(1, self.count - 1)
+__all__ = ["BlockMethod", "TokensOfRun"]
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokensOfRun(Tokens):
     """What a block returned, at a position ``fraction`` of the run, 0 at its start.
 
-    ``image [n, l, c]`` and ``text [n, m, c]``, or None. Rows before ``prompted`` are those of the empty prompt. ``again``
-    calls the block at other image tokens, all its other arguments as they were, and returns image tokens.
+    Rows before ``prompted`` are those of the empty prompt.
     """
 
-    image: Tensor
-    text: Tensor | None
-    prompted: int
-    fraction: float
-    again: Callable[[Tensor], Tensor]
-
-
-def transformer_blocks(network: nn.Module) -> list[Block]:
-    """The blocks of a denoiser whose outputs diffusers knows, in order.
-
-    Raises:
-        ValueError: if there is none, as in UNets.
-    """
-    found = []
-    for module in network.modules():
-        try:
-            found.append((module, TransformerBlockRegistry.get(type(module))))
-        except ValueError:
-            continue
-    if not found:
-        raise ValueError(f"{type(network).__name__} has no transformer blocks that diffusers registers")
-    return [
-        Block(module, k, len(found), about.return_hidden_states_index, about.return_encoder_hidden_states_index)
-        for k, (module, about) in enumerate(found)
-    ]
+    prompted: int = 0
+    fraction: float = 0.0
 
 
 @dataclass
@@ -73,36 +30,17 @@ class BlockMethod(Method):
 
     needs = frozenset({"blocks"})
 
-    def change(self, block: Block, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    def change(self, block: TransformerBlock, tokens: TokensOfRun) -> tuple[Tensor, Tensor | None]:
         """The block's image and text tokens, as the next block is to get them."""
         return tokens.image, tokens.text
 
     @contextmanager
     def _attached(self, pipe: Any) -> Iterator["Method"]:
+        def change(block: TransformerBlock, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+            prompted = len(tokens.image) // 2 if getattr(pipe, "do_classifier_free_guidance", False) else 0
+            return self.change(block, TokensOfRun(tokens.image, tokens.text, tokens.again, prompted, self._fraction(pipe)))
+
         with ExitStack() as hooks, super()._attached(pipe):
             for block in transformer_blocks(pipe.transformer):
-                hook = self._hook(pipe, block)
-                hooks.callback(block.module.register_forward_hook(hook, with_kwargs=True).remove)
+                hooks.callback(hook_block(block, change).remove)
             yield self
-
-    def _hook(self, pipe: Any, block: Block) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            several = list(output) if isinstance(output, tuple) else [output]
-            text = None if block.text is None else several[block.text]
-
-            def again(image: Tensor) -> Tensor:
-                if args:
-                    out = module.forward(image, *args[1:], **kwargs)
-                else:
-                    out = module.forward(**{**kwargs, "hidden_states": image})
-                return out[block.image] if isinstance(out, tuple) else out
-
-            prompted = len(several[block.image]) // 2 if getattr(pipe, "do_classifier_free_guidance", False) else 0
-            tokens = Tokens(several[block.image], text, prompted, self._fraction(pipe), again)
-            image, changed = self.change(block, tokens)
-            several[block.image] = image
-            if block.text is not None:
-                several[block.text] = changed
-            return tuple(several) if isinstance(output, tuple) else several[0]
-
-        return hook

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kspec_guidance import functional as F
 from kspec_guidance.bench.methods.base import Log, Real
-from kspec_guidance.bench.methods.blocks import Block, BlockMethod, Tokens
+from kspec_guidance.bench.methods.blocks import BlockMethod, TokensOfRun
 from kspec_guidance.kernels import CosineKernel
+from kspec_guidance.loop.blocks import TransformerBlock
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ContextualRepulsion(BlockMethod):
     stop: float = 0.3
     rounds: int = 1
 
-    def change(self, block: Block, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    def change(self, block: TransformerBlock, tokens: TokensOfRun) -> tuple[Tensor, Tensor | None]:
         text = tokens.text
         if text is None or tokens.fraction >= self.stop:
             return tokens.image, text

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kspec_guidance.bench.methods.base import Real
-from kspec_guidance.bench.methods.blocks import Block, BlockMethod, Tokens
+from kspec_guidance.bench.methods.blocks import BlockMethod, TokensOfRun
+from kspec_guidance.loop.blocks import TransformerBlock
 
 
 @dataclass
@@ -24,7 +25,7 @@ class DAVE(BlockMethod):
     attenuation: float = 0.5
     stop: float = 0.15
 
-    def change(self, block: Block, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    def change(self, block: TransformerBlock, tokens: TokensOfRun) -> tuple[Tensor, Tensor | None]:
         if tokens.fraction >= self.stop or not 0.25 <= block.depth <= 0.75:
             return tokens.image, tokens.text
         return tokens.image - self.attenuation * tokens.image.mean(1, keepdim=True), tokens.text

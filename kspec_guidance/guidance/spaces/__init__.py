@@ -1,16 +1,29 @@
-"""Feature spaces in which samples are compared: latents, block means, pixels, embeddings, or the denoiser's activations.
+"""Feature spaces in which samples are compared: latents, block means, pixels, embeddings, or the denoiser's hidden states.
 
 A space maps samples of the loop to feature rows, and pulls gradients in these rows back. ``latents``, ``x0`` and
 ``pooled`` have negligible cost; ``pixels`` and ``embedder`` run the decoder; ``activations`` runs the first half of the
-denoiser again.
+denoiser again; ``block`` and ``context`` move hidden states of a transformer inside its own call, at negligible cost.
 """
 
 from kspec_guidance.guidance.spaces.activations import Activations
 from kspec_guidance.guidance.spaces.base import FeatureSpace
+from kspec_guidance.guidance.spaces.blocks import Block, Context
 from kspec_guidance.guidance.spaces.latents import X0, Latents, Pooled
 from kspec_guidance.guidance.spaces.pixels import Embedder, Pixels
 
-__all__ = ["SPACES", "Activations", "Embedder", "FeatureSpace", "Latents", "Pixels", "Pooled", "X0", "make_space"]
+__all__ = [
+    "SPACES",
+    "Activations",
+    "Block",
+    "Context",
+    "Embedder",
+    "FeatureSpace",
+    "Latents",
+    "Pixels",
+    "Pooled",
+    "X0",
+    "make_space",
+]
 
 SPACES: dict[str, type[FeatureSpace]] = {
     "x0": X0,
@@ -19,6 +32,8 @@ SPACES: dict[str, type[FeatureSpace]] = {
     "pixels": Pixels,
     "embedder": Embedder,
     "activations": Activations,
+    "block": Block,
+    "context": Context,
 }
 
 

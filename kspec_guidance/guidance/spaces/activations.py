@@ -53,8 +53,8 @@ def wanted_rows(arguments: dict[str, Any], n: int) -> dict[str, Any]:
     return {k: cut(v) for k, v in arguments.items()}
 
 
-def _check_whole_and_stateless(denoiser: nn.Module) -> None:
-    """Check that this process holds the whole denoiser, and that it keeps no state from one call to the next.
+def check_stateless(denoiser: nn.Module, why: str) -> None:
+    """Check that the denoiser keeps no state from one call to the next; ``why`` says what its cache would do.
 
     Raises:
         ValueError: if it does.
@@ -62,13 +62,20 @@ def _check_whole_and_stateless(denoiser: nn.Module) -> None:
     found = {type(h).__name__ for part in denoiser.modules() for h in diffusers_hooks(part) if h._is_stateful}
     if found:
         raise ValueError(
-            f"space='activations' runs the denoiser a second time at each step, which its cache "
-            f"({', '.join(sorted(found))}) would count as a step; call denoiser.disable_cache(), or "
-            "choose another space, such as 'x0' or 'pooled'"
+            f"{why} (here {', '.join(sorted(found))}); call denoiser.disable_cache(), or choose another space, such as "
+            "'x0' or 'pooled'"
         )
+
+
+def check_whole(denoiser: nn.Module, space: str) -> None:
+    """Check that this process holds the whole denoiser.
+
+    Raises:
+        ValueError: if it does not.
+    """
     if getattr(denoiser, "_parallel_config", None) is not None:
         raise ValueError(
-            "space='activations' needs all tokens in one process, and enable_parallelism has split the denoiser; choose "
+            f"space={space!r} needs all tokens in one process, and enable_parallelism has split the denoiser; choose "
             "another space, such as 'x0' or 'pooled'"
         )
 
@@ -108,7 +115,8 @@ class Activations(FeatureSpace):
                 "space='activations' needs the arguments of the denoiser: attach the guide to a pipeline with a denoiser"
             )
         denoiser = getattr(denoiser_call.module, "_orig_mod", denoiser_call.module)
-        _check_whole_and_stateless(denoiser)
+        check_stateless(denoiser, "space='activations' runs the denoiser twice a step, and its cache would count two steps")
+        check_whole(denoiser, self.name)
         block = denoiser.get_submodule(self.module) if self.module else middle_of(denoiser)
         arguments = wanted_rows(denoiser_call.arguments, len(x))
         name = next(k for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim > 1)

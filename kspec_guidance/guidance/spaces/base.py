@@ -153,6 +153,7 @@ class FeatureSpace:
         step_by_step: whether features of different steps are not comparable, so that the memory stores one row of features
             per guided step.
         needs_denoiser_call: whether the space uses the arguments of the denoiser's call.
+        inside: whether moves apply inside that call, to what a block of the denoiser returns.
     """
 
     name: ClassVar[str] = ""
@@ -160,6 +161,7 @@ class FeatureSpace:
     noisy: ClassVar[bool] = False
     step_by_step: ClassVar[bool] = False
     needs_denoiser_call: ClassVar[bool] = False
+    inside: ClassVar[bool] = False
 
     @property
     def before(self) -> bool:

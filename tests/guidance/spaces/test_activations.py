@@ -61,7 +61,7 @@ def test_cached_denoiser_is_refused(name):
     pipe = tiny.build("FluxPipeline")
     pipe.transformer.enable_cache(CACHES[name]())
     x = torch.randn(2, 16, 16)
-    with pytest.raises(ValueError, match=r"its cache \(.*Hook\) would count as a step; call denoiser.disable_cache"):
+    with pytest.raises(ValueError, match=r"its cache would count two steps \(here .*Hook\); call denoiser.disable_cache"):
         Activations().features(x, CallContext(pipe), DenoiserCall(pipe.transformer, {"hidden_states": x}))
 
 
