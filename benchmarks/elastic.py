@@ -31,6 +31,8 @@ from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from kspec_guidance.synthesis.records import unpack_tensors
 from kspec_guidance.synthesis.store import Store
 
+BATCH_SIZE = 5  # images made at once
+
 # -- workers that are killed -------------------------------------------------------------------------------------------
 
 
@@ -65,8 +67,8 @@ def run_set(out, prompts, workers, kill, args):
     path = out.with_suffix(".txt")
     path.write_text("\n".join(prompts) + "\n")
     line = [sys.executable, "-m", "kspec_guidance", "generate", "--prompts", str(path), "--out", str(out), "--no-report",
-            "--images", str(args.images), "--batch-size", "5", "--steps", str(args.steps), "--licence", "CC0-1.0",
-            "--quiet", "--exchange", "4"]  # fmt: skip
+            "--images", str(args.images), "--batch-size", str(BATCH_SIZE), "--steps", str(args.steps),
+            "--licence", "CC0-1.0", "--quiet", "--exchange", "4"]  # fmt: skip
     line += [] if workers is None else ["--workers", str(workers), "--lease-seconds", "8"]
     rng, epoch, kills, running = random.Random(workers), out / ".kspec" / "epoch-000", 0, []
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -122,6 +124,33 @@ def workers(args):
             one = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "killed": kills, **scores(out, art)}
         found[name] = one
         print(name, one, flush=True)
+    return found
+
+
+def seeds(args):
+    """Conditional RKE of one process and of one worker: several seeds, and whether images of a prompt fill its batches."""
+    from effect import Art
+    from synthesis import subjects
+
+    from kspec_guidance import load_demo_pipeline
+    from kspec_guidance.synthesis import synthesize
+
+    art, pipe = Art(args.data), load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    prompts = subjects(art.entries, args.prompts, 4)
+    found = {"settings": {"prompts": args.prompts, "steps": args.steps, "batch": BATCH_SIZE}}
+    for seed in range(args.seeds):
+        for images in (args.images, -(-args.images // BATCH_SIZE) * BATCH_SIZE):
+            for name, more in (("one process", {}), ("1 worker", {"workers": 1})):
+                with tempfile.TemporaryDirectory() as folder:
+                    out = Path(folder, "set")
+                    synthesize(
+                        prompts, out, pipe, images_per_prompt=images, batch_size=BATCH_SIZE, seed=seed, exchange=4,
+                        call={"num_inference_steps": args.steps, "guidance_scale": 5.0}, report=False, marks=False, **more,
+                    )  # fmt: skip
+                    rke = scores(out, art)["rke"]
+                found.setdefault(f"{images} images", {}).setdefault(name, []).append(rke)
+                print(seed, images, name, round(rke, 4), flush=True)
     return found
 
 
@@ -236,7 +265,7 @@ def page(results):
     return parts
 
 
-PARTS = {"workers": workers, "simulation": simulation}
+PARTS = {"workers": workers, "seeds": seeds, "simulation": simulation}
 
 
 def main():
@@ -247,6 +276,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--images", type=int, default=10, help="for each prompt")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5, help="of ``seeds``")
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--page", type=Path, help="fill its tables, such as docs/scaling.md")
     args = parser.parse_args()

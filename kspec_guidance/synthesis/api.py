@@ -165,15 +165,17 @@ def synthesize(
         reward=reward, memory=memory, memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size,
         embedder=embedder, licence=licence, marks=marks, sign=sign, lease_seconds=float(lease_seconds) if leases else None,
     ) as run:  # fmt: skip
+        history = None
         if recipe is not None:
             recipe.check(run.settings)
+            history = recipe.read_history(len(run.prompts))
         ending = Ending(report, semantic_duplicates, memory_file, push_to_hub)
         if join is not None:
-            return join_run(run, str(join), None if out is None else Path(out), ending, progress_callback)
+            return join_run(run, str(join), None if out is None else Path(out), ending, history, progress_callback)
         folder = Path(str(out))
         if workers is not None:
             return run_with_workers(
-                run, folder, workers, engine, ending, force, drop, sign, work_on_recipe, progress_callback
+                run, folder, workers, engine, ending, force, drop, sign, work_on_recipe, history, progress_callback
             )  # fmt: skip
         return _run_in_step(run, folder, processes, ending, force, drop, progress_callback)
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from kspec_guidance.memory.io import encode_tensors, read_tensors, write_tensors
 from kspec_guidance.synthesis.arms import BY_PROMPT, SELECTORS
 from kspec_guidance.synthesis.distributed import Processes
-from kspec_guidance.synthesis.errors import SynthesisError, disk_errors
+from kspec_guidance.synthesis.errors import CheckpointError, SynthesisError, disk_errors
 from kspec_guidance.synthesis.generator import Generator
+from kspec_guidance.synthesis.history import History
 from kspec_guidance.synthesis.run import Run
 from kspec_guidance.synthesis.schedule import Job
 from kspec_guidance.synthesis.sharding import bundles, groups_of, shard, shard_groups
@@ -115,7 +116,7 @@ class Units:
         return max(self.owners, default=-1) + 1
 
 
-def units_of(run: Run, jobs: list[Job], storage: Storage) -> Units:
+def units_of(run: Run, jobs: list[Job], storage: Storage, history: History | None = None) -> Units:
     """The units of a run, which the first worker that comes makes and writes, and all others read.
 
     Similar prompts are one unit, unless they have more than 1/64 of all images, and more than what is made between two
@@ -125,9 +126,11 @@ def units_of(run: Run, jobs: list[Job], storage: Storage) -> Units:
         run: of the units.
         jobs: of all prompts.
         storage: of the run.
+        history: whose units these are.
 
     Raises:
         SynthesisError: if arms are chosen by prompt, and the pipeline gives no features of prompts.
+        CheckpointError: if the storage has other units than the history.
     """
     a, by_group = run.arguments, run.arguments["memory_by"] == "group"
     if PROMPTS not in storage.names():  # a large file, which is read once
@@ -136,7 +139,9 @@ def units_of(run: Run, jobs: list[Job], storage: Storage) -> Units:
             found = run.generator.prompt_features([job.prompt.text for job in jobs], a["batch_size"])
         features = torch.zeros(len(jobs), 1) if found is None else found
         owners = [0] * len(jobs)
-        if by_group:
+        if history is not None:
+            pieces = [unit.prompts for unit in history.units]
+        elif by_group:
             groups = [job.prompt.group for job in jobs]
             pieces = [[k for k, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)]
         else:
@@ -149,4 +154,8 @@ def units_of(run: Run, jobs: list[Job], storage: Storage) -> Units:
         storage.create(PROMPTS, encode_tensors("prompts", tensors, {"known": found is not None}))
     with storage.local(PROMPTS) as path:
         owners, parts, contexts = _read(path, run.generator, jobs, None, run.by_prompt)
+    if history is not None and owners != history.owners:
+        raise CheckpointError(
+            f"{storage.place} has other units of prompts than the set that is made again; choose an empty folder"
+        )
     return Units(owners, None if by_group or len(parts) == 1 else parts, contexts)

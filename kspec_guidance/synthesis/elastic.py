@@ -13,6 +13,7 @@ from kspec_guidance.synthesis.distributed import OneProcess
 from kspec_guidance.synthesis.engines import Task, start_workers
 from kspec_guidance.synthesis.errors import RunFailedError, SettingsChangedError, SynthesisError
 from kspec_guidance.synthesis.folder import collect, open_folder, prompt_numbers, stored_settings
+from kspec_guidance.synthesis.history import History
 from kspec_guidance.synthesis.leases import LeaseLostError, Leases
 from kspec_guidance.synthesis.result import Synthesis
 from kspec_guidance.synthesis.run import Run, restored
@@ -20,7 +21,7 @@ from kspec_guidance.synthesis.schedule import Job
 from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.synthesis.storage import Storage
 from kspec_guidance.synthesis.store import Store
-from kspec_guidance.synthesis.units import Unit, UnitLog, UnitStore
+from kspec_guidance.synthesis.units import Unit, UnitLog, UnitStore, WaitingError
 from kspec_guidance.synthesis.worker import Progress
 from kspec_guidance.utils.messages import warn_user
 
@@ -39,6 +40,7 @@ def work(
     leases: Leases,
     jobs: Callable[[], list[Job]],
     show: Show | None = None,
+    history: History | None = None,
     in_order: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
@@ -52,6 +54,7 @@ def work(
         leases: as this worker sees them.
         jobs: makes new jobs of all prompts.
         show: called after each batch.
+        history: to follow.
         in_order: take units by number; otherwise each worker begins at another one.
         sleep: waits before the next look.
 
@@ -60,7 +63,7 @@ def work(
     """
     made, start, expected = 0, time.monotonic(), sum(job.goal for job in jobs())
     first = 0 if in_order else sum(leases.worker.encode()) % max(1, units.number)
-    order = [*range(first, units.number), *range(first)]
+    order, idle = [*range(first, units.number), *range(first)], 0
     poll = min(POLL_SECONDS, leases.seconds / 8)
     checked = False
     while len(leases.done()) < units.number:
@@ -81,24 +84,33 @@ def work(
             worker = run.worker(
                 mine, expected, unit_store, OneProcess(lease.unit), None, units.prompt_features, units.contexts, report
             )
-            done = False
+            end, waiting = None, False
             try:
-                unit = Unit(worker, unit_store)
+                unit = Unit(worker, unit_store, None if history is None else history.units[lease.unit])
                 unit.resume()
                 if not checked:
                     run.generator.check_mixed(worker.jobs, run.arguments["batch_size"], run.screened)
                     checked = True
                 unit.run()
-                done = True
+                end = unit_store.digest
+            except WaitingError:
+                waiting = True
             except LeaseLostError:  # its records tell what was committed; the unit is left to its owner
                 pass
             finally:
                 made = before + worker.made - unit_store.replayed
-                lease.release(done)
+                lease.release(end)
+        order.remove(lease.unit)  # so that others are tried first, if it waits for them
+        order.append(lease.unit)
+        idle = idle + 1 if waiting and worker.made == unit_store.replayed else 0
+        if waiting and idle >= units.number - len(leases.done()):  # all wait for what other workers make
+            sleep(poll)
     return made
 
 
-def join_run(run: Run, place: str, out: Path | None, ending: Ending, show: Show | None = None) -> Synthesis:
+def join_run(
+    run: Run, place: str, out: Path | None, ending: Ending, history: History | None = None, show: Show | None = None
+) -> Synthesis:
     """Work in a run on shared storage until it is finished, and make the set in ``out``, if that is given.
 
     Args:
@@ -106,6 +118,7 @@ def join_run(run: Run, place: str, out: Path | None, ending: Ending, show: Show 
         place: folder or URL of the storage.
         out: folder of the set; None to leave it to others.
         ending: what is asked for at the end.
+        history: to follow.
         show: called after each batch.
 
     Raises:
@@ -129,9 +142,9 @@ def join_run(run: Run, place: str, out: Path | None, ending: Ending, show: Show 
     start = perf_counter()
     numbers = prompt_numbers(store)
     jobs = run.jobs(numbers)
-    units = units_of(run, jobs, storage)
+    units = units_of(run, jobs, storage, history)
     leases = Leases(storage, units.number, run.arguments["lease_seconds"])
-    made = work(run, store, UnitLog(storage, store.epoch), units, leases, lambda: run.jobs(numbers), show)
+    made = work(run, store, UnitLog(storage, store.epoch), units, leases, lambda: run.jobs(numbers), show, history)
     seconds = perf_counter() - start
     if out is None:
         images = leases.images()
@@ -158,6 +171,7 @@ def run_with_workers(
     drop: Collection[str],
     sign: str | Path | None,
     task: Task,
+    history: History | None = None,
     show: Show | None = None,
 ) -> Synthesis:
     """Make a set with workers of this machine, or of a Ray cluster.
@@ -172,6 +186,7 @@ def run_with_workers(
         drop: likewise.
         sign: likewise.
         task: what a worker of Ray runs.
+        history: to follow, with one worker.
         show: called with the progress.
 
     Raises:
@@ -187,7 +202,7 @@ def run_with_workers(
         ending.prepare(total, run.arguments["format"])
         storage = Storage(store.folder(store.epoch))
         storage.check()
-        units = units_of(run, jobs, storage)
+        units = units_of(run, jobs, storage, history)
         leases = Leases(storage, units.number, run.arguments["lease_seconds"])
         if units.number < workers:
             warn_user(
@@ -197,7 +212,8 @@ def run_with_workers(
         start, before = perf_counter(), leases.images()
         earlier = sum(len(record.rows) for record in store.earlier_records())
         if workers == 1 and engine == "processes":
-            work(run, store, UnitLog(storage, store.epoch), units, leases, lambda: run.jobs(numbers), show, in_order=True)
+            log = UnitLog(storage, store.epoch)
+            work(run, store, log, units, leases, lambda: run.jobs(numbers), show, history, in_order=True)
         elif len(leases.done()) < units.number:
             with start_workers(engine, workers, run, storage, task, sign) as pool:
                 while pool.alive():
@@ -232,7 +248,7 @@ def _conclude(
 ) -> Synthesis:
     """Make the set from the records of all units."""
     own = Storage(store.folder(store.epoch))
-    collect(store, UnitLog(storage, store.epoch), units.number)
+    history = collect(store, UnitLog(storage, store.epoch), units.owners)
     jobs, processes = run.jobs(prompt_numbers(store)), OneProcess()
     packer = run.packer(store)
     with restored(run.run_guide, copy_memory=True):
@@ -240,11 +256,7 @@ def _conclude(
         recount(worker, store)
         if packer is not None:
             packer.finish(store.epoch, processes.rank)
-        if any((record.lease or {}).get("read") for record in store.records([store.epoch])):
-            run.recipe.obstacles.append(
-                "when its workers read what others had made, which the records in .kspec say: other workers make other "
-                "images of the same prompts"
-            )
+        run.recipe.history = history if history.any_read else None
         result = Synthesis(
             store.out, images=0, made=made, total_made=made, seconds=seconds,
             guidance_seconds=run.generator.guidance_seconds,

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
-from kspec_guidance.memory.io import write_tensors
+from kspec_guidance.memory.io import MemoryFileError, content_digest, read_tensors, write_tensors
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import CheckpointError, RunFailedError, SynthesisError, disk_errors
+from kspec_guidance.synthesis.history import History, history_of
 from kspec_guidance.synthesis.records import Record
 from kspec_guidance.synthesis.storage import Storage
 from kspec_guidance.synthesis.store import Store
@@ -103,29 +105,46 @@ def unpack_images(store: Store, storage: Storage, record: Record) -> bool:
     return True
 
 
-def collect(store: Store, log: UnitLog, units: int) -> None:
-    """Write the images of all units into a folder, then copy their records, unless they are in it.
+def collect(store: Store, log: UnitLog, owners: list[int]) -> History:
+    """Write the images of all units into a folder, then copy their records, unless it has the same.
 
     Args:
         store: of the folder.
-        log: of the units.
-        units: their number.
+        log: of the units, all of which are finished.
+        owners: unit of each prompt.
+
+    Returns:
+        What happened in the units.
 
     Raises:
         CheckpointError: for records or images that are damaged, or were changed.
     """
-    for unit in range(units):
-        for record, _ in log.records(unit):
+    in_place = log.storage.folder == store.folder(store.epoch)
+
+    def collected(unit: int) -> Iterator[tuple[Record, str]]:
+        for record, digest in log.records(unit):
             if not unpack_images(store, log.storage, record) and store.images == store.out:
                 raise CheckpointError(
                     f"images of batch {record.batch_index} of unit {unit} are missing from {log.storage.place}, for "
                     f"instance {record.rows[0]['file_name']}; restore them from a copy"
                 )
             path = store.folder(store.epoch, unit) / f"{record.batch_index:06d}.safetensors"
-            if not path.exists():
+            if not (in_place or _holds(path, record)):
                 with disk_errors(store.out):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_tensors(path, "batch", record.tensors, record.description(), durable=True)
+            yield record, digest
+
+    return history_of(owners, collected)
+
+
+def _holds(path: Path, record: Record) -> bool:
+    """Whether a file holds this record."""
+    try:
+        found = content_digest(*read_tensors(path, "batch"))
+    except (MemoryFileError, OSError):
+        return False
+    return found == content_digest(record.tensors, record.description())
 
 
 def stored_settings(storage: Storage) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
     leases/000007-000002    the second owner of unit 7; created on condition that there is none
     beats/000007-000002     its heartbeat: a number that grows while it lives, or that it has released the unit
-    done/000007             the unit is finished
+    done/000007             the unit is finished; the digest of its records
 
 The number of the owner is the token. It grows by one with each owner, and creating the next file is what decides between
 two workers. A lease counts as dead once its heartbeat has not changed for some time by the clock of the one who looks; no
@@ -71,10 +71,10 @@ class Lease:
         if self.storage.exists(_name(self.unit, self.token + 1)):
             raise LeaseLostError(f"unit {self.unit} was taken by another worker")
 
-    def release(self, done: bool = False) -> None:
-        """Give the unit back; ``done`` if it is finished."""
-        if done:
-            self.storage.create(f"done/{self.unit:06d}", b"")
+    def release(self, end: str | None = None) -> None:
+        """Give the unit back; if it is finished, with the digest of its records."""
+        if end is not None:
+            self.storage.create(f"done/{self.unit:06d}", end.encode())
         with self._lock:
             self._released = True
             self._write({"released": True, "images": self.images})

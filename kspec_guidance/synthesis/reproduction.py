@@ -17,6 +17,7 @@ from kspec_guidance.loop.components import find_scheduler, load_pipeline
 from kspec_guidance.synthesis.arms import Arm
 from kspec_guidance.synthesis.errors import FolderError, SynthesisError
 from kspec_guidance.synthesis.filters import filter_name
+from kspec_guidance.synthesis.history import UNITS, History, read_history
 from kspec_guidance.synthesis.prompts import Prompt
 from kspec_guidance.synthesis.provenance import model_of, package_versions
 from kspec_guidance.synthesis.schedule import Target
@@ -40,6 +41,8 @@ class Recipe:
         settings: of the run, which are compared.
         obstacles: why the set cannot be made again from this alone; empty if it can.
         versions: of the packages.
+        history: what workers have read of each other; None if nothing, or without workers.
+        units: digest of the file that says so; empty for none.
         folder: of the file.
         tensors, guide_settings: of a guide that has tensors, to be written beside the file.
     """
@@ -50,13 +53,16 @@ class Recipe:
     settings: dict[str, Any]
     obstacles: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    history: History | None = None
+    units: str = ""
     folder: Path = Path()
     tensors: dict[str, Tensor] = field(default_factory=dict)
     guide_settings: dict[str, Any] = field(default_factory=dict)
 
     def files(self, prompts: Sequence[Prompt]) -> dict[str, str]:
         """The text of ``reproduce.yaml``, and that of its prompts, by file name."""
-        return {PROMPTS: prompts_text(prompts), RECIPE: self.text()}
+        more = {} if self.history is None else {UNITS: self.history.text()}
+        return {PROMPTS: prompts_text(prompts), **more, RECIPE: self.text()}
 
     def write_guide(self, folder: Path) -> None:
         """Write the settings and tensors of a guide that has tensors, into ``guide`` in a folder."""
@@ -67,6 +73,7 @@ class Recipe:
         """The file as YAML."""
         names = ("model", "run", "guide", "settings", "obstacles", "versions")
         about = {name: getattr(self, name) for name in names}
+        about |= {} if self.history is None else {"units": self.history.sha256}
         return HEAD + yaml.safe_dump({"format": FORMAT, **about}, sort_keys=False, allow_unicode=True, width=100)
 
     def pipeline(self, pipe: Any = None) -> Any:
@@ -118,6 +125,17 @@ class Recipe:
         run["arms"] = None if run.get("arms") is None else [Arm(**arm) for arm in run["arms"]]
         run["filter"] = run.get("filter") or None
         return run
+
+    def read_history(self, prompts: int) -> History | None:
+        """What workers of the set have read of each other; None if nothing.
+
+        Args:
+            prompts: their number.
+
+        Raises:
+            CheckpointError: if its file, or the records of the set, are missing, damaged or were changed.
+        """
+        return read_history(self.folder, self.units, prompts, int(self.run["exchange"])) if self.units else None
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Compare the settings of a new run with those of the set.
@@ -204,7 +222,7 @@ def read_recipe(path: str | Path) -> Recipe:
         if not isinstance(about, dict) or about.pop("format", None) != FORMAT:
             raise ValueError(f"expected format {FORMAT!r}")
         recipe = Recipe(**{name: about[name] for name in ("model", "run", "guide", "settings", "obstacles", "versions")})
-        recipe.folder = path.parent
+        recipe.folder, recipe.units = path.parent, str(about.get("units", ""))
         if not all(isinstance(part, dict) for part in (recipe.model, recipe.run, recipe.settings)):
             raise ValueError("model, run or settings are no tables")
     except OSError as error:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.memory.io import MemoryFileError, content_digest, encode_tensors, read_tensors
-from kspec_guidance.synthesis.errors import CheckpointError
+from kspec_guidance.synthesis.errors import CheckpointError, SynthesisError
 from kspec_guidance.synthesis.leases import Lease, LeaseLostError
 from kspec_guidance.synthesis.records import Record, record_of
 from kspec_guidance.synthesis.storage import Storage
@@ -30,12 +30,38 @@ from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.worker import Progress, Worker
 from kspec_guidance.utils.hashing import hash_json
 
-__all__ = ["Unit", "UnitLog", "UnitStore", "load_images"]
+__all__ = ["Unit", "UnitHistory", "UnitLog", "UnitStore", "WaitingError", "load_images", "read_counts"]
 
 BEGINNING = ""  # digest of no records
 ADVICE = (
     "restore it from a copy, or delete it and the records of this unit that follow it: their images are then made again"
 )
+
+
+class WaitingError(SynthesisError):
+    """The next batch follows a summary that another unit has not published yet."""
+
+
+@dataclass(frozen=True)
+class UnitHistory:
+    """What happened in one unit, which a run that makes it again follows.
+
+    Attributes:
+        prompts: places of its prompts in the list of the run.
+        batches: number of its records.
+        read: how many summaries of each other unit were read before a batch, by the number of the batch.
+        digest: of its records, see :meth:`UnitLog.records`.
+    """
+
+    prompts: list[int]
+    batches: int
+    read: dict[int, dict[int, int]]
+    digest: str
+
+
+def read_counts(record: Record) -> dict[int, int]:
+    """How many summaries of each other unit were read before a batch."""
+    return {int(unit): len(digests) for unit, digests in (record.lease or {}).get("read", {}).items()}
 
 
 @dataclass(frozen=True)
@@ -100,7 +126,8 @@ class UnitLog:
         """All records of a unit in order, each with the digest of all up to it.
 
         Raises:
-            CheckpointError: for a record that was made after others than those before it.
+            CheckpointError: for a record that was made after others than those before it, and at the end of a finished
+                unit, if it had other records.
         """
         number, digest, token = 0, BEGINNING, 0
         while (record := self.read(unit, number)) is not None:
@@ -113,11 +140,22 @@ class UnitLog:
             token, digest = lease["token"], next_digest(digest, record)
             yield record, digest
             number += 1
+        end = self.storage.read(_done_name(unit))
+        if end and end.decode(errors="replace") != digest:  # empty in runs of earlier versions
+            raise CheckpointError(
+                f"the {number} records in {self.storage.place}/rank-{unit:04d} are not those with which the unit was "
+                f"finished: the last one was changed, or some were lost or added. Restore them from a copy; or delete "
+                f"{_done_name(unit)} and what was changed, and the images are made again"
+            )
 
     def create(self, record: Record) -> bool:
         """Commit a record, unless there is one of its number; whether it was committed here."""
         data = encode_tensors("batch", record.tensors, record.description())
         return self.storage.create(_record_name(record.rank, record.batch_index), data)
+
+    def is_finished(self, unit: int) -> bool:
+        """Whether all records of a unit are there."""
+        return self.storage.exists(_done_name(unit))
 
     # -- summaries -----------------------------------------------------------------------------------------------------
 
@@ -144,6 +182,10 @@ class UnitLog:
             return None
         shape = None if about["shape"] is None else tuple(about["shape"])
         return Summary(tensors.get("message"), shape, about["prompt_dim"], content_digest(tensors, about))
+
+
+def _done_name(unit: int) -> str:
+    return f"done/{unit:06d}"
 
 
 def _record_name(unit: int, number: int) -> str:
@@ -240,10 +282,11 @@ class Unit:
     Args:
         worker: of its jobs, with a :class:`UnitStore`.
         store: the same.
+        history: to follow; None to read what is there.
     """
 
-    def __init__(self, worker: Worker, store: UnitStore):
-        self.worker, self.store, self.log = worker, store, store.log
+    def __init__(self, worker: Worker, store: UnitStore, history: UnitHistory | None = None):
+        self.worker, self.store, self.log, self.history = worker, store, store.log, history
         self.unit, self.every = store.lease.unit, worker.settings.exchange
         self.heard = dict.fromkeys(worker.memories.neighbours(), 0)  # summaries that were read of each unit
         self.published = 0
@@ -257,6 +300,11 @@ class Unit:
         worker = self.worker
         worker.learn_earlier()
         for record in self.store.replay():
+            if self.history is not None and read_counts(record) != self.history.read.get(record.batch_index, {}):
+                raise CheckpointError(
+                    f"record {record.batch_index} of unit {self.unit} in {self.log.storage.place} has read other summaries "
+                    "than the set that is made again; choose an empty folder"
+                )
             for unit, digests in (record.lease or {}).get("read", {}).items():
                 for digest in digests:
                     self._hear(int(unit), digest)
@@ -267,7 +315,11 @@ class Unit:
             self._publish()
 
     def run(self) -> int:
-        """Make all remaining batches; returns the number of images."""
+        """Make all remaining batches; returns the number of images.
+
+        Raises:
+            WaitingError: if a history is followed in which a batch has read what is not there yet.
+        """
         worker, before = self.worker, self.worker.made
         self._listen()
         with worker.guide.attach(worker.generator.pipe) if worker.arms is None else worker.arms.models.loaded():
@@ -277,16 +329,24 @@ class Unit:
                 if worker.progress_callback is not None:
                     made = worker.made - before
                     worker.progress_callback(Progress(made, 0, sum(worker.rejected.values()), 0.0, 0.0, worker.diversity))
-                if worker.batch_index % self.every == 0:
+                if worker.batch_index % self.every == 0 or self.history is not None:
                     self._listen()
         self._publish(last=True)
         return worker.made - before
 
     def _listen(self) -> None:
-        """Read what other units have published since the last time."""
-        for unit in self.heard:
-            while (summary := self._hear(unit)) is not None:
+        """Read what other units have published since the last time, or as much of it as was read in the history."""
+        if self.history is None:
+            wanted: dict[int, float] = dict.fromkeys(self.heard, float("inf"))
+        else:
+            wanted = dict(self.history.read.get(self.worker.batch_index, {}))
+        for unit, left in wanted.items():
+            complete = self.history is None or self.log.is_finished(unit)  # asked before the summaries are
+            while left > 0 and (summary := self._hear(unit)) is not None:
                 self.store.reads.setdefault(str(unit), []).append(summary.digest)
+                left -= 1
+            if left > 0 and not complete:
+                raise WaitingError(f"unit {self.unit} waits for unit {unit}")
 
     def _hear(self, unit: int, digest: str | None = None) -> Summary | None:
         """Add the next summary of a unit, which must have this digest; None if there is none."""

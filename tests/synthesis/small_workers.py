@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from kspec_guidance.guidance import KernelGuidance
+from kspec_guidance.synthesis import synthesize
 from kspec_guidance.synthesis.assignment import units_of
 from kspec_guidance.synthesis.distributed import OneProcess
 from kspec_guidance.synthesis.elastic import work
@@ -64,6 +65,14 @@ def without_model(monkeypatch):
 def small_run(pipe, prompts=PROMPTS, guide=None, **changes):
     with prepared(prompts, pipe, guide, OneProcess(), **DEFAULTS | changes) as run:
         yield run
+
+
+def make(out, pipe, prompts=PROMPTS, **changes):
+    settings = {
+        "images_per_prompt": 7, "batch_size": 3, "exchange": 2, "call": {"num_inference_steps": 1}, "report": False,
+        "licence": "CC0-1.0", "workers": 1,
+    }  # fmt: skip
+    return synthesize(prompts, out, pipe, **settings | changes)
 
 
 class Killed(BaseException):

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from kspec_guidance import SPARKE
+from kspec_guidance.memory.io import encode_tensors
 from kspec_guidance.synthesis import (
     Arm,
     CheckpointError,
@@ -21,11 +22,12 @@ from kspec_guidance.synthesis import (
     SettingsChangedError,
     SynthesisError,
     reproduce,
-    synthesize,
 )  # fmt: skip
+from kspec_guidance.synthesis.storage import Storage
 from kspec_guidance.synthesis.store import Store
+from kspec_guidance.synthesis.units import UnitLog
 from tests.synthesis.small_runs import rows_of
-from tests.synthesis.small_workers import PROMPTS, without_model
+from tests.synthesis.small_workers import PROMPTS, make, without_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,14 +35,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def fast(monkeypatch):
     without_model(monkeypatch)
-
-
-def make(out, pipe, prompts=PROMPTS, **changes):
-    settings = {
-        "images_per_prompt": 7, "batch_size": 3, "exchange": 2, "call": {"num_inference_steps": 1}, "report": False,
-        "licence": "CC0-1.0", "workers": 1,
-    }  # fmt: skip
-    return synthesize(prompts, out, pipe, **settings | changes)
 
 
 def check_set(out, images=35):
@@ -69,15 +63,33 @@ def test_a_set_has_all_that_others_have(tmp_path, pipe):
     assert not (tmp_path / "set" / ".kspec" / "epoch-000" / "images").exists()
     again = make(tmp_path / "set", pipe)
     assert (again.images, again.made) == (35, 0)
-    with pytest.raises(SynthesisError, match="when its workers read what others had made"):
-        reproduce(tmp_path / "set" / "reproduce.yaml", tmp_path / "again", pipe)
 
 
 @pytest.mark.usefixtures("fast")
 def test_a_set_whose_units_read_nothing_is_made_again(tmp_path, pipe):
     make(tmp_path / "set", pipe, prompts=["heart", "cat face"])
+    assert not (tmp_path / "set" / "units.jsonl").exists()
     result = reproduce(tmp_path / "set" / "reproduce.yaml", tmp_path / "again", pipe, report=False)
     assert result.reproduced == {"same bytes": 14, "same pixels": 0, "different": 0}
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("fault", ["lost", "changed"])
+def test_a_last_record_that_was_lost_or_changed_is_named(tmp_path, pipe, fault):
+    run = {"join": tmp_path / "run", "workers": None}
+    make(None, pipe, **run)
+    path = tmp_path / "run" / "rank-0001" / "000004.safetensors"
+    record = UnitLog(Storage(tmp_path / "run")).read(1, 4)
+    path.unlink()
+    if fault == "changed":
+        record.rows.pop()
+        record.tensors["x"] = record.tensors["x"][:-1]
+        path.write_bytes(encode_tensors("batch", record.tensors, record.description()))
+    with pytest.raises(CheckpointError, match="rank-0001 are not those with which the unit was finished"):
+        make(tmp_path / "set", pipe, **run)
+    path.unlink(missing_ok=True)
+    (tmp_path / "run" / "done" / "000001").unlink()
+    assert make(tmp_path / "set", pipe, **run).images == 35
 
 
 @pytest.mark.usefixtures("fast")

@@ -52,7 +52,7 @@ def test_what_is_released_is_taken_at_once_and_what_is_done_never(tmp_path):
     _, (a, b) = workers(tmp_path, 2, units=2)
     first, second = a.take(), a.take()
     assert b.take() is None
-    first.release(done=True)
+    first.release("digest of its records")
     second.release()
     second.beat()  # of a thread that was late
     assert b.take().unit == 1
