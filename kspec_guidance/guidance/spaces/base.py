@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from kspec_guidance.guidance.spaces.lean import lean_call
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.loop.context import CallContext, DenoiserCall
 
-__all__ = ["FeatureSpace", "Pullback", "by_autograd", "constant_weights"]
+__all__ = ["FeatureSpace", "Pullback", "by_autograd", "constant_weights", "evaluate"]
 
 Pullback = Callable[[Tensor], Tensor]
 
@@ -38,7 +39,9 @@ class _ConstantWeights(TorchFunctionMode):
         in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
         kept = {"out": kwargs["out"]} if "out" in kwargs else {}
         first, rest = (args[:1], args[1:]) if in_place else ((), args)
-        return func(*first, *map(_constant, rest), **{k: _constant(v) for k, v in kwargs.items()} | kept)
+        rest, kwargs = tuple(map(_constant, rest)), {k: _constant(v) for k, v in kwargs.items()} | kept
+        found = None if in_place or kept else lean_call(func, rest, kwargs)
+        return func(*first, *rest, **kwargs) if found is None else found
 
 
 def _is_compiled(module: Any) -> bool:
@@ -75,9 +78,10 @@ _force_eager = _ForceEager()
 def constant_weights() -> Iterator[None]:
     """Autograd with respect to the inputs of networks, also within ``torch.inference_mode``.
 
-    Networks are not changed, so threads may share them. No operation saves its input for a gradient of weights; tensors
-    that were created in inference mode can be saved for the backward pass; and the backward pass uses the weights of the
-    forward pass, although hooks of offloading have moved them away since.
+    Networks are not changed, so threads may share them. No operation saves its input for a gradient of weights, and group
+    norms before activations are computed again, see :func:`~kspec_guidance.guidance.spaces.lean.lean_call`. Tensors that
+    were created in inference mode can be saved for the backward pass, which uses the weights of the forward pass, although
+    hooks of offloading have moved them away since.
     """
     with torch.inference_mode(False), torch.enable_grad(), _ConstantWeights():
         yield
@@ -98,6 +102,42 @@ def _vjp(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
     return torch.autograd.grad(get_gradient_edge(y), get_gradient_edge(x), w.to(y))[0]
 
 
+def _eager(modules: Sequence[Any]) -> Any:
+    """A context in which these modules run uncompiled, since gradients and hooks would compile them again."""
+    compiled = hasattr(torch.compiler, "set_stance") and any(map(_is_compiled, modules))  # since torch 2.6
+    return _force_eager if compiled else nullcontext()
+
+
+def evaluate(
+    network: Callable[[Tensor], Tensor],
+    x: Tensor,
+    head: Callable[[Tensor], Tensor] = lambda y: y,
+    chunk: int | None = None,
+    modules: Sequence[Any] = (),
+) -> Tensor:
+    """Rows ``head(network(x))`` ``[n, d]`` without a gradient; arguments as for :func:`by_autograd`."""
+    with _eager(modules), torch.inference_mode(False), torch.no_grad():
+        parts = x.detach().split(chunk or len(x))
+        return torch.cat([head(as_float(network(p))).flatten(1).float().to(x.device) for p in parts])
+
+
+class _Graph:
+    """One evaluation ``head(network(x))`` of a chunk of samples with its graph; to be used in :func:`constant_weights`."""
+
+    def __init__(self, network: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], x: Tensor):
+        self.leaf = x.clone().requires_grad_()
+        self.y = network(self.leaf)
+        self.top = as_float(self.y.detach()).requires_grad_()
+        self.features = head(self.top).flatten(1)
+
+    def pullback(self, w: Tensor) -> Tensor:
+        """Gradient in the samples ``[n, ...]`` of a gradient in the rows, in float32 at least; once."""
+        w, size = _normalised(as_float(w), len(self.leaf))
+        w, factor = _normalised(_vjp(self.features, self.top, w), len(self.leaf))
+        d = as_float(_vjp(self.y, self.leaf, w))
+        return d * (size * factor.to(size)).view(-1, *[1] * (d.ndim - 1))
+
+
 def by_autograd(
     network: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -107,9 +147,9 @@ def by_autograd(
 ) -> tuple[Tensor, Pullback]:
     """Rows ``head(network(x))`` ``[n, d]`` and the pullback of a gradient in them, ``chunk`` samples at a time.
 
-    The pullback evaluates the network again, so that at most the graph of one chunk is in memory. The network may compute
-    in half precision and on another device; the head receives its output in float32. Gradients are scaled to 1 before they
-    enter the network, since small values are zero in float16.
+    At most the graph of one chunk is in memory: that of the last chunk is kept for the pullback, which evaluates the
+    network again for the others. The network may compute in half precision and on another device; the head receives its
+    output in float32. Gradients are scaled to 1 before they enter the network, since small values are zero in float16.
 
     Args:
         network: differentiable function of samples.
@@ -118,28 +158,21 @@ def by_autograd(
         chunk: number of samples at a time; None for all.
         modules: those that are called; they run uncompiled, since gradients and hooks would compile them again.
     """
-    compiled = hasattr(torch.compiler, "set_stance") and any(map(_is_compiled, modules))  # since torch 2.6
-    eager = _force_eager if compiled else nullcontext()
-    with eager, torch.inference_mode(False), torch.no_grad():
-        parts = x.detach().split(chunk or len(x))
-        rows = torch.cat([head(as_float(network(p))).flatten(1).float().to(x.device) for p in parts])
+    with torch.inference_mode(False):
+        *others, last = parts = x.detach().split(chunk or len(x))
+        rows = [evaluate(network, part, head, modules=modules) for part in others]
+        with _eager(modules), constant_weights():
+            kept = [_Graph(network, head, last)]
+        found = torch.cat([*rows, kept[0].features.detach().float().to(x.device)])
 
     def pullback(g: Tensor) -> Tensor:
-        out = []
-        with eager, torch.inference_mode(False):
-            for part, w in zip(parts, g.split(chunk or len(x)), strict=True):
-                with constant_weights():
-                    leaf = part.clone().requires_grad_()
-                    y = network(leaf)
-                    top = as_float(y.detach()).requires_grad_()
-                    features = head(top).flatten(1)
-                    w, size = _normalised(as_float(w), len(part))
-                    w, factor = _normalised(_vjp(features, top, w), len(part))
-                    d = as_float(_vjp(y, leaf, w))
-                    out.append(d * (size * factor.to(size)).view(-1, *[1] * (d.ndim - 1)))
-            return torch.cat(out)
+        weights, gradients = g.split(chunk or len(x)), []
+        with _eager(modules), constant_weights():
+            for part, w in zip(reversed(parts), reversed(weights), strict=True):
+                gradients.append((kept.pop() if kept else _Graph(network, head, part)).pullback(w))
+            return torch.cat(gradients[::-1])
 
-    return rows, pullback
+    return found, pullback
 
 
 @dataclass(frozen=True)

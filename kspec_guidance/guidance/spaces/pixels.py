@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback, by_autograd
+from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback, by_autograd, evaluate
 from kspec_guidance.guidance.spaces.resampling import bilinear_matrix, block_mean_matrix, resample
 from kspec_guidance.loop.components import autoencoder_of
 from kspec_guidance.loop.context import CallContext, DenoiserCall
@@ -72,16 +72,21 @@ class Pixels(FeatureSpace):
 
     def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
         self._warn_of_offloading(call)
-        rows, pullback = by_autograd(lambda p: self.decode(p, call), x, self._head, self.chunk, self._networks(call))
+        rows, pullback = by_autograd(*self._evaluation(x, call))
         if self._checked != [id(call)]:  # once a call: the check waits for the device
             self._checked[:] = [id(call)]
             self._check(rows, x, call)
         return rows, pullback
 
     def final(self, x: Tensor, call: CallContext) -> Tensor:
-        rows = super().final(x, call)
+        self._warn_of_offloading(call)
+        rows = evaluate(*self._evaluation(x, call))
         self._check(rows, x, call)
         return rows
+
+    def _evaluation(self, x: Tensor, call: CallContext) -> tuple[Any, ...]:
+        """The arguments of :func:`by_autograd`."""
+        return lambda p: self.decode(p, call), x, self._head, self.chunk, self._networks(call)
 
     def _check(self, rows: Tensor, x: Tensor, call: CallContext) -> None:
         """Check features of finite samples.

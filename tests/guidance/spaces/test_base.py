@@ -107,6 +107,17 @@ def test_gradient_checkpointing_is_supported():
     torch.testing.assert_close(found, gradient(net, x, w))
 
 
+@pytest.mark.parametrize(("chunk", "evaluations"), [(None, 2), (3, 5), (1, 11)])
+def test_last_chunk_is_evaluated_once_for_rows_and_gradient(chunk, evaluations):
+    net, x, w, calls = network(), torch.randn(4, 6), torch.randn(4, 5), []
+    rows, pullback = by_autograd(lambda p: calls.append(len(p)) or net(p), x, chunk=chunk)
+    found = pullback(w)
+    torch.testing.assert_close(rows, net(x))
+    torch.testing.assert_close(found, by_autograd(net, x)[1](w))
+    torch.testing.assert_close(pullback(w), found)  # rows that coincide are moved apart, and pulled back a second time
+    assert len(calls) == evaluations
+
+
 @pytest.mark.parametrize("compiled", ["module", "in place", "part", "method"])
 def test_compiled_networks_are_not_compiled_again(compiled):
     compilations = []
