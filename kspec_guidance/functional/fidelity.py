@@ -1,8 +1,10 @@
 """Fidelity to a reference set: Frechet distance, precision, recall, density and coverage."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,9 @@ __all__ = [
     "precision_score",
 ]
 
-BLOCK_ROWS = 1024  # rows of the matrix of distances that are held at once
+BLOCK_ROWS = 512  # rows of the matrix of distances that are held at once
+SPARE = 4  # candidates beside the nearest neighbours, for equal distances
+MANY = 0.01  # share of unsure values above which a block is computed in float64
 
 
 def _check(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,25 +102,39 @@ def _check_nearest(x: Tensor, reference: Tensor, nearest: int) -> tuple[Tensor, 
 class _Distances:
     """Squared distances of rows, such that equal pairs have equal values and can be compared.
 
-    A matrix product is fast, but its last bits depend on the place of a pair in the matrix. Its values are compared
-    where they differ by more than its error; the others are computed again, from the differences of the rows.
+    A matrix product is fast, but has an error, and its last bits depend on the place of a pair in the matrix. Its values
+    are compared where they differ by more than a bound of its error; the others are computed again in float64, from the
+    differences of the rows. So products may be in float32: the results are the same.
+
+    The bound: with unit roundoff u and centred rows of norms ``|a|`` and ``|b|``, rounding the rows changes a squared
+    distance by at most ``4 u (|a|^2 + |b|^2)``, a sum of d products in any order has an error of at most ``d u |a| |b|``
+    (Higham 2002, section 3.1), and the norms and sums add ``5 u (|a|^2 + |b|^2)``. Together this is below
+    ``e (|a|^2 + |b|^2)`` with ``e = (d + 16) u``. As ``|b|^2 <= 2 |a|^2 + 2 D`` for a squared distance D, it is below
+    ``3 e (|a|^2 + D)``: a number for each row, however far other rows are.
     """
 
     def __init__(self, a: Tensor, b: Tensor):
         self.a, self.b, centre = a, b, b.mean(0)
         self.centred = a - centre, b - centre
-        self.norms = tuple(z.square().sum(1) for z in self.centred)
-        self.error = 8 * (a.shape[1] + 4) * torch.finfo(a.dtype).eps
+        self._parts: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
-    def block(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Approximate values of some rows of ``a`` with all of ``b``, and bounds of their errors ``[k, m]``."""
-        norms = self.norms[0][rows, None] + self.norms[1]
-        return torch.addmm(norms, self.centred[0][rows], self.centred[1].T, alpha=-2), self.error * norms
+    def precisions(self) -> list[tuple[torch.dtype, float]]:
+        """Those of a product, the fastest first, each with ``3 e`` rounded up; float32 where it suffices."""
+        found = [(k, 1.6 * (self.a.shape[1] + 16) * torch.finfo(k).eps) for k in (torch.float32, torch.float64)]
+        largest = max(float(z.abs().amax()) for z in self.centred)
+        return found if found[0][1] < MANY and (largest == 0 or 1e-12 < largest < 1e12) else found[1:]
 
-    def refine(self, d2: Tensor, rows: slice, unsure: Tensor) -> Tensor:
-        """``d2`` with the values at ``unsure`` computed from differences."""
-        d2[unsure] = pair_distances(self.a[rows], self.b, unsure.nonzero(as_tuple=True))
-        return d2
+    def block(self, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Approximate values of some rows of ``a`` with all of ``b`` ``[k, m]``, and ``|a|^2`` ``[k, 1]``, above underflow."""
+        if dtype not in self._parts:
+            a, b = (z.to(dtype) for z in self.centred)
+            self._parts[dtype] = a, b, a.square().sum(1, keepdim=True), b.square().sum(1)
+        a, b, aa, bb = self._parts[dtype]
+        return (a[rows] @ b.T).mul_(-2).add_(aa[rows]).add_(bb), aa[rows] + a.shape[1] * torch.finfo(dtype).tiny
+
+    def exact(self, i: Tensor, j: Tensor) -> Tensor:
+        """Values of pairs of rows, from their differences."""
+        return pair_distances(self.a, self.b, (i, j))
 
 
 def _blocks(n: int) -> list[slice]:
@@ -126,14 +144,29 @@ def _blocks(n: int) -> list[slice]:
 def _radii(z: Tensor, nearest: int) -> Tensor:
     """Squared distance of each row ``[n]`` to its ``nearest``-th neighbour among the other rows."""
     distances, radii = _Distances(z, z), []
+    candidates = min(nearest + SPARE, len(z) - 1)
     for rows in _blocks(len(z)):
-        d2, error = distances.block(rows)
-        d2.diagonal(rows.start).fill_(math.inf)
-        kth = d2.kthvalue(nearest, dim=1, keepdim=True).values
-        error = error.amax(1, keepdim=True)
-        below, above = d2 < kth - 2 * error, d2 > kth + 2 * error
-        exact = distances.refine(d2, rows, ~(below | above))
-        radii.append(exact.masked_fill(below, -1).masked_fill(above, math.inf).kthvalue(nearest, dim=1).values)
+        for dtype, bound in distances.precisions():
+            d2, norms = distances.block(rows, dtype)
+            d2.diagonal(rows.start).fill_(math.inf)
+            near, index = d2.topk(candidates, largest=False)
+            least = near.clamp_min(0)
+            low, high = near - bound * (norms + least), near + bound * (norms + least)
+            kth_low, kth_high = low[:, nearest - 1, None], high[:, nearest - 1, None]
+            incomplete = (low[:, -1:] <= kth_high).squeeze(1) & (candidates < len(z) - 1)  # others may be as near
+            if dtype == torch.float64 or incomplete.double().mean() <= MANY:
+                break
+        unsure = (low <= kth_high) & (high >= kth_low)
+        values = torch.where(low > kth_high, math.inf, -1.0).double()  # or surely nearer
+        i, j = unsure.nonzero(as_tuple=True)
+        values[i, j] = distances.exact(rows.start + i, index[i, j])
+        radius = values.sort(dim=1).values[:, nearest - 1]
+        for row in incomplete.nonzero().flatten().tolist():
+            unsure = (d2[row] - bound * (norms[row] + d2[row].clamp_min(0))) <= kth_high[row]
+            unsure[rows.start + row] = False
+            (j,) = unsure.nonzero(as_tuple=True)
+            radius[row] = distances.exact(torch.full_like(j, rows.start + row), j).kthvalue(nearest).values
+        radii.append(radius)
     return torch.cat(radii)
 
 
@@ -142,19 +175,27 @@ def _inside(d2: Tensor, radii: Tensor) -> Tensor:
     return (d2 < radii) | ((d2 == 0) & (radii == 0))
 
 
-def _memberships(x: Tensor, reference: Tensor, radii: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Which rows of ``x`` lie in which balls of the reference, and which of those in the balls of ``x``: ``[n, m]``."""
-    distances, in_reference, in_own = _Distances(x, reference), [], []
+def _memberships(x: Tensor, reference: Tensor, *radii: Tensor) -> Iterator[list[Tensor]]:
+    """For some rows of ``x`` at a time and each of the radii: which of them lie in which balls, bool ``[k, m]``.
+
+    Radii are of the balls around the rows of the reference ``[m]``, or of ``x`` ``[n, 1]``.
+    """
+    distances = _Distances(x, reference)
     for rows in _blocks(len(x)):
-        d2, error = distances.block(rows)
-        unsure = (d2 - radii).abs() <= error
-        if own is not None:
-            unsure |= (d2 - own[rows, None]).abs() <= error
-        d2 = distances.refine(d2, rows, unsure)
-        in_reference.append(_inside(d2, radii))
-        if own is not None:
-            in_own.append(_inside(d2, own[rows, None]))
-    return torch.cat(in_reference), torch.cat(in_own or in_reference)
+        for dtype, bound in distances.precisions():
+            d2, norms = distances.block(rows, dtype)
+            found, unsure = [], []
+            for r in radii:
+                r = r[rows] if r.ndim == 2 else r
+                surely = d2 < (r * (1 - bound)).to(dtype) - bound * norms
+                perhaps = d2 <= (r * (1 + 2 * bound)).to(dtype) + 2 * bound * norms
+                found.append((surely, r))
+                unsure.append((perhaps & ~surely).nonzero(as_tuple=True))
+            if dtype == torch.float64 or sum(len(i) for i, _ in unsure) <= MANY * d2.numel() * len(radii):
+                break
+        for (inside, r), (i, j) in zip(found, unsure, strict=True):
+            inside[i, j] = _inside(distances.exact(rows.start + i, j), r.expand(d2.shape)[i, j])
+        yield [inside for inside, _ in found]
 
 
 def in_manifold(x: Tensor, reference: Tensor, nearest: int = 5) -> Tensor:
@@ -166,7 +207,7 @@ def in_manifold(x: Tensor, reference: Tensor, nearest: int = 5) -> Tensor:
         ValueError: as :func:`neighbour_scores`.
     """
     a, b = _check_nearest(x, reference, nearest)
-    return _memberships(a, b, _radii(b, nearest))[0].any(1)
+    return torch.cat([inside.any(1) for (inside,) in _memberships(a, b, _radii(b, nearest))])
 
 
 def precision_score(x: Tensor, reference: Tensor, nearest: int = 5) -> float:
@@ -199,12 +240,19 @@ def neighbour_scores(x: Tensor, reference: Tensor, nearest: int = 5) -> Neighbou
         ValueError: for too few samples, different widths, or NaN.
     """
     a, b = _check_nearest(x, reference, nearest)
-    in_reference, in_own = _memberships(a, b, _radii(b, nearest), _radii(a, nearest))
+    precise, balls = 0, 0
+    covered, recalled = np.zeros(len(b), dtype=bool), np.zeros(len(b), dtype=bool)
+    for blocks in _memberships(a, b, _radii(b, nearest), _radii(a, nearest)[:, None]):
+        in_reference, in_own = (inside.numpy() for inside in blocks)  # numpy counts the entries of masks faster
+        precise += int(in_reference.any(1).sum())
+        balls += int(np.count_nonzero(in_reference))
+        covered |= in_reference.any(0)
+        recalled |= in_own.any(0)
     return NeighbourScores(
-        precision=float(in_reference.any(1).double().mean()),
-        recall=float(in_own.any(0).double().mean()),
-        density=float(in_reference.double().sum(1).mean() / nearest),
-        coverage=float(in_reference.any(0).double().mean()),
+        precision=precise / len(a),
+        recall=float(recalled.mean()),
+        density=balls / (len(a) * nearest),
+        coverage=float(covered.mean()),
     )
 
 

@@ -10,6 +10,7 @@ from kspec_guidance.kernels import CosineKernel, Kernel
 from kspec_guidance.kernels.base import FunctionKernel, KernelLike
 from kspec_guidance.kernels.base import as_kernel as kernel_of
 from kspec_guidance.kernels.distances import as_float
+from kspec_guidance.kernels.spectrum import own_products
 
 __all__ = [
     "FeatureMap",
@@ -182,7 +183,7 @@ def gram(x: Tensor, kernel: KernelLike | None) -> Tensor:
 def second_moment(phi: Tensor) -> Tensor:
     """The smaller matrix with the spectrum of ``phi phi' / n``."""
     n = phi.shape[-2]
-    return (phi.mT @ phi if phi.shape[-1] < n else phi @ phi.mT) / n
+    return own_products(phi if phi.shape[-1] < n else phi.mT) / n
 
 
 def smaller_matrix(x: Tensor, kernel: KernelLike | None, feature_map: FeatureMap | None) -> Tensor:

@@ -18,6 +18,7 @@ from kspec_guidance.functional.inputs import (
     unit_gram,
 )
 from kspec_guidance.kernels import CosineKernel
+from kspec_guidance.kernels.spectrum import own_products, symmetric_eigenvalues
 
 __all__ = [
     "SignedSpectrum",
@@ -55,13 +56,12 @@ class SignedSpectrum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, sign: Tensor, vectors: bool) -> tuple[Tensor, Tensor]:
         r = root(g)
-        inner = r.mT @ (sign[..., :, None] * r)
-        inner = (inner + inner.mT) / 2
+        inner = own_products(r[..., sign > 0, :]) - own_products(r[..., sign < 0, :])
         if vectors or ctx.needs_input_grad[0]:
             l, w = torch.linalg.eigh(inner)
             found = r @ w
         else:
-            l, found = torch.linalg.eigvalsh(inner), g.new_empty(0)
+            l, found = symmetric_eigenvalues(inner), g.new_empty(0)
         ctx.save_for_backward(l, found, sign)
         ctx.mark_non_differentiable(found)
         return l, found
@@ -166,7 +166,7 @@ def ken_score(
     if phi is None or phi.shape[-1] >= n + m:
         return entropy_of_mass(differential_spectrum(x, y, kernel, eta, feature_map, vectors=False)[0])
     a, b = phi[..., :n, :], phi[..., n:, :]
-    return entropy_of_mass(torch.linalg.eigvalsh(a.mT @ a / n - eta * (b.mT @ b) / m))
+    return entropy_of_mass(symmetric_eigenvalues(own_products(a) / n - eta * own_products(b) / m))
 
 
 def conditional_ken_score(

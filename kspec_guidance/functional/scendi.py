@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kspec_guidance.functional.inputs import FeatureMap, check_paired, map_rows, on_host
 from kspec_guidance.kernels import CosineKernel, l2_normalize
-from kspec_guidance.kernels.spectrum import eigenvalues
+from kspec_guidance.kernels.spectrum import eigenvalues, own_products
 
 __all__ = ["prompt_vendi_score", "remove_prompt", "scendi_matrices", "scendi_score", "unnormalised_score"]
 
@@ -52,7 +52,7 @@ def scendi_matrices(
     """
     a, b = _features(x, prompt_features, feature_map)
     n = a.shape[-2]
-    return schur_parts(a.mT @ a / n, a.mT @ b / n, b.mT @ b / n)
+    return schur_parts(own_products(a) / n, a.mT @ b / n, own_products(b) / n)
 
 
 def scendi_score(

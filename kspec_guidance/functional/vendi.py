@@ -17,7 +17,7 @@ from kspec_guidance.functional.inputs import (
     unit_gram,
 )
 from kspec_guidance.kernels import CosineKernel, Kernel, l2_normalize
-from kspec_guidance.kernels.spectrum import check_order, renyi_entropy, truncate
+from kspec_guidance.kernels.spectrum import check_order, renyi_entropy, symmetric_eigenvalues, truncate
 
 __all__ = [
     "entropy_and_log",
@@ -41,7 +41,7 @@ def entropy_of(matrix: Tensor, order: float = 1.0, truncation: int | None = None
     """
     if check_order(order) == 2 and truncation is None:
         return -(matrix.square().sum((-2, -1)) / matrix.diagonal(dim1=-2, dim2=-1).sum(-1).square()).log()
-    spectrum = torch.linalg.eigvalsh(matrix.double())
+    spectrum = symmetric_eigenvalues(matrix)
     lowest, trace = float(spectrum.detach().amin()), float(matrix.detach().diagonal(dim1=-2, dim2=-1).sum(-1).amax())
     if lowest < -NOT_POSITIVE * trace:
         raise ValueError(

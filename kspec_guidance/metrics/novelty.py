@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kspec_guidance.functional.novelty import check_eta, entropy_of_mass
 from kspec_guidance.kernels import Kernel
+from kspec_guidance.kernels.spectrum import symmetric_eigenvalues
 from kspec_guidance.metrics.base import StreamingMetric, StreamMap
 
 __all__ = ["KENScore"]
@@ -78,7 +79,7 @@ class KENScore(StreamingMetric):
         return self._moment("moment", "count", keep) - self.eta * self._moment("moment_real", "count_real", keep)
 
     def _score(self, keep: Tensor) -> Tensor:
-        return entropy_of_mass(torch.linalg.eigvalsh(self.difference(keep)))
+        return entropy_of_mass(symmetric_eigenvalues(self.difference(keep)))
 
     def record(self) -> dict[str, Any]:
         return {**super().record(), "eta": self.eta, **self.map.record()}

@@ -46,16 +46,17 @@ def test_frechet_distance_of_singular_covariances():
 
 
 def by_definition(x, y, k):
-    """Precision, recall, density and coverage from exact distances, balls open: the formulas of Naeem et al."""
+    """Precision, recall, density and coverage from exact distances, balls open but for their centres."""
     distance = lambda a, b: (a[:, None] - b[None]).square().sum(-1).sqrt()  # noqa: E731
     radii = lambda z: distance(z, z).sort(1).values[:, k]  # noqa: E731
+    within = lambda d, r: (d < r) | ((d == 0) & (r == 0))  # noqa: E731
     cross = distance(x, y)
-    inside = cross < radii(y)
+    inside = within(cross, radii(y))
     return (
         inside.any(1).double().mean().item(),
-        (cross < radii(x)[:, None]).any(0).double().mean().item(),
+        within(cross, radii(x)[:, None]).any(0).double().mean().item(),
         inside.sum(1).double().mean().item() / k,
-        (cross.amin(0) < radii(y)).double().mean().item(),
+        inside.any(0).double().mean().item(),
     )
 
 
@@ -110,3 +111,39 @@ def test_neighbour_scores_are_those_of_all_fidelity_scores_and_need_no_covarianc
     x, y = rows(30, 3, 1), rows(40, 3, 2)
     found = vars(F.neighbour_scores(x, y))
     assert vars(F.fidelity_scores(x, y)) == found | {"frechet_distance": F.frechet_distance(x, y)}
+
+
+def _rows(kind, n):
+    """Rows whose distances a product in float32 does not determine."""
+    x = torch.randn(n, 24, generator=torch.Generator().manual_seed(n))
+    match kind:
+        case "far from the origin":
+            return x + 3e3
+        case "groups far apart":
+            return x + 1e4 * (torch.arange(n) % 3)[:, None]
+        case "one huge row":
+            return torch.cat([x[:-1], 1e9 * x[-1:]])
+        case "nearly equal rows":
+            return x[torch.arange(n) // 8] + 1e-5 * x
+        case "equal rows":
+            return x[torch.arange(n) // 8]
+        case "constant rows":
+            return torch.ones(n, 24)
+        case "a grid":  # many equal distances
+            return (2 * x).round()
+        case "float16":
+            return x.half()
+        case "tiny":
+            return 1e-30 * x.double()
+    raise ValueError(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["far from the origin", "groups far apart", "one huge row", "nearly equal rows", "equal rows", "constant rows",
+     "a grid", "float16", "tiny"],
+)  # fmt: skip
+def test_neighbour_scores_are_those_of_exact_distances(kind):
+    x, y, k = _rows(kind, 75), _rows(kind, 90), 3
+    x = torch.cat([x, y[:15]])
+    assert scores(x, y, k) == pytest.approx(by_definition(x.double(), y.double(), k), abs=1e-12)
