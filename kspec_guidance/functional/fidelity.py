@@ -125,7 +125,7 @@ class _Distances:
         return found if found[0][1] < MANY and (largest == 0 or 1e-12 < largest < 1e12) else found[1:]
 
     def block(self, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Approximate values of some rows of ``a`` with all of ``b`` ``[k, m]``, and ``|a|^2`` ``[k, 1]``, above underflow."""
+        """Approximate values of some rows of ``a`` with all of ``b`` ``[k, m]``, and ``|a|^2`` ``[k, 1]`` and underflow."""
         if dtype not in self._parts:
             a, b = (z.to(dtype) for z in self.centred)
             self._parts[dtype] = a, b, a.square().sum(1, keepdim=True), b.square().sum(1)
