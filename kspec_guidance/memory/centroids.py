@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from kspec_guidance.memory.selection import PromptWeights, Selection, prune
 from kspec_guidance.memory.store import RowStore
 
 __all__ = ["CentroidMemory"]
+
+BLOCK = 128  # samples whose products with the means are computed at once
 
 
 class CentroidMemory(Memory):
@@ -57,12 +60,12 @@ class CentroidMemory(Memory):
         """Remove all entries."""
         self._store: RowStore | None = None
         self._prompts: Tensor | None = None
-        size, infinity, host = self.capacity, float("inf"), torch.device("cpu")
+        size, host = self.capacity, torch.device("cpu")
         self._weights, self._squares = torch.zeros(size, device=host), torch.zeros(size, device=host)
-        self._norms = torch.zeros(size, device=host)  # squared norms of the means
-        self._cost = torch.full((size, size), infinity, device=host)
-        self._best = torch.full((size,), infinity, device=host)
-        self._mate = torch.zeros(size, dtype=torch.int64, device=host)
+        # squared distances of the means and squared norms, of images and prompts together; the diagonal is infinite
+        self._distances, self._norms = np.full((size, size), np.inf), np.zeros(size)
+        # lower bounds of each mean's cheapest merge, and with which; _cheapest updates a bound only if it is the lowest
+        self._best, self._mate = np.full(size, np.inf), np.zeros(size, dtype=np.int64)
         self._used = self._added = 0
         self.shape = self.prompt_dim = None
 
@@ -111,73 +114,32 @@ class CentroidMemory(Memory):
         prompt = None if prompt is None else prompt.float()
         self._ready(rows.shape[1], None if prompt is None else prompt.shape[1])
         self.shape, self.prompt_dim = shape, None if prompt is None else prompt.shape[1]
-        for i in range(len(rows)):
-            self._insert(rows[i], None if prompt is None else prompt[i], float(rows[i].square().sum()), 1.0)
+        self._insert(rows, prompt, rows.square().sum(1), torch.ones(len(rows), device="cpu"))
         self._added += len(rows)
 
-    def _costs(self, row: Tensor, prompt: Tensor | None, weight: float) -> Tensor:
-        """Cost of merging an item with each mean ``[c]``."""
-        w = self.weights
-        d2 = (self._norms[: self._used] + row.square().sum() - 2 * (self.x @ row)).clamp_min(0) / self.spread**2
-        if prompt is not None and self._prompts is not None:
-            d2 = d2 + (self._prompts[: self._used] - prompt).square().sum(1) / self.prompt_spread**2
-        return d2 * w * weight / (w + weight)
+    def _insert(self, x: Tensor, prompts: Tensor | None, squares: Tensor, weights: Tensor) -> None:
+        """Insert items ``[k, d]`` one after the other: samples, or means of another memory."""
+        for part in torch.arange(len(x), device="cpu").split(BLOCK):
+            _Block(self, x[part], None if prompts is None else prompts[part], squares[part], weights[part]).insert()
 
-    def _set(self, index: int, row: Tensor, prompt: Tensor | None, square: float, weight: float) -> None:
-        x = self._store.chunks[0] if self._store is not None else row[None]
-        x[index], self._squares[index], self._weights[index] = row, square, weight
-        self._norms[index] = row.square().sum()
-        if prompt is not None and self._prompts is not None:
-            self._prompts[index] = prompt
-        costs = self._costs(row, prompt, weight)
-        costs[index] = float("inf")
-        c = self._used
-        self._cost[index, :c] = costs
-        self._cost[:c, index] = costs
-        # _best has lower bounds of each mean's cheapest merge; _cheapest updates a bound only if it is the lowest
-        nearer = costs < self._best[:c]
-        self._best[:c] = torch.where(nearer, costs, self._best[:c])
-        self._mate[:c][nearer] = index
-        self._best[index], self._mate[index] = costs.min(0)
-
-    def _mean(self, a: int, row: Tensor, prompt: Tensor | None, square: float, weight: float) -> None:
-        """Merge an item into mean ``a``."""
-        share = weight / float(self._weights[a] + weight)
-        new_prompt = (
-            None if prompt is None or self._prompts is None else self._prompts[a] + share * (prompt - self._prompts[a])
-        )
-        new = self.x[a] + share * (row - self.x[a])
-        self._set(
-            a,
-            new,
-            new_prompt,
-            float(self._squares[a] + share * (square - self._squares[a])),
-            float(self._weights[a] + weight),
-        )
-
-    def _insert(self, row: Tensor, prompt: Tensor | None, square: float, weight: float) -> None:
-        if self._used < self.capacity:
-            self._used += 1
-            self._set(self._used - 1, row, prompt, square, weight)
-            return
-        costs = self._costs(row, prompt, weight)
-        nearest = int(costs.argmin())
-        a, b = self._cheapest()
-        if float(costs[nearest]) <= float(self._cost[a, b]):
-            self._mean(nearest, row, prompt, square, weight)
-            return
-        old_prompt = None if self._prompts is None else self._prompts[b].clone()
-        self._mean(a, self.x[b].clone(), old_prompt, float(self._squares[b]), float(self._weights[b]))
-        self._set(b, row, prompt, square, weight)
+    def _products(self, x: Tensor, prompts: Tensor | None, y: Tensor, y_prompts: Tensor | None) -> np.ndarray:
+        """Inner products ``[n, m]`` of items, of which squared distances of images and prompts together are made."""
+        found = (x @ y.mT).double() / self.spread**2
+        if prompts is not None and y_prompts is not None:
+            found += (prompts @ y_prompts.mT).double() / self.prompt_spread**2
+        return found.numpy()
 
     def _cheapest(self) -> tuple[int, int]:
         """The two means that are cheapest to merge."""
+        weights = self.weights.numpy()
         while True:
             a = int(self._best.argmin())
+            costs = _costs(self._distances[a, : self._used], weights, weights[a])
             b = int(self._mate[a])
-            if float(self._cost[a, b]) <= float(self._best[a]):
+            if costs[b] <= self._best[a]:
                 return a, b
-            self._best[a], self._mate[a] = self._cost[a].min(0)
+            self._mate[a] = costs.argmin()
+            self._best[a] = costs[self._mate[a]]
 
     @exclusive
     def select(
@@ -238,8 +200,7 @@ class CentroidMemory(Memory):
         self._ready(x.shape[1], None if prompts is None else prompts.shape[1])
         x, squares, weights = x.float().cpu(), squares.float().cpu(), weights.float().cpu()
         prompts = None if prompts is None else prompts.float().cpu()
-        for i in range(len(x)):
-            self._insert(x[i], None if prompts is None else prompts[i], float(squares[i]), float(weights[i]))
+        self._insert(x, prompts, squares, weights)
         self._added += round(float(weights.sum()))
 
     def _ready(self, width: int, prompt_width: int | None) -> None:
@@ -282,3 +243,102 @@ class CentroidMemory(Memory):
         memory.absorb(tensors["x"], tensors.get("prompts"), tensors["squares"], tensors["weights"])
         memory._added = about["seen"]
         return memory
+
+
+def _costs(distances: np.ndarray, weights: np.ndarray, weight: float) -> np.ndarray:
+    """Costs of merging an item with each mean ``[c]``: increases of the within-cluster sum of squares (Ward 1963)."""
+    return distances * (weights * weight / (weights + weight))
+
+
+class _Block:
+    """Items ``[k, d]`` that are inserted into a memory one after the other.
+
+    Their products with the means and with each other are computed at once. They follow the means as these change, since a
+    merged mean is a combination of two known points: its products are the same combination, and its distances follow by
+    the formula of Lance and Williams (1967).
+    """
+
+    def __init__(self, memory: CentroidMemory, x: Tensor, prompts: Tensor | None, squares: Tensor, weights: Tensor):
+        assert memory._store is not None
+        self.memory, self.squares, self.weights = memory, squares.tolist(), weights.tolist()
+        self.within = memory._products(x, prompts, x, prompts)
+        self.products = np.zeros((len(x), memory.capacity))
+        self.products[:, : memory._used] = memory._products(x, prompts, memory.x, memory.prompts)
+        self.points = [(memory._store.chunks[0].numpy(), x.numpy())]  # means and items, in images and in prompts
+        if prompts is not None and memory._prompts is not None:
+            self.points.append((memory._prompts.numpy(), prompts.numpy()))
+        self.mean_weights, self.mean_squares = memory._weights.numpy(), memory._squares.numpy()
+
+    def insert(self) -> None:
+        memory = self.memory
+        for i, weight in enumerate(self.weights):
+            if memory._used < memory.capacity:
+                memory._used += 1
+                self._put(memory._used - 1, i)
+                continue
+            distances = self._distances_of(i)
+            costs = _costs(distances, self.mean_weights, weight)
+            nearest, (a, b) = int(costs.argmin()), memory._cheapest()
+            if costs[nearest] <= _costs(memory._distances[a, b], self.mean_weights[b], self.mean_weights[a]):
+                items = [(means, rows[i]) for means, rows in self.points]
+                self._merge(nearest, items, self.squares[i], weight, distances, self.within[:, i])
+            else:
+                items = [(means, means[b]) for means, _ in self.points]
+                square, products = self.mean_squares[b], self.products[:, b]
+                self._merge(a, items, square, self.mean_weights[b], memory._distances[b], products)
+                self._put(b, i)
+
+    def _distances_of(self, i: int) -> np.ndarray:
+        """Squared distances ``[c]`` of an item to all means."""
+        c = self.memory._used
+        return np.maximum(self.memory._norms[:c] + self.within[i, i] - 2 * self.products[i, :c], 0)
+
+    def _put(self, index: int, i: int) -> None:
+        """Make an item the mean at ``index``."""
+        for means, rows in self.points:
+            means[index] = rows[i]
+        self.products[:, index] = self.within[:, i]
+        self.memory._norms[index] = self.within[i, i]
+        self.mean_weights[index], self.mean_squares[index] = self.weights[i], self.squares[i]
+        self._set(index, self._distances_of(i))
+
+    def _merge(
+        self,
+        a: int,
+        items: list[tuple[np.ndarray, np.ndarray]],
+        square: float,
+        weight: float,
+        distances: np.ndarray,
+        products: np.ndarray,
+    ) -> None:
+        """Merge a point into mean ``a``: beside all means its coordinates, with its distances and products."""
+        memory = self.memory
+        share = float(weight / (self.mean_weights[a] + weight))
+        apart = share * (1 - share) * distances[a]
+        for means, item in items:
+            means[a] += share * (item - means[a])
+        self.products[:, a] += share * (products - self.products[:, a])
+        merged = (1 - share) * memory._distances[a, : memory._used] + share * distances - apart
+        memory._norms[a] = self._norm(a)
+        self.mean_weights[a] += weight
+        self.mean_squares[a] += share * (square - self.mean_squares[a])
+        self._set(a, np.maximum(merged, 0))
+
+    def _norm(self, a: int) -> float:
+        memory, norm = self.memory, 0.0
+        for (means, _), spread in zip(self.points, (memory.spread, memory.prompt_spread), strict=False):
+            norm += float(means[a] @ means[a]) / spread**2
+        return norm
+
+    def _set(self, index: int, distances: np.ndarray) -> None:
+        """Note the distances ``[c]`` of a mean that has changed."""
+        memory, c = self.memory, self.memory._used
+        distances[index] = np.inf
+        memory._distances[index, :c] = memory._distances[:c, index] = distances
+        costs = _costs(distances, self.mean_weights[:c], self.mean_weights[index])
+        best = memory._best[:c]
+        nearer = costs < best
+        np.copyto(best, costs, where=nearer)
+        np.copyto(memory._mate[:c], index, where=nearer)
+        memory._mate[index] = nearest = costs.argmin()
+        best[index] = costs[nearest]

@@ -53,13 +53,42 @@ def test_few_centroids_preserve_gradient_direction(capacity, min_cosine, g):
     assert cosine.min() > min_cosine
 
 
+def costs_of(memory):
+    """Cost of merging each two means, from the means."""
+    w = memory.weights.double()
+    d2 = torch.cdist(memory.x.double(), memory.x.double()).square() / memory.spread**2
+    d2 += torch.cdist(memory.prompts.double(), memory.prompts.double()).square() / memory.prompt_spread**2
+    return (d2 * w * w[:, None] / (w + w[:, None])).fill_diagonal_(float("inf"))
+
+
 def test_cheapest_merge_is_tracked():
     memory = CentroidMemory(10)
     x, t = clustered_samples(120)
     for k in range(120):
         memory.add(x[k : k + 1], t[k : k + 1])
         if k:
-            assert memory._cost[memory._cheapest()] == memory._cost.min()
+            costs = costs_of(memory)
+            assert float(costs[memory._cheapest()]) == pytest.approx(float(costs.min()), rel=1e-4)
+
+
+def test_distances_follow_the_means(g):
+    """They are updated with each sample, never computed from the means again."""
+    memory = CentroidMemory(8)
+    memory.add(torch.randn(5000, 6, generator=g) + 3, torch.randn(5000, 3, generator=g) + 3)
+    w = memory.weights.double()
+    distances = torch.tensor(memory._distances) * w * w[:, None] / (w + w[:, None])
+    torch.testing.assert_close(distances, costs_of(memory), rtol=1e-4, atol=0)
+    assert float(memory.weights.sum()) == 5000
+
+
+def test_samples_added_together_equal_those_added_one_by_one():
+    (x, t), together, alone = clustered_samples(300), CentroidMemory(12), CentroidMemory(12)
+    together.add(x, t)
+    for k in range(300):
+        alone.add(x[k : k + 1], t[k : k + 1])
+    torch.testing.assert_close(together.weights, alone.weights)
+    torch.testing.assert_close(together.x, alone.x)
+    torch.testing.assert_close(together.prompts, alone.prompts)
 
 
 def test_centroids_merge_save_and_load(tmp_path):
@@ -74,7 +103,7 @@ def test_centroids_merge_save_and_load(tmp_path):
     loaded = CentroidMemory.load(tmp_path / "c")
     assert (len(loaded), loaded.shape) == (300, (24,))
     torch.testing.assert_close(loaded.x, a.x)
-    torch.testing.assert_close(loaded._cost, a._cost, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(costs_of(loaded), costs_of(a), rtol=1e-2, atol=1e-3)
     with pytest.raises(MemoryFileError, match="expected 'rows'"):
         MemoryBank.load(tmp_path / "c")
     with pytest.raises(ValueError, match="normalize"):
