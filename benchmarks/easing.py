@@ -89,6 +89,11 @@ def measure(bed: Bed, name: str, setting: Setting, cases: list[Case]) -> dict[st
     if setting.weight == -1:
         setting = replace(setting, weight=LESS[name.split("-")[0]])
     samples = list(run(bed, cases, setting)) if isinstance(bed, Analytic) else guided(bed, cases, setting)
+    return judged(bed, samples, cases)
+
+
+def judged(bed: Bed, samples: list[Tensor], cases: list[Case]) -> dict[str, Any]:
+    """The judge's figures of the samples of one block of seeds, by prompt."""
     rows, figures = [bed.rows(x) for x in samples], {}
     for x, case in zip(rows, cases, strict=True):
         for k, v in bed.figures(x, case).items():

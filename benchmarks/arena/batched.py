@@ -80,11 +80,19 @@ def noise_in(x: Tensor, alpha: float, sigma: float, log_shares: Tensor, model: E
     return sigma / variance * (x - (log_shares - away2 / (2 * variance)).softmax(-1) @ centres)
 
 
-def run(bed: Analytic, cases: list, setting: Setting) -> Tensor:
-    """Finished samples ``[cases, n, d]`` of all cases, from the noises that the bed itself would use."""
+def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = None, first: bool = False) -> Tensor:
+    """Finished samples ``[cases, n, d]`` of all cases.
+
+    Args:
+        bed: the mixture.
+        cases: prompts and seeds.
+        setting: the guide.
+        start: noises ``[cases, n, d]``; by default those that the bed itself would use.
+        first: return the clean predictions of the first step instead.
+    """
     conditions = bed.pipe.conditions.rows([c.prompt for c in cases])[:, 0]
     with_prompt, without = (bed.model.log_shares(c).detach()[:, None] for c in (conditions, torch.zeros_like(conditions)))
-    x = torch.stack([bed.start(case, bed.images).flatten(1) for case in cases])
+    x = torch.stack([bed.start(case, bed.images).flatten(1) for case in cases]) if start is None else start
     scheduler = bed.pipe.scheduler
     scheduler.set_timesteps(bed.steps)
     levels = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps] + [1.0]
@@ -97,6 +105,8 @@ def run(bed: Analytic, cases: list, setting: Setting) -> Tensor:
         weight = usual if setting.ease is None else usual - max(usual - setting.ease, 0.0) * fade
         e = uncond + weight * (cond - uncond)
         x0 = (x - sigma * e) / alpha
+        if first:
+            return x0
         strength = setting.scale or setting.variety
         if fade and strength:
             g, spread = ascent(x0, setting.order)

@@ -77,14 +77,15 @@ class RepeatedCall:
         pipe: the pipeline.
         args, kwargs: arguments of its call.
         guide: replaces the guide of a pipeline that has one of its own.
+        method: name of the method that makes the calls, for messages.
 
     Raises:
         TypeError: if ``pipe`` is not a pipeline, ``generator`` no generator, or for arguments that the pipeline refuses.
     """
 
-    def __init__(self, pipe: Any, args: Sequence[Any], kwargs: dict[str, Any], guide: Any):
+    def __init__(self, pipe: Any, args: Sequence[Any], kwargs: dict[str, Any], guide: Any, method: str = "compare"):
         if not callable(pipe):
-            raise TypeError(f"compare() calls a pipeline, and a {type(pipe).__name__} cannot be called; pass the pipeline")
+            raise TypeError(f"{method}() calls a pipeline, and a {type(pipe).__name__} cannot be called; pass the pipeline")
         self.pipe, self.seed = pipe, None
         self.args, self.kwargs, accepted = _named(pipe, tuple(args), kwargs)
         if "kspec_guidance" in accepted:
@@ -95,11 +96,15 @@ class RepeatedCall:
         self._generator = _cloned(self.kwargs.get("generator"))
         self._schedulers = [(scheduler, _state(scheduler)) for scheduler in _schedulers(pipe)]
 
-    def __call__(self) -> Any:
-        """What the pipeline returns."""
+    def __call__(self, variant: int = 0) -> Any:
+        """What the pipeline returns; variants above 0 have other generators, which are determined by the given ones."""
         for scheduler, state in self._schedulers:
             _restore(scheduler, state)
-        kwargs = self.kwargs | ({} if self._generator is None else {"generator": _cloned(self._generator)})
+        generator = _cloned(self._generator)
+        if variant:
+            for g in {id(g): g for g in (generator if isinstance(generator, list) else [generator])}.values():
+                g.manual_seed(int(torch.randint(2**62, (variant,), generator=g, device=g.device)[-1]))
+        kwargs = self.kwargs | ({} if generator is None else {"generator": generator})
         with _global_random_state_restored():
             return self.pipe(*self.args, **kwargs)
 

@@ -17,6 +17,7 @@ from kspec_guidance.guidance.config import SETTINGS_FORMAT, decode_terms, encode
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.run import Finished, Run, ascent_direction
 from kspec_guidance.guidance.spaces import FeatureSpace
+from kspec_guidance.guidance.start import StartChoice, choose_start
 from kspec_guidance.guidance.targets import VarietyTarget
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS, Term
 from kspec_guidance.kernels import l2_normalize
@@ -240,6 +241,52 @@ class KernelGuidance(PipelineCallback):
                 guided_result = repeated()
         self.report().finished_plain = plain.finished
         return GuidanceComparison(plain_result, guided_result, self.report(), repeated)
+
+    def choose_start(self, pipe: Any, *args: Any, candidates: int = 4, **call: Any) -> StartChoice:
+        """Run one guided call of a pipeline from start noises that are chosen by their first predictions.
+
+            found = guide.choose_start(pipe, "runner", candidates=4, num_images_per_prompt=4, num_inference_steps=1)
+            found.result.images
+
+        Each image gets ``candidates`` noises. The denoiser makes its first prediction of each, and for one image after the
+        other that noise is kept with which the objective is largest, given the memory and the images before. Then the call
+        runs from these noises, guided. This is for samplers of one to four steps, where guidance between steps has little
+        room, and for images made one by one with a memory; it costs ``candidates`` denoiser calls, and prompts are encoded
+        as many times (give ``prompt_embeds`` to avoid that). Noises are those of the call's generators and others that they
+        determine, and an image alone keeps its own while the memory is empty. Objective, memory and space are those of the
+        guide's first term; of scale 0 it chooses and moves nothing.
+
+        Args:
+            pipe: a pipeline with a method ``prepare_latents``.
+            *args: positional arguments of the pipeline's call.
+            candidates: number of noises for each image, at least 1: then the call is an ordinary one.
+            **call: named arguments of the pipeline's call.
+
+        Raises:
+            TypeError: if ``pipe`` is no pipeline, ``generator`` no generator, or for arguments that the pipeline refuses.
+            ValueError: for fewer than one candidate, given ``latents``, a space whose features are not comparable from step
+                to step, or a pipeline without ``prepare_latents`` or ``generator``; and as :meth:`attach`.
+            UnsupportedSchedulerError: as :meth:`attach`.
+        """
+        if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
+            raise ValueError(f"candidates must be an integer of at least 1, got {candidates!r}")
+        if call.get("latents") is not None:
+            raise ValueError("choose_start() draws the noises itself: leave latents= out")
+        if self.terms[0].space.step_by_step:
+            raise ValueError(
+                f"choose_start() compares first predictions with finished samples, and features of "
+                f"space={self.terms[0].space.name!r} differ from step to step; use space='x0', 'pooled' or 'pixels'"
+            )
+        repeated = RepeatedCall(pipe, args, call, self, "choose_start")
+        if not callable(getattr(pipe, "prepare_latents", None)) or repeated.kwargs.get("generator") is None:
+            raise ValueError(
+                f"choose_start() replaces the noises of prepare_latents(generator=...), which {type(pipe).__name__} has "
+                "not; choose the latents yourself and give latents="
+            )
+        found = self._run.attachment
+        attached = isinstance(found, Attachment) and found.pipe is pipe
+        with nullcontext() if attached else self.attach(pipe):
+            return choose_start(self, self._run.attachment, repeated, candidates)
 
     # -- attachment to a pipeline ------------------------------------------------------------------------------------
 

@@ -93,6 +93,10 @@ class Objective:
         """
         return None
 
+    def fit(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> "Objective":
+        """This objective with an open bandwidth set from these rows, as :meth:`value` would set it; itself without one."""
+        return self
+
     def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         """The objective, a scalar that is differentiable in ``x``; arguments as for :meth:`gradient`."""
         raise NotImplementedError

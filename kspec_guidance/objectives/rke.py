@@ -1,7 +1,7 @@
 """RKE and conditional RKE (SPARKE): descent of sums of squared kernels."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,13 @@ class RKE(Objective):
         if selection is not None:
             count = count + selection.effective_count(len(x)).to(count)
         return Pairs(inside, selection, effective_count=count)
+
+    def fit(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Objective:
+        if self.feature_map is not None or not self.kernel.open:
+            return self
+        x = as_float(x)
+        pairs = self.pairs(x, prompt_features, memory)
+        return replace(self, kernel=self._fit(x, self._spread(_products(x)[1], x, pairs), pairs))
 
     def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         x = as_float(x)

@@ -1,6 +1,6 @@
 """The Vendi score of any order."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,13 @@ class Vendi(Objective):
         d = d2.sqrt()
         w = off_diagonal(len(z), z) * weights * (d > DISTINCT * d.max())
         return GaussianKernel(weighted_median(d, w))  # type: ignore[arg-type]
+
+    def fit(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Objective:
+        if not self.kernel.open:
+            return self
+        x = as_float(x)
+        z, weights = self._rows(x, self.pairs(x, prompt_features, memory))
+        return replace(self, kernel=self._fit(z, squared_distances(z), weights))
 
     def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         x = as_float(x)
