@@ -1,9 +1,10 @@
 """Run: applies a guide to the steps of a pipeline; :meth:`Run.step` is one guided step."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -52,6 +53,13 @@ class TermState:
     kept: list[Tensor] = field(default_factory=list)  # features of each guided step, if steps are not comparable
     varieties: Tensor | None = None  # [n, 1], relative to that of the term, if a target chooses them
     compared: Tensor | None = None  # samples of the latest step before their move, if the memory stores those
+
+    @cached_property
+    def transforms(self) -> tuple[str, ...]:
+        """The term's transforms, less one that has nothing to remove: gradients in rows of norm 1 are tangent."""
+        names = self.term.transforms
+        tangent = self.term.space.direct and self.term.objective.normalize
+        return names[1:] if tangent and names[:1] == ("tangent",) else names
 
     def memory_of_step(self, step: int, width: int, encoder: str | None) -> Memory:
         """The part of a memory of features ``[n, steps, width]`` that belongs to a guided step."""
@@ -391,7 +399,7 @@ class Run:
         strength, count = self._strength(state, gradient), gradient.effective_count
         fraction = step.step / step.total
         values = TransformState(target, score, fraction, state.interval, strength, count, sizes, prompt)
-        for name in state.term.transforms:
+        for name in state.transforms:
             move = TRANSFORMS[name](move, values)
         return move
 
@@ -429,7 +437,7 @@ class Run:
 
     def _expect_finite(self, what: str, norms: Tensor, step: int) -> None:
         """Note that these norms must be finite; checked when values of the device are read next."""
-        self._unchecked.append((what, step, torch.isfinite(norms).all()))
+        self._unchecked.append((what, step, norms.amax() < math.inf))  # not for NaN
 
     def _read(self, context: StepContext, gradients: Sequence[Gradient] = ()) -> list[bool]:
         """For each gradient, whether rows coincide: the one time at which a guided step waits for the device.

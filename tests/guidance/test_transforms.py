@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from kspec_guidance.guidance.run import TermState, ascent_direction
+from kspec_guidance.guidance.term import Term
 from kspec_guidance.guidance.transforms import (
     TransformState,
     bound,
@@ -14,6 +16,7 @@ from kspec_guidance.guidance.transforms import (
     rescale_from,
     tangent,
 )
+from kspec_guidance.objectives import RKE
 from tests.samples import rows
 
 MOVE, TARGET, SCORE = (rows(4, 16, seed) for seed in (0, 1, 2))
@@ -31,6 +34,21 @@ def test_projection_removes_only_its_direction(transform, direction):
     torch.testing.assert_close(transform(result, state()), result)  # idempotent
     removed = MOVE - result
     torch.testing.assert_close(torch.cosine_similarity(removed, direction).abs(), torch.ones(4, dtype=torch.float64))
+
+
+def test_gradients_in_rows_of_norm_1_need_no_tangent_transform():
+    """Except where the moved sample is not the row: then the pullback may have a component along it."""
+    g = ascent_direction(RKE(), TARGET, None, None)[0]
+    torch.testing.assert_close(tangent(g, state()), g)
+    names = ("tangent", "fade")
+    for term, expected in [
+        (Term(RKE(), 0.1, transforms=names), ("fade",)),
+        (Term(RKE(), 0.1, space="latents", transforms=names), ("fade",)),
+        (Term(RKE(), 0.1, space="pooled", transforms=names), names),
+        (Term(RKE(normalize=False), 0.1, transforms=names), names),
+        (Term(RKE(), 0.1, transforms=("off_score", "tangent")), ("off_score", "tangent")),
+    ]:
+        assert TermState(term, frozenset(), (0.0, 1.0)).transforms == expected
 
 
 def test_rescale_sets_relative_norm_and_keeps_zeros():

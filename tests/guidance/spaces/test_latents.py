@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kspec_guidance import KernelGuidance
+from kspec_guidance.features import RandomProjection
 from kspec_guidance.guidance.spaces import Pooled
 from kspec_guidance.loop.context import CallContext
 from kspec_guidance.objectives import RKE
@@ -16,6 +17,16 @@ def test_pooled_features_are_block_means(g):
     torch.testing.assert_close(
         Pooled(2).features(clip, CallContext())[0].unflatten(1, (3, 2, 4))[:, :, 0].flatten(1), expected
     )
+
+
+@pytest.mark.parametrize(("n", "project"), [(1, 7), (3, 4), (2, 1)])
+def test_projection_is_that_of_its_seed(n, project, g):
+    x = torch.randn(n, 3, 5, 8, generator=g)
+    matrix = RandomProjection(120, project, seed=3).matrix
+    rows, pullback = Pooled(project=project, seed=3).features(x, CallContext())
+    torch.testing.assert_close(rows, x.flatten(1) @ matrix)
+    w = torch.randn(rows.shape, generator=g)
+    torch.testing.assert_close(pullback(w), (w @ matrix.mT).view(x.shape))
 
 
 def test_random_features_in_pooled_space_approximate_exact(pipe):
@@ -41,7 +52,6 @@ def test_pooled_features_equal_adaptive_pooling(shape, g):
 
 
 def test_projection_is_drawn_once(monkeypatch, g):
-    from kspec_guidance.features import RandomProjection
     from kspec_guidance.guidance.spaces import latents
 
     drawn = []
@@ -52,5 +62,5 @@ def test_projection_is_drawn_once(monkeypatch, g):
         rows, pullback = Pooled(project=7).features(x, CallContext())
         pullback(rows)
         Pooled(project=7).shape(x)
-    assert torch.equal(rows, RandomProjection(256, 7)(x.flatten(1)))
+    torch.testing.assert_close(rows, RandomProjection(256, 7)(x.flatten(1)))
     assert drawn == [(256, 7, 0)]
