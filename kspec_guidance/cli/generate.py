@@ -179,6 +179,14 @@ def generate(
         int,
         typer.Option(min=1, help="Images made for each kept one; the most diverse one is kept.", rich_help_panel=IMAGES),
     ] = 1,
+    start_candidates: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Noises for each image; the one with the most diverse first prediction is used. For few steps.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = 1,
     variety: Variety = None,
     scale: Scale = None,
     like: Annotated[
@@ -397,7 +405,7 @@ def generate(
         if dry_run:
             plan = estimate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,
-                memory_by=memory_by, processes=processes, candidates=candidates,
+                memory_by=memory_by, processes=processes, candidates=candidates, start_candidates=start_candidates,
             )  # fmt: skip
             if several is not None:
                 output.note("the estimate is for the settings of the run, without those of its arms")
@@ -415,7 +423,7 @@ def generate(
             result = synthesize(
                 source, place, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas,
                 target=None if raised else target, filter=functions or None, duplicates=duplicates,
-                candidates=candidates, memory=memory,
+                candidates=candidates, start_candidates=start_candidates, memory=memory,
                 memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, arms=several,
                 select=select or "mixture-greedy", reward=reward, report=report, licence=licence, marks=marks,
                 sign=sign, push_to_hub=push_to_hub,

@@ -55,6 +55,7 @@ def synthesize(
     filter: Filter | ScoreFilter | str | Sequence[Filter | ScoreFilter | str] | None = None,
     duplicates: float | None = None,
     candidates: int = 1,
+    start_candidates: int = 1,
     arms: Sequence[Arm] | None = None,
     select: str | Selector = "mixture-greedy",
     reward: Reward | None = None,
@@ -110,6 +111,9 @@ def synthesize(
         candidates: images made for each one that is kept. Of those that are not dropped, the one is kept that adds most to
             the entropy of the batch and of the prompt's earlier images, given the prompts; see
             :func:`~kspec_guidance.synthesis.candidates.choose_candidates`. At most ``batch_size``, which counts them all.
+        start_candidates: noises drawn for each image, of which one is chosen by its first prediction, against memory and
+            batch, for as many further denoiser calls a batch: for samplers of few steps, see
+            :meth:`KernelGuidance.choose_start <kspec_guidance.guidance.KernelGuidance.choose_start>`.
         arms: two or more :class:`Arm`, settings of which each batch has one. Their images share one memory.
         select: chooses the arm of each batch from the images so far: ``mixture-greedy`` (the shares of the largest RKE),
             ``mixture-ucb``, ``greedy`` (the largest mean reward), ``uniform``; by the prompt of each image ``pak-ucb`` or
@@ -161,9 +165,10 @@ def synthesize(
     processes = OneProcess() if leases else Processes()
     with prepared(
         prompts, pipe, guide, processes, call=call, images_per_prompt=images_per_prompt, batch_size=batch_size, seed=seed,
-        quotas=quotas, target=target, filter=filter, duplicates=duplicates, candidates=candidates, arms=arms, select=select,
-        reward=reward, memory=memory, memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size,
-        embedder=embedder, licence=licence, marks=marks, sign=sign, lease_seconds=float(lease_seconds) if leases else None,
+        quotas=quotas, target=target, filter=filter, duplicates=duplicates, candidates=candidates,
+        start_candidates=start_candidates, arms=arms, select=select, reward=reward, memory=memory, memory_by=memory_by,
+        exchange=exchange, format=format, shard_size=shard_size, embedder=embedder, licence=licence, marks=marks, sign=sign,
+        lease_seconds=float(lease_seconds) if leases else None,
     ) as run:  # fmt: skip
         history = None
         if recipe is not None:

@@ -171,7 +171,16 @@ def _made(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> lis
         "versions": "versions",
     }  # fmt: skip
     found = [(label, _values(rows, name)) for name, label in columns.items() if any(name in row for row in rows)]
-    named = ("seed", "images_per_prompt", "batch_size", "candidates", "duplicates", "filter", "processes")
+    named = (
+        "seed",
+        "images_per_prompt",
+        "batch_size",
+        "candidates",
+        "start_candidates",
+        "duplicates",
+        "filter",
+        "processes",
+    )
     shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k in named if (v := settings.get(k)) is not None}
     return found + [(k.replace("_", " "), _plain(v)) for k, v in shown.items()]
 

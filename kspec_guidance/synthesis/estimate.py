@@ -141,6 +141,7 @@ def estimate(
     memory_by: str = "all",
     processes: int | None = None,
     candidates: int = 1,
+    start_candidates: int = 1,
 ) -> Estimate:
     """Estimate a run of :func:`synthesize` from one or two batches, or a few steps of a slow one; nothing is written.
 
@@ -160,12 +161,13 @@ def estimate(
         memory_by: ``all`` or ``group``, as there.
         processes: number of processes of the run; those of this program by default.
         candidates: images made for each one that is kept.
+        start_candidates: noises of each image, of which one is chosen by its first prediction.
 
     Raises:
         SynthesisError: for prompts, quotas or arguments of the call that cannot work.
     """
     check_counts(0, images_per_prompt=images_per_prompt)
-    check_counts(batch_size=batch_size, processes=1 if processes is None else processes)
+    check_counts(batch_size=batch_size, processes=1 if processes is None else processes, start_candidates=start_candidates)
     check_candidates(candidates, batch_size)
     check_memory(memory, memory_by)
     prompt_list, (counts, _) = read_prompts(prompts), split_quotas(quotas)
@@ -184,7 +186,7 @@ def estimate(
             len(prompt_list), total, finished, 0, world_size, 0.0, 0.0, None, shares, False, "none", 0, 0, store.free_bytes
         )
     remember, targets = guide.remember, [term.target for term in guide.terms]
-    generator = Generator(pipe, guide, dict(call or {}))
+    generator = Generator(pipe, guide, dict(call or {}), start_candidates)
     try:
         for term in guide.terms:
             term.target = None
@@ -246,9 +248,11 @@ def _timed_batch(
     k = max(2, int(TRIAL_SECONDS / 2 / step_seconds))
     fixed = not isinstance(steps, int) or {"timesteps", "sigmas"} & set(generator.call)
     if not fixed and k < steps and steps * step_seconds > TRIAL_SECONDS:
-        trial = Generator(generator.pipe, generator.guide, generator.call | {"num_inference_steps": k})
+        settings = generator.call | {"num_inference_steps": k}
+        trial = Generator(generator.pipe, generator.guide, settings, generator.start_candidates)
         batch, seconds = _timed(trial, samples)
-        return batch, seconds + (steps - k) * max(0.0, seconds - step_seconds) / (k - 1), k
+        before = step_seconds * (trial.start_candidates if trial.start_candidates > 1 else 0)  # the choice of noises
+        return batch, seconds + (steps - k) * max(0.0, seconds - before - step_seconds) / (k - 1), k
     batch, seconds = _timed(generator, samples)
     if seconds <= WARM_UP_SECONDS:
         batch, seconds = _timed(generator, samples)

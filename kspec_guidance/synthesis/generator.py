@@ -123,7 +123,7 @@ class PipelineCaller:
             RunFailedError: if the pipeline returns no images, another number of them, or clips of several frames.
         """
         generators, name = [torch.Generator().manual_seed(seed) for seed in seeds], type(self.pipe).__name__
-        result = self.pipe(**self._arguments(texts), generator=generators, output_type="pil", **more)
+        result = self._call(**self._arguments(texts), generator=generators, output_type="pil", **more)
         images = getattr(result, "images", None)
         if images is None and isinstance(clips := getattr(result, "frames", None), list):
             if any(len(clip) != 1 for clip in clips):
@@ -142,6 +142,10 @@ class PipelineCaller:
                     stacklevel=2,
                 )
         return images
+
+    def _call(self, **arguments: Any) -> Any:
+        """What the pipeline returns."""
+        return self.pipe(**arguments)
 
     @contextmanager
     def explained(self, what: str, texts: Sequence[str], seeds: Sequence[int] | None = None) -> Iterator[None]:
@@ -173,6 +177,7 @@ class Generator(PipelineCaller):
         pipe: a text-to-image pipeline.
         guide: the caller attaches it to the pipeline.
         call: see :class:`PipelineCaller`.
+        start_candidates: noises of each image, of which one is chosen by its first prediction.
 
     Attributes:
         guidance_seconds: time that guidance has taken so far.
@@ -181,11 +186,16 @@ class Generator(PipelineCaller):
         SynthesisError: if the pipeline takes no prompt, or not all of ``call``.
     """
 
-    def __init__(self, pipe: Any, guide: KernelGuidance, call: dict[str, Any]):
+    def __init__(self, pipe: Any, guide: KernelGuidance, call: dict[str, Any], start_candidates: int = 1):
         super().__init__(pipe, call)
-        self.guide = guide
+        self.guide, self.start_candidates = guide, start_candidates
         self.guide.remember = False
         self.guidance_seconds = 0.0
+
+    def _call(self, **arguments: Any) -> Any:
+        if self.start_candidates == 1:
+            return super()._call(**arguments)
+        return self.guide.choose_start(self.pipe, candidates=self.start_candidates, **arguments).result
 
     def make(self, batch: list[Sample]) -> GeneratedBatch:
         """Generate the images of a batch.

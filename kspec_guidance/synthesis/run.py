@@ -206,6 +206,7 @@ def prepared(  # noqa: D417, the others are those of synthesize
     filter: Filter | ScoreFilter | str | Sequence[Filter | ScoreFilter | str] | None,
     duplicates: float | None,
     candidates: int,
+    start_candidates: int,
     arms: Sequence[Arm] | None,
     select: str | Selector,
     reward: Reward | None,
@@ -232,7 +233,7 @@ def prepared(  # noqa: D417, the others are those of synthesize
     """
     call = dict(call or {})
     check_counts(0, images_per_prompt=images_per_prompt)
-    check_counts(batch_size=batch_size, exchange=exchange, shard_size=shard_size)
+    check_counts(batch_size=batch_size, exchange=exchange, shard_size=shard_size, start_candidates=start_candidates)
     check_candidates(candidates, batch_size)
     check_counts(None, seed=seed)
     if format not in FORMATS:
@@ -277,7 +278,7 @@ def prepared(  # noqa: D417, the others are those of synthesize
         if attributes:
             balance = Balance([a.reference for a in attributes.values()])
             run_guide = guide + KernelGuidance(balance, 0.7, stop=0.6, transforms=("off_score", "rescale"))
-        generator = Generator(pipe, run_guide, call)
+        generator = Generator(pipe, run_guide, call, start_candidates)
         if processes.rank == 0:
             _warn_of_cut(generator, prompt_list)
         if isinstance(embedder, str):
@@ -309,6 +310,8 @@ def prepared(  # noqa: D417, the others are those of synthesize
         }
         if candidates > 1:  # absent in runs of earlier versions
             settings["candidates"] = candidates
+        if start_candidates > 1:
+            settings["start_candidates"] = start_candidates
         if licence is not None:
             settings["licence"] = licence
         if not marks or image_marks.signer is not None:
@@ -327,6 +330,8 @@ def prepared(  # noqa: D417, the others are those of synthesize
             "reward": reward, "memory_by": memory_by, "exchange": exchange, "format": format, "shard_size": shard_size,
             "embedder": embedder_name, "licence": licence, "marks": marks,
         }  # fmt: skip
+        if start_candidates > 1:
+            arguments["start_candidates"] = start_candidates
         if lease_seconds is not None:
             arguments |= {"workers": 1, "lease_seconds": lease_seconds}
         recipe = recipe_of(pipe, guide, arguments, settings)

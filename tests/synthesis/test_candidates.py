@@ -89,3 +89,22 @@ def test_more_candidates_than_a_batch_holds_are_refused(tmp_path, pipe):
 def test_the_estimate_counts_candidates(tmp_path):
     plan = estimate(["heart"], tmp_path, quiet_pipeline(), SPARKE(0), 6, 4, call=CALL, candidates=2)
     assert (plan.images, plan.batches) == (6, 3)
+
+
+def test_start_noises_are_chosen_by_first_predictions_and_the_choice_is_repeated(tmp_path, pipe):
+    settings = {"prompts": ["heart"], "images_per_prompt": 2, "batch_size": 2, "call": {"num_inference_steps": 1}}
+    made = {}
+    for name, n in (("plain", 1), ("chosen", 3), ("again", 3)):
+        make(tmp_path / name, pipe, **settings, start_candidates=n)
+        made[name] = contents(tmp_path / name)
+    assert made["chosen"] == made["again"]
+    images = [{k: v for k, v in files.items() if k.endswith(".png")} for files in made.values()]
+    assert images[0] != images[1]
+    with pytest.raises(SynthesisError, match="start_candidates must be an integer of at least 1, got 0"):
+        make(tmp_path / "none", pipe, **settings, start_candidates=0)
+
+
+@pytest.mark.slow
+def test_an_estimate_times_the_choice_of_start_noises(tmp_path, pipe):
+    plan = estimate(["heart"], tmp_path, pipe, SPARKE(), 3, 3, call=CALL, start_candidates=3)
+    assert plan.batches == 1
