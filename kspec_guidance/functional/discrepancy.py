@@ -14,10 +14,12 @@ from kspec_guidance.functional.inputs import (
     map_rows,
     on_host,
 )
-from kspec_guidance.kernels import GaussianKernel, PolynomialKernel, l2_normalize
+from kspec_guidance.kernels import GaussianKernel, Kernel, PolynomialKernel, l2_normalize
 
 __all__ = ["cmmd", "kid", "mmd"]
 
+BLOCK_ROWS = 512  # rows of the kernel matrix of all samples that are held at once
+NOT_FINITE = "{!r} gives NaN or infinite values for these samples; rescale them"
 CMMD_BANDWIDTH, CMMD_SCALE = 10.0, 1000.0
 
 
@@ -67,7 +69,7 @@ def mmd(
 
     mmd2 = mean(kxx, n) + mean(kyy, m) - 2 * kxy.mean((-2, -1))
     if not torch.isfinite(mmd2).all():
-        raise ValueError(f"{kernel!r} gives NaN or infinite values for these samples; rescale them")
+        raise ValueError(NOT_FINITE.format(kernel))
     return mmd2 if squared else mmd2.clamp_min(0).sqrt()
 
 
@@ -114,14 +116,43 @@ def kid(
         raise ValueError(f"subsets need at least 4 samples in each set, got {len(x)} and {len(y)}; use mmd")
     kernel = as_kernel(kernel or PolynomialKernel()).fit(torch.cat([x, y]).detach())
     g = torch.Generator().manual_seed(seed)
-    draws = []
-    for _ in range(subsets):
-        i, j = (torch.randperm(len(z), generator=g)[: min(subset_size, len(z) // 2)] for z in (x, y))
-        draws.append(mmd(x[i], y[j], kernel))
-    values = torch.stack(draws)
+    draws = [[torch.randperm(len(z), generator=g)[: min(subset_size, len(z) // 2)] for z in (x, y)] for _ in range(subsets)]
+    if subsets * sum(len(z) for z in draws[0]) ** 2 > (len(x) + len(y)) ** 2:
+        values = _mmd_of_subsets(x, y, kernel, draws)
+    else:
+        values = torch.stack([mmd(x[i], y[j], kernel) for i, j in draws])
     whole = subset_size >= max(len(x), len(y))
     spread = values.std() if subsets > 1 else values.new_tensor(math.nan)
     return mmd(x, y, kernel) if whole else values.mean(), spread
+
+
+def _mmd_of_subsets(x: Tensor, y: Tensor, kernel: Kernel, draws: list[list[Tensor]]) -> Tensor:
+    """The unbiased squared MMD ``[s]`` of pairs of subsets of equal sizes, from one pass over the kernel of all rows.
+
+    Less work than a kernel matrix for each pair where the subsets together hold more pairs of rows than there are. Of the
+    symmetric matrix the part on and above the diagonal is computed, some rows at a time.
+    """
+    z, n, s = torch.cat([x, y]), len(x), len(draws)
+    chosen = z.new_zeros(2, len(z), s)  # whether a row is in the subset of x, or of y
+    for k, (i, j) in enumerate(draws):
+        chosen[0, i, k] = 1
+        chosen[1, n + j, k] = 1
+    own, cross = z.new_zeros(2, s), z.new_zeros(s)
+    for start in range(0, len(z), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        block, of_rows = kernel(z[rows]), chosen[:, rows]
+        sums = block @ of_rows
+        own = own + (of_rows * sums).sum(1) - block.diagonal() @ of_rows
+        cross = cross + (of_rows[0] * sums[1]).sum(0)
+        if rows.stop < len(z):
+            sums = kernel(z[rows], z[rows.stop :]) @ chosen[:, rows.stop :]
+            own = own + 2 * (of_rows * sums).sum(1)
+            cross = cross + (of_rows * sums.flip(0)).sum((0, 1))
+    a, b = (len(draw) for draw in draws[0])
+    values = own[0] / (a * (a - 1)) + own[1] / (b * (b - 1)) - 2 * cross / (a * b)
+    if not torch.isfinite(values).all():
+        raise ValueError(NOT_FINITE.format(kernel))
+    return values
 
 
 def cmmd(x: Tensor, y: Tensor, unbiased: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from kspec_guidance.kernels import CosineKernel, Kernel
 from kspec_guidance.kernels.base import FunctionKernel, KernelLike
 from kspec_guidance.kernels.base import as_kernel as kernel_of
 from kspec_guidance.kernels.distances import as_float
-from kspec_guidance.kernels.spectrum import own_products
+from kspec_guidance.kernels.spectrum import accumulate_gram, own_products
 
 __all__ = [
     "FeatureMap",
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 LARGEST = 1e150  # absolute value of features
+PART_ROWS = 1024  # rows that are converted at once
 NOT_POSITIVE = 1e-3  # share of an eigenvalue, or excess of an entry, that rounding in float32 does not explain
 
 FeatureMap = Callable[[Tensor], Tensor] | Tensor
@@ -79,7 +80,8 @@ def check_samples(x: Tensor, name: str = "x") -> Tensor:
     if x.shape[-1] == 0:
         raise ValueError(f"{name} has rows of length 0; a score needs at least one feature")
     x = as_float(x)
-    largest = float(x.detach().abs().amax())
+    least, most = x.detach().aminmax()  # one pass; NaN if there is any
+    largest = float(torch.maximum(-least, most))
     if not math.isfinite(largest):
         raise ValueError(f"{name} contains NaN or infinite values; remove those rows")
     if not (largest == 0 or 1 / LARGEST < largest < LARGEST):
@@ -186,10 +188,31 @@ def second_moment(phi: Tensor) -> Tensor:
     return own_products(phi if phi.shape[-1] < n else phi.mT) / n
 
 
+def cosine_moment(x: Tensor) -> Tensor:
+    """The second moment of the features of the cosine kernel, of all rows of zeros as one further coordinate.
+
+    Some rows at a time: copies of all rows, in float64 and scaled, would take longer than their products.
+    """
+    d = x.shape[-1]
+    if x.ndim > 2 or (x.requires_grad and torch.is_grad_enabled()):
+        return second_moment(CosineKernel.features(on_host(x)))
+    total, zeros = torch.zeros(d, d, dtype=torch.float64), 0
+    for part in x.detach().split(max(PART_ROWS, d)):
+        rows = on_host(part)
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        if not norms.all():
+            zeros += int((rows == 0).all(1).sum())
+            norms[norms == 0] = 1
+        accumulate_gram(total, rows / norms)
+    if zeros:
+        total = torch.block_diag(total, total.new_tensor([[float(zeros)]]))
+    return total.div_(x.shape[-2])
+
+
 def smaller_matrix(x: Tensor, kernel: KernelLike | None, feature_map: FeatureMap | None) -> Tensor:
     """The smaller matrix with the spectrum of ``K / n``: the features' second moment, or the kernel matrix."""
     if feature_map is not None:
         return second_moment(map_rows(feature_map, x))
     if (kernel is None or isinstance(kernel, CosineKernel)) and x.shape[-1] < x.shape[-2]:
-        return second_moment(CosineKernel.features(on_host(x)))
+        return cosine_moment(x)
     return gram(x, kernel) / x.shape[-2]

@@ -9,6 +9,7 @@ from kspec_guidance.kernels.spectrum import eigenvalues, own_products
 
 __all__ = ["prompt_vendi_score", "remove_prompt", "scendi_matrices", "scendi_score", "unnormalised_score"]
 
+WELL_CONDITIONED = 1e8  # largest condition number of C_TT, by its bound, for which its Cholesky factor is used
 CUTOFF = 1e-10  # smaller eigenvalues of C_TT, relative to the largest, are treated as 0
 
 
@@ -37,9 +38,28 @@ def regression(c_xt: Tensor, c_tt: Tensor) -> Tensor:
     return c_xt @ torch.linalg.pinv(c_tt, rtol=CUTOFF, hermitian=True)
 
 
+def _inverse_root(c: Tensor) -> Tensor:
+    """``W`` with ``W' W = C^+``, for a semi-definite ``C`` ``[p, p]``; eigenvalues below the cutoff are treated as 0.
+
+    By the Cholesky factor L if the smallest eigenvalue, which is at least ``1 / |L^-1|_F^2``, is far above the cutoff: then
+    both routes agree, within ``p`` rounding units times the condition number, of at most 1e8.
+    """
+    factor, failed = torch.linalg.cholesky_ex(c)
+    if not bool(failed):
+        w = torch.linalg.solve_triangular(factor, torch.eye(len(c), dtype=c.dtype, device=c.device), upper=False)
+        if float(w.square().sum()) * float(c.trace()) < WELL_CONDITIONED:
+            return w
+    l, v = torch.linalg.eigh(c)
+    keep = l > CUTOFF * l.abs().amax()
+    return l[keep].rsqrt()[:, None] * v[:, keep].mT
+
+
 def schur_parts(c_xx: Tensor, c_xt: Tensor, c_tt: Tensor) -> tuple[Tensor, Tensor]:
     """``C_XX - C_XT C_TT^+ C_TX`` and ``C_XT C_TT^+ C_TX``."""
-    explained = regression(c_xt, c_tt) @ c_xt.mT
+    if c_tt.ndim == 2 and not (torch.is_grad_enabled() and any(c.requires_grad for c in (c_xx, c_xt, c_tt))):
+        explained = own_products(_inverse_root(c_tt) @ c_xt.mT)
+    else:  # the pseudo-inverse has a gradient also where eigenvalues are equal
+        explained = regression(c_xt, c_tt) @ c_xt.mT
     return c_xx - explained, explained
 
 

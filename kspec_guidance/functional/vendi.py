@@ -16,8 +16,17 @@ from kspec_guidance.functional.inputs import (
     smaller_matrix,
     unit_gram,
 )
-from kspec_guidance.kernels import CosineKernel, Kernel, l2_normalize
-from kspec_guidance.kernels.spectrum import check_order, renyi_entropy, symmetric_eigenvalues, truncate
+from kspec_guidance.kernels import (
+    CosineKernel,
+    GaussianKernel,
+    Kernel,
+    LaplacianKernel,
+    PolynomialKernel,
+    RationalQuadraticKernel,
+    l2_normalize,
+)
+from kspec_guidance.kernels.spectrum import check_order, largest_eigenvalues, renyi_entropy, symmetric_eigenvalues, truncate
+from kspec_guidance.utils.arguments import is_integer
 
 __all__ = [
     "entropy_and_log",
@@ -31,16 +40,25 @@ __all__ = [
 
 EMPTY = 1e-15  # eigenvalues of a matrix of trace 1 below this are rounding errors
 BLOCK_ROWS = 1024  # rows of the kernel matrix that RKE computes at once
+SEMIDEFINITE = (CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel, RationalQuadraticKernel)
 
 
-def entropy_of(matrix: Tensor, order: float = 1.0, truncation: int | None = None) -> Tensor:
+def entropy_of(matrix: Tensor, order: float = 1.0, truncation: int | None = None, semidefinite: bool = False) -> Tensor:
     """Renyi entropy of a semi-definite matrix ``[..., n, n]`` scaled to trace 1; order 2 needs no eigenvalues.
+
+    Where ``semidefinite`` is known and need not be checked, a truncated entropy of order 1 or more of a large matrix needs
+    the largest eigenvalues only: see :func:`~kspec_guidance.kernels.spectrum.largest_eigenvalues`. Values with a relative
+    error of 2e-9 change an entropy of t values, in nats, by less than 1e-7.
 
     Raises:
         ValueError: for an order outside (0, inf], or negative eigenvalues.
     """
     if check_order(order) == 2 and truncation is None:
         return -(matrix.square().sum((-2, -1)) / matrix.diagonal(dim1=-2, dim2=-1).sum(-1).square()).log()
+    if semidefinite and order >= 1 and is_integer(truncation, 1):
+        top = largest_eigenvalues(matrix, truncation)  # type: ignore[arg-type]
+        if top is not None:
+            return renyi_entropy(truncate(top.clamp_min(0) / matrix.trace().clamp_min(1), truncation), order)
     spectrum = symmetric_eigenvalues(matrix)
     lowest, trace = float(spectrum.detach().amin()), float(matrix.detach().diagonal(dim1=-2, dim2=-1).sum(-1).amax())
     if lowest < -NOT_POSITIVE * trace:
@@ -72,7 +90,8 @@ def kernel_entropy(
     wide = feature_map is None and not (isinstance(kernel, CosineKernel | None) and x.shape[-1] < x.shape[-2])
     if check_order(order) == 2 and truncation is None and wide and x.shape[-2] > 4 * BLOCK_ROWS:
         return _collision_entropy(x, as_kernel(kernel))
-    return entropy_of(smaller_matrix(x, kernel, feature_map), order, truncation)
+    known = feature_map is not None or kernel is None or isinstance(kernel, SEMIDEFINITE)
+    return entropy_of(smaller_matrix(x, kernel, feature_map), order, truncation, known)
 
 
 def _collision_entropy(x: Tensor, kernel: Kernel) -> Tensor:

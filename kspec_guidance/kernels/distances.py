@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kspec_guidance.kernels.spectrum import own_products
 from kspec_guidance.utils.transfer import surely_none
 
 __all__ = [
@@ -132,7 +133,7 @@ def squared_distances(x: Tensor, y: Tensor | None = None) -> Tensor:
         x, y = x - centre, y - centre
     xx = _squared_norms(x)
     yy = xx if same else _squared_norms(y)
-    d2 = (x @ y.mT).mul_(-2).add_(xx).add_(yy.mT)
+    d2 = (own_products(x.mT) if same else x @ y.mT).mul_(-2).add_(xx).add_(yy.mT)
     if not d2.requires_grad:  # in place: at 10,000 rows each further copy writes and reads 800 MB
         d2.clamp_min_(0)
         if same:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kspec_guidance.kernels.base import Kernel, Weight, evaluate
 from kspec_guidance.kernels.distances import as_float, check_pair, l2_normalize, row_norms
+from kspec_guidance.kernels.spectrum import own_products
 from kspec_guidance.utils.transfer import surely_none
 
 __all__ = ["CosineKernel", "PolynomialKernel"]
@@ -65,9 +66,10 @@ class PolynomialKernel(Kernel):
             raise ValueError(f"coef must be at least 0, or the kernel is not positive definite; got {self.coef!r}")
 
     def _base(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, float]:
+        same = y is None
         x, y = check_pair(x, x if y is None else y)
         gamma = 1 / x.shape[-1] if self.gamma is None else self.gamma
-        return gamma * (x @ y.mT) + self.coef, gamma
+        return gamma * (own_products(x.mT) if same else x @ y.mT) + self.coef, gamma
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return self._base(x, y)[0].pow(self.degree)

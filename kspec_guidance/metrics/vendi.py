@@ -69,7 +69,7 @@ class VendiScore(StreamingMetric):
             self._counted(len(x), "count")
 
     def _score(self, keep: Tensor) -> Tensor:
-        return entropy_of(self._moment("moment", "count", keep), self.order, self.truncation).exp()
+        return entropy_of(self._moment("moment", "count", keep), self.order, self.truncation, semidefinite=True).exp()
 
     def record(self) -> dict[str, Any]:
         return {**super().record(), "order": self.order, "truncation": self.truncation, **self.map.record()}

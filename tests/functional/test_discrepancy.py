@@ -78,3 +78,15 @@ def test_unbiased_cmmd_is_zero_in_the_mean(g):
     values = [float(F.cmmd(*torch.randn(2, 20, 4, generator=g), unbiased=True)) for _ in range(200)]
     error = torch.tensor(values).std() / 200**0.5
     assert abs(sum(values) / 200) < 4 * float(error)
+
+
+@pytest.mark.parametrize("kernel", [None, GaussianKernel(2.0), lambda a, b: (a @ b.mT + 1).square()])
+def test_kid_of_overlapping_subsets_is_the_mean_of_their_mmd(kernel):
+    x, y = rows(1200, 5), rows(40, 5, seed=1) + 0.1  # of which all pairs are fewer than those of the subsets
+    g, draws = torch.Generator().manual_seed(3), []
+    for _ in range(30):
+        i, j = (torch.randperm(len(z), generator=g)[: len(z) // 2] for z in (x, y))
+        draws.append(F.mmd(x[i], y[j], kernel))
+    mean, spread = F.kid(x, y, kernel, subsets=30, subset_size=600, seed=3)
+    assert mean.item() == pytest.approx(torch.stack(draws).mean().item(), rel=1e-9)
+    assert spread.item() == pytest.approx(torch.stack(draws).std().item(), rel=1e-9)

@@ -6,8 +6,9 @@ import torch
 from kspec_guidance import functional as F
 from kspec_guidance import testing as oracles
 from kspec_guidance.features import NystromFeatures, RandomFourierFeatures
-from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel
-from kspec_guidance.kernels.spectrum import truncate
+from kspec_guidance.functional.vendi import entropy_of
+from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel, l2_normalize
+from kspec_guidance.kernels.spectrum import largest_eigenvalues, renyi_entropy, truncate
 from tests.samples import rows
 
 ORDERS = [0.5, 1.0, 2.0, 3.7, math.inf]
@@ -310,3 +311,53 @@ def test_weights_of_a_matrix_are_shares_of_orthogonal_samples():
 def test_wrong_matrices_and_weights_are_refused(matrix, weights, message):
     with pytest.raises(ValueError, match=message):
         F.matrix_vendi_score(matrix, weights=weights)
+
+
+@pytest.mark.parametrize("kind", ["rows of zeros", "far from the origin", "float16", "huge and tiny rows"])
+def test_cosine_score_of_many_rows_is_that_of_their_kernel_matrix(kind):
+    x = rows(1100, 4).float()  # more than one part
+    match kind:
+        case "rows of zeros":
+            x[::7] = 0
+        case "far from the origin":
+            x += 1e3
+        case "float16":
+            x = x.half()
+        case "huge and tiny rows":
+            x = x.double() * 10.0 ** (torch.arange(1100) % 200 - 100).double()[:, None]
+    x64 = x.double()
+    k = l2_normalize(x64) @ l2_normalize(x64).T + ((x64 == 0).all(1)[:, None] & (x64 == 0).all(1)).double()
+    assert F.vendi_score(x).item() == pytest.approx(F.matrix_vendi_score(k).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["groups", "copies", "nearly copies", "one point", "far from the origin"])
+@pytest.mark.parametrize("order", [1.0, 1.001, 2.0, math.inf])
+def test_truncated_score_of_many_samples_is_that_of_all_eigenvalues(kind, order, spectra):
+    matrix, whole = spectra[kind]
+    expected = renyi_entropy(truncate(whole.clamp_min(0), 5), order).exp().item()
+    assert largest_eigenvalues(matrix, 5) is not None
+    assert entropy_of(matrix, order, 5, semidefinite=True).exp().item() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.fixture(scope="module")
+def spectra():
+    """Kernel matrices of trace 1, and all of their eigenvalues."""
+    x = rows(1000, 6, seed=2)
+    centres = 3 * rows(40, 6, seed=1)[torch.arange(1000) % 40]
+    found = {
+        "groups": (GaussianKernel(1.0), centres + 0.3 * x),
+        "copies": (GaussianKernel(1.0), centres[torch.arange(1000) % 8]),
+        "nearly copies": (GaussianKernel(1.0), centres + 1e-8 * x),
+        "one point": (GaussianKernel(1.0), torch.ones_like(x)),
+        "far from the origin": (PolynomialKernel(), x + 1e3),
+    }
+    matrices = {k: kernel.normalised(z) / 1000 for k, (kernel, z) in found.items()}
+    return {k: (matrix, torch.linalg.eigvalsh(matrix)) for k, matrix in matrices.items()}
+
+
+def test_slow_convergence_and_functions_that_are_no_kernels_take_all_eigenvalues():
+    n = 1000
+    flat = torch.diag(1 + 1e-3 * torch.linspace(0, 1, n, dtype=torch.float64)) / n  # no gaps
+    assert largest_eigenvalues(flat, 5) is None
+    with pytest.raises(ValueError, match="negative eigenvalues"):
+        F.vendi_score(torch.eye(4)[torch.arange(n) % 4], lambda a, b: 1.5 * (a @ b.mT) - 0.5, truncation=5)
