@@ -123,7 +123,8 @@ def tables(path: Path) -> str:
     """The tables of all beds in a file of results."""
     if not path.exists():
         return "(not measured)"
-    return "\n\n".join(table(name, found) for name, found in json.loads(path.read_text("utf-8")).items())
+    found = json.loads(path.read_text("utf-8"))
+    return "\n\n".join(table(name, about).replace(" 1 steps,", " in one call,") for name, about in found.items())
 
 
 def main() -> None:
