@@ -68,7 +68,7 @@ def main() -> None:
     model, section, picture = ["--model", "demo"], "example", "bench.png"
     if args.transformer:
         folder = save_transformer(args.out.with_name(args.out.name + "-pipeline"))
-        model = ["--model", str(folder), "--judge", "demo", "--steps", "28", "--guidance-scale", "4"]
+        model = ["--model", str(folder), "--judge", "demo", "--steps", "8", "--guidance-scale", "4"]
         model += ["--option", "max_sequence_length=0"]
         section, picture = "transformer", "bench-transformer.png"
     command = [sys.executable, "-m", "kspec_guidance", "bench", *model, "--suite", "paper", "--prompts", "bundled:24"]

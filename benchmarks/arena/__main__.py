@@ -16,7 +16,7 @@ import torch
 
 from kspec_guidance.bench.methods import METHODS
 
-from .beds import BEDS, TRANSFORMERS
+from .beds import BEDS
 from .harness import Record, front, mean, plain, take_tuned, tune
 from .quality import quality_goal
 
@@ -39,9 +39,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.small:
         args.trials, args.tune_seeds, args.seeds, args.strengths = 2, 1, 1, 3
-    absent = [name for name in TRANSFORMERS if name not in BEDS]
-    if args.beds == list(BEDS) and absent:
-        print(f"without {', '.join(absent)}: no weights; ARENA_WEIGHTS may name a folder that has them", flush=True)
     torch.set_grad_enabled(False)
     for name in args.beds:
         bed = BEDS[name]()

@@ -13,7 +13,7 @@ from kspec_guidance.bench.methods import METHODS
 
 from ..easing import tables
 from ..pages import fill, table
-from .beds import BEDS, TRANSFORMERS
+from .beds import BEDS
 from .figures import OURS, ablation_panels, fronts, overview
 from .fronts import Summary, pooled, summaries
 from .harness import FIDELITY_LOSS, mean, slug
@@ -34,9 +34,8 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
 
 @functools.cache
 def order() -> list[str]:
-    """Names of the files of results of all beds, also of those whose weights are absent here."""
-    names = [*(make().name for make in BEDS.values()), *(bed.name for bed in TRANSFORMERS.values())]
-    return [slug(name) for name in dict.fromkeys(names)]
+    """Names of the files of results of all beds."""
+    return [slug(make().name) for make in BEDS.values()]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

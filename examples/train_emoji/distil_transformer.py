@@ -53,10 +53,10 @@ def step_loss(student: torch.nn.Module, levels: Tensor, visited: Tensor, text: d
 
 
 def main() -> None:
-    parser = training_parser(__doc__, "runs/distilled", steps=3000, batch=32, rate=5e-4)
+    parser = training_parser(__doc__, "runs/distilled", steps=900, batch=32, rate=5e-4)
     parser.add_argument("--teacher", type=Path, default=Path("runs/transformer"))
     parser.add_argument("--scale", type=float, default=4.0, help="of classifier-free guidance, which the student learns")
-    parser.add_argument("--each", type=int, default=4, help="steps of the teacher for one of the student")
+    parser.add_argument("--each", type=int, default=2, help="steps of the teacher for one of the student")
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with bfloat16 matrix products")
     args = parser.parse_args()
 

@@ -63,7 +63,7 @@ def flow_loss(transformer: torch.nn.Module, batch: Batch, text: dict[str, Tensor
 
 
 def main() -> None:
-    parser = training_parser(__doc__, "runs/transformer", steps=20000, batch=128, rate=1.5e-3)
+    parser = training_parser(__doc__, "runs/transformer", steps=5500, batch=128, rate=1.5e-3)
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with bfloat16 matrix products")
     args = parser.parse_args()
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from ..training import weights_file
 from .analytic import Analytic
 from .base import Bed, Case
 from .digits import AnyDigit, Digits, DistilledDigits
@@ -20,12 +19,8 @@ BEDS: dict[str, Callable[[], Bed]] = {
     "digits-any": AnyDigit,
     "emoji": Emoji,
     "emoji-4": lambda: Emoji(4),
-}
-TRANSFORMERS: dict[str, type[EmojiTransformer]] = {
     "emoji-transformer": EmojiTransformer,
     "emoji-transformer-distilled": DistilledEmojiTransformer,
 }
-# Their weights are not committed: there are these beds where ARENA_WEIGHTS names a folder that has them.
-BEDS |= {name: bed for name, bed in TRANSFORMERS.items() if weights_file(bed.model).exists()}
 
-__all__ = ["BEDS", "TRANSFORMERS", "Bed", "Case"]
+__all__ = ["BEDS", "Bed", "Case"]

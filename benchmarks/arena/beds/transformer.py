@@ -20,7 +20,7 @@ class EmojiTransformer(Emoji):
     """
 
     name = "emoji, transformer"
-    steps, guidance_scale = 28, 4.0
+    steps, guidance_scale = 8, 4.0
     model: ClassVar[str] = "emoji_transformer"
     has = Emoji.has | {"blocks"}
 
