@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kspec_guidance.memory.io import encode_tensors, read_tensors, write_tensors
+from kspec_guidance.memory.io import MemoryFileError, encode_tensors, read_tensors, write_tensors
 from kspec_guidance.synthesis.arms import BY_PROMPT, SELECTORS
 from kspec_guidance.synthesis.distributed import Processes
 from kspec_guidance.synthesis.errors import CheckpointError, SynthesisError, disk_errors
@@ -80,9 +80,25 @@ def share_out(
 def _read(
     path: Path, generator: Generator, jobs: list[Job], number: int | None, by_prompt: bool
 ) -> tuple[list[int], list[Tensor], dict[str, Tensor] | None]:
-    """The owner of each prompt, the features of the prompts of each of ``number`` owners, and those of each prompt."""
-    tensors, about = read_tensors(path, "prompts")
-    owner, features, contexts = tensors["owners"], tensors["features"], None
+    """The owner of each prompt, the features of the prompts of each of ``number`` owners, and those of each prompt.
+
+    Raises:
+        CheckpointError: if the file is damaged, or of other prompts.
+    """
+    try:
+        tensors, about = read_tensors(path, "prompts")
+        owner, features, contexts = tensors["owners"], tensors["features"], None
+        if owner.shape != (len(jobs),) or owner.dtype != torch.int64 or len(features) != len(jobs) or features.ndim != 2:
+            raise ValueError(f"owners {list(owner.shape)} and features {list(features.shape)} of {len(jobs)} prompts")
+        if set(owner.tolist()) - set(range(len(jobs) if number is None else number)) or not isinstance(
+            about["known"], bool
+        ):
+            raise ValueError("owners out of range")
+    except (MemoryFileError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}); restore it from a copy. It says who makes the images of "
+            "which prompts"
+        ) from error
     if by_prompt:
         if not about["known"]:
             raise SynthesisError(

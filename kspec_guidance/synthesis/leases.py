@@ -15,17 +15,19 @@ that there is none of it (see :mod:`~kspec_guidance.synthesis.units`).
 import json
 import os
 import platform
+import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.storage import Storage
 
 __all__ = ["Lease", "LeaseLostError", "Leases"]
 
+NUMBER = re.compile(r"\d{6,}")
 BEATS = 4  # heartbeats in the time after which a lease counts as dead
 
 
@@ -129,22 +131,33 @@ class Leases:
 
     def done(self) -> set[int]:
         """The finished units."""
-        return {int(name) for name in self.storage.names("done")}
+        return {unit for (unit,) in self._numbers("done", 1)}
 
     def tokens(self) -> dict[int, int]:
         """The token of the last owner of each unit that had one."""
         found: dict[int, int] = {}
-        for name in self.storage.names("leases"):
-            unit, _, token = name.partition("-")
-            found[int(unit)] = max(found.get(int(unit), 0), int(token))
+        for unit, token in self._numbers("leases", 2):
+            found[unit] = max(found.get(unit, 0), token)
         return found
+
+    def _numbers(self, folder: str, parts: int) -> Iterator[tuple[int, ...]]:
+        """The numbers that the names of files consist of, of this run's units; others wrote the rest, such as Thumbs.db."""
+        for name in self.storage.names(folder):
+            numbers = name.split("-")
+            if (
+                len(numbers) == parts
+                and all(NUMBER.fullmatch(number) for number in numbers)
+                and int(numbers[0]) < self.units
+            ):
+                yield tuple(map(int, numbers))
 
     def images(self) -> int:
         """Images so far, as the last owners of all units say."""
         total = 0
         for unit, token in self.tokens().items():
             beat = self.storage.read(f"beats/{unit:06d}-{token:06d}")
-            total += 0 if beat is None else int(json.loads(beat).get("images", 0))
+            with suppress(ValueError, TypeError, KeyError):  # no heartbeat yet, or a damaged one
+                total += int(json.loads(beat or b"")["images"])
         return total
 
     def take(self, order: Sequence[int] | None = None) -> Lease | None:

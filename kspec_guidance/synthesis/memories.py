@@ -1,5 +1,6 @@
 """Memories of one process: which one guides a batch, what is added to it, and what is sent to other processes."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -141,11 +142,18 @@ class RunMemories:
                 self.absorb(rows)
 
     def absorb(self, rows: Tensor) -> None:
-        """Add one message; of exact rows those relevant to the prompts of this process. Needs ``shape``."""
+        """Add one message; of exact rows those relevant to the prompts of this process. Needs ``shape``.
+
+        Raises:
+            ValueError: for exact rows of another width.
+        """
         if self.prompt_features is None or self.shape is None or not len(rows):
             return
         weights = self._prompt_weights()
         bank = self._bank(None, self.shape)
+        width = math.prod(self.shape)
+        if isinstance(bank, MemoryBank) and rows.shape[1] != width + (self.prompt_dim or 0):
+            raise ValueError(f"rows of {rows.shape[1]} numbers for samples of {width} and prompts of {self.prompt_dim}")
         if isinstance(bank, MemoryBank) and self.prompt_dim and weights is not None:
             rows = rows[relevant(rows[:, -self.prompt_dim :], self.prompt_features[self.rank], weights, TOLERANCE)]
         add_message(bank, rows, self.shape, self.prompt_dim)

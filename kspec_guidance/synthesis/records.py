@@ -99,7 +99,7 @@ def record_of(about: Any, tensors: dict[str, Tensor], epoch: int, rank: int, pat
             raise ValueError(f"{len(rows)} images with other names or samples")
         number = int(path.stem)
         lease = about.get("lease")
-        if lease is not None and not _is_lease(lease):
+        if lease is not None and not (_is_lease(lease) and all(isinstance(row["sha256"], str) for row in rows)):
             raise ValueError("a lease of another form")
         target, arm, time = about.get("target", []), about.get("arm"), about.get("time")
         return Record(epoch, rank, number, rows, rejected, tensors, target, arm, time, lease)

@@ -25,6 +25,7 @@ from kspec_guidance.memory.io import MemoryFileError, content_digest, encode_ten
 from kspec_guidance.synthesis.errors import CheckpointError, SynthesisError
 from kspec_guidance.synthesis.leases import Lease, LeaseLostError
 from kspec_guidance.synthesis.records import Record, record_of
+from kspec_guidance.synthesis.schedule import Sample, image_seed
 from kspec_guidance.synthesis.storage import Storage
 from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.worker import Progress, Worker
@@ -178,14 +179,21 @@ class UnitLog:
                 if not path.is_file():
                     return None
                 tensors, about = read_tensors(path, "summary")
+                shape, width = about.get("shape"), about.get("prompt_dim")
+                if not (_are_sizes(shape or []) and _are_sizes([width or 0])):
+                    raise CheckpointError(f"{path} is no summary of a unit; restore it from a copy")
         except FileNotFoundError:
             return None
-        shape = None if about["shape"] is None else tuple(about["shape"])
-        return Summary(tensors.get("message"), shape, about["prompt_dim"], content_digest(tensors, about))
+        digest = content_digest(tensors, about)
+        return Summary(tensors.get("message"), None if shape is None else tuple(shape), width, digest)
 
 
 def _done_name(unit: int) -> str:
     return f"done/{unit:06d}"
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _record_name(unit: int, number: int) -> str:
@@ -308,11 +316,40 @@ class Unit:
             for unit, digests in (record.lease or {}).get("read", {}).items():
                 for digest in digests:
                     self._hear(int(unit), digest)
+            self._check_images(record, worker.next_batch())
             if worker.arms is not None:  # as when the batch was made
-                worker.next_batch()
                 worker.arms.choose()
-            worker.apply(record)
+            with self._fitting(_record_name(self.unit, record.batch_index)):
+                worker.apply(record)
             self._publish()
+
+    def _check_images(self, record: Record, batch: list[Sample]) -> None:
+        """Check that a record is of this unit's prompts and seeds, and without arms of the batch that was next."""
+        worker, made = self.worker, [*record.rows, *record.rejected]
+        known = all(row["prompt"] in worker.job_of for row in made)
+        for row in record.rows if known else ():
+            job, attempt = worker.job_of[row["prompt"]], row["attempt"]
+            sample = Sample(job, attempt, image_seed(worker.settings.seed, row["prompt"], attempt))
+            known = known and (row["file_name"], row.get("seed")) == (sample.file_name, sample.seed)
+        if known and worker.arms is None:  # whose choices may depend on how a machine rounds
+            wanted = sorted((sample.job.prompt.text, sample.attempt) for sample in batch)
+            known = sorted((row["prompt"], row["attempt"]) for row in made) == wanted
+        if not known:
+            raise CheckpointError(
+                f"{self.log.storage.place}/{_record_name(self.unit, record.batch_index)} has other images than follow the "
+                f"records before it: it was changed, or the units in prompts.safetensors were; {ADVICE}"
+            )
+
+    @contextmanager
+    def _fitting(self, name: str) -> Iterator[None]:
+        """Name the file whose tensors do not fit those of the run."""
+        try:
+            yield
+        except (SynthesisError, torch.cuda.OutOfMemoryError):
+            raise
+        except (ValueError, RuntimeError, IndexError, TypeError, KeyError) as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CheckpointError(f"{self.log.storage.place}/{name} does not fit the run ({what}); {ADVICE}") from error
 
     def run(self) -> int:
         """Make all remaining batches; returns the number of images.
@@ -363,7 +400,8 @@ class Unit:
         if found.message is not None:
             if memories.shape is None:
                 memories.shape, memories.prompt_dim = found.shape, found.prompt_dim
-            memories.absorb(found.message.to(self.worker.generator.device))
+            with self._fitting(_summary_name(unit, number)):
+                memories.absorb(found.message.to(self.worker.generator.device))
         if self.worker.arms is not None:
             for k in range(number * self.every, (number + 1) * self.every):
                 record = self.log.read(unit, k)

@@ -60,6 +60,23 @@ def test_what_is_released_is_taken_at_once_and_what_is_done_never(tmp_path):
     assert (a.done(), a.tokens()) == ({0}, {0: 1, 1: 2})
 
 
+def test_files_of_others_among_the_leases_are_left_alone(tmp_path):
+    _, (a,) = workers(tmp_path, 1, units=2)
+    lease = a.take()
+    lease.images = 3
+    lease.release("digest of its records")
+    storage = a.storage
+    for name in ("Thumbs.db", "000001 (copy)", "000001", "sub/file", "000099", "000099-000001", "-", "000001-000001-x"):
+        storage.create(f"leases/{name}", b"")
+        if name not in ("000001", "000099"):
+            storage.create(f"done/{name}", b"")
+    storage.create("done/000099", b"")
+    assert (a.done(), a.tokens(), a.images()) == ({0}, {0: 1}, 3)
+    for beat in (b"", b"abc", b"[]", b'{"images": "x"}'):
+        storage.write("beats/000000-000001", beat)
+        assert a.images() == 0
+
+
 def test_units_without_an_owner_come_first(tmp_path):
     _, (a, b) = workers(tmp_path, 2, units=3)
     a.take([1]).release()

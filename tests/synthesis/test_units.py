@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kspec_guidance.memory.io import encode_tensors
+from kspec_guidance.memory.io import encode_tensors, read_tensors
 from kspec_guidance.synthesis.assignment import units_of
 from kspec_guidance.synthesis.distributed import OneProcess
 from kspec_guidance.synthesis.elastic import work
@@ -213,7 +213,13 @@ def copied(whole, tmp_path):
     return tmp_path / "run", tmp_path / "run" / "rank-0001" / "000001.safetensors"
 
 
-@pytest.mark.parametrize("fault", ["half", "empty", "other", "changed", "lost", "forged", "moved", "summary"])
+FAULTS = [
+    "half", "empty", "other", "changed", "lost", "forged", "moved", "summary", "attempt", "width", "unread summary",
+    "owners", "other owners", "no owners",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_records_that_were_damaged_forged_or_lost(whole, tmp_path, pipe, fault):
     place, path = copied(whole, tmp_path)
     data, log = path.read_bytes(), UnitLog(Storage(place))
@@ -237,6 +243,25 @@ def test_records_that_were_damaged_forged_or_lost(whole, tmp_path, pipe, fault):
         record = log.read(1, 1)
         record.lease["images"] = "../../../secret"
         path.write_bytes(encode_tensors("batch", record.tensors, record.description()))
+    elif fault in ("attempt", "width"):  # of the last record of a unit that is not finished
+        record = log.read(1, 1)
+        if fault == "attempt":
+            record.rows[0]["attempt"] = 77
+        else:
+            record.tensors["x"] = torch.zeros(len(record.rows), 1, 3, 3)
+        path.write_bytes(encode_tensors("batch", record.tensors, record.description()))
+        for later in ("000002", "000003", "000004"):
+            path.with_name(f"{later}.safetensors").unlink()
+    elif fault == "unread summary":
+        shutil.rmtree(place / "rank-0001")
+        summary = encode_tensors("summary", {"message": torch.zeros(1, 5)}, {"shape": [1, 2, 2], "prompt_dim": 3})
+        (place / "summaries" / "000000-000000.safetensors").write_bytes(summary)
+    elif "owners" in fault:
+        tensors, about = read_tensors(place / "prompts.safetensors", "prompts")
+        owners = tensors.pop("owners")
+        if fault != "no owners":
+            tensors["owners"] = owners.flip(0) if fault == "owners" else owners * 3
+        (place / "prompts.safetensors").write_bytes(encode_tensors("prompts", tensors, about))
     else:
         about = {"shape": [1, 2, 2], "prompt_dim": 3}
         summary = encode_tensors("summary", {"message": torch.zeros(1, 7)}, about)
