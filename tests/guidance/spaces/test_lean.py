@@ -45,6 +45,15 @@ def test_gradients_under_autocast(g):
     torch.testing.assert_close(found, by_torch(net, x, torch.ones_like(rows)), rtol=0.1, atol=0.1)
 
 
+def test_gradient_checkpointing(g):
+    from torch.utils.checkpoint import checkpoint
+
+    net, x = network(), torch.randn(2, 3, 8, 8, generator=g)
+    rows, pullback = by_autograd(lambda p: checkpoint(net, p, use_reentrant=False), x)
+    found = pullback(torch.ones_like(rows))
+    torch.testing.assert_close(found, by_torch(net, x, torch.ones_like(rows)), rtol=1e-5, atol=1e-5)
+
+
 def test_decoder_keeps_inputs_of_norms_only(pipe):
     """A block of a decoder is a norm, an activation and a convolution; torch keeps the input of each."""
     z, sizes = torch.randn(2, 9, 8, 8), {}
