@@ -7,10 +7,14 @@ import torch
 import kspec_guidance.kernels as kernels
 from kspec_guidance import SPARKE, KernelGuidance, MemoryBank, MMDGuidance, NoveltyGuidance, VendiGuidance
 from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.guidance.run import Run
 from kspec_guidance.kernels import GaussianKernel
+from kspec_guidance.loop.blocks import Tokens
 from kspec_guidance.loop.classifier_free import _fitted
+from kspec_guidance.loop.context import CallContext, ComingStep
 from kspec_guidance.memory import CentroidMemory
 from kspec_guidance.objectives import RKE, Balance, Vendi
+from tests.tiny.models import build_model
 
 from .loops import SHAPE, STEPS, Loop, noise, prompts
 from .simulated import SimulatedDevice
@@ -182,3 +186,26 @@ def test_easing_of_classifier_free_guidance_does_not_wait():
         assert not device.reads
         with device.not_counting():
             torch.testing.assert_close(eased.cpu(), uncond + 2.5 * (cond - uncond), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moves_inside_a_block_do_not_wait(dtype):
+    image, text = noise(1, 6, 5, 8).to(dtype), noise(2, 6, 7, 8).to(dtype)
+
+    def moved(place):
+        handler, transformer = Run(SPARKE(space="block", stop=1.0)), build_model("FluxTransformer2DModel")
+        (block,) = handler.blocks(transformer)
+        tokens = Tokens(place(image), place(text), lambda x: x)
+        coming = ComingStep(CallContext(), None, 0, 2, slice(3, 6))
+        return lambda: handler.inside(block, tokens, coming)[0]
+
+    expected = moved(lambda x: x)()
+    with SimulatedDevice("cuda") as device:
+        change = moved(lambda x: x.to(device.device))
+        device.reads.clear()
+        found = change()
+        assert not device.reads
+        assert found.device == device.device
+        with device.not_counting():
+            torch.testing.assert_close(found.cpu(), expected)
+    assert not torch.equal(expected, image)
