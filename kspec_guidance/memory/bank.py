@@ -22,6 +22,7 @@ __all__ = ["MemoryBank"]
 FORGETTING = ("window", "reservoir", "restart")
 DEVICE_BYTES = 256 << 20  # bytes of rows, and share of a device's free memory, beyond which they move to the host
 DEVICE_SHARE = 0.25
+NORM_NUMBERS = 1 << 16  # numbers that are converted to float64 at once, in the processor's cache
 SETTINGS = ("dtype", "device", "folder", "limit", "forget", "half_life", "seed")
 
 
@@ -408,5 +409,7 @@ class MemoryBank(Memory):
 
 def _norms(rows: Tensor) -> Tensor:
     """Norms along the last dimension, in float64 on the host; squares are summed in float64 there, in float32 elsewhere."""
-    dtype = torch.float64 if rows.device.type == "cpu" else torch.float32
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).cpu().double()
+    if rows.device.type != "cpu":
+        return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).cpu().double()
+    parts = rows.split(max(1, NORM_NUMBERS // max(1, rows.shape[1:].numel())))
+    return torch.cat([torch.linalg.vector_norm(part.double(), dim=-1) for part in parts])
