@@ -164,7 +164,8 @@ def find_recipe(model: str) -> tuple[Recipe, bool]:
     if alike is None:
         alike = Recipe(model, pipeline, "bfloat16", {"num_inference_steps": 50})
     call = {k: v for k, v in alike.call.items() if k not in ("height", "width")}  # the pipeline knows its own size
-    return replace(alike, model=model, call=call, billions=_stored_billions(folder) if folder.is_dir() else {}), False
+    billions = _stored_billions(folder) if folder.is_dir() else {}
+    return replace(alike, model=model, call=call, billions=billions, gated=alike.gated and not folder.is_dir()), False
 
 
 def _line(error: Exception) -> str:

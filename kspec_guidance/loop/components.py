@@ -38,7 +38,22 @@ def load_pipeline(model: str, dtype: torch.dtype, revision: str | None = None) -
     from diffusers import DiffusionPipeline
 
     name = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
-    return DiffusionPipeline.from_pretrained(model, revision=revision, use_safetensors=True, **{name: dtype})
+    given = _left_out(model, revision) | {name: dtype}
+    return DiffusionPipeline.from_pretrained(model, revision=revision, use_safetensors=True, **given)
+
+
+def _left_out(model: str, revision: str | None) -> dict[str, None]:
+    """Components that a stored pipeline is without, though its class has them: T5 of Stable Diffusion 3, for instance.
+
+    diffusers loads such a pipeline only if they are named; those that its class calls optional need no name.
+    """
+    import diffusers
+
+    config = diffusers.DiffusionPipeline.load_config(model, revision=revision)
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if cls is None:
+        return {}
+    return {k: None for k, v in config.items() if v in ([None, None], (None, None)) and k not in cls._optional_components}
 
 
 def denoiser_of(pipe: Any) -> nn.Module | None:
