@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from benchmarks.pages import table
 
@@ -48,11 +49,12 @@ class Timing:
 
 @contextmanager
 def threads_set(threads: int) -> Iterator[None]:
-    """torch and the BLAS below it use this many threads inside."""
+    """torch, and the BLAS of numpy and scipy, use this many threads inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        yield
+        with threadpool_limits(threads):
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -1,4 +1,4 @@
-"""Kernels on vectors, distances and bandwidths, and the spectra of kernel matrices. Needs torch alone.
+"""Kernels on vectors, distances and bandwidths, and the spectra of kernel matrices. Needs torch, and scipy on the host.
 
 from kspec_guidance.kernels import GaussianKernel, median_bandwidth
 """

@@ -6,6 +6,7 @@ import torch
 from kspec_guidance import functional as F
 from kspec_guidance import testing as oracles
 from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.functional.scendi import schur_parts
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
 from tests.samples import rows
 
@@ -62,3 +63,16 @@ def test_scendi_with_random_features_of_determining_prompts():
     phi = RandomFourierFeatures(GaussianKernel(0.3), 4, 512)
     assert F.scendi_score(x, x, feature_map=phi).item() == pytest.approx(1, abs=1e-6)
     assert F.prompt_vendi_score(x, x, feature_map=phi).item() == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("exponent", [3.0, 3.9, 4.1, 4.9, 5.1, 7.0])
+def test_schur_complement_is_the_same_for_any_condition_of_the_prompts(exponent):
+    n, p = 200, 12  # singular values of the prompts over 10^exponent: a condition number of twice that, around both cutoffs
+    q, u = torch.linalg.qr(rows(n, p)).Q, torch.linalg.qr(rows(p, p, seed=1)).Q
+    t = q * torch.logspace(0, -exponent, p, dtype=torch.float64) @ u * n**0.5
+    x = rows(n, 5, seed=2) + q @ rows(p, 5, seed=3) * n**0.5
+    keep = torch.logspace(0, -exponent, p, dtype=torch.float64) ** 2 > 1e-10
+    residual = x - q[:, keep] @ (q[:, keep].T @ x)  # least squares on the directions above the cutoff
+    found, _ = schur_parts(x.T @ x / n, x.T @ t / n, t.T @ t / n)
+    expected = residual.T @ residual / n
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.trace()))
