@@ -62,6 +62,12 @@ def on_host(x: Tensor) -> Tensor:
     return x.cpu().double()
 
 
+def _largest(x: Tensor) -> float:
+    """The largest absolute value, in one pass without a copy; NaN if there is any."""
+    least, most = x.detach().aminmax()
+    return float(torch.maximum(-least, most))
+
+
 def check_samples(x: Tensor, name: str = "x") -> Tensor:
     """``x`` in float32 or float64, on its device.
 
@@ -80,8 +86,7 @@ def check_samples(x: Tensor, name: str = "x") -> Tensor:
     if x.shape[-1] == 0:
         raise ValueError(f"{name} has rows of length 0; a score needs at least one feature")
     x = as_float(x)
-    least, most = x.detach().aminmax()  # one pass; NaN if there is any
-    largest = float(torch.maximum(-least, most))
+    largest = _largest(x)
     if not math.isfinite(largest):
         raise ValueError(f"{name} contains NaN or infinite values; remove those rows")
     if not (largest == 0 or 1 / LARGEST < largest < LARGEST):
@@ -158,9 +163,9 @@ def unit_gram(kernel: Kernel, x: Tensor, y: Tensor | None = None) -> Tensor:
         ValueError: if it is not finite: the kernel overflows, or its diagonal is not positive; or if entries exceed 1.
     """
     k = kernel.normalised(x, y)
-    if not torch.isfinite(k).all():
+    largest = _largest(k)
+    if not math.isfinite(largest):
         raise ValueError(f"{kernel!r} gives NaN or infinite values, or a diagonal that is not positive, for these samples")
-    largest = float(k.detach().abs().amax())
     if largest > 1 + NOT_POSITIVE:
         raise ValueError(
             f"{kernel!r} is no kernel, since |k(x, y)| is up to {largest:.3g} times sqrt(k(x, x) k(y, y)); a kernel is "
