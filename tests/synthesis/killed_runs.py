@@ -66,7 +66,7 @@ def main():
     folder, pipe, rng = Path(sys.argv[1]), quiet_pipeline(), random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     shutil.rmtree(folder, ignore_errors=True)
     start = time.monotonic()
-    finish(pipe, folder / "whole")
+    make(folder / "whole", pipe, **SETTINGS)  # here, so that children need not import what a run imports
     whole, seconds = contents(folder / "whole"), time.monotonic() - start
 
     kills, states = [], []
