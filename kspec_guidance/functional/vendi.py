@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 EMPTY = 1e-15  # eigenvalues of a matrix of trace 1 below this are rounding errors
-BLOCK_ROWS = 1024  # rows of the kernel matrix that RKE computes at once
+BLOCK_ROWS = 512  # rows of the kernel matrix that RKE computes at once: a block stays in the cache of a processor
 SEMIDEFINITE = (CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel, RationalQuadraticKernel)
 
 
@@ -88,7 +88,7 @@ def kernel_entropy(
     """Renyi entropy ``H_q(K / n)`` in nats ``[...]``: the logarithm of :func:`vendi_score`, with its arguments."""
     x = check_samples(x)
     wide = feature_map is None and not (isinstance(kernel, CosineKernel | None) and x.shape[-1] < x.shape[-2])
-    if check_order(order) == 2 and truncation is None and wide and x.shape[-2] > 4 * BLOCK_ROWS:
+    if check_order(order) == 2 and truncation is None and wide and x.shape[-2] > BLOCK_ROWS:
         return _collision_entropy(x, as_kernel(kernel))
     known = feature_map is not None or kernel is None or isinstance(kernel, SEMIDEFINITE)
     return entropy_of(smaller_matrix(x, kernel, feature_map), order, truncation, known)
