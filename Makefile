@@ -32,7 +32,7 @@ quick: lint
 test: $(VENV)/.installed
 	$(MAKE) --no-print-directory --jobs=2 lint pytest
 pytest: $(VENV)/.installed
-	$(PYTEST) --durations=8
+	$(PYTEST) --durations=25
 
 # what needs a CUDA device: tests with true kernels, copies and offloading, and the table of docs/gpu.md (five minutes)
 gpu: $(VENV)/.installed

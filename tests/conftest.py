@@ -1,5 +1,6 @@
 import os
 import shutil
+import subprocess
 import tempfile
 
 import pytest
@@ -44,3 +45,11 @@ def browser():
         browser = p.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FLAGS)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Processes of ``python -m`` are forks, also those that the package starts. See ``tests.processes.Popen``."""
+    from tests.processes import Popen
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)

@@ -313,6 +313,7 @@ def test_hooks_of_diffusers_reach_the_blocks_of_the_transformer(transformer_bed:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_the_small_arena_runs_and_does_not_measure_twice(tmp_path: Path) -> None:
     beds = ["mixture-32", "digits", "emoji-4"]
     command = [sys.executable, "-m", "benchmarks.arena", "--small", "--out", str(tmp_path), "--beds", *beds,

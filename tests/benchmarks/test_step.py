@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_guided_step_takes_at_most_8_files_and_90_calls():
     command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "--package", str(ROOT), "--worker", "calls"]
     done = subprocess.run(command, capture_output=True, text=True)

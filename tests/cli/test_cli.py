@@ -32,7 +32,14 @@ COMMANDS = ("demo", "generate", "calibrate", "tune", "evaluate", "compare")
 
 
 @pytest.mark.parametrize(
-    "words", [("--help",), ("--version",), *((c, o) for c in COMMANDS for o in ("--help", "--version"))]
+    "words",
+    [
+        ("--help",),
+        ("--version",),
+        ("embeddings", "--help"),
+        ("bench", "--help"),
+        *((c, o) for c in COMMANDS for o in ("--help", "--version")),
+    ],
 )
 def test_help_and_version_import_no_torch(words, monkeypatch, capsys):
     code = (

@@ -1,10 +1,8 @@
 """Code blocks of the README and the documentation run, in order: Python in one namespace, commands through the CLI."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
 from tests.few_steps import few_steps
+from tests.processes import launch
 from tests.tiny import build
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +91,7 @@ def test_page_code_runs(page, tmp_path, monkeypatch):
 
 
 def run_command(words):
-    """Run ``kspec-guidance`` in this process, also after a pipe, and launchers of several processes as subprocesses."""
+    """Run ``kspec-guidance`` in this process, also after a pipe, and launchers with processes that are forks."""
     from kspec_guidance.cli import app
 
     piped = None
@@ -105,12 +104,7 @@ def run_command(words):
         assert result.exit_code == 0, result.output
         return
     assert words[0] in ("torchrun", "accelerate")
-    modules = {"torchrun": ["torch.distributed.run"], "accelerate": ["accelerate.commands.launch"]}
-    arguments = words[1:] if words[0] == "torchrun" else words[2:]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", *modules[words[0]], *arguments]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(words)
 
 
 def test_readme_shell_commands_are_known():

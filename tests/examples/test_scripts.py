@@ -1,8 +1,6 @@
 """The example scripts: by their command line on the embedded pipeline, and on tiny models of other classes."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from PIL import Image
 
 from kspec_guidance import SPARKE
 from tests import tiny
+from tests.processes import launch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -88,14 +87,13 @@ def test_clips_differ_from_earlier_ones_of_the_same_seed():
 
 
 @pytest.mark.slow
-def test_many_processes_by_accelerate_launch(tmp_path):
+def test_many_processes_by_accelerate_launch(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("heart\nrunner\nflag\ncat face\n")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    command = ["accelerate", "launch", "--num_processes", "2", "--cpu"]
     command += [str(ROOT / "examples" / "many_gpus.py"), "--prompts", str(tmp_path / "prompts.txt")]
     command += ["--images-per-prompt", "2", "--batch-size", "2", "--steps", "3", "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    launch(command)
     assert len((tmp_path / "out" / "metadata.jsonl").read_text().splitlines()) == 8
 
 

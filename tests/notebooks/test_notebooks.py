@@ -7,6 +7,7 @@ import nbformat
 import pytest
 
 from tests.few_steps import few_steps
+from tests.processes import Popen
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -35,6 +36,7 @@ def test_outputs_are_stored_and_small(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # matrices are small: more threads are slower on shared cores
+    monkeypatch.setattr("jupyter_client.launcher.Popen", Popen)
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, 4)

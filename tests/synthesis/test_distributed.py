@@ -1,7 +1,6 @@
 """Runs that are killed, runs of several processes (gloo, under torchrun and accelerate), and their messages."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -20,13 +19,12 @@ from kspec_guidance.synthesis.arms import ArmChoice, make_selector
 from kspec_guidance.synthesis.distributed import add_message, encode_message
 from kspec_guidance.synthesis.generator import Generator
 from kspec_guidance.synthesis.store import Store
-from tests.processes import Launch
+from tests.processes import Launch, Popen, launch
 from tests.synthesis import one_process
 from tests.synthesis.one_process import ARMS
 from tests.synthesis.small_runs import CALL, contents, quiet_pipeline, rows_of
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def start(out, processes, *arguments):
@@ -49,7 +47,8 @@ def results_of(out):
 @pytest.mark.slow
 def test_runs_killed_at_random_times_and_at_each_disk_operation_end_with_the_same_set(tmp_path):
     line = [sys.executable, "-m", "tests.synthesis.killed_runs", str(tmp_path / "runs")]
-    found = json.loads(subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout)
+    with Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        found = json.loads(process.communicate()[0])
     assert found["killed"] == 20
     assert found["killed_at_steps"] == 30
     assert found["states"][0][0] < found["states"][-1][0]  # each run continued the last one
@@ -61,10 +60,7 @@ def test_runs_killed_at_random_times_and_at_each_disk_operation_end_with_the_sam
 def two(tmp_path_factory):
     """The set of two processes that torchrun itself started."""
     out = tmp_path_factory.mktemp("two") / "set"
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-            "-m", "tests.synthesis.one_process", str(out)]  # fmt: skip
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(["torchrun", "--nproc-per-node", "2", "--standalone", "-m", "tests.synthesis.one_process", str(out)])
     return out, results_of(out)
 
 
@@ -154,16 +150,14 @@ def test_a_group_with_its_own_memory_stays_in_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_accelerate_launches_the_command_line(tmp_path):
+def test_accelerate_launches_the_command_line(tmp_path, capfd):
     (tmp_path / "p.txt").write_text("heart\nrunner\nman\ncat face\n")
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+    launch(["accelerate", "launch", "--multi_gpu", "--num_processes", "2",
             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
             "--main_process_port", "0",  # a free one
             "-m", "kspec_guidance", "generate", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "set"),
-            "--images", "4", "--batch-size", "2", "--steps", "3", "--no-report"]  # fmt: skip
-    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("16 images in") == 1
+            "--images", "4", "--batch-size", "2", "--steps", "3", "--no-report"])  # fmt: skip
+    assert capfd.readouterr().out.count("16 images in") == 1
     assert len(rows_of(tmp_path / "set")) == 16
     assert Store(tmp_path / "set").ranks(0) == [0, 1]
 

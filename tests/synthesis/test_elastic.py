@@ -292,6 +292,7 @@ def test_workers_of_the_command_line_of_which_one_is_killed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_all_workers_fail(tmp_path, pipe):
     with (
         pytest.warns(UserWarning, match="1 of 4"),
