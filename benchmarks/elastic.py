@@ -5,8 +5,8 @@
 
 ``workers``: the embedded pipeline with 1, 2 and 4 workers, of which one is killed at random times, again and again, and
 another one joins; beside one process that sees everything. Needs the emoji art (fetched with npm on the first run), whose
-images are the modes. ``simulation``: 10^3 workers and 10^8 images: what summaries that come late do to the diversity of a
-mixture, and the operations, bytes and list prices of an object store.
+images are the modes. ``seeds``: one process and one worker with several seeds. ``simulation``: 10^3 workers and 10^8 images:
+what summaries that come late do to the diversity of a mixture, and the operations, bytes and list prices of an object store.
 """
 
 import argparse
@@ -244,6 +244,14 @@ def page(results):
     ]  # fmt: skip
     head = ["", "killed", "images", "twice", "modes of a prompt", "conditional RKE", "seconds", "of processors"]
     parts["elastic"] = table(head, rows)
+    rows = []
+    for name, f in results["seeds"].items():
+        if name != "settings":
+            one, worker = np.array(f["one process"]), np.array(f["1 worker"])
+            ratios = 100 * (worker / one - 1)
+            spread = f"{ratios.mean():+.1f}% ({ratios.min():+.1f} to {ratios.max():+.1f})"
+            rows.append([name, *(f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})" for v in (one, worker)), spread])
+    parts["seeds"] = table(["of each prompt", "one process", "1 worker", "difference, same seed"], rows)
     rows = [
         [name, f"{f['rke']:.1f}", f"{f.get('of_one', 1):.3f}", f"{f['modes']:.0f}"]
         for name, f in results["simulation"].items() if isinstance(f, dict) and "modes" in f

@@ -182,6 +182,8 @@ def _made(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> lis
         "processes",
     )
     shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k in named if (v := settings.get(k)) is not None}
+    if shown.get("processes") == "leases":
+        shown["processes"] = "workers that come and go"
     return found + [(k.replace("_", " "), _plain(v)) for k, v in shown.items()]
 
 
