@@ -5,8 +5,8 @@
 
 ``workers``: the embedded pipeline with 1, 2 and 4 workers, of which one is killed at random times, again and again, and
 another one joins; beside one process that sees everything. Needs the emoji art (fetched with npm on the first run), whose
-images are the modes. ``seeds``: one process and one worker with several seeds. ``simulation``: 10^3 workers and 10^8 images:
-what summaries that come late do to the diversity of a mixture, and the operations, bytes and list prices of an object store.
+images are the modes. ``seeds``: one process and one worker with several seeds. ``simulation``: 10^3 workers and 10^8
+images: what summaries that come late do to the diversity of a mixture; the operations, bytes and list prices of a store.
 """
 
 import argparse
