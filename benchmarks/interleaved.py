@@ -130,16 +130,21 @@ def one_row(
     }  # fmt: skip
 
 
+def _milliseconds(ms: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def markdown(rows: list[dict[str, Any]], header: bool = True) -> str:
     """Rows of :func:`one_row` as a table in Markdown; without the header, its lines alone."""
     cells = [
         [
             r["work"],
-            f"{r['ours_ms']:.3g}",
+            _milliseconds(r["ours_ms"]),
             r["peer"],
-            f"{r['peer_ms']:.3g}",
+            _milliseconds(r["peer_ms"]),
             f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
-            "-" if r["difference"] is None else f"{r['difference']:.0e}",
+            "-" if r["difference"] is None else f"{r['difference']:.0e}" if r["difference"] else "0",
             str(r["threads"]),
         ]
         for r in rows
