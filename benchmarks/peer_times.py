@@ -16,8 +16,8 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import math
 import logging
+import math
 import subprocess
 import sys
 import types
