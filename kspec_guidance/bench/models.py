@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kspec_guidance.loop.components import pipeline_config
 from kspec_guidance.utils.arguments import choices
 from kspec_guidance.utils.devices import free_bytes
 from kspec_guidance.utils.messages import readable_size
@@ -149,12 +150,7 @@ def find_recipe(model: str) -> tuple[Recipe, bool]:
             return recipe, True
     folder = Path(model)
     try:
-        if folder.is_dir():
-            pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        else:
-            from diffusers import DiffusionPipeline
-
-            pipeline = DiffusionPipeline.load_config(model)["_class_name"]
+        pipeline = pipeline_config(model)["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"model {model!r} is unknown: no folder of a diffusers pipeline, and not found on the hub ({_line(error)}); "

@@ -1,7 +1,9 @@
 """Pipelines from disk or the hub, and their components, found by name: scheduler, denoiser, autoencoder."""
 
 import inspect
+import json
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ __all__ = [
     "find_scheduler",
     "image_size",
     "load_pipeline",
+    "pipeline_config",
     "sub_pipelines",
 ]
 
@@ -49,11 +52,32 @@ def _left_out(model: str, revision: str | None) -> dict[str, None]:
     """
     import diffusers
 
-    config = diffusers.DiffusionPipeline.load_config(model, revision=revision)
+    try:
+        config = pipeline_config(model, revision)
+    except (OSError, ValueError):
+        return {}  # diffusers says what is wrong
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None:
         return {}
     return {k: None for k, v in config.items() if v in ([None, None], (None, None)) and k not in cls._optional_components}
+
+
+def pipeline_config(model: str, revision: str | None = None) -> dict[str, Any]:
+    """The file ``model_index.json`` of a stored pipeline.
+
+    Args:
+        model: id on the hub, or a folder.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: for a text that is no id, or a file that is not JSON.
+    """
+    from huggingface_hub import hf_hub_download
+
+    name = "model_index.json"
+    path = Path(model) / name if Path(model).is_dir() else hf_hub_download(model, name, revision=revision)
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def denoiser_of(pipe: Any) -> nn.Module | None:

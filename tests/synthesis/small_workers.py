@@ -23,9 +23,9 @@ from kspec_guidance.synthesis.units import UnitLog, load_images
 PROMPTS = ["heart", "red heart", "runner", "runner, woman", "cat face"]
 DEFAULTS = {
     "call": {"num_inference_steps": 1}, "images_per_prompt": 7, "batch_size": 3, "seed": 0, "quotas": None, "target": None,
-    "filter": None, "duplicates": None, "candidates": 1, "arms": None, "select": "mixture-greedy", "reward": None,
-    "memory": "auto", "memory_by": "all", "exchange": 2, "format": "imagefolder", "shard_size": 8, "embedder": None,
-    "licence": "CC0-1.0", "marks": True, "sign": None, "lease_seconds": 10.0,
+    "filter": None, "duplicates": None, "candidates": 1, "start_candidates": 1, "arms": None, "select": "mixture-greedy",
+    "reward": None, "memory": "auto", "memory_by": "all", "exchange": 2, "format": "imagefolder", "shard_size": 8,
+    "embedder": None, "licence": "CC0-1.0", "marks": True, "sign": None, "lease_seconds": 10.0,
 }  # fmt: skip
 DIRECTIONS = {"heart": (1.0, 0.0), "runner": (0.6, 0.8), "cat face": (-1.0, 0.0)}  # heart and runner repel each other
 

@@ -115,4 +115,4 @@ def test_invalid_space_raises(pipe):
         middle_of(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="give start= and stop= instead of sigma_interval="):
         KernelGuidance(RKE(), 0.3, space="activations", sigma_interval=(0.1, 1.0))
-    assert set(SPACES) == {"x0", "latents", "pooled", "pixels", "embedder", "activations"}
+    assert set(SPACES) == {"x0", "latents", "pooled", "pixels", "embedder", "activations", "block", "context"}
