@@ -1,7 +1,7 @@
 """The examples of comparisons in docs/bench.md: 24 prompts that the model knows, methods that fit, at several strengths.
 
 python -m benchmarks.bench_page --out outputs/paper                        # the embedded model; a quarter of an hour
-python -m benchmarks.bench_page --transformer --out outputs/transformer    # the transformer of the arena; an hour
+python -m benchmarks.bench_page --transformer --out outputs/transformer    # the transformer of the arena; as long
 
 A run that was stopped goes on.
 """

@@ -198,13 +198,11 @@ def judge(
         for setting, of in images.items()
     }
     texts = [prompts[k]["text"] for k in shared]
-    demo, real = (
-        settings["model"]["name"] == "demo" if emoji is None else emoji,
-        None if reference is None else str(reference),
-    )
-    if demo and reference is None and any(METRICS[n].reference for n in names):
+    emoji = settings["model"]["name"] == "demo" if emoji is None else emoji
+    real = None if reference is None else str(reference)
+    if emoji and reference is None and any(METRICS[n].reference for n in names):
         files, real = original_emoji(run.folder / "scores" / "originals"), "Noto Emoji and Twemoji"
-    resources = Resources(texts, demo, files, device, download, run.folder)
+    resources = Resources(texts, emoji, files, device, download, run.folder)
     draws = _Draws(len(shared), settings["images"])
     found, skipped = dict[str, dict[Setting, np.ndarray]](), dict[str, str]()
     for name in names:

@@ -59,7 +59,7 @@ def _left_out(model: str, revision: str | None) -> dict[str, None]:
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None:
         return {}
-    return {k: None for k, v in config.items() if v in ([None, None], (None, None)) and k not in cls._optional_components}
+    return {k: None for k, v in config.items() if v == [None, None] and k not in cls._optional_components}
 
 
 def pipeline_config(model: str, revision: str | None = None) -> dict[str, Any]:
