@@ -355,6 +355,16 @@ def spectra():
     return {k: (matrix, torch.linalg.eigvalsh(matrix)) for k, matrix in matrices.items()}
 
 
+def test_truncated_score_of_many_samples_has_the_gradient_of_all_eigenvalues(spectra):
+    matrix, _ = spectra["groups"]
+    matrix = matrix.clone().requires_grad_()
+    (found,) = torch.autograd.grad(entropy_of(matrix, 1.0, 5, semidefinite=True), matrix)
+    (expected,) = torch.autograd.grad(entropy_of(matrix, 1.0, 5), matrix)
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert largest_eigenvalues(matrix, 5) is not None
+
+
 def test_slow_convergence_and_functions_that_are_no_kernels_take_all_eigenvalues():
     n = 1000
     flat = torch.diag(1 + 1e-3 * torch.linspace(0, 1, n, dtype=torch.float64)) / n  # no gaps
