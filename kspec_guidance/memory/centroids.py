@@ -264,9 +264,10 @@ class _Block:
         self.within = memory._products(x, prompts, x, prompts)
         self.products = np.zeros((len(x), memory.capacity))
         self.products[:, : memory._used] = memory._products(x, prompts, memory.x, memory.prompts)
-        self.points = [(memory._store.chunks[0].numpy(), x.numpy())]  # means and items, in images and in prompts
+        # means, items and spread, of images and of prompts
+        self.points = [(memory._store.chunks[0].numpy(), x.numpy(), memory.spread)]
         if prompts is not None and memory._prompts is not None:
-            self.points.append((memory._prompts.numpy(), prompts.numpy()))
+            self.points.append((memory._prompts.numpy(), prompts.numpy(), memory.prompt_spread))
         self.mean_weights, self.mean_squares = memory._weights.numpy(), memory._squares.numpy()
 
     def insert(self) -> None:
@@ -280,10 +281,10 @@ class _Block:
             costs = _costs(distances, self.mean_weights, weight)
             nearest, (a, b) = int(costs.argmin()), memory._cheapest()
             if costs[nearest] <= _costs(memory._distances[a, b], self.mean_weights[b], self.mean_weights[a]):
-                items = [(means, rows[i]) for means, rows in self.points]
+                items = [rows[i] for _, rows, _ in self.points]
                 self._merge(nearest, items, self.squares[i], weight, distances, self.within[:, i])
             else:
-                items = [(means, means[b]) for means, _ in self.points]
+                items = [means[b] for means, _, _ in self.points]
                 square, products = self.mean_squares[b], self.products[:, b]
                 self._merge(a, items, square, self.mean_weights[b], memory._distances[b], products)
                 self._put(b, i)
@@ -295,7 +296,7 @@ class _Block:
 
     def _put(self, index: int, i: int) -> None:
         """Make an item the mean at ``index``."""
-        for means, rows in self.points:
+        for means, rows, _ in self.points:
             means[index] = rows[i]
         self.products[:, index] = self.within[:, i]
         self.memory._norms[index] = self.within[i, i]
@@ -305,30 +306,24 @@ class _Block:
     def _merge(
         self,
         a: int,
-        items: list[tuple[np.ndarray, np.ndarray]],
+        items: list[np.ndarray],
         square: float,
         weight: float,
         distances: np.ndarray,
         products: np.ndarray,
     ) -> None:
-        """Merge a point into mean ``a``: beside all means its coordinates, with its distances and products."""
+        """Merge a point, in images and prompts, into mean ``a``; its distances are those to all means."""
         memory = self.memory
         share = float(weight / (self.mean_weights[a] + weight))
         apart = share * (1 - share) * distances[a]
-        for means, item in items:
+        for (means, _, _), item in zip(self.points, items, strict=True):
             means[a] += share * (item - means[a])
         self.products[:, a] += share * (products - self.products[:, a])
         merged = (1 - share) * memory._distances[a, : memory._used] + share * distances - apart
-        memory._norms[a] = self._norm(a)
+        memory._norms[a] = sum(float(means[a] @ means[a]) / spread**2 for means, _, spread in self.points)
         self.mean_weights[a] += weight
         self.mean_squares[a] += share * (square - self.mean_squares[a])
         self._set(a, np.maximum(merged, 0))
-
-    def _norm(self, a: int) -> float:
-        memory, norm = self.memory, 0.0
-        for (means, _), spread in zip(self.points, (memory.spread, memory.prompt_spread), strict=False):
-            norm += float(means[a] @ means[a]) / spread**2
-        return norm
 
     def _set(self, index: int, distances: np.ndarray) -> None:
         """Note the distances ``[c]`` of a mean that has changed."""

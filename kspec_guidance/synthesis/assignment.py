@@ -87,26 +87,26 @@ def _read(
     """
     try:
         tensors, about = read_tensors(path, "prompts")
-        owner, features, contexts = tensors["owners"], tensors["features"], None
+        owner, features, known, contexts = tensors["owners"], tensors["features"], about["known"], None
         if owner.shape != (len(jobs),) or owner.dtype != torch.int64 or len(features) != len(jobs) or features.ndim != 2:
             raise ValueError(f"owners {list(owner.shape)} and features {list(features.shape)} of {len(jobs)} prompts")
-        if set(owner.tolist()) - set(range(len(jobs) if number is None else number)) or not isinstance(
-            about["known"], bool
-        ):
+        if set(owner.tolist()) - set(range(len(jobs) if number is None else number)):
             raise ValueError("owners out of range")
+        if not isinstance(known, bool):
+            raise ValueError(f"known is {known!r} in place of true or false")
     except (MemoryFileError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {error}); restore it from a copy. It says who makes the images of "
             "which prompts"
         ) from error
     if by_prompt:
-        if not about["known"]:
+        if not known:
             raise SynthesisError(
                 f"{type(generator.pipe).__name__} gives no embeddings of prompts, by which this selector chooses; use "
                 f"{', '.join(select for select in SELECTORS if select not in BY_PROMPT)} or a mixture method"
             )
         contexts = {job.prompt.text: row for job, row in zip(jobs, features, strict=True)}
-    if not about["known"]:
+    if not known:
         features = features[:, :0]
     numbers = range(int(owner.max()) + 1 if number is None else number)
     return owner.tolist(), [features[owner == k] for k in numbers], contexts

@@ -172,15 +172,8 @@ def _made(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> lis
     }  # fmt: skip
     found = [(label, _values(rows, name)) for name, label in columns.items() if any(name in row for row in rows)]
     named = (
-        "seed",
-        "images_per_prompt",
-        "batch_size",
-        "candidates",
-        "start_candidates",
-        "duplicates",
-        "filter",
-        "processes",
-    )
+        "seed", "images_per_prompt", "batch_size", "candidates", "start_candidates", "duplicates", "filter", "processes",
+    )  # fmt: skip
     shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k in named if (v := settings.get(k)) is not None}
     if shown.get("processes") == "leases":
         shown["processes"] = "workers that come and go"

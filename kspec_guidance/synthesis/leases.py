@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.storage import Storage
 
-__all__ = ["Lease", "LeaseLostError", "Leases"]
+__all__ = ["Lease", "LeaseLostError", "Leases", "done_name"]
 
 NUMBER = re.compile(r"\d{6,}")
 BEATS = 4  # heartbeats in the time after which a lease counts as dead
@@ -76,7 +76,7 @@ class Lease:
     def release(self, end: str | None = None) -> None:
         """Give the unit back; if it is finished, with the digest of its records."""
         if end is not None:
-            self.storage.create(f"done/{self.unit:06d}", end.encode())
+            self.storage.create(done_name(self.unit), end.encode())
         with self._lock:
             self._released = True
             self._write({"released": True, "images": self.images})
@@ -191,6 +191,11 @@ class Leases:
             self._seen[unit] = state, now
             return False
         return now - seen[1] >= self.seconds
+
+
+def done_name(unit: int) -> str:
+    """The file that says that a unit is finished."""
+    return f"done/{unit:06d}"
 
 
 def _name(unit: int, token: int) -> str:

@@ -10,7 +10,7 @@ from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.selection import PromptWise
 from kspec_guidance.synthesis.arms import Arm, ArmChoice
 from kspec_guidance.synthesis.records import Record
-from kspec_guidance.synthesis.schedule import NO_TRY_PAYS, Job, Sample, image_seed
+from kspec_guidance.synthesis.schedule import NO_TRY_PAYS, Job, Sample
 
 __all__ = ["PromptArms"]
 
@@ -79,7 +79,7 @@ class PromptArms(ArmChoice):
             return False
         first = max([job.attempts, *(sample.attempt + 1 for sample in own)])
         for attempt in range(first, first + candidates):
-            self.waiting.append((Sample(job, attempt, image_seed(seed, job.prompt.text, attempt)), arm))
+            self.waiting.append((job.sample(attempt, seed), arm))
         return True
 
     def choose(self) -> Arm:

@@ -135,6 +135,10 @@ class Job:
         """Whether it has reached its goal or was stopped."""
         return bool(self.stop_reason) or self.kept >= self.goal
 
+    def sample(self, attempt: int, seed: int) -> "Sample":
+        """One of its images in a run of this seed."""
+        return Sample(self, attempt, image_seed(seed, self.prompt.text, attempt))
+
     def update(self, kept: int, dropped: int, features: Tensor, target: Target | None) -> tuple[float, int] | None:
         """Count the images of a batch, ``kept`` ones with their features ``[kept, d]``, and stop if the target says so.
 
@@ -240,7 +244,7 @@ def next_batch(
             continue
         n = candidates * min((batch_size - len(batch)) // candidates, job.goal - job.kept)
         for k in range(job.attempts, job.attempts + n):
-            batch.append(Sample(job, k, image_seed(seed, job.prompt.text, k)))
+            batch.append(job.sample(k, seed))
         if batch_size - len(batch) < candidates:
             break
     return batch

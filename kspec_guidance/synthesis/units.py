@@ -23,9 +23,9 @@ from torch import Tensor
 
 from kspec_guidance.memory.io import MemoryFileError, content_digest, encode_tensors, read_tensors
 from kspec_guidance.synthesis.errors import CheckpointError, SynthesisError
-from kspec_guidance.synthesis.leases import Lease, LeaseLostError
+from kspec_guidance.synthesis.leases import Lease, LeaseLostError, done_name
 from kspec_guidance.synthesis.records import Record, record_of
-from kspec_guidance.synthesis.schedule import Sample, image_seed
+from kspec_guidance.synthesis.schedule import Sample
 from kspec_guidance.synthesis.storage import Storage
 from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.worker import Progress, Worker
@@ -141,12 +141,12 @@ class UnitLog:
             token, digest = lease["token"], next_digest(digest, record)
             yield record, digest
             number += 1
-        end = self.storage.read(_done_name(unit))
+        end = self.storage.read(done_name(unit))
         if end and end.decode(errors="replace") != digest:  # empty in runs of earlier versions
             raise CheckpointError(
                 f"the {number} records in {self.storage.place}/rank-{unit:04d} are not those with which the unit was "
                 f"finished: the last one was changed, or some were lost or added. Restore them from a copy; or delete "
-                f"{_done_name(unit)} and what was changed, and the images are made again"
+                f"{done_name(unit)} and what was changed, and the images are made again"
             )
 
     def create(self, record: Record) -> bool:
@@ -156,7 +156,7 @@ class UnitLog:
 
     def is_finished(self, unit: int) -> bool:
         """Whether all records of a unit are there."""
-        return self.storage.exists(_done_name(unit))
+        return self.storage.exists(done_name(unit))
 
     # -- summaries -----------------------------------------------------------------------------------------------------
 
@@ -186,10 +186,6 @@ class UnitLog:
             return None
         digest = content_digest(tensors, about)
         return Summary(tensors.get("message"), None if shape is None else tuple(shape), width, digest)
-
-
-def _done_name(unit: int) -> str:
-    return f"done/{unit:06d}"
 
 
 def _are_sizes(values: Any) -> bool:
@@ -328,8 +324,7 @@ class Unit:
         worker, made = self.worker, [*record.rows, *record.rejected]
         known = all(row["prompt"] in worker.job_of for row in made)
         for row in record.rows if known else ():
-            job, attempt = worker.job_of[row["prompt"]], row["attempt"]
-            sample = Sample(job, attempt, image_seed(worker.settings.seed, row["prompt"], attempt))
+            sample = worker.job_of[row["prompt"]].sample(row["attempt"], worker.settings.seed)
             known = known and (row["file_name"], row.get("seed")) == (sample.file_name, sample.seed)
         if known and worker.arms is None:  # whose choices may depend on how a machine rounds
             wanted = sorted((sample.job.prompt.text, sample.attempt) for sample in batch)

@@ -78,8 +78,8 @@ def test_several_workers_make_a_set_again_together(two_workers, tmp_path, pipe, 
 
 
 @pytest.mark.parametrize("fault", ["middle", "last", "lost", "units", "impossible", "no units", "weights"])
-def test_what_cannot_be_followed_is_named(two_workers, tmp_path, pipe, fault):
-    out, patch = tmp_path / "set", pytest.MonkeyPatch()
+def test_what_cannot_be_followed_is_named(two_workers, tmp_path, pipe, monkeypatch, fault):
+    out = tmp_path / "set"
     shutil.copytree(two_workers, out)
     records = out / ".kspec" / "epoch-000" / "rank-0001"
     path, message = records / "000004.safetensors", "records in .*rank-0001 are not the 5 that .*units.jsonl names"
@@ -107,13 +107,10 @@ def test_what_cannot_be_followed_is_named(two_workers, tmp_path, pipe, fault):
         message = r"cannot read .*units.jsonl, .*keep it beside reproduce.yaml"
     else:
         weight = next(p for p in pipe.unet.parameters() if p.ndim > 1)
-        patch.setattr(weight, "data", weight.data + 1)
+        monkeypatch.setattr(weight, "data", weight.data + 1)
         message = "networks.unet"
-    try:
-        with pytest.raises(SynthesisError, match=message):
-            reproduce(out / "reproduce.yaml", tmp_path / "again", pipe)
-    finally:
-        patch.undo()
+    with pytest.raises(SynthesisError, match=message):
+        reproduce(out / "reproduce.yaml", tmp_path / "again", pipe)
     assert not (tmp_path / "again").exists()
 
 
