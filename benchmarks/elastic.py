@@ -3,10 +3,11 @@
     python benchmarks/elastic.py                     # all parts, half an hour; results in benchmarks/results/elastic.json
     python benchmarks/elastic.py simulation          # seconds
 
-``workers``: the embedded pipeline with 1, 2 and 4 workers, of which one is killed at random times, again and again, and
-another one joins; beside one process that sees everything. Needs the emoji art (fetched with npm on the first run), whose
-images are the modes. ``seeds``: one process and one worker with several seeds. ``simulation``: 10^3 workers and 10^8
-images: what summaries that come late do to the diversity of a mixture; the operations, bytes and list prices of a store.
+``workers``: the embedded pipeline with 1, 2, 4 and 8 workers, and with workers of which one is killed at random times,
+again and again, and another one joins; beside one process that sees everything. Needs the emoji art (fetched with npm on
+the first run), whose images are the modes; with ``--pixels FILE`` it does not, and keeps the images, small, for ``modes``.
+``seeds``: one process and one worker with several seeds. ``simulation``: 10^3 workers and 10^8 images: what summaries
+that come late do to the diversity of a mixture; the operations, bytes and list prices of a store.
 """
 
 import argparse
@@ -19,17 +20,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from pages import fill, table
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from kspec_guidance import functional as F
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
+from kspec_guidance.memory.io import read_tensors
 from kspec_guidance.synthesis.records import unpack_tensors
+from kspec_guidance.synthesis.schedule import next_batch
 from kspec_guidance.synthesis.store import Store
+from kspec_guidance.synthesis.worker import Worker
 
 BATCH_SIZE = 5  # images made at once
 
@@ -72,22 +80,24 @@ def run_set(out, prompts, workers, kill, args):
     line += [] if workers is None else ["--workers", str(workers), "--lease-seconds", "8"]
     rng, epoch, kills, running = random.Random(workers), out / ".kspec" / "epoch-000", 0, []
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    for _ in range(50):
+    for attempt in range(50):
         started = subprocess.Popen(line)
         while started.poll() is None:
-            time.sleep(rng.uniform(4, 12) if kill else 0.2)
+            time.sleep(rng.uniform(3, 6) if kill else 0.2)
             if kill and kills < args.kills and started.poll() is None:
                 kills += disturb(epoch, rng, running)
         for process in running:
             process.wait()
         if started.returncode == 0:
             break
+        if not kill or attempt > args.kills + 3:
+            raise RuntimeError(f"{' '.join(line)} failed")
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, kills
 
 
-def scores(out, art):
-    """Modes of a prompt, and conditional RKE of the set."""
+def contents(out):
+    """Images ``[n, 3, 64, 64]`` in 0..1, their prompts and files, and conditional RKE of a set."""
     x, t, names, files = [], [], [], []
     for record in Store(out).records(tensors=True):
         found = unpack_tensors(record.tensors)
@@ -97,61 +107,157 @@ def scores(out, art):
         files += [row["file_name"] for row in record.rows]
     arrays = [np.asarray(Image.open(out / name).convert("RGB")) for name in files]
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
-    modes = []
-    for name in sorted(set(names)):
-        mine = torch.tensor([k for k, other in enumerate(names) if other == name])
-        modes.append(art.judge(images[mine], name)["modes"])
     x, t = l2_normalize(torch.cat(x)).double(), l2_normalize(torch.cat(t)).double()
     rke = F.conditional_rke_score(x, t, GaussianKernel(0.5), GaussianKernel(0.35))
-    return {"images": len(files), "twice": len(files) - len(set(files)), "modes": float(np.mean(modes)), "rke": float(rke)}
+    return images, names, {"images": len(files), "twice": len(files) - len(set(files)), "rke": float(rke)}
 
 
-def workers(args):
-    """One process, and 1, 2 and 4 workers with and without kills."""
+def modes(images, names, judge):
+    """Modes of a prompt, on average; ``judge`` is given the images of one, and its name."""
+    found = []
+    for name in sorted(set(names)):
+        mine = torch.tensor([k for k, other in enumerate(names) if other == name])
+        found.append(judge(images[mine], name)["modes"])
+    return float(np.mean(found))
+
+
+def scores(out, art):
+    """Modes of a prompt, and conditional RKE of the set."""
+    images, names, found = contents(out)
+    return {**found, "modes": modes(images, names, art.judge)}
+
+
+def steady(out):
+    """Images a second and worker, while all workers make images; None if there is no such time.
+
+    That is from the time when each worker has committed its first batch, to the first of their last commits.
+    """
+    commits = {}
+    for path in sorted((out / ".kspec" / "epoch-000").glob("rank-*/*.safetensors")):
+        about = read_tensors(path, "batch")[1]
+        commits.setdefault(about["lease"]["worker"], []).append((path.stat().st_mtime, len(about["rows"])))
+    start, end = max(min(c)[0] for c in commits.values()), min(max(c)[0] for c in commits.values())
+    made = sum(n for c in commits.values() for when, n in c if start < when <= end)
+    return made / (end - start) / len(commits) if end > start else None
+
+
+def chosen_prompts(args):
+    """Prompts of the emoji, from a file if that is given."""
+    if args.prompts_file is not None and args.prompts_file.exists():
+        return args.prompts_file.read_text().splitlines()[: args.prompts]
     from effect import Art
     from synthesis import subjects
 
-    art = Art(args.data)
-    prompts = subjects(art.entries, args.prompts, 4)
-    found = {"settings": {"prompts": args.prompts, "images": args.images, "steps": args.steps}}
-    for name, number, kill in [
-        ("one process", None, False), ("1 worker", 1, False), ("2 workers", 2, False), ("2 workers, killed", 2, True),
-        ("4 workers, killed", 4, True),
-    ]:  # fmt: skip
+    prompts = subjects(Art(args.data).entries, args.prompts, 4)
+    if args.prompts_file is not None:
+        args.prompts_file.write_text("\n".join(prompts) + "\n")
+    return prompts
+
+
+ROWS = {  # workers, and whether some are killed
+    "one process": (None, False), "1 worker": (1, False), "2 workers": (2, False), "4 workers": (4, False),
+    "8 workers": (8, False), "2 workers, killed": (2, True), "4 workers, killed": (4, True), "8 workers, killed": (8, True),
+}  # fmt: skip
+
+
+def workers(args):
+    """One process, and 1, 2, 4 and 8 workers with and without kills; yields after each of them."""
+    prompts = chosen_prompts(args)
+    about = {"prompts": len(prompts), "images": args.images, "steps": args.steps, "cores": os.cpu_count()}
+    found = {"settings": about}
+    art, pixels, names_of = None, {}, {}
+    if args.pixels is None:
+        from effect import Art
+
+        art = Art(args.data)
+    for name in args.rows:
+        number, kill = ROWS[name]
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "set")
             seconds, cpu, kills = run_set(out, prompts, number, kill, args)
-            one = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "killed": kills, **scores(out, art)}
+            images, names, one = contents(out)
+            one = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "killed": kills, **one}
+            if number is not None and not kill:
+                one["steady"] = steady(out)
+        if art is not None:
+            one["modes"] = modes(images, names, art.judge)
+        else:
+            small = torch.nn.functional.avg_pool2d(255 * images, 2)
+            pixels[name], names_of[name] = small.round().byte().contiguous(), json.dumps(names)
+            save_file(pixels, args.pixels, names_of)
         found[name] = one
         print(name, one, flush=True)
-    return found
+        yield found
+
+
+def judge_kept(args):
+    """Add the modes of sets that ``workers --pixels`` made elsewhere, from its results and images in ``--kept``."""
+    from effect import Art
+
+    art, found = Art(args.data), {}
+    for folder in args.kept:
+        made = json.loads((folder / "elastic.json").read_text())["workers"]
+        with safe_open(folder / "elastic.safetensors", "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+                images = file.get_tensor(name).float().repeat_interleave(2, 2).repeat_interleave(2, 3) / 255
+                made[name]["modes"] = modes(images, json.loads(file.metadata()[name]), art.judge)
+        found |= made
+    yield {"settings": found.pop("settings"), **{name: found[name] for name in ROWS if name in found}}
+
+
+@contextmanager
+def batches_of_units(owners):
+    """A process whose batches end where those of a unit do; ``owners`` are the units of the prompts, by text."""
+
+    def find(self):
+        settings, jobs = self.settings, sorted(self.jobs, key=lambda job: owners[job.prompt.text])
+        return next_batch(jobs, settings.batch_size, settings.seed, lambda job: owners[job.prompt.text])
+
+    with mock.patch.object(Worker, "next_batch", find):
+        yield
 
 
 def seeds(args):
-    """Conditional RKE of one process and of one worker: several seeds, and whether images of a prompt fill its batches."""
+    """Conditional RKE of one process and of one worker: several seeds, and whether images of a prompt fill its batches.
+
+    Two controls tell why they differ: one process whose batches end where those of a unit do, and one worker with a
+    single unit of all prompts.
+    """
     from effect import Art
     from synthesis import subjects
 
     from kspec_guidance import load_demo_pipeline
-    from kspec_guidance.synthesis import synthesize
+    from kspec_guidance.synthesis import assignment, synthesize
 
     art, pipe = Art(args.data), load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     prompts = subjects(art.entries, args.prompts, 4)
     found = {"settings": {"prompts": args.prompts, "steps": args.steps, "batch": BATCH_SIZE}}
+
+    def one(images, seed, **more):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "set")
+            synthesize(
+                prompts, out, pipe, images_per_prompt=images, batch_size=BATCH_SIZE, seed=seed, exchange=4,
+                call={"num_inference_steps": args.steps, "guidance_scale": 5.0}, report=False, marks=False, **more,
+            )  # fmt: skip
+            path, owners = out / ".kspec" / "epoch-000" / assignment.PROMPTS, None
+            if path.exists():
+                owners = dict(zip(prompts, read_tensors(path, "prompts")[0]["owners"].tolist(), strict=True))
+            return contents(out)[2]["rke"], owners
+
     for seed in range(args.seeds):
         for images in (args.images, -(-args.images // BATCH_SIZE) * BATCH_SIZE):
-            for name, more in (("one process", {}), ("1 worker", {"workers": 1})):
-                with tempfile.TemporaryDirectory() as folder:
-                    out = Path(folder, "set")
-                    synthesize(
-                        prompts, out, pipe, images_per_prompt=images, batch_size=BATCH_SIZE, seed=seed, exchange=4,
-                        call={"num_inference_steps": args.steps, "guidance_scale": 5.0}, report=False, marks=False, **more,
-                    )  # fmt: skip
-                    rke = scores(out, art)["rke"]
-                found.setdefault(f"{images} images", {}).setdefault(name, []).append(rke)
-                print(seed, images, name, round(rke, 4), flush=True)
-    return found
+            rke = {"one process": one(images, seed)[0]}
+            rke["1 worker"], owners = one(images, seed, workers=1)
+            with batches_of_units(owners):
+                rke["one process, batches of units"] = one(images, seed)[0]
+            with mock.patch.object(assignment, "bundles", lambda groups, goals, largest: [list(range(len(goals)))]):
+                rke["1 worker, one unit"] = one(images, seed, workers=1)[0]
+            for name, value in rke.items():
+                found.setdefault(f"{images} images", {}).setdefault(name, []).append(value)
+            print(seed, images, {name: round(value, 4) for name, value in rke.items()}, flush=True)
+            yield found
 
 
 # -- simulation --------------------------------------------------------------------------------------------------------
@@ -226,7 +332,7 @@ def simulation(args):
     found["storage"], found["seconds"] = storage(), time.perf_counter() - start
     for name, values in found.items():
         print(name, values)
-    return found
+    yield found
 
 
 # -- page --------------------------------------------------------------------------------------------------------------
@@ -235,23 +341,34 @@ def simulation(args):
 def page(results):
     """Tables for docs/scaling.md."""
     found, parts = results["workers"], {}
-    one = found["one process"]
-    rows = [
-        [name, *(str(f[k]) for k in ("killed", "images", "twice")),
-         f"{f['modes']:.2f} ({f['modes'] / one['modes'] - 1:+.1%})",
-         f"{f['rke']:.3f} ({f['rke'] / one['rke'] - 1:+.1%})", f"{f['seconds']:.0f}", f"{f['cpu_seconds']:.0f}"]
-        for name, f in found.items() if name != "settings"
-    ]  # fmt: skip
+    one, alone = found["one process"], found["1 worker"]
+    rows, costs = [], []
+    for name in filter(found.get, ROWS):
+        f = found[name]
+        modes = f"{f['modes']:.2f} ({f['modes'] / one['modes'] - 1:+.1%})"
+        rke = f"{f['rke']:.3f} ({f['rke'] / one['rke'] - 1:+.1%})"
+        seconds = [f"{f['seconds']:.0f}", f"{f['cpu_seconds']:.0f}"]
+        rows.append([name, *(str(f[k]) for k in ("killed", "images", "twice")), modes, rke, *seconds])
+        if f.get("steady"):
+            number = ROWS[name][0]
+            whole = alone["seconds"] / f["seconds"] / number
+            costs.append([name, f"{f['images'] / f['seconds']:.2f}", f"{whole:.0%}", f"{number * f['steady']:.2f}",
+                          f"{f['steady'] / alone['steady']:.0%}"])  # fmt: skip
     head = ["", "killed", "images", "twice", "modes of a prompt", "conditional RKE", "seconds", "of processors"]
     parts["elastic"] = table(head, rows)
+    head = ["", "images a second", "efficiency", "while all make images", "efficiency"]
+    parts["efficiency"] = table(head, costs)
     rows = []
     for name, f in results["seeds"].items():
         if name != "settings":
-            one, worker = np.array(f["one process"]), np.array(f["1 worker"])
-            ratios = 100 * (worker / one - 1)
-            spread = f"{ratios.mean():+.1f}% ({ratios.min():+.1f} to {ratios.max():+.1f})"
-            rows.append([name, *(f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})" for v in (one, worker)), spread])
-    parts["seeds"] = table(["of each prompt", "one process", "1 worker", "difference, same seed"], rows)
+            plain = np.array(f["one process"])
+            for other, values in f.items():
+                v = np.array(values)
+                ratios = 100 * (v / plain - 1)
+                spread = f"{ratios.mean():+.1f}% ({ratios.min():+.1f} to {ratios.max():+.1f})"
+                row = [name, other, f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})"]
+                rows.append([*row, "" if other == "one process" else spread])
+    parts["seeds"] = table(["of each prompt", "", "conditional RKE", "difference to one process, same seed"], rows)
     rows = [
         [name, f"{f['rke']:.1f}", f"{f.get('of_one', 1):.3f}", f"{f['modes']:.0f}"]
         for name, f in results["simulation"].items() if isinstance(f, dict) and "modes" in f
@@ -274,12 +391,17 @@ def page(results):
 
 
 PARTS = {"workers": workers, "seeds": seeds, "simulation": simulation}
+KEPT = {"kept": judge_kept}  # what makes the part "workers" of sets that were made elsewhere
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join([*PARTS, *KEPT]))
     parser.add_argument("--data", type=Path, default=Path(".cache_data"))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="of ``workers``")
+    parser.add_argument("--prompts-file", type=Path, help="keeps the prompts of ``workers``, for machines without the art")
+    parser.add_argument("--pixels", type=Path, help="keeps small images of ``workers``, whose modes are not counted then")
+    parser.add_argument("--kept", type=Path, nargs="+", help="folders with elastic.json and elastic.safetensors")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/elastic.json"))
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--images", type=int, default=10, help="for each prompt")
@@ -290,8 +412,9 @@ def main():
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.parts:
-        results[name] = PARTS[name](args)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        for found in (PARTS | KEPT)[name](args):
+            results["workers" if name in KEPT else name] = found
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.page is not None:
         fill(args.page, page(results))
 
