@@ -5,12 +5,15 @@ python -m benchmarks.arena --small --out outputs/arena      # a small version, m
 python -m benchmarks.arena --beds emoji --methods plain "SPARKE, ours"
 python -m benchmarks.arena --beds mixture-32 --seeds 100 --tuned-from benchmarks/results/arena \
     --out benchmarks/results/arena/equal    # fronts of the settings that are tuned there, on more seeds
+OMP_NUM_THREADS=1 python -m benchmarks.arena --beds emoji-transformer --jobs 11    # on eleven cores; the same figures
 """
 
 import argparse
 import functools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +22,10 @@ from kspec_guidance.bench.methods import METHODS
 from .beds import BEDS
 from .harness import Record, front, mean, plain, take_tuned, tune
 from .quality import quality_goal
+from .workers import Workers
 
 ROOT = Path(__file__).parents[2]
+TOGETHER = 4  # methods measured at the same time with several jobs, so that few jobs wait for the last case of a trial
 
 
 def main() -> None:
@@ -35,6 +40,7 @@ def main() -> None:
     parser.add_argument("--goal", choices=["validity", "quality"], default="validity", help="tune for modes at equal what")
     parser.add_argument("--tuned-from", type=Path, help="folder of results whose tuned settings are taken, without tuning")
     parser.add_argument("--docs", type=Path, help="write the pages and figures into this folder at the end")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cases of a bed; 1: this one")
     parser.add_argument("--small", action="store_true", help="few trials, prompts and images: checks that everything works")
     args = parser.parse_args()
     if args.small:
@@ -56,27 +62,44 @@ def main() -> None:
         if args.tuned_from is not None:
             take_tuned(record, Record(args.tuned_from, bed))
         goal = functools.partial(quality_goal, bed) if args.goal == "quality" else None
+        if args.jobs > 1:
+            bed.workers = Workers(name, bed.images, args.jobs)
         base = plain(bed, record, "report", args.seeds)
         print(f"{bed.name}: plain {mean(base[bed.diversity]):.2f} {bed.diversity}, "
               f"{mean(base[bed.fidelity]):.3f} {bed.fidelity}, {mean(base['seconds']):.2f} s", flush=True)  # fmt: skip
-        for method in args.methods:
-            if method == "plain" or not bed.fits(METHODS[method]):
-                continue
-            began = time.perf_counter()
-            if args.tuned_from is not None and METHODS[method].tuned and "tuned" not in record.of(method):
-                continue
-            tuned = tune(bed, method, record, args.trials, args.tune_seeds, goal)
-            front(bed, method, record, args.strengths, args.seeds)
-            points = "  ".join(
-                f"{p['strength']:.3g}: {mean(p['cases'][bed.diversity]):.2f} / {mean(p['cases'][bed.fidelity]):.3f}"
-                for p in sorted(record.of(method)["front"], key=lambda p: p["strength"])
-            )
-            short = {k: round(v, 3) for k, v in tuned.items()}
-            print(f"  {method:26} {points}   {short}   {time.perf_counter() - began:.0f} s", flush=True)
+        methods = [m for m in args.methods if m != "plain" and bed.fits(METHODS[m])]
+        if args.tuned_from is not None:
+            methods = [m for m in methods if not METHODS[m].tuned or "tuned" in record.of(m)]
+        measured = functools.partial(measure_method, args, bed, record, goal)
+        if bed.workers is None:
+            for method in methods:
+                measured(method)
+            continue
+        if any("tuned" not in record.data["methods"].get(m, {}) for m in methods):
+            plain(bed, record, "tune", args.tune_seeds)  # once, before several methods ask for it
+        with ThreadPoolExecutor(TOGETHER) as threads:
+            waiting = [threads.submit(measured, method) for method in methods]
+        bed.workers.close()
+        for done in waiting:  # a method that failed did not stop the others
+            done.result()
     if args.docs is not None:
         from .page import write
 
         write(args.out, args.docs)
+
+
+def measure_method(args: argparse.Namespace, bed: Any, record: Record, goal: Any, method: str) -> None:
+    """Tune a method, measure its front, and print a line of both."""
+    torch.set_grad_enabled(False)  # of this thread
+    began = time.perf_counter()
+    tuned = tune(bed, method, record, args.trials, args.tune_seeds, goal)
+    front(bed, method, record, args.strengths, args.seeds)
+    points = "  ".join(
+        f"{p['strength']:.3g}: {mean(p['cases'][bed.diversity]):.2f} / {mean(p['cases'][bed.fidelity]):.3f}"
+        for p in sorted(record.of(method).get("front", []), key=lambda p: p["strength"])
+    )
+    short = {k: round(v, 3) for k, v in tuned.items()}
+    print(f"  {method:26} {points}   {short}   {time.perf_counter() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

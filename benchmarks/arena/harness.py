@@ -1,17 +1,21 @@
 """Run methods on beds: tuning, fronts, and their record on disk, from which an interrupted run continues."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kspec_guidance.bench.fronts import LOSS as FIDELITY_LOSS
 from kspec_guidance.bench.methods import METHODS, Method, Real, Whole
+from kspec_guidance.utils.atomic_io import replacing
 
 from .beds.base import Bed, Case
 
@@ -42,16 +46,26 @@ def measure_all(
     """The same, and a function that computes the figures of several cases together: ``pooled`` and ``distances``."""
     found: dict[str, list[float]] = {}
     rows = []
-    for case in cases:
-        began = time.perf_counter()
-        samples = bed.sample(make(), case)
-        seconds = time.perf_counter() - began
-        samples = torch.nan_to_num(samples, 0.0, 1e3, -1e3)  # a run that diverged is judged as it is
-        rows.append(bed.rows(samples))
-        for k, v in {**bed.figures(rows[-1], case), "seconds": seconds}.items():
+    each = (
+        (measure_one(bed, make, case) for case in cases)
+        if bed.workers is None
+        else bed.workers.measure(measure_one, make, cases)
+    )
+    for own, figures in each:
+        rows.append(own)
+        for k, v in figures.items():
             found.setdefault(k, []).append(v)
     together = list(cases)
     return found, lambda: {"pooled": bed.pooled(rows, together), "distances": bed.distances(rows, together)}
+
+
+def measure_one(bed: Bed, make: Callable[[], Method], case: Case) -> tuple[Tensor, dict[str, float]]:
+    """Feature rows of the samples of one case, and its figures."""
+    began = time.perf_counter()
+    samples = bed.sample(make(), case)
+    seconds = time.perf_counter() - began
+    rows = bed.rows(torch.nan_to_num(samples, 0.0, 1e3, -1e3))  # a run that diverged is judged as it is
+    return rows, {**bed.figures(rows, case), "seconds": seconds}
 
 
 def mean(values: Sequence[float]) -> float:
@@ -66,14 +80,17 @@ class Record:
         self.data: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.data.setdefault("bed", bed.name)
         self.data.setdefault("methods", {})
+        self._lock = threading.Lock()
 
     def of(self, method: str) -> dict[str, Any]:
         return self.data["methods"].setdefault(method, {})
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        rounded = json.loads(json.dumps(self.data), parse_float=lambda s: float(f"{float(s):.5g}"))
-        self.path.write_text(json.dumps(rounded, separators=(",", ":")) + "\n")
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rounded = json.loads(json.dumps(self.data), parse_float=lambda s: float(f"{float(s):.5g}"))
+            with replacing(self.path) as fresh:
+                fresh.write_text(json.dumps(rounded, separators=(",", ":")) + "\n")
 
 
 def plain(bed: Bed, record: Record, half: str, seeds: int) -> dict[str, list[float]]:
@@ -117,7 +134,7 @@ def search(
             else trial.suggest_float(k, r.low, r.high, log=r.log)
             for k, r in ranges.items()
         }
-        found, together = measure_all(bed, lambda: make(**chosen), cases)
+        found, together = measure_all(bed, functools.partial(make, **chosen), cases)
         trial.set_user_attr("figures", {k: mean(found[k]) for k in (bed.diversity, bed.fidelity)})
         return aim(bed, found, base) if goal is None else goal(found, together())
 
@@ -164,6 +181,6 @@ def front(bed: Bed, name: str, record: Record, number: int, seeds: int) -> None:
         if any(abs(p["strength"] - v) <= 1e-3 * max(1e-3, abs(v)) for p in done):  # records are rounded
             continue
         chosen = {**tuned, cls.strength: v}
-        found, together = measure_all(bed, lambda c=chosen: cls(**c), bed.cases("report", seeds))
+        found, together = measure_all(bed, functools.partial(cls, **chosen), bed.cases("report", seeds))
         done.append({"strength": v, "cases": found, **together()})
         record.save()

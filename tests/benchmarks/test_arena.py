@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -330,6 +331,24 @@ def test_the_small_arena_runs_and_does_not_measure_twice(tmp_path: Path) -> None
     page = (tmp_path / "docs" / "arena.md").read_text()
     assert "OSCAR" in page
     assert "digits" in page
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forks")
+def test_cases_on_several_processes_have_the_figures_of_one(tmp_path: Path) -> None:
+    def figures(data: Any) -> Any:
+        if isinstance(data, dict):
+            return {k: figures(v) for k, v in data.items() if k != "seconds"}
+        return [figures(v) for v in data] if isinstance(data, list) else data
+
+    found = []
+    for jobs in ("1", "2"):
+        command = [sys.executable, "-m", "benchmarks.arena", "--small", "--out", str(tmp_path / jobs), "--jobs", jobs,
+                   "--beds", "mixture-8", "--methods", "plain", "OSCAR", "SPARKE, ours"]  # fmt: skip
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        (path,) = (tmp_path / jobs).glob("*.json")
+        found.append(figures(json.loads(path.read_text())))
+    assert found[0] == found[1]
 
 
 def test_blocks_hold_successive_seeds_of_one_prompt():

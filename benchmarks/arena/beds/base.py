@@ -59,6 +59,7 @@ class Bed:
     guidance_scale: float = 1.0
     has: ClassVar[frozenset[str]] = frozenset({"features", "guidance", "images", "prompts"})
     pipe: Any
+    workers: Any = None  # processes that measure cases in place of this one
 
     def prompts(self, half: str) -> list[str]:
         """Prompts of ``"tune"`` or ``"report"``; the two are disjoint."""
