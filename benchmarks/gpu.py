@@ -1,19 +1,23 @@
 """What guidance costs on a CUDA device: SD 1.5-, SDXL- and Flux-sized pipelines with random weights in bfloat16.
 
-    python benchmarks/gpu.py             all rows, five minutes on an H100; writes results/gpu.json and docs/gpu.md
-    python benchmarks/gpu.py SDXL        the rows of models whose name contains the word
-    python benchmarks/gpu.py page        the table of docs/gpu.md from the results
+    python benchmarks/gpu.py                 all rows; writes results/gpu.json and docs/gpu.md
+    python benchmarks/gpu.py --seconds 150   no row is begun later than this; what is left out is listed
+    python benchmarks/gpu.py SDXL            the rows whose model contains the word; ``arithmetic`` for those without one
+    python benchmarks/gpu.py --repeats 1     fewer pairs of calls
+    python benchmarks/gpu.py page            the tables of docs/gpu.md from the results
 
 Whole pipelines run from given prompt embeddings to latents. Plain and guided calls alternate; a row has the medians of
-their times per step, the peak of allocated memory, and the number of calls that waited for the device, as CUDA reports it.
+their times per step, the time between CUDA events around the guidance, the peak of allocated memory, and how often a call
+waited for the device, as CUDA reports it. A second table has the arithmetic of a step without a pipeline: queued as usual,
+and as a replayed CUDA graph. Rows of memories are random, of the prompt of the call, so that all of them count.
 """
 
+import argparse
 import gc
 import json
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,10 +28,12 @@ import torch
 from pages import fill, table
 
 from kspec_guidance import SPARKE, MemoryBank, VendiGuidance
+from kspec_guidance.memory import selection
+from tests.gpu.steps import Step, captured, waits
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
-STEPS, REPEATS, DTYPE = 8, 2, torch.bfloat16
+STEPS, DTYPE = 8, torch.bfloat16
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -101,20 +107,34 @@ def compiled(pipe: Any) -> None:
     denoiser(pipe).compile_repeated_blocks(fullgraph=True)
 
 
-PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {"SD 1.5": sd15, "Flux": flux, "SDXL": sdxl}
+PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {"SDXL": sdxl, "Flux": flux, "SD 1.5": sd15}
 GUIDES: dict[str, Callable[[], Any]] = {
     "SPARKE()": SPARKE,
-    "SPARKE(), 1,000 rows in memory": lambda: SPARKE(memory=MemoryBank()),
+    "SPARKE(), 1,000 rows": SPARKE,
+    "SPARKE(), 10,000 rows": SPARKE,
+    "SPARKE(), 10,000 rows on the device": lambda: SPARKE(memory=MemoryBank(device="cuda")),
     "VendiGuidance()": VendiGuidance,
+    "VendiGuidance(), 1,000 rows": VendiGuidance,
     'SPARKE(space="pooled")': lambda: SPARKE(space="pooled"),
     'SPARKE(space="pixels")': lambda: SPARKE(space="pixels"),
 }
 ALL = tuple(GUIDES)
-MODES: dict[str, tuple[Callable[[Any], None], dict[str, tuple[str, ...]]]] = {  # change, guides
-    "on the device": (lambda pipe: None, {"SD 1.5": ALL, "Flux": ALL[:2], "SDXL": (*ALL[:2], ALL[-1])}),
-    "compiled blocks": (compiled, {"SD 1.5": ALL[:1], "Flux": ALL[:1]}),
-    "model offload": (lambda pipe: pipe.enable_model_cpu_offload(), {"SDXL": ALL[:1]}),
+SIZES = (*ALL[:2], ALL[3])
+PLAN: list[tuple[str, str, tuple[str, ...]]] = [  # the most important rows first
+    ("SDXL", "on the device", (*SIZES, ALL[4], ALL[6], ALL[2])),
+    ("Flux", "on the device", SIZES),
+    ("SD 1.5", "on the device", (*SIZES, *ALL[4:])),
+    ("SDXL", "model offload", ALL[:1]),
+    ("SD 1.5", "compiled blocks", ALL[:1]),
+    ("Flux", "compiled blocks", ALL[:1]),
+]
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "on the device": lambda pipe: None,
+    "compiled blocks": compiled,
+    "model offload": lambda pipe: pipe.enable_model_cpu_offload(),
 }
+SAMPLES = {"SDXL": (2, 4, 128, 128), "Flux": (1, 4096, 64), "SD 1.5": (4, 4, 64, 64)}  # of the pipelines above
+BLOCKS_MB = (8, 16, 32, 64, 128)
 
 
 class Call:
@@ -133,106 +153,216 @@ class Call:
         self.peak = torch.cuda.max_memory_allocated() / 1e9
 
 
-def waits(pipe: Any, arguments: dict[str, Any], guide: Any = None) -> int:
-    """How often a call waits for the device."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            Call(pipe, arguments, guide)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(w.message) for w in caught)
+def number_of_rows(name: str) -> int:
+    """The rows of memory in the name of a guide; 0 for what an earlier call left."""
+    return int(name.split(", ")[1].split()[0].replace(",", "")) if "rows" in name else 0
+
+
+def fill_memory(bank: MemoryBank, rows: int, prompt: torch.Tensor) -> None:
+    """Add random rows of one prompt."""
+    part = max(1, min(rows, (256 << 20) // (4 * torch.Size(bank.shape).numel())))
+    while len(bank) < rows:
+        n = min(part, rows - len(bank))
+        bank.add(torch.randn(n, *bank.shape, device="cuda"), prompt.expand(n, -1))
 
 
 def filled(name: str, pipe: Any, arguments: dict[str, Any]) -> Any:
-    """A guide of this name that remembers one earlier call, and 1,000 random rows of its prompt if the name says so."""
+    """A guide of this name that remembers one earlier call, and random rows of its prompt if the name says so."""
     guide = GUIDES[name]()
     Call(pipe, arguments, guide)
-    if "1,000 rows" in name:
-        bank = guide.memory
-        for _ in range(10):
-            bank.add(torch.randn(100, *bank.shape, device="cuda"), bank.prompts[:1].to("cuda").expand(100, -1))
+    if number_of_rows(name):
+        fill_memory(guide.memory, number_of_rows(name), guide.memory.prompts[:1].to("cuda"))
     guide.remember = False  # all repeats have the same memory
     return guide
 
 
-def measure(pipe: Any, arguments: dict[str, Any], name: str) -> dict[str, Any]:
+def place(memory: Any) -> str:
+    """Where the rows of a memory are, and their size."""
+    store = memory._store
+    return f"{store.device.type}, {store.nbytes / 1e6:.0f} MB"
+
+
+def measure(pipe: Any, arguments: dict[str, Any], name: str, repeats: int, plain_waits: Any) -> dict[str, Any]:
     """Plain and guided calls in turn."""
     guide = filled(name, pipe, arguments)
-    Call(pipe, arguments)
-    pairs = [(Call(pipe, arguments), Call(pipe, arguments, guide)) for _ in range(REPEATS)]
+    found = waits(lambda: Call(pipe, arguments, guide)) - plain_waits
+    pairs = [(Call(pipe, arguments), Call(pipe, arguments, guide)) for _ in range(repeats)]
     plain, moved = pairs[-1]
     if not torch.isfinite(moved.latents).all() or torch.equal(moved.latents, plain.latents):
         raise RuntimeError("guidance gave no other finite latents")
     steps = guide.report().steps_guided
     base = statistics.median(p.seconds for p, _ in pairs)
-    added = statistics.median(m.seconds - p.seconds for p, m in pairs)
+    added = [(m.seconds - p.seconds) * STEPS / steps for p, m in pairs]
+    events = guide.report().seconds / steps
     return {
         "images": len(moved.latents),
+        "rows": len(guide.memory),
+        "memory": place(guide.memory),
+        "guided_steps": steps,
         "step_ms": base * 1e3,
-        "added_ms": added * STEPS / steps * 1e3,
-        "share": added / base,
+        "added_ms": statistics.median(added) * 1e3,
+        "added_ms_range": [min(added) * 1e3, max(added) * 1e3],
+        "share": statistics.median(added) / base,
+        "events_ms": events * 1e3,
+        "events_share": events / base,
         "peak_extra_gb": moved.peak - plain.peak,
-        "reported_ms": guide.report().seconds / steps * 1e3,
-        "waits_per_guided_step": (waits(pipe, arguments, guide) - waits(pipe, arguments)) / steps,
+        "waits_per_guided_step": sum(found.values()) / steps,
+        "waits": dict(found.most_common(12)),
     }
 
 
-def run(words: list[str]) -> dict[str, Any]:
+def milliseconds(call: Callable[[], Any], seconds: float = 0.15) -> float:
+    """The time of a call, from many that are queued together."""
+    call()
+    torch.cuda.synchronize()
+    began, count = time.perf_counter(), 0
+    while count < 3 or time.perf_counter() - began < seconds:
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        count += 3
+    return (time.perf_counter() - began) / count * 1e3
+
+
+@torch.no_grad()
+def arithmetic(model: str, rows: int) -> dict[str, Any]:
+    """One step of the default guide at this size: as in a run, without its read, and as a CUDA graph."""
+    shape = SAMPLES[model]
+    x, prompt = torch.randn(shape, device="cuda"), torch.nn.functional.normalize(torch.randn(1, 768, device="cuda"))
+    guide = SPARKE(memory=MemoryBank(device="cuda"))
+    guide.memory.bind(shape[1:], "x0", "e")
+    if rows:
+        fill_memory(guide.memory, rows, prompt)
+    prompts = prompt.expand(len(x), -1).clone()
+    step, reading = Step(guide, x, prompts), Step(guide, x, prompts, reading=True)
+    expected = step().clone()
+    graph, result = captured(step)
+    graph.replay()
+    read = 2 * rows * x[0].numel() * 4 / 1e9  # each row is used twice
+    found: dict[str, Any] = {
+        "rows": rows,
+        "numbers": list(shape),
+        "step_ms": milliseconds(reading),
+        "queued_ms": milliseconds(step),
+        "graph_ms": milliseconds(graph.replay),
+        "difference": float((result - expected).norm() / expected.norm().clamp_min(1e-12)),
+        "waits": dict(waits(reading)),
+    }
+    found["gb_per_s"] = read / found["graph_ms"] * 1e3
+    if rows:
+        before = selection.BLOCK_BYTES_GPU
+        found["graph_ms_by_block_mb"] = {}
+        for size in BLOCKS_MB:
+            selection.BLOCK_BYTES_GPU = size << 20
+            try:
+                replay = captured(Step(guide, x, prompts))[0].replay
+                found["graph_ms_by_block_mb"][str(size)] = milliseconds(replay, 0.05)
+            finally:
+                selection.BLOCK_BYTES_GPU = before
+    return found
+
+
+def record_row(record: dict[str, Any], part: str, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
+    """Add a row and its error, if there is one, and write the results."""
+    began = time.perf_counter()
+    try:
+        row |= work()
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"[:500]
+    row["seconds"] = time.perf_counter() - began
+    print(" | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+    record[part].append(row)
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def run(words: list[str], seconds: float, repeats: int) -> dict[str, Any]:
     """All rows, written after each."""
+    began = time.perf_counter()
     versions = {"torch": torch.__version__.partition("+")[0], "diffusers": diffusers.__version__}
-    record: dict[str, Any] = {"device": torch.cuda.get_device_name(), "steps": STEPS} | versions | {"rows": []}
-    for model, make in PIPELINES.items():
+    record: dict[str, Any] = {"device": torch.cuda.get_device_name(), "steps": STEPS, "repeats": repeats} | versions
+    record |= {"arithmetic": [], "rows": [], "left_out": []}
+
+    def late() -> bool:
+        return time.perf_counter() - began > seconds
+
+    for model in SAMPLES if not words or "arithmetic" in words else ():
+        for rows in (0, 1000, 10_000):
+            if late():
+                record["left_out"].append([model, "arithmetic", f"{rows} rows"])
+            else:
+                record_row(record, "arithmetic", {"model": model}, lambda m=model, r=rows: arithmetic(m, r))  # type: ignore[misc]
+    pipelines: dict[str, Any] = {}
+    for model, mode, names in PLAN:
         if words and not any(word in model for word in words):
             continue
-        for mode, (change, guides) in MODES.items():
-            if model not in guides:
+        if late():
+            record["left_out"] += [[model, mode, name] for name in names]
+            continue
+        pipelines.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        pipelines["now"] = pipe, arguments = PIPELINES[model]()
+        pipe.set_progress_bar_config(disable=True)
+        CHANGES[mode](pipe)
+        Call(pipe, arguments)  # compiles, and chooses algorithms
+        plain_waits = waits(lambda p=pipe, a=arguments: Call(p, a))  # type: ignore[misc]
+        for name in names:
+            if late():
+                record["left_out"].append([model, mode, name])
                 continue
-            pipe, arguments = make()
-            pipe.set_progress_bar_config(disable=True)
-            change(pipe)
-            for name in guides[model]:
-                row: dict[str, Any] = {"model": model, "mode": mode, "guide": name}
-                try:
-                    row |= measure(pipe, arguments, name)
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {error}"[:300]
-                print(" | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
-                record["rows"].append(row)
-                RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-            del pipe
-            gc.collect()
-            torch.cuda.empty_cache()
+            row = {"model": model, "mode": mode, "guide": name}
+            record_row(record, "rows", row, lambda p=pipe, a=arguments, n=name, w=plain_waits: measure(p, a, n, repeats, w))  # type: ignore[misc]
+        del pipe
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 
 def page(record: dict[str, Any]) -> None:
-    """Write the table into docs/gpu.md."""
+    """Write the tables into docs/gpu.md."""
     cells = [
         [
-            r["model"], r["mode"], f"`{r['guide'].partition(', ')[0]}`" + r["guide"].partition("()")[2], str(r["images"]),
-            f"{r['step_ms']:.1f} ms", f"{r['added_ms']:.2f} ms", f"{r['share']:.1%}", f"{r['peak_extra_gb'] * 1e3:.0f} MB",
-            f"{r['waits_per_guided_step']:.1f}",
+            r["model"], r["mode"], f"`{r['guide'].partition(', ')[0]}`", str(r["images"]), f"{r['rows']:,} ({r['memory']})",
+            f"{r['step_ms']:.1f} ms", f"{r['added_ms']:.2f} ms", f"{r['share']:.1%}",
+            f"{r['events_ms']:.2f} ms", f"{r['peak_extra_gb'] * 1e3:.0f} MB", f"{r['waits_per_guided_step']:.1f}",
         ]
         if "error" not in r
-        else [r["model"], r["mode"], f"`{r['guide']}`", "", r["error"], "", "", "", ""]
+        else [r["model"], r["mode"], f"`{r['guide']}`", "", "", r["error"].partition("\n")[0], "", "", "", "", ""]
         for r in record["rows"]
     ]  # fmt: skip
-    head = "model, mode, guide, images, plain step, added to a guided step, share, extra memory, waits a guided step"
+    head = (
+        "model, mode, guide, images, rows in memory, plain step, added to a guided step, share, of that between events, "
+        "extra memory, waits a guided step"
+    )
+    bare = [
+        [
+            r["model"], ", ".join(map(str, r["numbers"])), f"{r['rows']:,}", f"{r['step_ms']:.2f} ms",
+            f"{r['queued_ms']:.2f} ms", f"{r['graph_ms']:.2f} ms",
+        ]
+        for r in record["arithmetic"]
+        if "error" not in r
+    ]  # fmt: skip
+    bare_head = "model, samples, rows on the device, a step, without its read, as a CUDA graph"
     versions = f"torch {record['torch']}, diffusers {record['diffusers']}"
-    about = f"{record['device']}, {versions}, bfloat16, {record['steps']} steps:\n\n"
-    fill(ROOT / "docs" / "gpu.md", {"gpu": about + table(head.split(", "), cells)})
+    about = f"{record['device']}, {versions}, bfloat16, {record['steps']} steps, "
+    about += f"medians of {record['repeats']} pairs of calls:\n\n"
+    parts = {"gpu": about + table(head.split(", "), cells), "gpu-arithmetic": table(bare_head.split(", "), bare)}
+    fill(ROOT / "docs" / "gpu.md", parts)
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    if words == ["page"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    if given.words == ["page"]:
         page(json.loads(RESULTS.read_text()))
         return
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: nothing is measured")
-    page(run(words))
+    page(run(given.words, given.seconds, given.repeats))
 
 
 if __name__ == "__main__":

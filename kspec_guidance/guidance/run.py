@@ -22,6 +22,7 @@ from kspec_guidance.loop.context import ComingStep, StepContext
 from kspec_guidance.loop.prediction import Prediction, apply_move
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Gradient, Objective
+from kspec_guidance.utils.devices import transfer
 from kspec_guidance.utils.precision import full_precision
 from kspec_guidance.utils.timing import Stopwatch
 from kspec_guidance.utils.transfer import read
@@ -103,7 +104,7 @@ def ascent_direction(
         u = rows / size if objective.normalize else rows
         noise = None
         if seed is not None:
-            noise = jitter(len(u), u.shape[1], seed).to(u)
+            noise = transfer(jitter(len(u), u.shape[1], seed), u)
             noise = noise if objective.normalize else noise * size
         found = objective.gradient(u, prompts, memory, pairs=pairs, jitter=noise)
         g = found.rows

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+
+from kspec_guidance.utils.transfer import on_host
 
 if TYPE_CHECKING:
     from kspec_guidance.loop.context import StepContext, StepHandler
@@ -27,9 +28,9 @@ __all__ = [
     "predict",
     "realised_move",
     "supported_schedulers",
+    "time_of",
 ]
 
-_HOST_COPIES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of noise levels that a scheduler keeps on an accelerator
 Level = float | Tensor  # a tensor if tokens have different noise levels
 Arguments = Mapping[str, Any]  # the further arguments of ``scheduler.step``, by name
 
@@ -147,18 +148,7 @@ def _combine(a: Level, x: Tensor, b: Level, y: Tensor) -> Tensor:
 # -- the noise level of a step -----------------------------------------------------------------------------------------
 
 
-def _on_host(values: Tensor) -> Tensor:
-    """Values on the CPU. A tensor on an accelerator is copied once: schedulers replace their noise levels in each run."""
-    if values.device.type == "cpu":
-        return values
-    found = _HOST_COPIES.get(values)
-    version = 0 if values.is_inference() else values._version
-    if found is None or found[0] != version:
-        found = _HOST_COPIES[values] = version, values.detach().cpu()
-    return found[1]
-
-
-def _time(scheduler: Any, timestep: Tensor | float) -> float:
+def time_of(scheduler: Any, timestep: Tensor | float) -> float:
     """The timestep of a step, or the first of several; an element of ``scheduler.timesteps`` is read with all others."""
     times = getattr(scheduler, "timesteps", None)
     if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and isinstance(times, Tensor):
@@ -170,7 +160,7 @@ def _time(scheduler: Any, timestep: Tensor | float) -> float:
 
 
 def _at(values: Tensor, index: int) -> float:
-    return float(_on_host(values)[index])
+    return float(on_host(values)[index])
 
 
 def _step_index(scheduler: Any, timestep: Tensor | float) -> int:
@@ -195,12 +185,12 @@ def _flow_sigma(scheduler: Any, timestep: Tensor | float, arguments: Arguments) 
     if arguments.get("per_token_timesteps") is not None:  # with a condition image each token [n, l] has its own level
         return arguments["per_token_timesteps"].float()[..., None] / scheduler.config.num_train_timesteps
     if arguments.get("dmd_sigmas") is not None:  # Helios, distilled
-        times = _on_host(arguments["dmd_timesteps"]).double()
-        return _at(arguments["dmd_sigmas"], int((times - _time(scheduler, timestep)).abs().argmin()))
+        times = on_host(arguments["dmd_timesteps"]).double()
+        return _at(arguments["dmd_sigmas"], int((times - time_of(scheduler, timestep)).abs().argmin()))
     if type(scheduler).__name__ == "FlowMapEulerDiscreteScheduler":  # its step looks up the time, not the step index
         index = scheduler.index_for_timestep(timestep)
         if index is None:
-            return _time(scheduler, timestep) / scheduler.config.num_train_timesteps
+            return time_of(scheduler, timestep) / scheduler.config.num_train_timesteps
         return _at(scheduler.sigmas, int(torch.as_tensor(index).flatten()[0]))
     return _sigma(scheduler, timestep)
 
@@ -250,7 +240,7 @@ class VariancePreserving(Parametrisation):
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
         last = len(scheduler.alphas_cumprod) - 1
-        abar = _at(scheduler.alphas_cumprod, min(max(int(_time(scheduler, timestep)), 0), last))
+        abar = _at(scheduler.alphas_cumprod, min(max(int(time_of(scheduler, timestep)), 0), last))
         return abar**0.5, (1 - abar) ** 0.5
 
 
@@ -267,7 +257,7 @@ class VariancePreservingTime(Parametrisation):
     """alpha-bar as a function of a time in 0..1."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
-        time = torch.tensor([_time(scheduler, timestep)], dtype=torch.float64, device="cpu")
+        time = torch.tensor([time_of(scheduler, timestep)], dtype=torch.float64, device="cpu")
         abar = float(scheduler._alpha_cumprod(time, "cpu"))
         return abar**0.5, (1 - abar) ** 0.5
 
@@ -322,7 +312,7 @@ class FlowTowardData(Parametrisation):
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
         inverted = getattr(scheduler.config, "invert_sigmas", False)  # OmniGen
-        time = _sigma(scheduler, timestep) if inverted else _time(scheduler, timestep)
+        time = _sigma(scheduler, timestep) if inverted else time_of(scheduler, timestep)
         return time, 1 - time
 
     def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
@@ -336,7 +326,7 @@ class TrigFlow(Parametrisation):
         if hasattr(scheduler, "alphas"):
             index = _step_index(scheduler, timestep)
             return _at(scheduler.alphas, index), _at(scheduler.betas, index)
-        angle = torch.tensor(_time(scheduler, timestep), dtype=torch.float64, device="cpu")
+        angle = torch.tensor(time_of(scheduler, timestep), dtype=torch.float64, device="cpu")
         return float(angle.cos()), float(angle.sin())
 
     def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
@@ -347,7 +337,7 @@ class Score(Parametrisation):
     """``x = x0 + sigma noise``, the output the score."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
-        return 1.0, _at(scheduler.discrete_sigmas, int(_time(scheduler, timestep) * (len(scheduler.timesteps) - 1)))
+        return 1.0, _at(scheduler.discrete_sigmas, int(time_of(scheduler, timestep) * (len(scheduler.timesteps) - 1)))
 
     def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
         return 1.0, sigma**2
@@ -357,7 +347,7 @@ class KarrasVe(Parametrisation):
     """``x = x0 + sigma noise`` at a raised noise level, the output noise with the opposite sign."""
 
     def levels(self, scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> tuple[Level, Level]:
-        return 1.0, _time(scheduler, timestep)
+        return 1.0, time_of(scheduler, timestep)
 
     def coefficients(self, scheduler: Any, prediction_type: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
         return 1.0, sigma

@@ -19,9 +19,10 @@ from kspec_guidance.loop.callers import in_progress
 from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext, StepHandler
 from kspec_guidance.loop.layouts import Layout
 from kspec_guidance.loop.masks import mask_of_samples
-from kspec_guidance.loop.prediction import apply_move, parametrisation_of, predict
+from kspec_guidance.loop.prediction import apply_move, parametrisation_of, predict, time_of
 from kspec_guidance.loop.prompts import prompts_of_samples
 from kspec_guidance.utils.timing import Stopwatch
+from kspec_guidance.utils.transfer import on_host
 
 __all__ = ["MethodPatch", "SchedulerHook"]
 
@@ -357,6 +358,7 @@ def first_index(scheduler: Any, timestep: Any) -> int:
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
         return int(begin)
-    at = torch.as_tensor(timestep).flatten()[:1]
-    found = (scheduler.timesteps == at.to(scheduler.timesteps)).nonzero()
+    times = on_host(scheduler.timesteps)  # which parametrisations read anyway
+    at = torch.tensor(time_of(scheduler, timestep), dtype=torch.float64, device="cpu").to(times)
+    found = (times == at).nonzero()
     return int(found[0]) if len(found) else 0

@@ -15,7 +15,8 @@ from kspec_guidance.memory.base import Memory, exclusive
 from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.memory.selection import PromptWeights, Selection, prune
 from kspec_guidance.memory.store import DTYPES, RowStore
-from kspec_guidance.utils.devices import free_bytes, resolve_device, transfer
+from kspec_guidance.utils.devices import free_bytes, resolve_device, send, transfer
+from kspec_guidance.utils.transfer import on_host
 
 __all__ = ["MemoryBank"]
 
@@ -317,7 +318,7 @@ class MemoryBank(Memory):
         if prompt_features is None or prompt_weights is None or self.prompt_dim is None:
             return Selection(self._store, None, None if age is None else age.float()[None], norms, normalize)
         ids, distinct = self._ids[:n].long(), self._distinct[: self._prompts]
-        t = as_float(prompt_features.detach().cpu())
+        t = as_float(on_host(prompt_features))
         weights = prompt_weights(t, distinct.to(t))
         counts = torch.bincount(ids, age, minlength=self._prompts)
         keep = prune(weights, counts, tolerance)
@@ -327,7 +328,7 @@ class MemoryBank(Memory):
         weights = weights[:, ids]
         if age is not None:
             weights = weights * age.to(weights)
-        weights = weights.to(prompt_features.device)
+        weights = send(weights, prompt_features.device)
         return Selection(self._store, indices, weights, norms, normalize, prompts=(distinct, ids))
 
     # -- merging and files -------------------------------------------------------------------------------------------

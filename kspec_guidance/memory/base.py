@@ -13,6 +13,7 @@ from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.utils.devices import normal, normal_tensors
 from kspec_guidance.utils.hashing import same_network
+from kspec_guidance.utils.transfer import on_host
 
 if TYPE_CHECKING:
     from kspec_guidance.memory.selection import PromptWeights, Selection
@@ -35,12 +36,14 @@ def exclusive(method: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def _rows_of(x: Tensor, name: str) -> Tensor:
+def _rows_of(x: Tensor, name: str, read: bool = False) -> Tensor:
+    """Rows ``[n, d]``, on the host if they are to be read."""
     if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] == 0:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a tensor [n, ...] with n of at least 1, got {got}")
     if x.device.type == "meta":
         raise ValueError(f"{name} are on the device 'meta' and have no values; nothing was added")
+    x = on_host(x) if read else x
     return (x if x.is_floating_point() else x.float()).detach().flatten(1)
 
 
@@ -179,7 +182,7 @@ class Memory:
         if self.shape is not None and self.shape != shape:
             raise ValueError(f"memory holds features of shape {self.shape}, got {shape}; use a separate memory")
         if prompt_features is not None:
-            prompt_features = _rows_of(prompt_features, "prompt features")
+            prompt_features = _rows_of(prompt_features, "prompt features", read=True)
             if len(prompt_features) != len(rows):
                 raise ValueError(f"{len(rows)} samples but {len(prompt_features)} prompt features; pass one row per sample")
         if len(self):
@@ -189,7 +192,7 @@ class Memory:
                 got = "no prompts" if width is None else f"width {width}"
                 raise ValueError(f"memory holds {holds}, got {got}; use a separate memory, or clear() this one")
         if prompt_features is not None:
-            prompt_features = l2_normalize(check_finite(as_float(prompt_features.cpu()), "prompt features"))
+            prompt_features = l2_normalize(check_finite(as_float(prompt_features), "prompt features"))
         return rows, prompt_features, shape
 
     def _description(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from kspec_guidance.memory.base import Memory, check_finite, exclusive
 from kspec_guidance.memory.io import MemoryFileError, read_tensors, write_tensors
 from kspec_guidance.memory.selection import PromptWeights, Selection, prune
 from kspec_guidance.memory.store import RowStore
+from kspec_guidance.utils.devices import send
+from kspec_guidance.utils.transfer import on_host
 
 __all__ = ["CentroidMemory"]
 
@@ -162,10 +164,10 @@ class CentroidMemory(Memory):
         c, norms = self._used, torch.ones(self._used, device="cpu")
         if prompt_features is None or prompt_weights is None or self._prompts is None:
             return Selection(self._store, None, self.weights[None], norms, False, self._squares[:c])
-        t = as_float(prompt_features.detach().cpu())
+        t = as_float(on_host(prompt_features))
         weights = prompt_weights(t, self._prompts[:c].to(t))
         indices = prune(weights, self.weights, tolerance).nonzero().squeeze(1)
-        weights = (weights * self.weights.to(weights))[:, indices].to(prompt_features.device)
+        weights = send((weights * self.weights.to(weights))[:, indices], prompt_features.device)
         squares = self._squares[:c][indices]
         return Selection(self._store, indices, weights, norms[indices], False, squares, (self._prompts, indices))
 

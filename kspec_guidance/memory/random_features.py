@@ -11,6 +11,7 @@ from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.memory.base import Memory, check_finite, exclusive
 from kspec_guidance.memory.io import MemoryFileError, read_tensors, write_tensors
 from kspec_guidance.utils.devices import transfer
+from kspec_guidance.utils.transfer import on_host
 
 __all__ = ["RandomFeatureMemory"]
 
@@ -109,7 +110,7 @@ class RandomFeatureMemory(Memory):
             raise ValueError(
                 "this memory weights samples by their prompts; pass prompt_features, or set prompt_feature_map=None"
             )
-        psi = self.prompt_feature_map(l2_normalize(as_float(prompt_features.detach().cpu()))).double()
+        psi = self.prompt_feature_map(l2_normalize(as_float(on_host(prompt_features)))).double()
         return transfer(psi @ total.mT, like)
 
     def _key(self) -> list:

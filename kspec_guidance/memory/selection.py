@@ -10,7 +10,7 @@ from torch import Tensor
 from kspec_guidance.kernels import GaussianKernel, Kernel, RationalQuadraticKernel
 from kspec_guidance.kernels.distances import as_float, evenly_spaced, far_centre
 from kspec_guidance.memory.store import RowStore
-from kspec_guidance.utils.devices import free_bytes, normal_tensors, transfer
+from kspec_guidance.utils.devices import free_bytes, normal_tensors, send, transfer
 
 __all__ = ["PromptWeights", "Selection", "prune"]
 
@@ -150,7 +150,7 @@ class Selection:
         scale = self.vectors(like)[0]
         if scale is None:
             return rows
-        return rows * (scale if indices is None else scale[indices.to(scale.device)])[:, None]
+        return rows * (scale if indices is None else scale[send(indices, scale.device)])[:, None]
 
     def prompts(self, like: Tensor, indices: Tensor) -> Tensor | None:
         """Prompt features ``[k, p]`` of the rows at ``indices``, in the dtype and on the device of ``like``, or None."""
@@ -162,8 +162,8 @@ class Selection:
             features, ids = self._prompts
             with normal_tensors():
                 used, ids = ids.unique(return_inverse=True)
-                found = self._cached[key] = transfer(features[used], like), ids.to(like.device)
-        return found[0][found[1][indices.to(like.device)]]
+                found = self._cached[key] = transfer(features[used], like), send(ids, like.device)
+        return found[0][found[1][send(indices, like.device)]]
 
     def _rows_at(self, like: Tensor, indices: Tensor) -> Tensor:
         """The rows ``[k, d]`` at sorted ``indices``, not scaled, in the dtype and on the device of ``like``.
@@ -172,7 +172,7 @@ class Selection:
         """
         assert self.store is not None
         if self._is_copied(like):
-            return self._copy(like)[indices.to(like.device)]
+            return self._copy(like)[send(indices, like.device)]
         blocks = None if indices.device.type == "cpu" else self._plan(like)[1]
         if blocks is not None:
             return _take(blocks, indices)

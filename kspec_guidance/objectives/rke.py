@@ -22,6 +22,7 @@ from kspec_guidance.objectives.base import (
     need_prompt_feature_map,
     off_diagonal,
 )
+from kspec_guidance.utils.devices import transfer
 
 __all__ = ["RKE", "ConditionalRKE"]
 
@@ -74,7 +75,7 @@ class RKE(Objective):
         prompt_weights = None if self.prompt_kernel is None else PromptWeights(self.prompt_kernel)
         selection, count = self._select(t, memory, prompt_weights), inside.sum(1)
         if selection is not None:
-            count = count + selection.effective_count(len(x)).to(count)
+            count = count + transfer(selection.effective_count(len(x)), count)
         return Pairs(inside, selection, effective_count=count)
 
     def fit(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Objective:

@@ -13,6 +13,7 @@ from kspec_guidance.kernels.stationary import weighted_median
 from kspec_guidance.memory import Memory, PromptWeights
 from kspec_guidance.objectives.base import Gradient, Objective, Pairs, differentiable, off_diagonal
 from kspec_guidance.objectives.rke import DISTINCT
+from kspec_guidance.utils.devices import transfer
 from kspec_guidance.utils.transfer import read
 
 __all__ = ["Vendi"]
@@ -71,7 +72,7 @@ class Vendi(Objective):
         prompt_weights = None if self.prompt_kernel is None else PromptWeights(self.prompt_kernel)
         selection, count = self._select(t, memory, prompt_weights), inside.sum(1)
         if selection is not None:
-            count = count + selection.effective_count(len(x)).to(count)
+            count = count + transfer(selection.effective_count(len(x)), count)
         return VendiPairs(inside, selection, effective_count=count, prompts=t)
 
     def _rows(self, x: Tensor, pairs: VendiPairs) -> tuple[Tensor, Tensor | float]:
@@ -135,7 +136,7 @@ class Vendi(Objective):
             d2 = squared_distances(z)
         k = kernel.of_distances(d2)[0] if isinstance(kernel, GaussianKernel) else kernel(z)
         matrix, coincident = read(k * weights, coincident)  # the host computes eigenvalues, in float64
-        outer = self._matrix_gradient(matrix.double() / len(z)).to(x.dtype).to(x.device) * weights
+        outer = transfer(self._matrix_gradient(matrix.double() / len(z)), x) * weights
         outer.fill_diagonal_(0)  # k(z, z) is constant
         g, finite = kernel.vjp(z[:n], z, 2 * outer[:n]), bool(torch.isfinite(matrix).all())
         return Gradient(g, pairs.effective_count, coincident > 0, finite)

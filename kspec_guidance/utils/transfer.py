@@ -7,8 +7,25 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["read", "surely_none"]
+__all__ = ["on_host", "read", "surely_none"]
+
+_HOST_COPIES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of tensors on an accelerator, each with its version
+
+
+def on_host(values: Tensor) -> Tensor:
+    """Values on the CPU, for reading only. A tensor on an accelerator is copied once, for all that ask until it changes.
+
+    For what is constant in a run: the noise levels of a scheduler, which are replaced in each run, and prompt features.
+    """
+    if values.device.type == "cpu":
+        return values.detach() if values.requires_grad else values
+    found = _HOST_COPIES.get(values)
+    version = 0 if values.is_inference() else values._version
+    if found is None or found[0] != version:
+        found = _HOST_COPIES[values] = version, values.detach().cpu()
+    return found[1]
 
 
 def read(*tensors: Tensor) -> list[Tensor]:

@@ -52,7 +52,8 @@ class Loop:
     def __call__(self) -> Tensor:
         device, scheduler, place = self.device, self.scheduler, None if self.device is None else self.device.device
         run = self.guide._run = Run(self.guide)
-        hook = SchedulerHook(scheduler, run, lambda: CallContext(prompts=self._to(self.prompts), encoder="e"), self)
+        given = self._to(self.prompts)
+        hook = SchedulerHook(scheduler, run, lambda: CallContext(prompts=given, encoder="e"), self)
         original, finish = scheduler.step, run.finish
 
         def uncounted(*args: Any, **kwargs: Any) -> Any:

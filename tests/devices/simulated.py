@@ -3,7 +3,8 @@
 Emulated: operations compute real numbers, so whole runs can be compared with runs on the CPU. Modules move to the device
 and back, also by the hooks of accelerate and diffusers, and autograd works. As on a device, errors are raised for tensors
 of two devices, for generators of another device, for float64 on MPS, and for operations without a deterministic
-implementation. Copies to the host and other operations that wait for the device are counted, by their place in the package.
+implementation. Copies to the host and other operations that wait for the device are counted, by their place in the package;
+so are copies to CUDA that wait until it has done its earlier work, which are all that are not ``non_blocking``.
 
 Not emulated: kernels, so neither their rounding nor which dtypes they accept; streams, time and free memory; autocast; two
 devices at once. To the C++ side of torch a tensor is on ``lazy``, since it would ask a driver about any other device.
@@ -41,6 +42,7 @@ WAITING = {  # operations whose result, or its size, the host needs
     aten.linalg_qr.default,
 }
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+SENDING = {aten.where.self, *INDEXING}  # they copy numbers and indices of the CPU to the device
 COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default, aten.copy.default}
 NONDETERMINISTIC = {aten.cumsum.default, aten.cumsum_.default, aten._adaptive_avg_pool2d_backward.default}
 
@@ -177,7 +179,10 @@ class SimulatedDevice(TorchDispatchMode):
         if function in COPIES:
             if function in (aten.copy_.default, aten.copy.default):
                 on_device = isinstance(args[0], DeviceTensor)
-            if ours and not on_device:
+            source = args[0] if function is aten._to_copy.default else args[1]
+            sent = on_device and not isinstance(source, DeviceTensor) and self.device.type == "cuda"
+            blocking = not kwargs.get("non_blocking", len(args) > 2 and bool(args[2]))
+            if (ours and not on_device) or (sent and blocking):
                 self._count(function)
         else:
             others = [t for t in leaves if not isinstance(t, DeviceTensor) and t.ndim]
@@ -189,7 +194,8 @@ class SimulatedDevice(TorchDispatchMode):
             if function in INDEXING and not isinstance(args[0], DeviceTensor):
                 raise RuntimeError(f"{function}: indices on {self.device} of a tensor on the CPU")
             masks = [t for t in ours[1:] if t.dtype in (torch.bool, torch.uint8)] if function in INDEXING else []
-            if function in WAITING or masks:
+            sent = [t for t in leaves if not isinstance(t, DeviceTensor)] if ours and function in SENDING else []
+            if function in WAITING or masks or sent:
                 self._count(function)
             floating = bool(ours) and ours[0].is_floating_point()
             if function in NONDETERMINISTIC and floating and torch.are_deterministic_algorithms_enabled():

@@ -1,9 +1,5 @@
 """Guidance on a CUDA device, with true kernels, copies and offloading: ``make gpu``. Skipped on machines without one."""
 
-import warnings
-from collections import Counter
-from pathlib import Path
-
 import diffusers
 import numpy as np
 import pytest
@@ -16,6 +12,7 @@ from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.memory import CentroidMemory
 from tests import schedulers, tiny
 from tests.emoji import sample_latents
+from tests.gpu.steps import waits
 from tests.tiny import pipeline_checks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -200,24 +197,14 @@ def test_deterministic_algorithms(cuda_pipe, reference, monkeypatch):
 
 @pytest.mark.parametrize("name", [*SPARKE.PRESETS, "vendi, order 1", "mmd", "sum"])
 def test_a_guided_step_waits_for_the_device_at_most_once(cuda_pipe, reference, name):
-    """CUDA itself reports every call that waits for the device."""
+    """Beyond its steps a call waits a few times: prompts and timesteps, and the memory before and after."""
     guide = guides(reference)[name]
     sample_latents(cuda_pipe, guide=guide)
     sample_latents(cuda_pipe, guide=guide)
-    counts = []
-    for used in (None, guide):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                sample_latents(cuda_pipe, guide=used)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        found = [w for w in caught if "synchroniz" in str(w.message)]
-        counts.append(Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found))
-    plain, moved = (sum(c.values()) for c in counts)
+    plain = waits(lambda: sample_latents(cuda_pipe))
+    moved = waits(lambda: sample_latents(cuda_pipe, guide=guide))
     steps = guide.report().steps_guided
-    assert moved - plain <= steps + 10, f"{moved - plain} in {steps} steps: {counts[1] - counts[0]}"  # 10: prompts, memory
+    assert sum(moved.values()) - sum(plain.values()) <= steps + 10, f"{steps} steps: {moved - plain}"
 
 
 # -- offloading, casting, compilation ---------------------------------------------------------------------------------
