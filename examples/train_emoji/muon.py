@@ -45,26 +45,39 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Take a step. Nothing is read by the host, so that a CUDA graph can hold it; ``lr`` may be a tensor."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    (self._muon if group["muon"] else self._adam)(p, group)
+            trained = [p for p in group["params"] if p.grad is not None]
+            if not group["muon"]:
+                for p in trained:
+                    self._adam(p, group)
+                continue
+            shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
+            for p in trained:
+                shapes.setdefault((len(p), p.numel() // len(p)), []).append(p)
+            for shape, same in shapes.items():
+                self._muon(same, shape, group)
 
-    def _muon(self, p: Tensor, group: dict) -> None:
-        state = self.state[p]
-        m = state.setdefault("momentum", torch.zeros_like(p))
-        m.lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(m, group["momentum"]).reshape(len(p), -1)  # Nesterov
-        update = orthogonalise(update).mul_(0.2 * max(update.shape) ** 0.5)
-        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view(p.shape), alpha=group["lr"])
+    def _muon(self, parameters: list[nn.Parameter], shape: tuple[int, int], group: dict) -> None:
+        updates = []
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            m = self.state[p]["momentum"]
+            m.lerp_(p.grad, 1 - group["momentum"])
+            updates.append(p.grad.lerp(m, group["momentum"]).reshape(shape))  # Nesterov
+        lr = group["lr"]
+        scaled = orthogonalise(torch.stack(updates)) * (0.2 * max(shape) ** 0.5 * lr)
+        for p, update in zip(parameters, scaled, strict=True):
+            p.mul_(1 - lr * group["weight_decay"]).sub_(update.view(p.shape))
 
     def _adam(self, p: Tensor, group: dict) -> None:
-        state, (b1, b2) = self.state[p], group["betas"]
+        state, (b1, b2), lr = self.state[p], group["betas"], group["lr"]
         if not state:
-            state.update(step=torch.zeros(()), first=torch.zeros_like(p), second=torch.zeros_like(p))
-        state["step"] += 1
-        n = float(state["step"])
+            zeros = torch.zeros_like(p)
+            state.update(step=torch.zeros((), device=p.device), first=zeros, second=zeros.clone())
+        n = state["step"].add_(1)
         state["first"].lerp_(p.grad, 1 - b1)
         state["second"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
         scale = (state["second"] / (1 - b2**n)).sqrt_().add_(1e-8)
-        p.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(state["first"], scale, value=-group["lr"] / (1 - b1**n))
+        p.mul_(1 - lr * group["weight_decay"]).sub_(state["first"] / scale * (lr / (1 - b1**n)))
