@@ -69,7 +69,7 @@ class PolynomialKernel(Kernel):
         same = y is None
         x, y = check_pair(x, x if y is None else y)
         gamma = 1 / x.shape[-1] if self.gamma is None else self.gamma
-        return gamma * (own_products(x.mT) if same else x @ y.mT) + self.coef, gamma
+        return (gamma * (own_products(x.mT) if same else x @ y.mT)).add_(self.coef), gamma
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return self._base(x, y)[0].pow(self.degree)

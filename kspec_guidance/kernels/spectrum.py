@@ -45,7 +45,12 @@ def _by_scipy(x: Tensor) -> bool:
     (as much for 2,000), and it has products that compute one triangle of a symmetric result, which torch has not. Both
     have the same accuracy.
     """
-    return x.device.type == "cpu" and x.dtype == torch.float64 and not (x.requires_grad and torch.is_grad_enabled())
+    return x.dtype == torch.float64 and _on_host(x)
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether numpy can compute with ``x``: it is in the host's memory and needs no gradient."""
+    return x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ def largest_eigenvalues(matrix: Tensor, count: int, tolerance: float = 1e-9) -> 
 
 def own_products(a: Tensor) -> Tensor:
     """``a' a`` ``[..., d, d]`` of ``[..., n, d]``: inner products of columns, half of them computed if possible."""
-    if a.ndim != 2 or min(a.shape) < SMALL or not _by_scipy(a):
+    if a.ndim != 2 or min(a.shape) < SMALL or not _on_host(a) or a.dtype not in (torch.float32, torch.float64):
         return a.mT @ a
     rows = a.detach().numpy()
     return torch.from_numpy(rows.T @ rows)  # numpy sees that both are the same

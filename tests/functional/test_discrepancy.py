@@ -5,6 +5,7 @@ import torch
 
 from kspec_guidance import functional as F
 from kspec_guidance.features import RandomFourierFeatures
+from kspec_guidance.functional import discrepancy
 from kspec_guidance.kernels import GaussianKernel, PolynomialKernel
 from tests.samples import rows
 
@@ -90,3 +91,52 @@ def test_kid_of_overlapping_subsets_is_the_mean_of_their_mmd(kernel):
     mean, spread = F.kid(x, y, kernel, subsets=30, subset_size=600, seed=3)
     assert mean.item() == pytest.approx(torch.stack(draws).mean().item(), rel=1e-9)
     assert spread.item() == pytest.approx(torch.stack(draws).std().item(), rel=1e-9)
+
+
+def sets_beside(offset, width, n=1500, scale=1.0):
+    """Two float32 sets of a normal distribution around a point at this distance from the origin, in each coordinate."""
+    return tuple((scale * rows(n, width, seed) + offset).float() for seed in (1, 2))
+
+
+@pytest.mark.parametrize("n", [1500, 5000])  # one pass over all pairs, and a matrix for each pair of subsets
+@pytest.mark.parametrize("kernel", [PolynomialKernel(), GaussianKernel(4.0)])
+@pytest.mark.parametrize("offset", [0, 3, 10, 14, 20, 100])
+def test_rounding_of_kid_is_below_its_share_of_the_spread(offset, kernel, n):
+    """The farther from the origin, the larger the kernels beside their differences: near 15, float32 reaches the bound."""
+    x, y = sets_beside(offset, 64, n)
+    mean, spread = F.kid(x, y, kernel, subsets=8, subset_size=400)
+    exact, its = F.kid(x.double(), y.double(), kernel, subsets=8, subset_size=400)
+    assert abs(mean - exact) <= discrepancy.ROUNDING_SHARE * its
+    assert spread.item() == pytest.approx(its.item(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        sets_beside(1000, 64),  # kernels of 1e18, whose differences float32 has lost
+        sets_beside(0, 1024, scale=1e-3),  # kernels near 1, that differ by less than float32 shows
+        (torch.arange(1, 1501)[:, None] * 1e9 + torch.zeros(64), torch.ones(1500, 64)),  # overflow in float32
+        tuple(
+            (1 + z * (torch.arange(1500) % 7 == 0)[:, None]).float() for z in (rows(1500, 64), rows(1500, 64, 1))
+        ),  # copies
+    ],
+)
+def test_kid_is_that_of_float64_where_float32_is_too_coarse(x, y):
+    found, exact = (F.kid(a, b, subsets=8, subset_size=400) for a, b in ((x, y), (x.double(), y.double())))
+    assert abs(found[0] - exact[0]) <= discrepancy.ROUNDING_SHARE * exact[1]
+
+
+@pytest.mark.parametrize(("offset", "same"), [(1000, True), (0, False)])
+def test_kid_of_float32_rows_is_in_float64_where_rounding_is_coarse_only(offset, same):
+    x, y = sets_beside(offset, 64)
+    found, exact = (F.kid(a, b, subsets=8, subset_size=400)[0] for a, b in ((x, y), (x.double(), y.double())))
+    assert torch.equal(found, exact) == same
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_mmd_in_blocks_is_that_of_the_whole_matrices(unbiased):
+    """The biased square of a linear kernel is that of the means; unbiased, the mean of the variances is taken off."""
+    x, y = rows(2100, 3), rows(1030, 3, 1) + 0.3
+    linear = PolynomialKernel(1, gamma=1.0, coef=0.0)
+    expected = (x.mean(0) - y.mean(0)).square().sum() - unbiased * (x.var(0).sum() / 2100 + y.var(0).sum() / 1030)
+    assert F.mmd(x, y, linear, unbiased).item() == pytest.approx(expected.item(), rel=1e-9)
