@@ -18,7 +18,12 @@ from kspec_guidance.functional.inputs import (
     unit_gram,
 )
 from kspec_guidance.kernels import CosineKernel
-from kspec_guidance.kernels.spectrum import own_products, symmetric_eigenvalues
+from kspec_guidance.kernels.spectrum import (
+    cholesky_factor,
+    own_products,
+    own_products_of_factor,
+    symmetric_eigenvalues,
+)
 
 __all__ = [
     "SignedSpectrum",
@@ -34,12 +39,22 @@ __all__ = [
 WELL_CONDITIONED = 1e-9  # smallest squared pivot, to the largest, for which the Cholesky factor is used
 
 
+def _accurate_factor(g: Tensor) -> Tensor | None:
+    """The Cholesky factor ``[..., n, n]``; None if there is none, or it is not accurate."""
+    r = cholesky_factor(g)
+    if r is None:
+        return None
+    pivots = r.diagonal(dim1=-2, dim2=-1).square()
+    return r if bool((pivots.amin(-1) > WELL_CONDITIONED * pivots.amax(-1)).all()) else None
+
+
 def root(g: Tensor) -> Tensor:
     """``R`` with ``R R' = G``: the Cholesky factor if it is accurate, else the symmetric root."""
-    r, failed = torch.linalg.cholesky_ex(g)
-    pivots = r.diagonal(dim1=-2, dim2=-1).square()
-    if not bool(failed.any()) and bool((pivots.amin(-1) > WELL_CONDITIONED * pivots.amax(-1)).all()):
-        return r
+    r = _accurate_factor(g)
+    return _symmetric_root(g) if r is None else r
+
+
+def _symmetric_root(g: Tensor) -> Tensor:
     e, u = torch.linalg.eigh(g)
     noise = e.shape[-1] * torch.finfo(e.dtype).eps * e.amax(-1, keepdim=True)  # its root would be 1e-8
     return (u * torch.where(e > noise, e, 0.0).sqrt()[..., None, :]) @ u.mT
@@ -55,9 +70,16 @@ class SignedSpectrum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, sign: Tensor, vectors: bool) -> tuple[Tensor, Tensor]:
-        r = root(g)
-        inner = own_products(r[..., sign > 0, :]) - own_products(r[..., sign < 0, :])
-        if vectors or ctx.needs_input_grad[0]:
+        r, n = _accurate_factor(g), int((sign > 0).sum())
+        values_only = not vectors and not ctx.needs_input_grad[0]
+        if r is not None and r.ndim == 2 and values_only and bool((sign[:n] > 0).all()):
+            # R' S R = 2 R_+' R_+ - R' R, where the rows of R_+ have n numbers that are not 0
+            inner = -own_products_of_factor(r)  # its lower triangle, which is all that eigenvalues are computed from
+            inner[:n, :n] += 2 * own_products_of_factor(r[:n, :n])
+        else:
+            r = _symmetric_root(g) if r is None else r
+            inner = own_products(r[..., sign > 0, :]) - own_products(r[..., sign < 0, :])
+        if not values_only:
             l, w = torch.linalg.eigh(inner)
             found = r @ w
         else:

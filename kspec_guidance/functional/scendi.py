@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kspec_guidance.functional.inputs import FeatureMap, check_paired, map_rows, on_host
 from kspec_guidance.kernels import CosineKernel, l2_normalize
-from kspec_guidance.kernels.spectrum import eigenvalues, own_products
+from kspec_guidance.kernels.spectrum import cholesky_factor, cross_products, eigenvalues, inverse_of_factor, own_products
 
 __all__ = ["prompt_vendi_score", "remove_prompt", "scendi_matrices", "scendi_score", "unnormalised_score"]
 
@@ -44,9 +44,9 @@ def _inverse_root(c: Tensor) -> Tensor:
     By the Cholesky factor L if the smallest eigenvalue, which is at least ``1 / |L^-1|_F^2``, is far above the cutoff: then
     both routes agree, within ``p`` rounding units times the condition number, of at most 1e8.
     """
-    factor, failed = torch.linalg.cholesky_ex(c)
-    if not bool(failed):
-        w = torch.linalg.solve_triangular(factor, torch.eye(len(c), dtype=c.dtype, device=c.device), upper=False)
+    factor = cholesky_factor(c)
+    if factor is not None:
+        w = inverse_of_factor(factor)
         if float(w.square().sum()) * float(c.trace()) < WELL_CONDITIONED:
             return w
     l, v = torch.linalg.eigh(c)
@@ -72,7 +72,7 @@ def scendi_matrices(
     """
     a, b = _features(x, prompt_features, feature_map)
     n = a.shape[-2]
-    return schur_parts(own_products(a) / n, a.mT @ b / n, own_products(b) / n)
+    return schur_parts(own_products(a) / n, cross_products(a, b) / n, own_products(b) / n)
 
 
 def scendi_score(

@@ -10,10 +10,14 @@ from kspec_guidance.utils.arguments import is_integer
 __all__ = [
     "accumulate_gram",
     "check_order",
+    "cholesky_factor",
+    "cross_products",
     "eigenvalues",
+    "inverse_of_factor",
     "largest_eigenvalues",
     "noise_level",
     "own_products",
+    "own_products_of_factor",
     "renyi_entropy",
     "symmetric_eigenvalues",
     "truncate",
@@ -120,6 +124,42 @@ def own_products(a: Tensor) -> Tensor:
         return a.mT @ a
     rows = a.detach().numpy()
     return torch.from_numpy(rows.T @ rows)  # numpy sees that both are the same
+
+
+def cross_products(a: Tensor, b: Tensor) -> Tensor:
+    """``a' b`` ``[..., d, e]`` of rows ``[..., n, d]`` and ``[..., n, e]``."""
+    if a.ndim != 2 or b.ndim != 2 or min(*a.shape, *b.shape) < SMALL or not (_by_scipy(a) and _by_scipy(b)):
+        return a.mT @ b
+    return torch.from_numpy(a.detach().numpy().T @ b.detach().numpy())
+
+
+def cholesky_factor(g: Tensor) -> Tensor | None:
+    """Lower triangular ``L`` ``[..., n, n]`` with ``L L' = G``; None if there is none. Only the lower triangle is read."""
+    if g.ndim != 2 or len(g) < SMALL or not _by_scipy(g):
+        factor, failed = torch.linalg.cholesky_ex(g)
+        return None if bool(failed.any()) else factor
+    from scipy.linalg.lapack import dpotrf
+
+    upper, failed = dpotrf(g.detach().contiguous().numpy().T, lower=0, clean=1)  # LAPACK reads columns first
+    return None if failed else torch.from_numpy(upper.T)
+
+
+def inverse_of_factor(l: Tensor) -> Tensor:
+    """The inverse of a lower triangular ``L`` ``[n, n]`` that has no zero on its diagonal."""
+    if len(l) < SMALL or not _by_scipy(l):
+        return torch.linalg.solve_triangular(l, torch.eye(len(l), dtype=l.dtype, device=l.device), upper=False)
+    from scipy.linalg.lapack import dtrtri
+
+    return torch.from_numpy(dtrtri(l.detach().contiguous().numpy().T, lower=0)[0].T)
+
+
+def own_products_of_factor(l: Tensor) -> Tensor:
+    """``L' L`` ``[n, n]`` of a lower triangular ``L``, in a third of the operations; not defined above the diagonal."""
+    if len(l) < SMALL or not _by_scipy(l):
+        return l.mT @ l
+    from scipy.linalg.lapack import dlauum
+
+    return torch.from_numpy(dlauum(l.detach().contiguous().numpy().T, lower=0)[0].T)
 
 
 def noise_level(spectrum: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from tests.samples import rows
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 4.0])
 @pytest.mark.parametrize("kernel", [CosineKernel(), GaussianKernel(1.5), LaplacianKernel(4.0), PolynomialKernel(2)])
-def test_ken_matches_matrix_of_paper(kernel, eta):
-    x, y = rows(12, 4), rows(9, 4, 1) + 0.7
-    s, n, m = eta**0.5, 12, 9
+@pytest.mark.parametrize(("n", "m", "d"), [(12, 9, 4), (150, 110, 90)])
+def test_ken_matches_matrix_of_paper(kernel, eta, n, m, d):
+    x, y = rows(n, d), rows(m, d, 1) + 0.7
+    s = eta**0.5
     k = kernel.normalised
     upper = torch.cat([k(x) / n, s * k(x, y) / (n * m) ** 0.5], 1)
     lower = torch.cat([-s * k(y, x) / (n * m) ** 0.5, -eta * k(y) / m], 1)

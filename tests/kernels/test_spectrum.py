@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from kspec_guidance.kernels.spectrum import accumulate_gram, own_products, renyi_entropy, symmetric_eigenvalues
+from kspec_guidance.kernels.spectrum import (
+    accumulate_gram,
+    cholesky_factor,
+    cross_products,
+    inverse_of_factor,
+    own_products,
+    own_products_of_factor,
+    renyi_entropy,
+    symmetric_eigenvalues,
+)
 
 
 def test_renyi_entropy_ignores_rounding_noise():
@@ -39,3 +48,22 @@ def test_sums_of_gram_matrices_over_parts_are_symmetric_and_exact(width):
         accumulate_gram(apart, part)  # not contiguous: BLAS cannot write into it
     assert torch.equal(total, whole)
     assert torch.equal(apart, whole)
+
+
+@pytest.mark.parametrize("n", [5, 200])  # by torch, and by LAPACK itself
+def test_triangular_factor_its_inverse_and_its_products(n):
+    a = torch.randn(n, 2 * n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    g = a @ a.mT / n
+    l = cholesky_factor(g)
+    assert torch.equal(l, l.tril())
+    torch.testing.assert_close(l @ l.mT, g)
+    torch.testing.assert_close(inverse_of_factor(l) @ l, torch.eye(n, dtype=torch.float64))
+    torch.testing.assert_close(own_products_of_factor(l).tril(), (l.mT @ l).tril())
+    torch.testing.assert_close(cross_products(a.mT, a.mT[:, :n]), a @ a[:n].mT)
+    assert cholesky_factor(g - 2 * torch.linalg.eigvalsh(g)[0] * torch.eye(n)) is None
+
+
+def test_products_of_columns_stay_in_their_precision():
+    a = torch.randn(300, 100, generator=torch.Generator().manual_seed(0))
+    assert own_products(a).dtype == torch.float32
+    torch.testing.assert_close(own_products(a).double(), a.double().mT @ a.double(), rtol=1e-4, atol=1e-4)
