@@ -10,7 +10,7 @@ from kspec_guidance.kernels import CosineKernel, Kernel
 from kspec_guidance.kernels.base import FunctionKernel, KernelLike
 from kspec_guidance.kernels.base import as_kernel as kernel_of
 from kspec_guidance.kernels.distances import as_float
-from kspec_guidance.kernels.spectrum import accumulate_gram, own_products
+from kspec_guidance.kernels.spectrum import accumulate_gram, mirror_upper, own_products
 
 __all__ = [
     "FeatureMap",
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 LARGEST = 1e150  # absolute value of features
-PART_ROWS = 1024  # rows that are converted at once
+PART_BYTES = 4 << 20  # of rows in float64 that are converted at once: more leave the cache, fewer make slow products
 NOT_POSITIVE = 1e-3  # share of an eigenvalue, or excess of an entry, that rounding in float32 does not explain
 
 FeatureMap = Callable[[Tensor], Tensor] | Tensor
@@ -202,13 +202,16 @@ def cosine_moment(x: Tensor) -> Tensor:
     if x.ndim > 2 or (x.requires_grad and torch.is_grad_enabled()):
         return second_moment(CosineKernel.features(on_host(x)))
     total, zeros = torch.zeros(d, d, dtype=torch.float64), 0
-    for part in x.detach().split(max(PART_ROWS, d)):
-        rows = on_host(part)
+    size = min(len(x), max(PART_BYTES // (8 * d), d))
+    buffer = torch.empty(size, d, dtype=torch.float64)
+    for part in x.detach().split(size):
+        rows = buffer[: len(part)].copy_(part)
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         if not norms.all():
             zeros += int((rows == 0).all(1).sum())
             norms[norms == 0] = 1
-        accumulate_gram(total, rows / norms)
+        accumulate_gram(total, rows.div_(norms), mirror=False)
+    mirror_upper(total)
     if zeros:
         total = torch.block_diag(total, total.new_tensor([[float(zeros)]]))
     return total.div_(x.shape[-2])

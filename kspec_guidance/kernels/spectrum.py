@@ -15,6 +15,7 @@ __all__ = [
     "eigenvalues",
     "inverse_of_factor",
     "largest_eigenvalues",
+    "mirror_upper",
     "noise_level",
     "own_products",
     "own_products_of_factor",
@@ -208,9 +209,18 @@ def truncate(spectrum: Tensor, truncation: int | None) -> Tensor:
     return top + (1 - top.sum(-1, keepdim=True)) / top.shape[-1]
 
 
-def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None) -> None:
+def mirror_upper(matrix: Tensor) -> None:
+    """Copy what is above the diagonal of ``[d, d]`` to the places below, in place."""
+    for i in range(0, len(matrix), BLOCK):
+        square, right = matrix[i : i + BLOCK, i:].tensor_split([BLOCK], dim=1)
+        square.copy_(square.triu() + square.triu(1).mT)
+        matrix[i + BLOCK :, i : i + BLOCK] = right.mT
+
+
+def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None, mirror: bool = True) -> None:
     """Add ``a' b`` in float64 to ``total`` ``[D, E]``, in place; ``a' a`` if ``b`` is None.
 
+    Without ``mirror``, what is below the diagonal of ``a' a`` may not be added: call :func:`mirror_upper` after the last.
     Of the symmetric product only the part on and above the diagonal is computed, which saves half of the work.
     Products are in float64, since rounding in float32 would appear as thousands of small modes.
     """
@@ -222,10 +232,8 @@ def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None) -> None:
 
         # transposed, row-major tensors are what BLAS expects; ``c`` is then written in place
         dsyrk(1.0, a.detach().contiguous().numpy().T, beta=1.0, c=total.detach().numpy().T, lower=1, overwrite_c=1)
-        for i in range(0, len(total), BLOCK):
-            square, right = total[i : i + BLOCK, i:].tensor_split([BLOCK], dim=1)
-            square.copy_(square.triu() + square.triu(1).mT)
-            total[i + BLOCK :, i : i + BLOCK] = right.mT
+        if mirror:
+            mirror_upper(total)
     else:
         for i in range(0, a.shape[1], BLOCK):
             block = a[:, i : i + BLOCK].mT @ a[:, i:]

@@ -120,7 +120,10 @@ class GaussianKernel(_Stationary):
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         b = self._width(x, y)
-        return torch.exp(squared_distances(x, y) / (-2 * b * b))
+        d2 = squared_distances(x, y)
+        if d2.requires_grad:
+            return torch.exp(d2 / (-2 * b * b))
+        return d2.div_(-2 * b * b).exp_()  # a large matrix takes as long to allocate as to compute
 
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         x, y = check_pair(x, y)
