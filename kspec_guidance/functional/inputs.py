@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kspec_guidance.kernels import CosineKernel, Kernel
+from kspec_guidance.kernels import (
+    CosineKernel,
+    GaussianKernel,
+    Kernel,
+    LaplacianKernel,
+    PolynomialKernel,
+    RationalQuadraticKernel,
+)
 from kspec_guidance.kernels.base import FunctionKernel, KernelLike
 from kspec_guidance.kernels.base import as_kernel as kernel_of
 from kspec_guidance.kernels.distances import as_float
@@ -29,6 +36,7 @@ __all__ = [
 
 LARGEST = 1e150  # absolute value of features
 PART_BYTES = 4 << 20  # of rows in float64 that are converted at once: more leave the cache, fewer make slow products
+SEMIDEFINITE = (CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel, RationalQuadraticKernel)
 NOT_POSITIVE = 1e-3  # share of an eigenvalue, or excess of an entry, that rounding in float32 does not explain
 
 FeatureMap = Callable[[Tensor], Tensor] | Tensor
@@ -223,4 +231,7 @@ def smaller_matrix(x: Tensor, kernel: KernelLike | None, feature_map: FeatureMap
         return second_moment(map_rows(feature_map, x))
     if (kernel is None or isinstance(kernel, CosineKernel)) and x.shape[-1] < x.shape[-2]:
         return cosine_moment(x)
-    return gram(x, kernel) / x.shape[-2]
+    k = gram(x, kernel)
+    if k.requires_grad or not isinstance(kernel, SEMIDEFINITE):  # a function may return a matrix that is used elsewhere
+        return k / x.shape[-2]
+    return k.div_(x.shape[-2])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kspec_guidance.functional.inputs import (
     NOT_POSITIVE,
+    SEMIDEFINITE,
     FeatureMap,
     KernelLike,
     as_kernel,
@@ -16,15 +17,7 @@ from kspec_guidance.functional.inputs import (
     smaller_matrix,
     unit_gram,
 )
-from kspec_guidance.kernels import (
-    CosineKernel,
-    GaussianKernel,
-    Kernel,
-    LaplacianKernel,
-    PolynomialKernel,
-    RationalQuadraticKernel,
-    l2_normalize,
-)
+from kspec_guidance.kernels import CosineKernel, Kernel, l2_normalize
 from kspec_guidance.kernels.spectrum import check_order, largest_eigenvalues, renyi_entropy, symmetric_eigenvalues, truncate
 from kspec_guidance.utils.arguments import is_integer
 
@@ -40,7 +33,6 @@ __all__ = [
 
 EMPTY = 1e-15  # eigenvalues of a matrix of trace 1 below this are rounding errors
 BLOCK_ROWS = 512  # rows of the kernel matrix that RKE computes at once: a block stays in the cache of a processor
-SEMIDEFINITE = (CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel, RationalQuadraticKernel)
 
 
 def entropy_of(matrix: Tensor, order: float = 1.0, truncation: int | None = None, semidefinite: bool = False) -> Tensor:
