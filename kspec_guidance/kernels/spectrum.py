@@ -24,7 +24,8 @@ __all__ = [
     "truncate",
 ]
 
-BLOCK = 512  # columns of a symmetric product that are computed, or mirrored, at once
+BLOCK = 512  # columns of a symmetric product that are computed at once
+TILE = 128  # rows and columns that are mirrored at once: a tile and its image stay in the cache
 SMALL, LARGE = 96, 1500  # rows of a matrix between which eigenvalues by scipy take less time than by torch
 KRYLOV_ROWS = 1000  # rows of a matrix below which all eigenvalues take no longer than the largest ones
 KRYLOV_SPARE = 8  # directions of a block beside those that are asked for
@@ -211,10 +212,12 @@ def truncate(spectrum: Tensor, truncation: int | None) -> Tensor:
 
 def mirror_upper(matrix: Tensor) -> None:
     """Copy what is above the diagonal of ``[d, d]`` to the places below, in place."""
-    for i in range(0, len(matrix), BLOCK):
-        square, right = matrix[i : i + BLOCK, i:].tensor_split([BLOCK], dim=1)
+    for i in range(0, len(matrix), TILE):
+        rows = slice(i, i + TILE)
+        square = matrix[rows, rows]
         square.copy_(square.triu() + square.triu(1).mT)
-        matrix[i + BLOCK :, i : i + BLOCK] = right.mT
+        for j in range(i + TILE, len(matrix), TILE):
+            matrix[j : j + TILE, rows] = matrix[rows, j : j + TILE].mT
 
 
 def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None, mirror: bool = True) -> None:
