@@ -5,7 +5,14 @@ from torch import Tensor
 
 from kspec_guidance.functional.inputs import FeatureMap, check_paired, map_rows, on_host
 from kspec_guidance.kernels import CosineKernel, l2_normalize
-from kspec_guidance.kernels.spectrum import cholesky_factor, cross_products, eigenvalues, inverse_of_factor, own_products
+from kspec_guidance.kernels.spectrum import (
+    cholesky_factor,
+    cross_products,
+    eigenvalues,
+    inverse_of_factor,
+    own_products,
+    times_factor,
+)
 
 __all__ = ["prompt_vendi_score", "remove_prompt", "scendi_matrices", "scendi_score", "unnormalised_score"]
 
@@ -38,8 +45,8 @@ def regression(c_xt: Tensor, c_tt: Tensor) -> Tensor:
     return c_xt @ torch.linalg.pinv(c_tt, rtol=CUTOFF, hermitian=True)
 
 
-def _inverse_root(c: Tensor) -> Tensor:
-    """``W`` with ``W' W = C^+``, for a semi-definite ``C`` ``[p, p]``; eigenvalues below the cutoff are treated as 0.
+def _whitened(c: Tensor, b: Tensor) -> Tensor:
+    """``W b`` with ``W' W = C^+``, for a semi-definite ``C`` ``[p, p]``; eigenvalues below the cutoff are treated as 0.
 
     By the Cholesky factor L if the smallest eigenvalue, which is at least ``1 / |L^-1|_F^2``, is far above the cutoff: then
     both routes agree, within ``p`` rounding units times the condition number, of at most 1e8.
@@ -48,16 +55,16 @@ def _inverse_root(c: Tensor) -> Tensor:
     if factor is not None:
         w = inverse_of_factor(factor)
         if float(w.square().sum()) * float(c.trace()) < WELL_CONDITIONED:
-            return w
+            return times_factor(w, b)
     l, v = torch.linalg.eigh(c)
     keep = l > CUTOFF * l.abs().amax()
-    return l[keep].rsqrt()[:, None] * v[:, keep].mT
+    return l[keep].rsqrt()[:, None] * (v[:, keep].mT @ b)
 
 
 def schur_parts(c_xx: Tensor, c_xt: Tensor, c_tt: Tensor) -> tuple[Tensor, Tensor]:
     """``C_XX - C_XT C_TT^+ C_TX`` and ``C_XT C_TT^+ C_TX``."""
     if c_tt.ndim == 2 and not (torch.is_grad_enabled() and any(c.requires_grad for c in (c_xx, c_xt, c_tt))):
-        explained = own_products(_inverse_root(c_tt) @ c_xt.mT)
+        explained = own_products(_whitened(c_tt, c_xt.mT))
     else:  # the pseudo-inverse has a gradient also where eigenvalues are equal
         explained = regression(c_xt, c_tt) @ c_xt.mT
     return c_xx - explained, explained

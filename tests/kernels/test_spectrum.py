@@ -10,6 +10,7 @@ from kspec_guidance.kernels.spectrum import (
     own_products_of_factor,
     renyi_entropy,
     symmetric_eigenvalues,
+    times_factor,
 )
 
 
@@ -50,6 +51,11 @@ def test_sums_of_gram_matrices_over_parts_are_symmetric_and_exact(width):
     assert torch.equal(apart, whole)
 
 
+def test_eigenvalues_of_nan_are_refused():
+    with pytest.raises((ValueError, RuntimeError)):
+        symmetric_eigenvalues(torch.full((200, 200), torch.nan, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("n", [5, 200])  # by torch, and by LAPACK itself
 def test_triangular_factor_its_inverse_and_its_products(n):
     a = torch.randn(n, 2 * n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
@@ -59,6 +65,7 @@ def test_triangular_factor_its_inverse_and_its_products(n):
     torch.testing.assert_close(l @ l.mT, g)
     torch.testing.assert_close(inverse_of_factor(l) @ l, torch.eye(n, dtype=torch.float64))
     torch.testing.assert_close(own_products_of_factor(l).tril(), (l.mT @ l).tril())
+    torch.testing.assert_close(times_factor(l, a), l @ a)
     torch.testing.assert_close(cross_products(a.mT, a.mT[:, :n]), a @ a[:n].mT)
     assert cholesky_factor(g - 2 * torch.linalg.eigvalsh(g)[0] * torch.eye(n)) is None
 
