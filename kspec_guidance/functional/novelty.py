@@ -74,8 +74,8 @@ class SignedSpectrum(torch.autograd.Function):
         values_only = not vectors and not ctx.needs_input_grad[0]
         if r is not None and r.ndim == 2 and values_only and bool((sign[:n] > 0).all()):
             # R' S R = 2 R_+' R_+ - R' R, where the rows of R_+ have n numbers that are not 0
-            inner = -own_products_of_factor(r)  # its lower triangle, which is all that eigenvalues are computed from
-            inner[:n, :n] += 2 * own_products_of_factor(r[:n, :n])
+            inner = own_products_of_factor(r).neg_()  # its lower triangle, which is all that eigenvalues are computed from
+            inner[:n, :n].add_(own_products_of_factor(r[:n, :n]), alpha=2)
         else:
             r = _symmetric_root(g) if r is None else r
             inner = own_products(r[..., sign > 0, :]) - own_products(r[..., sign < 0, :])
@@ -144,7 +144,7 @@ def _signed_spectrum(k: Tensor, n: int, eta: float, vectors: bool) -> tuple[Tens
     m = k.shape[-1] - n
     weight = torch.cat([k.new_full((n,), n**-0.5), k.new_full((m,), (eta / m) ** 0.5)])
     sign = torch.cat([torch.ones(n), -torch.ones(m)]).to(k)
-    return SignedSpectrum.apply(weight[:, None] * k * weight, sign, vectors)
+    return SignedSpectrum.apply((weight[:, None] * k).mul_(weight), sign, vectors)
 
 
 def entropy_of_mass(l: Tensor) -> Tensor:
