@@ -3,11 +3,19 @@
 import copy
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)  # fmt: skip
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
 from kspec_guidance import load_demo_pipeline
+
+from .stored import weights
 
 DIGITS = {"width": 32}
 
@@ -53,13 +61,22 @@ def emoji_transformer(width: int = 160, layers: int = 6) -> SD3Transformer2DMode
     )  # fmt: skip
 
 
+def emoji_pipeline() -> StableDiffusionPipeline:
+    """The embedded pipeline with the denoiser and the decoder of 1.0.0rc1, on which the arena's figures were measured."""
+    pipe = load_demo_pipeline()
+    pipe.unet.load_state_dict(weights("emoji_unet"))
+    pipe.vae.load_state_dict(weights("emoji_vae"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def emoji_transformer_pipeline(transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
     """Stable Diffusion 3's pipeline with the embedded emoji pipeline's autoencoder, tokenizer and text encoder.
 
     The text encoder stands in for both CLIP models; there is no T5 model. Call it with ``max_sequence_length=0``: else 256
     tokens of zeros follow the text, in place of T5's, which the transformer was not trained with.
     """
-    demo = load_demo_pipeline()
+    demo = emoji_pipeline()
     demo.vae.register_to_config(shift_factor=0.0)  # absent in the file; Stable Diffusion 3's pipeline adds it
     config = copy.deepcopy(demo.text_encoder.config)
     config.layer_norm_eps /= 8**2

@@ -8,7 +8,6 @@ package; figures on held-out data to ``measured.json``.
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -26,9 +25,9 @@ from kspec_guidance.demo.judge import ASSETS as JUDGE
 from kspec_guidance.demo.judge import EmojiClassifier
 
 from .networks import DIGITS, DigitJudge, digit_unet
+from .stored import WEIGHTS, weights
 
 ROOT = Path(__file__).parents[2]
-WEIGHTS = Path(__file__).parent / "weights"
 SKEW = [1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.09, 0.06, 0.04]  # frequency of each class where the label is dropped
 STYLES = 16  # clusters of each class
 
@@ -313,17 +312,6 @@ def main() -> None:
             "digits": train_digits, "digit-judge": train_digit_judge, "distilled": train_distilled, "judge": train_judge,
             "truth": save_truth,
         }[part](args.data)  # fmt: skip
-
-
-def weights_file(name: str) -> Path:
-    """Path of a network's weights: in the folder named by environment variable ``ARENA_WEIGHTS``, else the committed."""
-    own = Path(os.environ.get("ARENA_WEIGHTS", WEIGHTS)) / f"{name}.safetensors"
-    return own if own.exists() else WEIGHTS / own.name
-
-
-def weights(name: str) -> dict[str, Tensor]:
-    """A network's weights as float32."""
-    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(weights_file(name)).items()}
 
 
 if __name__ == "__main__":

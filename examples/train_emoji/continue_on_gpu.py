@@ -1,6 +1,6 @@
 """Train the exported denoiser and decoder on, for some minutes, on a CUDA device.
 
-    python examples/train_emoji/continue_on_gpu.py pack                   pictures and entries into one folder of WebP sheets
+    python examples/train_emoji/continue_on_gpu.py pack          # pictures and entries, as a folder of WebP sheets
     python examples/train_emoji/continue_on_gpu.py denoiser --seconds 400
     python examples/train_emoji/continue_on_gpu.py decoder --seconds 200
 
@@ -30,7 +30,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from train_unet import MAX_SNR, build_scheduler
-from train_vae import edges, psnr, to_model
+from train_vae import edges, psnr
 from transformers import CLIPTextModel, CLIPTokenizer
 
 EXPORTED = Path(__file__).parents[2] / "kspec_guidance" / "demo" / "assets" / "emoji"
@@ -190,7 +190,8 @@ def train_denoiser(images: Tensor, entries: list[Entry], args: argparse.Namespac
     @torch.no_grad()
     def checked() -> str:
         errors = error(chosen, torch.arange(512, device=device) * 1000 // 512, noise, states, steps.average)
-        return f"averaged weights {float(errors.mean()):.4f}, by quarters {[round(float(q.mean()), 3) for q in errors.chunk(4)]}"
+        quarters = [round(float(q.mean()), 3) for q in errors.chunk(4)]
+        return f"averaged weights {float(errors.mean()):.4f}, by quarters {quarters}"
 
     steps = Steps(unet, loss, MuonAdamW(unet, lr=args.rate), args.decay)
     steps.train(args.seconds, args.rate, checked)

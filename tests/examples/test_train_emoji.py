@@ -11,6 +11,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_emoji"))
 import batches
 import captions
+import continue_on_gpu
+import data
 import distil_transformer
 import export_transformer
 import latents
@@ -118,6 +120,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path):
     for a, b in ((once.model, resumed.model), (once.ema, resumed.ema)):
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
             assert torch.equal(p, q)
+
+
+def test_packed_pictures_come_back(tmp_path, g, monkeypatch):
+    entries = (captions.build_entries(TABLE) * 2)[:11]
+    images = torch.randint(0, 255, (11, 3, 64, 64), dtype=torch.uint8, generator=g)
+    monkeypatch.setattr(data, "download", lambda folder: None)
+    monkeypatch.setattr(data, "load", lambda folder: (images, entries))
+    monkeypatch.setattr(continue_on_gpu, "SHEET", 8)
+    continue_on_gpu.pack(tmp_path, tmp_path / "packed")
+    back, same = continue_on_gpu.unpack(tmp_path / "packed")
+    assert torch.equal(back, images) and same == entries
+
+
+def test_steps_by_the_clock_lower_the_loss_of_the_average(g, capsys):
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 4), torch.randn(64, 4, generator=g)
+    steps = continue_on_gpu.Steps(model, lambda: (model(x) - x).square().mean(), muon.MuonAdamW(model, lr=0.0), 0.9)
+    error = lambda: float((steps.average(x) - x).square().mean())  # noqa: E731
+    before = error()
+    assert steps.train(0.3, 1e-2, lambda: "checked") >= continue_on_gpu.BURST
+    assert error() < before and "checked" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from torch.nn import functional as nnf
 
 from ..networks import DigitJudge, digit_unet
 from ..pipeline import ConditionPipeline, Conditions
-from ..training import weights
+from ..stored import weights
 from .base import Bed, Case, common_scores
 
 ANY = ""  # the empty prompt: without labels the model was trained on a skewed distribution of classes

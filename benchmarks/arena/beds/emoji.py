@@ -1,13 +1,13 @@
-"""The embedded latent text-to-image pipeline with classifier-free guidance, and a judge of its images."""
+"""The embedded latent text-to-image pipeline of 1.0.0rc1 with classifier-free guidance, and a judge of its images."""
 
 import torch
 from torch import Tensor
 
-from kspec_guidance import load_demo_pipeline
 from kspec_guidance.demo.judge import load_demo_judge
 from kspec_guidance.loop.components import denoiser_of
 
-from ..training import weights
+from ..networks import emoji_pipeline
+from ..stored import weights
 from .base import Bed, Case, common_scores
 
 # prompts that may describe several training images; chosen before any method was run, split at random
@@ -31,8 +31,7 @@ class Emoji(Bed):
         self.steps = steps
         if steps != 8:
             self.name = f"emoji, {steps} steps"
-        self.pipe = load_demo_pipeline()
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = emoji_pipeline()
         self.judge_ = load_demo_judge()
 
     def prompts(self, half: str) -> list[str]:

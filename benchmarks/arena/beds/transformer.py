@@ -7,7 +7,7 @@ from torch import Tensor
 from kspec_guidance.demo.judge import load_demo_judge
 
 from ..networks import emoji_transformer, emoji_transformer_pipeline
-from ..training import weights
+from ..stored import weights
 from .base import Case
 from .emoji import Emoji
 
