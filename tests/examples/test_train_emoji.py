@@ -130,7 +130,8 @@ def test_packed_pictures_come_back(tmp_path, g, monkeypatch):
     monkeypatch.setattr(continue_on_gpu, "SHEET", 8)
     continue_on_gpu.pack(tmp_path, tmp_path / "packed")
     back, same = continue_on_gpu.unpack(tmp_path / "packed")
-    assert torch.equal(back, images) and same == entries
+    assert torch.equal(back, images)
+    assert same == entries
 
 
 def test_steps_by_the_clock_lower_the_loss_of_the_average(g, capsys):
@@ -140,7 +141,8 @@ def test_steps_by_the_clock_lower_the_loss_of_the_average(g, capsys):
     error = lambda: float((steps.average(x) - x).square().mean())  # noqa: E731
     before = error()
     assert steps.train(0.3, 1e-2, lambda: "checked") >= continue_on_gpu.BURST
-    assert error() < before and "checked" in capsys.readouterr().out
+    assert error() < before
+    assert "checked" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
