@@ -1,6 +1,8 @@
 """A grid of images of the same prompts and seeds by several methods.
 
 python -m benchmarks.arena.images
+python -m benchmarks.arena.images --bed emoji-transformer-distilled --out docs/arena-pictures-distilled.png \
+    --methods plain SPELL DiverseFlow "group inference" "SPARKE, ours" "SPARKE, ours, order 0.5"
 """
 
 import argparse
@@ -18,8 +20,10 @@ from .beds.base import Case
 from .harness import slug
 
 ROOT = Path(__file__).parents[2]
-SHOWN = {
-    "emoji": (["firefighter", "student", "smiling face", "vehicle"], 6), "digits-4": (["digit 2", "digit 5", "digit 7"], 6),
+EMOJI = ["firefighter", "student", "smiling face", "vehicle"]
+SHOWN = {  # prompts, and images of each
+    "emoji": (EMOJI, 6), "emoji-transformer": (EMOJI, 4), "emoji-transformer-distilled": (EMOJI, 4),
+    "digits-4": (["digit 2", "digit 5", "digit 7"], 6),
 }  # fmt: skip
 
 

@@ -9,22 +9,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kspec_guidance.bench.fronts import Standing
 from kspec_guidance.bench.methods import METHODS
 
 from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS
-from .figures import OURS, ablation_panels, fronts, overview
-from .fronts import Summary, pooled, summaries
+from .figures import OURS, OWN, ablation_panels, fronts, overview
+from .fronts import pooled, summaries
 from .harness import FIDELITY_LOSS, mean, slug
 from .quality import WORSE, equal_quality
 
 ROOT = Path(__file__).parents[2]
 PAGES = {  # the tables that each page of the documentation holds, between markers
+    "which-method.md": ("settings",),
     "arena.md": ("winners", "gains"),
     "arena/setup.md": ("beds", "judges"),
     "arena/fronts.md": ("equal", "volumes", "vendi", "tuned"),
     "arena/scores.md": ("scores",),
+    "arena/reviewers.md": ("verdicts",),
     "arena/target.md": ("matching",),
     "arena/sets.md": ("smallsets", "longruns"),
     "arena/costs.md": ("cost",),
@@ -128,7 +131,7 @@ def equal(data: list[dict[str, Any]]) -> str:
     return f"Tolerances: {tolerated}; agreement {FIDELITY_LOSS}.\n\n" + ("\n\n".join(parts) or "(not measured)")
 
 
-def verdict(s: Summary) -> str:
+def verdict(s: Standing) -> str:
     assert s.p is not None
     assert s.ahead is not None
     if s.p >= 0.05:
@@ -149,6 +152,44 @@ def winners(data: list[dict[str, Any]]) -> str:
         rows.append([d["bed"], best.method, ahead, *(str(len(names[k])) for k in ("ahead", "tie")), behind])
     head = ["bed", "best other method", "ours less it, gain", "ahead of", "ties with", "behind"]
     return table(head, rows)
+
+
+def settings(data: list[dict[str, Any]]) -> str:
+    """Our three rows beside the best other method, bed by bed; for users."""
+    rows = []
+    for d in data:
+        found = {s.method: s for s in summaries(d, OURS)}
+        best = max((s for m, s in found.items() if m not in OWN), key=lambda s: s.gain)
+        own = [percent(s.gain, s.gain_low, s.gain_high) if (s := found.get(m)) else "-" for m in OWN]
+        ahead = percent(best.ahead or 0, best.ahead_low or 0, best.ahead_high or 0)
+        rows.append([d["bed"], *own, f"{best.method}: {percent(best.gain, best.gain_low, best.gain_high)}",
+                     f"{ahead}: {verdict(best)}"])  # fmt: skip
+    head = ["model", "`default`", "`vivid`", "`vivid`, lower CFG", "best of the others", "`vivid` less it"]
+    return table(head, rows)
+
+
+def verdicts(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
+    """How many methods each of our settings is ahead of, ties with and is behind: at matched validity, at equal quality."""
+    parts = []
+    for title, found_by, source in (
+        ("modes at matched validity", summaries, data),
+        ("modes at equal quality", equal_quality, equal),
+    ):
+        rows = []
+        for d in source:
+            measured = {s.method for s in found_by(d, OURS)}
+            if not measured:
+                continue
+            row = [d["bed"], f"{len(d['settings']['prompts'])}", f"{len(measured - set(OWN))}"]
+            for own in OWN:
+                others = [s for s in found_by(d, own) if s.method not in OWN] if own in measured else []
+                found = [verdict(s) for s in others]
+                text = " / ".join(str(found.count(v)) for v in ("ahead", "tie", "behind")) if others else "-"
+                row.append(f"**{text}**" if others and set(found) == {"ahead"} else text)
+            rows.append(row)
+        head = [f"bed, {title}", "runs", "other methods", "`default`", "`vivid`", "`vivid`, lower CFG"]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
 
 
 def tuned(data: list[dict[str, Any]]) -> str:
@@ -254,11 +295,13 @@ def write(folder: Path, docs: Path) -> None:
     """Fill the pages of the folder ``docs`` with the tables of a folder of results, and draw the figures there."""
     data = records(folder)
     more = {d["bed"]: d for d in records(folder / "equal")}  # of more seeds, if there are any
+    best_measured = [more.get(d["bed"], d) for d in data]
     parts = {
-        "equal": equal([more.get(d["bed"], d) for d in data]), "beds": beds(data), "winners": winners(data),
-        "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
+        "equal": equal(best_measured), "verdicts": verdicts(data, best_measured), "beds": beds(data),
+        "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
         "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
+        "settings": settings(data),
         "easing": tables(folder / "easing.json"),
     }  # fmt: skip
     for page, names in PAGES.items():
