@@ -33,6 +33,7 @@ from benchmarks.interleaved import machine, markdown, one_row, time_calls
 from benchmarks.scores import clustered
 from kspec_guidance import functional as F
 from kspec_guidance.kernels import GaussianKernel, PolynomialKernel
+from kspec_guidance.kernels.spectrum import accumulate_gram, cross_products, own_products, symmetric_eigenvalues
 from kspec_guidance.metrics import VendiScore
 
 RESULTS = Path(__file__).parent / "results" / "peer_times.json"
@@ -124,7 +125,16 @@ def scendi(peers: Path) -> list[Row]:
             lambda: F.scendi_score(x, t, maps),
             lambda dtype=dtype: scendi_as_published(maps(x).to(dtype), maps(t).to(dtype)),
         ))  # fmt: skip
-    return rows
+    a, b = (maps(z).double() for z in (x, t))
+
+    def least() -> None:
+        c = own_products(a)
+        own_products(b)
+        cross_products(a, b)
+        symmetric_eigenvalues(c)
+
+    name = "floor: float64 products and eigenvalues of given features"
+    return [*rows, compare(rows[0]["work"], name, lambda: F.scendi_score(x, t, maps), least, difference=math.nan)]
 
 
 def vendi(peers: Path) -> list[Row]:
@@ -138,7 +148,11 @@ def vendi(peers: Path) -> list[Row]:
             f"vendi-score {importlib.metadata.version('vendi-score')}, score_dual, {str(z.dtype)[6:]}",
             lambda: F.vendi_score(x), lambda z=z: package.score_dual(z.numpy()), repeats=15,
         ))  # fmt: skip
-    return rows
+    u = x.double() / x.double().norm(dim=1, keepdim=True)
+    return [*rows, compare(
+        "cosine Vendi, 5,000 x 256", "floor: float64 product of given unit rows, eigenvalues",
+        lambda: F.vendi_score(x), lambda: _exp_entropy(symmetric_eigenvalues(own_products(u) / 5000)), repeats=15,
+    )]  # fmt: skip
 
 
 def exact(peers: Path) -> list[Row]:
@@ -215,9 +229,12 @@ def ken(peers: Path) -> list[Row]:
         return float(l.sum() * torch.special.entr(l / l.sum()).sum())
 
     ours = lambda: F.ken_score(a, b, kernel)  # noqa: E731
+    matrix = kernel(torch.cat([a, b]).double())
+    least = lambda: symmetric_eigenvalues(matrix)  # noqa: E731
     return [
         compare("KEN, 500 against 500", f"{version(peers / 'KEN')}, Cholesky, float32", ours, published),
         compare("KEN, 500 against 500", f"{version(peers / 'KEN')}, Cholesky, float32, without loops", ours, without_loops),
+        compare("KEN, 500 against 500", "floor: float64 eigenvalues of a given matrix", ours, least, difference=math.nan),
     ]
 
 
@@ -230,6 +247,9 @@ def stream(peers: Path) -> list[Row]:
     return [compare(
         "streaming Vendi, D = 4,096: update by 2,048 rows", "floor: float64 product of given features",
         lambda: metric.update(x), lambda: total.addmm_(phi.mT, phi), repeats=3, difference=math.nan,
+    ), compare(
+        "streaming Vendi, D = 4,096: update by 2,048 rows", "floor: half of that product, of given features",
+        lambda: metric.update(x), lambda: accumulate_gram(total, phi, mirror=False), repeats=3, difference=math.nan,
     )]  # fmt: skip
 
 
