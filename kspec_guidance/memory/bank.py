@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import random
+import weakref
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from kspec_guidance.utils.transfer import on_host
 __all__ = ["MemoryBank"]
 
 FORGETTING = ("window", "reservoir", "restart")
-DEVICE_BYTES = 256 << 20  # bytes of rows, and share of a device's free memory, beyond which they move to the host
+FREE_SHARE = 1 / 8  # of a device's free memory: for rows of all banks; beyond it they move to the host
+DEVICE_BYTES = 256 << 20  # that are used where an eighth is less, up to a quarter; and where free memory is unknown
 DEVICE_SHARE = 0.25
 NORM_NUMBERS = 1 << 16  # numbers that are converted to float64 at once, in the processor's cache
 SETTINGS = ("dtype", "device", "folder", "limit", "forget", "half_life", "seed")
@@ -38,9 +40,10 @@ class MemoryBank(Memory):
         space: name of the entries' feature space; set by the first guide that uses the memory.
         prompt_encoder: fingerprint of the encoder of the prompt features; set likewise.
         dtype: dtype of the stored rows: float32, float16 or bfloat16. Sums are computed in float32 at least.
-        device: device of the stored rows. By default that of the first samples up to 256 MiB of rows (or a quarter of the
-            device's free memory, if that is less), and beyond that the host. The rows that a run needs are copied to the
-            device of its samples once, or by block if they exceed a quarter of its free memory.
+        device: device of the stored rows. By default that of the first samples, as long as the rows of all such banks take
+            at most an eighth of its free memory, or 256 MiB where this is more and at most a quarter; beyond that the host.
+            The rows that a run needs are copied to the device of its samples once, or by block if they exceed a quarter of
+            its free memory.
         folder: store the rows in unnamed, memory-mapped files in this folder, for more rows than fit into RAM.
         limit: maximum number of rows; None for no limit.
         forget: which rows to drop at the ``limit``: ``window`` drops the oldest, ``reservoir`` random ones, so that the
@@ -173,16 +176,34 @@ class MemoryBank(Memory):
         """
         self._append(*self._check(x, prompt_features))
 
-    def _home(self, rows: Tensor, total: int) -> torch.device:
-        """The device of the rows, once there are ``total`` of them."""
+    def _home(self, rows: Tensor, total: int) -> tuple[torch.device, int | None]:
+        """The device of the rows, once there are ``total`` of them, and how many it has space for; None for any number."""
         if self.folder is not None or self.device is not None:
-            return self.device or torch.device("cpu")
-        device, used = (rows.device, 0) if self._store is None else (self._store.device, self._store.nbytes)
+            return self.device or torch.device("cpu"), self.limit
+        device = rows.device if self._store is None else self._store.device
         if device.type == "cpu":
-            return device
-        free = free_bytes(device)
-        limit = DEVICE_BYTES if free is None else min(DEVICE_BYTES, DEVICE_SHARE * (free + used))
-        return device if total * rows.shape[1] * self.dtype.itemsize <= limit else torch.device("cpu")
+            return device, self.limit
+        stores = [bank._store for bank in _placed if bank is not self and bank.device is None]
+        others = sum(store.nbytes for store in stores if store is not None and store.device == device)
+        room = _budget(device, others + self.nbytes) - others
+        space = int(room // (rows.shape[1] * self.dtype.itemsize))
+        if total > space:
+            return torch.device("cpu"), self.limit
+        _placed.add(self)
+        return device, space if self.limit is None else min(space, self.limit)
+
+    def _with_space(
+        self, rows: Tensor, total: int, device: torch.device, limit: int | None
+    ) -> tuple[RowStore, Tensor, Tensor]:
+        """A store with space for ``total`` rows, and what :meth:`_stored` returns; the bank is not changed yet."""
+        stored, norms = self._stored(rows, device)
+        store = self._store
+        if store is None:
+            store = RowStore(rows.shape[1], self.dtype, device, self.folder)
+        elif store.device != device:
+            store = store.on(device)
+        store.reserve(total, limit)
+        return store, stored, norms
 
     def _stored(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows as they are stored on ``device``, and their norms ``[n]`` in float64 on the host.
@@ -215,14 +236,13 @@ class MemoryBank(Memory):
             count, rows = 0, rows[dropped:]
             prompt_features = None if prompt_features is None else prompt_features[dropped:]
         n = min(count + len(rows), limit)
-        device = self._home(rows, n)
-        stored, norms = self._stored(rows, device)
-        store = self._store
-        if store is None:
-            store = RowStore(rows.shape[1], self.dtype, device, self.folder)
-        elif store.device != device:
-            store = store.on(device)
-        store.reserve(n, self.limit)
+        device, space = self._home(rows, n)
+        try:
+            store, stored, norms = self._with_space(rows, n, device, space)
+        except torch.OutOfMemoryError:
+            if self.device is not None:
+                raise
+            store, stored, norms = self._with_space(rows, n, torch.device("cpu"), self.limit)
         self._store, self._count, self._added = store, count, self._added + dropped
         self.shape, self.prompt_dim = shape, None if prompt_features is None else prompt_features.shape[1]
         ids = None if prompt_features is None else self._prompt_ids(prompt_features)
@@ -406,6 +426,17 @@ class MemoryBank(Memory):
         bank._order[:n] = tensors["order"]
         bank._added = about["seen"]
         return bank
+
+
+_placed: weakref.WeakSet[MemoryBank] = weakref.WeakSet()  # banks whose rows are, or were, on an accelerator by default
+
+
+def _budget(device: torch.device, used: int) -> float:
+    """Bytes of an accelerator that rows may take by default, of which ``used`` are taken."""
+    free = free_bytes(device)
+    if free is None:
+        return DEVICE_BYTES
+    return max(FREE_SHARE * (free + used), min(DEVICE_BYTES, DEVICE_SHARE * (free + used)))
 
 
 def _norms(rows: Tensor) -> Tensor:

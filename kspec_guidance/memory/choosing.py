@@ -31,7 +31,7 @@ def choose_memory(
         shape: shape of one sample in the guide's space.
         budget: maximum size of the memory in bytes: by default 4 GiB, so that the choice is the same on all machines; with
             a ``device`` whose free memory is known (CUDA), half of that, if it is less.
-        device: device of the rows; by default as for :class:`MemoryBank`, i.e. the host beyond 256 MiB.
+        device: device of the rows; by default as for :class:`MemoryBank`: the host beyond an eighth of its free memory.
 
     >>> choose_memory(10_000, (4, 16, 16)), choose_memory(10**6, (4, 64, 64))
     (MemoryBank(0 entries, shape=None, prompt_dim=None, space=None), CentroidMemory(0 entries in 0 means, shape=None))

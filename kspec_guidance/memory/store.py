@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kspec_guidance.utils.devices import normal, normal_tensors, resolve_device
+from kspec_guidance.utils.devices import normal, normal_tensors, resolve_device, send
 
 __all__ = ["RowStore"]
 
 CHUNK_BYTES = 32 << 20  # size up to which chunks grow, and so the reserved but unused space
+CHUNK_BYTES_GPU = 128 << 20  # that of a block there: a block does not cross chunks
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -101,11 +102,12 @@ class RowStore:
         return other
 
     def reserve(self, n: int, limit: int | None = None) -> None:
-        """Allocate space for ``n`` rows. Chunks grow up to 32 MB; ``limit`` is the maximum number of rows."""
+        """Allocate space for ``n`` rows. Chunks grow up to 32 MB, on a GPU 128; ``limit`` is the maximum number of rows."""
         missing = n - self.capacity
         if missing <= 0:
             return
-        growth = min(max(16, self.capacity), max(1, CHUNK_BYTES // self.row_bytes))
+        largest = CHUNK_BYTES if self.device.type == "cpu" else CHUNK_BYTES_GPU
+        growth = min(max(16, self.capacity), max(1, largest // self.row_bytes))
         if limit is not None:
             growth = min(growth, limit - self.capacity)
         size = max(missing, growth)
@@ -157,15 +159,14 @@ class RowStore:
         if last < offset + len(chunk):
             if last - first + 1 == len(indices):
                 return chunk[first - offset : last - offset + 1]
-            local = (indices - offset).to(chunk.device)
+            local = send(indices - offset, chunk.device)
             return torch.index_select(chunk, 0, local, **({} if out is None else {"out": out[: len(indices)]}))
         rows = out[: len(indices)] if out is not None else chunk.new_empty(len(indices), self.width)
         ends = torch.tensor([*self.starts[number + 1 :], self.capacity], device="cpu")
         edges = torch.searchsorted(indices, ends).tolist()
-        done = 0
-        for k, edge in enumerate(edges):
-            if edge > done:
-                chunk, offset = self.chunks[number + k], self.starts[number + k]
-                torch.index_select(chunk, 0, (indices[done:edge] - offset).to(chunk.device), out=rows[done:edge])
-            done = edge
+        parts = [slice(a, b) for a, b in zip([0, *edges], edges, strict=False)]
+        local = send(torch.cat([indices[part] - self.starts[number + k] for k, part in enumerate(parts)]), rows.device)
+        for k, part in enumerate(parts):
+            if part.stop > part.start:
+                torch.index_select(self.chunks[number + k], 0, local[part], out=rows[part])
         return rows

@@ -1,6 +1,7 @@
 """Memories and feature maps on a simulated accelerator: results as on the CPU, and few reads by the host."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from kspec_guidance import MemoryBank, RandomFeatureMemory
 from kspec_guidance.features import NystromFeatures, RandomFourierFeatures, RandomProjection
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, RationalQuadraticKernel
 from kspec_guidance.memory import CentroidMemory, choose_memory
+from kspec_guidance.memory.bank import _budget
+from kspec_guidance.memory.store import RowStore
 from tests.devices.simulated import DeviceTensor, SimulatedDevice
 from tests.memory.banks import PROMPT_WEIGHTS
 from tests.samples import clustered_samples, normalize_rows
@@ -144,6 +147,7 @@ def test_rows_that_exceed_the_device_are_read_by_block(kind, device, monkeypatch
 @KINDS
 def test_rows_move_to_the_host_beyond_the_limit_unless_a_device_is_given(kind, device, monkeypatch):
     monkeypatch.setattr("kspec_guidance.memory.bank.DEVICE_BYTES", 30 * 24 * 4)
+    monkeypatch.setattr("kspec_guidance.memory.bank._placed", weakref.WeakSet())
     x, _ = clustered_samples(60)
     bank, given = MemoryBank(), MemoryBank(device=kind)
     for start in range(0, 60, 10):
@@ -157,6 +161,95 @@ def test_rows_move_to_the_host_beyond_the_limit_unless_a_device_is_given(kind, d
     assert given.device == given._store.device == device.device
     assert torch.equal(bank.x, x)
     assert torch.equal(given.x.cpu(), x)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A simulated CUDA device whose total, allocated and reserved bytes a test sets."""
+    monkeypatch.setattr("kspec_guidance.memory.bank._placed", weakref.WeakSet())
+    sizes = {"total": 80 << 30, "foreign": 10 << 30, "allocated": 0, "reserved": 0}
+    with SimulatedDevice("cuda") as device:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr(
+            "torch.cuda.mem_get_info",
+            lambda device: (sizes["total"] - sizes["foreign"] - sizes["reserved"], sizes["total"]),
+        )
+        monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: sizes["allocated"])
+        monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: sizes["reserved"])
+        sizes["device"] = device.device
+        yield sizes
+        monkeypatch.undo()
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(("free", "share"), [(70 << 10, 1 / 8), (2 << 10, 1 / 8), (1600, 256 / 1600), (400, 1 / 4)])
+@pytest.mark.parametrize("cached", [0, 300])
+def test_rows_take_an_eighth_of_the_free_memory_or_256_mib(free, share, cached, gpu):
+    gpu["foreign"] = gpu["total"] - (free << 20)
+    gpu["allocated"], gpu["reserved"] = 0, cached * MIB  # what torch has reserved and does not use is free, too
+    assert _budget(gpu["device"], 0) == pytest.approx(share * free * MIB)
+    gpu["allocated"] = gpu["reserved"] = 100 * MIB  # of rows: they do not lower their own budget
+    assert _budget(gpu["device"], 100 * MIB) == pytest.approx(share * free * MIB)
+
+
+def test_banks_share_the_budget_and_the_one_that_passes_it_moves_whole(gpu, monkeypatch):
+    monkeypatch.setattr("kspec_guidance.memory.bank.DEVICE_BYTES", 0)
+    gpu["foreign"] = gpu["total"] - 8 * 60 * 24 * 4  # an eighth is 60 rows
+    x, t = clustered_samples(60)
+    first, second = MemoryBank(), MemoryBank()
+
+    def on_device():
+        return sum(bank.nbytes for bank in (first, second) if bank._store and bank._store.device.type == "cuda")
+
+    for start in range(0, 60, 10):
+        for bank in (first, second):
+            gpu["allocated"] = gpu["reserved"] = on_device()
+            bank.add(x[start : start + 10].to(gpu["device"]), t[start : start + 10].to(gpu["device"]))
+    assert {first._store.device.type, second._store.device.type} == {"cuda", "cpu"}
+    assert on_device() <= 60 * 24 * 4
+    for bank in (first, second):
+        assert torch.equal(bank.x.cpu(), x)
+        assert torch.equal(bank.prompts, fill(MemoryBank()).prompts)
+
+
+def test_a_full_device_sends_the_rows_to_the_host_unless_a_device_is_given(gpu, monkeypatch):
+    x, _ = clustered_samples(60)
+    bank, given = MemoryBank(), MemoryBank(device="cuda")
+    for memory in (bank, given):
+        memory.add(x[:10].to(gpu["device"]))
+    make = RowStore._chunk
+
+    def full(store, size):
+        if store.device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(store, size)
+
+    monkeypatch.setattr(RowStore, "_chunk", full)
+    bank.add(x[10:].to(gpu["device"]))
+    assert bank._store.device.type == "cpu"
+    assert torch.equal(bank.x, x)
+    with pytest.raises(torch.OutOfMemoryError):
+        given.add(x[10:].to(gpu["device"]))
+    assert torch.equal(given.x.cpu(), x[:10])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_rows_of_many_chunks_are_gathered_without_a_wait(inside, gpu, monkeypatch):
+    monkeypatch.setattr("kspec_guidance.memory.store.CHUNK_BYTES_GPU", 2000)
+    x, _ = clustered_samples(60)
+    store = RowStore(24, device="cuda")
+    for start in range(0, 60, 10):
+        store.reserve(start + 10)
+        store.write(start, x[start : start + 10].to(gpu["device"]))
+    assert len(store.chunks) > 2
+    indices = torch.tensor([1, 3, 4, 9] if inside else [0, 15, 16, 33, 59])
+    device = torch.utils._python_dispatch._get_current_dispatch_mode()
+    device.reads.clear()
+    found = store.gather(indices)
+    assert not device.reads
+    assert torch.equal(found.cpu(), x[indices])
 
 
 @KINDS

@@ -1,5 +1,7 @@
 """Memories and feature maps on a CUDA device: results as on the CPU, and steps that do not wait for the device."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -69,6 +71,8 @@ def test_steps_match_the_cpu_without_waiting_for_the_device(make, home, sample, 
 
 def test_rows_move_to_the_host_and_the_budget_is_free_memory(monkeypatch, tmp_path):
     monkeypatch.setattr("kspec_guidance.memory.bank.DEVICE_BYTES", 1 << 20)
+    monkeypatch.setattr("kspec_guidance.memory.bank.FREE_SHARE", 0)
+    monkeypatch.setattr("kspec_guidance.memory.bank._placed", weakref.WeakSet())
     bank, x = MemoryBank(), torch.randn(40, 100, 100, device="cuda")
     for start in range(0, 40, 4):
         bank.add(x[start : start + 4])
