@@ -1,10 +1,10 @@
 """What guidance costs on a CUDA device: SD 1.5-, SDXL- and Flux-sized pipelines with random weights in bfloat16.
 
-    python benchmarks/gpu.py                 all rows; writes results/gpu.json and docs/gpu.md
+    python benchmarks/gpu.py                 all rows; writes results/gpu.json, docs/gpu.md, docs/speed.md
     python benchmarks/gpu.py --seconds 150   no row is begun later than this; what is left out is listed
     python benchmarks/gpu.py SDXL            the rows whose model contains the word; ``arithmetic`` for those without one
     python benchmarks/gpu.py --repeats 1     fewer pairs of calls
-    python benchmarks/gpu.py page            the tables of docs/gpu.md from the results
+    python benchmarks/gpu.py page            the tables of docs/gpu.md and docs/speed.md from the results
 
 Whole pipelines run from given prompt embeddings to latents. Plain and guided calls alternate; a row has the medians of
 their times per step, the time between CUDA events around the guidance, the peak of allocated memory, and how often a call
@@ -112,16 +112,16 @@ GUIDES: dict[str, Callable[[], Any]] = {
     "SPARKE()": SPARKE,
     "SPARKE(), 1,000 rows": SPARKE,
     "SPARKE(), 10,000 rows": SPARKE,
-    "SPARKE(), 10,000 rows on the device": lambda: SPARKE(memory=MemoryBank(device="cuda")),
+    "SPARKE(), 10,000 rows on the host": lambda: SPARKE(memory=MemoryBank(device="cpu")),
     "VendiGuidance()": VendiGuidance,
     "VendiGuidance(), 1,000 rows": VendiGuidance,
     'SPARKE(space="pooled")': lambda: SPARKE(space="pooled"),
     'SPARKE(space="pixels")': lambda: SPARKE(space="pixels"),
 }
 ALL = tuple(GUIDES)
-SIZES = (*ALL[:2], ALL[3])
+SIZES = ALL[:3]
 PLAN: list[tuple[str, str, tuple[str, ...]]] = [  # the most important rows first
-    ("SDXL", "on the device", (*SIZES, ALL[4], ALL[6], ALL[2])),
+    ("SDXL", "on the device", (*SIZES, ALL[4], ALL[6], ALL[3])),
     ("Flux", "on the device", SIZES),
     ("SD 1.5", "on the device", (*SIZES, *ALL[4:])),
     ("SDXL", "model offload", ALL[:1]),
@@ -134,7 +134,8 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "model offload": lambda pipe: pipe.enable_model_cpu_offload(),
 }
 SAMPLES = {"SDXL": (2, 4, 128, 128), "Flux": (1, 4096, 64), "SD 1.5": (4, 4, 64, 64)}  # of the pipelines above
-BLOCKS_MB = (8, 16, 32, 64, 128)
+BLOCKS_MB = (8, 16, 32, 64, 128, 256)
+PICTURES = {"SDXL": "SDXL, 2 images", "Flux": "Flux, 1 image", "SD 1.5": "SD 1.5, 4 images"}
 
 
 class Call:
@@ -320,35 +321,72 @@ def run(words: list[str], seconds: float, repeats: int) -> dict[str, Any]:
 
 
 def page(record: dict[str, Any]) -> None:
-    """Write the tables into docs/gpu.md."""
-    cells = [
-        [
-            r["model"], r["mode"], f"`{r['guide'].partition(', ')[0]}`", str(r["images"]), f"{r['rows']:,} ({r['memory']})",
-            f"{r['step_ms']:.1f} ms", f"{r['added_ms']:.2f} ms", f"{r['share']:.1%}",
-            f"{r['events_ms']:.2f} ms", f"{r['peak_extra_gb'] * 1e3:.0f} MB", f"{r['waits_per_guided_step']:.1f}",
-        ]
-        if "error" not in r
-        else [r["model"], r["mode"], f"`{r['guide']}`", "", "", r["error"].partition("\n")[0], "", "", "", "", ""]
-        for r in record["rows"]
-    ]  # fmt: skip
-    head = (
-        "model, mode, guide, images, rows in memory, plain step, added to a guided step, share, of that between events, "
-        "extra memory, waits a guided step"
-    )
-    bare = [
-        [
-            r["model"], ", ".join(map(str, r["numbers"])), f"{r['rows']:,}", f"{r['step_ms']:.2f} ms",
-            f"{r['queued_ms']:.2f} ms", f"{r['graph_ms']:.2f} ms",
-        ]
-        for r in record["arithmetic"]
-        if "error" not in r
-    ]  # fmt: skip
-    bare_head = "model, samples, rows on the device, a step, without its read, as a CUDA graph"
-    versions = f"torch {record['torch']}, diffusers {record['diffusers']}"
-    about = f"{record['device']}, {versions}, bfloat16, {record['steps']} steps, "
-    about += f"medians of {record['repeats']} pairs of calls:\n\n"
-    parts = {"gpu": about + table(head.split(", "), cells), "gpu-arithmetic": table(bare_head.split(", "), bare)}
+    """Write the tables into docs/gpu.md and docs/speed.md."""
+    versions = f"{record['device']}, torch {record['torch']}, diffusers {record['diffusers']}"
+    whole = f"{versions}, bfloat16, {record['steps']} steps, medians of {record['repeats']} pairs of calls; ms:\n\n"
+    found = [r for r in record["arithmetic"] if "error" not in r]
+    sizes = sorted({int(size) for r in found for size in r.get("graph_ms_by_block_mb", ())})
+    parts = {
+        "gpu": whole + table(PIPELINE_HEAD, [pipeline_cells(r) for r in record["rows"]]),
+        "gpu-arithmetic": f"{versions}, float32; ms:\n\n" + table(ARITHMETIC_HEAD, [arithmetic_cells(r) for r in found]),
+        "gpu-blocks": f"{versions}; ms of a graph, against the MB of rows in a block:\n\n"
+        + table(
+            ["model", "rows", *map(str, sizes)],
+            [
+                [r["model"], f"{r['rows']:,}", *(f"{r['graph_ms_by_block_mb'][str(size)]:.2f}" for size in sizes)]
+                for r in found
+                if "graph_ms_by_block_mb" in r
+            ],
+        ),
+    }
     fill(ROOT / "docs" / "gpu.md", parts)
+    shares = table(SHARE_HEAD, share_cells(record["rows"], found))
+    fill(ROOT / "docs" / "speed.md", {"gpu-share": f"{versions}:\n\n{shares}"})
+
+
+PIPELINE_HEAD = [
+    "pipeline", "guide", "rows in memory", "plain step", "guidance, by events", "share of a step",
+    "guided less plain (range)", "waits",
+]  # fmt: skip
+ARITHMETIC_HEAD = ["model", "rows on the device", "a step", "without its read", "the device's part: a CUDA graph"]
+SHARE_HEAD = ["model", "earlier images of the prompt", "a plain step", "device", "share", "host and device", "share"]
+
+
+def pipeline_cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table of whole pipelines."""
+    name = PICTURES[row["model"]] + ("" if row["mode"] == "on the device" else f", {row['mode']}")
+    guide = f"`{row['guide'].partition(', ')[0]}`"
+    if "error" in row:
+        return [name, guide, "", "", "", "", row["error"].partition("\n")[0], ""]
+    place, size = row["memory"].split(", ")
+    where = {"cuda": "device", "cpu": "host"}[place]
+    low, high = row["added_ms_range"]
+    return [
+        name, guide, f"{row['rows']:,} on the {where}, {size}", f"{row['step_ms']:.1f}", f"{row['events_ms']:.2f}",
+        f"{row['events_share']:.1%}", f"{row['added_ms']:.1f} ({low:.1f} to {high:.1f})",
+        f"{row['waits_per_guided_step']:.1f}",
+    ]  # fmt: skip
+
+
+def arithmetic_cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table of bare steps."""
+    times = [f"{row[name]:.2f}" for name in ("step_ms", "queued_ms", "graph_ms")]
+    return [PICTURES[row["model"]], f"{row['rows']:,}", *times]
+
+
+def share_cells(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[list[str]]:
+    """Shares of a guided step of a plain one, for the sizes that were run as pipelines: the fastest plain step counts."""
+    cells = []
+    for r in found:
+        plain = [row["step_ms"] for row in rows if row["model"] == r["model"] and "step_ms" in row]
+        if plain:
+            block = str(selection.BLOCK_BYTES_GPU >> 20)
+            device, both, step = r.get("graph_ms_by_block_mb", {}).get(block, r["graph_ms"]), r["step_ms"], min(plain)
+            cells.append(
+                [PICTURES[r["model"]], f"{r['rows']:,}", f"{step:.0f} ms", f"{device:.2f} ms", f"{device / step:.1%}",
+                 f"{both:.2f} ms", f"{both / step:.1%}"]
+            )  # fmt: skip
+    return cells
 
 
 def main() -> None:
