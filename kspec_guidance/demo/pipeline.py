@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["DEMO_PROMPTS", "is_demo", "is_demo_denoiser", "load_demo_pipeline", "load_demo_reference", "unknown_words"]
 
 ASSETS = Path(__file__).parent / "assets"
+# fingerprints of the denoisers of earlier versions: folders of their images are still known as the embedded model's
+EARLIER_DENOISERS = ("UNet2DConditionModel-d025d1d68aa1(+117+84+76-12+72-52)",)  # 1.0.0rc1
 DEMO_PROMPTS = (  # names of different things that the embedded model knows
     "heart", "cat face", "dog face", "rocket", "teacher", "clock face", "bird", "surfer", "flag", "smiling face",
     "automobile", "evergreen tree", "student", "police officer", "fish", "book", "baby", "runner", "elf", "farmer", "cook",
@@ -65,8 +67,8 @@ def _demo_denoiser() -> str:
 
 
 def is_demo_denoiser(network: str) -> bool:
-    """Whether a fingerprint is that of the embedded pipeline's denoiser."""
-    return same_network(network, _demo_denoiser())
+    """Whether a fingerprint is that of the embedded pipeline's denoiser, of this version or an earlier one."""
+    return any(same_network(network, known) for known in (*EARLIER_DENOISERS, _demo_denoiser()))
 
 
 def is_demo(pipe: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 
+from benchmarks.arena.networks import emoji_pipeline
 from kspec_guidance import load_demo_pipeline
 from kspec_guidance.evaluation.runs import made_by_demo, seeds_of
 from kspec_guidance.utils.hashing import fingerprint
@@ -14,6 +15,7 @@ def test_folders_of_the_embedded_model_are_recognised(tmp_path):
     denoiser = fingerprint(load_demo_pipeline().unet)
     for text, expected in (
         (json.dumps({"pipeline": {"denoiser": denoiser}}), True),
+        (json.dumps({"pipeline": {"denoiser": fingerprint(emoji_pipeline().unet)}}), True),  # made by 1.0.0rc1
         (json.dumps({"pipeline": {"denoiser": "UNet2DConditionModel-000000000000"}}), False),
         ("{damaged", False),
         ("[]", False),
