@@ -21,7 +21,7 @@ from kspec_guidance.plotting import plot_scores, side_by_side
 
 __all__ = ["DemoResult", "run_demo"]
 
-PROMPTS = ["heart", "runner", "health worker", "cat face", "man", "flag"]
+PROMPTS = ["heart", "runner", "health worker", "cat face", "man", "building"]
 PEOPLE = ["health worker", "man", "farmer", "student", "cook", "runner"]
 TONES = {"dark skin tones": "dark-skin-tone", "light skin tones": "light-skin-tone"}
 GUIDANCE_SCALE = 5.0
