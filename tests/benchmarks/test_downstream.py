@@ -32,20 +32,33 @@ def bed():
     return FlatBed(torch.rand(9, downstream.BATCH, generator=g).tolist())
 
 
+def made(bed, name, number, folder, also=()):
+    """Images of the only prompt, made together with those of other sets."""
+    downstream.make(bed, ["a"], [name, *also], number, folder)
+    return downstream.load(name, ["a"], number, folder)[0]
+
+
 def test_the_first_images_of_a_set_are_the_set_of_a_smaller_size(bed, tmp_path):
-    small, large = (downstream.make(bed, ["a"], "plain", n, tmp_path)[0] for n in (5, 40))
+    small, large = (made(bed, "plain", n, tmp_path) for n in (5, 40))
     assert torch.equal(small, large[:5])
-    assert torch.equal(downstream.make(bed, ["a"], "plain", 40, tmp_path)[0], large)
+    assert torch.equal(made(bed, "plain", 40, tmp_path), large)
+
+
+@pytest.mark.parametrize("names", downstream.SOURCES)
+def test_sets_that_are_made_of_the_same_images_are_those_that_are_made_alone(bed, tmp_path, names):
+    together = [made(bed, name, 20, tmp_path / "one", names) for name in names]
+    for name, images in zip(names, together, strict=True):
+        assert torch.equal(made(bed, name, 20, tmp_path / "two"), images)
 
 
 def test_the_filter_keeps_images_of_which_the_judge_is_sure(bed, tmp_path):
-    kept = downstream.make(bed, ["a"], "guided, filtered", 20, tmp_path)[0]
+    kept = made(bed, "guided, filtered", 20, tmp_path)
     values = torch.tensor(bed.values).flatten()
     assert torch.equal(kept[:, 0, 0, 0], (values[values >= downstream.SURE][:20] * 255).round().byte())
 
 
 def test_one_of_two_candidates_is_kept(bed, tmp_path):
-    kept = downstream.make(bed, ["a"], "candidates", 8, tmp_path)[0][:, 0, 0, 0]
+    kept = made(bed, "candidates", 8, tmp_path)[:, 0, 0, 0]
     pairs = (torch.tensor(bed.values[0]) * 255).round().byte().view(8, 2)
     assert ((kept[:, None] == pairs).any(1)).all()
 
