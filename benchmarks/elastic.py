@@ -357,7 +357,8 @@ def page(results):
     head = ["", "killed", "images", "twice", "modes of a prompt", "conditional RKE", "seconds", "of processors"]
     parts["elastic"] = table(head, rows)
     head = ["", "images a second", "efficiency", "while all make images", "efficiency"]
-    parts["efficiency"] = table(head, costs)
+    if costs:  # of a run on a machine with a core for each worker
+        parts["efficiency"] = table(head, costs)
     rows = []
     for name, f in results["seeds"].items():
         if name != "settings":
