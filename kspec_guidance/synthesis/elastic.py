@@ -63,14 +63,17 @@ def work(
     """
     made, start, expected = 0, time.monotonic(), sum(job.goal for job in jobs())
     first = 0 if in_order else sum(leases.worker.encode()) % max(1, units.number)
-    order, idle = [*range(first, units.number), *range(first)], 0
+    order = [*range(first, units.number), *range(first)]
+    awaited: dict[int, tuple[int, int]] = {}  # unit and number of the summary that a unit waits for
     poll = min(POLL_SECONDS, leases.seconds / 8)
     checked = False
     while len(leases.done()) < units.number:
-        lease = leases.take(order)
+        # a unit that waits is taken again, and its records read, when there is what it waits for
+        lease = leases.take([unit for unit in order if unit not in awaited or log.has_summary(*awaited[unit])])
         if lease is None:
             sleep(poll)
             continue
+        awaited.pop(lease.unit, None)
         with restored(run.run_guide, copy_memory=True), lease.beating(leases.seconds):
             before = made
 
@@ -84,7 +87,7 @@ def work(
             worker = run.worker(
                 mine, expected, unit_store, OneProcess(lease.unit), None, units.prompt_features, units.contexts, report
             )
-            end, waiting = None, False
+            end = None
             try:
                 unit = Unit(worker, unit_store, None if history is None else history.units[lease.unit])
                 unit.resume()
@@ -93,8 +96,8 @@ def work(
                     checked = True
                 unit.run()
                 end = unit_store.digest
-            except WaitingError:
-                waiting = True
+            except WaitingError as error:
+                awaited[lease.unit] = error.unit, error.number
             except LeaseLostError:  # its records tell what was committed; the unit is left to its owner
                 pass
             finally:
@@ -102,9 +105,6 @@ def work(
                 lease.release(end)
         order.remove(lease.unit)  # so that others are tried first, if it waits for them
         order.append(lease.unit)
-        idle = idle + 1 if waiting and worker.made == unit_store.replayed else 0
-        if waiting and idle >= units.number - len(leases.done()):  # all wait for what other workers make
-            sleep(poll)
     return made
 
 

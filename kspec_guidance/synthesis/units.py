@@ -40,7 +40,16 @@ ADVICE = (
 
 
 class WaitingError(SynthesisError):
-    """The next batch follows a summary that another unit has not published yet."""
+    """The next batch follows a summary that another unit has not published yet.
+
+    Attributes:
+        unit: that publishes it.
+        number: of the summary.
+    """
+
+    def __init__(self, waiting: int, unit: int, number: int):
+        super().__init__(f"unit {waiting} waits for unit {unit}")
+        self.unit, self.number = unit, number
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,10 @@ class UnitLog:
         tensors = {} if message is None else {"message": message}
         about = {"shape": None if shape is None else list(shape), "prompt_dim": prompt_dim}
         self.storage.create(_summary_name(unit, number), encode_tensors("summary", tensors, about))
+
+    def has_summary(self, unit: int, number: int) -> bool:
+        """Whether a summary was published, or will not be, since its unit is finished."""
+        return self.storage.exists(_summary_name(unit, number)) or self.is_finished(unit)
 
     def summary(self, unit: int, number: int) -> Summary | None:
         """A summary; None if it was not published yet.
@@ -378,7 +391,7 @@ class Unit:
                 self.store.reads.setdefault(str(unit), []).append(summary.digest)
                 left -= 1
             if left > 0 and not complete:
-                raise WaitingError(f"unit {self.unit} waits for unit {unit}")
+                raise WaitingError(self.unit, unit, self.heard.get(unit, 0))
 
     def _hear(self, unit: int, digest: str | None = None) -> Summary | None:
         """Add the next summary of a unit, which must have this digest; None if there is none."""

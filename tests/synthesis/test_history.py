@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from kspec_guidance.memory.io import encode_tensors
-from kspec_guidance.synthesis import CheckpointError, SynthesisError, reproduce
+from kspec_guidance.synthesis import CheckpointError, SynthesisError, elastic, reproduce
 from kspec_guidance.synthesis.leases import Leases
 from kspec_guidance.synthesis.publication import compare_with_original
 from kspec_guidance.synthesis.storage import Storage
@@ -75,6 +75,25 @@ def test_several_workers_make_a_set_again_together(two_workers, tmp_path, pipe, 
     named(monkeypatch, "c")
     reproduce(path, tmp_path / "again", pipe, report=False, join=join)
     assert compare_with_original(two_workers, tmp_path / "again")["same bytes"] == 35
+
+
+def test_a_unit_that_waits_is_read_again_only_when_there_is_what_it_waits_for(two_workers, tmp_path, pipe, monkeypatch):
+    class BusyHearts(Leases):
+        def take(self, order=None):
+            return super().take([unit for unit in order if unit != 0])
+
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(elastic, "Leases", partial(BusyHearts, worker="d"))
+    monkeypatch.setattr(elastic, "work", partial(elastic.work, sleep=sleep))
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(two_workers / "reproduce.yaml", None, pipe, join=tmp_path / "run")
+    assert Leases(Storage(str(tmp_path / "run")), 2).tokens() == {1: 1}  # the runners had one owner
 
 
 @pytest.mark.parametrize("fault", ["middle", "last", "lost", "units", "impossible", "no units", "weights"])
