@@ -22,6 +22,7 @@ from kspec_guidance.utils.precision import full_precision
 __all__ = ["cmmd", "kid", "mmd"]
 
 BLOCK_ROWS = 512  # rows of the kernel matrix of all samples that are held at once
+PART_ROWS = 1024  # rows and columns of a kernel matrix that are held at once
 SINGLE_ROWS = 256  # of a subset, from which on kernels in float32 save time
 ROUNDING_ROWS, ROUNDING_COLUMNS = 8, 2048  # of each set, of which the rounding of float32 is measured
 ROUNDING_SHARE = 0.01  # of the standard deviation of the subsets that rounding may be
@@ -73,24 +74,25 @@ def mmd(
 
 
 def _from_kernel(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = True) -> Tensor:
-    """Squared MMD ``[...]``; kernels in the dtype of the rows, some rows of a matrix at a time, and sums in float64."""
-    n, m = x.shape[-2], y.shape[-2]
+    """Squared MMD ``[...]``; kernels in the dtype of the rows, a block of a matrix at a time, and sums in float64."""
 
-    def own(z: Tensor) -> Tensor:
-        total = torch.zeros(z.shape[:-2], dtype=torch.float64, device=z.device)
-        for start in range(0, z.shape[-2], 2 * BLOCK_ROWS):
-            part, rest = z[..., start : start + 2 * BLOCK_ROWS, :], z[..., start + 2 * BLOCK_ROWS :, :]
+    def total(k: Tensor) -> Tensor:
+        return k.sum((-2, -1), dtype=torch.float64)
+
+    def mean_within(z: Tensor) -> Tensor:
+        found, parts, n = z.new_zeros(z.shape[:-2], dtype=torch.float64), z.split(PART_ROWS, dim=-2), z.shape[-2]
+        for i, part in enumerate(parts):
             k = kernel(part)
-            total = total + k.sum((-2, -1), dtype=torch.float64)
+            found = found + total(k)
             if unbiased:
-                total = total - k.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
-            if rest.shape[-2]:
-                total = total + 2 * kernel(part, rest).sum((-2, -1), dtype=torch.float64)
-        count = z.shape[-2]
-        return total / (count * (count - 1) if unbiased else count**2)
+                found = found - k.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
+            for later in parts[i + 1 :]:
+                found = found + 2 * total(kernel(part, later))
+        return found / (n * (n - 1) if unbiased else n**2)
 
-    cross = [kernel(part, y).sum((-2, -1), dtype=torch.float64) for part in x.split(2 * BLOCK_ROWS, dim=-2)]
-    return own(x) + own(y) - 2 * torch.stack(cross).sum(0) / (n * m)
+    pairs = [(a, b) for a in x.split(PART_ROWS, dim=-2) for b in y.split(PART_ROWS, dim=-2)]
+    between = torch.stack([total(kernel(a, b)) for a, b in pairs]).sum(0) / (x.shape[-2] * y.shape[-2])
+    return mean_within(x) + mean_within(y) - 2 * between
 
 
 def from_sums(a: Tensor, aa: Tensor, n: int, b: Tensor, bb: Tensor, m: int, unbiased: bool) -> Tensor:
@@ -148,7 +150,7 @@ def kid(
     draws = [[torch.randperm(len(z), generator=g)[: min(subset_size, len(z) // 2)] for z in (x, y)] for _ in range(subsets)]
     values = None
     narrow = all(z.dtype == torch.float32 and not (z.requires_grad and torch.is_grad_enabled()) for z in (x, y))
-    if narrow and min(len(z) for z in draws[0]) >= SINGLE_ROWS and not isinstance(kernel, FunctionKernel):
+    if narrow and subsets > 1 and min(len(z) for z in draws[0]) >= SINGLE_ROWS and not isinstance(kernel, FunctionKernel):
         with full_precision(torch.device("cpu")):
             values = _in_single_precision(x.cpu(), y.cpu(), kernel, draws)
     if values is None:
@@ -166,7 +168,7 @@ def _in_single_precision(x: Tensor, y: Tensor, kernel: Kernel, draws: list[list[
     if not math.isfinite(rounding):
         return None
     values = _mmd_of_subsets(x, y, kernel, draws)
-    return values if rounding <= ROUNDING_SHARE * float(values.std()) else None  # of one subset NaN, so None
+    return values if rounding <= ROUNDING_SHARE * float(values.std()) else None
 
 
 def _rounding(x: Tensor, y: Tensor, kernel: Kernel) -> float:
