@@ -1,5 +1,6 @@
 """Run: applies a guide to the steps of a pipeline; :meth:`Run.step` is one guided step."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -100,7 +101,7 @@ def ascent_direction(
     """
     with full_precision(rows.device):
         size = norms(rows) if sizes is None else sizes
-        size = torch.where(size > 0, size, 1.0)  # rows of zeros stay zeros
+        size = size + (size == 0)  # rows of zeros stay zeros
         u = rows / size if objective.normalize else rows
         noise = None
         if seed is not None:
@@ -138,7 +139,7 @@ class Run:
         self._spans_inside: list[tuple[Any, Any]] = []  # time that they took
         self._blocks: dict[int, str] = {}  # names of the blocks, by term
         self._need_score = False  # whether a transform uses the direction of the score
-        self._unchecked: list[tuple[str, int, Tensor]] = []  # what, step, and whether it is finite
+        self._unchecked: list[tuple[str, int, Tensor]] = []  # what, step, and what must be finite or true
         self._rounded: list[Tensor] = []  # sizes of the moves of a step in half precision, realised and intended
         self.calibration = 1.0  # factor of scales in the unit "spread"
         self._cfg: ClassifierFree | None = None  # classifier-free guidance of this step, if a term needs it
@@ -438,7 +439,7 @@ class Run:
 
     def _expect_finite(self, what: str, norms: Tensor, step: int) -> None:
         """Note that these norms must be finite; checked when values of the device are read next."""
-        self._unchecked.append((what, step, norms.amax() < math.inf))  # not for NaN
+        self._unchecked.append((what, step, norms))
 
     def _read(self, context: StepContext, gradients: Sequence[Gradient] = ()) -> list[bool]:
         """For each gradient, whether rows coincide: the one time at which a guided step waits for the device.
@@ -453,25 +454,28 @@ class Run:
             if not g.finite:
                 raise _not_finite("prediction", context.step, context.total)
             if g.coincident is not None:
-                flag = g.coincident.any()
-                if flag.device == g.rows.device:
-                    flags[k] = flag
+                if g.coincident.device == g.rows.device:
+                    flags[k] = g.coincident
                 else:  # on the host already
-                    coincident[k], waited = bool(flag), True
+                    coincident[k], waited = bool(g.coincident.any()), True
         if waited and not flags:
             return coincident
         checks, self._unchecked = self._unchecked, []
-        values = torch.stack([finite for *_, finite in checks] + list(flags.values())).cpu().tolist()
-        for (what, step, _), finite in zip(checks, values, strict=False):
-            if not finite and what in ("prediction", "move", "result"):
+        asked = [check[2] for check in checks] + list(flags.values())
+        numbers = torch.cat([value.flatten() for value in asked]).tolist()
+        ends = list(itertools.accumulate(map(torch.numel, asked)))
+        values = [numbers[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        for (what, step, given), found in zip(checks, values, strict=False):
+            valid = all(found if given.dtype == torch.bool else map(math.isfinite, found))
+            if not valid and what in ("prediction", "move", "result"):
                 raise _not_finite(what, step, context.total)
-            if not finite:
+            if not valid:
                 raise ValueError(
                     f"{what}: it does not combine its predictions as uncond + weight (cond - uncond), as seen at step "
                     f"{step + 1} of {context.total}"
                 )
         for k, value in zip(flags, values[len(checks) :], strict=True):
-            coincident[k] = value
+            coincident[k] = any(value)
         return coincident
 
     def finish(self, context: StepContext) -> None:

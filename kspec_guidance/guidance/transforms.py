@@ -136,7 +136,7 @@ def bound(move: Tensor, state: TransformState) -> Tensor:
     do not repel.
     """
     largest = norms(move).amax()
-    factor = torch.where(largest > 0, state.scale / largest, 0)
+    factor = state.scale / (largest + (largest == 0))  # moves of zeros stay zeros
     if state.effective_count is not None:
         factor = factor * state.effective_count.amax().clamp(max=1)
     return factor * state.sizes * move

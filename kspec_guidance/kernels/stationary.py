@@ -133,8 +133,9 @@ class GaussianKernel(_Stationary):
 
     def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor]:
         assert self.bandwidth is not None
-        k = torch.exp(d2 * (-0.5 / self.bandwidth**2))
-        return k, k * self.bandwidth**-2
+        precision = self.bandwidth**-2
+        k = torch.exp(d2 * (-0.5 * precision))
+        return k, k * precision
 
     def squared(self) -> "GaussianKernel":
         assert self.bandwidth is not None

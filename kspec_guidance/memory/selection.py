@@ -368,8 +368,17 @@ class Selection:
             g, k = self._radial_gradient(kernel, x)
         else:
             g, k = self._product_gradient(kernel, x, centre)
-        weights = self.vectors(x)[2]
-        return g, (k if weights is None else torch.where(weights > ALIKE, k, 0)).amax(-1)
+        alike = self._alike(x)
+        return g, (k if alike is None else k * alike).amax(-1)
+
+    def _alike(self, like: Tensor) -> Tensor | None:
+        """1 for rows with the weight of the same prompt, and 0 for others ``[n or 1, m]``; None if all weights are 1."""
+        key = "alike", like.dtype, like.device
+        if key not in self._cached:
+            weights = self.vectors(like)[2]
+            with normal_tensors():
+                self._cached[key] = None if weights is None else (weights > ALIKE).to(weights)
+        return self._cached[key]
 
     def _radial_gradient(self, kernel: GaussianKernel | RationalQuadraticKernel, x: Tensor) -> tuple[Tensor, Tensor]:
         """The fast path, for functions of the distance; operations on all rows at once are outside of the loop."""
@@ -380,8 +389,9 @@ class Selection:
         scaled, fold, gaussian = weights * scale, 1.0, isinstance(kernel, GaussianKernel)
         d2 = x.square().sum(-1, keepdim=True) + squares  # less 2 x.m, which is subtracted block by block
         if gaussian:  # compute the exponent directly: five calls per block
-            fold = -0.5 / kernel.bandwidth**2
-            scaled, d2 = scaled * kernel.bandwidth**-2, d2.mul_(fold)
+            precision = kernel.bandwidth**-2
+            fold = -0.5 * precision
+            scaled, d2 = scaled * precision, d2.mul_(fold)
         total, (sizes, blocks) = torch.zeros_like(x), self.blocks(x)
         scale = scale * (-2 * fold)  # of the products
         parts = zip(d2.split(sizes, 1), scale.split(sizes), scaled.split(sizes, 1), blocks, strict=True)

@@ -1,6 +1,7 @@
 """The base class of objectives, their gradients, and the pairs of samples that they sum over."""
 
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from kspec_guidance.kernels import Kernel, l2_normalize
 from kspec_guidance.kernels.base import as_kernel
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, Selection
+from kspec_guidance.memory.selection import ALIKE
 
 __all__ = ["SAMPLE_BANDWIDTH", "TOLERANCE", "Gradient", "Objective", "Pairs", "natural_rows"]
 
@@ -61,6 +63,11 @@ class Pairs:
     coefficients: Tensor | None = None
     effective_count: Tensor | None = None
     size: int = 0
+
+    @cached_property
+    def alike(self) -> Tensor:
+        """1 for pairs within the batch whose weight is that of the same prompt, and 0 for others ``[n, n]``."""
+        return (self.inside > ALIKE).to(self.inside)
 
 
 class Objective:

@@ -7,12 +7,17 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, pairwise_distances
+from kspec_guidance.kernels import (
+    PROMPT_BANDWIDTH,
+    GaussianKernel,
+    Kernel,
+    RationalQuadraticKernel,
+    pairwise_distances,
+)
 from kspec_guidance.kernels.base import as_kernel
 from kspec_guidance.kernels.distances import MEDIAN_ROWS, as_float, evenly_spaced
 from kspec_guidance.kernels.stationary import weighted_median
 from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory
-from kspec_guidance.memory.selection import ALIKE
 from kspec_guidance.objectives.base import (
     SAMPLE_BANDWIDTH,
     Gradient,
@@ -83,7 +88,7 @@ class RKE(Objective):
             return self
         x = as_float(x)
         pairs = self.pairs(x, prompt_features, memory)
-        return replace(self, kernel=self._fit(x, self._spread(_products(x)[1], x, pairs), pairs))
+        return replace(self, kernel=self._fit(x, self._spread(_compared(x)[1], x, pairs), pairs))
 
     def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         x = as_float(x)
@@ -92,7 +97,7 @@ class RKE(Objective):
             phi = self._squared_map(x)
             outside = 0.0 if pairs.coefficients is None else (phi * pairs.coefficients).sum()
             return -outside - (pairs.inside * (phi @ phi.mT)).sum() / 2
-        kernel = self._fit(x, self._spread(_products(x.detach())[1], x, pairs), pairs)
+        kernel = self._fit(x, self._spread(_compared(x.detach())[1], x, pairs), pairs)
         inside = -(kernel(x).square() * pairs.inside).sum() / 2
         if pairs.selection is None:
             return inside
@@ -118,21 +123,20 @@ class RKE(Objective):
             assert self.feature_map is not None
             spread = x.new_full((), (self.feature_map.kernel.bandwidth or 0.0) / SAMPLE_BANDWIDTH)
             return Gradient(self._feature_gradient(self._squared_map, x, pairs), spread=spread)
-        centred, products = _products(x)
-        spread = self._spread(products, x, pairs)
+        centred, d2 = _compared(x)
+        spread = self._spread(d2, x, pairs)
         kernel = self._fit(x, spread, pairs).squared()
-        g, largest = self._descent(kernel, x, centred, products, pairs)
+        g, largest = self._descent(kernel, x, centred, d2, pairs)
         coincident = largest > COINCIDENT
         if jitter is not None:
             moved = x + jitter * coincident[:, None]
-            g = torch.where(coincident[:, None], self._descent(kernel, moved, *_products(moved), pairs)[0], g)
+            g = torch.where(coincident[:, None], self._descent(kernel, moved, *_compared(moved), pairs)[0], g)
         return Gradient(g, pairs.effective_count, coincident, spread=spread)
 
-    def _spread(self, products: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
+    def _spread(self, d2: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
         """Median distance of the pairs, with their weights. Of a memory, about 128 evenly spaced rows are used."""
         with torch.no_grad():
-            xx = products.diagonal()
-            d, w = (xx[:, None] + xx - 2 * products).clamp_min(0).sqrt(), pairs.inside
+            d, w = d2.sqrt(), pairs.inside
             if pairs.selection is not None:
                 d_memory, w_memory = pairs.selection.distances(x)
                 d, w = torch.cat([d, d_memory], 1), torch.cat([w, w_memory.expand_as(d_memory)], 1)
@@ -152,20 +156,23 @@ class RKE(Objective):
         median = SAMPLE_BANDWIDTH * spread
         return GaussianKernel(float(median) if x.device.type == "cpu" else median)  # type: ignore[arg-type]
 
-    def _descent(
-        self, squared: Kernel, x: Tensor, centred: Tensor, products: Tensor, pairs: Pairs
-    ) -> tuple[Tensor, Tensor]:
+    def _descent(self, squared: Kernel, x: Tensor, centred: Tensor, d2: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """``-dE/dx`` ``[n, d]`` and the largest squared kernel of each row with an entry of the same prompt ``[n]``."""
-        z = centred if squared.stationary else x
-        products = products if squared.stationary else x @ x.mT
-        xx = products.diagonal()
-        found = squared.of_products(products, xx[:, None], xx)
-        if found is None:
-            k, g = squared(x), -squared.vjp(x, x, pairs.inside)
+        if isinstance(squared, GaussianKernel | RationalQuadraticKernel):
+            k, slope = squared.of_distances(d2)
+            w = pairs.inside * slope
+            g = (torch.diag(w.sum(1)) - w) @ centred
         else:
-            k, by_product, by_square = found
-            g = -(pairs.inside * by_product + torch.diag(2 * (pairs.inside * by_square).sum(1))) @ z
-        largest = torch.where(pairs.inside > ALIKE, k, 0).amax(1)
+            z = centred if squared.stationary else x
+            products = z @ z.mT
+            xx = products.diagonal()
+            found = squared.of_products(products, xx[:, None], xx)
+            if found is None:
+                k, g = squared(x), -squared.vjp(x, x, pairs.inside)
+            else:
+                k, by_product, by_square = found
+                g = -(pairs.inside * by_product + torch.diag(2 * (pairs.inside * by_square).sum(1))) @ z
+        largest = (k * pairs.alike).amax(1)
         if pairs.selection is not None:
             memory_gradient, memory_largest = pairs.selection.kernel_gradient(squared, x)
             g, largest = g - memory_gradient, torch.maximum(largest, memory_largest)
@@ -197,10 +204,12 @@ class RKE(Objective):
         )
 
 
-def _products(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Centred rows ``[n, d]``, for which differences of squares keep precision, and their inner products."""
+def _compared(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Centred rows ``[n, d]``, for which differences of squares keep precision, and their squared distances ``[n, n]``."""
     centred = x - x.mean(0)
-    return centred, centred @ centred.mT
+    products = centred @ centred.mT
+    xx = products.diagonal()
+    return centred, torch.sub(xx[:, None] + xx, products, alpha=2).clamp_min(0)
 
 
 @dataclass(repr=False)

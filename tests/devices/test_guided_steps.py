@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kspec_guidance.kernels as kernels
 from kspec_guidance import SPARKE, KernelGuidance, MemoryBank, MMDGuidance, NoveltyGuidance, VendiGuidance
@@ -14,6 +15,7 @@ from kspec_guidance.loop.classifier_free import _fitted
 from kspec_guidance.loop.context import CallContext, ComingStep
 from kspec_guidance.memory import CentroidMemory
 from kspec_guidance.objectives import RKE, Balance, Vendi
+from tests.gpu.steps import Step
 from tests.tiny.models import build_model
 
 from .loops import SHAPE, STEPS, Loop, noise, prompts
@@ -209,3 +211,25 @@ def test_moves_inside_a_block_do_not_wait(dtype):
         with device.not_counting():
             torch.testing.assert_close(found.cpu(), expected)
     assert not torch.equal(expected, image)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that compute something: on an accelerator, each is at least one launch."""
+
+    views = ("view", "slice", "select", "expand", "transpose", "t", "detach", "unsqueeze", "diagonal", "split")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.name.removeprefix("aten::") not in self.views
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_of_the_default_guide_has_at_most_78_operations():
+    step = Step(SPARKE(), torch.randn(2, 4, 16, 16), torch.ones(2, 1), reading=True)
+    step()  # what is computed once in a run
+    with torch.no_grad(), Operations() as operations:
+        step()
+    assert operations.count <= 78
