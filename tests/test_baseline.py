@@ -119,6 +119,6 @@ def test_a_style_moves_at_one_prompt_a_batch(pipe, home):
                 images = pipe(prompt, num_images_per_prompt=8, generator=generator, output_type="pt", **call).images
             found.append(1 - judge.network(2 * images - 1)["style"].softmax(1)[:, noto].mean())
         other[name] = sum(found) / len(found)
-    assert other["baseline"] < 0.15
+    assert other["baseline"] < 0.2
     assert other["baseline"] < other["plain"] / 2
     assert other["batch alone"] > other["plain"] / 2
