@@ -95,7 +95,7 @@ class _Processes:
                 lines = log.read_text(errors="replace").strip().splitlines()
                 how = f"was ended by signal {-process.returncode}" if process.returncode < 0 else "failed"
                 said = next((line for line in reversed(lines) if line.startswith("error")), lines[-1] if lines else "")
-                return f"A worker {how}: {said} (see {log})"
+                return f"A worker {how}{said and f': {said}'} (see {log})"
         return ""
 
 

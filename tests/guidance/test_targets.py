@@ -184,7 +184,7 @@ def run(pipe, guide, first, last):
     out = []
     with guide.attach(pipe):
         for k in range(first, last):
-            for prompt in ("house", ["house", "person"]):
+            for prompt in ("heart, twemoji style", ["heart, twemoji style", "person"]):
                 n = 4 * (len(prompt) if isinstance(prompt, list) else 1)
                 call = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
                 out.append(pipe(prompt, num_images_per_prompt=4, generator=generators(n, 100 * k), **call).images)
@@ -238,7 +238,7 @@ def test_prompts_of_unknown_words_stay_at_the_first_strength_and_say_so(pipe):
     guide = SPARKE(target="7 of 8")
     with guide.attach(pipe):
         for seed in range(2):
-            pipe(["qwxz blorp", "heart"], num_images_per_prompt=4, num_inference_steps=4, generator=generators(8, seed))
+            pipe(["qwxz blorp", "rocket"], num_images_per_prompt=4, num_inference_steps=4, generator=generators(8, seed))
     unknown, known = guide.report().to_dict()["targets"]
     assert (unknown["prompt"], unknown["status"], unknown["varieties"]) == ("qwxz blorp", "stopped", [FIRST])
     assert known["varieties"] == [FIRST, FIRST + STEP]
@@ -268,7 +268,7 @@ def test_a_fall_of_fidelity_takes_the_strength_back(pipe):
 def test_low_fidelity_from_the_start_is_a_prompt_that_the_model_does_not_know(pipe):
     guide = SPARKE(target="7 of 8", fidelity=lambda images, prompts: [0.02 if p == "zzkj" else 0.6 for p in prompts])
     with guide.attach(pipe):
-        pipe(["zzkj", "heart"], num_images_per_prompt=4, num_inference_steps=4, generator=generators(8))
+        pipe(["zzkj", "rocket"], num_images_per_prompt=4, num_inference_steps=4, generator=generators(8))
     unknown, known = guide.target.prompts
     assert (unknown.status, unknown.next_variety) == ("stopped", FIRST)
     assert "does not know this prompt" in unknown.reason
