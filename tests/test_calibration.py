@@ -14,7 +14,7 @@ CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
 def test_calibration_makes_images_of_a_prompt_less_alike(pipe, tmp_path, monkeypatch):
     monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path))
     ticks = []
-    found = calibrate(pipe, ["heart", "house"], call=CALL, progress_callback=lambda *n: ticks.append(n))
+    found = calibrate(pipe, ["heart, twemoji style", "rocket"], call=CALL, progress_callback=lambda *n: ticks.append(n))
     assert [done for done, _ in ticks] == list(range(1, len(ticks) + 1))
     assert all(total == 8 for _, total in ticks)
     assert 0.25 <= found.factor <= 4

@@ -101,15 +101,16 @@ def test_detectable_difference_is_found_with_power_of_80_percent(g):
 
 @pytest.mark.slow
 def test_tune_increases_diversity_of_embedded_pipeline(pipe):
+    prompts = ["heart, twemoji style", "runner, woman, noto style", "cat face, noto style"]
     calls = []
-    result = tune(pipe, ["heart", "runner", "cat face"], scales=(0.6, 1.0), batch_size=4, batches=2, call=CALL,
-                 max_fidelity_loss=0.2, progress_callback=lambda done, total: calls.append((done, total)))  # fmt: skip
+    result = tune(pipe, prompts, scales=(0.6, 1.0), batch_size=4, batches=2, call=CALL,
+                 max_fidelity_loss=0.4, progress_callback=lambda done, total: calls.append((done, total)))  # fmt: skip
     assert [p.scale for p in result.points] == [0.6, 1.0]
     assert all(p.diversity > 1.05 * result.plain_diversity for p in result.points)
     assert (result.scale, result.verdict) == (1.0, HELPS)
     assert 0 <= result.plain_fidelity <= 1
     assert calls[-1] == (24, 24)
-    assert set(result.images[0]) == {"heart", "runner", "cat face"}
+    assert set(result.images[0]) == set(prompts)
     json.dumps(result.as_dict())
 
 

@@ -6,7 +6,7 @@ import torch
 from kspec_guidance import SPARKE
 from tests.synthesis.small_runs import contents, make, rows_of
 
-RUN = {"prompts": ["house", "qwxz"], "images_per_prompt": 6, "batch_size": 4}
+RUN = {"prompts": ["rocket", "qwxz"], "images_per_prompt": 6, "batch_size": 4}
 
 
 class Interrupted(Exception):
@@ -34,7 +34,7 @@ def test_a_resumed_run_is_that_without_interruption(tmp_path, pipe):
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert result.targets == whole.targets
     assert sum(result.targets.values()) == 2
-    strengths = [row["variety"] for row in rows_of(tmp_path / "whole") if row["prompt"] == "house"]
+    strengths = [row["variety"] for row in rows_of(tmp_path / "whole") if row["prompt"] == "rocket"]
     assert strengths[0] == 25
     assert max(strengths) > 25
     assert {row["variety"] for row in rows_of(tmp_path / "whole") if row["prompt"] == "qwxz"} == {25}
