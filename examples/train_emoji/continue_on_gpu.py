@@ -3,6 +3,7 @@
     python examples/train_emoji/continue_on_gpu.py pack          # pictures and entries, as a folder of WebP sheets
     python examples/train_emoji/continue_on_gpu.py denoiser --seconds 400
     python examples/train_emoji/continue_on_gpu.py decoder --seconds 200
+    python examples/train_emoji/continue_on_gpu.py decoder --seconds 0 --device cpu    loss or PSNR of the exported weights
 
 The text encoder and the encoder of the autoencoder stay as they are, so that prompts and latents keep their meaning. Each
 step is one CUDA graph: data, loss, gradient, optimizer and average. The learning rate falls by the clock.
@@ -149,7 +150,7 @@ class Steps:
 
 
 def autocast(device: str) -> torch.autocast:
-    return torch.autocast(device, torch.bfloat16, cache_enabled=False)
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False)
 
 
 def train_denoiser(images: Tensor, entries: list[Entry], args: argparse.Namespace) -> dict[str, Tensor]:
