@@ -5,9 +5,9 @@
 
 ``workers``: the embedded pipeline with 1, 2, 4 and 8 workers, and with workers of which one is killed at random times,
 again and again, and another one joins; beside one process that sees everything. Needs the emoji art (fetched with npm on
-the first run), whose images are the modes; with ``--pixels FILE`` it does not, and keeps the images, small, for ``modes``.
-``seeds``: one process and one worker with several seeds. ``simulation``: 10^3 workers and 10^8 images: what summaries
-that come late do to the diversity of a mixture; the operations, bytes and list prices of a store.
+the first run), whose images are the modes; prints how much faster several workers are. ``seeds``: one process and one
+worker with several seeds. ``simulation``: 10^3 workers and 10^8 images: what summaries that come late do to the diversity
+of a mixture; the operations, bytes and list prices of a store.
 """
 
 import argparse
@@ -28,8 +28,6 @@ import numpy as np
 import torch
 from pages import fill, table
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from kspec_guidance import functional as F
 from kspec_guidance.kernels import GaussianKernel, l2_normalize
@@ -112,19 +110,14 @@ def contents(out):
     return images, names, {"images": len(files), "twice": len(files) - len(set(files)), "rke": float(rke)}
 
 
-def modes(images, names, judge):
-    """Modes of a prompt, on average; ``judge`` is given the images of one, and its name."""
-    found = []
+def scores(out, art):
+    """Modes of a prompt, on average, and conditional RKE of the set."""
+    images, names, found = contents(out)
+    modes = []
     for name in sorted(set(names)):
         mine = torch.tensor([k for k, other in enumerate(names) if other == name])
-        found.append(judge(images[mine], name)["modes"])
-    return float(np.mean(found))
-
-
-def scores(out, art):
-    """Modes of a prompt, and conditional RKE of the set."""
-    images, names, found = contents(out)
-    return {**found, "modes": modes(images, names, art.judge)}
+        modes.append(art.judge(images[mine], name)["modes"])
+    return {**found, "modes": float(np.mean(modes))}
 
 
 def steady(out):
@@ -141,19 +134,6 @@ def steady(out):
     return made / (end - start) / len(commits) if end > start else None
 
 
-def chosen_prompts(args):
-    """Prompts of the emoji, from a file if that is given."""
-    if args.prompts_file is not None and args.prompts_file.exists():
-        return args.prompts_file.read_text().splitlines()[: args.prompts]
-    from effect import Art
-    from synthesis import subjects
-
-    prompts = subjects(Art(args.data).entries, args.prompts, 4)
-    if args.prompts_file is not None:
-        args.prompts_file.write_text("\n".join(prompts) + "\n")
-    return prompts
-
-
 ROWS = {  # workers, and whether some are killed
     "one process": (None, False), "1 worker": (1, False), "2 workers": (2, False), "4 workers": (4, False),
     "8 workers": (8, False), "2 workers, killed": (2, True), "4 workers, killed": (4, True), "8 workers, killed": (8, True),
@@ -162,47 +142,35 @@ ROWS = {  # workers, and whether some are killed
 
 def workers(args):
     """One process, and 1, 2, 4 and 8 workers with and without kills; yields after each of them."""
-    prompts = chosen_prompts(args)
-    about = {"prompts": len(prompts), "images": args.images, "steps": args.steps, "cores": os.cpu_count()}
-    found = {"settings": about}
-    art, pixels, names_of = None, {}, {}
-    if args.pixels is None:
-        from effect import Art
+    from effect import Art
+    from synthesis import subjects
 
-        art = Art(args.data)
-    for name in args.rows:
-        number, kill = ROWS[name]
+    art = Art(args.data)
+    prompts = subjects(art.entries, args.prompts, 4)
+    found = {"settings": {"prompts": args.prompts, "images": args.images, "steps": args.steps, "cores": os.cpu_count()}}
+    for name, (number, kill) in ROWS.items():
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "set")
             seconds, cpu, kills = run_set(out, prompts, number, kill, args)
-            images, names, one = contents(out)
-            one = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "killed": kills, **one}
+            one = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "killed": kills, **scores(out, art)}
             if number is not None and not kill:
                 one["steady"] = steady(out)
-        if art is not None:
-            one["modes"] = modes(images, names, art.judge)
-        else:
-            small = torch.nn.functional.avg_pool2d(255 * images, 2)
-            pixels[name], names_of[name] = small.round().byte().contiguous(), json.dumps(names)
-            save_file(pixels, args.pixels, names_of)
         found[name] = one
         print(name, one, flush=True)
         yield found
+    print(efficiency(found))
 
 
-def judge_kept(args):
-    """Add the modes of sets that ``workers --pixels`` made elsewhere, from its results and images in ``--kept``."""
-    from effect import Art
-
-    art, found = Art(args.data), {}
-    for folder in args.kept:
-        made = json.loads((folder / "elastic.json").read_text())["workers"]
-        with safe_open(folder / "elastic.safetensors", "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dictionary
-                images = file.get_tensor(name).float().repeat_interleave(2, 2).repeat_interleave(2, 3) / 255
-                made[name]["modes"] = modes(images, json.loads(file.metadata()[name]), art.judge)
-        found |= made
-    yield {"settings": found.pop("settings"), **{name: found[name] for name in ROWS if name in found}}
+def efficiency(found):
+    """Images a second by number of workers: those of the whole run, and while all workers make images."""
+    made = {name: f for name, f in found.items() if f.get("steady")}
+    alone, rows = made.get("1 worker"), []
+    for name, f in made.items() if alone else ():
+        number = ROWS[name][0]
+        rates = f["images"] / f["seconds"], number * f["steady"]
+        shares = alone["seconds"] / f["seconds"] / number, f["steady"] / alone["steady"]
+        rows.append([name, *(cell for r, s in zip(rates, shares, strict=True) for cell in (f"{r:.2f}", f"{s:.0%}"))])
+    return table(["", "images a second", "efficiency", "while all make images", "efficiency"], rows)
 
 
 @contextmanager
@@ -341,24 +309,15 @@ def simulation(args):
 def page(results):
     """Tables for docs/scaling.md."""
     found, parts = results["workers"], {}
-    one, alone = found["one process"], found["1 worker"]
-    rows, costs = [], []
+    one, rows = found["one process"], []
     for name in filter(found.get, ROWS):
         f = found[name]
         modes = f"{f['modes']:.2f} ({f['modes'] / one['modes'] - 1:+.1%})"
         rke = f"{f['rke']:.3f} ({f['rke'] / one['rke'] - 1:+.1%})"
         seconds = [f"{f['seconds']:.0f}", f"{f['cpu_seconds']:.0f}"]
         rows.append([name, *(str(f[k]) for k in ("killed", "images", "twice")), modes, rke, *seconds])
-        if f.get("steady"):
-            number = ROWS[name][0]
-            whole = alone["seconds"] / f["seconds"] / number
-            costs.append([name, f"{f['images'] / f['seconds']:.2f}", f"{whole:.0%}", f"{number * f['steady']:.2f}",
-                          f"{f['steady'] / alone['steady']:.0%}"])  # fmt: skip
     head = ["", "killed", "images", "twice", "modes of a prompt", "conditional RKE", "seconds", "of processors"]
     parts["elastic"] = table(head, rows)
-    head = ["", "images a second", "efficiency", "while all make images", "efficiency"]
-    if costs:  # of a run on a machine with a core for each worker
-        parts["efficiency"] = table(head, costs)
     rows = []
     for name, f in results["seeds"].items():
         if name != "settings":
@@ -392,17 +351,12 @@ def page(results):
 
 
 PARTS = {"workers": workers, "seeds": seeds, "simulation": simulation}
-KEPT = {"kept": judge_kept}  # what makes the part "workers" of sets that were made elsewhere
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join([*PARTS, *KEPT]))
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--data", type=Path, default=Path(".cache_data"))
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="of ``workers``")
-    parser.add_argument("--prompts-file", type=Path, help="keeps the prompts of ``workers``, for machines without the art")
-    parser.add_argument("--pixels", type=Path, help="keeps small images of ``workers``, whose modes are not counted then")
-    parser.add_argument("--kept", type=Path, nargs="+", help="folders with elastic.json and elastic.safetensors")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/elastic.json"))
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--images", type=int, default=10, help="for each prompt")
@@ -413,8 +367,8 @@ def main():
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.parts:
-        for found in (PARTS | KEPT)[name](args):
-            results["workers" if name in KEPT else name] = found
+        for found in PARTS[name](args):
+            results[name] = found
             args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.page is not None:
         fill(args.page, page(results))
