@@ -39,21 +39,12 @@ from downstream import CLASSES, accuracy, load_drawings  # noqa: E402
 SETS = ["plain", "guided", "guided, filtered", "candidates"]
 SOURCES = [["plain", "candidates"], ["guided", "guided, filtered"]]  # sets that are made of the same images
 WORLDS = {  # bed, prompts, sizes of sets, steps of a training
-    "emoji": ("emoji", CLASSES, [256, 1024], 250),
-    "digits": ("digits-distilled", [f"digit {k}" for k in range(10)], [256, 1024, 4096, 16384], 600),
+    "emoji": (lambda: Emoji(pipe=load_demo_pipeline()), CLASSES, [256, 1024], 250),
+    "digits": (BEDS["digits-distilled"], [f"digit {k}" for k in range(10)], [256, 1024, 4096, 16384], 600),
 }
 BATCH = 16  # images made at once
 SURE = 0.5  # least probability of the class, by the judge, of an image that passes the filter
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t by number of values
-
-
-class Embedded(Emoji):
-    """The embedded pipeline as it is now; the bed of the arena may keep earlier weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pipe = load_demo_pipeline()
-        self.pipe.set_progress_bar_config(disable=True)
 
 
 def agreement(bed: Bed, samples: Tensor, prompt: str) -> Tensor:
@@ -120,8 +111,8 @@ def measure(
     world: str, sets: list[str], sizes: list[int], trainings: int, out: Path, art: Path, results: dict[str, Any]
 ) -> Iterator[None]:
     """Add what ``results`` lacks: accuracies by set and size, a value for each training. Yields after each of them."""
-    bed_name, prompts, _, steps = WORLDS[world]
-    bed = Embedded() if world == "emoji" else BEDS[bed_name]()
+    make_bed, prompts, _, steps = WORLDS[world]
+    bed = make_bed()
     if world == "digits":
         real, classes = digits(art)
         test = (real + 1) / 2, classes
@@ -145,7 +136,7 @@ def measure(
 
 
 def halved(images: Tensor) -> Tensor:
-    """Images ``[n, c, h, w]`` of half the height and width, in which a training takes a sixth of the time."""
+    """Images ``[n, c, h, w]`` of half the height and width, on which a training takes less time."""
     return torch.nn.functional.avg_pool2d(images, 2)
 
 

@@ -22,6 +22,7 @@ IMAGES = 6
 
 def rows(pipe) -> list[list[Image.Image]]:
     """A row of images for each prompt, of the seeds from 0 on."""
+    pipe.set_progress_bar_config(disable=True)
     found = []
     for prompt in PROMPTS:
         seeds = [torch.Generator().manual_seed(k) for k in range(IMAGES)]
@@ -33,10 +34,7 @@ def rows(pipe) -> list[list[Image.Image]]:
 @torch.no_grad()
 def scales() -> None:
     """Print means over a batch of eight of each of ten prompts: modes, validity, agreement."""
-    bed = Emoji()
-    for name, pipe in (("1.0.0rc1", bed.pipe), ("now", load_demo_pipeline())):
-        pipe.set_progress_bar_config(disable=True)
-        bed.pipe = pipe
+    for name, bed in (("1.0.0rc1", Emoji()), ("now", Emoji(pipe=load_demo_pipeline()))):
         for bed.steps in (8, 15):
             for bed.guidance_scale in (1.5, 2.5, 3.5, 5.0):
                 cases = [Case(prompt, 0) for prompt in REPORT]
@@ -54,9 +52,7 @@ def main() -> None:
     if args.scales:
         scales()
         return
-    after = load_demo_pipeline()
-    after.set_progress_bar_config(disable=True)
-    panels = {"1.0.0rc1": rows(emoji_pipeline()), "now": rows(after)}
+    panels = {"1.0.0rc1": rows(emoji_pipeline()), "now": rows(load_demo_pipeline())}
     sheet = side_by_side(panels, PROMPTS, "Same prompts, same seeds, without guidance")
     sheet.quantize(128, dither=Image.Dither.NONE).save(args.out, optimize=True)  # a palette: a third of the size
 

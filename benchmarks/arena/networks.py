@@ -66,7 +66,6 @@ def emoji_pipeline() -> StableDiffusionPipeline:
     pipe = load_demo_pipeline()
     pipe.unet.load_state_dict(weights("emoji_unet"))
     pipe.vae.load_state_dict(weights("emoji_vae"))
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

@@ -1,5 +1,7 @@
 """The embedded latent text-to-image pipeline of 1.0.0rc1 with classifier-free guidance, and a judge of its images."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,16 +24,21 @@ class Emoji(Bed):
     ``p(emoji) p(skin tone) p(art style)``; ``valid`` is its mean, so a wrong subject and an unclear image both count.
     ``on_data`` is the mean probability of the likeliest training image whatever the prompt, so only an unclear image
     counts; ``agreement`` is the share of images whose likeliest one is the prompt's.
+
+    Args:
+        steps: of the sampler.
+        pipe: a pipeline of the same latents and prompts in place of that of 1.0.0rc1.
     """
 
     name = "emoji"
     images, steps, guidance_scale = 8, 8, 5.0
 
-    def __init__(self, steps: int = 8):
+    def __init__(self, steps: int = 8, pipe: Any = None):
         self.steps = steps
         if steps != 8:
             self.name = f"emoji, {steps} steps"
-        self.pipe = emoji_pipeline()
+        self.pipe = emoji_pipeline() if pipe is None else pipe
+        self.pipe.set_progress_bar_config(disable=True)
         self.judge_ = load_demo_judge()
 
     def prompts(self, half: str) -> list[str]:
