@@ -26,12 +26,13 @@ import torch
 from batches import DROP_CAPTION, balance
 from captions import Entry
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from loop import rate
 from muon import MuonAdamW
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_unet import MAX_SNR, build_scheduler
-from train_vae import edges, psnr
+from train_unet import build_scheduler, weights_of_levels
+from train_vae import fit, psnr, to_model
 from transformers import CLIPTextModel, CLIPTokenizer
 
 EXPORTED = Path(__file__).parents[2] / "kspec_guidance" / "demo" / "assets" / "emoji"
@@ -133,8 +134,7 @@ class Steps:
             self.capture()
         began, steps, told = time.perf_counter(), 0, each
         while (elapsed := time.perf_counter() - began) < seconds:
-            share = elapsed / seconds
-            self.lr.fill_(peak * min(1.0, share / 0.03, 0.5 + 0.5 * math.cos(math.pi * max(0.0, (share - 0.4) / 0.6))))
+            self.lr.fill_(rate(int(1000 * elapsed / seconds), 1000, peak, falling=0.6, warmup=30))
             for _ in range(BURST):
                 self.graph.replay() if self.graph is not None else self._eager()
             steps += BURST
@@ -149,12 +149,8 @@ class Steps:
         return steps
 
 
-def autocast(device: str) -> torch.autocast:
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False)
-
-
-def train_denoiser(images: Tensor, entries: list[Entry], args: argparse.Namespace) -> dict[str, Tensor]:
-    """Train the UNet as ``train_unet.py`` does, and return its averaged weights."""
+def train_denoiser(images: Tensor, entries: list[Entry], args: argparse.Namespace) -> nn.Module:
+    """Train the UNet as ``train_unet.py`` does, and return it with averaged weights."""
     device = args.device
     vae = AutoencoderKL.from_pretrained(EXPORTED / "vae", torch_dtype=torch.float32).to(device)
     clean = torch.cat([latents.posteriors(vae, part.to(device))[0] for part in images.split(256)])
@@ -163,18 +159,15 @@ def train_denoiser(images: Tensor, entries: list[Entry], args: argparse.Namespac
     if args.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
     scheduler = build_scheduler()
-    alphas = scheduler.alphas_cumprod.to(device)
-    snr = alphas / (1 - alphas)
-    weight = (snr.clamp(max=MAX_SNR) + 1) / (snr + 1)
+    weight = weights_of_levels(scheduler.alphas_cumprod.to(device))
     mass = balance(entries).to(device).double().cumsum(0)
     mass = (mass / mass[-1]).float()
     part = torch.arange(args.batch, device=device)
 
     def error(pictures: Tensor, t: Tensor, noise: Tensor, states: Tensor, model: nn.Module) -> Tensor:
-        a, s = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
-        target = a * noise - s * clean[pictures]
-        with autocast(device):
-            predicted = model(a * clean[pictures] + s * noise, t, states).sample.float()
+        noisy, target = (f(clean[pictures], noise, t) for f in (scheduler.add_noise, scheduler.get_velocity))
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
+            predicted = model(noisy, t, states).sample.float()
         return weight[t] * (predicted - target).square().mean(dim=(1, 2, 3))
 
     def loss() -> Tensor:
@@ -196,11 +189,11 @@ def train_denoiser(images: Tensor, entries: list[Entry], args: argparse.Namespac
 
     steps = Steps(unet, loss, MuonAdamW(unet, lr=args.rate), args.decay)
     steps.train(args.seconds, args.rate, checked)
-    return {k: v.half().cpu().contiguous() for k, v in steps.average.state_dict().items()}
+    return steps.average
 
 
-def train_decoder(images: Tensor, entries: list[Entry], args: argparse.Namespace) -> dict[str, Tensor]:
-    """Train the decoder on fixed latents as ``train_vae.py`` does, and return the averaged weights of the autoencoder."""
+def train_decoder(images: Tensor, entries: list[Entry], args: argparse.Namespace) -> nn.Module:
+    """Train the decoder on fixed latents as ``train_vae.py`` does, and return the autoencoder with averaged weights."""
     device = args.device
     vae = AutoencoderKL.from_pretrained(EXPORTED / "vae", torch_dtype=torch.float32).to(device)
     held_out = data.held_out(entries)
@@ -214,14 +207,14 @@ def train_decoder(images: Tensor, entries: list[Entry], args: argparse.Namespace
 
     def loss() -> Tensor:
         chosen = torch.randint(len(pictures), (args.batch,), device=device)
-        x = pictures[chosen].float() / 127.5 - 1
+        x = to_model(pictures[chosen])
         y = vae.decode(means[chosen] + spreads[chosen] * torch.randn_like(means[chosen])).sample
-        return (y - x).abs().mean() + (y - x).square().mean() + 0.5 * edges(y, x)
+        return fit(y, x)
 
     steps = Steps(vae, loss, MuonAdamW(vae, lr=args.rate), args.decay)
     print(f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters", flush=True)
     steps.train(args.seconds, args.rate, lambda: f"held-out PSNR {psnr(steps.average, test):.2f} dB")
-    return {k: v.half().cpu().contiguous() for k, v in steps.average.state_dict().items()}
+    return steps.average
 
 
 def main() -> None:
@@ -243,10 +236,10 @@ def main() -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     images, entries = unpack(args.packed)
-    weights = (train_denoiser if args.work == "denoiser" else train_decoder)(images, entries, args)
+    average = (train_denoiser if args.work == "denoiser" else train_decoder)(images, entries, args)
     out = args.out or Path(f"runs/{args.work}.safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out)
+    save_file({k: v.half().cpu().contiguous() for k, v in average.state_dict().items()}, out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import text
 import torch
 from batches import balance
 from loop import averaged
-from train_unet import MAX_SNR, Denoiser, build_scheduler, build_unet
+from train_unet import Denoiser, build_scheduler, build_unet, weights_of_levels
 
 COUNT = 512
 
@@ -28,8 +28,7 @@ def main() -> None:
     model = Denoiser(build_unet(clean.shape[1]), text.build_text_model(tokenizer)).eval()
     model.load_state_dict(averaged(args.run))
     scheduler = build_scheduler()
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weight = (snr.clamp(max=MAX_SNR) + 1) / (snr + 1)
+    weight = weights_of_levels(scheduler.alphas_cumprod)
     t, noise = torch.arange(COUNT) * 1000 // COUNT, torch.randn(clean.shape, generator=g)
     noisy, target = scheduler.add_noise(clean, noise, t), scheduler.get_velocity(clean, noise, t)
     tokens = text.encode(tokenizer, [entries[i].full_caption() for i in chosen.tolist()])

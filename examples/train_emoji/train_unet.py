@@ -40,6 +40,16 @@ def build_scheduler() -> DDPMScheduler:
     )  # fmt: skip
 
 
+def weights_of_levels(alphas: torch.Tensor) -> torch.Tensor:
+    """Return the weight of the v-prediction's squared error at each step of the schedule, ``[1000]``.
+
+    Plain min-SNR for v, min(snr, 5) / (snr + 1), nearly ignores the noisiest steps, where the prompt determines the
+    subject: after 2,500 steps with it, faces were good and "heart" was a brown blob. This weight is 1 there.
+    """
+    snr = alphas / (1 - alphas)
+    return (snr.clamp(max=MAX_SNR) + 1) / (snr + 1)
+
+
 class Denoiser(nn.Module):
     """UNet and text encoder as one module, for one optimizer and one average of the weights."""
 
@@ -73,11 +83,7 @@ def main() -> None:
     optimizer = MuonAdamW(model, lr=args.rate)
     run = Run(model, args.run, args.steps, args.rate, decay=0.999, seed=args.seed, falling=0.4, optimizer=optimizer)
     scheduler = build_scheduler()
-    alphas = scheduler.alphas_cumprod
-    snr = alphas / (1 - alphas)
-    # Plain min-SNR for v, min(snr, 5) / (snr + 1), nearly ignores the noisiest steps, where the prompt determines the
-    # subject: after 2,500 steps with it, faces were good and "heart" was a brown blob. This weight is 1 there.
-    weight = (snr.clamp(max=MAX_SNR) + 1) / (snr + 1)
+    weight = weights_of_levels(scheduler.alphas_cumprod)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(images)} images", flush=True)
 
     def loss(batch: Batch) -> torch.Tensor:

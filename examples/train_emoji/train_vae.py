@@ -36,6 +36,11 @@ def edges(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return sum(F.l1_loss(x.diff(dim=d), y.diff(dim=d)) for d in (2, 3))
 
 
+def fit(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the loss of reconstructions ``y`` of ``x``: L1, mean square and edges."""
+    return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edges(y, x)
+
+
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
     """Return the mean peak signal-to-noise ratio in dB, with reconstructions clipped to -1..1."""
@@ -71,11 +76,11 @@ def main() -> None:
         x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
-        fit = F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edges(y, x)
-        norm = run.update(fit + args.kl * posterior.kl().mean())
+        error = fit(y, x)
+        norm = run.update(error + args.kl * posterior.kl().mean())
         run.seconds += time.perf_counter() - start
         if run.step % 100 == 0:
-            print(f"step {run.step} fit {float(fit):.4f} kl {float(posterior.kl().mean()):.0f} norm {norm:.2f} "
+            print(f"step {run.step} fit {float(error):.4f} kl {float(posterior.kl().mean()):.0f} norm {norm:.2f} "
                   f"{args.batch * run.step / run.seconds:.0f}/s", flush=True)  # fmt: skip
         if run.step % 500 == 0 or run.step == args.steps:
             run.save()
