@@ -66,11 +66,13 @@ def overview(data: list[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(fig)
     axes = fig.subplots()
     colours = ["#1f5fa8" if m.startswith("SPARKE, ours") else "#c3cad4" for m in names]
-    axes.barh(range(len(names)), [means[m] for m in names], color=colours, height=0.66, label=f"mean of {len(full)} beds")
+    about = f"mean of {len(full)} beds, where measured"
+    axes.barh(range(len(names)), [means[m] for m in names], color=colours, height=0.66, label=about)
     marks = ["o", "s", "^", "v", "D", "P", "X", "*", "h", "<", ">", "d"]
     for mark, (bed, by) in zip(marks, found.items(), strict=False):
         y = [k for k, m in enumerate(names) if m in by]
-        axes.plot([by[names[k]] for k in y], y, mark, ms=4.5, mfc="none", mew=0.9, color="#333333", ls="", label=bed)
+        label = bed if by in full else f"{bed} (not in the mean)"
+        axes.plot([by[names[k]] for k in y], y, mark, ms=4.5, mfc="none", mew=0.9, color="#333333", ls="", label=label)
     axes.set_yticks(range(len(names)), names)
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:+.0%}")
     axes.set_xlabel("more modes than plain sampling, at validity within 0.02 of it")

@@ -21,9 +21,10 @@ from .harness import FIDELITY_LOSS, mean, slug
 from .quality import WORSE, equal_quality
 
 ROOT = Path(__file__).parents[2]
+PRESETS = dict(zip(OWN, ("`default`", "`vivid`", "`vivid`, lower CFG"), strict=True))
 PAGES = {  # the tables that each page of the documentation holds, between markers
     "which-method.md": ("settings",),
-    "arena.md": ("winners", "gains"),
+    "arena.md": ("gains",),
     "arena/setup.md": ("beds", "judges"),
     "arena/fronts.md": ("equal", "volumes", "vendi", "tuned"),
     "arena/scores.md": ("scores",),
@@ -117,7 +118,7 @@ def equal(data: list[dict[str, Any]]) -> str:
                 s.method, percent(s.gain, s.gain_low, s.gain_high),
                 f"{s.volume:.2f} [{s.volume_low:.2f}, {s.volume_high:.2f}]",
                 f"{s.agreement:+.3f}", f"{s.gain_agreed:+.0%}",
-                "" if s.ahead is None else percent(s.ahead, s.ahead_low or 0, s.ahead_high or 0),
+                lead(s),
                 "" if s.p is None else f"{s.p:.3f}",
             ]
             for s in found
@@ -139,19 +140,9 @@ def verdict(s: Standing) -> str:
     return "ahead" if s.ahead > 0 else "behind"
 
 
-def winners(data: list[dict[str, Any]]) -> str:
-    rows = []
-    for d in data:
-        others = [s for s in summaries(d, OURS) if s.p is not None]
-        if not others:
-            continue
-        names = {v: [s.method for s in others if verdict(s) == v] for v in ("ahead", "tie", "behind")}
-        best = others[0]
-        ahead = percent(best.ahead or 0, best.ahead_low or 0, best.ahead_high or 0)
-        behind = ", ".join(names["behind"]) or "none"
-        rows.append([d["bed"], best.method, ahead, *(str(len(names[k])) for k in ("ahead", "tie")), behind])
-    head = ["bed", "best other method", "ours less it, gain", "ahead of", "ties with", "behind"]
-    return table(head, rows)
+def lead(s: Standing) -> str:
+    """How far the reference is ahead of a method, with its interval."""
+    return "" if s.ahead is None else percent(s.ahead, s.ahead_low or 0, s.ahead_high or 0)
 
 
 def settings(data: list[dict[str, Any]]) -> str:
@@ -161,10 +152,9 @@ def settings(data: list[dict[str, Any]]) -> str:
         found = {s.method: s for s in summaries(d, OURS)}
         best = max((s for m, s in found.items() if m not in OWN), key=lambda s: s.gain)
         own = [percent(s.gain, s.gain_low, s.gain_high) if (s := found.get(m)) else "-" for m in OWN]
-        ahead = percent(best.ahead or 0, best.ahead_low or 0, best.ahead_high or 0)
         rows.append([d["bed"], *own, f"{best.method}: {percent(best.gain, best.gain_low, best.gain_high)}",
-                     f"{ahead}: {verdict(best)}"])  # fmt: skip
-    head = ["model", "`default`", "`vivid`", "`vivid`, lower CFG", "best of the others", "`vivid` less it"]
+                     f"{lead(best)}: {verdict(best)}"])  # fmt: skip
+    head = ["model", *PRESETS.values(), "best of the others", "`vivid` less it"]
     return table(head, rows)
 
 
@@ -175,7 +165,7 @@ def verdicts(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
         ("modes at matched validity", summaries, data),
         ("modes at equal quality", equal_quality, equal),
     ):
-        rows = []
+        rows, notes = [], []
         for d in source:
             measured = {s.method for s in found_by(d, OURS)}
             if not measured:
@@ -185,10 +175,13 @@ def verdicts(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
                 others = [s for s in found_by(d, own) if s.method not in OWN] if own in measured else []
                 found = [verdict(s) for s in others]
                 text = " / ".join(str(found.count(v)) for v in ("ahead", "tie", "behind")) if others else "-"
-                row.append(f"**{text}**" if others and set(found) == {"ahead"} else text)
+                if set(found) == {"ahead"}:
+                    text, nearest = f"**{text}**", min(others, key=lambda s: s.ahead or 0)
+                    notes.append(f"{d['bed']}: {PRESETS[own]} less {nearest.method}, the nearest: {lead(nearest)}, p "
+                                 f"{nearest.p:.3f}.")  # fmt: skip
+                row.append(text)
             rows.append(row)
-        head = [f"bed, {title}", "runs", "other methods", "`default`", "`vivid`", "`vivid`, lower CFG"]
-        parts.append(table(head, rows))
+        parts += [table([f"bed, {title}", "runs", "other methods", *PRESETS.values()], rows), *notes]
     return "\n\n".join(parts)
 
 
@@ -298,10 +291,9 @@ def write(folder: Path, docs: Path) -> None:
     best_measured = [more.get(d["bed"], d) for d in data]
     parts = {
         "equal": equal(best_measured), "verdicts": verdicts(data, best_measured), "beds": beds(data),
-        "winners": winners(data), "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data),
+        "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data), "settings": settings(data),
         "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
-        "settings": settings(data),
         "easing": tables(folder / "easing.json"),
     }  # fmt: skip
     for page, names in PAGES.items():
