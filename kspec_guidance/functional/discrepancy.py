@@ -11,6 +11,7 @@ from kspec_guidance.functional.inputs import (
     as_kernel,
     check_matrix,
     check_pair_of_sets,
+    check_widths,
     map_rows,
     on_host,
 )
@@ -139,20 +140,15 @@ def kid(
     if subset_size < 2:
         raise ValueError(f"subset_size must be at least 2, since the MMD is unbiased; got {subset_size}")
     x, y = check_matrix(x), check_matrix(y, "y")
-    if x.shape[1] != y.shape[1]:
-        check_pair_of_sets(x, y, "y")  # raises
+    check_widths(x, y, "y")
     if min(len(x), len(y)) < 4:
         raise ValueError(f"subsets need at least 4 samples in each set, got {len(x)} and {len(y)}; use mmd")
     kernel = as_kernel(kernel or PolynomialKernel())
-    of_width = isinstance(kernel, PolynomialKernel)  # whose fit needs no copy of all rows
-    kernel = kernel.fit(on_host(x[:1]) if of_width else torch.cat([on_host(z.detach()) for z in (x, y)]))
+    if kernel.open:  # other kernels need no copy of all rows
+        kernel = kernel.fit(torch.cat([on_host(z.detach()) for z in (x, y)]))
     g = torch.Generator().manual_seed(seed)
     draws = [[torch.randperm(len(z), generator=g)[: min(subset_size, len(z) // 2)] for z in (x, y)] for _ in range(subsets)]
-    values = None
-    narrow = all(z.dtype == torch.float32 and not (z.requires_grad and torch.is_grad_enabled()) for z in (x, y))
-    if narrow and subsets > 1 and min(len(z) for z in draws[0]) >= SINGLE_ROWS and not isinstance(kernel, FunctionKernel):
-        with full_precision(torch.device("cpu")):
-            values = _in_single_precision(x.cpu(), y.cpu(), kernel, draws)
+    values = _in_single_precision(x, y, kernel, draws)
     if values is None:
         values = _mmd_of_subsets(on_host(x), on_host(y), kernel, draws)
     if not torch.isfinite(values).all():
@@ -163,25 +159,31 @@ def kid(
 
 
 def _in_single_precision(x: Tensor, y: Tensor, kernel: Kernel, draws: list[list[Tensor]]) -> Tensor | None:
-    """:func:`_mmd_of_subsets` with kernels in float32; None where their rounding is above its share of the spread."""
-    rounding = _rounding(x, y, kernel)
-    if not math.isfinite(rounding):
+    """:func:`_mmd_of_subsets` with kernels in float32; None where :func:`kid` has them in float64."""
+    tracked = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    small = len(draws) < 2 or min(len(z) for z in draws[0]) < SINGLE_ROWS
+    if tracked or small or not x.dtype == y.dtype == torch.float32 or isinstance(kernel, FunctionKernel):
         return None
-    values = _mmd_of_subsets(x, y, kernel, draws)
+    with full_precision(torch.device("cpu")):
+        x, y = x.cpu(), y.cpu()
+        rounding = _rounding(x, y, kernel)
+        if not math.isfinite(rounding):
+            return None
+        values = _mmd_of_subsets(x, y, kernel, draws)
     return values if rounding <= ROUNDING_SHARE * float(values.std()) else None
 
 
 def _rounding(x: Tensor, y: Tensor, kernel: Kernel) -> float:
     """Bound of what float32 changes an MMD by: the mean error of a row of kernels, the largest found, in all four means."""
-    most = 0.0
+    errors = []
     for a in (x, y):
         longest = torch.linalg.vector_norm(a, dim=1).topk(min(ROUNDING_ROWS, len(a))).indices
         rows = a[torch.cat([longest, evenly_spaced(len(a), ROUNDING_ROWS)])]
         for b in (x, y):
             columns = b[evenly_spaced(len(b), ROUNDING_COLUMNS)]
-            error = (kernel(rows, columns).double() - kernel(rows.double(), columns.double())).mean(1).abs().amax()
-            most = max(most, float(error)) if math.isfinite(error) else math.inf
-    return 4 * most
+            error = kernel(rows, columns).double() - kernel(rows.double(), columns.double())
+            errors.append(error.mean(1).abs().amax())
+    return 4 * float(torch.stack(errors).amax())
 
 
 def _mmd_of_subsets(x: Tensor, y: Tensor, kernel: Kernel, draws: list[list[Tensor]]) -> Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "check_pair_of_sets",
     "check_paired",
     "check_samples",
+    "check_widths",
     "gram",
     "joint_gram",
     "map_rows",
@@ -129,6 +130,18 @@ def check_paired(x: Tensor, prompt_features: Tensor) -> tuple[Tensor, Tensor]:
     return x, prompt_features
 
 
+def check_widths(x: Tensor, y: Tensor, name: str) -> None:
+    """Check that the rows of two sets have as many features.
+
+    Raises:
+        ValueError: if they have not.
+    """
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"x has {x.shape[-1]} features per row and {name} has {y.shape[-1]}; embed both with the same model"
+        )
+
+
 def check_pair_of_sets(x: Tensor, y: Tensor, name: str = "reference") -> tuple[Tensor, Tensor]:
     """Two sets of samples in the same space, in float64 if they are in the host's memory, else in float32 on their device.
 
@@ -138,10 +151,7 @@ def check_pair_of_sets(x: Tensor, y: Tensor, name: str = "reference") -> tuple[T
     x, y = check_samples(x), check_samples(y, name)
     if x.shape[:-2] != y.shape[:-2]:
         raise ValueError(f"x has shape {list(x.shape)} and {name} {list(y.shape)}; their batch dimensions must be the same")
-    if x.shape[-1] != y.shape[-1]:
-        raise ValueError(
-            f"x has {x.shape[-1]} features per row and {name} has {y.shape[-1]}; embed both with the same model"
-        )
+    check_widths(x, y, name)
     return tuple(z.double() if z.device.type == "cpu" else z for z in (x, y))  # type: ignore[return-value]
 
 
