@@ -61,24 +61,21 @@ def _on_host(x: Tensor) -> bool:
     return x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled())
 
 
+def _column_major(matrix: Tensor) -> Any:
+    """The transpose as an array with columns first, which BLAS and LAPACK read without a copy."""
+    return matrix.detach().contiguous().numpy().T
+
+
 def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
     """Eigenvalues ``[..., n]`` of symmetric ``[..., n, n]``, ascending, in float64; only the lower triangle is read."""
     matrix = matrix.double()
     n = matrix.shape[-1]
     if not SMALL <= n <= LARGE or not _by_scipy(matrix):
         return torch.linalg.eigvalsh(matrix)
-    each = matrix.detach().reshape(-1, n, n).numpy()
-    return torch.stack([torch.from_numpy(_eigenvalues_by_lapack(m)) for m in each]).reshape(matrix.shape[:-1])
-
-
-def _eigenvalues_by_lapack(m: Any) -> Any:
-    """By a tridiagonal matrix, as ``eigvalsh`` of scipy does, but without its copies of the matrix."""
     from scipy.linalg import eigvalsh
-    from scipy.linalg.lapack import dsterf, dsytrd
 
-    _, diagonal, beside, _, failed = dsytrd(m.T, lower=0, lwork=64 * len(m))  # LAPACK reads columns first
-    l, not_converged = dsterf(diagonal, beside)
-    return eigvalsh(m) if failed or not_converged or l[0] != l[0] or l[-1] != l[-1] else l  # which names the error
+    each = [torch.from_numpy(eigvalsh(_column_major(m), lower=False)) for m in matrix.reshape(-1, n, n)]
+    return torch.stack(each).reshape(matrix.shape[:-1])
 
 
 def times_factor(l: Tensor, b: Tensor) -> Tensor:
@@ -87,7 +84,7 @@ def times_factor(l: Tensor, b: Tensor) -> Tensor:
         return l @ b
     from scipy.linalg.blas import dtrmm
 
-    return torch.from_numpy(dtrmm(1.0, l.detach().contiguous().numpy().T, b.detach().contiguous().numpy().T, side=1).T)
+    return torch.from_numpy(dtrmm(1.0, _column_major(l), _column_major(b), side=1).T)
 
 
 def eigenvalues(matrix: Tensor) -> Tensor:
@@ -161,7 +158,7 @@ def cholesky_factor(g: Tensor) -> Tensor | None:
         return None if bool(failed.any()) else factor
     from scipy.linalg.lapack import dpotrf
 
-    upper, failed = dpotrf(g.detach().contiguous().numpy().T, lower=0, clean=1)  # LAPACK reads columns first
+    upper, failed = dpotrf(_column_major(g), lower=0, clean=1)
     return None if failed else torch.from_numpy(upper.T)
 
 
@@ -171,7 +168,7 @@ def inverse_of_factor(l: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(l, torch.eye(len(l), dtype=l.dtype, device=l.device), upper=False)
     from scipy.linalg.lapack import dtrtri
 
-    return torch.from_numpy(dtrtri(l.detach().contiguous().numpy().T, lower=0)[0].T)
+    return torch.from_numpy(dtrtri(_column_major(l), lower=0)[0].T)
 
 
 def own_products_of_factor(l: Tensor) -> Tensor:
@@ -180,7 +177,7 @@ def own_products_of_factor(l: Tensor) -> Tensor:
         return l.mT @ l
     from scipy.linalg.lapack import dlauum
 
-    return torch.from_numpy(dlauum(l.detach().contiguous().numpy().T, lower=0)[0].T)
+    return torch.from_numpy(dlauum(_column_major(l), lower=0)[0].T)
 
 
 def noise_level(spectrum: Tensor) -> Tensor:
@@ -252,8 +249,8 @@ def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None, mirror: b
     elif total.is_contiguous() and len(a) and _by_scipy(a):
         from scipy.linalg.blas import dsyrk
 
-        # transposed, row-major tensors are what BLAS expects; ``c`` is then written in place
-        dsyrk(1.0, a.detach().contiguous().numpy().T, beta=1.0, c=total.detach().numpy().T, lower=1, overwrite_c=1)
+        # ``total`` is contiguous, so ``c`` is not a copy, and is written in place
+        dsyrk(1.0, _column_major(a), beta=1.0, c=_column_major(total), lower=1, overwrite_c=1)
         if mirror:
             mirror_upper(total)
     else:
