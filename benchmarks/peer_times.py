@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.peer_times --peers FOLDER            all rows
     OMP_NUM_THREADS=1 python -m benchmarks.peer_times kid ken --peers FOLDER    some rows; the others stay as they are
 
-FOLDER holds checkouts of torch-fidelity, generative-evaluation-prdc, scendi-score, KEN and Vendi-Score; missing ones are
-skipped. Every opponent has the route and the precision that are fastest for it; where its code works in loops, its algebra
-is written again without them. Both run in turn, on one thread; times are of the processor. ``ratio`` is the median of its
-time divided by ours, with the range over the repeats; ``difference`` is that of the values, relative. Results go to
-benchmarks/results/peer_times.json.
+FOLDER holds checkouts of torch-fidelity, generative-evaluation-prdc, scendi-score and KEN; vendi-score is the installed
+package. Missing ones are skipped. Every opponent has the route and the precision that are fastest for it; where its code
+works in loops, its algebra is written again without them. Both run in turn, on one thread; times are of the processor.
+``ratio`` is the median of its time divided by ours, with the range over the repeats; ``difference`` is that of the
+values, relative. Results go to benchmarks/results/peer_times.json.
 """
 
 import argparse
