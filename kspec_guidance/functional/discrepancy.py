@@ -14,6 +14,7 @@ from kspec_guidance.functional.inputs import (
     check_widths,
     map_rows,
     on_host,
+    sum_over_pairs,
 )
 from kspec_guidance.kernels import GaussianKernel, Kernel, PolynomialKernel, l2_normalize
 from kspec_guidance.kernels.base import FunctionKernel
@@ -77,22 +78,17 @@ def mmd(
 def _from_kernel(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = True) -> Tensor:
     """Squared MMD ``[...]``; kernels in the dtype of the rows, a block of a matrix at a time, and sums in float64."""
 
-    def total(k: Tensor) -> Tensor:
-        return k.sum((-2, -1), dtype=torch.float64)
+    def total(a: Tensor, b: Tensor | None) -> Tensor:
+        k = kernel(a, b)
+        own = k.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64) if unbiased and b is None else 0
+        return k.sum((-2, -1), dtype=torch.float64) - own
 
     def mean_within(z: Tensor) -> Tensor:
-        found, parts, n = z.new_zeros(z.shape[:-2], dtype=torch.float64), z.split(PART_ROWS, dim=-2), z.shape[-2]
-        for i, part in enumerate(parts):
-            k = kernel(part)
-            found = found + total(k)
-            if unbiased:
-                found = found - k.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
-            for later in parts[i + 1 :]:
-                found = found + 2 * total(kernel(part, later))
-        return found / (n * (n - 1) if unbiased else n**2)
+        n = z.shape[-2]
+        return sum_over_pairs(total, z, PART_ROWS) / (n * (n - 1) if unbiased else n**2)
 
     pairs = [(a, b) for a in x.split(PART_ROWS, dim=-2) for b in y.split(PART_ROWS, dim=-2)]
-    between = torch.stack([total(kernel(a, b)) for a, b in pairs]).sum(0) / (x.shape[-2] * y.shape[-2])
+    between = torch.stack([total(a, b) for a, b in pairs]).sum(0) / (x.shape[-2] * y.shape[-2])
     return mean_within(x) + mean_within(y) - 2 * between
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "map_rows",
     "on_host",
     "smaller_matrix",
+    "sum_over_pairs",
 ]
 
 LARGEST = 1e150  # absolute value of features
@@ -203,6 +204,23 @@ def joint_gram(rows: Sequence[Tensor], kernels: Sequence[Kernel]) -> Tensor:
 def gram(x: Tensor, kernel: KernelLike | None) -> Tensor:
     """Kernel matrix ``[..., n, n]`` in float64 with unit diagonal: rounding in float32 would add spurious modes."""
     return unit_gram(as_kernel(kernel), on_host(x))
+
+
+def sum_over_pairs(block: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, rows: int) -> Tensor:
+    """A sum over all pairs of ``x`` ``[..., n, d]`` of a symmetric function, so that no matrix of all pairs is held.
+
+    Args:
+        block: the sum ``[...]``, in float64, over the pairs of two parts of ``x``; over those of one part, if the second is
+            None.
+        x: the rows.
+        rows: of a part.
+    """
+    total, parts = torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device), x.split(rows, dim=-2)
+    for i, a in enumerate(parts):
+        total = total + block(a, None)
+        for b in parts[i + 1 :]:
+            total = total + 2 * block(a, b)
+    return total
 
 
 def second_moment(phi: Tensor) -> Tensor:

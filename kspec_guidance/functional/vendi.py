@@ -15,6 +15,7 @@ from kspec_guidance.functional.inputs import (
     map_rows,
     on_host,
     smaller_matrix,
+    sum_over_pairs,
     unit_gram,
 )
 from kspec_guidance.kernels import CosineKernel, Kernel, l2_normalize
@@ -89,13 +90,9 @@ def kernel_entropy(
 def _collision_entropy(x: Tensor, kernel: Kernel) -> Tensor:
     """``-log(||K||_F^2 / n^2)`` from blocks on and above the diagonal, so the matrix is never held whole."""
     x, n = on_host(x), x.shape[-2]
-    kernel, total = kernel.fit(x.detach()), torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
-    parts = x.split(BLOCK_ROWS, dim=-2)
-    for i, a in enumerate(parts):
-        for b in parts[i:]:
-            squares = unit_gram(kernel, a, b).square().sum((-2, -1))
-            total = total + (squares if b is a else 2 * squares)
-    return -(total / n**2).log()
+    kernel = kernel.fit(x.detach())
+    squares = sum_over_pairs(lambda a, b: unit_gram(kernel, a, b).square().sum((-2, -1)), x, BLOCK_ROWS)
+    return -(squares / n**2).log()
 
 
 def vendi_score(
