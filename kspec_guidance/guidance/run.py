@@ -1,6 +1,5 @@
 """Run: applies a guide to the steps of a pipeline; :meth:`Run.step` is one guided step."""
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -462,9 +461,7 @@ class Run:
             return coincident
         checks, self._unchecked = self._unchecked, []
         asked = [check[2] for check in checks] + list(flags.values())
-        numbers = torch.cat([value.flatten() for value in asked]).tolist()
-        ends = list(itertools.accumulate(map(torch.numel, asked)))
-        values = [numbers[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        values = [value.flatten().tolist() for value in read(*asked)]
         for (what, step, given), found in zip(checks, values, strict=False):
             valid = all(found if given.dtype == torch.bool else map(math.isfinite, found))
             if not valid and what in ("prediction", "move", "result"):

@@ -72,6 +72,10 @@ class Kernel:
         """
         return None
 
+    def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The kernel of squared distances, and -2 times its derivative in them; None if they do not determine it."""
+        return None
+
     def squared(self) -> "Kernel":
         """``k^2``, in closed form if there is one."""
         return ProductKernel(self, self)

@@ -74,10 +74,6 @@ class _Stationary(Kernel):
         d, distinct = self._distances(x, None)
         return replace(self, bandwidth=weighted_median(d, distinct.to(d)))  # type: ignore[type-var]
 
-    def of_distances(self, d2: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The kernel of squared distances, and -2 times its derivative in them; None if they do not determine it."""
-        return None
-
     def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         found = self.of_distances(torch.sub(xx + yy, p, alpha=2).clamp_min(0))
         return None if found is None else (*found, found[1] / -2)

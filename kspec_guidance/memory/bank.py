@@ -183,7 +183,7 @@ class MemoryBank(Memory):
         device = rows.device if self._store is None else self._store.device
         if device.type == "cpu":
             return device, self.limit
-        stores = [bank._store for bank in _placed if bank is not self and bank.device is None]
+        stores = [bank._store for bank in _placed if bank is not self]
         others = sum(store.nbytes for store in stores if store is not None and store.device == device)
         room = _budget(device, others + self.nbytes) - others
         space = int(room // (rows.shape[1] * self.dtype.itemsize))

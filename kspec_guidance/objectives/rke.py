@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.features import RandomFourierFeatures
-from kspec_guidance.kernels import (
-    PROMPT_BANDWIDTH,
-    GaussianKernel,
-    Kernel,
-    RationalQuadraticKernel,
-    pairwise_distances,
-)
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, pairwise_distances
 from kspec_guidance.kernels.base import as_kernel
 from kspec_guidance.kernels.distances import MEDIAN_ROWS, as_float, evenly_spaced
 from kspec_guidance.kernels.stationary import weighted_median
@@ -158,8 +152,9 @@ class RKE(Objective):
 
     def _descent(self, squared: Kernel, x: Tensor, centred: Tensor, d2: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """``-dE/dx`` ``[n, d]`` and the largest squared kernel of each row with an entry of the same prompt ``[n]``."""
-        if isinstance(squared, GaussianKernel | RationalQuadraticKernel):
-            k, slope = squared.of_distances(d2)
+        radial = squared.of_distances(d2)
+        if radial is not None:
+            k, slope = radial
             w = pairs.inside * slope
             g = (torch.diag(w.sum(1)) - w) @ centred
         else:

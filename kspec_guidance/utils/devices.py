@@ -22,7 +22,9 @@ def transfer(x: Tensor, like: Tensor) -> Tensor:
 def send(x: Tensor, device: torch.device) -> Tensor:
     """``x`` on another device. The host does not wait until CUDA has done its earlier work.
 
-    The driver has a copy of its own when this returns, except of pinned memory, for which it waits.
+    ``x`` may be changed or freed afterwards, as buffers of rows are. This relies on how CUDA copies pageable memory: a call
+    returns when the bytes are in the driver's staging buffers, and waits for these if it must. A copy from pinned memory
+    reads it later, so that one blocks.
     """
     return x.to(device, non_blocking=x.device.type == "cpu" and device.type == "cuda" and not x.is_pinned())
 

@@ -3,8 +3,6 @@
 Each copy waits until the device has finished all earlier work, so a guided step makes at most one.
 """
 
-from functools import reduce
-
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -18,6 +16,7 @@ def on_host(values: Tensor) -> Tensor:
     """Values on the CPU, for reading only. A tensor on an accelerator is copied once, for all that ask until it changes.
 
     For what is constant in a run: the noise levels of a scheduler, which are replaced in each run, and prompt features.
+    Changes in place are counted by torch, except of tensors made in ``torch.inference_mode()``.
     """
     if values.device.type == "cpu":
         return values.detach() if values.requires_grad else values
@@ -37,8 +36,8 @@ def read(*tensors: Tensor) -> list[Tensor]:
     remote = [t for t in tensors if t.device.type != "cpu"]
     if not remote:
         return list(tensors)
-    dtype = reduce(torch.promote_types, (t.dtype for t in remote), torch.float32)
-    packed = torch.cat([t.detach().flatten().to(dtype) for t in remote]).cpu()
+    packed = torch.cat([t.detach().flatten() for t in remote]).cpu()  # in the dtype to which all can be promoted
+    packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
     copies = iter(packed.split([t.numel() for t in remote]))
     return [t if t.device.type == "cpu" else next(copies).view(t.shape) for t in tensors]
 
