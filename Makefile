@@ -34,7 +34,7 @@ test: $(VENV)/.installed
 pytest: $(VENV)/.installed
 	$(PYTEST) --durations=25
 
-# what needs a CUDA device: tests with true kernels, copies and offloading, and the table of docs/gpu.md (five minutes)
+# what needs a CUDA device: tests with true kernels, copies and offloading, and the tables of docs/gpu.md
 gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu tests/gpu
 	$(BIN)/python benchmarks/gpu.py

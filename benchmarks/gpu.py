@@ -20,8 +20,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -63,9 +66,7 @@ def embeddings(*shape: int) -> torch.Tensor:
 
 def sd15() -> tuple[Any, dict[str, Any]]:
     unet = random_model(diffusers.UNet2DConditionModel, sample_size=64, cross_attention_dim=768)
-    scheduler = diffusers.DDIMScheduler(
-        clip_sample=False, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
-    )
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, **NOISE)
     vae = random_model(diffusers.AutoencoderKL, **VAE)
     pipe = diffusers.StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
     arguments = {"prompt_embeds": embeddings(1, 77, 768), "negative_prompt_embeds": embeddings(1, 77, 768) * 0}
@@ -99,12 +100,8 @@ def flux() -> tuple[Any, dict[str, Any]]:
     return pipe, arguments | {"num_images_per_prompt": 1, "height": 1024, "width": 1024}
 
 
-def denoiser(pipe: Any) -> Any:
-    return getattr(pipe, "transformer", None) or pipe.unet
-
-
 def compiled(pipe: Any) -> None:
-    denoiser(pipe).compile_repeated_blocks(fullgraph=True)
+    (getattr(pipe, "transformer", None) or pipe.unet).compile_repeated_blocks(fullgraph=True)
 
 
 PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {"SDXL": sdxl, "Flux": flux, "SD 1.5": sd15}
@@ -135,7 +132,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 SAMPLES = {"SDXL": (2, 4, 128, 128), "Flux": (1, 4096, 64), "SD 1.5": (4, 4, 64, 64)}  # of the pipelines above
 BLOCKS_MB = (8, 16, 32, 64, 128, 256)
-PICTURES = {"SDXL": "SDXL, 2 images", "Flux": "Flux, 1 image", "SD 1.5": "SD 1.5, 4 images"}
+PICTURES = {model: f"{model}, {n} image{'s' * (n > 1)}" for model, (n, *_) in SAMPLES.items()}
 
 
 class Call:
@@ -183,8 +180,19 @@ def place(memory: Any) -> str:
     return f"{store.device.type}, {store.nbytes / 1e6:.0f} MB"
 
 
-def measure(pipe: Any, arguments: dict[str, Any], name: str, repeats: int, plain_waits: Any) -> dict[str, Any]:
+def prepared(model: str, mode: str) -> tuple[Any, dict[str, Any], Any]:
+    """A pipeline that has been called, its arguments, and how often a plain call waits."""
+    clean()
+    pipe, arguments = PIPELINES[model]()
+    pipe.set_progress_bar_config(disable=True)
+    CHANGES[mode](pipe)
+    Call(pipe, arguments)  # compiles, and chooses algorithms
+    return pipe, arguments, waits(lambda: Call(pipe, arguments))
+
+
+def measure(pipeline: Callable[[], tuple[Any, dict[str, Any], Any]], name: str, repeats: int) -> dict[str, Any]:
     """Plain and guided calls in turn."""
+    pipe, arguments, plain_waits = pipeline()
     guide = filled(name, pipe, arguments)
     found = waits(lambda: Call(pipe, arguments, guide)) - plain_waits
     pairs = [(Call(pipe, arguments), Call(pipe, arguments, guide)) for _ in range(repeats)]
@@ -239,32 +247,28 @@ def arithmetic(model: str, rows: int) -> dict[str, Any]:
     expected = step().clone()
     graph, result = captured(step)
     graph.replay()
-    read = 2 * rows * x[0].numel() * 4 / 1e9  # each row is used twice
     found: dict[str, Any] = {
-        "rows": rows,
-        "numbers": list(shape),
         "step_ms": milliseconds(reading),
         "queued_ms": milliseconds(step),
         "graph_ms": milliseconds(graph.replay),
         "difference": float((result - expected).norm() / expected.norm().clamp_min(1e-12)),
         "waits": dict(waits(reading)),
     }
-    found["gb_per_s"] = read / found["graph_ms"] * 1e3
-    if rows:
-        before = selection.BLOCK_BYTES_GPU
-        found["graph_ms_by_block_mb"] = {}
-        for size in BLOCKS_MB:
-            selection.BLOCK_BYTES_GPU = size << 20
-            try:
-                replay = captured(Step(guide, x, prompts))[0].replay
-                found["graph_ms_by_block_mb"][str(size)] = milliseconds(replay, 0.05)
-            finally:
-                selection.BLOCK_BYTES_GPU = before
+    for size in BLOCKS_MB if rows else ():
+        with patch.object(selection, "BLOCK_BYTES_GPU", size << 20):
+            replay = captured(Step(guide, x, prompts))[0].replay
+            found.setdefault("graph_ms_by_block_mb", {})[str(size)] = milliseconds(replay, 0.05)
     return found
 
 
-def record_row(record: dict[str, Any], part: str, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
-    """Add a row and its error, if there is one, and write the results."""
+def clean() -> None:
+    """Free the memory of what is no longer used."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measured(row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row with its figures, or with the error."""
     began = time.perf_counter()
     try:
         row |= work()
@@ -272,10 +276,8 @@ def record_row(record: dict[str, Any], part: str, row: dict[str, Any], work: Cal
         row["error"] = f"{type(error).__name__}: {error}"[:500]
     row["seconds"] = time.perf_counter() - began
     print(" | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
-    record[part].append(row)
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-    gc.collect()
-    torch.cuda.empty_cache()
+    clean()
+    return row
 
 
 def run(words: list[str], seconds: float, repeats: int) -> dict[str, Any]:
@@ -285,63 +287,21 @@ def run(words: list[str], seconds: float, repeats: int) -> dict[str, Any]:
     record: dict[str, Any] = {"device": torch.cuda.get_device_name(), "steps": STEPS, "repeats": repeats} | versions
     record |= {"arithmetic": [], "rows": [], "left_out": []}
 
-    def late() -> bool:
-        return time.perf_counter() - began > seconds
+    def add(part: str, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
+        if time.perf_counter() - began > seconds:
+            record["left_out"].append(list(row.values()))
+        else:
+            record[part].append(measured(row, work))
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
-    for model in SAMPLES if not words or "arithmetic" in words else ():
-        for rows in (0, 1000, 10_000):
-            if late():
-                record["left_out"].append([model, "arithmetic", f"{rows} rows"])
-            else:
-                record_row(record, "arithmetic", {"model": model}, lambda m=model, r=rows: arithmetic(m, r))  # type: ignore[misc]
-    pipelines: dict[str, Any] = {}
+    for model, rows in product(SAMPLES if not words or "arithmetic" in words else (), (0, 1000, 10_000)):
+        add("arithmetic", {"model": model, "rows": rows}, partial(arithmetic, model, rows))
     for model, mode, names in PLAN:
-        if words and not any(word in model for word in words):
-            continue
-        if late():
-            record["left_out"] += [[model, mode, name] for name in names]
-            continue
-        pipelines.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
-        pipelines["now"] = pipe, arguments = PIPELINES[model]()
-        pipe.set_progress_bar_config(disable=True)
-        CHANGES[mode](pipe)
-        Call(pipe, arguments)  # compiles, and chooses algorithms
-        plain_waits = waits(lambda p=pipe, a=arguments: Call(p, a))  # type: ignore[misc]
-        for name in names:
-            if late():
-                record["left_out"].append([model, mode, name])
-                continue
-            row = {"model": model, "mode": mode, "guide": name}
-            record_row(record, "rows", row, lambda p=pipe, a=arguments, n=name, w=plain_waits: measure(p, a, n, repeats, w))  # type: ignore[misc]
-        del pipe
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        if not words or any(word in model for word in words):
+            pipeline = cache(partial(prepared, model, mode))
+            for name in names:
+                add("rows", {"model": model, "mode": mode, "guide": name}, partial(measure, pipeline, name, repeats))
     return record
-
-
-def page(record: dict[str, Any]) -> None:
-    """Write the tables into docs/gpu.md and docs/speed.md."""
-    versions = f"{record['device']}, torch {record['torch']}, diffusers {record['diffusers']}"
-    whole = f"{versions}, bfloat16, {record['steps']} steps, medians of {record['repeats']} pairs of calls; ms:\n\n"
-    found = [r for r in record["arithmetic"] if "error" not in r]
-    sizes = sorted({int(size) for r in found for size in r.get("graph_ms_by_block_mb", ())})
-    parts = {
-        "gpu": whole + table(PIPELINE_HEAD, [pipeline_cells(r) for r in record["rows"]]),
-        "gpu-arithmetic": f"{versions}, float32; ms:\n\n" + table(ARITHMETIC_HEAD, [arithmetic_cells(r) for r in found]),
-        "gpu-blocks": f"{versions}; ms of a graph, against the MB of rows in a block:\n\n"
-        + table(
-            ["model", "rows", *map(str, sizes)],
-            [
-                [r["model"], f"{r['rows']:,}", *(f"{r['graph_ms_by_block_mb'][str(size)]:.2f}" for size in sizes)]
-                for r in found
-                if "graph_ms_by_block_mb" in r
-            ],
-        ),
-    }
-    fill(ROOT / "docs" / "gpu.md", parts)
-    shares = table(SHARE_HEAD, share_cells(record["rows"], found))
-    fill(ROOT / "docs" / "speed.md", {"gpu-share": f"{versions}:\n\n{shares}"})
 
 
 PIPELINE_HEAD = [
@@ -350,6 +310,31 @@ PIPELINE_HEAD = [
 ]  # fmt: skip
 ARITHMETIC_HEAD = ["model", "rows on the device", "a step", "without its read", "the device's part: a CUDA graph"]
 SHARE_HEAD = ["model", "earlier images of the prompt", "a plain step", "device", "share", "host and device", "share"]
+
+
+def page(record: dict[str, Any]) -> None:
+    """Write the tables into docs/gpu.md and docs/speed.md."""
+    versions = f"{record['device']}, torch {record['torch']}, diffusers {record['diffusers']}"
+    bare = [r for r in record["arithmetic"] if "error" not in r]
+    blocks = [r for r in bare if "graph_ms_by_block_mb" in r]
+    sizes = list(blocks[0]["graph_ms_by_block_mb"]) if blocks else []
+    times = [cells(r, *(f"{r[name]:.2f}" for name in ("step_ms", "queued_ms", "graph_ms"))) for r in bare]
+    by_block = [cells(r, *(f"{r['graph_ms_by_block_mb'][size]:.2f}" for size in sizes)) for r in blocks]
+    whole = f"{versions}, bfloat16, {record['steps']} steps, medians of {record['repeats']} pairs of calls; ms:\n\n"
+    parts = {
+        "gpu": whole + table(PIPELINE_HEAD, [pipeline_cells(r) for r in record["rows"]]),
+        "gpu-arithmetic": f"{versions}, float32; ms:\n\n" + table(ARITHMETIC_HEAD, times),
+        "gpu-blocks": f"{versions}; ms of a graph, against the MB of rows in a block:\n\n"
+        + table(["model", "rows", *sizes], by_block),
+    }
+    fill(ROOT / "docs" / "gpu.md", parts)
+    shares = table(SHARE_HEAD, share_cells(record["rows"], bare))
+    fill(ROOT / "docs" / "speed.md", {"gpu-share": f"{versions}:\n\n{shares}"})
+
+
+def cells(row: dict[str, Any], *figures: str) -> list[str]:
+    """Model and rows of memory of a bare step, and figures."""
+    return [PICTURES[row["model"]], f"{row['rows']:,}", *figures]
 
 
 def pipeline_cells(row: dict[str, Any]) -> list[str]:
@@ -368,25 +353,16 @@ def pipeline_cells(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def arithmetic_cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table of bare steps."""
-    times = [f"{row[name]:.2f}" for name in ("step_ms", "queued_ms", "graph_ms")]
-    return [PICTURES[row["model"]], f"{row['rows']:,}", *times]
-
-
-def share_cells(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[list[str]]:
+def share_cells(rows: list[dict[str, Any]], bare: list[dict[str, Any]]) -> list[list[str]]:
     """Shares of a guided step of a plain one, for the sizes that were run as pipelines: the fastest plain step counts."""
-    cells = []
-    for r in found:
+    found = []
+    for r in bare:
         plain = [row["step_ms"] for row in rows if row["model"] == r["model"] and "step_ms" in row]
         if plain:
-            block = str(selection.BLOCK_BYTES_GPU >> 20)
-            device, both, step = r.get("graph_ms_by_block_mb", {}).get(block, r["graph_ms"]), r["step_ms"], min(plain)
-            cells.append(
-                [PICTURES[r["model"]], f"{r['rows']:,}", f"{step:.0f} ms", f"{device:.2f} ms", f"{device / step:.1%}",
-                 f"{both:.2f} ms", f"{both / step:.1%}"]
-            )  # fmt: skip
-    return cells
+            block, step = str(selection.BLOCK_BYTES_GPU >> 20), min(plain)
+            parts = r.get("graph_ms_by_block_mb", {}).get(block, r["graph_ms"]), r["step_ms"]
+            found.append(cells(r, f"{step:.0f} ms", *(s for ms in parts for s in (f"{ms:.2f} ms", f"{ms / step:.1%}"))))
+    return found
 
 
 def main() -> None:
