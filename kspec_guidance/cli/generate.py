@@ -387,19 +387,29 @@ def generate(
         from kspec_guidance import SPARKE, MemoryBank
         from kspec_guidance.evaluation.image_sets import read_names
         from kspec_guidance.synthesis import estimate, read_arms, read_prompts, synthesize
+        from kspec_guidance.synthesis.deduplication import check_cosine
         from kspec_guidance.synthesis.quotas import read_attribute
-        from kspec_guidance.synthesis.stages import FORM, load_function
+        from kspec_guidance.synthesis.run import check_plain
+        from kspec_guidance.synthesis.stages import is_score, load_function
 
         source = read_prompts(list(prompt or []) if prompts is None else prompts)
         bank = MemoryBank.load(memory_file) if memory_file is not None and memory_file.exists() else MemoryBank()
         names = set() if drop is None else read_names(drop)
-        functions = [name if FORM.fullmatch(name.strip()) else load_function(name) for name in filter or []]
+        functions = [name if is_score(name) else load_function(name) for name in filter or []]
         several = None if arms is None else read_arms(arms)
+        guide: Any = SPARKE(scale, memory=bank, variety=variety, target=raised)
+        plain: dict[str, Any] = {
+            "images_per_prompt": images_per_prompt, "batch_size": batch_size, "seed": seed,
+            "target": None if raised else target, "duplicates": duplicates, "candidates": candidates,
+            "start_candidates": start_candidates, "memory": memory, "memory_by": memory_by, "exchange": exchange,
+            "format": format, "shard_size": shard_size, "licence": licence, "marks": marks, "sign": sign,
+        }  # fmt: skip
+        check_plain(**plain)  # before the model is loaded, and a baseline made
+        check_cosine(semantic_duplicates)
         pipe = load_pipeline(model, dtype, device)
         height = call.get("height")
         for name, references in attributes.items():
             quotas[name] = read_attribute(pipe, references, (height, call.get("width", height)) if height else None)
-        guide: Any = SPARKE(scale, memory=bank, variety=variety, target=raised)
         if like is not None:
             guide = guide + _toward(output, pipe, like, call, batch_size, dry_run)
         if dry_run:
@@ -421,14 +431,10 @@ def generate(
                 output.kept = f"{kept}; run the same command again to resume"
 
             result = synthesize(
-                source, place, pipe, guide, images_per_prompt, batch_size, call=call, seed=seed, quotas=quotas,
-                target=None if raised else target, filter=functions or None, duplicates=duplicates,
-                candidates=candidates, start_candidates=start_candidates, memory=memory,
-                memory_by=memory_by, exchange=exchange, format=format, shard_size=shard_size, arms=several,
-                select=select or "mixture-greedy", reward=reward, report=report, licence=licence, marks=marks,
-                sign=sign, push_to_hub=push_to_hub,
+                source, place, pipe, guide, call=call, quotas=quotas, filter=functions or None, arms=several,
+                select=select or "mixture-greedy", reward=reward, report=report, push_to_hub=push_to_hub,
                 semantic_duplicates=semantic_duplicates, drop=names, force=force,
                 progress_callback=progress_callback, memory_file=memory_file, workers=workers, engine=engine, join=join,
-                lease_seconds=lease_seconds,
+                lease_seconds=lease_seconds, **plain,
             )  # fmt: skip
         _print_result(output, result)

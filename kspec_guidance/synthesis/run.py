@@ -52,7 +52,7 @@ from kspec_guidance.synthesis.worker import Progress, Worker
 from kspec_guidance.utils.hashing import fingerprint, hash_json, hash_tensors
 from kspec_guidance.utils.messages import warn_user
 
-__all__ = ["Run", "prepared", "restored"]
+__all__ = ["Run", "check_plain", "prepared", "restored"]
 
 
 @dataclass
@@ -190,6 +190,46 @@ class Run:
         )
 
 
+def check_plain(
+    *,
+    images_per_prompt: int,
+    batch_size: int,
+    seed: int,
+    target: str | Target | None,
+    duplicates: float | None,
+    candidates: int,
+    start_candidates: int,
+    memory: str,
+    memory_by: str,
+    exchange: int,
+    format: str,
+    shard_size: int,
+    licence: str | None,
+    marks: bool,
+    sign: str | Path | None,
+) -> tuple[str | None, Target | None, Marks]:
+    """Check the arguments of ``synthesize`` that need no pipeline, so that a command can before it loads one.
+
+    Returns:
+        The licence in its canonical spelling, the target and the marks.
+
+    Raises:
+        SynthesisError: for one that cannot be used.
+    """
+    check_counts(0, images_per_prompt=images_per_prompt)
+    check_counts(batch_size=batch_size, exchange=exchange, shard_size=shard_size, start_candidates=start_candidates)
+    check_candidates(candidates, batch_size)
+    check_counts(None, seed=seed)
+    if format not in FORMATS:
+        raise SynthesisError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    check_memory(memory, memory_by)
+    licence = check_licence(licence)
+    if sign is not None and not marks:
+        raise SynthesisError("sign adds marks to images, and marks=False leaves them out; give one of them")
+    Screen(duplicates)
+    return licence, Target.parse(target), Marks(marks, None if sign is None else Signer(sign))
+
+
 @contextmanager
 def prepared(  # noqa: D417, the others are those of synthesize
     prompts: Any,
@@ -232,18 +272,12 @@ def prepared(  # noqa: D417, the others are those of synthesize
         SynthesisError: for arguments that do not fit each other or the pipeline.
     """
     call = dict(call or {})
-    check_counts(0, images_per_prompt=images_per_prompt)
-    check_counts(batch_size=batch_size, exchange=exchange, shard_size=shard_size, start_candidates=start_candidates)
-    check_candidates(candidates, batch_size)
-    check_counts(None, seed=seed)
-    if format not in FORMATS:
-        raise SynthesisError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    check_memory(memory, memory_by)
-    licence = check_licence(licence)
-    if sign is not None and not marks:
-        raise SynthesisError("sign adds marks to images, and marks=False leaves them out; give one of them")
-    image_marks = Marks(marks, None if sign is None else Signer(sign))
-    prompt_list, prompt_target = read_prompts(prompts), Target.parse(target)
+    licence, prompt_target, image_marks = check_plain(
+        images_per_prompt=images_per_prompt, batch_size=batch_size, seed=seed, target=target, duplicates=duplicates,
+        candidates=candidates, start_candidates=start_candidates, memory=memory, memory_by=memory_by, exchange=exchange,
+        format=format, shard_size=shard_size, licence=licence, marks=marks, sign=sign,
+    )  # fmt: skip
+    prompt_list = read_prompts(prompts)
     counts, attributes = split_quotas(quotas)
     if pipe is None:
         from kspec_guidance.demo import load_demo_pipeline

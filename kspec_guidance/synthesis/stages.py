@@ -14,9 +14,10 @@ from kspec_guidance.evaluation.judges import PromptJudge, prompt_judge
 from kspec_guidance.synthesis.columns import COLUMNS
 from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError
 
-__all__ = ["ScoreFilter", "blur_effect", "load_function", "parse_score_filter"]
+__all__ = ["ScoreFilter", "blur_effect", "is_score", "load_function", "parse_score_filter"]
 
 FORM = re.compile(r"([A-Za-z_]\w*)\s*(<=|>=)\s*([-+0-9.eE]+)(?::(.+))?")
+FUNCTION = re.compile(r"[^\s<>=:]+:[^\s<>=:]+")
 BLUR_WIDTH = 11  # of the mean, in pixels, as published
 Scores = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[float]]
 
@@ -126,8 +127,24 @@ class ScoreFilter:
         return None
 
 
+def is_score(text: str) -> bool:
+    """Whether the text of a filter is a score with a limit, such as ``blur<=0.6``; else it names a function.
+
+    Raises:
+        SynthesisError: for a text that is neither.
+    """
+    if FORM.fullmatch(text.strip()):
+        return True
+    if not FUNCTION.fullmatch(text):
+        raise SynthesisError(
+            "a filter is named module:function, or is a score with one limit, <= or >= and a finite number, such as "
+            f"blur<=0.6, agreement>=25 or nsfw<=0.2:transformers:MODEL:LABEL; got {text!r}"
+        )
+    return False
+
+
 def parse_score_filter(text: str, judge: str = "auto", device: str = "cpu") -> ScoreFilter | None:
-    """The filter of a text such as ``blur<=0.6``; None for a text of another form.
+    """The filter of a text such as ``blur<=0.6``; None for the name of a function.
 
     * ``blur<=0.6``: :func:`blur_effect`;
     * ``agreement>=25``: agreement with the prompt, 0 to 100, by ``judge``, or the judge after a colon
@@ -141,9 +158,9 @@ def parse_score_filter(text: str, judge: str = "auto", device: str = "cpu") -> S
         device: of models.
 
     Raises:
-        SynthesisError: for an unknown score, or a model or function that cannot be loaded.
+        SynthesisError: for an unknown score, a model or function that cannot be loaded, or a text that is no filter.
     """
-    match = FORM.fullmatch(text.strip())
+    match = FORM.fullmatch(text.strip()) if is_score(text) else None
     if match is None:
         return None
     name, sign, number, source = match.groups()

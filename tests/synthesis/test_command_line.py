@@ -1,4 +1,7 @@
 import re
+import sys
+
+import pytest
 
 from tests.synthesis.small_runs import rows_of
 
@@ -39,6 +42,29 @@ def test_command_line(tmp_path):
         result = call(*options)
         assert result.exit_code == 2, message
         assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--licence", "mine"], "SPDX identifier"), (["--target", "vendi<4"], "cannot read the target"),
+        (["--target", "9 of 8"], "got 9 of 8"), (["--duplicates", "2"], "a cosine in"),
+        (["--filter", "blur<1"], "one limit"), (["--semantic-duplicates", "0"], "a cosine in"),
+        (["--format", "zip"], "is unknown"),
+        (["--sign", "nothing.pem"], "nothing.pem"), (["--candidates", "3", "--batch-size", "2"], "candidates"),
+    ],
+)  # fmt: skip
+def test_what_needs_no_model_is_refused_before_one_is_loaded(tmp_path, monkeypatch, options, message):
+    from typer.testing import CliRunner
+
+    from kspec_guidance.cli import app
+
+    monkeypatch.setattr(
+        sys.modules["kspec_guidance.cli.generate"], "load_pipeline", lambda *a: pytest.fail("a model was loaded")
+    )
+    result = CliRunner().invoke(app, ["generate", "heart", "--out", str(tmp_path / "set"), *options])
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
 
 
 def test_a_file_given_as_the_text_of_a_prompt_is_refused(tmp_path):

@@ -83,7 +83,9 @@ def test_scores_by_a_function_of_a_module_and_a_classifier(tmp_path, monkeypatch
         ("seed>=3:a:b", "a score cannot be named 'seed'|cannot import"), ("blur<=inf", "is named module:function"),
         ("nsfw<=1:transformers:x", "needs transformers:MODEL:LABEL"),
         ("nsfw<=1:transformers:/none:x", "cannot load '/none'"),
-        (["blur<=1", "blur<=2"], "two filters use the name 'blur'"), (3, "a filter is a function"),
+        (["blur<=1", "blur<=2"], "two filters use the name 'blur'; .* one ScoreFilter takes both"), ("", "got ''"),
+        ("blur<0.5", "or is a score with one limit, <= or >= and a finite number"), ("blur<=1,agreement>=2", "one limit"),
+        ("module:", "is named module:function"), (3, "a filter is a function"),
         ("agreement>=3:nothing", "cannot load the judge of agreement: unknown judge"), ("x", "is named module:function"),
     ],
 )  # fmt: skip
