@@ -17,6 +17,7 @@ TRAIN_ROWS = 40  # for each list: what faiss advises as a minimum
 PROBES = 8  # lists that are read for a row
 ITERATIONS = 8  # of k-means
 BLOCK_ROWS = 4096  # compared with each other exactly
+ROUNDING = 2**-11  # of numbers in half precision: by so much the cosine of two equal rows may be below 1
 
 
 def semantic_duplicates(
@@ -32,7 +33,8 @@ def semantic_duplicates(
     Args:
         blocks: features ``[k, d]``, in order, read once; a generator may read them from files.
         rows: number of all rows.
-        at_least: cosine from which a row repeats another, in (0, 1].
+        at_least: cosine from which a row repeats another, in (0, 1], to the rounding of half precision. Equal rows always
+            repeat each other, rows of zeros none.
         seed: of k-means.
 
     Returns:
@@ -40,9 +42,11 @@ def semantic_duplicates(
 
     Raises:
         ImportError: if faiss is not installed.
-        ValueError: for a cosine out of range, rows that are not finite, or another number of rows than announced.
+        ValueError: for a cosine out of range, rows that are not finite or of different lengths, or another number of rows
+            than announced.
     """
     faiss = load_faiss(at_least)
+    at_least = min(at_least, 1 - ROUNDING)
     lists = max(1, min(MAX_LISTS, int(4 * math.sqrt(rows)), rows // TRAIN_ROWS))
     found, kept = list[tuple[int, int, float]](), list[int]()
     index, held, done = None, list[Tensor](), 0
@@ -81,10 +85,16 @@ def _rechunked(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
     """The rows at norm 1, in blocks of one size."""
     waiting: list[Tensor] = []
     for block in blocks:
-        x = block.detach().cpu().float()
+        if block.ndim < 2:
+            raise ValueError(f"blocks of features have shape [k, d], got {list(block.shape)}")
+        x = block.detach().cpu().float().flatten(1)
+        if waiting and x.shape[1] != waiting[0].shape[1]:
+            raise ValueError(
+                f"features have rows of {waiting[0].shape[1]} and of {x.shape[1]} numbers; compare those of one kind"
+            )
         if not bool(x.isfinite().all()):
             raise ValueError("features contain NaN or infinite values")
-        waiting += l2_normalize(x.reshape(len(x), -1)).split(BLOCK_ROWS)
+        waiting += l2_normalize(x).split(BLOCK_ROWS) if len(x) else ()
         while sum(map(len, waiting)) >= BLOCK_ROWS:
             joined = torch.cat(waiting)
             yield joined[:BLOCK_ROWS]

@@ -25,6 +25,8 @@ __all__ = [
     "score_types",
 ]
 
+ROUNDING = 1e-6  # of the cosine of two equal rows in float32
+
 Filter = Callable[[Image.Image, dict[str, Any]], Any]
 Stage = Filter | ScoreFilter
 
@@ -57,7 +59,10 @@ def filter_stages(filters: Any, judge: str = "auto", device: str = "cpu") -> lis
     names = [stage.name for stage in stages if isinstance(stage, ScoreFilter)]
     for name in names:
         if names.count(name) > 1:
-            raise SynthesisError(f"two filters use the name {name!r}; give one with both limits, or other names")
+            raise SynthesisError(
+                f"two filters use the name {name!r}; a text has one limit: in Python, one ScoreFilter takes both "
+                "(at_least=, at_most=)"
+            )
     return stages
 
 
@@ -144,7 +149,7 @@ class Screen:
             if reason is None and self.duplicates is not None and cosines is not None:
                 earlier = [j for j in range(k) if reasons[j] is None]
                 in_batch = float((u[earlier] @ u[k]).max()) if earlier else -1.0
-                if max(in_batch, float(cosines[k])) >= self.duplicates:
+                if max(in_batch, float(cosines[k])) >= self.duplicates - ROUNDING:
                     reason = "near duplicate"
             for stage in self.stages if reason is None else ():
                 if isinstance(stage, ScoreFilter):

@@ -43,11 +43,22 @@ def test_of_equal_rows_the_first_stays(monkeypatch):
     assert semantic_duplicates([torch.ones(1, 3)], 1) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.int64])
+def test_equal_rows_repeat_each_other_at_every_limit_and_dtype(monkeypatch, dtype):
+    monkeypatch.setattr("kspec_guidance.evaluation.semantic.BLOCK_ROWS", 64)
+    x = (9 * clusters(300, width=8)).to(dtype)
+    found = semantic_duplicates([x, x[:0], x], 600, 1.0)
+    assert {i for i, _, _ in found} >= set(range(300, 600))
+    assert semantic_duplicates([torch.zeros(3, 8)], 3) == []
+
+
 def test_rows_that_do_not_fit_are_errors():
     x = torch.eye(4)
     for blocks, rows, at_least, message in (
         ([x], 5, 0.9, "expected 5 rows, at least one, and got 4"), ([x], 3, 0.9, "expected 3 rows"), ([], 0, 0.9, "got 0"),
         ([x], 4, 0.0, "cosine in"), ([x], 4, 1.5, "cosine in"), ([x * float("nan")], 4, 0.9, "NaN or infinite"),
+        ([x[0]], 4, 0.9, r"shape \[k, d\], got \[4\]"), ([x, x[:, :3]], 8, 0.9, "rows of 4 and of 3 numbers"),
+        ([x[:0]], 0, 0.9, "at least one, and got 0"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             semantic_duplicates(blocks, rows, at_least)

@@ -34,6 +34,15 @@ def test_near_duplicates_and_blank_images_are_dropped(tmp_path, pipe):
     assert Screen(None, None).reasons([white, noise], [{}, {}], torch.randn(2, 3)) == ["blank", None]
 
 
+def test_copies_are_near_duplicates_at_every_limit():
+    noise = Image.effect_noise((8, 8), 50)
+    for k in range(20):
+        screen, features = Screen(1.0), torch.randn(1, 33, generator=torch.Generator().manual_seed(k))
+        assert screen.reasons([noise] * 2, [{}] * 2, features.expand(2, -1)) == [None, "near duplicate"]
+        screen.add(features)
+        assert screen.reasons([noise], [{}], 3 * features) == ["near duplicate"]
+
+
 def test_a_prompt_whose_images_are_all_dropped_is_given_up(tmp_path, pipe):
     result = make(tmp_path, pipe, ["heart", "man"], 2, 2, filter=lambda image, row: row["prompt"] == "man")
     assert result.stopped == {"all images made": 1, "too many rejected": 1}
