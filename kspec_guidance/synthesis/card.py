@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kspec_guidance.synthesis.export import DTYPES
+
 __all__ = ["Contents", "card", "licence_of"]
 
 HUB_LICENCES = (  # that the hub knows by their SPDX identifiers in lower case
@@ -15,6 +17,9 @@ HUB_LICENCES = (  # that the hub knows by their SPDX identifiers in lower case
 )  # fmt: skip
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 FILES = {"imagefolder": ["metadata.jsonl", "[0-9]*/*.png"], "webdataset": ["*.tar"], "parquet": ["*.parquet"]}
+SAMPLE = [  # what load_dataset makes of a sample of a tar shard, beside the metadata
+    {"name": name, "dtype": "image" if name == "png" else "string"} for name in ("__key__", "__url__", "png", "txt")
+]
 EXAMPLES = 5  # prompts that the card shows
 LISTED = 8  # values of a column that it lists
 TEXT = """{front}
@@ -88,6 +93,7 @@ def card(
     report: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
     obstacles: Sequence[str] = (),
+    types: Mapping[str, type | None] | None = None,
 ) -> str:
     """The text of the card.
 
@@ -97,11 +103,13 @@ def card(
         report: what ``report.json`` holds; None without a report.
         settings: of the run.
         obstacles: what ``reproduce.yaml`` cannot make again.
+        types: of the columns of the metadata. Of tar shards the front matter states them: ``load_dataset`` would take
+            them from the first samples, and fail where a column has its first value later.
     """
     rows, licence = contents.rows, licence_of(contents.rows)
     texts = list(dict.fromkeys(row["prompt"] for row in rows))
     return TEXT.format(
-        front=_front(name, len(rows), contents.kind, licence),
+        front=_front(name, len(rows), contents.kind, licence, types or {}),
         name=_plain(name),
         images=len(rows),
         prompts=len(texts),
@@ -122,10 +130,13 @@ def card(
     )
 
 
-def _front(name: str, images: int, kind: str, licence: str | None) -> str:
+def _front(name: str, images: int, kind: str, licence: str | None, types: Mapping[str, type | None]) -> str:
     from huggingface_hub import DatasetCardData
 
     about: dict[str, Any] = {}
+    if kind == "webdataset" and types:
+        columns = [{"name": column, "dtype": DTYPES[found]} for column, found in types.items()]
+        about["dataset_info"] = {"features": [*SAMPLE, {"name": "json", "struct": columns}]}
     if licence is not None and licence.lower() in HUB_LICENCES:
         about["license"] = licence.lower()
     elif licence is not None:

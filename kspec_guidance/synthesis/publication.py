@@ -45,15 +45,15 @@ def write_publication(
     """
     out, rows, kind = store.out, contents.rows, contents.kind
     files = recipe.files(prompts)
-    types = {**column_types([prompt.extra for prompt in prompts]), **column_types(rows)}
+    types = {**column_types([prompt.extra for prompt in prompts]), **column_types(rows), **COLUMNS}
+    names = {name for row in rows for name in row}
+    used = {name: found for name, found in types.items() if name in names}
     if kind == "imagefolder":
-        data = {"metadata.jsonl": file_digest(out / "metadata.jsonl")}
-        used = {name for row in rows for name in row}
-        columns = {name: found for name, found in {**types, **COLUMNS}.items() if name in used}
+        data, columns = {"metadata.jsonl": file_digest(out / "metadata.jsonl")}, used
         images = {row["file_name"]: row.get("sha256") or file_digest(out / row["file_name"]) for row in rows}
     else:
         data = {path.name: file_digest(path) for path in sorted(out.glob("shard-*")) if path.suffix in DATA}
-        columns, images = {**types, **COLUMNS}, {}
+        columns, images = types, {}
     name = f"Images by {recipe.model.get('name') or 'a model'}, run {rows[0]['settings']}"  # the same in each folder
     about = f"{len(rows)} images of {len({row['prompt'] for row in rows})} prompts, made by a model with kspec-guidance."
     url = url or "https://pypi.org/project/kspec-guidance/"
@@ -61,7 +61,7 @@ def write_publication(
     files["croissant.json"] = json.dumps(description, indent=1) + "\n"
     state = _State(store)
     scores = state.scores(rows, report)
-    text = card(name, contents, scores, recipe.settings, recipe.obstacles)
+    text = card(name, contents, scores, recipe.settings, recipe.obstacles, used)
     written = state.write({**files, CARD: text})
     with disk_errors(out):
         recipe.write_guide(out)
@@ -127,8 +127,13 @@ def compare_with_original(original: Path, out: Path) -> dict[str, int]:
     Args:
         original: its folder.
         out: the folder of the new set.
+
+    Returns:
+        Numbers by finding; ``no original`` alone, if there are no checksums of the earlier set.
     """
     old, new = (_sums(folder / SUMS) for folder in (original, out))
+    if not old:
+        return {"no original": len(new)}
     found = {"same bytes": 0, "same pixels": 0, "different": 0}
     for name in sorted(old.keys() | new.keys()):
         if name in old and old.get(name) == new.get(name):

@@ -91,6 +91,22 @@ def test_load_dataset_reads_every_format_also_with_odd_texts_and_missing_values(
     assert [row["nearest"] is None for row in rows] == [True] * 8 + [False]
 
 
+@pytest.mark.parametrize("kind", ["imagefolder", "webdataset", "parquet"])
+def test_load_dataset_reads_a_folder_whose_first_shard_has_no_value_of_a_column(tmp_path, pipe, kind):
+    import datasets
+
+    prompts = [{"prompt": f"heart {k}", "score": None if k < 5 else 0.5, "note": None} for k in range(6)]
+    make(tmp_path / "set", pipe, prompts, 1, 6, format=kind, shard_size=2, call={"num_inference_steps": 1})
+    for streaming in (False, True):
+        loaded = datasets.load_dataset(
+            str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "c"), streaming=streaming
+        )
+        rows = [row["json"] if kind == "webdataset" else row for row in loaded]
+        assert sorted((row["prompt"], row["score"], row["note"]) for row in rows) == [
+            (f"heart {k}", None if k < 5 else 0.5, None) for k in range(6)
+        ]
+
+
 @pytest.mark.parametrize("kind", ["imagefolder", "parquet"])
 def test_columns_that_do_not_fit_the_finished_images_are_refused(tmp_path, pipe, kind):
     settings = {"images_per_prompt": 1, "format": kind, "call": {"num_inference_steps": 1}}

@@ -70,6 +70,9 @@ def test_images_with_other_pixels_are_counted(tmp_path, pipe):
         sums.write_text("".join("0" * 64 + line[64:] if name in line else line for line in sums.open()))
     again = reproduce(tmp_path / "set" / "reproduce.yaml", tmp_path / "again", pipe, report=False)
     assert again.reproduced == {"same bytes": 1, "same pixels": 1, "different": 1}
+    sums.unlink()
+    again = reproduce(tmp_path / "set" / "reproduce.yaml", tmp_path / "again", pipe, report=False)
+    assert again.reproduced == {"no original": 3}
 
 
 def test_what_a_recipe_cannot_hold_is_named(tmp_path, pipe):
