@@ -14,6 +14,7 @@ from kspec_guidance.guidance.presets import SPARKE
 from kspec_guidance.loop.components import denoiser_of
 from kspec_guidance.loop.observer import network_fingerprint
 from kspec_guidance.synthesis.generator import check_call
+from kspec_guidance.utils.arguments import is_integer
 from kspec_guidance.utils.atomic_io import replacing
 from kspec_guidance.utils.hashing import hash_json, hash_tensors, same_network
 from kspec_guidance.utils.messages import warn_user
@@ -77,8 +78,8 @@ def make_baseline(
     call = dict(call or {})
     if prompts is None:
         prompts = DEMO_PROMPTS if is_demo(pipe) else BASELINE_PROMPTS
-    prompts = list(prompts)
-    if not prompts or n < 1 or batch_size < 1:
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or not is_integer(n, 1) or not is_integer(batch_size, 1):
         raise ValueError(f"a baseline needs prompts, samples and a batch size, got {len(prompts)}, {n} and {batch_size}")
     check_call(pipe, call)
     if len(set(prompts)) < FEW_PROMPTS:

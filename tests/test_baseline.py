@@ -91,6 +91,10 @@ def test_bad_input_is_refused(pipe, home):
         make_baseline(pipe, [])
     with pytest.raises(ValueError, match=r"got \d+, 0 and 4"):
         make_baseline(pipe, n=0)
+    with pytest.raises(ValueError, match=r"got \d+, 2.5 and 4"):
+        make_baseline(pipe, n=2.5)
+    with pytest.warns(UserWarning, match="baseline of 1 prompts"):  # one prompt, not its letters
+        make_baseline(pipe, "heart", n=1, call=CALL)
     with pytest.warns(UserWarning, match="baseline of 2 prompts"):
         make_baseline(pipe, ["heart", "bird"], n=2, call=CALL)
     assert len(set(BASELINE_PROMPTS)) == len(BASELINE_PROMPTS) == 50

@@ -19,6 +19,17 @@ __all__ = ["Balance", "Witness"]
 LEAST_WEIGHT = 1e-3  # of a row of an unrelated prompt, relative to one of the same prompt
 
 
+def _set_of(x: Tensor, name: str, normalize: bool) -> Tensor:
+    """The rows of a fixed set. NaN in one of them would leave every image as it is, without a word."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor of samples [m, ...], got {type(x).__name__}; torch.stack makes one of a list"
+        )
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} contains NaN or infinite values; remove those samples")
+    return natural_rows(x, normalize)
+
+
 class _WeightedRows(Objective):
     """Ascends ``sum_r w_r k(x, r)`` over fixed rows r, with weights that may depend on the sample; memory is not used."""
 
@@ -78,7 +89,7 @@ class Witness(_WeightedRows):
     Args:
         reference: samples ``[m, ...]`` of the same space as the generated ones.
         baseline: samples ``[b, ...]`` of the model without guidance, over many prompts.
-        kernel: by default Gaussian at the median distance of the references.
+        kernel: by default Gaussian at the median distance of the references; of both sets for one reference.
         reference_prompts: prompt features ``[m, p]``; with ``baseline_prompts`` each sample is compared with rows of
             similar prompts.
         baseline_prompts: prompt features ``[b, p]``.
@@ -87,9 +98,9 @@ class Witness(_WeightedRows):
         normalize: whether samples are scaled to norm 1 first.
 
     Raises:
-        TypeError: for a kernel without a closed-form gradient.
-        ValueError: for sets that differ in shape, or prompts of one of them only; by ``value`` and ``gradient``, for
-            samples of another width, or without prompt features where they are needed.
+        TypeError: for a kernel without a closed-form gradient, or a set that is no tensor.
+        ValueError: for sets that differ in shape or are not finite, or prompts of one of them only; by ``value`` and
+            ``gradient``, for samples of another width, or without prompt features where they are needed.
     """
 
     reference: Tensor
@@ -108,7 +119,8 @@ class Witness(_WeightedRows):
             raise ValueError("a prompt-aware witness needs reference_prompts and baseline_prompts, got one of them")
         if prompts and self.feature_map is not None:
             raise ValueError("a prompt-aware witness is exact; leave out feature_map, or the prompts")
-        sets = [natural_rows(x, self.normalize).cpu() for x in (self.reference, self.baseline)]
+        named = (("reference", self.reference), ("baseline", self.baseline))
+        sets = [_set_of(x, name, self.normalize).cpu() for name, x in named]
         if not min(map(len, sets)) or sets[0].shape[1] != sets[1].shape[1]:
             shapes = f"{list(self.reference.shape)} and {list(self.baseline.shape)}"
             raise ValueError(f"reference and baseline must be samples of one shape, one or more of each, got {shapes}")
@@ -116,7 +128,8 @@ class Witness(_WeightedRows):
             if len(x) != len(t):
                 raise ValueError(f"{name} has {len(x)} samples and {len(t)} rows of prompt features")
         self.conditional = bool(prompts)
-        self.fitted = self.kernel.fit(sets[0])
+        alike = bool((sets[0] == sets[0][0]).all())  # one reference, or copies, have no distance
+        self.fitted = self.kernel.fit(torch.cat(sets) if alike else sets[0])
         self._rows, self._count = torch.cat(sets), len(sets[0])
         self._prompt_rows = l2_normalize(torch.cat([p.cpu().float() for p in prompts])) if prompts else None
 
@@ -152,7 +165,7 @@ class Balance(_WeightedRows):
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        rows = [natural_rows(r, self.normalize) for r in self.references]
+        rows = [_set_of(r, "a reference set", self.normalize) for r in self.references]
         if len({r.shape[1] for r in rows}) != 1:
             raise ValueError(f"reference sets differ in shape: {[list(r.shape[1:]) for r in self.references]}")
         self._rows = torch.cat(rows)

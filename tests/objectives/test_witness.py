@@ -7,7 +7,7 @@ from kspec_guidance import KernelGuidance, MMDGuidance
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel
 from kspec_guidance.memory import MemoryBank
-from kspec_guidance.objectives import Witness
+from kspec_guidance.objectives import Balance, Witness
 from tests.objectives.common import FEATURE_MAP, PROMPT_KERNEL, D, P, relative_error
 from tests.samples import rows
 
@@ -57,6 +57,25 @@ def test_a_prompt_is_compared_with_rows_of_its_own():
     g = objective.gradient(0.1 * torch.ones(2, 2).double(), t).rows
     assert g[0, 0] > 20 * g[0, 1].abs()
     assert g[1, 1] > 20 * g[1, 0].abs()
+
+
+def test_one_reference_moves_samples_as_copies_of_it_do():
+    wide, baseline, x = rows(1, 400, 1), rows(5, 400, 2), rows(3, 400, 3)
+    one, copies = (Witness(r, baseline).gradient(x).rows for r in (wide, wide.repeat(4, 1)))
+    assert one.norm(dim=1).min() > 1e-3
+    assert torch.nn.functional.cosine_similarity(one, copies).min() > 0.9
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sets_that_would_silence_the_guide_are_refused(value):
+    for name in ("reference", "baseline"):
+        sets = {"reference": REFERENCE, "baseline": BASELINE}
+        with pytest.raises(ValueError, match=f"{name} contains NaN or infinite"):
+            MMDGuidance(**(sets | {name: sets[name] * value}))
+        with pytest.raises(TypeError, match=f"{name} must be a tensor of samples .*, got list"):
+            Witness(**(sets | {name: list(sets[name])}))
+    with pytest.raises(ValueError, match="a reference set contains NaN"):
+        Balance([REFERENCE, BASELINE * value])
 
 
 def test_bad_input_is_refused():
