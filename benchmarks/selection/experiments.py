@@ -175,8 +175,14 @@ def linear(seed: int, rounds: int = 400) -> Figures:
     return found
 
 
-def circle(seed: int, rounds: int = 384, batch: int = 1, methods: dict[str, Selector] | None = None) -> Figures:
-    """Regret where each of three arms is best on a third of a circle of contexts, noise 0.15 (5, 8)."""
+def circle(
+    seed: int,
+    rounds: int = 384,
+    batch: int = 1,
+    methods: dict[str, Selector] | None = None,
+    names: Sequence[str] | None = None,
+) -> Figures:
+    """Regret where each of three arms is best on a third of a circle of contexts, noise 0.15 (5, 8); of ``names`` only."""
 
     def mean(arm: int, c: Tensor) -> float:
         return 0.5 + 0.5 * math.cos(math.atan2(float(c[1]), float(c[0])) - 2 * math.pi * arm / 3)
@@ -195,6 +201,8 @@ def circle(seed: int, rounds: int = 384, batch: int = 1, methods: dict[str, Sele
         }
     found = {}
     for name, s in methods.items():
+        if names is not None and name not in names:
+            continue
         g, regret = generator(seed), 0.0
         for _ in range(rounds // batch):
             angles = 2 * math.pi * torch.rand(batch, generator=g).double()
