@@ -22,7 +22,7 @@ from tests.synthesis.small_runs import contents, make, quiet_pipeline, rows_of
 RANDOM_KILLS, DISK_OPERATIONS = 20, 30
 SETTINGS = {
     "prompts": ["heart", "red heart", "runner", "cat face", "man", "dog face"],
-    "images_per_prompt": 12,
+    "images_per_prompt": 16,
     "batch_size": 3,
 }
 
