@@ -5,6 +5,8 @@ python -m benchmarks.arena --small --out outputs/arena      # a small version, m
 python -m benchmarks.arena --beds emoji --methods plain "SPARKE, ours"
 python -m benchmarks.arena --beds mixture-32 --seeds 100 --tuned-from benchmarks/results/arena \
     --out benchmarks/results/arena/equal    # fronts of the settings that are tuned there, on more seeds
+python -m benchmarks.arena --beds mixture-32 --calls 4 --strengths 4 --tuned-from benchmarks/results/arena \
+    --out benchmarks/results/arena/calls    # four calls for each case, with the memories that methods have
 OMP_NUM_THREADS=1 python -m benchmarks.arena --beds emoji-transformer --jobs 11    # on eleven cores; the same figures
 """
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--tune-seeds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--strengths", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=1, help="calls of the pipeline for each prompt and seed")
     parser.add_argument("--goal", choices=["validity", "quality"], default="validity", help="tune for modes at equal what")
     parser.add_argument("--tuned-from", type=Path, help="folder of results whose tuned settings are taken, without tuning")
     parser.add_argument("--docs", type=Path, help="write the pages and figures into this folder at the end")
@@ -50,20 +53,22 @@ def main() -> None:
         bed = BEDS[name]()
         if args.small:
             bed.images, bed.prompts = 6, lambda half, every=bed.prompts: every(half)[:2]
+        bed.calls = args.calls
         record = Record(args.out, bed)
-        known = record.data.get("settings", {}).get("goal", "validity")
-        if record.data["methods"] and known != args.goal:
-            parser.error(f"the results in {record.path} are tuned for {known}; give --goal {known}, or another --out")
+        for option, usual, given in (("goal", "validity", args.goal), ("calls", 1, args.calls)):
+            known = record.data.get("settings", {}).get(option, usual)
+            if record.data["methods"] and known != given:
+                parser.error(f"the results in {record.path} have --{option} {known}; give it, or another --out")
         record.data["settings"] = {
             "images": bed.images, "steps": bed.steps, "guidance_scale": bed.guidance_scale, "trials": args.trials,
-            "diversity": bed.diversity, "fidelity": bed.fidelity, "goal": args.goal,
+            "diversity": bed.diversity, "fidelity": bed.fidelity, "goal": args.goal, "calls": args.calls,
             "prompts": [c.prompt for c in bed.cases("report", args.seeds)], "seeds": args.seeds,
         }  # fmt: skip
         if args.tuned_from is not None:
             take_tuned(record, Record(args.tuned_from, bed))
         goal = functools.partial(quality_goal, bed) if args.goal == "quality" else None
         if args.jobs > 1:
-            bed.workers = Workers(name, bed.images, args.jobs)
+            bed.workers = Workers(name, bed.images, bed.calls, args.jobs)
         base = plain(bed, record, "report", args.seeds)
         print(f"{bed.name}: plain {mean(base[bed.diversity]):.2f} {bed.diversity}, "
               f"{mean(base[bed.fidelity]):.3f} {bed.fidelity}, {mean(base['seconds']):.2f} s", flush=True)  # fmt: skip

@@ -10,8 +10,8 @@ from kspec_guidance.bench.methods import METHODS
 from .fronts import points, summaries
 from .harness import FIDELITY_LOSS, mean
 
-OURS = "SPARKE, ours, order 0.5"
-OWN = {"SPARKE, ours": "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59"}  # colours
+OURS, DEFAULT = "SPARKE, ours, order 0.5", "SPARKE, ours"
+OWN = {DEFAULT: "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59"}  # colours
 
 
 def fronts(data: list[dict[str, Any]], path: Path) -> None:

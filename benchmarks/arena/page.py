@@ -15,7 +15,7 @@ from kspec_guidance.bench.methods import METHODS
 from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS
-from .figures import OURS, OWN, ablation_panels, fronts, overview
+from .figures import DEFAULT, OURS, OWN, ablation_panels, fronts, overview
 from .fronts import pooled, summaries
 from .harness import FIDELITY_LOSS, mean, slug
 from .quality import WORSE, equal_quality
@@ -30,7 +30,7 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "arena/scores.md": ("scores",),
     "arena/reviewers.md": ("verdicts",),
     "arena/target.md": ("matching",),
-    "arena/sets.md": ("smallsets", "longruns"),
+    "arena/sets.md": ("smallsets", "calls", "longruns"),
     "arena/costs.md": ("cost",),
     "arena/ablations.md": ("ablations", "easing"),
 }
@@ -106,11 +106,11 @@ def volumes(data: list[dict[str, Any]]) -> str:
     return by_method(data, lambda s: f"{s.volume:.2f} [{s.volume_low:.2f}, {s.volume_high:.2f}]", lambda s: s.volume)
 
 
-def equal(data: list[dict[str, Any]]) -> str:
+def equal(data: list[dict[str, Any]], reference: str = OURS) -> str:
     """Gains at equal quality, bed by bed."""
     parts = []
     for d in data:
-        found = equal_quality(d, OURS)
+        found = equal_quality(d, reference)
         if not found:
             continue
         rows = [
@@ -158,12 +158,16 @@ def settings(data: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
-def verdicts(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
-    """How many methods each of our settings is ahead of, ties with and is behind: at matched validity, at equal quality."""
+def verdicts(data: list[dict[str, Any]], equal: list[dict[str, Any]], calls: list[dict[str, Any]]) -> str:
+    """How many methods each of our settings is ahead of, ties with and is behind.
+
+    At matched validity, at equal quality, and at equal quality of several calls.
+    """
     parts = []
     for title, found_by, source in (
         ("modes at matched validity", summaries, data),
         ("modes at equal quality", equal_quality, equal),
+        ("modes of several calls at equal quality", equal_quality, calls),
     ):
         rows, notes = [], []
         for d in source:
@@ -289,8 +293,10 @@ def write(folder: Path, docs: Path) -> None:
     data = records(folder)
     more = {d["bed"]: d for d in records(folder / "equal")}  # of more seeds, if there are any
     best_measured = [more.get(d["bed"], d) for d in data]
+    calls = records(folder / "calls")
     parts = {
-        "equal": equal(best_measured), "verdicts": verdicts(data, best_measured), "beds": beds(data),
+        "equal": equal(best_measured), "verdicts": verdicts(data, best_measured, calls), "beds": beds(data),
+        "calls": equal(calls, DEFAULT),
         "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data), "settings": settings(data),
         "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),

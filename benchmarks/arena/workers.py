@@ -17,12 +17,12 @@ __all__ = ["Workers"]
 _bed: Bed
 
 
-def _begin(name: str, images: int) -> None:
+def _begin(name: str, images: int, calls: int) -> None:
     global _bed
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     _bed = BEDS[name]()
-    _bed.images = images
+    _bed.images, _bed.calls = images, calls
 
 
 def _measured(measure: Callable[..., Any], make: Callable[[], Method], case: Case) -> tuple[Any, dict[str, float]]:
@@ -36,13 +36,14 @@ class Workers:
     Args:
         bed: its name on the command line.
         images: of a run.
+        calls: for a case.
         number: of processes.
     """
 
-    def __init__(self, bed: str, images: int, number: int):
+    def __init__(self, bed: str, images: int, calls: int, number: int):
         # not forked: a fork of a process with threads may never end
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=_begin, initargs=(bed, images))
+        self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=_begin, initargs=(bed, images, calls))
 
     def measure(
         self, measure: Callable[..., Any], make: Callable[[], Method], cases: Sequence[Case]

@@ -20,7 +20,7 @@ from benchmarks.arena import figures, networks
 from benchmarks.arena.batched import Setting, run
 from benchmarks.arena.beds import BEDS, Bed, transformer
 from benchmarks.arena.beds.analytic import Analytic
-from benchmarks.arena.beds.base import Case, blocks
+from benchmarks.arena.beds.base import CALL_SEEDS, Case, blocks
 from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY, Record, front, measure_all, plain
 from benchmarks.arena.page import PAGES
 from benchmarks.arena.quality import change, equal_quality, quality_goal
@@ -191,6 +191,40 @@ def test_spell_separates_two_samples_to_its_radius_and_moves_no_distant_one() ->
     assert torch.equal(moved[2], x0[2].flatten())
 
 
+def test_spell_told_to_remember_moves_a_sample_out_of_the_ball_around_a_finished_one() -> None:
+    method = SPELL(r=1.0, radius_unit=1.0)
+    method.remember()
+    assert method.earlier == []
+    method.earlier.append(torch.tensor([[0.3, 0.0], [9.0, 0.0]]).view(2, 1, 1, 2))
+    x0 = torch.tensor([[0.0, 0.0]]).view(1, 1, 1, 2)
+    move = method.move(moment(x0))
+    assert move is not None
+    assert torch.allclose((x0 + move).flatten(), torch.tensor([-0.7, 0.0]), atol=1e-6)
+
+
+REMEMBER = ["SPARKE, ours", "SPARKE, ours, order 0.5, lower CFG", "SPARKE, authors' code", "c-VSG", "SPELL"]
+
+
+@pytest.mark.parametrize("name", [*REMEMBER, "plain", "OSCAR", "group inference"])
+def test_several_calls_are_single_ones_but_for_the_memory_of_methods_that_have_one(
+    name: str, bed: Analytic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = functools.partial(METHODS[name], **{"SPELL": {"r": 1.5}, "SPARKE, authors' code": {"scale": 0.3}}.get(name, {}))
+    monkeypatch.setattr(bed, "images", 4)
+    with torch.no_grad():
+        alone = [bed.sample(make(), Case("prompt 9", seed)) for seed in (7, 7 + CALL_SEEDS)]
+        monkeypatch.setattr(bed, "calls", 2)
+        first, second = bed.sample(make(), Case("prompt 9", 7)).split(4)
+    assert torch.equal(first, alone[0])
+    assert torch.equal(second, alone[1]) == (name not in REMEMBER)
+
+
+def test_the_tuned_setting_is_on_the_front_of_a_method_with_few_settings() -> None:
+    method = METHODS["group inference"]
+    assert method.sweep(8, 5) == [2, 3, 4, 5, 6, 8]
+    assert method.sweep(4, 5) == [2, 3, 4, 5, 6]
+
+
 def test_greedy_choice_takes_one_of_each_cluster() -> None:
     rows = torch.randn(4, 3).mul(10).repeat_interleave(5, 0) + 0.01 * torch.randn(20, 3)
     assert sorted(k // 5 for k in varied(rows, 4)) == [0, 1, 2, 3]
@@ -332,6 +366,18 @@ def test_the_small_arena_runs_and_does_not_measure_twice(tmp_path: Path) -> None
     page = (tmp_path / "docs" / "arena.md").read_text()
     assert "OSCAR" in page
     assert "digits" in page
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forks")
+def test_the_small_arena_of_several_calls_fills_its_table(tmp_path: Path) -> None:
+    small = [sys.executable, "-m", "benchmarks.arena", "--small", "--beds", "mixture-8", "--methods", "plain", "OSCAR",
+             "SPARKE, ours", "--docs", str(tmp_path / "docs"), "--out"]  # fmt: skip
+    for command in ([*small, str(tmp_path / "calls"), "--calls", "2"], [*small, str(tmp_path)]):
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert "mixture, 8 dimensions" in (tmp_path / "docs" / "arena" / "sets.md").read_text()
+    other = subprocess.run([*small, str(tmp_path / "calls"), "--calls", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert "--calls 2" in other.stderr
 
 
 @pytest.mark.slow

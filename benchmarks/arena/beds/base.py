@@ -1,6 +1,6 @@
 """Bed: cases, a pipeline to sample from, and a judge of the samples."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from kspec_guidance.kernels import CosineKernel, GaussianKernel
 
 __all__ = ["BLOCK_SEEDS", "Bed", "Case", "blocks", "common_scores"]
 
+CALL_SEEDS = 100_000  # between the seeds of two calls of one case
 BLOCK_SEEDS = 5  # seeds of one prompt whose samples are compared with the truth together
 
 
@@ -57,6 +58,7 @@ class Bed:
     images: int = 8
     steps: int = 20
     guidance_scale: float = 1.0
+    calls: int = 1  # of the pipeline for a case, with one method that may remember the samples of the last ones
     has: ClassVar[frozenset[str]] = frozenset({"features", "guidance", "images", "prompts"})
     pipe: Any
     workers: Any = None  # processes that measure cases in place of this one
@@ -95,6 +97,11 @@ class Bed:
         return torch.stack([torch.randn(self.shape(), generator=g) for g in self.noise(case, n)])
 
     def sample(self, method: Method, case: Case) -> Tensor:
+        if self.calls > 1:
+            method.remember()
+        return self.joined([self._call(method, replace(case, seed=case.seed + CALL_SEEDS * k)) for k in range(self.calls)])
+
+    def _call(self, method: Method, case: Case) -> Tensor:
         method.generator.manual_seed(case.seed)
         return method.sample(self, case)
 

@@ -174,7 +174,8 @@ class Method:
             return []
         r = cls.tuned[cls.strength]
         if isinstance(r, Whole):
-            return [float(k) for k in range(r.low, r.high + 1)][:: max(1, (r.high - r.low + 1) // number)][:number]
+            spread = [float(k) for k in range(r.low, r.high + 1)][:: max(1, (r.high - r.low + 1) // number)][:number]
+            return sorted({*spread, at})
         if r.log:
             factors = [0.5, 1.0, 2.0] if number == 3 else [0.35, 0.7, 1.0, 1.5, 3.0][:number]
             return [at * f for f in factors]
@@ -186,6 +187,9 @@ class Method:
 
     def begin(self) -> None:
         """Reset the state of the last run; called when the method is attached."""
+
+    def remember(self) -> None:
+        """Keep the samples of each run in mind in the next ones, where the method has a memory; most have none."""
 
     def condition(self, states: Tensor, fraction: float) -> Tensor:
         """The prompts' hidden states ``[n, l, c]``, as the denoiser is to get them; a pooled one has l = 1."""

@@ -1,5 +1,6 @@
 """Methods that are guides of the package: its defaults, the published settings, and the Vendi gradient of c-VSG."""
 
+import functools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,14 @@ from kspec_guidance.objectives import Vendi
 
 
 class Guided(Method):
-    """A method that is a guide of the package, with a new memory for each run."""
+    """A method that is a guide of the package, with a new memory for each run unless told to remember."""
 
     def guide(self, pipe: Any) -> KernelGuidance:
         """The guide of one run."""
         raise NotImplementedError
+
+    def remember(self) -> None:
+        self.guide = functools.cache(self.guide)  # type: ignore[method-assign]
 
     def attach(self, pipe: Any) -> AbstractContextManager[Any]:
         return self.guide(pipe).attach(pipe)

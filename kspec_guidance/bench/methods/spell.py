@@ -15,7 +15,8 @@ class SPELL(Method):
 
     ``x0_i += sum_k relu(r / |x0_i - z_k| - 1) (x0_i - z_k)`` over the predictions of the batch: nothing happens to an image
     that is farther than ``r`` from all others. ``r`` is given in median distances of the data, which the bed gives
-    (``radius_unit``, from plain samples); ``overcompensation`` multiplies the push.
+    (``radius_unit``, from plain samples); ``overcompensation`` multiplies the push. Told to remember, finished samples of
+    earlier runs repel too.
     """
 
     name = "SPELL"
@@ -26,16 +27,30 @@ class SPELL(Method):
     r: float = 0.5
     overcompensation: float = 1.0
     radius_unit: float = field(default=1.0, repr=False)
+    earlier: list[Tensor] | None = field(default=None, repr=False)  # finished samples; None: they are not kept
+
+    def remember(self) -> None:
+        self.earlier = []
 
     def sample(self, bed: Any, case: Any) -> Tensor:
         self.radius_unit = bed.radius_unit()
-        return super().sample(bed, case)
+        samples = super().sample(bed, case)
+        if self.earlier is not None:
+            self.earlier.append(samples)
+        return samples
 
     def move(self, m: Moment) -> Tensor | None:
         rows = m.x0.flatten(1)
-        d = (rows[:, None] - rows[None]).norm(dim=-1)
-        push = torch.relu(self.r * self.radius_unit / d.clamp_min(1e-3 * self.radius_unit) - 1)
-        push.fill_diagonal_(0)
-        # both samples of a pair move, each by half of the distance
-        move = 0.5 * self.overcompensation * (push.sum(1, keepdim=True) * rows - push @ rows)
+        # both samples of a pair move, each by half of the distance; a finished one stays where it is
+        move = 0.5 * self._push(rows, rows)
+        for finished in self.earlier or []:
+            move = move + self._push(rows, finished.flatten(1).to(rows))
         return move.view(m.x0.shape)
+
+    def _push(self, rows: Tensor, others: Tensor) -> Tensor:
+        """What moves rows out of the balls around others; a row is not pushed from itself."""
+        d = (rows[:, None] - others[None]).norm(dim=-1)
+        push = torch.relu(self.r * self.radius_unit / d.clamp_min(1e-3 * self.radius_unit) - 1)
+        if others is rows:
+            push.fill_diagonal_(0)
+        return self.overcompensation * (push.sum(1, keepdim=True) * rows - push @ others)
