@@ -124,7 +124,8 @@ def equal(data: list[dict[str, Any]], reference: str = OURS) -> str:
             for s in found
         ]  # fmt: skip
         head = ["method", "gain", "hypervolume", "agreement there", "gain that keeps agreement", "ours less it, gain", "p"]
-        title = f"### {d['bed']}, {len(d['settings']['prompts'])} runs"
+        own, n = d["methods"]["plain"][f"report {d['settings']['seeds']}"], len(d["settings"]["prompts"])
+        title = f"### {d['bed']}, {n} runs, {mean(own['modes']):.1f} of {mean(own['of']):.1f} modes by plain sampling"
         parts.append(f"{title}\n\n" + table(head, rows))
     tolerated = (
         f"on the data {WORSE['on_data']}, coverage {WORSE['coverage']}, Frechet distance x{WORSE['frechet_distance']}"
