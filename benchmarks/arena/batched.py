@@ -32,6 +32,10 @@ class Setting:
         ease: weight of classifier-free guidance where the push is strongest; it returns to the bed's as the push fades.
         weight: weight of classifier-free guidance for the whole run.
         guard: whether the part of a move against the prompt is left out.
+        until: share of the run after which the weight is the bed's own again.
+        log_det: ascend ``log det(I + 4 G)`` of cosines instead, the objective of OSCAR.
+        early: OSCAR's size of moves, ``scale sigma^2 / alpha`` times the norm of the noise, in place of the fade; and its
+            projection off the velocity.
     """
 
     variety: float = 0.0
@@ -41,6 +45,9 @@ class Setting:
     ease: float | None = None
     weight: float | None = None
     guard: bool = False
+    until: float = 1.0
+    log_det: bool = False
+    early: bool = False
 
 
 def norms(x: Tensor) -> Tensor:
@@ -72,6 +79,12 @@ def ascent(x0: Tensor, order: float) -> tuple[Tensor, Tensor]:
     return (g - (g * u).sum(-1, keepdim=True) * u) / norms(x0), spread
 
 
+def log_det_ascent(x0: Tensor) -> Tensor:
+    """Ascent direction of ``log det(I + 4 G)`` of the cosines of predictions ``[cases, n, d]``."""
+    u = normalize(x0, dim=-1).double()
+    return torch.linalg.solve(torch.eye(u.shape[1], dtype=u.dtype) + 4 * u @ u.mT, u).float() / norms(x0)
+
+
 def noise_in(x: Tensor, alpha: float, sigma: float, log_shares: Tensor, model: ExactDenoiser) -> Tensor:
     """The noise in ``x = alpha x0 + sigma noise``, as :class:`ExactDenoiser` predicts it."""
     variance = (alpha * model.std) ** 2 + sigma**2
@@ -96,27 +109,31 @@ def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = Non
     scheduler = bed.pipe.scheduler
     scheduler.set_timesteps(bed.steps)
     levels = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps] + [1.0]
-    usual = bed.guidance_scale if setting.weight is None else setting.weight
+    own = bed.guidance_scale
+    lower = own if setting.weight is None else setting.weight
     for k in range(bed.steps):
         alpha, sigma = levels[k] ** 0.5, (1 - levels[k]) ** 0.5
         fraction = k / bed.steps
         fade = math.cos(fraction / setting.stop * math.pi / 2) ** 2 if fraction < setting.stop - 1e-9 else 0.0
         cond, uncond = (noise_in(x, alpha, sigma, log_shares, bed.model) for log_shares in (with_prompt, without))
+        usual = own if fraction >= setting.until else lower
         weight = usual if setting.ease is None else usual - max(usual - setting.ease, 0.0) * fade
         e = uncond + weight * (cond - uncond)
         x0 = (x - sigma * e) / alpha
         if first:
             return x0
         strength = setting.scale or setting.variety
-        if fade and strength:
-            g, spread = ascent(x0, setting.order)
+        if (setting.early or fade) and strength:
+            g, spread = (log_det_ascent(x0), norms(x0)) if setting.log_det else ascent(x0, setting.order)
             g = g - along(g, x0) * x0
-            g = g - along(g, sigma * e) * sigma * e
+            direction = x0 - e if setting.early else sigma * e
+            g = g - along(g, direction) * direction
             if setting.guard:
                 toward = uncond - cond  # of the noise, so that of the prediction with the prompt less that without
                 g = g - along(g, toward).clamp_max(0) * toward
             size = setting.scale if setting.scale else setting.variety / VARIETY_AT_SCALE_1 * spread.square()
-            x0 = x0 + size * fade * norms(x0) * g / norms(g).amax(1, keepdim=True).clamp_min(1e-30)
+            size = size * (sigma**2 / alpha * norms(e) if setting.early else fade * norms(x0))
+            x0 = x0 + size * g / norms(g).amax(1, keepdim=True).clamp_min(1e-30)
         a2, s2 = levels[k + 1] ** 0.5, (1 - levels[k + 1]) ** 0.5
         x = a2 * x0 + s2 * (x - alpha * x0) / sigma
     return x

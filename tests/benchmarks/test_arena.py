@@ -493,3 +493,12 @@ def test_batched_mixture_is_the_package_on_each_case(setting: Setting) -> None:
             with guide.attach(bed.pipe):
                 wanted = bed.run(case, bed.images)
     torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
+
+
+def test_batched_mixture_has_the_push_of_oscar() -> None:
+    bed = Analytic(8, skewed=False)
+    case = bed.cases("report", 1)[0]
+    with torch.no_grad():
+        found = run(bed, [case], Setting(scale=0.4, log_det=True, early=True))[0]
+        wanted = bed.sample(OSCAR(weight=0.4, noise_weight=0.0), case)
+    torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
