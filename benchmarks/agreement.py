@@ -3,8 +3,8 @@
     python benchmarks/agreement.py --seeds 20
     python benchmarks/agreement.py --page docs/arena/ablations.md    # the tables of what has been measured
 
-On the mixtures a sample agrees with its prompt if it is in a mode that the prompt gives at least 1%. Pushes are tuned over a
-grid of CFG weights and strengths on the tuning half, 10 seeds, and fronts over the strengths are of the report half.
+On the mixtures a sample agrees with its prompt if it is in a mode that the prompt gives at least 1%. Pushes are tuned over
+a grid of CFG weights and strengths on the tuning half, 10 seeds, and fronts over the strengths are of the report half.
 """
 
 import argparse

@@ -217,7 +217,7 @@ def settings() -> list[tuple[int, str, str]]:
 
 
 def tables(done: dict[str, Any]) -> str:
-    """A table for each number of steps, of the seeds that all settings have; intervals are paired, over prompts and seeds."""
+    """A table for each number of steps, of the seeds that all settings have; intervals are over prompts and seeds."""
     parts, names = [], ("modes", "valid", "coverage", "motion", "flicker", "still")
     for steps in STEPS:
         of = {(g, p): done.get(f"{steps}, {g}, {p}", {}) for s, g, p in settings() if s == steps}
