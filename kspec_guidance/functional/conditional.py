@@ -1,10 +1,23 @@
 """Scores of samples given their prompts: Conditional-Vendi, Information-Vendi, conditional RKE."""
 
+import torch
 from torch import Tensor
 
 from kspec_guidance.features import tensor_product
-from kspec_guidance.functional.inputs import FeatureMap, KernelLike, check_paired, gram, map_rows, second_moment
-from kspec_guidance.functional.vendi import entropy_of, mean_of_pairs, unit_rows
+from kspec_guidance.functional.inputs import (
+    FeatureMap,
+    KernelLike,
+    as_kernel,
+    check_paired,
+    gram,
+    map_rows,
+    on_host,
+    second_moment,
+    sum_over_pairs,
+    unit_gram,
+)
+from kspec_guidance.functional.vendi import BLOCK_ROWS, entropy_of, mean_of_pairs, unit_rows
+from kspec_guidance.kernels.spectrum import check_order
 
 __all__ = ["conditional_entropy", "conditional_rke_score", "conditional_vendi_score", "information_vendi_score"]
 
@@ -34,6 +47,31 @@ def _joint(
     return second_moment(a), second_moment(b), both
 
 
+def _mean_squares(
+    x: Tensor,
+    prompt_features: Tensor,
+    kernel: KernelLike | None,
+    prompt_kernel: KernelLike | None,
+    maps: FeatureMaps | None,
+) -> tuple[Tensor, Tensor]:
+    """``||K_T||_F^2 / n^2`` and ``||K o K_T||_F^2 / n^2``, from blocks of the matrices where there are many samples."""
+    n = x.shape[-2] if x.ndim > 1 else 0
+    if maps is not None or n <= BLOCK_ROWS:
+        _, kt, joint = _joint(x, prompt_features, kernel, prompt_kernel, maps)
+        return kt.square().sum((-2, -1)), joint.square().sum((-2, -1))
+    x, prompt_features = (on_host(z) for z in check_paired(x, prompt_features))
+    of_x, of_prompts = as_kernel(kernel).fit(x.detach()), as_kernel(prompt_kernel).fit(prompt_features.detach())
+    widths = [x.shape[-1], prompt_features.shape[-1]]
+
+    def block(a: Tensor, b: Tensor | None) -> Tensor:
+        (a, t), (b, u) = a.split(widths, -1), (None, None) if b is None else b.split(widths, -1)
+        squares = unit_gram(of_prompts, t, u).square()
+        return torch.stack([squares.sum((-2, -1)), (unit_gram(of_x, a, b).square() * squares).sum((-2, -1))])
+
+    related, alike = sum_over_pairs(block, torch.cat([x, prompt_features], dim=-1), BLOCK_ROWS) / n**2
+    return related, alike
+
+
 def conditional_entropy(
     x: Tensor,
     prompt_features: Tensor,
@@ -43,6 +81,9 @@ def conditional_entropy(
     feature_map: FeatureMaps | None = None,
 ) -> Tensor:
     """``H_q(X | T) = H_q(K o K_T / n) - H_q(K_T / n)`` in nats ``[...]`` (Jalali et al. 2024, arXiv 2411.02817)."""
+    if check_order(order) == 2 and feature_map is None:
+        related, alike = _mean_squares(x, prompt_features, kernel, prompt_kernel, feature_map)
+        return (related / alike).log()
     _, kt, joint = _joint(x, prompt_features, kernel, prompt_kernel, feature_map)
     return entropy_of(joint, order) - entropy_of(kt, order)
 
@@ -124,8 +165,8 @@ def conditional_rke_score(
     if feature_map is not None:
         maps = feature_map
         feature_map = unit_rows(map_rows(maps[0], x)), unit_rows(map_rows(maps[1], prompt_features))
-    _, kt, joint = _joint(x, prompt_features, kernel, prompt_kernel, feature_map)
-    related, alike = (mean_of_pairs(m.square().sum((-2, -1)), x.shape[-2]) for m in (kt, joint))
+    means = _mean_squares(x, prompt_features, kernel, prompt_kernel, feature_map)
+    related, alike = (mean_of_pairs(mean, x.shape[-2]) for mean in means)
     if not (related > 0).all():
         raise ValueError("no two samples have related prompts, so the score is undefined; score several images of a prompt")
     return related / alike

@@ -5,6 +5,7 @@ import torch
 
 from kspec_guidance import functional as F
 from kspec_guidance import testing as oracles
+from kspec_guidance.functional import conditional
 from kspec_guidance.kernels import CosineKernel, GaussianKernel
 from tests.samples import rows
 
@@ -32,6 +33,20 @@ def test_conditional_times_information_equals_vendi(g):
     k, kt = GaussianKernel(1.0), GaussianKernel(2.0)
     product = F.conditional_vendi_score(x, t, k, kt) * F.information_vendi_score(x, t, k, kt)
     assert product.item() == pytest.approx(F.vendi_score(x, k).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("kernel", [None, GaussianKernel()])
+def test_conditional_rke_by_blocks_is_that_of_whole_matrices(g, monkeypatch, kernel, unbiased):
+    x = torch.randn(2, 40, 4, generator=g).double().requires_grad_()
+    t = torch.randn(2, 1, 3, generator=g).double() + 0.1 * torch.randn(2, 40, 3, generator=g).double()
+    whole = F.conditional_rke_score(x, t, kernel, unbiased=unbiased)
+    (expected,) = torch.autograd.grad(whole.sum(), x)
+    monkeypatch.setattr(conditional, "BLOCK_ROWS", 7)
+    score = F.conditional_rke_score(x, t, kernel, unbiased=unbiased)
+    torch.testing.assert_close(score, whole, rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(score.sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-14)
 
 
 def test_conditional_rke_equals_ratio_of_frobenius_norms(g):
