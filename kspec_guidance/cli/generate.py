@@ -46,7 +46,7 @@ __all__ = ["generate"]
 
 PROCESSES, PUBLISHING = "Processes", "Publishing"
 WITH_REPRODUCE = (
-    "reproduce", "out", "model", "device", "report", "force", "join", "sign", "as_json", "quiet", "version",
+    "reproduce", "out", "model", "device", "report", "force", "join", "sign", "no_sign", "as_json", "quiet", "version",
 )  # fmt: skip
 
 
@@ -303,12 +303,19 @@ def generate(
         ),
     ] = True,
     sign: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="Add C2PA manifests, signed with a PEM file of certificates and private key, or 'self-signed'.",
+            help="C2PA manifests in images, signed with a PEM file of certificates and private key, or 'self-signed'; "
+            "'auto' is self-signed where c2pa-python is installed.",
             rich_help_panel=PUBLISHING,
         ),
-    ] = None,
+    ] = "auto",
+    no_sign: Annotated[
+        bool,
+        typer.Option(
+            "--no-sign", help="No C2PA manifests: the same run writes the same bytes.", rich_help_panel=PUBLISHING
+        ),
+    ] = False,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -349,11 +356,14 @@ def generate(
     torchrun --nproc-per-node 2 -m kspec_guidance generate ...
     """
     place = out if join is None or _given(context, "out") else None
+    if no_sign and _given(context, "sign"):
+        raise ValueError("--sign adds signatures, and --no-sign leaves them out; give one of them")
+    signature = None if no_sign else sign
     if reproduce is not None:
         _check_alone(context)
         with command_output(as_json, quiet) as output:
             name = model if _given(context, "model") else None
-            _reproduce(output, reproduce, place, name, device, report, force, join, sign)
+            _reproduce(output, reproduce, place, name, device, report, force, join, signature)
         return
     check_prompt_source(prompt, prompts)
     raised = target if target is not None and re.fullmatch(r"[^<>=]*\bof\b[^<>=]*", target) else None
@@ -390,6 +400,7 @@ def generate(
         from kspec_guidance.synthesis.deduplication import check_cosine
         from kspec_guidance.synthesis.quotas import read_attribute
         from kspec_guidance.synthesis.run import check_plain
+        from kspec_guidance.synthesis.signing import AUTO, can_sign, resolve_sign
         from kspec_guidance.synthesis.stages import is_score, load_function
 
         source = read_prompts(list(prompt or []) if prompts is None else prompts)
@@ -402,7 +413,8 @@ def generate(
             "images_per_prompt": images_per_prompt, "batch_size": batch_size, "seed": seed,
             "target": None if raised else target, "duplicates": duplicates, "candidates": candidates,
             "start_candidates": start_candidates, "memory": memory, "memory_by": memory_by, "exchange": exchange,
-            "format": format, "shard_size": shard_size, "licence": licence, "marks": marks, "sign": sign,
+            "format": format, "shard_size": shard_size, "licence": licence, "marks": marks,
+            "sign": resolve_sign(signature, marks),
         }  # fmt: skip
         check_plain(**plain)  # before the model is loaded, and a baseline made
         check_cosine(semantic_duplicates)
@@ -422,6 +434,11 @@ def generate(
             if output.first:
                 output.result(asdict(plan), str(plan))
             return
+        if marks and signature == AUTO and not can_sign():
+            output.note(
+                "images say that a model made them (IPTC), without a C2PA signature: c2pa-python is not installed "
+                "(pip install 'kspec-guidance[publish]'; --no-sign omits this note)"
+            )
         output.kept = f"finished images in {place or join} are kept; run the same command again to resume"
         with output.synthesis_progress() as show:
 

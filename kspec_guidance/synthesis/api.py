@@ -30,6 +30,7 @@ from kspec_guidance.synthesis.rewards import Reward
 from kspec_guidance.synthesis.run import Run, prepared
 from kspec_guidance.synthesis.schedule import Target
 from kspec_guidance.synthesis.settings import check_counts
+from kspec_guidance.synthesis.signing import AUTO, resolve_sign
 from kspec_guidance.synthesis.stages import ScoreFilter
 from kspec_guidance.synthesis.worker import Progress
 from kspec_guidance.utils.arguments import is_number, renamed_arguments
@@ -68,7 +69,7 @@ def synthesize(
     report: bool = True,
     licence: str | None = None,
     marks: bool = True,
-    sign: str | Path | None = None,
+    sign: str | Path | None = AUTO,
     push_to_hub: str | None = None,
     semantic_duplicates: float | None = None,
     drop: Collection[str] = (),
@@ -134,8 +135,9 @@ def synthesize(
         report: write ``report.html`` at the end, of 2,000 images at most.
         licence: of the images, an SPDX identifier such as ``CC0-1.0``, for metadata, marks and card.
         marks: write into each image that a model made it (IPTC digital source type ``trainedAlgorithmicMedia``).
-        sign: add a C2PA manifest to each image, signed with the certificate and key of this PEM file, or ``self-signed``.
-            Signatures are random: images have the same pixels again, but not the same bytes.
+        sign: add a C2PA manifest to each image, signed with the certificate and key of this PEM file, or ``self-signed``:
+            with a certificate of this process, which says so. ``auto`` is ``self-signed`` where c2pa-python is installed;
+            None leaves signatures out. They are random: the same run has the same pixels, but the same bytes only without.
         semantic_duplicates: cosine of features, such as 0.95, from which an image repeats an earlier one of any prompt; at
             the end, the names of such images are written to ``semantic-duplicates.txt``, by an approximate index.
         drop: file names of finished images to leave out, as such lists have them; others are made in their place.
@@ -158,6 +160,7 @@ def synthesize(
             the filter fails, with the prompts and seeds of the batch, and their exception as its cause.
     """
     check_cosine(semantic_duplicates)
+    sign = resolve_sign(sign, marks)
     leases = workers is not None or join is not None
     if out is None and join is None:
         raise SynthesisError("out is the folder of the set; only a worker that joins a run (join=) goes without")
@@ -289,7 +292,7 @@ def reproduce(
     force: bool = False,
     progress_callback: Callable[[Progress], None] | None = None,
     join: str | Path | None = None,
-    sign: str | Path | None = None,
+    sign: str | Path | None = AUTO,
 ) -> Synthesis:
     """Make a set again from its ``reproduce.yaml`` and ``prompts.jsonl``, and compare its images with those beside them.
 
@@ -301,13 +304,14 @@ def reproduce(
         force: continue although settings changed or something is damaged.
         progress_callback: called with a :class:`Progress` after each batch.
         join: storage of the run that the file describes, of which this process is a worker.
-        sign: as in :func:`synthesize`, for such a worker.
+        sign: as in :func:`synthesize`; ``auto`` leaves signatures out if the set has none.
 
     Raises:
         SynthesisError: for a file that cannot make the set again, or settings that differ, such as another model or number
             of processes; and those of :func:`synthesize`.
     """
     recipe = read_recipe(path)
+    sign = None if sign == AUTO and not recipe.signed else sign
     pipe = recipe.pipeline(pipe)
     arguments = recipe.arguments() | ({} if join is None else {"workers": None})
     with recipe.scheduler_of(pipe):

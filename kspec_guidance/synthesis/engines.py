@@ -117,7 +117,7 @@ def _processes(
         for k in range(workers):
             line = [sys.executable, "-m", "kspec_guidance", "generate", "--reproduce", str(folder / "reproduce.yaml"),
                     "--join", storage.place, "--model", model, "--device", _device(device, k), "--quiet"]  # fmt: skip
-            line += [] if sign is None else ["--sign", sign]
+            line += ["--no-sign"] if sign is None else ["--sign", sign]
             files.append(paths_of_logs[k].open("wb"))
             started.append(subprocess.Popen(line, env=environment, stdout=files[-1], stderr=subprocess.STDOUT))
         yield _Processes(started, paths_of_logs)

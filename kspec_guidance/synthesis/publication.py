@@ -1,13 +1,16 @@
 """The files that go with a set: card, Croissant, recipe, prompts and checksums."""
 
 import hashlib
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from kspec_guidance.evaluation.readers import SetReader
 from kspec_guidance.synthesis.card import Contents, card, licence_of
 from kspec_guidance.synthesis.columns import COLUMNS, column_types
 from kspec_guidance.synthesis.croissant import croissant
@@ -138,7 +141,7 @@ def compare_with_original(original: Path, out: Path) -> dict[str, int]:
     for name in sorted(old.keys() | new.keys()):
         if name in old and old.get(name) == new.get(name):
             found["same bytes"] += 1
-        elif name in old and name in new and name.endswith(".png") and _same_pixels(original / name, out / name):
+        elif name in old and name in new and _same_pixels(original / name, out / name):
             found["same pixels"] += 1
         else:
             found["different"] += 1
@@ -154,7 +157,14 @@ def _sums(path: Path) -> dict[str, str]:
 
 def _same_pixels(first: Path, second: Path) -> bool:
     try:
-        with Image.open(first) as a, Image.open(second) as b:
-            return a.size == b.size and a.mode == b.mode and a.tobytes() == b.tobytes()
-    except OSError:
+        return all(a == b for a, b in zip_longest(_pixels(first), _pixels(second)))
+    except (OSError, ValueError):
         return False
+
+
+def _pixels(path: Path) -> Iterator[tuple[Any, ...]]:
+    """Name, size, mode and pixels of an image, or of each image of a shard."""
+    items = [("", path.read_bytes, None)] if path.suffix == ".png" else SetReader(path).items()
+    for name, read, _ in items:
+        with Image.open(io.BytesIO(read())) as image:
+            yield name, image.size, image.mode, image.tobytes()

@@ -59,6 +59,11 @@ class Recipe:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     guide_settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def signed(self) -> bool:
+        """Whether the images of the set have signatures."""
+        return "c2pa" in str(self.settings.get("marks"))
+
     def files(self, prompts: Sequence[Prompt]) -> dict[str, str]:
         """The text of ``reproduce.yaml``, and that of its prompts, by file name."""
         more = {} if self.history is None else {UNITS: self.history.text()}

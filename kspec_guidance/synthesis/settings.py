@@ -52,6 +52,7 @@ TITLES = {  # of settings whose names do not say it
     "memory[1]": "memory_by",
     "memory[2]": "entries of the guide's memory",
     "format[1]": "shard_size",
+    "marks": "marks (--sign, --no-sign, --no-marks)",
 }
 
 

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,25 @@ from kspec_guidance.synthesis.errors import RunFailedError, SynthesisError
 from kspec_guidance.synthesis.marks import SOURCE_TYPE, encode_image
 from kspec_guidance.utils.hashing import hash_json
 
-__all__ = ["SELF_SIGNED", "Signer"]
+__all__ = ["AUTO", "SELF_SIGNED", "Signer", "can_sign", "resolve_sign"]
 
-SELF_SIGNED = "self-signed"
+AUTO, SELF_SIGNED = "auto", "self-signed"
 WARNING = "self-signed, identity not verified"  # what the certificate itself says
 YEARS = 10  # that a self-signed certificate is valid
 HOWTO = "give one PEM file with the certificate chain and its private key, or 'self-signed'"
+WITHOUT = "or leave signatures out (sign=None, --no-sign)"
+
+
+def can_sign() -> bool:
+    """Whether the packages that sign are installed."""
+    return all(find_spec(name) is not None for name in ("c2pa", "cryptography"))
+
+
+def resolve_sign(sign: str | Path | None, marks: bool = True) -> str | Path | None:
+    """What ``auto`` stands for: ``self-signed`` if images have marks and the packages are installed, else None."""
+    if sign != AUTO:
+        return sign
+    return SELF_SIGNED if marks and can_sign() else None
 
 
 class Signer:
@@ -38,8 +52,10 @@ class Signer:
     def __init__(self, name: str | Path):
         try:
             import c2pa
-        except ImportError as error:
-            raise SynthesisError("signing images needs: pip install 'kspec-guidance[publish]'") from error
+        except Exception as error:  # not installed, or without its native library
+            raise SynthesisError(
+                f"signing images needs: pip install 'kspec-guidance[publish]' ({_one_line(error)}); {WITHOUT}"
+            ) from error
         self._c2pa, self_signed = c2pa, str(name) == SELF_SIGNED
         certificates, key = _parse(_self_signed(), SELF_SIGNED) if self_signed else _parse(_read(Path(name)), str(name))
         self.digest = SELF_SIGNED if self_signed else hash_json(certificates.decode("latin-1"), 12)
@@ -72,7 +88,7 @@ class Signer:
         manifest: dict[str, Any] = {
             "claim_generator_info": [{"name": name, "version": version}],
             "title": str(row.get("file_name", "image.png")),
-            "assertions": [{"label": "c2pa.actions", "data": {"actions": [created]}}],
+            "assertions": [{"label": "c2pa.actions", "created": True, "data": {"actions": [created]}}],
         }
         signed = io.BytesIO()
         with self._c2pa.Builder(json.dumps(manifest), self._context) as builder:

@@ -19,7 +19,7 @@ def quiet_pipeline():
 
 
 def make(out, pipe=None, prompts=PROMPTS, images_per_prompt=5, batch_size=3, **kwargs):
-    settings = {"call": CALL, "report": False, **kwargs}
+    settings = {"call": CALL, "report": False, "sign": None, **kwargs}
     return synthesize(
         prompts, out, pipe or quiet_pipeline(), images_per_prompt=images_per_prompt, batch_size=batch_size, **settings
     )

@@ -70,7 +70,7 @@ def small_run(pipe, prompts=PROMPTS, guide=None, **changes):
 def make(out, pipe, prompts=PROMPTS, **changes):
     settings = {
         "images_per_prompt": 7, "batch_size": 3, "exchange": 2, "call": {"num_inference_steps": 1}, "report": False,
-        "licence": "CC0-1.0", "workers": 1,
+        "licence": "CC0-1.0", "workers": 1, "sign": None,
     }  # fmt: skip
     return synthesize(prompts, out, pipe, **settings | changes)
 

@@ -123,7 +123,8 @@ def test_recipes_that_do_not_fit_are_refused_before_anything_is_made(tmp_path, p
 
 
 def test_the_command_makes_a_set_again(tmp_path):
-    line = ("generate", "heart", "--out", tmp_path / "set", "--steps", 1, "--images", 2, "--no-report", "--licence", "mit")
+    options = ("--steps", 1, "--images", 2, "--no-report", "--licence", "mit", "--no-sign")
+    line = ("generate", "heart", "--out", tmp_path / "set", *options)
     assert command(*line).exit_code == 0
     again = ("generate", "--reproduce", tmp_path / "set" / "reproduce.yaml", "--out", tmp_path / "again", "--no-report")
     result = command(*again, "--json")
