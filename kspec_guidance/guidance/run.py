@@ -15,7 +15,7 @@ from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.spaces.blocks import Block
 from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1, Term
-from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, fading, norms, row_dots
+from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, fading, norms, without_unit
 from kspec_guidance.loop.blocks import Tokens, TransformerBlock
 from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
 from kspec_guidance.loop.context import ComingStep, StepContext
@@ -109,7 +109,7 @@ def ascent_direction(
         found = objective.gradient(u, prompts, memory, pairs=pairs, jitter=noise)
         g = found.rows
         if objective.normalize:  # through x / |x|
-            g = torch.addcmul(g, u, row_dots(g, u), value=-1).div_(size)
+            g = without_unit(g, u).div_(size)
         return g, found
 
 

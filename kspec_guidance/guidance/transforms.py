@@ -78,7 +78,15 @@ def row_dots(x: Tensor, y: Tensor) -> Tensor:
 def without(x: Tensor, direction: Tensor, sizes: Tensor | None = None) -> Tensor:
     """Rows ``[n, d]`` less their components along the rows of ``direction``, whose norms ``[n, 1]`` may be given."""
     square = (norms(direction) if sizes is None else sizes).square().clamp_min(torch.finfo(x.dtype).tiny)
-    return torch.addcmul(x, direction, row_dots(x, direction) / square, value=-1)
+    products = x * direction  # its memory is used again: new pages cost more than the sum
+    part = products.sum(1, keepdim=True) / square
+    return torch.addcmul(x, direction, part, value=-1, out=products)
+
+
+def without_unit(x: Tensor, direction: Tensor) -> Tensor:
+    """As :func:`without` for directions of norm 1 or 0."""
+    products = x * direction
+    return torch.addcmul(x, direction, products.sum(1, keepdim=True), value=-1, out=products)
 
 
 def tangent(move: Tensor, state: TransformState) -> Tensor:

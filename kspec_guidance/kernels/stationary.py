@@ -41,10 +41,10 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
         return values.new_ones(())
     values, order = values.flatten().sort()
     unit = weights.amax().clamp_min(torch.finfo(weights.dtype).tiny)
-    total = weights.flatten()[order].div_(unit).mul_(2.0**WEIGHT_BITS).long().cumsum(0)
-    index = (total * 2 < total[-1]).sum().clamp_max(len(values) - 1)
-    found = values.gather(0, index[None])[0]
-    return torch.where((total[-1] > 0) & (found > 0), found, 1.0)
+    total = weights.take(order).div_(unit).mul_(2.0**WEIGHT_BITS).long().cumsum(0)
+    whole = total[-1]
+    found = values.take(torch.searchsorted(total, whole - (whole >> 1)))  # the first that reaches half, rounded up
+    return torch.where(found * whole > 0, found, 1.0)
 
 
 class _Stationary(Kernel):

@@ -252,7 +252,10 @@ class Selection:
             sizes = _even_parts(len(self), block)
             return sizes, self._copy(like).split(sizes)
         if self.indices is not None:
-            return [size for run in self._runs or [len(self)] for size in _even_parts(run, block)], None
+            sizes = [size for run in self._runs or [len(self)] for size in _even_parts(run, block)]
+            if self._runs is None or not self._in_place(like):
+                return sizes, None
+            return sizes, [store.gather(part) for part in self.indices.split(sizes)]  # of runs, these are views
         views = store.view(0, len(self))
         sizes = [size for view in views for size in _even_parts(len(view), block)]
         if not self._in_place(like):
