@@ -20,7 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.arena.beds.base import Case
 from benchmarks.arena.beds.emoji import Emoji
-from kspec_guidance import MMDGuidance, encode_reference, load_demo_reference, make_baseline
+from benchmarks.arena.matching import Attraction, MeanShift
+from kspec_guidance import (
+    MMDGuidance,
+    NoveltyGuidance,
+    encode_reference,
+    load_demo_pipeline,
+    load_demo_reference,
+    make_baseline,
+)
+from kspec_guidance.kernels import GaussianKernel
 
 PROMPTS = ("firefighter", "health worker", "astronaut", "detective", "artist", "mechanic", "dancer")
 CALL = {"num_inference_steps": 8, "guidance_scale": 5.0}
@@ -32,7 +41,7 @@ def measure(bed: Emoji, guide: Any, seeds: int, style: str, words: str = "") -> 
     index, found = bed.judge_.classes["style"].index(style), {"other": [], "valid": []}
     for seed in range(seeds):
         other, valid = [], []
-        if guide is not None:
+        if hasattr(guide, "memory"):
             guide.memory.clear()
         for k, prompt in enumerate(PROMPTS):
             case = Case(prompt, 100 * seed + k)
@@ -54,34 +63,49 @@ def measure(bed: Emoji, guide: Any, seeds: int, style: str, words: str = "") -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--styles", nargs="+", default=["noto", "twemoji"])
+    parser.add_argument("--bandwidths", action="store_true", help="of the kernel, in median distances; nothing else")
+    parser.add_argument("--plot-of", type=Path, nargs="+", help="only plot the rows of these results")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    bed, rows = Emoji(), []
-    everything = make_baseline(bed.pipe, n=max(BASELINES), batch_size=8, call=CALL, cache=False)
+    if options.plot_of:
+        plot([row for path in options.plot_of for row in json.loads(path.read_text())["rows"]], options.plot)
+        return
+    bed, rows = Emoji(pipe=load_demo_pipeline()), []
+    everything = make_baseline(bed.pipe, n=max(BASELINES), batch_size=8, call=CALL)
 
     def add(name: str, guide: Any, style: str, words: str = "", **about: Any) -> None:
         row = {"name": name, "style": style, **about, **measure(bed, guide, options.seeds, style, words)}
         rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        if options.json:
+            options.json.write_text(json.dumps({"seeds": options.seeds, "rows": rows}, indent=1) + "\n")
 
-    for style in ("noto style", "twemoji style"):
+    for style in (f"{name} style" for name in options.styles):
         latents = encode_reference(bed.pipe, load_demo_reference(style.split()[0]))
         latents = latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))]
+        most, baseline = len(latents), everything[:100]
+        if options.bandwidths:
+            median = float(GaussianKernel().fit(latents.flatten(1)).bandwidth or 0)
+            for factor in (1, 2, 4):
+                guide = MMDGuidance(latents, kernel=GaussianKernel(factor * median), baseline=baseline)
+                add("bandwidth", guide, style, factor=factor)
+            continue
         add("plain", None, style)
-        add("asked in words", None, style, f", {style}")
-        add("MMD, batch and memory", MMDGuidance(latents), style, references=len(latents))
         for m in REFERENCES:
-            if m <= len(latents):
-                guide = MMDGuidance(latents[:m], baseline=everything[:100])
-                add("baseline", guide, style, references=m, baseline=100)
+            add("baseline", MMDGuidance(latents[:m], baseline=baseline), style, references=m, baseline=100)
+        add("asked in words", None, style, f", {style}")
+        for weight in (0.7, 1.5):
+            add("attraction", Attraction(reference=latents, weight=weight), style, references=most, weight=weight)
+        for weight in (0.5, 1.0):
+            add("mean shift", MeanShift(reference=latents, weight=weight), style, references=most, weight=weight)
+        add("MMD, batch and memory", MMDGuidance(latents), style, references=most)
         for b in BASELINES:
-            if b == 100:
-                continue  # is there already
-            guide = MMDGuidance(latents, baseline=everything[:b])
-            add("baseline", guide, style, references=len(latents), baseline=b)
-    if options.json:
-        options.json.write_text(json.dumps({"seeds": options.seeds, "rows": rows}, indent=1) + "\n")
+            if b != 100:  # is there already
+                add("baseline", MMDGuidance(latents, baseline=everything[:b]), style, references=most, baseline=b)
+        add("novelty", NoveltyGuidance(latents), style, references=most)
+        add("novelty, baseline", NoveltyGuidance(latents, baseline=baseline), style, references=most, baseline=100)
     if options.plot:
         plot(rows, options.plot)
 

@@ -25,6 +25,7 @@ _LAZY = {  # modules that need torch or diffusers are imported on first use
     "load_demo_reference": "demo",
     "encode_reference": "loop.latents",
     "make_baseline": "baseline",
+    "toward_reference": "baseline",
 }
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "load_demo_reference",
     "encode_reference",
     "make_baseline",
+    "toward_reference",
 ]
 
 

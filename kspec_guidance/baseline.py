@@ -1,17 +1,20 @@
 """A pipeline's baseline: samples that it makes without guidance, over many prompts, kept in the user's cache."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kspec_guidance.demo.pipeline import DEMO_PROMPTS, is_demo
 from kspec_guidance.guidance.calibration import calibration_file
-from kspec_guidance.guidance.presets import SPARKE
-from kspec_guidance.loop.components import denoiser_of
+from kspec_guidance.guidance.presets import SPARKE, MMDGuidance
+from kspec_guidance.loop.components import call_parameters, denoiser_of
+from kspec_guidance.loop.latents import encode_reference
 from kspec_guidance.loop.observer import network_fingerprint
 from kspec_guidance.synthesis.generator import check_call
 from kspec_guidance.utils.arguments import is_integer
@@ -19,7 +22,7 @@ from kspec_guidance.utils.atomic_io import replacing
 from kspec_guidance.utils.hashing import hash_json, hash_tensors, same_network
 from kspec_guidance.utils.messages import warn_user
 
-__all__ = ["BASELINE_PROMPTS", "make_baseline"]
+__all__ = ["BASELINE_PROMPTS", "make_baseline", "toward_reference"]
 
 BASELINE_PROMPTS = (  # people, animals, things, places and scenes, without words of style
     "a woman reading a book", "a man riding a bicycle", "a child with a balloon", "an old fisherman",
@@ -119,6 +122,53 @@ def make_baseline(
         if file is not None and len(rows) > saved:
             file.write(torch.stack(rows))
     return torch.stack(rows)
+
+
+def toward_reference(
+    pipe: Any,
+    images: Tensor | Iterable[Image.Image] | str | os.PathLike,
+    scale: float | None = None,
+    *,
+    call: dict[str, Any] | None = None,
+    prompts: Sequence[str] | None = None,
+    n: int = 100,
+    batch_size: int = 4,
+    progress_callback: Callable[[int, int], None] | None = None,
+    **kwargs: Any,
+) -> MMDGuidance:
+    """A guide toward the style or domain of reference images, from a folder of them.
+
+        settings = {"num_inference_steps": 30, "guidance_scale": 5.0}
+        with toward_reference(pipe, "my references", call=settings).attach(pipe):
+            images = pipe("firefighter", **settings).images
+
+    It is :class:`MMDGuidance` with these images, encoded at the size of the call, and the pipeline's baseline with the same
+    settings, which :func:`make_baseline` makes once. A pipeline without prompts makes one distribution, which is matched as
+    a whole: the guide is then without a baseline.
+
+    Args:
+        pipe: any text-to-image pipeline.
+        images: 20 to 50 images, see :func:`encode_reference`.
+        scale: see :class:`MMDGuidance`.
+        call: arguments of the pipeline's call, as in later runs.
+        prompts: of the baseline, see :func:`make_baseline`.
+        n: number of samples of the baseline.
+        batch_size: samples of a prompt that are made at once.
+        progress_callback: called with the number of samples so far, and n.
+        kwargs: further settings of :class:`MMDGuidance`.
+
+    Raises:
+        TypeError: for an unknown argument; the message suggests a known one.
+        ValueError: as :func:`encode_reference`, :func:`make_baseline` and :class:`MMDGuidance`.
+    """
+    call = dict(call or {})
+    height = call.get("height")
+    size = (height, call.get("width", height)) if height and not isinstance(images, Tensor) else None
+    reference = encode_reference(pipe, images, size=size)
+    if "prompt" not in call_parameters(type(pipe)):
+        return MMDGuidance(reference, scale, **kwargs)
+    baseline = make_baseline(pipe, prompts, n, batch_size=batch_size, call=call, progress_callback=progress_callback)
+    return MMDGuidance(reference, scale, baseline=baseline, **kwargs)
 
 
 class _File:

@@ -1,12 +1,22 @@
 """Baselines of a pipeline: what they are, their cache, and that they move a style at one prompt a batch."""
 
+import warnings
+
 import pytest
 import torch
 
-from kspec_guidance import MMDGuidance, encode_reference, load_demo_pipeline, load_demo_reference, make_baseline
+from kspec_guidance import (
+    MMDGuidance,
+    encode_reference,
+    load_demo_pipeline,
+    load_demo_reference,
+    make_baseline,
+    toward_reference,
+)
 from kspec_guidance.baseline import BASELINE_PROMPTS
 from kspec_guidance.demo import load_demo_judge
 from kspec_guidance.demo.pipeline import DEMO_PROMPTS
+from kspec_guidance.objectives import MMD
 from tests import tiny
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 1.0}
@@ -103,6 +113,59 @@ def test_bad_input_is_refused(pipe, home):
 def test_the_judge_knows_the_prompts_of_the_embedded_pipeline():
     judge = load_demo_judge()
     assert all(judge.described(p).any() for p in DEMO_PROMPTS)
+
+
+def test_one_line_is_references_baseline_and_guide(pipe, home, tmp_path):
+    images = pipe("heart", num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), **CALL).images
+    folder = tmp_path / "references"
+    folder.mkdir()
+    for k, image in enumerate(images):
+        image.save(folder / f"{k}.png")
+    found = toward_reference(pipe, folder, call=CALL, n=3, batch_size=3, stop=0.8)
+    expected = MMDGuidance(encode_reference(pipe, folder), baseline=make_baseline(pipe, n=3, call=CALL), stop=0.8)
+    assert repr(found) == repr(expected)
+    own, other = (guide.terms[0].objective for guide in (found, expected))
+    assert torch.equal(own.reference, other.reference)
+    assert torch.equal(own.baseline, other.baseline)
+
+
+def test_one_line_takes_the_size_of_the_call(home, tmp_path):
+    pipe = tiny.build("StableDiffusionPipeline")
+    image = pipe("a", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
+    image.save(tmp_path / "0.png")
+    call = {"num_inference_steps": 1, "height": 16, "width": 32}
+    objective = toward_reference(pipe, tmp_path, call=call, n=1).terms[0].objective
+    assert objective.reference.shape[1:] == objective.baseline.shape[1:]
+    assert objective.reference.shape[-1] == 2 * objective.reference.shape[-2]
+
+
+def test_a_pipeline_without_prompts_is_matched_as_a_whole(home):
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    guide = toward_reference(tiny.build("DiTPipeline"), images, 0.5, n=1)
+    assert isinstance(guide.terms[0].objective, MMD)
+    assert guide.terms[0].scale == 0.5
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "warned"),
+    [
+        (["heart"], {}, True),
+        (["heart", "bird"], {}, True),
+        (["heart"], {"scale": 0.0}, False),
+        (["heart"], {"reference_prompts": torch.ones(4, 160)}, False),
+        (["heart"], {"baseline": torch.zeros(2, 9, 8, 8)}, False),
+        ([""], {}, False),
+        (list(DEMO_PROMPTS[:8]), {}, False),
+    ],
+    ids=["one prompt", "two", "scale 0", "prompt-aware", "baseline", "empty prompt", "eight"],
+)
+def test_a_batch_of_few_prompts_needs_a_baseline(pipe, prompts, settings, warned):
+    reference = torch.randn(4, 9, 8, 8, generator=torch.Generator().manual_seed(0))
+    with MMDGuidance(reference, **settings).attach(pipe), warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        pipe(prompts, output_type="latent", **CALL)
+    assert any("make_baseline(pipe)" in str(w.message) for w in found) == warned
 
 
 @pytest.mark.slow

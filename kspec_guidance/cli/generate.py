@@ -50,14 +50,10 @@ WITH_REPRODUCE = (
 )  # fmt: skip
 
 
-def _toward(output: Output, pipe: Any, folder: Path, call: dict[str, Any], batch_size: int, dry_run: bool) -> Any:
-    """A guide toward the images of a folder, with the pipeline's baseline; for a plan the references stand for it."""
-    from kspec_guidance import MMDGuidance, encode_reference, make_baseline
+def _toward(output: Output, pipe: Any, folder: Path, call: dict[str, Any], batch_size: int) -> Any:
+    """A guide toward the images of a folder, with the pipeline's baseline."""
+    from kspec_guidance import toward_reference
 
-    height = call.get("height")
-    reference = encode_reference(pipe, folder, size=(height, call.get("width", height)) if height else None)
-    if dry_run:
-        return MMDGuidance(reference, baseline=reference)
     output.note("making the baseline: images of many prompts without guidance, once for this model and settings ...")
     settings = {k: v for k, v in call.items() if v is not None}
     with output.progress_bars() as bars:
@@ -66,8 +62,7 @@ def _toward(output: Output, pipe: Any, folder: Path, call: dict[str, Any], batch
         def show(k: int, n: int) -> None:
             bars.update(task, completed=k, total=n)
 
-        baseline = make_baseline(pipe, batch_size=batch_size, call=settings, progress_callback=show)
-    return MMDGuidance(reference, baseline=baseline)
+        return toward_reference(pipe, folder, call=settings, batch_size=batch_size, progress_callback=show)
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -394,7 +389,7 @@ def generate(
         raise ValueError(f"{name!r} is both a --quota and an --attribute; give them different names")
     with command_output(as_json, quiet) as output:
         output.note(f"loading model {model} ...")
-        from kspec_guidance import SPARKE, MemoryBank
+        from kspec_guidance import SPARKE, MemoryBank, MMDGuidance, encode_reference
         from kspec_guidance.evaluation.image_sets import read_names
         from kspec_guidance.synthesis import estimate, read_arms, read_prompts, synthesize
         from kspec_guidance.synthesis.deduplication import check_cosine
@@ -420,10 +415,15 @@ def generate(
         check_cosine(semantic_duplicates)
         pipe = load_pipeline(model, dtype, device)
         height = call.get("height")
+        size = (height, call.get("width", height)) if height else None
         for name, references in attributes.items():
-            quotas[name] = read_attribute(pipe, references, (height, call.get("width", height)) if height else None)
+            quotas[name] = read_attribute(pipe, references, size)
         if like is not None:
-            guide = guide + _toward(output, pipe, like, call, batch_size, dry_run)
+            if dry_run:  # references stand for the baseline
+                reference = encode_reference(pipe, like, size=size)
+                guide = guide + MMDGuidance(reference, baseline=reference)
+            else:
+                guide = guide + _toward(output, pipe, like, call, batch_size)
         if dry_run:
             plan = estimate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,

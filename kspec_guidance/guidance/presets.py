@@ -31,6 +31,18 @@ def scale_of(variety: float) -> float:
     return float(variety) / VARIETY_AT_SCALE_1
 
 
+def _check_baseline(baseline: Tensor | None, prompts: Tensor | None, prompt_feature_map: Any) -> None:
+    """Refuse settings that a guide has only with a baseline, or only without.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if baseline is None and prompts is not None:
+        raise ValueError("baseline_prompts are the prompts of a baseline; give baseline= too")
+    if baseline is not None and prompt_feature_map is not None:
+        raise ValueError("a guide with a baseline has no features of prompts; leave prompt_feature_map out")
+
+
 class SPARKE(KernelGuidance):
     """Increases diversity: images repel each other, and earlier images, *of similar prompts*.
 
@@ -236,8 +248,9 @@ class MMDGuidance(KernelGuidance):
 
     Args:
         reference: samples ``[m, ...]`` in the pipeline's latent space, see :func:`encode_reference`.
-        scale: size of the move per step, relative to the norm of the prediction; by default 1 with a baseline, else 0.7.
-        kernel: by default Gaussian at the median distance of the references; :meth:`published` has ``PolynomialKernel()``.
+        scale: size of the move per step, relative to the norm of the prediction; by default 2 with a baseline, else 0.7.
+        kernel: by default Gaussian at the median distance of the references, with a baseline at twice that;
+            :meth:`published` has ``PolynomialKernel()``.
         reference_prompts: prompt features ``[m, p]`` of the references; each prompt then moves toward references of
             similar prompts.
         baseline: samples ``[b, ...]`` of the model without guidance, see :func:`make_baseline`.
@@ -270,13 +283,10 @@ class MMDGuidance(KernelGuidance):
         baseline_prompts: Tensor | None = None,
         feature_map: RandomFourierFeatures | None = None,
         prompt_feature_map: RandomFourierFeatures | None = None,
-        transforms: Sequence[str] = ("off_score", "rescale"),
+        transforms: Sequence[str] | None = None,
         **kwargs: Any,
     ):
-        if baseline is None and baseline_prompts is not None:
-            raise ValueError("baseline_prompts are the prompts of a baseline; give baseline= too")
-        if baseline is not None and prompt_feature_map is not None:
-            raise ValueError("a guide with a baseline has no features of prompts; leave prompt_feature_map out")
+        _check_baseline(baseline, baseline_prompts, prompt_feature_map)
         about: dict[str, Any] = {
             "kernel": kernel or GaussianKernel(),
             "reference_prompts": reference_prompts,
@@ -288,7 +298,9 @@ class MMDGuidance(KernelGuidance):
             objective = MMD(reference, prompt_feature_map=prompt_feature_map, **about)
         else:
             objective = Witness(reference, baseline, baseline_prompts=baseline_prompts, **about)
-        scale = (0.7 if baseline is None else 1.0) if scale is None else scale
+        scale = (0.7 if baseline is None else 2.0) if scale is None else scale
+        if transforms is None:  # a baseline does not know the batch, so its moves must end by themselves
+            transforms = ("off_score", "rescale") if baseline is None else ("off_score", "rescale", "fade")
         super().__init__(objective, scale, space, start, stop, every, transforms=transforms, memory=memory, **kwargs)
 
     @classmethod
@@ -326,9 +338,15 @@ class MMDGuidance(KernelGuidance):
 class NoveltyGuidance(KernelGuidance):
     """Moves images away from a fixed reference set, which they must not repeat.
 
+    References repel by all that they show, subjects too. With a ``baseline``, samples that the model makes anyway, images
+    move away only from what the references have and the baseline has not, such as a style, whatever their prompt
+    (:class:`~kspec_guidance.objectives.Witness`, with the two sets exchanged).
+
     Args:
         reference: samples ``[m, ...]`` in the pipeline's latent space, see :func:`encode_reference`.
         reference_prompts: prompt features ``[m, p]`` of the references; only those of similar prompts then repel.
+        baseline: samples ``[b, ...]`` of the model without guidance, see :func:`make_baseline`.
+        baseline_prompts: prompt features ``[b, p]`` of the baseline; needed with ``reference_prompts``.
         scale, kernel, prompt_kernel, feature_map, prompt_feature_map: see :class:`SPARKE`.
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.
         kwargs: ``sigma_interval``, ``seed`` and ``ease_cfg``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
@@ -351,17 +369,26 @@ class NoveltyGuidance(KernelGuidance):
         *,
         reference_prompts: Tensor | None = None,
         prompt_kernel: Kernel | None = None,
+        baseline: Tensor | None = None,
+        baseline_prompts: Tensor | None = None,
         feature_map: RandomFourierFeatures | None = None,
         prompt_feature_map: RandomFourierFeatures | None = None,
         transforms: Sequence[str] = DEFAULT_TRANSFORMS,
         **kwargs: Any,
     ):
-        objective = Novelty(
-            kernel=kernel or GaussianKernel(),
-            feature_map=feature_map,
-            prompt_kernel=prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH),
-            prompt_feature_map=prompt_feature_map,
-            reference=reference,
-            reference_prompts=reference_prompts,
-        )
+        _check_baseline(baseline, baseline_prompts, prompt_feature_map)
+        about: dict[str, Any] = {
+            "kernel": kernel or GaussianKernel(),
+            "prompt_kernel": prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH),
+            "feature_map": feature_map,
+        }
+        objective: Objective
+        if baseline is None:
+            objective = Novelty(
+                prompt_feature_map=prompt_feature_map, reference=reference, reference_prompts=reference_prompts, **about
+            )
+        else:  # from the references to the baseline
+            objective = Witness(
+                baseline, reference, reference_prompts=baseline_prompts, baseline_prompts=reference_prompts, **about
+            )
         super().__init__(objective, scale, space, start, stop, every, transforms=transforms, memory=memory, **kwargs)

@@ -221,6 +221,11 @@ class Run:
                 f"the prompts of this call of {type(call.pipe).__name__} cannot be read, so all its samples count as "
                 "samples of one prompt. Callbacks see the prompts of some pipelines only; use `with guide.attach(pipe)`"
             )
+        prompts = call.different_prompts
+        for term in self.guide.terms:
+            advice = None if prompts is None or not term.scale else term.objective.advice(prompts, term.memory)
+            if advice is not None:
+                call.warn(advice)
         self.report = GuidanceReport.of(context, self.guide.terms)
         self.finished, self._unchecked, self._rounded = [], [], []
         self.calibration = self._calibration(context)

@@ -59,6 +59,13 @@ class CallContext:
     texts: list[str] | None = None
     mask: Tensor | None = None
 
+    @property
+    def different_prompts(self) -> int | None:
+        """Number of different prompts, at most; None for calls without prompts, and if prompts are empty or unknown."""
+        if self.texts:
+            return len(set(self.texts)) if any(text.strip() for text in self.texts) else None
+        return None if self.prompts is None else len(self.prompts)
+
     def texts_of_samples(self, n: int) -> list[str] | None:
         """The text of the prompt of each of ``n`` samples; None if they are unknown."""
         texts = self.texts

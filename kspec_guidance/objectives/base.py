@@ -90,6 +90,10 @@ class Objective:
         """An empty memory that this objective can use."""
         return MemoryBank()
 
+    def advice(self, prompts: int, memory: Memory) -> str | None:
+        """A warning for a call with so many different prompts; None if the objective suits it."""
+        return None
+
     def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Any:
         """The part of :meth:`gradient` that depends only on prompts and memory; computed once per run.
 

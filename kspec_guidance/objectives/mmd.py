@@ -15,6 +15,8 @@ from kspec_guidance.objectives.base import Gradient, Objective, Pairs, different
 
 __all__ = ["MMD"]
 
+FEW_PROMPTS, FEW_ROWS = 8, 100  # in a batch and in memory, below which its subjects are what differs from the references
+
 
 @dataclass(repr=False)
 class MMD(Objective):
@@ -59,6 +61,17 @@ class MMD(Objective):
         if self.feature_map is None:
             return MemoryBank()
         return RandomFeatureMemory(self.feature_map, self.prompt_feature_map if self.conditional else None, self.normalize)
+
+    def advice(self, prompts: int, memory: Memory) -> str | None:
+        if self.conditional or prompts >= FEW_PROMPTS or len(memory) >= FEW_ROWS:
+            return None
+        batch = "a batch of one prompt" if prompts == 1 else f"a batch of {prompts} prompts"
+        return (
+            f"without a baseline, {batch} differs from the references first of all in subjects, so it is spread, and its "
+            "style hardly moves. For a style or domain: MMDGuidance(reference, baseline=make_baseline(pipe)), or "
+            f"toward_reference(pipe, images); for a whole distribution: {FEW_PROMPTS} prompts or more in a batch, or "
+            "reference_prompts="
+        )
 
     def _check_batch(self, x: Tensor, prompt_features: Tensor | None) -> None:
         width = math.prod(self._reference.shape or ())

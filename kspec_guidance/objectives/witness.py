@@ -16,6 +16,8 @@ from kspec_guidance.objectives.base import Gradient, Objective, differentiable, 
 
 __all__ = ["Balance", "Witness"]
 
+# Default bandwidth, in median distances of the references (python benchmarks/toward_style.py --bandwidths compares)
+BANDWIDTH = 2.0
 LEAST_WEIGHT = 1e-3  # of a row of an unrelated prompt, relative to one of the same prompt
 
 
@@ -89,7 +91,7 @@ class Witness(_WeightedRows):
     Args:
         reference: samples ``[m, ...]`` of the same space as the generated ones.
         baseline: samples ``[b, ...]`` of the model without guidance, over many prompts.
-        kernel: by default Gaussian at the median distance of the references; of both sets for one reference.
+        kernel: by default Gaussian at twice the median distance of the references; of both sets for one reference.
         reference_prompts: prompt features ``[m, p]``; with ``baseline_prompts`` each sample is compared with rows of
             similar prompts.
         baseline_prompts: prompt features ``[b, p]``.
@@ -130,6 +132,8 @@ class Witness(_WeightedRows):
         self.conditional = bool(prompts)
         alike = bool((sets[0] == sets[0][0]).all())  # one reference, or copies, have no distance
         self.fitted = self.kernel.fit(torch.cat(sets) if alike else sets[0])
+        if self.kernel.open and isinstance(self.fitted, GaussianKernel) and self.fitted.bandwidth is not None:
+            self.fitted = GaussianKernel(BANDWIDTH * self.fitted.bandwidth)
         self._rows, self._count = torch.cat(sets), len(sets[0])
         self._prompt_rows = l2_normalize(torch.cat([p.cpu().float() for p in prompts])) if prompts else None
 

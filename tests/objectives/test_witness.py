@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kspec_guidance import KernelGuidance, MMDGuidance
+from kspec_guidance import KernelGuidance, MMDGuidance, NoveltyGuidance
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel
 from kspec_guidance.memory import MemoryBank
@@ -25,6 +25,12 @@ def test_closed_form_gradient_matches_autograd(kernel, prompts):
 def test_gradient_of_random_features_matches_autograd():
     objective = Witness(REFERENCE, BASELINE, GaussianKernel(2.5), feature_map=FEATURE_MAP)
     assert relative_error(objective, MemoryBank()) < 1e-8
+
+
+def test_an_open_bandwidth_is_twice_the_median_distance_of_the_references():
+    fitted = Witness(REFERENCE, BASELINE).fitted
+    assert fitted.bandwidth == pytest.approx(2 * float(GaussianKernel().fit(REFERENCE).bandwidth))
+    assert Witness(REFERENCE, BASELINE, GaussianKernel(1.3)).fitted.bandwidth == 1.3
 
 
 def test_value_is_the_difference_of_mean_kernels():
@@ -95,10 +101,41 @@ def test_bad_input_is_refused():
         MMDGuidance(REFERENCE, baseline_prompts=PROMPTS["baseline_prompts"])
 
 
+@pytest.mark.parametrize("prompts", [{}, PROMPTS], ids=["plain", "prompt-aware"])
+@pytest.mark.parametrize("kernel", [GaussianKernel(1.3), CosineKernel()], ids=str)
+def test_novelty_with_a_baseline_descends_the_witness(kernel, prompts):
+    away = NoveltyGuidance(REFERENCE, 1.0, kernel, baseline=BASELINE, prompt_kernel=PROMPT_KERNEL, **prompts)
+    objective = away.terms[0].objective
+    assert relative_error(objective, MemoryBank()) < 1e-8
+    toward = Witness(REFERENCE, BASELINE, kernel, prompt_kernel=PROMPT_KERNEL, **prompts)
+    x, t = rows(5, D, 0), rows(5, P, 1)
+    torch.testing.assert_close(objective.gradient(x, t).rows, -toward.gradient(x, t).rows)
+
+
+def test_novelty_with_a_baseline_leaves_what_both_sides_have():
+    """Subjects are directions that both sides have in equal shares; a style is a shift of the references alone."""
+    subjects, style = 4 * torch.eye(D, dtype=torch.float64)[:4], torch.zeros(D, dtype=torch.float64)
+    style[5] = 1.0
+    guide = NoveltyGuidance(subjects + style, 1.0, GaussianKernel(3.0), baseline=subjects)
+    g = guide.gradient(subjects[:1])[0]
+    assert -g[5] > 5 * g[:5].abs().max()
+    alone = NoveltyGuidance(subjects + style, 1.0, GaussianKernel(3.0)).gradient(subjects[:1])[0]
+    assert -alone[5] < 2 * alone[:5].abs().max()
+
+
+def test_novelty_with_a_baseline_has_random_features_and_refuses_those_of_prompts():
+    guide = NoveltyGuidance(REFERENCE, 1.0, GaussianKernel(2.5), baseline=BASELINE, feature_map=FEATURE_MAP)
+    assert relative_error(guide.terms[0].objective, MemoryBank()) < 1e-8
+    with pytest.raises(ValueError, match="leave prompt_feature_map out"):
+        NoveltyGuidance(REFERENCE, baseline=BASELINE, prompt_feature_map=FEATURE_MAP)
+    with pytest.raises(ValueError, match="give baseline= too"):
+        NoveltyGuidance(REFERENCE, baseline_prompts=PROMPTS["baseline_prompts"])
+
+
 def test_settings_survive_saving(tmp_path):
     guide = MMDGuidance(REFERENCE.float(), baseline=BASELINE.float())
     guide.save_config(tmp_path)
     again = KernelGuidance.from_config(tmp_path).terms[0]
     x = rows(5, D, 0).float()
     assert torch.equal(again.objective.gradient(x).rows, guide.terms[0].objective.gradient(x).rows)
-    assert again.scale == guide.terms[0].scale == 1.0
+    assert again.scale == guide.terms[0].scale == 2.0
