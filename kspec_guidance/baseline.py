@@ -82,6 +82,8 @@ def make_baseline(
     if prompts is None:
         prompts = DEMO_PROMPTS if is_demo(pipe) else BASELINE_PROMPTS
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"the prompts of a baseline are texts, got {prompts[:5]}")
     if not prompts or not is_integer(n, 1) or not is_integer(batch_size, 1):
         raise ValueError(f"a baseline needs prompts, samples and a batch size, got {len(prompts)}, {n} and {batch_size}")
     check_call(pipe, call)
@@ -205,7 +207,14 @@ class _File:
         return torch.empty(0) if rows is None else rows
 
     def write(self, rows: Tensor) -> None:
-        """Write all rows, atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as fresh:
-            save_file({"rows": rows}, fresh, metadata={"network": self.network, "sha256": hash_tensors({"rows": rows})})
+        """Write all rows, atomically. Where that fails, a warning says so: the samples themselves are not lost."""
+        about = {"network": self.network, "sha256": hash_tensors({"rows": rows})}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as fresh:
+                save_file({"rows": rows}, fresh, metadata=about)
+        except (SafetensorError, OSError) as error:
+            warn_user(
+                f"the baseline is not kept for the next time, since {self.path.parent} cannot be written ({error}); set "
+                "KSPEC_GUIDANCE_HOME to a folder that can, or cache=False"
+            )

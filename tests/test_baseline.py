@@ -73,6 +73,14 @@ def test_a_damaged_cache_and_another_model_are_not_read(pipe, home):
     assert not torch.allclose(found, first, atol=0.1)
 
 
+def test_a_cache_that_cannot_be_written_loses_no_sample(pipe, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="is not kept for the next time"):
+        rows = make_baseline(pipe, n=2, call=CALL)
+    assert len(rows) == 2
+
+
 def test_an_interrupted_run_is_continued(pipe, home):
     def stop(k, n):
         if k == 4:
@@ -99,6 +107,8 @@ def test_any_pipeline_has_a_baseline(name, home):
 def test_bad_input_is_refused(pipe, home):
     with pytest.raises(ValueError, match="needs prompts"):
         make_baseline(pipe, [])
+    with pytest.raises(ValueError, match="are texts, got"):
+        make_baseline(pipe, [1, 2])
     with pytest.raises(ValueError, match=r"got \d+, 0 and 4"):
         make_baseline(pipe, n=0)
     with pytest.raises(ValueError, match=r"got \d+, 2.5 and 4"):
