@@ -12,6 +12,7 @@ from typing import Any
 from kspec_guidance.bench.fronts import Standing
 from kspec_guidance.bench.methods import METHODS
 
+from .. import agreement, clips
 from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS
@@ -32,7 +33,7 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "arena/target.md": ("matching",),
     "arena/sets.md": ("smallsets", "calls", "longruns"),
     "arena/costs.md": ("cost",),
-    "arena/ablations.md": ("ablations", "easing"),
+    "arena/ablations.md": ("ablations", "easing", "agreement", "clips"),
 }
 
 
@@ -40,6 +41,11 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
 def order() -> list[str]:
     """Names of the files of results of all beds."""
     return [slug(make().name) for make in BEDS.values()]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results of a script; none if there is no such file."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}  # type: ignore[no-any-return]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -302,6 +308,8 @@ def write(folder: Path, docs: Path) -> None:
         "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
         "easing": tables(folder / "easing.json"),
+        "agreement": agreement.tables(read(folder / "agreement.json")),
+        "clips": clips.tables(read(folder.parent / "clips.json")),
     }  # fmt: skip
     for page, names in PAGES.items():
         fill(docs / page, {name: parts[name] for name in names})

@@ -90,8 +90,9 @@ def test_two_arguments_suffice_with_the_embedded_pipeline(tmp_path):
 
 def test_the_arguments_of_the_first_release_candidate_still_work(tmp_path, pipe):
     progress = []
+    old_names = {"images": 3, "batch": 2, "tick": progress.append}
     with pytest.warns(FutureWarning) as warned:
-        result = synthesize(["heart"], tmp_path, pipe, images=3, batch=2, tick=progress.append, call=CALL, report=False)
+        result = synthesize(["heart"], tmp_path, pipe, **old_names, call=CALL, report=False, sign=None)
     assert [str(w.message) for w in warned if w.category is FutureWarning] == [
         f"synthesize({old}=) is now {new}="
         for old, new in (("images", "images_per_prompt"), ("batch", "batch_size"), ("tick", "progress_callback"))
