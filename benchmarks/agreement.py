@@ -1,7 +1,6 @@
 """Why less classifier-free guidance costs agreement with the prompt, and what a push gains where agreement is kept.
 
-    python benchmarks/agreement.py --seeds 20
-    python benchmarks/agreement.py --page docs/arena/ablations.md    # the tables of what has been measured
+    python benchmarks/agreement.py --seeds 10    # then python -m benchmarks.arena.page
 
 On the mixtures a sample agrees with its prompt if it is in a mode that the prompt gives at least 1%. Pushes are tuned over
 a grid of CFG weights and strengths on the tuning half, 10 seeds, and fronts over the strengths are of the report half.
@@ -147,7 +146,6 @@ def main() -> None:
     parser.add_argument("--beds", nargs="*", default=list(MIXTURES), choices=MIXTURES)
     parser.add_argument("--seeds", type=int, default=0, help="of the report half; measure nothing if 0")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena" / "agreement.json")
-    parser.add_argument("--page", type=Path, help="write the tables into this page")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -161,8 +159,6 @@ def main() -> None:
         with replacing(args.out) as fresh:
             fresh.write_text(json.dumps(done, separators=(",", ":")) + "\n", encoding="utf-8")
     print(tables(done))
-    if args.page is not None:
-        pages.fill(args.page, {"agreement": tables(done)})
 
 
 if __name__ == "__main__":

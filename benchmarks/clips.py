@@ -1,7 +1,6 @@
 """Does a push hurt how smoothly a clip moves, and does it help to push all its frames alike? On exact mixtures of clips.
 
-    python benchmarks/clips.py --seeds 8
-    python benchmarks/clips.py --page docs/arena/clips.md    # the table of what has been measured
+    python benchmarks/clips.py --seeds 5    # then python -m benchmarks.arena.page
 
 A clip shows a glyph that moves along one of 16 paths (the modes, rare and frequent) over a background that varies smoothly
 in space and slowly in time; each prompt is a glyph. Clips are Gaussian around their path, so the denoiser is exact and
@@ -246,7 +245,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "clips.json")
-    parser.add_argument("--page", type=Path, help="write the tables into this page")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -260,8 +258,6 @@ def main() -> None:
                 with replacing(args.out) as fresh:
                     fresh.write_text(json.dumps(done, separators=(",", ":")) + "\n", encoding="utf-8")
     print(tables(done))
-    if args.page is not None:
-        pages.fill(args.page, {"clips": tables(done)})
 
 
 if __name__ == "__main__":

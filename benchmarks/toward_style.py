@@ -1,10 +1,10 @@
 """MMD guidance toward a style at one prompt a batch, with and without a baseline of the model's own samples.
 
-    python benchmarks/toward_style.py --json benchmarks/results/toward_style.json --plot docs/baseline.png
+    python benchmarks/toward_style.py --plot docs/baseline.png    # then python -m benchmarks.arena.page
 
 The embedded model, 8 steps, 8 images of each of 7 prompts that are not among those of the baseline. *Other style* is the
 emoji classifier's mean probability of the other art style; *valid* its probability of the likeliest emoji that the prompt
-may describe.
+may describe. Rows that are in the file of results are not measured again.
 """
 
 import argparse
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arena.beds.base import Case
 from benchmarks.arena.beds.emoji import Emoji
 from benchmarks.arena.matching import Attraction, MeanShift
+from benchmarks.pages import table
 from kspec_guidance import (
     MMDGuidance,
     NoveltyGuidance,
@@ -34,6 +35,8 @@ from kspec_guidance.kernels import GaussianKernel
 PROMPTS = ("firefighter", "health worker", "astronaut", "detective", "artist", "mechanic", "dancer")
 CALL = {"num_inference_steps": 8, "guidance_scale": 5.0}
 REFERENCES, BASELINES = (16, 32, 96), (50, 100, 200)
+SCALES = (1.0, 2.0)  # with a baseline; other numbers of baseline samples at the second
+RESULTS = Path(__file__).parent / "results" / "toward_style.json"
 
 
 def measure(bed: Emoji, guide: Any, seeds: int, style: str, words: str = "") -> dict[str, float]:
@@ -65,22 +68,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--styles", nargs="+", default=["noto", "twemoji"])
     parser.add_argument("--bandwidths", action="store_true", help="of the kernel, in median distances; nothing else")
-    parser.add_argument("--plot-of", type=Path, nargs="+", help="only plot the rows of these results")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    if options.plot_of:
-        plot([row for path in options.plot_of for row in json.loads(path.read_text())["rows"]], options.plot)
-        return
-    bed, rows = Emoji(pipe=load_demo_pipeline()), []
+    bed = Emoji(pipe=load_demo_pipeline())
+    rows: list[dict[str, Any]] = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
     everything = make_baseline(bed.pipe, n=max(BASELINES), batch_size=8, call=CALL)
 
     def add(name: str, guide: Any, style: str, words: str = "", **about: Any) -> None:
-        row = {"name": name, "style": style, **about, **measure(bed, guide, options.seeds, style, words)}
-        rows.append(row)
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        if options.json:
-            options.json.write_text(json.dumps({"seeds": options.seeds, "rows": rows}, indent=1) + "\n")
+        about = {"name": name, "style": style, **about}
+        if any(about == {k: row.get(k) for k in about} for row in rows):
+            return
+        rows.append(about | measure(bed, guide, options.seeds, style, words))
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+        options.json.write_text(json.dumps({"seeds": options.seeds, "rows": rows}, indent=1) + "\n")
 
     for style in (f"{name} style" for name in options.styles):
         latents = encode_reference(bed.pipe, load_demo_reference(style.split()[0]))
@@ -94,7 +95,9 @@ def main() -> None:
             continue
         add("plain", None, style)
         for m in REFERENCES:
-            add("baseline", MMDGuidance(latents[:m], baseline=baseline), style, references=m, baseline=100)
+            for scale in SCALES:
+                guide = MMDGuidance(latents[:m], scale, baseline=baseline)
+                add("baseline", guide, style, references=m, baseline=100, scale=scale)
         add("asked in words", None, style, f", {style}")
         for weight in (0.7, 1.5):
             add("attraction", Attraction(reference=latents, weight=weight), style, references=most, weight=weight)
@@ -103,11 +106,40 @@ def main() -> None:
         add("MMD, batch and memory", MMDGuidance(latents), style, references=most)
         for b in BASELINES:
             if b != 100:  # is there already
-                add("baseline", MMDGuidance(latents, baseline=everything[:b]), style, references=most, baseline=b)
+                guide = MMDGuidance(latents, SCALES[-1], baseline=everything[:b])
+                add("baseline", guide, style, references=most, baseline=b, scale=SCALES[-1])
         add("novelty", NoveltyGuidance(latents), style, references=most)
         add("novelty, baseline", NoveltyGuidance(latents, baseline=baseline), style, references=most, baseline=100)
     if options.plot:
         plot(rows, options.plot)
+
+
+LABELS = {  # in the order of the table
+    "plain": "plain",
+    "asked in words": "the style named in the prompt",
+    "MMD, batch and memory": "`MMDGuidance(reference)`",
+    "baseline": "with a baseline",
+    "attraction": "attraction to the nearest reference",
+    "mean shift": "shift to the mean of the references",
+    "novelty": "`NoveltyGuidance(reference)`",
+    "novelty, baseline": "the same with a baseline",
+}
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """The table of the page: a line for each setting, with a column for each style."""
+    styles, found = list(dict.fromkeys(row["style"] for row in rows)), {}
+    for row in rows:
+        key = (row["name"], *(row.get(k) for k in ("scale", "weight", "references", "baseline")))
+        found.setdefault(key, {})[row["style"]] = f"{row['other']:.2f} ± {row['other_se']:.2f}, {row['valid']:.2f}"
+    order = list(LABELS)
+    lines = []
+    for key, cells in sorted(found.items(), key=lambda item: (order.index(item[0][0]), *(v or 0 for v in item[0][1:]))):
+        name, scale, weight, references, baseline = key
+        numbers = ("-" if v is None else f"{v:g}" for v in (scale or weight, references, baseline))
+        lines.append([LABELS[name], *numbers, *(cells.get(style, "-") for style in styles)])
+    heads = [f"toward {style.split()[0].capitalize()}: other style, valid" for style in styles]
+    return table(["", "scale", "references", "baseline", *heads], lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -120,7 +152,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         plain = next(r["other"] for r in own if r["name"] == "plain")
         most = max(r.get("references", 0) for r in own)
         for ax, key, fixed in ((axes[0], "references", ("baseline", 100)), (axes[1], "baseline", ("references", most))):
-            line = sorted({r[key]: r for r in own if r["name"] == "baseline" and r[fixed[0]] == fixed[1]}.items())
+            line = sorted(
+                {
+                    r[key]: r
+                    for r in own
+                    if r["name"] == "baseline" and r["scale"] == SCALES[-1] and r[fixed[0]] == fixed[1]
+                }.items()
+            )
             ax.errorbar([x for x, _ in line], [r["other"] for _, r in line], [r["other_se"] for _, r in line],
                         fmt="o-", color=colour, label=style.split()[0], capsize=2)  # fmt: skip
             ax.axhline(plain, color=colour, linestyle="--", linewidth=1)

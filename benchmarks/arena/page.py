@@ -12,7 +12,7 @@ from typing import Any
 from kspec_guidance.bench.fronts import Standing
 from kspec_guidance.bench.methods import METHODS
 
-from .. import agreement, clips
+from .. import agreement, clips, toward_style
 from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS
@@ -24,7 +24,7 @@ from .quality import WORSE, equal_quality
 ROOT = Path(__file__).parents[2]
 PRESETS = dict(zip(OWN, ("`default`", "`vivid`", "`vivid`, lower CFG"), strict=True))
 PAGES = {  # the tables that each page of the documentation holds, between markers
-    "which-method.md": ("settings",),
+    "which-method.md": ("settings", "style"),
     "arena.md": ("gains",),
     "arena/setup.md": ("beds", "judges"),
     "arena/fronts.md": ("equal", "volumes", "vendi", "tuned"),
@@ -309,6 +309,7 @@ def write(folder: Path, docs: Path) -> None:
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
         "easing": tables(folder / "easing.json"),
         "agreement": agreement.tables(read(folder / "agreement.json")),
+        "style": toward_style.tables(read(folder.parent / "toward_style.json").get("rows", [])),
         "clips": clips.tables(read(folder.parent / "clips.json")),
     }  # fmt: skip
     for page, names in PAGES.items():

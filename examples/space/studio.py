@@ -291,7 +291,7 @@ class Studio:
             return MMDGuidance(reference, 0.7 * scale, memory=memory)
         with self.lock:
             baseline = make_baseline(self.pipe, n=100, batch_size=10, call=BASELINE_CALL)
-        return MMDGuidance(reference, 2 * scale, memory=memory, baseline=baseline)
+        return MMDGuidance(reference, scale, memory=memory, baseline=baseline)
 
     def generate(
         self, visitor: Visitor, prompts: list[str], images_per_prompt: int, method: str, variety: float, seed: int,

@@ -36,7 +36,7 @@ def demo(
     mmd_scale: Annotated[
         float,
         typer.Option(min=0, help="Scale of MMD guidance toward skin tones.", rich_help_panel=GUIDANCE, callback=finite),
-    ] = 0.7,
+    ] = 1.0,
     out: Annotated[Path, folder_option("Folder for images and scores.")] = Path("outputs/demo"),
     as_json: Json = False,
     quiet: Quiet = False,

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kspec_guidance import functional as F
+from kspec_guidance.baseline import make_baseline
 from kspec_guidance.demo import load_demo_pipeline, load_demo_reference
 from kspec_guidance.evaluation.embedders import pipeline_embedder
 from kspec_guidance.guidance.presets import SPARKE, MMDGuidance
@@ -25,6 +26,7 @@ PROMPTS = ["heart", "runner", "health worker", "cat face", "man", "building"]
 PEOPLE = ["health worker", "man", "farmer", "student", "cook", "runner"]
 TONES = {"dark skin tones": "dark-skin-tone", "light skin tones": "light-skin-tone"}
 GUIDANCE_SCALE = 5.0
+BASELINE, BASELINE_BATCH = 50, 10  # samples; of 8 steps, since a baseline need not be sharp
 Rows = list[list[Image.Image]]
 
 
@@ -80,7 +82,7 @@ def run_demo(
         out: the folder.
         images_per_prompt: images per prompt with SPARKE; half as many with MMD.
         guide: the guide of diversity; its memory is shared by all prompts: only images of similar prompts repel.
-        mmd_scale: scale of MMD guidance.
+        mmd_scale: scale of MMD guidance, which has a baseline.
         steps: number of denoising steps.
         seed: image k of every prompt uses ``seed + k``.
         progress_callback: called with the number of finished pipeline calls and their total.
@@ -89,7 +91,7 @@ def run_demo(
     pipe.set_progress_bar_config(disable=True)
     embed = pipeline_embedder(pipe)
     references = {name: encode_reference(pipe, load_demo_reference(key)) for name, key in TONES.items()}
-    total, done = 2 * len(PROMPTS) + 1 + len(TONES), 0
+    total, done = 2 * len(PROMPTS) + 1 + len(TONES) + BASELINE // BASELINE_BATCH, 0
     progress_callback(0, total)
 
     def generate(prompt: str | list[str], each: int, guide: Any) -> list[Image.Image]:
@@ -115,7 +117,19 @@ def run_demo(
         "SPARKE": [generate(p, images_per_prompt, guide) for p in PROMPTS],
     }
     each = max(2, images_per_prompt // 2)
-    guides = {"plain": None} | {f"toward {name}": MMDGuidance(r, mmd_scale) for name, r in references.items()}
+    call = {"num_inference_steps": min(steps, 8), "guidance_scale": GUIDANCE_SCALE}
+    first = done
+
+    def of_baseline(samples: int, _: int) -> None:
+        nonlocal done
+        done = first + samples // BASELINE_BATCH
+        progress_callback(done, total)
+
+    baseline = make_baseline(pipe, n=BASELINE, batch_size=BASELINE_BATCH, call=call, progress_callback=of_baseline)
+    done = first + BASELINE // BASELINE_BATCH  # also if it was there already
+    guides = {"plain": None} | {
+        f"toward {name}": MMDGuidance(r, mmd_scale, baseline=baseline) for name, r in references.items()
+    }
     people = {name: generate(PEOPLE, each, g) for name, g in guides.items()}
 
     features = {name: [embed(row) for row in panel] for name, panel in varied.items()}

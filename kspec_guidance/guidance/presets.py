@@ -248,7 +248,7 @@ class MMDGuidance(KernelGuidance):
 
     Args:
         reference: samples ``[m, ...]`` in the pipeline's latent space, see :func:`encode_reference`.
-        scale: size of the move per step, relative to the norm of the prediction; by default 2 with a baseline, else 0.7.
+        scale: size of the move per step, relative to the norm of the prediction; by default 1 with a baseline, else 0.7.
         kernel: by default Gaussian at the median distance of the references, with a baseline at twice that;
             :meth:`published` has ``PolynomialKernel()``.
         reference_prompts: prompt features ``[m, p]`` of the references; each prompt then moves toward references of
@@ -298,7 +298,7 @@ class MMDGuidance(KernelGuidance):
             objective = MMD(reference, prompt_feature_map=prompt_feature_map, **about)
         else:
             objective = Witness(reference, baseline, baseline_prompts=baseline_prompts, **about)
-        scale = (0.7 if baseline is None else 2.0) if scale is None else scale
+        scale = (0.7 if baseline is None else 1.0) if scale is None else scale
         if transforms is None:  # a baseline does not know the batch, so its moves must end by themselves
             transforms = ("off_score", "rescale") if baseline is None else ("off_score", "rescale", "fade")
         super().__init__(objective, scale, space, start, stop, every, transforms=transforms, memory=memory, **kwargs)

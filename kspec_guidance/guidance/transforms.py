@@ -76,17 +76,24 @@ def row_dots(x: Tensor, y: Tensor) -> Tensor:
 
 
 def without(x: Tensor, direction: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """Rows ``[n, d]`` less their components along the rows of ``direction``, whose norms ``[n, 1]`` may be given."""
-    square = (norms(direction) if sizes is None else sizes).square().clamp_min(torch.finfo(x.dtype).tiny)
-    products = x * direction  # its memory is used again: new pages cost more than the sum
-    part = products.sum(1, keepdim=True) / square
-    return torch.addcmul(x, direction, part, value=-1, out=products)
+    """Rows ``[n, d]`` less their components along the rows of ``direction``, whose norms ``[n, 1]`` may be given.
+
+    Not differentiable, as all of a step: the result is written into memory of its own products.
+    """
+    return _less_part(x, direction, norms(direction) if sizes is None else sizes)
 
 
 def without_unit(x: Tensor, direction: Tensor) -> Tensor:
     """As :func:`without` for directions of norm 1 or 0."""
-    products = x * direction
-    return torch.addcmul(x, direction, products.sum(1, keepdim=True), value=-1, out=products)
+    return _less_part(x, direction)
+
+
+def _less_part(x: Tensor, direction: Tensor, sizes: Tensor | None = None) -> Tensor:
+    products = x * direction  # its memory is used again: new pages cost more than the sum
+    part = products.sum(1, keepdim=True)
+    if sizes is not None:
+        part = part / sizes.square().clamp_min(torch.finfo(x.dtype).tiny)
+    return torch.addcmul(x, direction, part, value=-1, out=products)
 
 
 def tangent(move: Tensor, state: TransformState) -> Tensor:

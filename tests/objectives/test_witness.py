@@ -138,4 +138,4 @@ def test_settings_survive_saving(tmp_path):
     again = KernelGuidance.from_config(tmp_path).terms[0]
     x = rows(5, D, 0).float()
     assert torch.equal(again.objective.gradient(x).rows, guide.terms[0].objective.gradient(x).rows)
-    assert again.scale == guide.terms[0].scale == 2.0
+    assert again.scale == guide.terms[0].scale == 1.0
