@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from kspec_guidance import SPARKE, MMDGuidance, encode_reference, load_demo_pipeline
+from kspec_guidance import SPARKE, load_demo_pipeline, toward_reference
 from kspec_guidance.plotting import side_by_side
 
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", help="default, safe, vivid, few-step or published")
     parser.add_argument("--variety", type=float, help="strength from 0 to 100; 50 by default")
     parser.add_argument("--scale", type=float, help="a fixed strength; overrides the preset's")
-    parser.add_argument("--reference", type=Path, help="folder of tens of images, whose distribution to match")
+    parser.add_argument("--reference", type=Path, help="folder of 20 to 50 images, whose style or domain to match")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--offload", action="store_true")
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.reference is None:
         guide = SPARKE.preset(args.preset or recipe.preset, **kwargs)
     else:
-        guide = MMDGuidance(encode_reference(pipe, args.reference), **kwargs)
+        guide = toward_reference(pipe, args.reference, batch_size=args.images_per_prompt, call=call, **kwargs)
     plain, guided, reports = [], [], {}
     for prompt in args.prompts:
         seeds = [torch.Generator().manual_seed(args.seed + k) for k in range(args.images_per_prompt)]

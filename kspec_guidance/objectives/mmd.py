@@ -15,7 +15,7 @@ from kspec_guidance.objectives.base import Gradient, Objective, Pairs, different
 
 __all__ = ["MMD"]
 
-FEW_PROMPTS, FEW_ROWS = 8, 100  # in a batch and in memory, below which its subjects are what differs from the references
+FEW_PROMPTS, FEW_ROWS = 4, 100  # in a batch and in memory, below which its subjects are what differs from the references
 
 
 @dataclass(repr=False)
