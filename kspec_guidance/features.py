@@ -134,9 +134,13 @@ class RandomFourierFeatures(_FeatureMap):
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[..., n, num_features]`` of ``x`` ``[..., n, input_dim]``."""
         phase = self._phase(x)
-        cosines = phase.cos()
-        sines = phase.sin() if phase.requires_grad else phase.sin_()  # of many rows a copy takes as long as the sines
-        return torch.cat([cosines, sines], dim=-1).mul_((self.num_features / 2) ** -0.5)
+        if phase.requires_grad:
+            found = torch.cat([phase.cos(), phase.sin()], dim=-1)
+        else:  # of many rows a copy takes as long as the sines
+            found = phase.new_empty(*phase.shape[:-1], self.num_features)
+            torch.cos(phase, out=found[..., : self.num_features // 2])
+            torch.sin(phase, out=found[..., self.num_features // 2 :])
+        return found.mul_((self.num_features / 2) ** -0.5)
 
     def vjp(self, x: Tensor, cotangent: Tensor) -> Tensor:
         """``d (cotangent . phi(x)) / d x`` ``[..., n, input_dim]``, in closed form."""

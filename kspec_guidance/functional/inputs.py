@@ -246,7 +246,7 @@ def cosine_moment(x: Tensor) -> Tensor:
         if not norms.all():
             zeros += int((rows == 0).all(1).sum())
             norms[norms == 0] = 1
-        accumulate_gram(total, rows.div_(norms), mirror=False)
+        accumulate_gram(total, rows.div_(norms))
     mirror_upper(total)
     if zeros:
         total = torch.block_diag(total, total.new_tensor([[float(zeros)]]))

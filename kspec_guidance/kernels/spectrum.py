@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 BLOCK = 512  # columns of a symmetric product that are computed at once
+ROWS = 512  # that are converted to float64 at once, into memory that is used again: new memory costs more than the copy
 TILE = 128  # rows and columns that are mirrored at once: a tile and its image stay in the cache
 SMALL, LARGE = 96, 1500  # rows of a matrix between which eigenvalues by scipy take less time than by torch
 KRYLOV_ROWS = 1000  # rows of a matrix below which all eigenvalues take no longer than the largest ones
@@ -228,6 +229,9 @@ def truncate(spectrum: Tensor, truncation: int | None) -> Tensor:
 
 def mirror_upper(matrix: Tensor) -> None:
     """Copy what is above the diagonal of ``[d, d]`` to the places below, in place."""
+    if matrix.device.type != "cpu":
+        matrix.copy_(matrix.triu() + matrix.triu(1).mT)
+        return
     for i in range(0, len(matrix), TILE):
         rows = slice(i, i + TILE)
         square = matrix[rows, rows]
@@ -236,26 +240,24 @@ def mirror_upper(matrix: Tensor) -> None:
             matrix[j : j + TILE, rows] = matrix[rows, j : j + TILE].mT
 
 
-def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None, mirror: bool = True) -> None:
+def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None) -> None:
     """Add ``a' b`` in float64 to ``total`` ``[D, E]``, in place; ``a' a`` if ``b`` is None.
 
-    Without ``mirror``, what is below the diagonal of ``a' a`` may not be added: call :func:`mirror_upper` after the last.
-    Of the symmetric product only the part on and above the diagonal is computed, which saves half of the work.
-    Products are in float64, since rounding in float32 would appear as thousands of small modes.
+    Of the symmetric ``a' a`` only the part on and above the diagonal is sure to be added, which saves half of the work:
+    call :func:`mirror_upper` before what is below is read. Products are in float64, since rounding in float32 would appear
+    as thousands of small modes.
     """
-    a = a.double()
     if b is not None:
-        total.addmm_(a.mT, b.double())
-    elif total.is_contiguous() and len(a) and _by_scipy(a):
+        total.addmm_(a.double().mT, b.double())
+    elif total.is_contiguous() and _on_host(a):
         from scipy.linalg.blas import dsyrk
 
-        # ``total`` is contiguous, so ``c`` is not a copy, and is written in place
-        dsyrk(1.0, _column_major(a), beta=1.0, c=_column_major(total), lower=1, overwrite_c=1)
-        if mirror:
-            mirror_upper(total)
+        buffer = a.new_empty(0 if a.dtype == torch.float64 else min(len(a), ROWS), a.shape[1], dtype=torch.float64)
+        for part in a.split(len(buffer) or len(a)) if len(a) else ():
+            part = buffer[: len(part)].copy_(part) if len(buffer) else part
+            # ``total`` is contiguous, so ``c`` is not a copy, and is written in place
+            dsyrk(1.0, _column_major(part), beta=1.0, c=_column_major(total), lower=1, overwrite_c=1)
     else:
+        a = a.double()
         for i in range(0, a.shape[1], BLOCK):
-            block = a[:, i : i + BLOCK].mT @ a[:, i:]
-            total[i : i + BLOCK, i:] += block
-            if i + BLOCK < a.shape[1]:
-                total[i + BLOCK :, i : i + BLOCK] += block[:, BLOCK:].mT
+            total[i : i + BLOCK, i:].addmm_(a[:, i : i + BLOCK].mT, a[:, i:])

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.functional.inputs import check_samples
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, Kernel, LaplacianKernel, l2_normalize
-from kspec_guidance.kernels.spectrum import accumulate_gram
+from kspec_guidance.kernels.spectrum import ROWS, accumulate_gram, mirror_upper
 from kspec_guidance.statistics import Interval, jackknife_interval
 
 __all__ = ["StreamMap", "StreamingMetric", "flat_rows"]
@@ -65,6 +65,9 @@ class StreamMap:
 class StreamingMetric(Metric):
     """Base class: named sums ``[groups, a, b]`` in float64 and numbers of samples ``[groups]``.
 
+    Of a sum of products of features with themselves only the part on and above the diagonal is kept: :meth:`_moment` copies
+    it to the part below.
+
     ``update`` takes rows on any device and moves them to the metric's. Sums stay in float64 whatever ``.to(dtype)`` says,
     and a metric that is moved to a device without float64 (Apple's MPS) stays on the host.
 
@@ -80,6 +83,7 @@ class StreamingMetric(Metric):
     plot_lower_bound = 0.0
     counts: tuple[str, ...] = ("count",)
     sums: tuple[str, ...] = ()  # states that are sums of feature products
+    crossed: tuple[str, ...] = ()  # those of products with other features, which are not symmetric
 
     def __init__(self, groups: int = 1, **kwargs: Any):
         super().__init__(**kwargs)
@@ -145,6 +149,12 @@ class StreamingMetric(Metric):
             accumulate_gram(total[g], a[rows], None if b is None else b[rows])
         setattr(self, name, total)
 
+    def _add(self, name: str, count: str, x: Tensor, feature_map: StreamMap) -> None:
+        """Add the products of the features of rows ``[n, d]``, of some rows at a time, and their number."""
+        for part in x.split(ROWS * self.groups) if len(x) else ():
+            self._accumulate(name, count, feature_map(part))
+            self._counted(len(part), count)
+
     def _counted(self, n: int, count: str) -> None:
         dealt = [len(range(n)[rows]) for rows in self._deal(n, count)]
         setattr(self, count, getattr(self, count) + torch.tensor(dealt, device=getattr(self, count).device))
@@ -168,7 +178,10 @@ class StreamingMetric(Metric):
         total, n = getattr(self, name), getattr(self, count)[keep].sum()
         if total.ndim == 0 or n == 0:
             raise ValueError(f"{type(self).__name__} has no samples{self._of(count)}; call update first")
-        return total[keep].sum(0) / n
+        moment = total[keep].sum(0) / n
+        if name not in self.crossed:
+            mirror_upper(moment)
+        return moment
 
     def _of(self, count: str) -> str:
         return ""

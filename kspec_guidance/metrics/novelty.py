@@ -57,10 +57,8 @@ class KENScore(StreamingMetric):
         Raises:
             ValueError: for NaN, or another width than before.
         """
-        x, name = self._rows(x), "_real" if real else ""
-        if len(x):
-            self._accumulate(f"moment{name}", f"count{name}", self.map(x))
-            self._counted(len(x), f"count{name}")
+        name = "_real" if real else ""
+        self._add(f"moment{name}", f"count{name}", self._rows(x), self.map)
 
     def reset(self) -> None:
         """Clear the samples, and the reference unless ``reset_real_features`` is False."""

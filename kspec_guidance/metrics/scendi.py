@@ -30,7 +30,7 @@ class ScendiScore(StreamingMetric):
     1.0
     """
 
-    sums = ("c_xx", "c_xt", "c_tt")
+    sums, crossed = ("c_xx", "c_xt", "c_tt"), ("c_xt",)
     plot_lower_bound = 1.0
 
     def __init__(

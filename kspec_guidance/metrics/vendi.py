@@ -63,10 +63,7 @@ class VendiScore(StreamingMetric):
         Raises:
             ValueError: for NaN, or another width than before.
         """
-        x = self._rows(x)
-        if len(x):
-            self._accumulate("moment", "count", self.map(x))
-            self._counted(len(x), "count")
+        self._add("moment", "count", self._rows(x), self.map)
 
     def _score(self, keep: Tensor) -> Tensor:
         return entropy_of(self._moment("moment", "count", keep), self.order, self.truncation, semidefinite=True).exp()
