@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kspec_guidance.bench.fronts import Standing
+from kspec_guidance.bench.fronts import Standing, runs_needed
 from kspec_guidance.bench.methods import METHODS
 
 from .. import agreement, clips, toward_style
@@ -29,7 +29,7 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "arena/setup.md": ("beds", "judges"),
     "arena/fronts.md": ("equal", "volumes", "vendi", "tuned"),
     "arena/scores.md": ("scores",),
-    "arena/reviewers.md": ("verdicts",),
+    "arena/reviewers.md": ("verdicts", "power"),
     "arena/target.md": ("matching",),
     "arena/sets.md": ("smallsets", "calls", "longruns"),
     "arena/costs.md": ("cost",),
@@ -196,6 +196,34 @@ def verdicts(data: list[dict[str, Any]], equal: list[dict[str, Any]], calls: lis
     return "\n\n".join(parts)
 
 
+def power(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
+    """The best of ours beside the best of the others, how wide the interval is, and the runs that would tell them apart."""
+    parts = []
+    for title, found_by, source in (("matched validity", summaries, data), ("equal quality", equal_quality, equal)):
+        rows = []
+        for d in source:
+            measured = found_by(d, OURS)
+            own = next((s.method for s in measured if s.method in OWN), None)  # the best, as they are sorted
+            if own is None:
+                continue
+            others, runs = [s for s in found_by(d, own) if s.method not in OWN], len(d["settings"]["prompts"])
+            best, low, high = others[0], others[0].ahead_low or 0.0, others[0].ahead_high or 0.0
+            mine, told = next(s for s in measured if s.method == own), verdict(best)
+            needed = runs_needed(best.ahead or 0.0, low, high, runs, len(others))
+            rows.append([
+                d["bed"], f"{runs}", f"{PRESETS[own]} {mine.gain:+.0%}", f"{best.method} {best.gain:+.0%}", lead(best),
+                f"{100 * (high - low):.0f}", told if told != "tie" else f"tie; {rounded(needed)}",
+            ])  # fmt: skip
+        head = [f"bed, {title}", "runs", "best of ours", "best of the others", "difference", "width, points", "runs needed"]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
+def rounded(runs: float) -> str:
+    """A number of runs, to two digits."""
+    return "over 100,000" if runs > 1e5 else f"{float(f'{runs:.2g}'):,.0f}"
+
+
 def tuned(data: list[dict[str, Any]]) -> str:
     names = [m for m in METHODS if any("tuned" in d["methods"].get(m, {}) for d in data)]
     rows = []
@@ -302,7 +330,8 @@ def write(folder: Path, docs: Path) -> None:
     best_measured = [more.get(d["bed"], d) for d in data]
     calls = records(folder / "calls")
     parts = {
-        "equal": equal(best_measured), "verdicts": verdicts(data, best_measured, calls), "beds": beds(data),
+        "equal": equal(best_measured), "verdicts": verdicts(data, best_measured, calls),
+        "power": power(data, best_measured), "beds": beds(data),
         "calls": equal(calls, DEFAULT),
         "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data), "settings": settings(data),
         "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),

@@ -7,6 +7,7 @@ diversity, ``kept`` the change of quality, below 0 for losses.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -21,6 +22,7 @@ __all__ = [
     "hypervolume",
     "matched",
     "resampled",
+    "runs_needed",
     "standings",
     "weights",
 ]
@@ -163,6 +165,26 @@ def against(draws: Mapping[str, np.ndarray], reference: str) -> dict[str, tuple[
             found[method] = float(d[0]), float(low), float(high)
             ps.append(min(1.0, 2 * (float(min((d[1:] <= 0).mean(), (d[1:] >= 0).mean())) + 1 / len(d))))
     return {method: (*values, p) for (method, values), p in zip(found.items(), holm(ps), strict=True)}
+
+
+def runs_needed(difference: float, low: float, high: float, runs: int, comparisons: int = 1) -> float:
+    """Runs after which a difference as seen is significant at 0.05: its interval narrows as one over their root.
+
+    Args:
+        difference: as seen.
+        low: end of its 95% interval.
+        high: the other end.
+        runs: that were made; the needed ones have as many more prompts, and seeds, as needed.
+        comparisons: of which this is one; for the smallest p-value of Holm's correction.
+
+    >>> runs_needed(0.1, -0.1, 0.3, 50)
+    200.0
+    """
+    if not difference:
+        return float("inf")
+    normal = NormalDist()
+    wider = normal.inv_cdf(1 - 0.025 / comparisons) / normal.inv_cdf(0.975)
+    return runs * ((high - low) / 2 / difference * wider) ** 2
 
 
 def standings(gains: Mapping[str, np.ndarray], volumes: Mapping[str, np.ndarray], reference: str) -> dict[str, Standing]:
