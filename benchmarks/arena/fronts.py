@@ -49,10 +49,12 @@ def pooled(data: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def summaries(data: dict[str, Any], reference: str, diversity: str | None = None) -> list[Summary]:
+def summaries(
+    data: dict[str, Any], reference: str, diversity: str | None = None, same_seeds: bool = False
+) -> list[Summary]:
     """All methods of a bed, compared with one of them; by another figure of the judge than the bed's own if given."""
     settings = data["settings"] | ({} if diversity is None else {"diversity": diversity})
-    w = weights(settings["prompts"])
+    w = weights(settings["prompts"], same_seeds=same_seeds)
     base = data["methods"]["plain"][f"report {settings['seeds']}"]
     m0, v0 = (w @ np.array(base[settings[k]]) for k in ("diversity", "fidelity"))
     gains, volumes, seconds = {}, {}, {}

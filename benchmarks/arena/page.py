@@ -209,12 +209,22 @@ def power(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
             others, runs = [s for s in found_by(d, own) if s.method not in OWN], len(d["settings"]["prompts"])
             best, low, high = others[0], others[0].ahead_low or 0.0, others[0].ahead_high or 0.0
             mine, told = next(s for s in measured if s.method == own), verdict(best)
+            fixed = next(s for s in found_by(d, own, same_seeds=True) if s.method == best.method)
+            left = 100 * ((fixed.ahead_high or 0.0) - (fixed.ahead_low or 0.0))
             needed = runs_needed(best.ahead or 0.0, low, high, runs, len(others))
             rows.append([
                 d["bed"], f"{runs}", f"{PRESETS[own]} {mine.gain:+.0%}", f"{best.method} {best.gain:+.0%}", lead(best),
-                f"{100 * (high - low):.0f}", told if told != "tie" else f"tie; {rounded(needed)}",
+                f"{100 * (high - low):.0f}, {left:.0f}", told if told != "tie" else f"tie; {rounded(needed)}",
             ])  # fmt: skip
-        head = [f"bed, {title}", "runs", "best of ours", "best of the others", "difference", "width, points", "runs needed"]
+        head = [
+            f"bed, {title}",
+            "runs",
+            "best of ours",
+            "best of the others",
+            "difference",
+            "width, of prompts alone",
+            "runs needed",
+        ]
         parts.append(table(head, rows))
     return "\n\n".join(parts)
 

@@ -74,7 +74,7 @@ def quality_goal(bed: Bed, cases: Sequence[Case]) -> Goal:
     return goal
 
 
-def equal_quality(data: dict[str, Any], reference: str) -> list[EqualQuality]:
+def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False) -> list[EqualQuality]:
     """All methods of a bed whose fronts have the figures of the whole judge, compared with one of them."""
     settings, plain = data["settings"], data["methods"]["plain"]
     own = plain.get(f"report {settings['seeds']}", {})
@@ -82,7 +82,7 @@ def equal_quality(data: dict[str, Any], reference: str) -> list[EqualQuality]:
         return []
     prompts = settings["prompts"]
     base = by_block(own, plain["distances"], prompts)
-    w = weights([prompts[block[0]] for block in blocks(prompts)])
+    w = weights([prompts[block[0]] for block in blocks(prompts)], same_seeds=same_seeds)
     gains, volumes, others = {}, {}, {}
     for method, has in data["methods"].items():
         if not has.get("front") or not all("distances" in p for p in has["front"]):

@@ -68,16 +68,19 @@ def resampled(prompts: int, seeds: int, draws: int = DRAWS, seed: int = 0) -> tu
     return drawn(prompts), drawn(seeds)
 
 
-def weights(prompts: Sequence[str], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+def weights(prompts: Sequence[str], draws: int = DRAWS, seed: int = 0, same_seeds: bool = False) -> np.ndarray:
     """Bootstrap weights ``[draws, cases]`` of cases with prompts and seeds, as :func:`resampled` draws them.
 
     Args:
         prompts: of the cases, seed by seed, all prompts of a seed together.
         draws: number of draws; row 0 is the sample itself.
         seed: of the draws.
+        same_seeds: whether prompts alone are drawn: what would be left of an interval with any number of seeds.
     """
     per_seed = len(set(prompts)) if len(set(prompts)) > 1 else 1
     p, s = resampled(per_seed, len(prompts) // per_seed, draws, seed)
+    if same_seeds:
+        s = np.full_like(s, 1 / s.shape[1])
     return (s[:, :, None] * p[:, None, :]).reshape(draws, -1)
 
 
