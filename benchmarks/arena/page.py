@@ -214,17 +214,10 @@ def power(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
             needed = runs_needed(best.ahead or 0.0, low, high, runs, len(others))
             rows.append([
                 d["bed"], f"{runs}", f"{PRESETS[own]} {mine.gain:+.0%}", f"{best.method} {best.gain:+.0%}", lead(best),
-                f"{100 * (high - low):.0f}, {left:.0f}", told if told != "tie" else f"tie; {rounded(needed)}",
+                f"{100 * (high - low):.0f}", f"{left:.0f}", told if told != "tie" else f"tie; {rounded(needed)}",
             ])  # fmt: skip
-        head = [
-            f"bed, {title}",
-            "runs",
-            "best of ours",
-            "best of the others",
-            "difference",
-            "width, of prompts alone",
-            "runs needed",
-        ]
+        head = [f"bed, {title}", "runs", "best of ours", "best of the others", "difference", "width, points",
+                "of prompts alone", "runs needed"]  # fmt: skip
         parts.append(table(head, rows))
     return "\n\n".join(parts)
 
