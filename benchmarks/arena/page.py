@@ -131,8 +131,9 @@ def equal(data: list[dict[str, Any]], reference: str = OURS) -> str:
         ]  # fmt: skip
         head = ["method", "gain", "hypervolume", "agreement there", "gain that keeps agreement", "ours less it, gain", "p"]
         own, n = d["methods"]["plain"][f"report {d['settings']['seeds']}"], len(d["settings"]["prompts"])
-        title = f"### {d['bed']}, {n} runs, {mean(own['modes']):.1f} of {mean(own['of']):.1f} modes by plain sampling"
-        parts.append(f"{title}\n\n" + table(head, rows))
+        strengths = len(d["methods"][found[0].method]["front"])
+        title = f"### {d['bed']}, {n} runs of {strengths} strengths, {mean(own['modes']):.1f} of {mean(own['of']):.1f} modes"
+        parts.append(f"{title} by plain sampling\n\n" + table(head, rows))
     tolerated = (
         f"on the data {WORSE['on_data']}, coverage {WORSE['coverage']}, Frechet distance x{WORSE['frechet_distance']}"
     )
@@ -204,9 +205,10 @@ def power(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
         for d in source:
             measured = found_by(d, OURS)
             own = next((s.method for s in measured if s.method in OWN), None)  # the best, as they are sorted
-            if own is None:
+            others = [] if own is None else [s for s in found_by(d, own) if s.method not in OWN]
+            if own is None or not others:
                 continue
-            others, runs = [s for s in found_by(d, own) if s.method not in OWN], len(d["settings"]["prompts"])
+            runs = len(d["settings"]["prompts"])
             best, low, high = others[0], others[0].ahead_low or 0.0, others[0].ahead_high or 0.0
             mine, told = next(s for s in measured if s.method == own), verdict(best)
             fixed = next(s for s in found_by(d, own, same_seeds=True) if s.method == best.method)
