@@ -78,23 +78,37 @@ def diverse(
     return guide_model(model, make, conditioning, sigmas)
 
 
-def matching(model: Any, latents: Tensor, scale: float, stop: float) -> Any:
-    """A MODEL whose images move toward the distribution of references.
+def matching(model: Any, latents: Tensor, scale: float, stop: float, baseline: Tensor | None = None) -> Any:
+    """A MODEL whose images move toward the style of references, or without a baseline toward their distribution.
 
     Args:
         model: see :func:`guide_model`.
         latents: references ``[m, c, ...]`` as the autoencoder returns them.
         scale: size of the move, relative to the norm of the prediction.
         stop: end of the guided interval, as a fraction of the steps.
+        baseline: what the model samples anyway, over many prompts: latents ``[b, c, ...]`` as the sampler returns them.
     """
     process = getattr(model.model, "process_latent_in", lambda x: x)
 
     def make(x0: Tensor) -> MMDGuidance:
-        guide = MMDGuidance(_fitted(process(latents), x0).to(x0.device), scale=scale, stop=stop)
+        rows = [None if x is None else _fitted(process(x), x0).to(x0.device) for x in (latents, baseline)]
+        guide = MMDGuidance(rows[0], scale=scale, stop=stop, baseline=rows[1])
         guide.remember = False
         return guide
 
     return guide_model(model, make)
+
+
+def baseline_prompts() -> list[str]:
+    """Prompts of general subjects, without words of style."""
+    from kspec_guidance.baseline import BASELINE_PROMPTS  # takes a second, and few workflows need it
+
+    return list(BASELINE_PROMPTS)
+
+
+def encoded(clip: Any, text: str) -> Any:
+    """The CONDITIONING of a prompt, as ComfyUI's own node encodes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
 def _fitted(latents: Tensor, x0: Tensor) -> Tensor:

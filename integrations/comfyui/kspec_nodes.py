@@ -15,7 +15,7 @@ from kspec_guidance.integrations.denoised import MemoryBySize
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.plotting import side_by_side
 
-from .guide_model import diverse, matching
+from .guide_model import baseline_prompts, diverse, encoded, matching
 
 CATEGORY = "kspec"
 Memory = io.Custom("KSPEC_MEMORY")
@@ -86,8 +86,55 @@ class Diversity(io.ComfyNode):
         return io.NodeOutput(diverse(model, variety, seed, memory, conditioning))
 
 
+class Baseline(io.ComfyNode):
+    """Samples what a model makes without guidance, over many prompts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        sampling = importlib.import_module("comfy.samplers").KSampler
+        return io.Schema(
+            node_id="KSpecBaseline",
+            display_name="Baseline (kspec)",
+            category=CATEGORY,
+            description="Samples many prompts without guidance, for 'Match reference': what the model makes anyway. Takes "
+            "as long as so many images, once: it runs again only if an input changes. 'Save Latent' keeps it on disk.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.Latent.Input("latent", tooltip="Of the size of the images; its first latent is used."),
+                io.Int.Input("images", default=100, min=8, max=1000, tooltip="More are better; 100 suffice for a style."),
+                io.String.Input(
+                    "prompts", default="", multiline=True,
+                    tooltip="One per line: many subjects, no words of style. By default 50 of general subjects.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**53 - 1, control_after_generate=False),
+                io.Int.Input("steps", default=20, min=1, max=1000),
+                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1),
+                io.Combo.Input("sampler_name", options=sampling.SAMPLERS),
+                io.Combo.Input("scheduler", options=sampling.SCHEDULERS),
+            ],
+            outputs=[io.Latent.Output(display_name="baseline")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: Any, clip: Any, latent: dict[str, Any], images: int, prompts: str, seed: int, steps: int, cfg: float,
+        sampler_name: str, scheduler: str,
+    ) -> io.NodeOutput:  # fmt: skip
+        sample = importlib.import_module("nodes").common_ksampler
+        texts = [line.strip() for line in prompts.splitlines() if line.strip()] or baseline_prompts()
+        first, negative, found = latent["samples"][:1], encoded(clip, ""), []
+        for k, text in enumerate(texts[:images]):
+            count = images // len(texts) + (k < images % len(texts))
+            batch = {"samples": first.repeat(count, *[1] * (first.ndim - 1))}
+            positive = encoded(clip, text)
+            made = sample(model, seed + k, steps, cfg, sampler_name, scheduler, positive, negative, batch, denoise=1.0)
+            found.append(made[0]["samples"].cpu())
+        return io.NodeOutput({"samples": torch.cat(found)})
+
+
 class MatchReference(io.ComfyNode):
-    """Moves the images of a batch toward the distribution of reference images."""
+    """Moves the images of a batch toward the style of reference images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -95,25 +142,35 @@ class MatchReference(io.ComfyNode):
             node_id="KSpecMatchReference",
             display_name="Match reference (kspec)",
             category=CATEGORY,
-            description="Moves the images of a batch toward the distribution of a batch of reference images: their "
-            "colours, layout and spread. The references are resized to the generated size.",
+            description="Moves images toward the style of a batch of reference images, 20 or more, away from a baseline: "
+            "what the model makes anyway. Without a baseline a batch of one prompt is moved toward colours, layout and "
+            "spread of the references, which hardly moves the style. The references are resized to the generated size.",
             inputs=[
                 io.Model.Input("model"),
                 io.Vae.Input("vae"),
                 io.Image.Input("images", tooltip="Two references or more."),
-                io.Float.Input("scale", default=0.7, min=0.0, max=5.0, step=0.05, tooltip="0: the model alone, exactly."),
+                io.Float.Input(
+                    "scale", default=1.0, min=0.0, max=5.0, step=0.05,
+                    tooltip="0: the model alone, exactly. With a baseline 1 to 2; a large scale makes images alike.",
+                ),
                 io.Float.Input(
                     "stop", default=0.6, min=0.0, max=1.0, step=0.05, tooltip="End, as a fraction of the steps."
+                ),
+                io.Latent.Input(
+                    "baseline", optional=True, tooltip="From 'Baseline (kspec)', for this model and size. A style needs it."
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL")],
             search_aliases=["MMD", "style reference", "distribution"],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Any, vae: Any, images: torch.Tensor, scale: float, stop: float) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, vae: Any, images: torch.Tensor, scale: float, stop: float, baseline: Any = None
+    ) -> io.NodeOutput:
         latents = [vae.encode(images[k : k + 1, :, :, :3]) for k in range(len(images))]  # a batch would be a clip
-        return io.NodeOutput(matching(model, torch.cat(latents), scale, stop))
+        plain = None if baseline is None else baseline["samples"]
+        return io.NodeOutput(matching(model, torch.cat(latents), scale, stop, plain))
 
 
 class LoadMemory(Named, io.ComfyNode):
@@ -324,7 +381,7 @@ def _numbers(text: str) -> list[float]:
     return found
 
 
-NODES: list[type[io.ComfyNode]] = [Diversity, MatchReference, LoadMemory, SaveMemory, ClearMemory, Score, Grid]
+NODES: list[type[io.ComfyNode]] = [Diversity, MatchReference, Baseline, LoadMemory, SaveMemory, ClearMemory, Score, Grid]
 
 
 class KSpecExtension(ComfyExtension):

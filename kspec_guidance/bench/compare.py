@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.bench.methods import Method
+from kspec_guidance.bench.methods.guides import TowardReference
 from kspec_guidance.bench.models import Recipe
 from kspec_guidance.bench.plan import Choice, text
 from kspec_guidance.bench.prompts import BenchPrompt
@@ -48,6 +49,7 @@ class Job:
         seed: of the run.
         call: arguments of every call of the pipeline.
         reference: latents ``[m, ...]`` of reference images, for methods that need them.
+        baseline: latents ``[b, ...]`` that the pipeline makes without guidance, for the same methods.
     """
 
     pipe: Any
@@ -59,6 +61,7 @@ class Job:
     seed: int
     call: Mapping[str, Any]
     reference: Tensor | None = None
+    baseline: Tensor | None = None
 
     def settings(self) -> dict[str, Any]:
         """What makes two runs the same, as JSON has it, and where it was run."""
@@ -86,10 +89,10 @@ class Job:
         return Case.of(self.seed, prompt, self.prompts[prompt].text, self.images)
 
     def make(self, choice: Choice, value: float | None) -> Method:
-        """A method at one of its strengths, with the references if it needs them."""
+        """A method at one of its strengths, with the references and the baseline if it needs them."""
         method = choice.make(value)
-        if "reference" in method.needs:
-            method.reference = self.reference  # type: ignore[attr-defined]
+        if isinstance(method, TowardReference):
+            method.reference, method.baseline = self.reference, self.baseline
         return method
 
     def device_name(self) -> str:

@@ -56,7 +56,7 @@ class Choice:
 
     def describe(self) -> dict[str, Any]:
         """What the settings of a run say of it."""
-        left_out = ("generator", "radius_unit", "reference", self.method.strength)
+        left_out = ("generator", "radius_unit", "reference", "baseline", self.method.strength)
         default = self.method()
         fixed = {f.name: getattr(default, f.name) for f in dataclasses.fields(default) if f.name not in left_out}
         return {

@@ -209,7 +209,9 @@ def bench(
         pipe = _loaded(recipe)
         place(pipe, where, mode)
         _note_unknown_words(output, pipe, [p.text for p in texts])
-        job = Job(pipe, recipe, texts, chosen, settings["images"], size, seed, call, _encoded(pipe, like, call))
+        reference = _encoded(pipe, like, call)
+        baseline = _baseline(output, pipe, chosen, call, size, reference, dry_run)
+        job = Job(pipe, recipe, texts, chosen, settings["images"], size, seed, call, reference, baseline)
         if dry_run:
             found = plan(job, out, processes)
             output.result(asdict(found) | {"hours": found.hours}, _plan_table(found), str(found))
@@ -277,6 +279,21 @@ def _encoded(pipe: Any, like: Path | None, call: dict[str, Any]) -> Any:
 
     size = (call["height"], call["width"]) if {"height", "width"} <= set(call) else None
     return None if like is None else encode_reference(pipe, like, size=size)
+
+
+def _baseline(
+    output: Output, pipe: Any, chosen: Sequence[Any], call: dict[str, Any], size: int, reference: Any, dry_run: bool
+) -> Any:
+    """Samples of the pipeline without guidance, if a method compares the references with them."""
+    from kspec_guidance import make_baseline
+    from kspec_guidance.bench.methods.guides import TowardReference
+
+    counts = [choice.method().baseline_samples for choice in chosen if issubclass(choice.method, TowardReference)]
+    if reference is None or not counts or dry_run:  # references stand for the baseline
+        return reference
+    output.note("making the baseline: images of many prompts without guidance, once for this model and settings ...")
+    with output.counter("baseline") as show:
+        return make_baseline(pipe, n=max(counts), batch_size=size, call=call, progress_callback=show)
 
 
 def _plan_table(found: Any) -> Table:

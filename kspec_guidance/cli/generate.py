@@ -56,12 +56,7 @@ def _toward(output: Output, pipe: Any, folder: Path, call: dict[str, Any], batch
 
     output.note("making the baseline: images of many prompts without guidance, once for this model and settings ...")
     settings = {k: v for k, v in call.items() if v is not None}
-    with output.progress_bars() as bars:
-        task = bars.add_task("baseline", total=None)
-
-        def show(k: int, n: int) -> None:
-            bars.update(task, completed=k, total=n)
-
+    with output.counter("baseline") as show:
         return toward_reference(pipe, folder, call=settings, batch_size=batch_size, progress_callback=show)
 
 

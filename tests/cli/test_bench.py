@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from kspec_guidance.bench import models
 from kspec_guidance.bench.plan import SUITES
@@ -51,6 +52,24 @@ def test_a_dry_run_prints_hours_and_gigabytes_and_writes_nothing(tmp_path):
     assert plan["hours"] > 0
     assert plan["disk_bytes"] > 0
     assert not (tmp_path / "none").exists()
+
+
+def test_mmd_has_a_baseline_that_is_made_once_and_not_by_a_dry_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "references"
+    folder.mkdir()
+    for k in range(3):
+        Image.new("RGB", (64, 64), (60 * k, 90, 120)).save(folder / f"{k}.png")
+    command = ("bench", "--methods", "plain,mmd", "--like", folder, *FAST, "--out", tmp_path / "run")
+    assert call(*command, "--dry-run").exit_code == 0
+    assert not (tmp_path / "home").exists()
+    assert call(*command).exit_code == 0
+    [baseline] = (tmp_path / "home" / "baselines").iterdir()
+    changed = baseline.stat().st_mtime_ns
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["methods"][1]["parameters"] == {"baseline_samples": 100}
+    assert "0 images made" in call(*command).stderr
+    assert baseline.stat().st_mtime_ns == changed
 
 
 def test_a_dry_run_counts_no_images_of_another_comparison(tmp_path):

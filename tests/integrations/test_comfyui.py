@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kspec_guidance.objectives import Witness
+
 NODES = Path(__file__).parents[2] / "integrations" / "comfyui"
 SIGMAS = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0])
 
@@ -46,7 +48,10 @@ def stand_ins(tmp_path):
     io = types.SimpleNamespace(
         ComfyNode=ComfyNode, NodeOutput=NodeOutput, Schema=Schema, Custom=lambda name: Kind,
         **dict.fromkeys(
-            ["Model", "Float", "Int", "String", "Boolean", "Combo", "Conditioning", "Vae", "Image", "Latent", "ClipVision"],
+            [
+                "Model", "Float", "Int", "String", "Boolean", "Combo", "Conditioning", "Vae", "Image", "Latent", "Clip",
+                "ClipVision",
+            ],
             Kind,
         ),
     )  # fmt: skip
@@ -237,6 +242,43 @@ def test_match_reference(kspec):
         sample(found[1], noise(shape=(1, 90)))
 
 
+class Clip:
+    """Encodes a prompt by its length."""
+
+    def tokenize(self, text):
+        return len(text)
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return prompt(tokens % 5)
+
+
+def test_match_reference_with_a_baseline(kspec):
+    """A single image moves along the witness of both sets, which are in the space of the sampler."""
+    model, images = Model(), torch.rand(3, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    settings = {
+        "model": model, "clip": Clip(), "latent": {"samples": torch.zeros(2, 4, 8, 8)}, "seed": 3, "steps": 4, "cfg": 1.0,
+        "sampler_name": "euler", "scheduler": "simple",
+    }  # fmt: skip
+    baseline, again = (run(kspec, "Baseline", images=12, prompts="", **settings)[0] for _ in range(2))
+    assert baseline["samples"].shape == (12, 4, 8, 8)
+    assert len(torch.unique(baseline["samples"], dim=0)) == 12
+    assert torch.equal(baseline["samples"], again["samples"])
+    few = run(kspec, "Baseline", images=8, prompts=" a\n\nfour\nb ", **settings)[0]["samples"]
+    assert few.shape == (8, 4, 8, 8)
+    matched = {"model": model, "vae": Vae(), "images": images, "stop": 0.6}
+    x = noise(1, (4, 8, 8))
+    toward, alone = (
+        sample(run(kspec, "MatchReference", scale=1.0, **matched, **more)[0], x) for more in ({"baseline": baseline}, {})
+    )
+    assert not torch.equal(toward, alone)
+    idle = run(kspec, "MatchReference", scale=0.0, baseline=baseline, **matched)[0]
+    assert torch.equal(sample(idle, x), sample(model, x))
+    latents = torch.cat([Vae().encode(images[k : k + 1]) for k in range(3)])
+    witness = Witness(0.5 * latents, 0.5 * baseline["samples"])  # as the model's process_latent_in has them
+    value = {name: witness.value(s.flatten(1)) for name, s in {"toward": toward, "plain": sample(model, x)}.items()}
+    assert value["toward"] > value["plain"]
+
+
 def test_score(kspec):
     copies, images = torch.rand(1, 64, 64, 3).repeat(4, 1, 1, 1), torch.rand(4, 64, 64, 3)
     one, text, plot = run(kspec, "Score", images=copies)
@@ -279,7 +321,7 @@ def test_two_nodes_in_a_row(kspec):
     assert not torch.equal(sample(both, noise()), sample(first, noise()))
 
 
-@pytest.mark.parametrize("name", ["diversity", "memory", "match_reference", "grid"])
+@pytest.mark.parametrize("name", ["diversity", "memory", "match_reference", "toward_style", "grid"])
 def test_example_workflows_use_inputs_that_exist(kspec, name):
     flow = json.loads((NODES / "example_workflows" / f"{name}.json").read_text())
     for node in flow.values():

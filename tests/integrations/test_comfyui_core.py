@@ -69,6 +69,7 @@ def test_special_cases_in_comfyui(checked):
     assert found["sizes"] == [[4, 8, 8], [4, 16, 8]]
     assert (found["cut short"], found["interrupted"]) == (0, 0)
     assert found["matching"] > 0.01
+    assert found["matching, baseline"] > 0.01
     assert found["matching at 0"] == 0
     assert found["two guides"]
     assert found["outside of the mask"] == 0
@@ -161,7 +162,7 @@ def pixels(base, outputs):
 
 
 def test_nodes_are_registered_with_their_inputs(server):
-    names = ("Diversity", "MatchReference", "LoadMemory", "SaveMemory", "ClearMemory", "Score", "Grid")
+    names = ("Diversity", "MatchReference", "Baseline", "LoadMemory", "SaveMemory", "ClearMemory", "Score", "Grid")
     for name in names:
         found = server.get(f"/object_info/KSpec{name}")[f"KSpec{name}"]
         assert found["category"] == "kspec"

@@ -119,20 +119,31 @@ class Entropy(Guided):
 
 @dataclass
 class TowardReference(Guided):
-    """Descends the maximum mean discrepancy to reference images, whose latents :attr:`reference` ``[m, ...]`` holds."""
+    """Moves toward what reference images have and the model's own images have not: MMD guidance with a baseline.
+
+    Without a baseline, a batch of one prompt does not take on the style of the references (docs/which-method.md).
+
+    Args:
+        scale: size of the move.
+        baseline_samples: the number of samples of the baseline.
+        reference: latents ``[m, ...]`` of the references.
+        baseline: latents ``[b, ...]`` that the pipeline makes without guidance.
+    """
 
     name = "MMD"
     code = "mmd"
     paper = "arXiv 2601.08379"
     strength = "scale"
-    strengths = (0.35, 0.7, 1.4)
+    strengths = (0.5, 1.0, 2.0)
     needs = frozenset({"reference"})
-    scale: float = 0.7
+    scale: float = 1.0
+    baseline_samples: int = 100
     reference: Tensor | None = field(default=None, repr=False)
+    baseline: Tensor | None = field(default=None, repr=False)
 
     def guide(self, pipe: Any) -> KernelGuidance:
         assert self.reference is not None
-        return MMDGuidance(self.reference, self.scale)
+        return MMDGuidance(self.reference, self.scale, baseline=self.baseline)
 
 
 @dataclass

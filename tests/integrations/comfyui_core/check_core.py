@@ -95,6 +95,10 @@ def special_cases():
     found["matching"] = relative(
         sample(matching(model, latents, 0.7, 0.6), kind, size=size), sample(model, kind, size=size)
     )
+    baseline = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(10))
+    found["matching, baseline"] = relative(
+        sample(matching(model, latents, 1.0, 0.6, baseline), kind, n=1, size=size), sample(model, kind, n=1, size=size)
+    )
     found["matching at 0"] = relative(sample(matching(model, latents, 0.0, 0.6), kind), sample(model, kind))
     both = sample(diverse(matching(model, latents, 0.7, 0.6), 60.0), kind)
     found["two guides"] = bool(torch.isfinite(both).all())
