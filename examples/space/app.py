@@ -47,8 +47,9 @@ QUEUED = "() => 'Queued: waiting until the model is free.'"  # JavaScript, shown
 CAUTION = "Variety counts differences, not quality: look at the images."
 ABOUT = """*Different images of a prompt* is the effective number of different images (RKE): 1 if all are alike, the number
 of images if all differ. **SPARKE** moves images of similar prompts apart; **order 0.5** gives rare images more weight;
-**novelty** moves images away from a reference set; **MMD** matches the distribution of the batch to that of a reference
-set. Images *in memory* count as part of the batch, so later batches differ from earlier ones.
+**novelty** moves images away from a reference set; **MMD** moves them toward the style of one, away from 100 images of the
+model itself, which are made once for a model. Images *in memory* count as part of the batch, so later batches differ
+from earlier ones.
 """
 STYLE = """
 .board section {margin-bottom: 14px;}

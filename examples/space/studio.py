@@ -51,7 +51,9 @@ MAX_PROMPTS, MAX_IMAGES_PER_PROMPT, MAX_STEPS = 6, 8, 30
 MAX_PROMPT_LENGTH = 300  # characters
 MIN_REFERENCES = 4  # uploaded images
 MEMORY_LIMIT = 2000  # images in a visitor's memory
-BASELINE_CALL = {"num_inference_steps": 8, "guidance_scale": 5.0}
+BASELINE, BASELINE_BATCH = 100, 10  # samples of a model without guidance, and of these at once
+BASELINE_STEPS, BASELINE_STEPS_SLOW = 8, 20  # of the embedded model, and of any other
+GUIDANCE_SCALE = 5.0
 PREVIEW_EVERY = 2  # steps of the embedded model, which is fast
 PREVIEW_EVERY_SLOW = 5  # steps of any other model
 LABELS = {"plain": "without guidance", "guided": "with guidance"}
@@ -260,8 +262,11 @@ class Studio:
         """Words that the embedded model never saw."""
         return list(dict.fromkeys(word for prompt in prompts for word in unknown_words(self.pipe, prompt)))
 
-    def make_guide(self, method: str, variety: float, visitor: Visitor, reference: Tensor | None) -> KernelGuidance:
-        """Make the guide of a method, with the visitor's memory.
+    def make_guide(
+        self, method: str, variety: float, visitor: Visitor, reference: Tensor | None,
+        progress_callback: Callable[[int, int], None],
+    ) -> KernelGuidance:  # fmt: skip
+        """Make the guide of a method, with the visitor's memory. That of MMD first needs the model for its baseline.
 
         The strength is SPARKE's dial. Other methods have no such unit: there 50 is their default scale. Of two methods
         together SPARKE gets half, since both move the same images.
@@ -278,20 +283,21 @@ class Studio:
             raise InputError(f"{method} needs a reference set.")
         if method == "Novelty":
             return NoveltyGuidance(reference, scale)
-        toward = self._toward(reference, scale, memory)
+        toward = MMDGuidance(reference, scale, memory=memory, baseline=self._baseline(progress_callback))
         if method == "MMD":
             return toward
         if method == "SPARKE + MMD":
             return SPARKE(variety=variety / 2, memory=memory) + toward
         raise InputError(f"There is no method {method!r}; there are {', '.join(METHODS)}.")
 
-    def _toward(self, reference: Tensor, scale: float, memory: MemoryBank) -> KernelGuidance:
-        """A guide toward a reference set; of the embedded model away from its own images, which are made once."""
-        if not self.demo:  # the baseline of a large model takes long
-            return MMDGuidance(reference, 0.7 * scale, memory=memory)
-        with self.lock:
-            baseline = make_baseline(self.pipe, n=100, batch_size=10, call=BASELINE_CALL)
-        return MMDGuidance(reference, scale, memory=memory, baseline=baseline)
+    def _baseline(self, progress_callback: Callable[[int, int], None]) -> Tensor:
+        """Images of the model without guidance ``[b, ...]``, which are made once; a run that was stopped goes on."""
+        call = {
+            "num_inference_steps": BASELINE_STEPS if self.demo else BASELINE_STEPS_SLOW, "guidance_scale": GUIDANCE_SCALE,
+            "height": self.size, "width": self.size, **self.extra_arguments,
+        }  # fmt: skip
+        batch_size = BASELINE_BATCH if self.demo else 1
+        return make_baseline(self.pipe, n=BASELINE, batch_size=batch_size, call=call, progress_callback=progress_callback)
 
     def generate(
         self, visitor: Visitor, prompts: list[str], images_per_prompt: int, method: str, variety: float, seed: int,
@@ -308,15 +314,19 @@ class Studio:
             raise InputError(
                 f"At most {MAX_IMAGES_PER_PROMPT} images per prompt, {MAX_STEPS} steps, and a variety from 0 to 100."
             )
-        guide = self.make_guide(method, variety, visitor, reference)
-        guide.remember = remember
         state = Progress({name: Panel() for name in self.pipes}, prompts, images_per_prompt, "Waiting for the model.")
         messages: queue.Queue[Progress | BaseException | None] = queue.Queue()  # None at the end
         closed, stop_count = threading.Event(), visitor.stop_count
         turns, failures, reports = Turns(self.pipes), [], {}
         stopped = lambda: bool(closed.is_set() or visitor.stop_count != stop_count or failures)  # noqa: E731
 
-        def batch(name: str) -> None:
+        def of_baseline(done: int, total: int) -> None:
+            if stopped():
+                raise Stopped
+            state.text = f"Images of the model itself, made once for it: {done} of {total}."
+            messages.put(state)
+
+        def batch(name: str, guide: KernelGuidance) -> None:
             try:
                 turns.wait(name)
                 terms = guide.terms if name == "guided" else []
@@ -327,12 +337,17 @@ class Studio:
                 turns.end(name, last=True)
 
         def work() -> None:
-            with self.lock:
-                threads = [threading.Thread(target=batch, args=(name,), daemon=True) for name in self.pipes]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
+            try:
+                with self.lock:
+                    guide = self.make_guide(method, variety, visitor, reference, of_baseline)
+                    guide.remember = remember
+                    threads = [threading.Thread(target=batch, args=(name, guide), daemon=True) for name in self.pipes]
+                    for thread in threads:
+                        thread.start()
+                    for thread in threads:
+                        thread.join()
+            except BaseException as error:
+                failures.append(error)
             messages.put(failures[0] if failures else None)
 
         worker = threading.Thread(target=work, daemon=True)
@@ -391,8 +406,8 @@ class Studio:
         seeds = [torch.Generator().manual_seed(seed + k) for _ in state.prompts for k in range(images_per_prompt)]
         with watched.attach(pipe):
             images = pipe(
-                state.prompts, num_images_per_prompt=images_per_prompt, num_inference_steps=steps, guidance_scale=5.0,
-                generator=seeds, height=self.size, width=self.size, **self.extra_arguments,
+                state.prompts, num_images_per_prompt=images_per_prompt, num_inference_steps=steps,
+                guidance_scale=GUIDANCE_SCALE, generator=seeds, height=self.size, width=self.size, **self.extra_arguments,
             ).images  # fmt: skip
         panel.rows = split_rows(images, images_per_prompt)
         return watched.report()

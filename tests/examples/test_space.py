@@ -297,15 +297,26 @@ def test_prompts_are_text_on_the_page():
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", "QwenImagePipeline", "SanaPipeline"])
-def test_another_model_in_place_of_the_embedded_one(name, tmp_path):
+def test_another_model_in_place_of_the_embedded_one(name, tmp_path, monkeypatch):
+    import studio as module
     from studio import Studio, Visitor, score_table
 
     from tests import tiny
 
-    tiny.build(name).save_pretrained(tmp_path, safe_serialization=True)
-    studio, visitor = Studio(str(tmp_path), 64), Visitor()
+    monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(module, "BASELINE", 4)
+    monkeypatch.setattr(module, "BASELINE_STEPS_SLOW", 2)
+    tiny.build(name).save_pretrained(tmp_path / "model", safe_serialization=True)
+    studio, visitor = Studio(str(tmp_path / "model"), 64), Visitor()
     colours = [Image.new("RGB", (80, 60), (40 * k, 90, 200 - 40 * k)) for k in range(5)]
     reference = studio.reference("", colours)
+    states = studio.generate(visitor, ["a cat", "a dog"], 2, "MMD", 50, 0, 5, reference, True)
+    texts = [next(states).text for _ in range(2)]
+    visitor.stop_count += 1  # while the model's own images are made
+    texts += [state.text for state in states]
+    assert texts[:2] == ["Waiting for the model.", "Images of the model itself, made once for it: 1 of 4."]
+    assert texts[-1] == "Stopped. Memory: 0 images."
+    assert len(list((tmp_path / "home").rglob("*.safetensors"))) == 1  # a later run goes on from there
     updates = 0
     for state in studio.generate(visitor, ["a cat", "a dog"], 2, "SPARKE + MMD", 50, 0, 5, reference, True):
         updates += bool(state.panels["guided"].rows) and state.report is None
