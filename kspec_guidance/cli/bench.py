@@ -209,9 +209,9 @@ def bench(
         pipe = _loaded(recipe)
         place(pipe, where, mode)
         _note_unknown_words(output, pipe, [p.text for p in texts])
-        reference = _encoded(pipe, like, call)
-        baseline = _baseline(output, pipe, chosen, call, size, reference, dry_run)
-        job = Job(pipe, recipe, texts, chosen, settings["images"], size, seed, call, reference, baseline)
+        latents = _encoded(pipe, like, call)
+        baseline = _baseline(output, pipe, chosen, call, size, latents, dry_run)
+        job = Job(pipe, recipe, texts, chosen, settings["images"], size, seed, call, latents, baseline)
         if dry_run:
             found = plan(job, out, processes)
             output.result(asdict(found) | {"hours": found.hours}, _plan_table(found), str(found))

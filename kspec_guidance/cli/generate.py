@@ -34,6 +34,7 @@ from kspec_guidance.cli.arguments import (
     check_prompt_source,
     check_strength,
     file_option,
+    finite,
     folder_option,
     load_pipeline,
     named,
@@ -50,14 +51,14 @@ WITH_REPRODUCE = (
 )  # fmt: skip
 
 
-def _toward(output: Output, pipe: Any, folder: Path, call: dict[str, Any], batch_size: int) -> Any:
+def _toward(output: Output, pipe: Any, folder: Path, scale: float | None, call: dict[str, Any], batch_size: int) -> Any:
     """A guide toward the images of a folder, with the pipeline's baseline."""
     from kspec_guidance import toward_reference
 
     output.note("making the baseline: images of many prompts without guidance, once for this model and settings ...")
     settings = {k: v for k, v in call.items() if v is not None}
     with output.counter("baseline") as show:
-        return toward_reference(pipe, folder, call=settings, batch_size=batch_size, progress_callback=show)
+        return toward_reference(pipe, folder, scale, call=settings, batch_size=batch_size, progress_callback=show)
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -185,6 +186,15 @@ def generate(
             help="Folder of images whose style or domain to take on; 20 to 50 are enough.",
             rich_help_panel=GUIDANCE,
             exists=True,
+        ),
+    ] = None,
+    like_scale: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Strength of --like: 1 by default, 2 for nearly all of a style.",
+            rich_help_panel=GUIDANCE,
+            callback=finite,
         ),
     ] = None,
     attribute: Annotated[
@@ -358,6 +368,8 @@ def generate(
     check_prompt_source(prompt, prompts)
     raised = target if target is not None and re.fullmatch(r"[^<>=]*\bof\b[^<>=]*", target) else None
     check_strength(variety, scale, raised)
+    if like_scale is not None and like is None:
+        raise ValueError("--like-scale is the strength of --like; give its folder")
     if processes is not None and not dry_run:
         raise ValueError(
             "--processes is for --dry-run; to start a run of several processes: torchrun --nproc-per-node "
@@ -416,9 +428,9 @@ def generate(
         if like is not None:
             if dry_run:  # references stand for the baseline
                 reference = encode_reference(pipe, like, size=size)
-                guide = guide + MMDGuidance(reference, baseline=reference)
+                guide = guide + MMDGuidance(reference, like_scale, baseline=reference)
             else:
-                guide = guide + _toward(output, pipe, like, call, batch_size)
+                guide = guide + _toward(output, pipe, like, like_scale, call, batch_size)
         if dry_run:
             plan = estimate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,

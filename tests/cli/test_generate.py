@@ -133,6 +133,8 @@ def test_like_takes_a_folder_and_makes_the_baseline_once(tmp_path, monkeypatch):
     folder.mkdir()
     for k in range(4):
         Image.new("RGB", (64, 64), (60 * k, 90, 120)).save(folder / f"{k}.png")
+    alone = call("generate", "heart", "--like-scale", 2, "--out", tmp_path / "set", *FAST)
+    assert "give its folder" in alone.output
     plan = call("generate", "heart", "--like", folder, "--out", tmp_path / "set", *FAST, "--dry-run")
     assert plan.exit_code == 0, plan.output
     assert not (tmp_path / "home").exists()
@@ -144,5 +146,7 @@ def test_like_takes_a_folder_and_makes_the_baseline_once(tmp_path, monkeypatch):
     again = call("generate", "heart", "--like", folder, "--out", tmp_path / "set", *FAST)
     assert "all images made" in again.output
     assert baseline.stat().st_mtime_ns == changed
-    images = [next((tmp_path / name).rglob("*.png")).read_bytes() for name in ("set", "plain")]
-    assert images[0] != images[1]
+    stronger = call("generate", "heart", "--like", folder, "--like-scale", 2, "--out", tmp_path / "stronger", *FAST)
+    assert stronger.exit_code == 0, stronger.output
+    images = {next((tmp_path / name).rglob("*.png")).read_bytes() for name in ("set", "plain", "stronger")}
+    assert len(images) == 3
