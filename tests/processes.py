@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 FORKS = multiprocessing.get_context("forkserver")
 # of the process that all are forked from; a pool of threads would not survive a fork
-FORKS.set_forkserver_preload(["tests.one_thread", "torchmetrics", "tests.synthesis.one_process"])
+FORKS.set_forkserver_preload(["tests.one_thread", "torchmetrics", "tests.preload"])
 
 
 class Launch:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from kspec_guidance.synthesis import (
 from kspec_guidance.synthesis.storage import Storage
 from kspec_guidance.synthesis.store import Store
 from kspec_guidance.synthesis.units import UnitLog
+from tests.cli.commands import call
 from tests.synthesis.small_runs import rows_of
 from tests.synthesis.small_workers import PROMPTS, make, without_model
 
@@ -267,27 +269,30 @@ def test_arguments_that_do_not_fit(tmp_path, pipe):
 # -- real processes ------------------------------------------------------------------------------------------------------
 
 
-def command(out, *more):
-    program = [sys.executable, "-m", "kspec_guidance", "generate", "heart", "runner", "cat face"]
-    options = ["--images", "6", "--batch-size", "3", "--steps", "3", "--licence", "CC0-1.0", "--no-report"]
-    return [*program, *options, "--out", str(out), *more]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+OPTIONS = ["--images", "6", "--batch-size", "3", "--steps", "3", "--licence", "CC0-1.0", "--no-report", "--workers", "2"]
+COMMAND = ["generate", "heart", "runner", "cat face", *OPTIONS]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_workers_of_the_command_line_of_which_one_is_killed(tmp_path):
-    out = tmp_path / "set"
-    line = command(out, "--workers", "2", "--lease-seconds", "2")
-    started = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    end, leases = time.monotonic() + 300, out / ".kspec" / "epoch-000" / "leases"
-    while time.monotonic() < end and not list(leases.glob("0*")):
-        time.sleep(0.05)
-    owner = json.loads(min(leases.glob("0*")).read_text())["worker"]
-    os.kill(int(owner.rsplit("-", 2)[1]), signal.SIGKILL)
-    text, _ = started.communicate(timeout=300)
-    assert started.returncode == 0, text[-3000:]
+    out, killed = tmp_path / "set", []
+
+    def kill():
+        end, leases = time.monotonic() + 300, out / ".kspec" / "epoch-000" / "leases"
+        while time.monotonic() < end and not list(leases.glob("0*")):
+            time.sleep(0.05)
+        owner = json.loads(min(leases.glob("0*")).read_text())["worker"]
+        killed.append(int(owner.rsplit("-", 2)[1]))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    done = call(*COMMAND, "--lease-seconds", "2", "--out", out)
+    killer.join()
+    assert done.exit_code == 0, done.output[-3000:]
+    assert killed
+    assert killed != [os.getpid()]
     check_set(out, 18)
 
 
@@ -308,11 +313,12 @@ def test_all_workers_fail(tmp_path, pipe):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_ray(tmp_path):
     pytest.importorskip("ray")
     out = tmp_path / "set"
-    line = command(out, "--workers", "2", "--engine", "ray")
-    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    line = [sys.executable, "-m", "kspec_guidance", *COMMAND, "--engine", "ray", "--out", str(out)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     check_set(out, 18)
     owners = {record.lease["worker"] for record in Store(out).records()}

@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,8 @@ import pytest
 from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.synthesis import CheckpointError, FolderError, SynthesisError
 from kspec_guidance.synthesis.publication import file_digest
+from kspec_guidance.synthesis.store import Store
+from tests.processes import FORKS
 from tests.synthesis.small_runs import contents, make, rows_of
 
 
@@ -22,18 +23,23 @@ def test_damaged_settings_are_reported_and_force_continues(tmp_path, pipe):
     assert make(tmp_path, pipe, ["heart"], force=True).images == 5
 
 
+def hold(folder, held):
+    store = Store(folder)  # which is locked as long as it is there
+    store.lock()
+    held.set()
+    time.sleep(300)
+
+
 @pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(tmp_path, pipe):
-    code = (
-        "import sys; from pathlib import Path; from kspec_guidance.synthesis.store import Store\n"
-        "store = Store(Path(sys.argv[1])); store.lock(); print('locked', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"locked\n"
+    held = FORKS.Event()
+    holder = FORKS.Process(target=hold, args=(tmp_path, held))
+    holder.start()
+    assert held.wait(300)
     with pytest.raises(SynthesisError, match="another run is writing"):
         make(tmp_path, pipe, images_per_prompt=1)
     holder.kill()
-    holder.wait()
+    holder.join()
     assert make(tmp_path, pipe, images_per_prompt=1).images == 5
 
 
@@ -64,10 +70,17 @@ def test_missing_images_are_reported_and_force_makes_as_many(tmp_path, pipe):
     assert len(list(tmp_path.rglob("*.png"))) == 25
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pipe):
+    """Contents of a set that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    make(out, pipe)
+    return contents(out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batches", [1, 4, 8, 15])
-def test_a_full_disk_loses_nothing(tmp_path, pipe, monkeypatch, batches):
-    make(tmp_path / "whole", pipe)
+def test_a_full_disk_loses_nothing(tmp_path, pipe, monkeypatch, whole, batches):
     fsync, calls = os.fsync, 0
 
     def full(handle):
@@ -83,7 +96,7 @@ def test_a_full_disk_loses_nothing(tmp_path, pipe, monkeypatch, batches):
             make(tmp_path / "cut", pipe)
     assert not list((tmp_path / "cut").rglob("*.tmp"))
     make(tmp_path / "cut", pipe)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "cut") == whole
 
 
 def test_unusable_folders_are_refused(tmp_path, pipe):
