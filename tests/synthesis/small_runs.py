@@ -9,7 +9,7 @@ from kspec_guidance.memory.io import read_tensors
 from kspec_guidance.synthesis import synthesize
 
 PROMPTS = ["heart", "red heart", "runner", "cat face", "man"]
-CALL = {"num_inference_steps": 3, "guidance_scale": 4.0}
+CALL = {"num_inference_steps": 2, "guidance_scale": 4.0}
 
 
 def quiet_pipeline():
