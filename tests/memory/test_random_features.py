@@ -65,7 +65,7 @@ def test_random_feature_memory_merges_and_restores_exactly(prompts, g, tmp_path)
 def test_coefficients_approximate_kernel_sums(g):
     x, t = torch.randn(9, 16, generator=g), torch.randn(9, 3, generator=g)
     memory = RandomFeatureMemory(
-        RandomFourierFeatures(GaussianKernel(1.0), 16, 8192), RandomFourierFeatures(GaussianKernel(1.0), 3, 2048)
+        RandomFourierFeatures(GaussianKernel(1.0), 16, 4096), RandomFourierFeatures(GaussianKernel(1.0), 3, 1024)
     )
     memory.add(x, t)
     u, v = (z / z.norm(dim=1, keepdim=True) for z in (x, t))
@@ -97,7 +97,7 @@ def test_random_feature_gradient_approximates_exact():
 def test_prompt_aware_random_feature_gradient_approximates_exact(name):
     kernel, x, t = GaussianKernel(3.0), rows(5, D, 0), torch.nn.functional.normalize(rows(5, P, 1))
     reference, prompts = rows(20, D, 3), rows(20, P, 4)
-    phi, psi = RandomFourierFeatures(kernel, D, 8192), RandomFourierFeatures(PROMPT_KERNEL, P, 2048)
+    phi, psi = RandomFourierFeatures(kernel, D, 4096), RandomFourierFeatures(PROMPT_KERNEL, P, 1024)
     make_objective = {
         "conditional": lambda **f: ConditionalRKE(kernel, normalize=False, prompt_kernel=PROMPT_KERNEL, **f),
         "novelty": lambda **f: Novelty(
