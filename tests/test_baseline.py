@@ -185,7 +185,7 @@ def test_a_style_moves_at_one_prompt_a_batch(pipe, home):
     guides = {
         "plain": None,
         "batch alone": MMDGuidance(reference),
-        "baseline": MMDGuidance(reference, 2.0, baseline=make_baseline(pipe, n=100, batch_size=8, call=call)),
+        "baseline": MMDGuidance(reference, 2.0, baseline=make_baseline(pipe, n=48, batch_size=8, call=call)),
     }
     noto, other = judge.classes["style"].index("noto style"), {}
     for name, guide in guides.items():

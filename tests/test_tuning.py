@@ -9,7 +9,7 @@ from kspec_guidance.statistics import compare_paired
 from kspec_guidance.synthesis import RunFailedError, SynthesisError
 from kspec_guidance.tuning import HELPS, NO_HELP, TOO_FEW, Difference, TuningPoint, _quantiles, decide, tune
 
-CALL = {"num_inference_steps": 6, "guidance_scale": 5.0}
+CALL = {"num_inference_steps": 4, "guidance_scale": 5.0}
 
 
 def test_precision_is_one_for_same_set_and_zero_for_distant_set(g):

@@ -165,7 +165,7 @@ def test_errors_are_one_line_that_names_the_expected_and_exit_with_code_two(args
 
 @pytest.mark.slow
 def test_demo_writes_images_and_scores(tmp_path):
-    result = call("demo", "--out", tmp_path, "--images", 4, "--steps", 8)
+    result = call("demo", "--out", tmp_path, "--images", 4, "--steps", 4)
     assert result.exit_code == 0
     assert {p.name for p in tmp_path.iterdir()} == {"sparke.png", "mmd.png", "scores.png", "scores.json"}
     assert Image.open(tmp_path / "sparke.png").width > 500

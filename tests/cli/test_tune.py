@@ -12,7 +12,7 @@ FAST = ("--steps", 1, "--batch-size", 2, "--batches", 1)
 @pytest.mark.slow
 def test_tune_writes_plot_images_scores_and_guide(tmp_path):
     prompts = ["heart, twemoji style", "runner, woman, noto style", "cat face, noto style"]
-    arguments = [*prompts, "--batch-size", 4, "--batches", 2, "--steps", 6, "--scale", 0.5, "--scale", 1.0,
+    arguments = [*prompts, "--batch-size", 4, "--batches", 2, "--steps", 4, "--scale", 0.5, "--scale", 1.0,
                  "--max-fidelity-loss", 0.4, "--out", tmp_path / "t"]  # fmt: skip
     result = call("tune", *arguments)
     assert result.exit_code == 0, result.output
