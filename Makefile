@@ -8,12 +8,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --d
 .PHONY: demo quick test pytest gpu lint space docs oldest support overhead step memory synthesis arena arena-small effect clean
 .DEFAULT_GOAL := test
 
-# torch and torchvision first and pinned: they are built for each other, and open_clip_torch would take the newest of either
+# torch and torchvision first and pinned: they are built for each other, and open_clip_torch would take the newest of either;
+# not compiled, which takes a minute for 400 MB of modules: Python compiles and keeps those that are imported
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
-	$(BIN)/python -m pip install --quiet -e '.[dev,notebooks,data]'
+	$(INSTALL) torch==2.14.1 torchvision==0.29.1
+	$(INSTALL) -e '.[dev,notebooks,data]'
 	touch $@
 
 demo: $(VENV)/.installed
