@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import subprocess
@@ -11,6 +12,11 @@ os.environ["KSPEC_GUIDANCE_HOME"] = tempfile.mkdtemp()  # no calibrations of the
 CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+def pytest_collection_finish():
+    """Modules stay until the end: no garbage collection looks at them again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
