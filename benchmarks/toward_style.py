@@ -1,15 +1,19 @@
 """MMD guidance toward a style at one prompt a batch, with and without a baseline of the model's own samples.
 
-    python benchmarks/toward_style.py --plot docs/baseline.png    # then python -m benchmarks.arena.page
+    python benchmarks/toward_style.py --plot docs/baseline.png
+    python benchmarks/toward_style.py --diversity --seeds 1
+    python benchmarks/toward_style.py --transformers --seeds 1    # then python -m benchmarks.arena.page
 
 The embedded model, 8 steps, 8 images of each of 7 prompts that are not among those of the baseline. *Other style* is the
 emoji classifier's mean probability of the other art style; *valid* its probability of the likeliest emoji that the prompt
-may describe. Rows that are in the file of results are not measured again.
+may describe; *different* the number of different emoji and skin tones, whatever their style, among the images of a prompt
+that show what it describes. Rows that are in the file of results are not measured again.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.arena.beds.base import Case
 from benchmarks.arena.beds.emoji import Emoji
+from benchmarks.arena.beds.transformer import DistilledEmojiTransformer, EmojiTransformer
 from benchmarks.arena.matching import Attraction, MeanShift
 from benchmarks.pages import table
 from kspec_guidance import (
+    SPARKE,
     MMDGuidance,
     NoveltyGuidance,
     encode_reference,
@@ -30,20 +36,24 @@ from kspec_guidance import (
     load_demo_reference,
     make_baseline,
 )
+from kspec_guidance.demo.judge import DemoJudge
+from kspec_guidance.demo.pipeline import DEMO_PROMPTS
 from kspec_guidance.kernels import GaussianKernel
 
 PROMPTS = ("firefighter", "health worker", "astronaut", "detective", "artist", "mechanic", "dancer")
 CALL = {"num_inference_steps": 8, "guidance_scale": 5.0}
 REFERENCES, BASELINES = (16, 32, 96), (50, 100, 200)
 SCALES = (1.0, 2.0)  # with a baseline; other numbers of baseline samples at the second
+VIVID = 0.75  # scale of the guide of diversity beside the second
 RESULTS = Path(__file__).parent / "results" / "toward_style.json"
 
 
 def measure(bed: Emoji, guide: Any, seeds: int, style: str, words: str = "") -> dict[str, float]:
     """Figures of 7 prompts, one prompt a batch, with their standard errors over seeds."""
-    index, found = bed.judge_.classes["style"].index(style), {"other": [], "valid": []}
+    index = bed.judge_.classes["style"].index(style)
+    found: dict[str, list[float]] = {"other": [], "valid": [], "different": []}
     for seed in range(seeds):
-        other, valid = [], []
+        other, valid, kinds = [], [], []
         if hasattr(guide, "memory"):
             guide.memory.clear()
         for k, prompt in enumerate(PROMPTS):
@@ -54,13 +64,23 @@ def measure(bed: Emoji, guide: Any, seeds: int, style: str, words: str = "") -> 
             else:
                 with guide.attach(bed.pipe):
                     x = bed.run(asked, 8)
-            p = bed.judge_.network(bed.decode(x))["style"].softmax(1)
-            other.append(1 - float(p[:, index].mean()))
-            valid.append(bed.judge(x, case)["valid"])
-        found["other"].append(mean(other))
-        found["valid"].append(mean(valid))
+            rows = bed.rows(x)
+            other.append(1 - float(bed.judge_.network.heads["style"](rows).softmax(1)[:, index].mean()))
+            valid.append(bed.figures(rows, case)["valid"])
+            kinds.append(different(bed.judge_, rows, prompt))
+        for name, values in (("other", other), ("valid", valid), ("different", kinds)):
+            found[name].append(mean(values))
     error = {f"{k}_se": stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for k, v in found.items()}
     return {k: mean(v) for k, v in found.items()} | error
+
+
+def different(judge: DemoJudge, rows: torch.Tensor, prompt: str) -> int:
+    """Number of different emoji and skin tones, whatever their style, among images that show what the prompt describes."""
+    p, described = judge.probabilities(rows), judge.described(prompt)
+    kinds = [(m["code"], m["tone"]) for m in judge.emoji]
+    first = torch.tensor([kinds.index(kind) for kind in kinds])  # both styles of an emoji have one place
+    by_kind = torch.zeros_like(p).index_add_(1, first, torch.where(described, p, 0))
+    return len(set(by_kind.argmax(1)[described[p.argmax(1)]].tolist()))
 
 
 def main() -> None:
@@ -68,30 +88,49 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--styles", nargs="+", default=["noto", "twemoji"])
     parser.add_argument("--bandwidths", action="store_true", help="of the kernel, in median distances; nothing else")
+    parser.add_argument("--diversity", action="store_true", help="rows with a guide of diversity beside; nothing else")
+    parser.add_argument("--transformers", action="store_true", help="the arena's transformers; nothing else")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    bed = Emoji(pipe=load_demo_pipeline())
+    bed: Emoji
+    part: str | None = None  # of the page, if not the first
     rows: list[dict[str, Any]] = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
-    everything = make_baseline(bed.pipe, n=max(BASELINES), batch_size=8, call=CALL)
 
     def add(name: str, guide: Any, style: str, words: str = "", **about: Any) -> None:
-        about = {"name": name, "style": style, **about}
+        about = {"name": name, "style": style, "part": part, **about}
         if any(about == {k: row.get(k) for k in about} for row in rows):
             return
-        rows.append(about | measure(bed, guide, options.seeds, style, words))
+        rows.append({k: v for k, v in about.items() if v is not None} | measure(bed, guide, options.seeds, style, words))
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-        options.json.write_text(json.dumps({"seeds": options.seeds, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
-    for style in (f"{name} style" for name in options.styles):
-        latents = encode_reference(bed.pipe, load_demo_reference(style.split()[0]))
-        latents = latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))]
+    styles = [f"{name} style" for name in options.styles]
+    if options.transformers:
+        for bed in (EmojiTransformer(), DistilledEmojiTransformer()):
+            part = bed.name
+            of_transformer(bed, styles, add)
+        return
+    bed = Emoji(pipe=load_demo_pipeline())
+    everything = make_baseline(bed.pipe, n=max(BASELINES), batch_size=8, call=CALL)
+    for style in styles:
+        latents = references(bed, style)
         most, baseline = len(latents), everything[:100]
         if options.bandwidths:
             median = float(GaussianKernel().fit(latents.flatten(1)).bandwidth or 0)
             for factor in (1, 2, 4):
                 guide = MMDGuidance(latents, kernel=GaussianKernel(factor * median), baseline=baseline)
                 add("bandwidth", guide, style, factor=factor)
+            continue
+        if options.diversity:
+            part = "diversity"
+            for m in (REFERENCES[0], most):
+                about: dict[str, Any] = {"references": m, "baseline": 100, "scale": SCALES[-1]}
+                guide = MMDGuidance(latents[:m], SCALES[-1], baseline=baseline)
+                add("baseline, diversity", guide + SPARKE.preset("vivid", scale=VIVID), style, **about)
+                add("baseline", guide, style, **about)
+            add("asked in words", None, style, f", {style}")
+            add("plain", None, style)
             continue
         add("plain", None, style)
         for m in REFERENCES:
@@ -114,11 +153,34 @@ def main() -> None:
         plot(rows, options.plot)
 
 
+def references(bed: Emoji, style: str) -> torch.Tensor:
+    """Latents of a style's references, in a fixed random order."""
+    latents = encode_reference(bed.pipe, load_demo_reference(style.split()[0]))
+    return latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))]
+
+
+def of_transformer(bed: EmojiTransformer, styles: list[str], add: Callable[..., None]) -> None:
+    """The main rows on a transformer."""
+    call = {
+        "num_inference_steps": bed.steps, "sigmas": [1 - k / bed.steps for k in range(bed.steps)],
+        "guidance_scale": bed.guidance_scale, "max_sequence_length": 0,
+    }  # fmt: skip
+    baseline = make_baseline(bed.pipe, DEMO_PROMPTS, 100, batch_size=8, call=call)
+    for style in styles:
+        latents = references(bed, style)
+        for scale in SCALES:
+            guide, about = MMDGuidance(latents, scale, baseline=baseline), {"references": len(latents), "baseline": 100}
+            add("baseline", guide, style, scale=scale, **about)
+        add("plain", None, style)
+        add("asked in words", None, style, f", {style}")
+
+
 LABELS = {  # in the order of the table
     "plain": "plain",
     "asked in words": "the style named in the prompt",
     "MMD, batch and memory": "`MMDGuidance(reference)`",
     "baseline": "with a baseline",
+    "baseline, diversity": "with a baseline, and order 0.5 beside it",
     "attraction": "attraction to the nearest reference",
     "mean shift": "shift to the mean of the references",
     "novelty": "`NoveltyGuidance(reference)`",
@@ -126,19 +188,36 @@ LABELS = {  # in the order of the table
 }
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
-    """The table of the page: a line for each setting, with a column for each style."""
-    styles, found = list(dict.fromkeys(row["style"] for row in rows)), {}
+def parts(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The tables of the page, by their names there: of the embedded model, of diversity beside, of the transformers."""
+    found: dict[str | None, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row.get("part"), []).append(row)
+    beds = [bed.name for bed in (EmojiTransformer, DistilledEmojiTransformer)]
+    return {
+        "style": tables(found.get(None, [])),
+        "style_diversity": tables(found.get("diversity", []), different=True),
+        "style_transformers": "\n\n".join(f"*{bed}*:\n\n{tables(found.get(bed, []), different=True)}" for bed in beds),
+    }
+
+
+def tables(rows: list[dict[str, Any]], different: bool = False) -> str:
+    """A line for each setting, with a column for each style."""
+    styles = list(dict.fromkeys(row["style"] for row in rows))
+    found: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
         key = (row["name"], *(row.get(k) for k in ("scale", "weight", "references", "baseline")))
-        found.setdefault(key, {})[row["style"]] = f"{row['other']:.2f} ± {row['other_se']:.2f}, {row['valid']:.2f}"
+        error = f" ± {row['other_se']:.2f}" if row["other_se"] else ""
+        cell = f"{row['other']:.2f}{error}, {row['valid']:.2f}"
+        found.setdefault(key, {})[row["style"]] = cell + (f", {row['different']:.1f}" if different else "")
     order = list(LABELS)
     lines = []
     for key, cells in sorted(found.items(), key=lambda item: (order.index(item[0][0]), *(v or 0 for v in item[0][1:]))):
         name, scale, weight, references, baseline = key
         numbers = ("-" if v is None else f"{v:g}" for v in (scale or weight, references, baseline))
         lines.append([LABELS[name], *numbers, *(cells.get(style, "-") for style in styles)])
-    heads = [f"toward {style.split()[0].capitalize()}: other style, valid" for style in styles]
+    figures = "other style, valid" + (", different" if different else "")
+    heads = [f"toward {style.split()[0].capitalize()}: {figures}" for style in styles]
     return table(["", "scale", "references", "baseline", *heads], lines)
 
 
@@ -148,7 +227,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
     for style, colour in (("noto style", "#2f6fb3"), ("twemoji style", "#c4572e")):
-        own = [r for r in rows if r["style"] == style]
+        own = [r for r in rows if r["style"] == style and r.get("part") is None]
         plain = next(r["other"] for r in own if r["name"] == "plain")
         most = max(r.get("references", 0) for r in own)
         for ax, key, fixed in ((axes[0], "references", ("baseline", 100)), (axes[1], "baseline", ("references", most))):

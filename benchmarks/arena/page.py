@@ -24,7 +24,7 @@ from .quality import WORSE, equal_quality
 ROOT = Path(__file__).parents[2]
 PRESETS = dict(zip(OWN, ("`default`", "`vivid`", "`vivid`, lower CFG"), strict=True))
 PAGES = {  # the tables that each page of the documentation holds, between markers
-    "which-method.md": ("settings", "style"),
+    "which-method.md": ("settings", "style", "style_diversity", "style_transformers"),
     "arena.md": ("gains",),
     "arena/setup.md": ("beds", "judges"),
     "arena/fronts.md": ("equal", "volumes", "vendi", "tuned"),
@@ -343,7 +343,7 @@ def write(folder: Path, docs: Path) -> None:
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
         "easing": tables(folder / "easing.json"),
         "agreement": agreement.tables(read(folder / "agreement.json")),
-        "style": toward_style.tables(read(folder.parent / "toward_style.json").get("rows", [])),
+        **toward_style.parts(read(folder.parent / "toward_style.json").get("rows", [])),
         "clips": clips.tables(read(folder.parent / "clips.json")),
     }  # fmt: skip
     for page, names in PAGES.items():
