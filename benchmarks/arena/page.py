@@ -132,8 +132,9 @@ def equal(data: list[dict[str, Any]], reference: str = OURS) -> str:
         head = ["method", "gain", "hypervolume", "agreement there", "gain that keeps agreement", "ours less it, gain", "p"]
         own, n = d["methods"]["plain"][f"report {d['settings']['seeds']}"], len(d["settings"]["prompts"])
         strengths = len(d["methods"][found[0].method]["front"])
-        title = f"### {d['bed']}, {n} runs of {strengths} strengths, {mean(own['modes']):.1f} of {mean(own['of']):.1f} modes"
-        parts.append(f"{title} by plain sampling\n\n" + table(head, rows))
+        title = f"### {d['bed']}, {n} runs of {strengths} strengths"
+        modes = f"{mean(own['modes']):.1f} of {mean(own['of']):.1f} modes by plain sampling"
+        parts.append(f"{title}, {modes}\n\n" + table(head, rows))
     tolerated = (
         f"on the data {WORSE['on_data']}, coverage {WORSE['coverage']}, Frechet distance x{WORSE['frechet_distance']}"
     )
