@@ -20,7 +20,7 @@ def test_changed_settings_are_listed_and_refused_and_force_continues(tmp_path, p
     message = str(error.value)
     changed = (
         "images_per_prompt: 3 before, now 5",
-        "num_inference_steps: 3 before, now 4",
+        "num_inference_steps: 2 before, now 4",
         "terms[0].scale: 1.25 before, now 0.3",
     )
     for text in ("6 images", *changed, "--force"):
