@@ -188,6 +188,8 @@ def verdicts(data: list[dict[str, Any]], equal: list[dict[str, Any]], calls: lis
                 others = [s for s in found_by(d, own) if s.method not in OWN] if own in measured else []
                 found = [verdict(s) for s in others]
                 text = " / ".join(str(found.count(v)) for v in ("ahead", "tie", "behind")) if others else "-"
+                if "not compared" in found:
+                    text = "too few prompts"
                 if set(found) == {"ahead"}:
                     text, nearest = f"**{text}**", min(others, key=lambda s: s.ahead or 0)
                     notes.append(f"{d['bed']}: {PRESETS[own]} less {nearest.method}, the nearest: {lead(nearest)}, p "
@@ -214,6 +216,7 @@ def power(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
             mine, told = next(s for s in measured if s.method == own), verdict(best)
             fixed = next(s for s in found_by(d, own, same_seeds=True) if s.method == best.method)
             left = 100 * ((fixed.ahead_high or 0.0) - (fixed.ahead_low or 0.0))
+            told = "too few prompts" if told == "not compared" else told
             needed = runs_needed(best.ahead or 0.0, low, high, runs, len(others))
             rows.append([
                 d["bed"], f"{runs}", f"{PRESETS[own]} {mine.gain:+.0%}", f"{best.method} {best.gain:+.0%}", lead(best),

@@ -22,6 +22,7 @@ __all__ = ["FIGURES", "WORSE", "EqualQuality", "change", "equal_quality", "quali
 
 # What still counts as no worse than plain sampling: a difference, or a factor for distances
 WORSE = {"on_data": FIDELITY_LOSS, "coverage": 0.02, "frechet_distance": 1.05}
+FEWEST = 8  # blocks that make a test: resampling five of them gives intervals a third too narrow
 DISTANCES = ("frechet_distance",)  # lower is better; compared by their ratio
 FIGURES = ("modes", "on_data", "agreement", "valid", "coverage", "recall", "frechet_distance", "mmd")
 
@@ -75,7 +76,10 @@ def quality_goal(bed: Bed, cases: Sequence[Case]) -> Goal:
 
 
 def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False) -> list[EqualQuality]:
-    """All methods of a bed whose fronts have the figures of the whole judge, compared with one of them."""
+    """All methods of a bed whose fronts have the figures of the whole judge, compared with one of them.
+
+    With fewer than ``FEWEST`` blocks there are no p-values.
+    """
     settings, plain = data["settings"], data["methods"]["plain"]
     own = plain.get(f"report {settings['seeds']}", {})
     if "distances" not in plain or "on_data" not in own:
@@ -96,4 +100,7 @@ def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False
             "gain_agreed": float(matched(gain, np.minimum(kept, agreement))[0]),
         }
     found = standings(gains, volumes, reference)
+    if w.shape[1] < FEWEST:
+        for s in found.values():
+            s.p = None
     return sorted((EqualQuality(**vars(s), **others[m]) for m, s in found.items()), key=lambda s: -s.gain)
