@@ -34,6 +34,7 @@ class Setting:
         guard: whether the part of a move against the prompt is left out.
         until: share of the run after which the weight is the bed's own again.
         log_det: ascend ``log det(I + 4 G)`` of cosines instead, the objective of OSCAR.
+        exponential: that of the kernel :class:`~kspec_guidance.kernels.ExpCosineKernel` in place of cosines.
         early: OSCAR's size of moves, ``scale sigma^2 / alpha`` times the norm of the noise, in place of the fade; and its
             projection off the velocity.
     """
@@ -47,6 +48,7 @@ class Setting:
     guard: bool = False
     until: float = 1.0
     log_det: bool = False
+    exponential: bool = False
     early: bool = False
 
 
@@ -79,10 +81,17 @@ def ascent(x0: Tensor, order: float) -> tuple[Tensor, Tensor]:
     return (g - (g * u).sum(-1, keepdim=True) * u) / norms(x0), spread
 
 
-def log_det_ascent(x0: Tensor) -> Tensor:
-    """Ascent direction of ``log det(I + 4 G)`` of the cosines of predictions ``[cases, n, d]``."""
+def log_det_ascent(x0: Tensor, exponential: bool = False) -> Tensor:
+    """Ascent direction of ``log det(I + 4 K)`` of predictions ``[cases, n, d]``, K their cosines or those of ``exp``.
+
+    What is along a prediction is not removed.
+    """
     u = normalize(x0, dim=-1).double()
-    return torch.linalg.solve(torch.eye(u.shape[1], dtype=u.dtype) + 4 * u @ u.mT, u).float() / norms(x0)
+    k = u @ u.mT
+    slope = k.exp() if exponential else torch.ones_like(k)
+    k = k.expm1() / math.expm1(1) if exponential else k
+    inverse = torch.linalg.inv(torch.eye(u.shape[1], dtype=u.dtype) + 4 * k)
+    return ((inverse * slope) @ u).float() / norms(x0)
 
 
 def noise_in(x: Tensor, alpha: float, sigma: float, log_shares: Tensor, model: ExactDenoiser) -> Tensor:
@@ -124,7 +133,9 @@ def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = Non
             return x0
         strength = setting.scale or setting.variety
         if (setting.early or fade) and strength:
-            g, spread = (log_det_ascent(x0), norms(x0)) if setting.log_det else ascent(x0, setting.order)
+            g, spread = (
+                (log_det_ascent(x0, setting.exponential), norms(x0)) if setting.log_det else ascent(x0, setting.order)
+            )
             g = g - along(g, x0) * x0
             direction = x0 - e if setting.early else sigma * e
             g = g - along(g, direction) * direction

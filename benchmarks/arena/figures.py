@@ -11,7 +11,9 @@ from .fronts import points, summaries
 from .harness import FIDELITY_LOSS, mean
 
 OURS, DEFAULT = "SPARKE, ours, order 0.5", "SPARKE, ours"
-OWN = {DEFAULT: "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59"}  # colours
+OWN = {  # colours
+    DEFAULT: "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59", "SPARKE, ours, log det, lower CFG": "#5b3fa8",
+}  # fmt: skip
 
 
 def fronts(data: list[dict[str, Any]], path: Path) -> None:

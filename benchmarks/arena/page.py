@@ -22,7 +22,8 @@ from .harness import FIDELITY_LOSS, mean, slug
 from .quality import WORSE, equal_quality
 
 ROOT = Path(__file__).parents[2]
-PRESETS = dict(zip(OWN, ("`default`", "`vivid`", "`vivid`, lower CFG"), strict=True))
+PRESETS = dict(zip(OWN, ("`default`", "`vivid`", "`vivid`, lower CFG", "log det, lower CFG"), strict=True))
+FOR_USERS = {m: name for m, name in PRESETS.items() if "log det" not in m}
 PAGES = {  # the tables that each page of the documentation holds, between markers
     "which-method.md": ("settings", "style", "style_diversity", "style_transformers"),
     "arena.md": ("gains",),
@@ -155,15 +156,15 @@ def lead(s: Standing) -> str:
 
 
 def settings(data: list[dict[str, Any]]) -> str:
-    """Our three rows beside the best other method, bed by bed; for users."""
+    """Our presets beside the best other method, bed by bed; for users."""
     rows = []
     for d in data:
         found = {s.method: s for s in summaries(d, OURS)}
         best = max((s for m, s in found.items() if m not in OWN), key=lambda s: s.gain)
-        own = [percent(s.gain, s.gain_low, s.gain_high) if (s := found.get(m)) else "-" for m in OWN]
+        own = [percent(s.gain, s.gain_low, s.gain_high) if (s := found.get(m)) else "-" for m in FOR_USERS]
         rows.append([d["bed"], *own, f"{best.method}: {percent(best.gain, best.gain_low, best.gain_high)}",
                      f"{lead(best)}: {verdict(best)}"])  # fmt: skip
-    head = ["model", *PRESETS.values(), "best of the others", "`vivid` less it"]
+    head = ["model", *FOR_USERS.values(), "best of the others", "`vivid` less it"]
     return table(head, rows)
 
 

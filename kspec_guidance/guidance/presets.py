@@ -10,9 +10,19 @@ from kspec_guidance.guidance.guide import KernelGuidance
 from kspec_guidance.guidance.spaces import FeatureSpace, Latents
 from kspec_guidance.guidance.targets import FIRST, Fidelity, VarietyTarget
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS, VARIETY_AT_SCALE_1
-from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, ExpCosineKernel, GaussianKernel, Kernel
 from kspec_guidance.memory import Memory
-from kspec_guidance.objectives import MMD, ConditionalRKE, Novelty, Objective, PublishedMMD, PublishedRKE, Vendi, Witness
+from kspec_guidance.objectives import (
+    MMD,
+    ConditionalRKE,
+    LogDet,
+    Novelty,
+    Objective,
+    PublishedMMD,
+    PublishedRKE,
+    Vendi,
+    Witness,
+)
 from kspec_guidance.utils.arguments import choices
 
 __all__ = ["DEFAULT_VARIETY", "SPARKE", "MMDGuidance", "NoveltyGuidance", "VendiGuidance", "scale_of"]
@@ -208,8 +218,11 @@ class VendiGuidance(KernelGuidance):
 
     Args:
         scale: see :class:`SPARKE`.
-        order: q in (0, inf].
-        kernel: kernel of samples scaled to norm 1; by default Gaussian at the median distance of the pairs.
+        order: q in (0, inf], or ``"logdet"`` for the log determinant instead of an entropy
+            (:class:`~kspec_guidance.objectives.LogDet`): with a lower ``guidance_scale`` it finds more modes in many
+            dimensions (docs/arena/reviewers.md), without eigenvalues.
+        kernel: kernel of samples scaled to norm 1; by default Gaussian at the median distance of the pairs, for the log
+            determinant :class:`~kspec_guidance.kernels.ExpCosineKernel`.
         prompt_kernel, space, start, stop, every, memory, transforms, kwargs: see :class:`SPARKE`.
 
     Raises:
@@ -228,11 +241,18 @@ class VendiGuidance(KernelGuidance):
         every: int = 1,
         memory: Memory | None = None,
         *,
-        order: float = 0.5,
+        order: float | str = 0.5,
         transforms: Sequence[str] = DEFAULT_TRANSFORMS,
         **kwargs: Any,
     ):
-        objective = Vendi(kernel or GaussianKernel(), order, prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH))
+        prompt_kernel = prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH)
+        objective: Objective
+        if isinstance(order, str):
+            if order != "logdet":
+                raise ValueError(f"order must be a number in (0, inf] or 'logdet', got {order!r}")
+            objective = LogDet(kernel or ExpCosineKernel(), prompt_kernel=prompt_kernel)
+        else:
+            objective = Vendi(kernel or GaussianKernel(), order, prompt_kernel)
         super().__init__(objective, scale, space, start, stop, every, transforms=transforms, memory=memory, **kwargs)
 
 

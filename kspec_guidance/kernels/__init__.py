@@ -12,12 +12,13 @@ from kspec_guidance.kernels.distances import (
     median_bandwidth,
     pairwise_distances,
 )
-from kspec_guidance.kernels.dot_product import CosineKernel, PolynomialKernel
+from kspec_guidance.kernels.dot_product import CosineKernel, ExpCosineKernel, PolynomialKernel
 from kspec_guidance.kernels.stationary import GaussianKernel, LaplacianKernel, RationalQuadraticKernel
 
 __all__ = [
     "GaussianKernel",
     "CosineKernel",
+    "ExpCosineKernel",
     "PolynomialKernel",
     "RationalQuadraticKernel",
     "LaplacianKernel",

@@ -1,4 +1,4 @@
-"""Kernels of inner products: cosine and polynomial."""
+"""Kernels of inner products: cosine, exponential of the cosine, and polynomial."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from kspec_guidance.kernels.distances import as_float, check_pair, l2_normalize,
 from kspec_guidance.kernels.spectrum import own_products
 from kspec_guidance.utils.transfer import surely_none
 
-__all__ = ["CosineKernel", "PolynomialKernel"]
+__all__ = ["CosineKernel", "ExpCosineKernel", "PolynomialKernel"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,30 @@ class CosineKernel(Kernel):
         slope = (xx * yy).rsqrt()
         k = p * slope
         return k + (zero_x & zero_y).to(k), slope, k / (-2 * xx)
+
+
+@dataclass(frozen=True)
+class ExpCosineKernel(Kernel):
+    """``(exp(cos(x, y)) - 1) / (e - 1)``: near the cosine, but of full rank where rows are more than dimensions.
+
+    The Gaussian kernel of bandwidth 1 of unit rows, without its constant part. It has no bandwidth. A row of zeros has the
+    cosine 1 with itself, and 0 with others.
+    """
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return _of_cosine(CosineKernel()(x, y))
+
+    def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        return CosineKernel().vjp(x, y, lambda cosine: evaluate(weight, _of_cosine(cosine)) * cosine.exp() / math.expm1(1))
+
+    def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cosine, in_p, in_xx = CosineKernel().of_products(p, xx, yy)
+        slope = cosine.exp() / math.expm1(1)
+        return _of_cosine(cosine), in_p * slope, in_xx * slope
+
+
+def _of_cosine(cosine: Tensor) -> Tensor:
+    return cosine.expm1() / math.expm1(1)
 
 
 @dataclass(frozen=True)

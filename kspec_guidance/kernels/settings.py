@@ -5,14 +5,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from kspec_guidance.kernels.base import Kernel, ProductKernel
-from kspec_guidance.kernels.dot_product import CosineKernel, PolynomialKernel
+from kspec_guidance.kernels.dot_product import CosineKernel, ExpCosineKernel, PolynomialKernel
 from kspec_guidance.kernels.stationary import GaussianKernel, LaplacianKernel, RationalQuadraticKernel
 
 __all__ = ["KERNELS", "kernel_from_json", "kernel_to_json"]
 
 KERNELS: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (GaussianKernel, CosineKernel, PolynomialKernel, RationalQuadraticKernel, LaplacianKernel, ProductKernel)
+    for kind in (
+        GaussianKernel,
+        CosineKernel,
+        ExpCosineKernel,
+        PolynomialKernel,
+        RationalQuadraticKernel,
+        LaplacianKernel,
+        ProductKernel,
+    )
 }
 
 

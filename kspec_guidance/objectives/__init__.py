@@ -7,6 +7,7 @@ uses. Pairs within the batch have the same weight as pairs with the memory.
 
 from kspec_guidance.kernels import PROMPT_BANDWIDTH
 from kspec_guidance.objectives.base import SAMPLE_BANDWIDTH, TOLERANCE, Gradient, Objective, Pairs, natural_rows
+from kspec_guidance.objectives.logdet import LogDet
 from kspec_guidance.objectives.mmd import MMD
 from kspec_guidance.objectives.novelty import Novelty
 from kspec_guidance.objectives.published import PublishedMMD, PublishedRKE
@@ -20,6 +21,7 @@ __all__ = [
     "Novelty",
     "MMD",
     "Vendi",
+    "LogDet",
     "Balance",
     "Witness",
     "PublishedRKE",

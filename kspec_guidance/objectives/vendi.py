@@ -29,39 +29,21 @@ class VendiPairs(Pairs):
     prompts: Tensor | None = None
 
 
-@dataclass(repr=False)
-class Vendi(Objective):
-    """Ascends the Renyi entropy of order q (the logarithm of the Vendi score) of the batch and its nearest memory rows.
+class NearRows(Objective):
+    """Base class of functions of the kernel matrix of a batch and the memory rows nearest to it.
 
-    The gradient is in closed form: ``dH/dK = V diag(h'(l)) V' / N`` from the eigenpairs of ``K / N``, followed by the
-    gradient of the kernel. With prompts the matrix is ``K o K_T``.
-
-    Args:
-        kernel: kernel with unit diagonal and a closed-form gradient; cosine by default. An open Gaussian kernel gets the
-            median distance of the pairs, weighted by the similarity of their prompts.
-        order: q in (0, inf].
-        prompt_kernel: kernel of prompt features; None ignores prompts.
-        max_rows: maximum number of memory rows, the nearest to the batch with similar prompts, since eigenvalues cost
-            ``N^3``.
-        normalize: whether rows are scaled to norm 1 first.
-
-    Raises:
-        TypeError: for a kernel without a closed-form gradient.
-        ValueError: for a kernel whose diagonal is not 1, or an order outside (0, inf].
+    A subclass has the fields ``kernel``, ``prompt_kernel``, ``max_rows`` and ``normalize`` of :class:`Vendi`.
     """
 
-    kernel: Kernel = field(default_factory=CosineKernel)
-    order: float = 1.0
-    prompt_kernel: Kernel | None = None
-    max_rows: int = 128
-    normalize: bool = True
+    kernel: Kernel
+    prompt_kernel: Kernel | None
+    max_rows: int
 
     def __post_init__(self):
         self.kernel = differentiable(self.kernel)
         self.prompt_kernel = None if self.prompt_kernel is None else as_kernel(self.prompt_kernel)
-        check_order(self.order)
         if type(self.kernel).diagonal is not Kernel.diagonal:
-            raise ValueError(f"the Vendi objective needs a kernel with k(x, x) = 1, got {self.kernel!r}")
+            raise ValueError(f"the {type(self).__name__} objective needs a kernel with k(x, x) = 1, got {self.kernel!r}")
         self.conditional = self.prompt_kernel is not None
 
     def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> VendiPairs:
@@ -104,7 +86,55 @@ class Vendi(Objective):
             return self
         x = as_float(x)
         z, weights = self._rows(x, self.pairs(x, prompt_features, memory))
-        return replace(self, kernel=self._fit(z, squared_distances(z), weights))
+        return replace(self, kernel=self._fit(z, squared_distances(z), weights))  # type: ignore[type-var]
+
+    def _matrix(
+        self, x: Tensor, pairs: VendiPairs, jitter: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | float, Kernel]:
+        """All rows ``[N, d]``, their matrix, the rows ``[n]`` that coincide, prompt weights, and the fitted kernel."""
+        n, (z, weights) = len(x), self._rows(x, pairs)
+        d2 = squared_distances(z)
+        kernel, others = self._fit(z, d2, weights), d2[:n].clone()
+        others[:, :n].fill_diagonal_(float("inf"))
+        rounding = ROUNDING * torch.finfo(x.dtype).eps * (1.0 if self.normalize else x.square().sum(1))
+        coincident = others.amin(1) < rounding + COINCIDENT
+        if jitter is not None:
+            z[:n] += jitter * coincident[:, None]
+            d2 = squared_distances(z)
+        k = kernel.of_distances(d2)[0] if isinstance(kernel, GaussianKernel) else kernel(z)
+        return z, k * weights, coincident, weights, kernel
+
+
+@dataclass(repr=False)
+class Vendi(NearRows):
+    """Ascends the Renyi entropy of order q (the logarithm of the Vendi score) of the batch and its nearest memory rows.
+
+    The gradient is in closed form: ``dH/dK = V diag(h'(l)) V' / N`` from the eigenpairs of ``K / N``, followed by the
+    gradient of the kernel. With prompts the matrix is ``K o K_T``.
+
+    Args:
+        kernel: kernel with unit diagonal and a closed-form gradient; cosine by default. An open Gaussian kernel gets the
+            median distance of the pairs, weighted by the similarity of their prompts.
+        order: q in (0, inf].
+        prompt_kernel: kernel of prompt features; None ignores prompts.
+        max_rows: maximum number of memory rows, the nearest to the batch with similar prompts, since eigenvalues cost
+            ``N^3``.
+        normalize: whether rows are scaled to norm 1 first.
+
+    Raises:
+        TypeError: for a kernel without a closed-form gradient.
+        ValueError: for a kernel whose diagonal is not 1, or an order outside (0, inf].
+    """
+
+    kernel: Kernel = field(default_factory=CosineKernel)
+    order: float = 1.0
+    prompt_kernel: Kernel | None = None
+    max_rows: int = 128
+    normalize: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_order(self.order)
 
     def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         x = as_float(x)
@@ -125,17 +155,8 @@ class Vendi(Objective):
     ) -> Gradient:
         x = as_float(x)
         n, pairs = len(x), self.pairs(x, prompt_features, memory) if pairs is None else pairs
-        z, weights = self._rows(x, pairs)
-        d2 = squared_distances(z)
-        kernel, others = self._fit(z, d2, weights), d2[:n].clone()
-        others[:, :n].fill_diagonal_(float("inf"))
-        rounding = ROUNDING * torch.finfo(x.dtype).eps * (1.0 if self.normalize else x.square().sum(1))
-        coincident = others.amin(1) < rounding + COINCIDENT
-        if jitter is not None:
-            z[:n] += jitter * coincident[:, None]
-            d2 = squared_distances(z)
-        k = kernel.of_distances(d2)[0] if isinstance(kernel, GaussianKernel) else kernel(z)
-        matrix, coincident = read(k * weights, coincident)  # the host computes eigenvalues, in float64
+        z, k, coincident, weights, kernel = self._matrix(x, pairs, jitter)
+        matrix, coincident = read(k, coincident)  # the host computes eigenvalues, in float64
         outer = transfer(self._matrix_gradient(matrix.double() / len(z)), x) * weights
         outer.fill_diagonal_(0)  # k(z, z) is constant
         g, finite = kernel.vjp(z[:n], z, 2 * outer[:n]), bool(torch.isfinite(matrix).all())

@@ -502,3 +502,13 @@ def test_batched_mixture_has_the_push_of_oscar() -> None:
         found = run(bed, [case], Setting(scale=0.4, log_det=True, early=True))[0]
         wanted = bed.sample(OSCAR(weight=0.4, noise_weight=0.0), case)
     torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
+
+
+def test_batched_mixture_has_the_push_of_the_log_determinant() -> None:
+    bed = Analytic(8, skewed=False)
+    case = bed.cases("report", 1)[0]
+    with torch.no_grad():
+        found = run(bed, [case], Setting(scale=0.4, log_det=True, exponential=True))[0]
+        with VendiGuidance(0.4, order="logdet").attach(bed.pipe):
+            wanted = bed.run(case, bed.images)
+    torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)

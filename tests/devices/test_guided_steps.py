@@ -26,6 +26,7 @@ WIDTH = REFERENCE[0].numel()
 GUIDES = {
     **{f"preset {name}": lambda name=name: SPARKE.preset(name, stop=1.0, every=1) for name in SPARKE.PRESETS},
     "Vendi, order 1": lambda: VendiGuidance(order=1.0, stop=1.0),
+    "log det": lambda: VendiGuidance(order="logdet", stop=1.0),
     "MMD": lambda: MMDGuidance(REFERENCE, stop=1.0),
     "MMD, published": lambda: MMDGuidance.published(REFERENCE),
     "MMD, prompts": lambda: MMDGuidance(REFERENCE, stop=1.0, reference_prompts=prompts(6)),

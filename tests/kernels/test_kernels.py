@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kspec_guidance import SPARKE
 from kspec_guidance.kernels import (
     CosineKernel,
+    ExpCosineKernel,
     GaussianKernel,
     Kernel,
     LaplacianKernel,
@@ -22,6 +23,7 @@ from kspec_guidance.testing import check_kernel
 KERNELS = [
     GaussianKernel(1.3),
     CosineKernel(),
+    ExpCosineKernel(),
     PolynomialKernel(),
     PolynomialKernel(2, gamma=0.3, coef=0.5),
     RationalQuadraticKernel(0.9, alpha=0.7),
@@ -40,6 +42,7 @@ ONE = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
         (LaplacianKernel(7.0), O, math.exp(-1)),
         (RationalQuadraticKernel(5.0, alpha=2.0), O, (1 + 1 / 4) ** -2),
         (CosineKernel(), ONE, 0.6),
+        (ExpCosineKernel(), ONE, math.expm1(0.6) / math.expm1(1)),
         (PolynomialKernel(), ONE, (1.5 + 1) ** 3),
         (PolynomialKernel(2, gamma=1.0, coef=0.0), ONE, 9.0),
     ],

@@ -7,6 +7,7 @@ import torch
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import (
     CosineKernel,
+    ExpCosineKernel,
     GaussianKernel,
     Kernel,
     LaplacianKernel,
@@ -14,13 +15,14 @@ from kspec_guidance.kernels import (
     RationalQuadraticKernel,
 )
 from kspec_guidance.memory import CentroidMemory, MemoryBank
-from kspec_guidance.objectives import MMD, RKE, ConditionalRKE, Novelty, PublishedRKE, Vendi
+from kspec_guidance.objectives import MMD, RKE, ConditionalRKE, LogDet, Novelty, PublishedRKE, Vendi
 from tests.objectives.common import FEATURE_MAP, PROMPT_KERNEL, D, P, fill, relative_error
 from tests.samples import rows
 
 KERNELS = [
     GaussianKernel(1.3),
     CosineKernel(),
+    ExpCosineKernel(),
     PolynomialKernel(),
     RationalQuadraticKernel(1.1, 0.7),
     LaplacianKernel(2.0),
@@ -50,6 +52,14 @@ def test_closed_form_gradient_matches_autograd(name, kernel, with_memory):
 @pytest.mark.parametrize("kernel", [GaussianKernel(1.3), CosineKernel(), LaplacianKernel(3.0)], ids=str)
 def test_vendi_gradient_matches_autograd(kernel, order, prompt_kernel):
     objective = Vendi(kernel, order, prompt_kernel, normalize=False)
+    assert relative_error(objective, fill(MemoryBank())) < 1e-8
+
+
+@pytest.mark.parametrize("prompt_kernel", [None, PROMPT_KERNEL], ids=["plain", "conditional"])
+@pytest.mark.parametrize("strength", [0.3, 4, 100])
+@pytest.mark.parametrize("kernel", [GaussianKernel(1.3), CosineKernel(), ExpCosineKernel()], ids=str)
+def test_log_determinant_gradient_matches_autograd(kernel, strength, prompt_kernel):
+    objective = LogDet(kernel, strength, prompt_kernel, normalize=False)
     assert relative_error(objective, fill(MemoryBank())) < 1e-8
 
 
@@ -174,6 +184,7 @@ class NoGradient(Kernel):
         (lambda: RKE(NoGradient()), TypeError, "NoGradient has no closed-form gradient"),
         (lambda: Vendi(PolynomialKernel()), ValueError, r"k\(x, x\) = 1"),
         (lambda: Vendi(order=-1), ValueError, "order"),
+        (lambda: LogDet(strength=0), ValueError, "strength must be a positive"),
         (lambda: Novelty(), ValueError, "needs reference="),
         (lambda: ConditionalRKE(feature_map=FEATURE_MAP), ValueError, "also needs prompt_feature_map"),
         (lambda: MMD(rows(9, D, 3)).gradient(rows(2, D + 1, 0)), ValueError, "reference set has rows of length 6"),

@@ -4,7 +4,7 @@ from kspec_guidance.bench.methods.base import Log, Method, Moment, Real, Whole
 from kspec_guidance.bench.methods.blockguidance import BlockSelfGuidance
 from kspec_guidance.bench.methods.cfg import Interval, LowerGuidance
 from kspec_guidance.bench.methods.cno import CNO
-from kspec_guidance.bench.methods.combined import OSCARLowerGuidance, OursLowerGuidance
+from kspec_guidance.bench.methods.combined import OSCARLowerGuidance, OursLogDetLowerGuidance, OursLowerGuidance
 from kspec_guidance.bench.methods.conditions import CADS, SeedVariance
 from kspec_guidance.bench.methods.contextual import ContextualRepulsion
 from kspec_guidance.bench.methods.dave import DAVE
@@ -36,7 +36,7 @@ METHODS: dict[str, type[Method]] = {  # those whose parameters are tuned, by the
         Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
         ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference,
         PinkNoise, CNO, DAVE, ContextualRepulsion, BlockSelfGuidance,
-        Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance,
+        Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance, OursLogDetLowerGuidance,
     )
 }  # fmt: skip
 DIALS: tuple[type[Method], ...] = (Dial, Vivid, FewStep, Entropy, TowardReference)

@@ -1,4 +1,4 @@
-"""The two best coupled methods with less classifier-free guidance."""
+"""The best coupled methods with less classifier-free guidance."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kspec_guidance import KernelGuidance, VendiGuidance
 from kspec_guidance.bench.methods.base import Log, Real
 from kspec_guidance.bench.methods.guides import OursVivid
 from kspec_guidance.bench.methods.oscar import OSCAR
@@ -41,6 +42,16 @@ class OursLowerGuidance(OursVivid):
                 yield guide
             finally:
                 hook.remove()
+
+
+@dataclass
+class OursLogDetLowerGuidance(OursLowerGuidance):
+    """Conditional log determinant, at a lower CFG scale."""
+
+    name = "SPARKE, ours, log det, lower CFG"
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return VendiGuidance(self.scale, stop=self.stop, order="logdet")
 
 
 @dataclass
