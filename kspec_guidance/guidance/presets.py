@@ -219,8 +219,8 @@ class VendiGuidance(KernelGuidance):
     Args:
         scale: see :class:`SPARKE`.
         order: q in (0, inf], or ``"logdet"`` for the log determinant instead of an entropy
-            (:class:`~kspec_guidance.objectives.LogDet`): with a lower ``guidance_scale`` it finds more modes in many
-            dimensions (docs/arena/reviewers.md), without eigenvalues.
+            (:class:`~kspec_guidance.objectives.LogDet`): with a lower ``guidance_scale`` it finds more modes on
+            mixtures of 8 dimensions and more (docs/arena/reviewers.md), without eigenvalues.
         kernel: kernel of samples scaled to norm 1; by default Gaussian at the median distance of the pairs, for the log
             determinant :class:`~kspec_guidance.kernels.ExpCosineKernel`.
         prompt_kernel, space, start, stop, every, memory, transforms, kwargs: see :class:`SPARKE`.
