@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kspec_guidance.kernels.base import Kernel, Weight, evaluate
-from kspec_guidance.kernels.distances import as_float, check_pair, l2_normalize, row_norms
+from kspec_guidance.kernels.distances import as_float, check_pair, l2_normalize
 from kspec_guidance.kernels.spectrum import own_products
 from kspec_guidance.utils.transfer import surely_none
 
@@ -32,11 +32,7 @@ class CosineKernel(Kernel):
         return k if surely_none(zero_x) else k + (zero_x[..., :, None] & zero_y[..., None, :]).to(k)
 
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
-        x, y = check_pair(x, y)
-        norm = row_norms(x)
-        u, v = x / norm, l2_normalize(y)
-        g = evaluate(weight, u @ v.mT) @ v
-        return (g - (g * u).sum(-1, keepdim=True) * u) / norm
+        return _vjp_of_products(self, x, y, weight)
 
     def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         zero_x, zero_y = xx == 0, yy == 0
@@ -58,7 +54,7 @@ class ExpCosineKernel(Kernel):
         return _of_cosine(CosineKernel()(x, y))
 
     def vjp(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
-        return CosineKernel().vjp(x, y, lambda cosine: evaluate(weight, _of_cosine(cosine)) * cosine.exp() / math.expm1(1))
+        return _vjp_of_products(self, x, y, weight)
 
     def of_products(self, p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cosine, in_p, in_xx = CosineKernel().of_products(p, xx, yy)
@@ -68,6 +64,15 @@ class ExpCosineKernel(Kernel):
 
 def _of_cosine(cosine: Tensor) -> Tensor:
     return cosine.expm1() / math.expm1(1)
+
+
+def _vjp_of_products(kernel: CosineKernel | ExpCosineKernel, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+    """The vector-Jacobian product from inner products and norms, without copies of the rows at norm 1."""
+    x, y = check_pair(x, y)
+    xx, yy = x.square().sum(-1, keepdim=True), y.square().sum(-1)[..., None, :]
+    k, in_p, in_xx = kernel.of_products(x @ y.mT, xx, yy)
+    w = evaluate(weight, k)
+    return (w * in_p) @ y + 2 * (w * in_xx).sum(-1, keepdim=True) * x
 
 
 @dataclass(frozen=True)

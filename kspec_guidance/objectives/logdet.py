@@ -19,10 +19,9 @@ class LogDet(NearRows):
     """Ascends ``log det(I + c K)`` of the batch and its nearest memory rows: given the memory, up to a constant.
 
     The determinant is the likelihood of a set under a determinantal point process (Kulesza, Taskar 2012,
-    arXiv 1207.6083); OSCAR (arXiv 2510.09060) ascends it with the cosine kernel. The sum ``log(1 + c l)`` over the
-    eigenvalues of ``K`` is bounded below, unlike the entropy's gradient of orders below 1, so copies of one sample need no
-    care, and the inverse of a well-conditioned matrix is all that its gradient ``c (I + c K)^-1`` needs: no eigenvalues,
-    and no copy to the host. With prompts the matrix is ``K o K_T``.
+    arXiv 1207.6083); OSCAR (arXiv 2510.09060) ascends it with the cosine kernel. Its gradient ``c (I + c K)^-1`` in ``K``
+    is bounded, so copies of one sample need no care, and needs no eigenvalues and no copy to the host. With prompts the
+    matrix is ``K o K_T``.
 
     Args:
         kernel: kernel with unit diagonal and a closed-form gradient; by default ``ExpCosineKernel()``, which has no
