@@ -252,8 +252,10 @@ def accumulate_gram(total: Tensor, a: Tensor, b: Tensor | None = None) -> None:
     elif total.is_contiguous() and _on_host(a):
         from scipy.linalg.blas import dsyrk
 
-        buffer = None if a.dtype == torch.float64 else a.new_empty(min(len(a), ROWS), a.shape[1], dtype=torch.float64)
-        for part in a.split(ROWS) if len(a) else ():
+        parts, buffer = [a], None
+        if a.dtype != torch.float64:
+            parts, buffer = a.split(ROWS), a.new_empty(min(len(a), ROWS), a.shape[1], dtype=torch.float64)
+        for part in parts if len(a) else ():
             part = part if buffer is None else buffer[: len(part)].copy_(part)
             # ``total`` is contiguous, so ``c`` is not a copy, and is written in place
             dsyrk(1.0, _column_major(part), beta=1.0, c=_column_major(total), lower=1, overwrite_c=1)

@@ -16,7 +16,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from safetensors.torch import save_file
 
-from benchmarks.arena import figures, networks
+from benchmarks.arena import cost, figures, networks
 from benchmarks.arena.batched import Setting, run
 from benchmarks.arena.beds import BEDS, Bed, transformer
 from benchmarks.arena.beds.analytic import Analytic
@@ -512,3 +512,7 @@ def test_batched_mixture_has_the_push_of_the_log_determinant() -> None:
         with VendiGuidance(0.4, order="logdet").attach(bed.pipe):
             wanted = bed.run(case, bed.images)
     torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
+
+
+def test_denoiser_calls_of_a_method_are_counted() -> None:
+    assert cost.calls("lower CFG") == 0  # which reads the denoiser's arguments by its signature
