@@ -8,7 +8,6 @@ pipeline. A backward pass through the denoiser counts as two calls; half a denoi
 """
 
 import argparse
-import functools
 import json
 import statistics
 import time
@@ -44,7 +43,6 @@ def calls(name: str) -> float:
         count[0] = 0
         original = bed.pipe.unet.forward
 
-        @functools.wraps(original)  # methods read its signature
         def counted(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             count[0] += len(sample)
             return original(sample, *args, **kwargs)

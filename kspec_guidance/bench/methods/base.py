@@ -245,14 +245,18 @@ class Method:
         return self._step / max(1, len(pipe.scheduler.timesteps))
 
     def _before_denoiser(self, pipe: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        arguments = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
-        for name in (n for n in CONDITIONS if n in arguments):
-            states = arguments[name]
+        names, placed, given = list(inspect.signature(module.forward).parameters), list(args), dict(kwargs)
+        for name in CONDITIONS:
+            if name not in given and name not in names[: len(placed)]:
+                continue
+            where: Any = given if name in given else placed  # by name, also where the signature is that of a wrapper
+            key: Any = name if name in given else names.index(name)
+            states = where[key]
             start = len(states) // 2 if getattr(pipe, "do_classifier_free_guidance", False) else 0  # rows of the prompts
             rows = states[start:].view(len(states) - start, -1, states.shape[-1])
             changed = self.condition(rows, self._fraction(pipe)).to(states.dtype).view(states[start:].shape)
-            arguments[name] = torch.cat([states[:start], changed])
-        return (), arguments
+            where[key] = torch.cat([states[:start], changed])
+        return tuple(placed), given
 
     def _wrap_step(self, pipe: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
