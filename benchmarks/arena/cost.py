@@ -8,6 +8,7 @@ pipeline. A backward pass through the denoiser counts as two calls; half a denoi
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -20,6 +21,7 @@ from diffusers import DDIMScheduler
 from kspec_guidance.bench.methods import METHODS
 from kspec_guidance.bench.methods.base import Moment
 from kspec_guidance.bench.methods.guides import Guided
+from kspec_guidance.bench.methods.starts import Start
 from kspec_guidance.guidance.run import Run
 from kspec_guidance.loop.context import CallContext, StepContext
 from kspec_guidance.loop.layouts import Layout
@@ -43,6 +45,7 @@ def calls(name: str) -> float:
         count[0] = 0
         original = bed.pipe.unet.forward
 
+        @functools.wraps(original)  # some methods call the denoiser again, with its arguments by name
         def counted(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             count[0] += len(sample)
             return original(sample, *args, **kwargs)
@@ -81,8 +84,8 @@ def own_seconds(name: str, shape: tuple[int, ...]) -> float | None:
         method.begin()
         moment = Moment(x0, x, alpha, sigma, 1, 10, None, None, None, None)  # type: ignore[arg-type]
         moment.denoise = lambda y: y  # type: ignore[method-assign]  # its calls are counted separately
-        if name in ("feature self-guidance", "group inference"):
-            return 0.0  # all of its work is in the denoiser
+        if isinstance(method, Start) or name == "feature self-guidance":
+            return 0.0  # its work is before the first step, or in the denoiser
         for _ in range(6):
             began = time.perf_counter()
             method.move(moment)
@@ -108,7 +111,7 @@ def main() -> None:
             own, calls_added = own_seconds(name, shape), extra[name] * BACKWARD.get(name, 1.0)
             if own is not None:
                 methods[name] = {"own_seconds": own, "calls": calls_added, "added": own / step + calls_added}
-                print(f"{label:22}{name:28}own {own * 1e3:8.1f} ms, calls {calls_added:+.2f}: "
+                print(f"{label:22}{name:33}own {own * 1e3:8.1f} ms, calls {calls_added:+.2f}: "
                       f"{own / step + calls_added:+.2%}", flush=True)  # fmt: skip
         found[label] = {"denoiser_seconds_per_image": denoiser, "step_seconds": step, "methods": methods}
         args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -515,4 +515,11 @@ def test_batched_mixture_has_the_push_of_the_log_determinant() -> None:
 
 
 def test_denoiser_calls_of_a_method_are_counted() -> None:
-    assert cost.calls("CADS") == 0  # it changes an argument of the denoiser, whose signature here is that of a wrapper
+    assert 0.5 < cost.calls("DiverseFlow") < 1
+
+
+def test_noise_on_the_prompt_reaches_a_denoiser_whose_forward_is_wrapped() -> None:
+    bed, case, method = BEDS["digits"](), Case("digit 3", 0), METHODS["CADS"]
+    direct, forward = bed.sample(method(), case), bed.pipe.unet.forward
+    bed.pipe.unet.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert torch.equal(bed.sample(method(), case), direct)
