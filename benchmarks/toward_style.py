@@ -2,20 +2,22 @@
 
     python benchmarks/toward_style.py --plot docs/baseline.png
     python benchmarks/toward_style.py --diversity --seeds 1
-    python benchmarks/toward_style.py --transformers --seeds 1    # then python -m benchmarks.arena.page
+    python benchmarks/toward_style.py --transformers --seeds 3    # then python -m benchmarks.arena.page
+    python benchmarks/toward_style.py --pictures outputs/toward_style    # of the transformers, to look at
 
 The embedded model, 8 steps, 8 images of each of 7 prompts that are not among those of the baseline. *Other style* is the
 emoji classifier's mean probability of the other art style; *valid* its probability of the likeliest emoji that the prompt
 may describe; *different* the number of different emoji and skin tones, whatever their style, among the images of a prompt
-that show what it describes. Rows that are in the file of results are not measured again.
+that show what it describes. Rows that are in the file of results are not measured again; more seeds are added to them.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from kspec_guidance import (
 from kspec_guidance.demo.judge import DemoJudge
 from kspec_guidance.demo.pipeline import DEMO_PROMPTS
 from kspec_guidance.kernels import GaussianKernel
+from kspec_guidance.plotting import side_by_side
 
 PROMPTS = ("firefighter", "health worker", "astronaut", "detective", "artist", "mechanic", "dancer")
 CALL = {"num_inference_steps": 8, "guidance_scale": 5.0}
@@ -48,30 +51,38 @@ VIVID = 0.75  # scale of the guide of diversity beside the second
 RESULTS = Path(__file__).parent / "results" / "toward_style.json"
 
 
-def measure(bed: Emoji, guide: Any, seeds: int, style: str, words: str = "") -> dict[str, float]:
-    """Figures of 7 prompts, one prompt a batch, with their standard errors over seeds."""
+def measure(bed: Emoji, guide: Any, seed: int, style: str, words: str = "") -> dict[str, float]:
+    """Figures of one seed: means over 7 prompts, one prompt a batch."""
     index = bed.judge_.classes["style"].index(style)
     found: dict[str, list[float]] = {"other": [], "valid": [], "different": []}
-    for seed in range(seeds):
-        other, valid, kinds = [], [], []
-        if hasattr(guide, "memory"):
-            guide.memory.clear()
-        for k, prompt in enumerate(PROMPTS):
-            case = Case(prompt, 100 * seed + k)
-            asked = Case(prompt + words, case.seed)
-            if guide is None:
-                x = bed.run(asked, 8)
-            else:
-                with guide.attach(bed.pipe):
-                    x = bed.run(asked, 8)
-            rows = bed.rows(x)
-            other.append(1 - float(bed.judge_.network.heads["style"](rows).softmax(1)[:, index].mean()))
-            valid.append(bed.figures(rows, case)["valid"])
-            kinds.append(different(bed.judge_, rows, prompt))
-        for name, values in (("other", other), ("valid", valid), ("different", kinds)):
-            found[name].append(mean(values))
-    error = {f"{k}_se": stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for k, v in found.items()}
-    return {k: mean(v) for k, v in found.items()} | error
+    if hasattr(guide, "memory"):
+        guide.memory.clear()
+    for k, prompt in enumerate(PROMPTS):
+        case = Case(prompt, 100 * seed + k)
+        rows = bed.rows(samples(bed, guide, Case(prompt + words, case.seed), 8))
+        found["other"].append(1 - float(bed.judge_.network.heads["style"](rows).softmax(1)[:, index].mean()))
+        found["valid"].append(bed.figures(rows, case)["valid"])
+        found["different"].append(different(bed.judge_, rows, prompt))
+    return {name: mean(values) for name, values in found.items()}
+
+
+def samples(bed: Emoji, guide: Any, case: Case, n: int) -> torch.Tensor:
+    """Samples of a prompt, guided unless ``guide`` is None."""
+    with nullcontext() if guide is None else guide.attach(bed.pipe):
+        return bed.run(case, n)
+
+
+def with_seed(row: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
+    """A row's means and standard errors over seeds, with one seed more (Welford's update)."""
+    before = row.get("seeds", 0)
+    n = before + 1
+    out: dict[str, Any] = {"seeds": n}
+    for name, value in found.items():
+        m, se = row.get(name, 0.0), row.get(f"{name}_se", 0.0)
+        out[name] = m + (value - m) / n
+        squares = before * (before - 1) * se**2 + (value - m) * (value - out[name])
+        out[f"{name}_se"] = (squares / (n * before)) ** 0.5 if before else 0.0
+    return row | out
 
 
 def different(judge: DemoJudge, rows: torch.Tensor, prompt: str) -> int:
@@ -90,6 +101,7 @@ def main() -> None:
     parser.add_argument("--bandwidths", action="store_true", help="of the kernel, in median distances; nothing else")
     parser.add_argument("--diversity", action="store_true", help="rows with a guide of diversity beside; nothing else")
     parser.add_argument("--transformers", action="store_true", help="the arena's transformers; nothing else")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="grids of the transformers; nothing else")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -99,15 +111,20 @@ def main() -> None:
 
     def add(name: str, guide: Any, style: str, words: str = "", **about: Any) -> None:
         about = {"name": name, "style": style, "part": part, **about}
-        if any(about == {k: row.get(k) for k in about} for row in rows):
-            return
-        rows.append({k: v for k, v in about.items() if v is not None} | measure(bed, guide, options.seeds, style, words))
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-        options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        place = next((i for i, row in enumerate(rows) if about == {k: row.get(k) for k in about}), len(rows))
+        if place == len(rows):
+            rows.append({k: v for k, v in about.items() if v is not None})
+        for seed in range(rows[place].get("seeds", 0), options.seeds):
+            rows[place] = with_seed(rows[place], measure(bed, guide, seed, style, words))
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[place].items()}, flush=True)
+            options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
     styles = [f"{name} style" for name in options.styles]
-    if options.transformers:
+    if options.transformers or options.pictures:
         for bed in (EmojiTransformer(), DistilledEmojiTransformer()):
+            if options.pictures:
+                pictures(bed, styles, options.pictures)
+                continue
             part = bed.name
             of_transformer(bed, styles, add)
         return
@@ -159,18 +176,43 @@ def references(bed: Emoji, style: str) -> torch.Tensor:
     return latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))]
 
 
-def of_transformer(bed: EmojiTransformer, styles: list[str], add: Callable[..., None]) -> None:
-    """The main rows on a transformer."""
+def baseline_of(bed: EmojiTransformer) -> torch.Tensor:
+    """A transformer's own samples."""
     call = {
         "num_inference_steps": bed.steps, "sigmas": [1 - k / bed.steps for k in range(bed.steps)],
         "guidance_scale": bed.guidance_scale, "max_sequence_length": 0,
     }  # fmt: skip
-    baseline = make_baseline(bed.pipe, DEMO_PROMPTS, 100, batch_size=8, call=call)
+    return make_baseline(bed.pipe, DEMO_PROMPTS, 100, batch_size=8, call=call)
+
+
+def pictures(bed: EmojiTransformer, styles: list[str], folder: Path) -> None:
+    """A grid for each style: four images of four prompts, plain and toward the style, from the same noises."""
+    baseline = baseline_of(bed)
+    for style in styles:
+        latents, name = references(bed, style), style.split()[0]
+        guides = {"plain": None, "named in the prompt": None} | {
+            f"scale {scale:g}, {m} references": MMDGuidance(latents[:m], scale, baseline=baseline)
+            for scale in SCALES for m in (REFERENCES[0], len(latents))
+        }  # fmt: skip
+        panels = {}
+        for what, guide in guides.items():
+            words = f", {style}" if what == "named in the prompt" else ""
+            made = [bed.decode(samples(bed, guide, Case(prompt + words, k), 4)) for k, prompt in enumerate(PROMPTS[:4])]
+            panels[what] = [bed.pipe.image_processor.postprocess(x) for x in made]
+        folder.mkdir(parents=True, exist_ok=True)
+        title = f"{bed.name}, toward {name.capitalize()}"
+        side_by_side(panels, PROMPTS[:4], title).save(folder / f"{bed.name.replace(', ', '-')}-{name}.png")
+
+
+def of_transformer(bed: EmojiTransformer, styles: list[str], add: Callable[..., None]) -> None:
+    """The main rows on a transformer."""
+    baseline = baseline_of(bed)
     for style in styles:
         latents = references(bed, style)
         for scale in SCALES:
-            guide, about = MMDGuidance(latents, scale, baseline=baseline), {"references": len(latents), "baseline": 100}
-            add("baseline", guide, style, scale=scale, **about)
+            for m in (REFERENCES[0], len(latents)):
+                guide = MMDGuidance(latents[:m], scale, baseline=baseline)
+                add("baseline", guide, style, scale=scale, references=m, baseline=100)
         add("plain", None, style)
         add("asked in words", None, style, f", {style}")
 
