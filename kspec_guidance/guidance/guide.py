@@ -27,6 +27,7 @@ from kspec_guidance.loop.callers import pipeline_of
 from kspec_guidance.loop.components import find_scheduler
 from kspec_guidance.loop.context import CallContext
 from kspec_guidance.loop.prompts import repeat_rows
+from kspec_guidance.loop.starts import has_starts
 from kspec_guidance.memory import Memory, MemoryBank
 from kspec_guidance.objectives import Objective
 from kspec_guidance.utils.arguments import unknown_arguments
@@ -257,7 +258,7 @@ class KernelGuidance(PipelineCallback):
         guide's first term; of scale 0 it chooses and moves nothing.
 
         Args:
-            pipe: a pipeline with a method ``prepare_latents``.
+            pipe: a pipeline with a method ``prepare_latents``, or a modular one whose steps are blocks of a loop.
             *args: positional arguments of the pipeline's call.
             candidates: number of noises for each image, at least 1: then the call is an ordinary one.
             **call: named arguments of the pipeline's call.
@@ -265,7 +266,7 @@ class KernelGuidance(PipelineCallback):
         Raises:
             TypeError: if ``pipe`` is no pipeline, ``generator`` no generator, or for arguments that the pipeline refuses.
             ValueError: for fewer than one candidate, given ``latents``, a space whose features are not comparable from step
-                to step, or a pipeline without ``prepare_latents`` or ``generator``; and as :meth:`attach`.
+                to step, or a pipeline of another kind or without ``generator``; and as :meth:`attach`.
             UnsupportedSchedulerError: as :meth:`attach`.
         """
         if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
@@ -278,10 +279,11 @@ class KernelGuidance(PipelineCallback):
                 f"space={self.terms[0].space.name!r} differ from step to step; use space='x0', 'pooled' or 'pixels'"
             )
         repeated = RepeatedCall(pipe, args, call, self, "choose_start")
-        if not callable(getattr(pipe, "prepare_latents", None)) or repeated.kwargs.get("generator") is None:
+        if not has_starts(pipe) or repeated.kwargs.get("generator") is None:
             raise ValueError(
-                f"choose_start() replaces the noises of prepare_latents(generator=...), which {type(pipe).__name__} has "
-                "not; choose the latents yourself and give latents="
+                "choose_start() replaces the noises of prepare_latents(generator=...), or of a modular pipeline whose "
+                f"steps are blocks of a loop, and {type(pipe).__name__} has neither; choose the latents yourself and "
+                "give latents="
             )
         found = self._run.attachment
         attached = isinstance(found, Attachment) and found.pipe is pipe

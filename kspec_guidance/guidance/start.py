@@ -1,7 +1,7 @@
 """Start noises that are chosen against the memory and each other by their first predictions, before a call begins."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from kspec_guidance.guidance.comparison import PlainRun, RepeatedCall
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.loop.context import StepContext
 from kspec_guidance.loop.prediction import Prediction
-from kspec_guidance.loop.scheduler_hook import MethodPatch
+from kspec_guidance.loop.starts import patch_starts
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Objective, natural_rows
 from kspec_guidance.utils.precision import full_precision
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["StartChoice", "choose_start", "greedy_choice"]
 
 
-class _Enough(Exception):
-    """Stops a call once its first prediction is known."""
+class _Enough(BaseException):
+    """Stops a call once its first prediction is known; no error, which modular pipelines would log with its traceback."""
 
 
 class _FirstPrediction(PlainRun):
@@ -94,24 +94,17 @@ def choose_start(guide: "KernelGuidance", attachment: Any, repeated: RepeatedCal
     if candidates == 1:
         result = repeated()
         return StartChoice(result, torch.zeros(guide.report().images, dtype=torch.int64), 1, 0, guide.report())
-    starts: list[Any] = []  # what prepare_latents returned, for each candidate
+    starts: list[Any] = []  # what the call begins from, for each candidate
     predictions: list[_FirstPrediction] = []
 
-    def around(note: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        return lambda original: lambda *args, **kwargs: note(original(*args, **kwargs))
-
-    def keep(result: Any) -> Any:
-        starts.append(result)
-        return result
+    def keep(start: Any) -> Any:
+        starts.append(start)
+        return start
 
     for k in range(candidates):
         first = _FirstPrediction(attachment.handler.needs_denoiser_call)
-        patch = MethodPatch(pipe, "prepare_latents", around(keep), guide)
-        try:
-            with suppress(_Enough), attachment.handled_by(first):
-                repeated(k)
-        finally:
-            patch.remove()
+        with _starts(pipe, keep, guide), suppress(_Enough), attachment.handled_by(first):
+            repeated(k)
         predictions.append(first)
     call, prompts = predictions[0].context.call, predictions[0].context.prompts
     with torch.no_grad():
@@ -119,16 +112,26 @@ def choose_start(guide: "KernelGuidance", attachment: Any, repeated: RepeatedCal
         if len(term.memory):
             term.memory.bind(parts[0].shape[1:], term.space.name, call.encoder)
         chosen = greedy_choice(term.objective, torch.stack([p.flatten(1) for p in parts]), prompts, term.memory)
-    patch = MethodPatch(pipe, "prepare_latents", around(lambda result: _rows_of(starts, chosen)), guide)
-    try:
+    with _starts(pipe, lambda start: _rows_of(starts, chosen), guide):
         result = repeated()
-    finally:
-        patch.remove()
     return StartChoice(result, chosen, candidates, candidates, guide.report())
 
 
+@contextmanager
+def _starts(pipe: Any, change: Callable[[Any], Any], guide: "KernelGuidance") -> Iterator[None]:
+    """Replace what the call in this block begins from."""
+    patches = patch_starts(pipe, change, guide)
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.remove()
+
+
 def _rows_of(starts: list[Any], chosen: Tensor) -> Any:
-    """What prepare_latents is to return: of each sample the rows of the chosen candidate."""
+    """What the call is to begin from: of each sample the rows of the chosen candidate."""
+    if isinstance(starts[0], dict):
+        return {name: _rows_of([start[name] for start in starts], chosen) for name in starts[0]}
     if not isinstance(starts[0], Tensor):
         several = [
             _rows_of(list(part), chosen) if isinstance(part[0], Tensor) else part[0] for part in zip(*starts, strict=True)
@@ -136,6 +139,8 @@ def _rows_of(starts: list[Any], chosen: Tensor) -> Any:
         return type(starts[0])(several)
     n = len(chosen)
     if starts[0].ndim < 2 or len(starts[0]) % n:  # no rows of samples, such as positions
+        return starts[0]
+    if all(torch.equal(start, starts[0]) for start in starts[1:]):  # nothing of it is drawn
         return starts[0]
     parts = torch.stack([start.unflatten(0, (n, -1)) for start in starts])
     return parts[chosen.to(parts.device), torch.arange(n, device=parts.device)].flatten(0, 1)

@@ -5,18 +5,18 @@ This file relies on two facts of diffusers: blocks in a loop are called with ``(
 """
 
 import copy
-import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, ModularPipelineBlocks
+from diffusers.modular_pipelines import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from torch import Tensor
 
 from kspec_guidance.guidance import KernelGuidance
 from kspec_guidance.guidance.presets import SPARKE
 from kspec_guidance.loop.prompts import PROMPT_INPUTS
+from kspec_guidance.loop.starts import denoising_loops
 
 __all__ = ["KernelGuidanceBlock", "insert_guidance"]
 
@@ -98,19 +98,6 @@ class KernelGuidanceBlock(ModularPipelineBlocks):
         Path(save_directory, f"{name}.py").write_text(MODULE.format(settings=json.dumps(config)), encoding="utf-8")
 
 
-def _loops(blocks: Any) -> list[Any]:
-    inner = list(getattr(blocks, "sub_blocks", {}).values())
-    if isinstance(blocks, LoopSequentialPipelineBlocks):
-        return [blocks]
-    return [loop for block in inner for loop in _loops(block)]
-
-
-def _takes_steps(loop: Any) -> bool:
-    """Whether a loop goes over the steps of the scheduler: its blocks take an index and a timestep."""
-    calls = [inspect.signature(block.__call__).parameters for block in loop.sub_blocks.values()]
-    return all({"i", "t"} <= parameters.keys() for parameters in calls)
-
-
 def insert_guidance(blocks: Any, guide: KernelGuidance | None = None) -> Any:
     """A copy of modular blocks with a :class:`KernelGuidanceBlock` in every denoising loop.
 
@@ -124,8 +111,7 @@ def insert_guidance(blocks: Any, guide: KernelGuidance | None = None) -> Any:
         ValueError: if there is no denoising loop, or one whose steps are inside a block.
     """
     blocks = copy.deepcopy(blocks)
-    found = _loops(blocks)
-    loops = [loop for loop in found if _takes_steps(loop)]
+    found, loops = denoising_loops(blocks)
     if not loops:
         why = "takes its steps inside a block, where no other block can be inserted" if found else "has no denoising loop"
         raise ValueError(f"{type(blocks).__name__} {why}; use guide.attach(pipe), or a KernelGuider")

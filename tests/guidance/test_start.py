@@ -1,13 +1,20 @@
+import diffusers
 import pytest
 import torch
+from packaging.version import Version
 
 from kspec_guidance import SPARKE
 from kspec_guidance.guidance.start import greedy_choice
+from kspec_guidance.integrations.modular import insert_guidance
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.objectives import RKE, ConditionalRKE, Vendi
 from tests import tiny
 from tests.emoji import generators, sample_latents
+
+requires_modular = pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.42"), reason="requires the modular interface of diffusers 0.42"
+)
 
 
 def unit(x):
@@ -46,12 +53,20 @@ def test_an_open_bandwidth_is_set_once_for_all_candidates(g):
         assert float(objective.value(x)) == pytest.approx(float(fitted.value(x)), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionPipeline", "WanPipeline"])
+MODULAR = ["FluxModularPipeline", "StableDiffusionXLModularPipeline", "LTX2ModularPipeline"]  # the last with sound beside
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["FluxPipeline", "StableDiffusionPipeline", "WanPipeline", *(pytest.param(m, marks=requires_modular) for m in MODULAR)],
+)
 def test_the_call_runs_from_chosen_noises(name):
     """In one step without guidance each result is what a plain call makes of the chosen noise."""
-    pipe, guide = tiny.build(name), SPARKE(0.0)
-    each = "num_videos_per_prompt" if name == "WanPipeline" else "num_images_per_prompt"
-    settings = tiny.call_kwargs(pipe, prompt="a red heart", num_inference_steps=1, **{each: 3})
+    modular = name in tiny.MODULAR
+    pipe, guide = (tiny.build_modular if modular else tiny.build)(name), SPARKE(0.0)
+    each = "num_videos_per_prompt" if name.startswith(("Wan", "LTX")) else "num_images_per_prompt"
+    call_kwargs = tiny.modular_call_kwargs if modular else tiny.call_kwargs
+    settings = call_kwargs(pipe, prompt="a red heart", num_inference_steps=1, **{each: 3})
     plain = first(pipe(**{**settings, "generator": torch.Generator().manual_seed(0)}))
     settings["generator"] = torch.Generator().manual_seed(0)
     found = guide.choose_start(pipe, candidates=3, **settings)
@@ -67,7 +82,76 @@ def test_the_call_runs_from_chosen_noises(name):
 
 
 def first(result):
-    return torch.as_tensor(result[0] if not hasattr(result, "images") else result.images)
+    found = getattr(result, "images", None)
+    if isinstance(result, diffusers.modular_pipelines.PipelineState):
+        found = result.get("images") if result.get("images") is not None else result.get("videos")
+    return torch.as_tensor(result[0] if found is None else found)
+
+
+@requires_modular
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("WanModularPipeline", {"prompt": ["a red heart", "two green cats"]}),
+        ("FluxModularPipeline", {"generator": [torch.Generator().manual_seed(k) for k in range(4)]}),
+    ],
+)
+def test_modular_pipelines_choose_as_classic_ones_with_the_same_weights(name, call):
+    classic, pipe = tiny.build(tiny.MODULAR[name]), tiny.build_modular(name)
+    parts = {spec.name for spec in pipe.blocks.expected_components}
+    pipe.update_components(**{k: v for k, v in classic.components.items() if v is not None and k in parts})
+    settings = tiny.modular_call_kwargs(pipe, **call)
+    of_classic = settings | {"output_type": "latent"} | ({"guidance_scale": 3.5} if "Flux" in name else {})
+    guides = SPARKE(1.0, stop=1.0), SPARKE(1.0, stop=1.0)
+    found = guides[0].choose_start(pipe, candidates=3, **settings)
+    expected = guides[1].choose_start(classic, candidates=3, **of_classic)
+    assert found.chosen.tolist() == expected.chosen.tolist()
+    assert found.chosen.any()
+    assert found.report.steps_guided == expected.report.steps_guided > 0
+    torch.testing.assert_close(guides[0].memory.x, guides[1].memory.x)
+
+
+@requires_modular
+def test_modular_pipelines_are_restored_also_after_an_error(monkeypatch):
+    pipe = tiny.build_modular("StableDiffusion3ModularPipeline")
+    settings, guide = tiny.modular_call_kwargs(pipe, num_inference_steps=1), SPARKE(1.0, stop=1.0)
+    guide.choose_start(pipe, candidates=2, **settings)
+    assert len(guide.memory) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.vae, "decode", None)
+        with pytest.raises(TypeError):
+            guide.choose_start(pipe, candidates=2, **settings)
+    with monkeypatch.context() as patch:  # in the first candidate
+        patch.setattr(pipe.transformer, "forward", lambda *args, **kwargs: torch.zeros(2) @ torch.zeros(3))
+        with pytest.raises(RuntimeError):
+            guide.choose_start(pipe, candidates=2, **settings)
+    for part in (pipe.scheduler, *every_block(vars(pipe)["_blocks"])):
+        assert not {"step", "get_block_state"} & vars(part).keys()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.transformer.modules())
+
+
+def every_block(blocks):
+    return [blocks, *(found for block in blocks.sub_blocks.values() for found in every_block(block))]
+
+
+@requires_modular
+def test_pipelines_with_a_block_of_guidance_are_guided_once():
+    guide, other = SPARKE(1.0, stop=1.0), SPARKE(1.0, stop=1.0)
+    pipe = tiny.build_modular("FluxModularPipeline")
+    settings = tiny.modular_call_kwargs(pipe)
+    expected = guide.choose_start(pipe, candidates=2, **settings)
+    blocks = insert_guidance(pipe.blocks, SPARKE(0.0))
+    with_block = blocks.init_pipeline()
+    with_block.update_components(**pipe.components)
+    found = other.choose_start(with_block, candidates=2, **settings)
+    assert torch.equal(first(found.result), first(expected.result))
+    assert len(other.memory) == 4
+
+
+@requires_modular
+def test_modular_pipelines_that_draw_noises_between_their_steps_are_refused():
+    with pytest.raises(ValueError, match="blocks of a loop, and HeliosModularPipeline has neither"):
+        SPARKE().choose_start(tiny.build_modular("HeliosModularPipeline"), "a red heart")
 
 
 def test_one_candidate_is_an_ordinary_call(pipe):
@@ -120,6 +204,6 @@ def test_wrong_arguments_are_refused(pipe, settings, message):
 def test_spaces_and_pipelines_without_such_predictions_are_refused(pipe):
     with pytest.raises(ValueError, match="space='activations' differ from step to step"):
         SPARKE(space="activations").choose_start(pipe, "heart")
-    with pytest.raises(ValueError, match="which DDPMPipeline has not; choose"):
+    with pytest.raises(ValueError, match="and DDPMPipeline has neither; choose"):
         SPARKE().choose_start(tiny.build("DDPMPipeline"))
     assert sample_latents(pipe).isfinite().all()
