@@ -3,10 +3,11 @@
 Every pipeline class that diffusers exports is built from tiny random configurations and run on the processor: plain, at
 scale 0 (bit-identical), guided (different and finite), plain again (restored), with classifier-free guidance and without,
 as a batch of two prompts with two images each where the class takes one, through the callback, ``attach``, the guided
-subclass and, where there are such, a block in a modular loop and the pipeline's guiders. Every scheduler class gets a
-verdict too.
+subclass and, where there are such, a block in a modular loop and the pipeline's guiders. Those with a transformer are
+also guided in the spaces of its blocks. Every scheduler class gets a verdict too.
 
     python benchmarks/support_matrix.py [name ...]     a few minutes on two cores; names print verdicts and write nothing
+    python benchmarks/support_matrix.py --spaces       those of blocks alone, into the record
 """
 
 import collections
@@ -34,6 +35,7 @@ from kspec_guidance.integrations.modular import insert_guidance  # noqa: E402
 from kspec_guidance.loop.prediction import PARAMETRISATIONS, UnsupportedSchedulerError, parametrisation_of  # noqa: E402
 from tests.tiny import builders, families, pipeline_checks, scheduler_checks  # noqa: E402
 
+RECORD = ROOT / "benchmarks" / "results" / "support.json"
 LIMIT = 120  # seconds for one class
 NEEDS = re.compile(r"dummy_(\w+)_objects")
 STEP_CALLS = ("scheduler.step", "generation_pipe", "decoder_pipe")  # combined pipelines call others
@@ -71,7 +73,9 @@ def verdict(name: str) -> pipeline_checks.Verdict:
     if "ModularPipeline" in name and name not in builders.MODULAR:
         return hooked(name, "not run: no tiny build of its components yet")
     try:
-        return pipeline_checks.check_pipeline(name)
+        found = pipeline_checks.check_pipeline(name)
+        found.spaces = spaces(name)
+        return found
     except UnsupportedSchedulerError as error:
         return pipeline_checks.Verdict(name, "not applicable", reason=str(error))
     except LookupError as error:
@@ -82,6 +86,17 @@ def verdict(name: str) -> pipeline_checks.Verdict:
         return hooked(
             name, f"not run: its tiny build does not run yet ({type(error).__name__}: {' '.join(str(error).split())[:110]})"
         )
+
+
+def spaces(name: str) -> list[str]:
+    """The spaces of transformer blocks in which a class is guided; prints why not where that is not that it has none."""
+    try:
+        found, reason = pipeline_checks.check_spaces(name)
+    except Exception as error:
+        found, reason = [], f"{type(error).__name__}: {error}"
+    if reason and "diffusers registers" not in reason:
+        print(f"     {name} in spaces of blocks: {' '.join(reason.split())[:160]}", flush=True)
+    return found
 
 
 def all_verdicts(names: list[str]) -> list[dict[str, Any]]:
@@ -124,6 +139,9 @@ hides its prompts from callbacks, so a warning is issued and all images count as
 `with guide.attach(pipe):`; *guided* is `guided(PipelineClass)`; *modular block* is `insert_guidance(blocks, guide)`;
 *guider* is `KernelGuider(inner, guide)` around each of the pipeline's guiders; the largest difference of
 the outputs of {guiders} pipelines from those with *attach* is {difference:.1g}.
+*Spaces of blocks* are those of [`block` and `context`](pipelines.md#inside-transformer-blocks) in which the class was
+guided through *attach*, with a row of features in memory for each guided step, and bit-identical to plain at scale 0;
+UNets and transformers whose blocks are unknown have none, and `context` needs text tokens that a further block reads.
 *Prompt encoder* is what prompt features are read from; those *with padding* are means over all tokens. The batch is the
 number of samples in one call; the memory holds one row for each, as is checked here (Marigold: one for each member of
 an ensemble; Text2Video-Zero: one for a clip). LoRA, IP-Adapter, several
@@ -161,8 +179,9 @@ def page(record: dict[str, Any]) -> str:
         "|---|---|---|---|",
         f"| {counts['run']} | {counts['hooked']} | {counts['not applicable']} | {len(rows)} |",
         WAYS.format(guiders=len(differences), difference=max(differences)),
-        "| class | family | scheduler | parametrisation | layout | prompt encoder | ways in | batch | without guidance |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| class | family | scheduler | parametrisation | layout | prompt encoder | ways in | spaces of blocks | batch "
+        "| without guidance |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         if r["evidence"] == "run":
@@ -176,7 +195,7 @@ def page(record: dict[str, Any]) -> str:
                 r["layout"],
                 r["prompts"] or "-",
             ]
-            cells += [", ".join(r["ways"]) + note, str(r["checks"]["batch"]), off]
+            cells += [", ".join(r["ways"]) + note, ", ".join(r["spaces"]) or "-", str(r["checks"]["batch"]), off]
             lines.append(f"| {' | '.join(cells)} |")
     for title, evidence in (("Hooked, not run", "hooked"), ("Not applicable", "not applicable"), ("Failed", "failed")):
         chosen = [r for r in rows if r["evidence"] == evidence]
@@ -206,6 +225,15 @@ def main() -> None:
     transformers.logging.set_verbosity(50)
     torch.set_num_threads(int(os.environ.get("THREADS", "2")))
     names = builders.pipeline_names()
+    if sys.argv[1:] == ["--spaces"]:
+        record = json.loads(RECORD.read_text())
+        for row in record["pipelines"]:
+            if row["evidence"] == "run":
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    row["spaces"] = spaces(row["name"])
+        write(record)
+        return
     if len(sys.argv) > 1:
         all_verdicts([n for n in names if any(re.search(p, n) for p in sys.argv[1:])])
         return
@@ -227,9 +255,14 @@ def main() -> None:
         "pipelines": rows,
         "schedulers": schedulers,
     }
-    (ROOT / "benchmarks" / "results" / "support.json").write_text(json.dumps(record, indent=1) + "\n")
-    (ROOT / "docs" / "support.md").write_text(page(record))
+    write(record)
     print(record["counts"])
+
+
+def write(record: dict[str, Any]) -> None:
+    """Write the record and its page."""
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    (ROOT / "docs" / "support.md").write_text(page(record))
 
 
 if __name__ == "__main__":

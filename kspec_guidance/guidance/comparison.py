@@ -88,6 +88,7 @@ class RepeatedCall:
             raise TypeError(f"{method}() calls a pipeline, and a {type(pipe).__name__} cannot be called; pass the pipeline")
         self.pipe, self.seed = pipe, None
         self.args, self.kwargs, accepted = _named(pipe, tuple(args), kwargs)
+        self.accepted = accepted  # names of the arguments that the pipeline declares
         if "kspec_guidance" in accepted:
             self.kwargs["kspec_guidance"] = guide
         drawn = int(torch.randint(2**31, (), device="cpu"))  # in any case, so that the next call has other noise

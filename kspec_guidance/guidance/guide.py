@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kspec_guidance.guidance.comparison import GuidanceComparison, PlainRun, RepeatedCall
 from kspec_guidance.guidance.config import SETTINGS_FORMAT, decode_terms, encode, read_config, write_config
+from kspec_guidance.guidance.existing import remember_latents
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.run import Finished, Run, ascent_direction
 from kspec_guidance.guidance.spaces import FeatureSpace
@@ -26,6 +27,7 @@ from kspec_guidance.loop.attachment import Attachment, StepwiseAttachment
 from kspec_guidance.loop.callers import pipeline_of
 from kspec_guidance.loop.components import find_scheduler
 from kspec_guidance.loop.context import CallContext
+from kspec_guidance.loop.latents import encode_reference
 from kspec_guidance.loop.prompts import repeat_rows
 from kspec_guidance.loop.starts import has_starts
 from kspec_guidance.memory import Memory, MemoryBank
@@ -289,6 +291,45 @@ class KernelGuidance(PipelineCallback):
         attached = isinstance(found, Attachment) and found.pipe is pipe
         with nullcontext() if attached else self.attach(pipe):
             return choose_start(self, self._run.attachment, repeated, candidates)
+
+    def remember_images(self, pipe: Any, images: Any, *args: Any, **call: Any) -> int:
+        """Add images that exist already to the memory, as if this call had made them: later images differ from them.
+
+            guide.remember_images(pipe, images, "runner", num_images_per_prompt=8, num_inference_steps=30)
+            with guide.attach(pipe):
+                more = pipe("runner", num_images_per_prompt=8, num_inference_steps=30).images
+
+        The call runs once without guidance and without the decoder, with each prediction of x0 replaced by the encoded
+        images: the denoiser sees them at the noise level of each step. So prompts are read as in any call, and memories of
+        the spaces ``block``, ``context`` and ``activations`` get a row for each guided step. Steps and guidance must be
+        those of later calls.
+
+        Args:
+            pipe: a pipeline with an autoencoder.
+            images: a folder, PIL images, or a tensor in -1..1, see :func:`~kspec_guidance.encode_reference`.
+            *args: positional arguments of the pipeline's call.
+            **call: its named arguments, as for making so many images of these prompts.
+
+        Returns:
+            The number of images.
+
+        Raises:
+            TypeError: if ``pipe`` is no pipeline, ``generator`` no generator, or for arguments that the pipeline refuses.
+            ValueError: if the images cannot be encoded, or if the call would make another number of images, or images of
+                another size; and as :meth:`attach`.
+            UnsupportedSchedulerError: as :meth:`attach`.
+        """
+        repeated = RepeatedCall(pipe, args, call, self, "remember_images")
+        height, width = repeated.kwargs.get("height"), repeated.kwargs.get("width")
+        sized = not isinstance(images, Tensor) and height is not None and width is not None
+        latents = encode_reference(pipe, images, size=(height, width) if sized else None)
+        if "output_type" in repeated.accepted:
+            repeated.kwargs["output_type"] = "latent"
+        found = self._run.attachment
+        attached = isinstance(found, Attachment) and found.pipe is pipe
+        with nullcontext() if attached else self.attach(pipe):
+            remember_latents(self, self._run.attachment, repeated, latents)
+        return len(latents)
 
     # -- attachment to a pipeline ------------------------------------------------------------------------------------
 

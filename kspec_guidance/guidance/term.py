@@ -111,6 +111,12 @@ class Term:
                 f"space={self.space.name!r} compares features of the same step, so the guided steps must be known in "
                 "advance; give start= and stop= instead of sigma_interval="
             )
+        if self.space.step_by_step and objective.has_reference:
+            raise ValueError(
+                f"{type(objective).__name__} compares with fixed references, and features of space={self.space.name!r} "
+                "differ from step to step; choose 'x0' or 'pooled'. To move away from images in this space: "
+                "SPARKE(space=...).remember_images(pipe, images, prompt, ...)"
+            )
         if self.space.inside:
             if target is not None:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,11 +80,13 @@ class Objective:
             scaling it.
         conditional: whether prompts are used.
         measures_spread: whether gradients have a ``spread``.
+        has_reference: whether samples are compared with fixed rows.
     """
 
     normalize: bool = True
     conditional: bool = False
     measures_spread: bool = False
+    has_reference: ClassVar[bool] = False
 
     def make_memory(self) -> Memory:
         """An empty memory that this objective can use."""

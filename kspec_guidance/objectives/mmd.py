@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class MMD(Objective):
         ValueError: by ``value`` and ``gradient``, for samples of another width than the references.
     """
 
+    has_reference: ClassVar[bool] = True
     reference: Tensor
     kernel: Kernel = field(default_factory=PolynomialKernel)
     reference_prompts: Tensor | None = None

@@ -1,6 +1,7 @@
 """Novelty: away from a fixed reference set."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Novelty(RKE):
         ValueError: without ``reference``.
     """
 
+    has_reference: ClassVar[bool] = True
     prompt_kernel: Kernel | None = field(default_factory=lambda: GaussianKernel(PROMPT_BANDWIDTH))
     prompt_feature_map: RandomFourierFeatures | None = None
     reference: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ def _set_of(x: Tensor, name: str, normalize: bool) -> Tensor:
 class _WeightedRows(Objective):
     """Ascends ``sum_r w_r k(x, r)`` over fixed rows r, with weights that may depend on the sample; memory is not used."""
 
+    has_reference: ClassVar[bool] = True
     feature_map: RandomFourierFeatures | None = None
     fitted: Kernel
     _rows: Tensor

@@ -28,6 +28,7 @@ class Verdict:
     layout: str = ""
     prompts: str = ""
     ways: list[str] = field(default_factory=list)
+    spaces: list[str] = field(default_factory=list)
     checks: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     seconds: float = 0.0
@@ -218,6 +219,60 @@ def check_modular_pipeline(name: str) -> Verdict:
     check_guider(pipe, verdict, moved, lambda: run(pipe))
     verdict.seconds = time.perf_counter() - start
     return verdict
+
+
+def check_spaces(name: str) -> tuple[list[str], str]:
+    """Those of the spaces of transformer blocks in which the class ``name`` is guided, and why not in the others.
+
+    Raises:
+        AssertionError: naming the first check that failed.
+    """
+    modular = name in builders.MODULAR
+    pipe = (builders.build_modular if modular else builders.build)(name)
+    found, reason = [], ""
+    for part in ("transformer", "transformer_2"):
+        _deepen(pipe, part)
+
+    def run() -> np.ndarray:
+        if modular:
+            return modular_output(pipe(**builders.modular_call_kwargs(pipe)))
+        arguments = builders.call_kwargs(pipe)
+        prompts = arguments.get("prompt")
+        if isinstance(prompts, list):  # only samples of one prompt repel each other
+            arguments["prompt"] = [prompts[0]] * len(prompts)
+        return as_array(pipe(**arguments))
+
+    plain = None
+    for space in ("block", "context"):
+        guide, idle = SPARKE(1.0, space=space, stop=1.0), SPARKE(0.0, space=space)
+        try:
+            with guide.attach(pipe):
+                moved = [run() for _ in range(2)][-1]  # from the memory of the first, if it makes one sample
+        except ValueError as error:
+            if "space=" not in str(error):
+                raise
+            reason = str(error)
+            continue
+        plain = run() if plain is None else plain
+        assert np.isfinite(moved).all(), f"{space}: guided output is not finite"
+        assert guide.memory.shape[0] == guide.report().steps_guided > 0, f"{space}: steps without rows in memory"
+        with idle.attach(pipe):
+            assert np.array_equal(run(), plain), f"{space}: scale 0 is not the plain pipeline"
+        if has_effect(moved, plain):
+            found.append(space)
+        else:
+            reason = f"{space}: guidance changed nothing"
+    return found, reason
+
+
+def _deepen(pipe: Any, part: str) -> None:
+    """Give a transformer of one or two blocks a third one: the last gives its text tokens to none."""
+    transformer = getattr(pipe, part, None)
+    layers = getattr(getattr(transformer, "config", None), "num_layers", None)
+    if isinstance(layers, int) and layers < 3:
+        torch.manual_seed(0)
+        deeper = type(transformer).from_config({**transformer.config, "num_layers": 3}).eval()
+        (getattr(pipe, "update_components", None) or pipe.register_modules)(**{part: deeper})
 
 
 def check_guider(pipe: Any, verdict: Verdict, expected: np.ndarray, run: Callable[[], np.ndarray]) -> None:
