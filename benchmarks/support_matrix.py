@@ -7,7 +7,7 @@ subclass and, where there are such, a block in a modular loop and the pipeline's
 also guided in the spaces of its blocks. Every scheduler class gets a verdict too.
 
     python benchmarks/support_matrix.py [name ...]     a few minutes on two cores; names print verdicts and write nothing
-    python benchmarks/support_matrix.py --spaces       those of blocks alone, into the record
+    python benchmarks/support_matrix.py --spaces [name ...]     those of blocks alone, into the record
 """
 
 import collections
@@ -141,7 +141,8 @@ hides its prompts from callbacks, so a warning is issued and all images count as
 the outputs of {guiders} pipelines from those with *attach* is {difference:.1g}.
 *Spaces of blocks* are those of [`block` and `context`](pipelines.md#inside-transformer-blocks) in which the class was
 guided through *attach*, with a row of features in memory for each guided step, and bit-identical to plain at scale 0;
-UNets and transformers whose blocks are unknown have none, and `context` needs text tokens that a further block reads.
+UNets, transformers whose blocks are unknown and calls with three predictions a sample have none, and `context` needs text
+tokens that a further block reads.
 *Prompt encoder* is what prompt features are read from; those *with padding* are means over all tokens. The batch is the
 number of samples in one call; the memory holds one row for each, as is checked here (Marigold: one for each member of
 an ensemble; Text2Video-Zero: one for a clip). LoRA, IP-Adapter, several
@@ -225,10 +226,10 @@ def main() -> None:
     transformers.logging.set_verbosity(50)
     torch.set_num_threads(int(os.environ.get("THREADS", "2")))
     names = builders.pipeline_names()
-    if sys.argv[1:] == ["--spaces"]:
-        record = json.loads(RECORD.read_text())
+    if sys.argv[1:2] == ["--spaces"]:
+        record, patterns = json.loads(RECORD.read_text()), sys.argv[2:] or ["."]
         for row in record["pipelines"]:
-            if row["evidence"] == "run":
+            if row["evidence"] == "run" and any(re.search(p, row["name"]) for p in patterns):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     row["spaces"] = spaces(row["name"])

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from diffusers.callbacks import PipelineCallback
@@ -320,9 +320,9 @@ class KernelGuidance(PipelineCallback):
             UnsupportedSchedulerError: as :meth:`attach`.
         """
         repeated = RepeatedCall(pipe, args, call, self, "remember_images")
-        height, width = repeated.kwargs.get("height"), repeated.kwargs.get("width")
-        sized = not isinstance(images, Tensor) and height is not None and width is not None
-        latents = encode_reference(pipe, images, size=(height, width) if sized else None)
+        size = repeated.kwargs.get("height"), repeated.kwargs.get("width")
+        given = not isinstance(images, Tensor) and all(isinstance(side, int) for side in size)
+        latents = encode_reference(pipe, images, size=cast(tuple[int, int], size) if given else None)
         if "output_type" in repeated.accepted:
             repeated.kwargs["output_type"] = "latent"
         found = self._run.attachment

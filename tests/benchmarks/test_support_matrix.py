@@ -35,6 +35,15 @@ def test_the_page_agrees_with_the_record():
     assert f"| {c['run']} | {c['hooked']} | {c['not applicable']} | {len(RECORD['pipelines'])} |" in page
 
 
+@same_version
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionPipeline", "CogVideoXPipeline", "FluxModularPipeline", "HunyuanDiTPipeline"]
+)
+def test_a_class_is_guided_in_the_spaces_of_blocks_that_are_listed(name):
+    row = next(r for r in RECORD["pipelines"] if r["name"] == name)
+    assert pipeline_checks.check_spaces(name)[0] == row["spaces"]
+
+
 @pytest.mark.slow
 @same_version
 @pytest.mark.parametrize("name", RUN)
