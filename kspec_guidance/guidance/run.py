@@ -15,7 +15,7 @@ from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.spaces.blocks import Block
 from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1, Term
-from kspec_guidance.guidance.transforms import TRANSFORMS, TransformState, fading, norms, without_unit
+from kspec_guidance.guidance.transforms import TransformState, fading, norms, transformed, without_unit
 from kspec_guidance.loop.blocks import Tokens, TransformerBlock
 from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
 from kspec_guidance.loop.context import ComingStep, StepContext
@@ -177,8 +177,8 @@ class Run:
             sizes = norms(rows)
             ascend, _ = self._ascent(state, rows, sizes, coming)
             direction, gradient = ascend(seed=self._seed(coming.step))  # coincident rows part without asking for them
-            move = self._transformed(state, direction, gradient, coming, rows, sizes)
-            self._moves_inside.append((state, (norms(move) / sizes.clamp_min(1e-12))[:, 0]))
+            move, size = self._transformed(state, direction, gradient, coming, rows, sizes)
+            self._moves_inside.append((state, (size / sizes.clamp_min(1e-12))[:, 0]))
             moved = space.moved(tokens, coming.rows, move)
             self._spans_inside.append((began, now()))
         return moved
@@ -355,7 +355,7 @@ class Run:
         """The move of packed samples ``[n, ...]`` by all terms that are active at this step."""
         target, score, prompt = x.flatten(1), None, None
         if self._need_score:
-            score = prediction.score
+            score = prediction.noise_direction
             score = (score if context.layout.trivial else context.layout.pack(score)).flatten(1)
         if self._cfg is not None:
             prompt = prediction.slope * self._cfg.direction
@@ -367,14 +367,16 @@ class Run:
 
         def total() -> tuple[Tensor, Tensor]:
             """The move ``[n, d]`` and its norms ``[n, 1]``."""
-            moves = []
+            parts = []
             for state, (_, pullback), (g, gradient) in zip(active, ascents, found, strict=True):
                 move = g if pullback is None else pullback(g).flatten(1).to(x.dtype)
-                moves.append(self._transformed(state, move, gradient, context, target, sizes, score, prompt))
-            move = reduce(torch.add, moves)
-            if context.mask is not None:
-                move = (move.view(x.shape) * context.mask).flatten(1)
-            size = norms(move)
+                parts.append(self._transformed(state, move, gradient, context, target, sizes, score, prompt))
+            move, size = parts[0]
+            if len(parts) > 1 or context.mask is not None:
+                move = reduce(torch.add, [part for part, _ in parts])
+                if context.mask is not None:
+                    move = (move.view(x.shape) * context.mask).flatten(1)
+                size = norms(move)
             self._expect_finite("move", size, context.step)
             return move, size
 
@@ -400,14 +402,12 @@ class Run:
         sizes: Tensor,
         score: Tensor | None = None,
         prompt: Tensor | None = None,
-    ) -> Tensor:
-        """The transforms of a term, applied to a gradient ``[n, d]`` at rows ``target`` of norms ``sizes``."""
+    ) -> tuple[Tensor, Tensor]:
+        """A gradient ``[n, d]`` at rows ``target`` of norms ``sizes`` after the transforms of a term, and its norms."""
         strength, count = self._strength(state, gradient), gradient.effective_count
         fraction = step.step / step.total
         values = TransformState(target, score, fraction, state.interval, strength, count, sizes, prompt)
-        for name in state.transforms:
-            move = TRANSFORMS[name](move, values)
-        return move
+        return transformed(move, state.transforms, values)
 
     def _strength(self, state: TermState, gradient: Gradient) -> float | Tensor:
         """The scale of a term, relative to the norm of the moved samples."""

@@ -1,11 +1,13 @@
 """Transforms from a gradient to a move: named functions ``(move, state) -> move``, applied in order.
 
-Directions and moves are rows ``[n, d]``. Transforms treat samples independently, except for the shared maximum of
-:func:`bound`.
+Directions and moves are rows ``[n, d]``. Projections change their directions. Scalings change their norms, and are written
+as functions ``(norms, state) -> factors``, see :class:`Scaling`. Transforms treat samples independently, except for the
+shared maximum of :func:`bound`.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "TRANSFORMS",
+    "Scaling",
     "Transform",
     "TransformState",
     "bound",
@@ -25,6 +28,7 @@ __all__ = [
     "rescale_damped",
     "rescale_from",
     "tangent",
+    "transformed",
 ]
 
 LEAST_NORM = 1e-8  # gradient norm up to which SPARKE's code does not rescale
@@ -68,6 +72,20 @@ Transform = Callable[[Tensor, TransformState], Tensor]
 def norms(x: Tensor) -> Tensor:
     """Euclidean norm of each row ``[n, 1]``."""
     return torch.linalg.vector_norm(x, dim=1, keepdim=True)
+
+
+class Scaling:
+    """A transform that multiplies rows by ``factors``, a number or ``[n, 1]``: a function of their norms ``[n, 1]``.
+
+    Several in turn are applied as one product with the rows, see :func:`transformed`.
+    """
+
+    def __init__(self, factors: Callable[[Tensor, TransformState], float | Tensor]):
+        functools.update_wrapper(self, factors)
+        self.factors = factors
+
+    def __call__(self, move: Tensor, state: TransformState) -> Tensor:
+        return move * self.factors(norms(move), state)
 
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:
@@ -121,40 +139,43 @@ def keep_prompt(move: Tensor, state: TransformState) -> Tensor:
     return torch.addcmul(move, state.prompt, (row_dots(move, state.prompt) / square).clamp_max(0), value=-1)
 
 
-def rescale(move: Tensor, state: TransformState) -> Tensor:
+@Scaling
+def rescale(size: Tensor, state: TransformState) -> Tensor:
     """Scale every move to ``scale`` times the norm of its target, however small the gradient."""
-    size = norms(move)
-    unit = torch.where(size > 0, move / size.clamp_min(torch.finfo(move.dtype).tiny), 0)
-    return state.scale * state.sizes * unit
+    return torch.where(size > 0, state.scale * state.sizes / size.clamp_min(torch.finfo(size.dtype).tiny), 0)
 
 
-def rescale_from(move: Tensor, state: TransformState) -> Tensor:
+@Scaling
+def rescale_from(size: Tensor, state: TransformState) -> Tensor:
     """As :func:`rescale` for gradients of norm above 1e-8, else ``scale`` times the gradient: the step of SPARKE's code."""
-    return torch.where(norms(move) > LEAST_NORM, rescale(move, state), plain(move, state))
+    return torch.where(size > LEAST_NORM, rescale.factors(size, state), state.scale)
 
 
-def rescale_damped(move: Tensor, state: TransformState) -> Tensor:
+@Scaling
+def rescale_damped(size: Tensor, state: TransformState) -> Tensor:
     """As :func:`rescale`, with 1e-5 added to the norm of the gradient: the step of the code of MMD guidance."""
-    return state.scale * state.sizes * move / (norms(move) + DAMPING)
+    return state.scale * state.sizes / (size + DAMPING)
 
 
-def plain(move: Tensor, state: TransformState) -> Tensor:
+@Scaling
+def plain(size: Tensor, state: TransformState) -> float | Tensor:
     """``scale`` times the gradient, whatever its size: the step that papers write."""
-    return state.scale * move
+    return state.scale
 
 
-def bound(move: Tensor, state: TransformState) -> Tensor:
+@Scaling
+def bound(size: Tensor, state: TransformState) -> Tensor:
     """Move the sample with the largest gradient by ``scale`` times its norm, the others in proportion to their gradients.
 
     A sample far from all others hardly moves; :func:`rescale` would move it as far as the rest. If samples are compared
     only with samples of unrelated prompts (effective count below 1), moves shrink in proportion, so different subjects
     do not repel.
     """
-    largest = norms(move).amax()
+    largest = size.amax()
     factor = state.scale / (largest + (largest == 0))  # moves of zeros stay zeros
     if state.effective_count is not None:
         factor = factor * state.effective_count.amax().clamp(max=1)
-    return factor * state.sizes * move
+    return factor * state.sizes
 
 
 def fading(fraction: float, window: tuple[float, float]) -> float:
@@ -164,9 +185,10 @@ def fading(fraction: float, window: tuple[float, float]) -> float:
     return math.cos(position * math.pi / 2) ** 2
 
 
-def fade(move: Tensor, state: TransformState) -> Tensor:
+@Scaling
+def fade(size: Tensor, state: TransformState) -> float:
     """Decrease the move from 1 at the start of the guided interval to 0 at its end, see :func:`fading`."""
-    return move * fading(state.fraction, state.window)
+    return fading(state.fraction, state.window)
 
 
 TRANSFORMS: dict[str, Transform] = {
@@ -180,3 +202,17 @@ TRANSFORMS: dict[str, Transform] = {
     "bound": bound,
     "fade": fade,
 }
+
+
+def transformed(move: Tensor, names: Sequence[str], state: TransformState) -> tuple[Tensor, Tensor]:
+    """A gradient ``[n, d]`` after the named transforms, and its norms ``[n, 1]``."""
+    size, factor = None, None
+    for transform in map(TRANSFORMS.__getitem__, names):
+        if isinstance(transform, Scaling):
+            size = norms(move) if size is None else size
+            change = transform.factors(size, state)
+            size, factor = size * change, change if factor is None else factor * change
+        else:
+            move, size, factor = transform(move if factor is None else move * factor, state), None, None
+    move = move if factor is None else move * factor
+    return move, norms(move) if size is None else size

@@ -41,13 +41,17 @@ class UnsupportedSchedulerError(ValueError):
 
 @dataclass(frozen=True)
 class Prediction:
-    """x0 and the coefficients to change it: ``x = alpha x0 + sigma noise``, and ``slope`` is ``d x0 / d m``."""
+    """x0 and the coefficients to change it: ``x = alpha x0 + sigma noise``, and ``slope`` is ``d x0 / d m``.
+
+    ``noise`` is the model output where it predicts the noise; None elsewhere.
+    """
 
     x0: Any
     sample: Any
     alpha: Level
     sigma: Level
     slope: Level
+    noise: Tensor | None = None
 
     def moved(self, model_output: Any, move: Any) -> Any:
         """The model output whose x0 is ``x0 + move``; further channels (a learned variance) are unchanged."""
@@ -72,6 +76,11 @@ class Prediction:
         if isinstance(self.x0, list):
             return [x - self.alpha * x0 for x0, x in zip(self.x0, self.sample, strict=True)]
         return _combine(1.0, self.sample, -self.alpha, self.x0)
+
+    @property
+    def noise_direction(self) -> Any:
+        """A direction parallel to the score: that of the predicted noise."""
+        return self.score if self.noise is None else self.noise
 
     @property
     def noise_to_signal(self) -> Level:
@@ -476,4 +485,5 @@ def predict(
     m = model_output.to(x.dtype)
     if m.shape != x.shape:
         m = m[:, : x.shape[1]]
-    return Prediction(_combine(a, x, b, m), x, alpha, sigma, b)
+    of_noise = isinstance(a, float) and isinstance(alpha, float) and b != 0 and abs(a * alpha - 1) < 1e-12
+    return Prediction(_combine(a, x, b, m), x, alpha, sigma, b, m if of_noise else None)

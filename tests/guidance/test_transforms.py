@@ -6,6 +6,7 @@ import torch
 from kspec_guidance.guidance.run import TermState, ascent_direction
 from kspec_guidance.guidance.term import Term
 from kspec_guidance.guidance.transforms import (
+    TRANSFORMS,
     TransformState,
     bound,
     fade,
@@ -15,6 +16,7 @@ from kspec_guidance.guidance.transforms import (
     rescale_damped,
     rescale_from,
     tangent,
+    transformed,
 )
 from kspec_guidance.objectives import RKE
 from tests.samples import rows
@@ -63,6 +65,19 @@ def test_published_steps_at_small_gradients():
     torch.testing.assert_close(rescale_from(5e-9 * unit, state()), 0.2 * 5e-9 * unit)
     torch.testing.assert_close(rescale_damped(1e-5 * unit, state()), rescale(MOVE, state()) / 2)
     torch.testing.assert_close(plain(MOVE, state()), 0.2 * MOVE)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(), ("fade",), ("off_score", "bound", "fade"), ("rescale", "tangent", "plain"), ("fade", "rescale_from", "off_score")],
+)
+def test_transforms_together_are_those_in_turn(names):
+    values, expected = state(fraction=0.3), MOVE
+    for name in names:
+        expected = TRANSFORMS[name](expected, values)
+    move, size = transformed(MOVE, names, values)
+    torch.testing.assert_close(move, expected)
+    torch.testing.assert_close(size, expected.norm(dim=1, keepdim=True))
 
 
 def test_bound_scales_relative_to_largest_gradient():
