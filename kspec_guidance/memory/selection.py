@@ -21,6 +21,7 @@ DEVICE_SHARE = 0.25  # maximum share of an accelerator's free memory that a copy
 MIN_RUN = 16  # minimum mean length of contiguous runs that are read in place
 CENTRE_ROWS = 32  # rows sampled to detect whether all are far from the origin
 BANDWIDTH_ROWS = 128  # rows sampled for an open bandwidth: their median is within about 2% of that of all rows
+FEW_ROWS = 1024  # up to which products with all rows are formed first: of more, the sampled rows are a small part
 ALIKE = 0.5  # weight above which a row is treated as a sample of the same prompt
 
 
@@ -276,15 +277,14 @@ class Selection:
                 rows = store.buffer("converted", max(sizes), like.dtype, like.device)[: len(rows)].copy_(rows)
             yield rows
 
-    def _strided(self, like: Tensor, max_rows: int) -> tuple[Tensor, int]:
-        """About ``max_rows`` evenly spaced rows, not scaled, and their stride; copied at most once."""
-        key = "strided", like.dtype, like.device, max_rows
+    def _strided(self, like: Tensor, stride: int) -> Tensor:
+        """The rows at multiples of ``stride``, not scaled; copied at most once."""
+        key = "strided", like.dtype, like.device, stride
         found = self._cached.get(key)
         if found is None:
-            stride = max(1, round(len(self) / max_rows))
             with normal_tensors():
-                rows = self._rows_at(like, torch.arange(0, len(self), stride, device="cpu"))
-            found = self._cached[key] = rows, stride
+                found = self._rows_at(like, torch.arange(0, len(self), stride, device="cpu"))
+            self._cached[key] = found
         return found
 
     def centre(self, like: Tensor) -> Tensor | None:
@@ -302,15 +302,38 @@ class Selection:
     # -- sums over the rows ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def distances(self, x: Tensor, max_rows: int = BANDWIDTH_ROWS) -> tuple[Tensor, Tensor]:
-        """Distances ``[n, k]`` of ``x`` to evenly spaced rows, and their weights ``[n or 1, k]``, scaled up to all rows."""
+    def products(self, x: Tensor) -> Tensor | None:
+        """Inner products ``[n, m]`` of ``x`` with the rows as they are compared, for :meth:`distances` and their sums.
+
+        None if these are better formed in each: of many rows, of rows that are moved or converted block by block, and of
+        rows that must be centred.
+        """
+        if not 0 < len(self) <= FEW_ROWS or self.centre(x) is not None:
+            return None
+        blocks = self._plan(x)[1]
+        if blocks is None:
+            return None
+        scale, p = self.vectors(x)[0], torch.cat([x @ rows.mT for rows in blocks], 1)
+        return p if scale is None else p.mul_(scale)
+
+    @torch.no_grad()
+    def distances(self, x: Tensor, max_rows: int = BANDWIDTH_ROWS, products: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Distances ``[n, k]`` of ``x`` to evenly spaced rows, and their weights ``[n or 1, k]``, scaled up to all rows.
+
+        Args:
+            x: rows ``[n, d]``.
+            max_rows: about this many rows are used.
+            products: see :meth:`products`; computed for these rows if None.
+        """
         if not len(self):
             return x.new_empty(len(x), 0), x.new_empty(1, 0)
-        rows, stride = self._strided(x, max_rows)
         scale, squares, weights = self.vectors(x)
-        p = x @ rows.mT
-        if scale is not None:
-            p = p * scale[::stride]
+        stride = max(1, round(len(self) / max_rows))
+        if products is None:
+            p = x @ self._strided(x, stride).mT
+            p = p if scale is None else p * scale[::stride]
+        else:
+            p = products[:, ::stride]
         d = (x.square().sum(-1, keepdim=True) + squares[::stride]).sub_(p, alpha=2).clamp_min_(0).sqrt_()
         share = len(self) / d.shape[1]
         return d, x.new_full((1, d.shape[1]), share) if weights is None else weights[:, ::stride] * share
@@ -354,12 +377,13 @@ class Selection:
         return kernel(x, rows) if found is None else found[0]
 
     @torch.no_grad()
-    def kernel_gradient(self, kernel: Kernel, x: Tensor) -> tuple[Tensor, Tensor]:
+    def kernel_gradient(self, kernel: Kernel, x: Tensor, products: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``sum_j w_ij d k(x_i, m_j) / d x_i`` ``[n, d]``, reading each row once.
 
         Blocks of rows fit the CPU's cache: the products of a block with ``x`` give the kernel, and the same block is then
-        added to the sum. The norms of the rows are known, so no scaled copy is needed. Rows far from the origin are
-        centred block by block, since differences of squares would lose precision.
+        added to the sum, unless the products with all rows are known, see :meth:`products`. The norms of the rows are
+        known, so no scaled copy is needed. Rows far from the origin are centred block by block, since differences of
+        squares would lose precision.
 
         Returns:
             The gradient, and the largest kernel value ``[n]`` with a row whose weight exceeds 1/2.
@@ -368,7 +392,7 @@ class Selection:
             return torch.zeros_like(x), x.new_zeros(len(x))
         centre = self.centre(x) if kernel.stationary else None
         if isinstance(kernel, GaussianKernel | RationalQuadraticKernel) and centre is None:
-            g, k = self._radial_gradient(kernel, x)
+            g, k = self._radial_gradient(kernel, x) if products is None else self._radial_sum(kernel, x, products)
         else:
             g, k = self._product_gradient(kernel, x, centre)
         alike = self._alike(x)
@@ -404,6 +428,20 @@ class Selection:
             total.addmm_(slope.mul_(weight), rows)
         k, slope = kernel.of_distances(d2.div_(fold).clamp_min_(0))
         return total - (slope * weights).sum(-1, keepdim=True) * x, k
+
+    def _radial_sum(self, kernel: Kernel, x: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+        """The fast path with known products: nothing but a product for each block of rows."""
+        scale, squares, weights = self.vectors(x)
+        d2 = (x.square().sum(-1, keepdim=True) + squares).sub_(products, alpha=2).clamp_min_(0)
+        radial = kernel.of_distances(d2)
+        assert radial is not None
+        k, slope = radial
+        slope = slope if weights is None else slope * weights
+        of_stored = slope if scale is None else slope * scale
+        total, (sizes, blocks) = slope.sum(-1, keepdim=True) * -x, self.blocks(x)
+        for part, rows in zip(of_stored.split(sizes, 1), blocks, strict=True):
+            total.addmm_(part, rows)
+        return total, k
 
     def _product_gradient(self, kernel: Kernel, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
         """The general path, for other kernels and for rows that must be centred."""

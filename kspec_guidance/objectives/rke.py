@@ -118,21 +118,22 @@ class RKE(Objective):
             spread = x.new_full((), (self.feature_map.kernel.bandwidth or 0.0) / SAMPLE_BANDWIDTH)
             return Gradient(self._feature_gradient(self._squared_map, x, pairs), spread=spread)
         centred, d2 = _compared(x)
-        spread = self._spread(d2, x, pairs)
+        products = None if pairs.selection is None else pairs.selection.products(x)
+        spread = self._spread(d2, x, pairs, products)
         kernel = self._fit(x, spread, pairs).squared()
-        g, largest = self._descent(kernel, x, centred, d2, pairs)
+        g, largest = self._descent(kernel, x, centred, d2, pairs, products)
         coincident = largest > COINCIDENT
         if jitter is not None:
             moved = x + jitter * coincident[:, None]
             g = torch.where(coincident[:, None], self._descent(kernel, moved, *_compared(moved), pairs)[0], g)
         return Gradient(g, pairs.effective_count, coincident, spread=spread)
 
-    def _spread(self, d2: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
+    def _spread(self, d2: Tensor, x: Tensor, pairs: Pairs, products: Tensor | None = None) -> Tensor:
         """Median distance of the pairs, with their weights. Of a memory, about 128 evenly spaced rows are used."""
         with torch.no_grad():
             d, w = d2.sqrt(), pairs.inside
             if pairs.selection is not None:
-                d_memory, w_memory = pairs.selection.distances(x)
+                d_memory, w_memory = pairs.selection.distances(x, products=products)
                 d, w = torch.cat([d, d_memory], 1), torch.cat([w, w_memory.expand_as(d_memory)], 1)
             return weighted_median(d, w * (d > DISTINCT * d.max()))
 
@@ -150,7 +151,9 @@ class RKE(Objective):
         median = SAMPLE_BANDWIDTH * spread
         return GaussianKernel(float(median) if x.device.type == "cpu" else median)  # type: ignore[arg-type]
 
-    def _descent(self, squared: Kernel, x: Tensor, centred: Tensor, d2: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    def _descent(
+        self, squared: Kernel, x: Tensor, centred: Tensor, d2: Tensor, pairs: Pairs, products: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``-dE/dx`` ``[n, d]`` and the largest squared kernel of each row with an entry of the same prompt ``[n]``."""
         radial = squared.of_distances(d2)
         if radial is not None:
@@ -169,7 +172,7 @@ class RKE(Objective):
                 g = -(pairs.inside * by_product + torch.diag(2 * (pairs.inside * by_square).sum(1))) @ z
         largest = (k * pairs.alike).amax(1)
         if pairs.selection is not None:
-            memory_gradient, memory_largest = pairs.selection.kernel_gradient(squared, x)
+            memory_gradient, memory_largest = pairs.selection.kernel_gradient(squared, x, products)
             g, largest = g - memory_gradient, torch.maximum(largest, memory_largest)
         return g, largest
 
