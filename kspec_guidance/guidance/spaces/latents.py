@@ -15,7 +15,7 @@ from kspec_guidance.loop.context import CallContext, DenoiserCall
 
 __all__ = ["Latents", "Pooled", "X0"]
 
-COLUMNS = 4
+COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,22 @@ def _projection(input_dim: int, output_dim: int, seed: int, device: torch.device
         return RandomProjection(input_dim, output_dim, seed).matrix.mT.contiguous().to(device).mT
 
 
+def _parts(rows: Tensor, matrix: Tensor) -> list[Tensor]:
+    """The columns of a projection that are multiplied at once: a few on a CPU, whose BLAS is slow for few rows."""
+    return list(matrix.split(matrix.shape[1] if len(rows) == 1 or rows.device.type != "cpu" else COLUMNS, 1))
+
+
+def _projected(x: Tensor, matrix: Tensor) -> Tensor:
+    """``x @ matrix``."""
+    return torch.cat([x @ columns for columns in _parts(x, matrix)], 1)
+
+
 def _projected_back(g: Tensor, matrix: Tensor) -> Tensor:
-    """``g @ matrix.mT``, on a CPU by a few columns at a time: of few rows its BLAS is up to three times as slow."""
-    if g.device.type != "cpu":
-        return g @ matrix.mT
-    found = g.new_zeros(len(g), len(matrix))
-    for part, columns in zip(g.split(COLUMNS, 1), matrix.split(COLUMNS, 1), strict=True):
-        found.addmm_(part, columns.mT)
+    """``g @ matrix.mT``."""
+    parts, found = _parts(g, matrix), None
+    for part, columns in zip(g.split([columns.shape[1] for columns in parts], 1), parts, strict=True):
+        found = part @ columns.mT if found is None else found.addmm_(part, columns.mT)
+    assert found is not None
     return found
 
 
@@ -108,10 +117,11 @@ class Pooled(FeatureSpace):
 
     def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
         samples, matrices = self._linear(x)
-        means = resample(samples.float(), matrices)
+        projected = self.project is not None and matrices
+        means = _projected(samples.float(), matrices[0]) if projected else resample(samples.float(), matrices)
 
         def pullback(g: Tensor) -> Tensor:
-            if self.project is not None and matrices:
+            if projected:
                 return _projected_back(g.float(), matrices[0]).view(x.shape)
             d = resample(g.float().view(means.shape), [m.mT for m in matrices])
             return d.view(x.shape) if d.ndim != x.ndim else d.mT if samples.shape != x.shape else d
