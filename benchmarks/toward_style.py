@@ -3,7 +3,7 @@
     python benchmarks/toward_style.py --plot docs/baseline.png
     python benchmarks/toward_style.py --diversity --seeds 1
     python benchmarks/toward_style.py --transformers --seeds 3    # then python -m benchmarks.arena.page
-    python benchmarks/toward_style.py --pictures outputs/toward_style    # of the transformers, to look at
+    python benchmarks/toward_style.py --pictures docs               # of the transformers, to look at
 
 The embedded model, 8 steps, 8 images of each of 7 prompts that are not among those of the baseline. *Other style* is the
 emoji classifier's mean probability of the other art style; *valid* its probability of the likeliest emoji that the prompt
@@ -201,7 +201,8 @@ def pictures(bed: EmojiTransformer, styles: list[str], folder: Path) -> None:
             panels[what] = [bed.pipe.image_processor.postprocess(x) for x in made]
         folder.mkdir(parents=True, exist_ok=True)
         title = f"{bed.name}, toward {name.capitalize()}"
-        side_by_side(panels, PROMPTS[:4], title).save(folder / f"{bed.name.replace(', ', '-')}-{name}.png")
+        grid, file = side_by_side(panels, PROMPTS[:4], title), f"toward-{bed.name.replace(', ', '-')}-{name}.png"
+        grid.quantize(128).save(folder / file, optimize=True)
 
 
 def of_transformer(bed: EmojiTransformer, styles: list[str], add: Callable[..., None]) -> None:

@@ -206,10 +206,10 @@ def emoji() -> Target:
                   lambda c: Case(f"{c.prompt}, noto style", c.seed), exact=False)  # fmt: skip
 
 
-def trial(
+def samples(
     target: Target, make: Make, size: int, strength: float, seed: int, styled: bool = False, single: bool = False
-) -> dict[str, float]:
-    """Four batches with one memory; with ``single`` as many images, one by one."""
+) -> tuple[Tensor, float]:
+    """Four batches with one memory, and their validity; with ``single`` as many images, one by one."""
     bed, out, valid = target.bed, [], []
     guide = make(target.reference(size, seed), strength)
     for batch in range(BATCHES):
@@ -223,11 +223,18 @@ def trial(
             x = torch.nan_to_num(x, 0.0, 1e3, -1e3)
         out.append(x)
         valid.append(target.valid(x))
-    x = torch.cat(out)
+    return torch.cat(out), mean(valid)
+
+
+def trial(
+    target: Target, make: Make, size: int, strength: float, seed: int, styled: bool = False, single: bool = False
+) -> dict[str, float]:
+    """Figures of four batches with one memory."""
+    x, valid = samples(target, make, size, strength, seed, styled, single)
     far = target.reference(min(512, max(target.sizes)), 12345)
     kernel = GaussianKernel(float(torch.cdist(far.flatten(1), far.flatten(1)).median()))
     return {
-        "distance": target.distance(x), "valid": mean(valid),
+        "distance": target.distance(x), "valid": valid,
         "mmd": float(F.mmd(x.flatten(1).double(), far.flatten(1).double(), kernel)),
     }  # fmt: skip
 

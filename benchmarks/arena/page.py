@@ -12,7 +12,7 @@ from typing import Any
 from kspec_guidance.bench.fronts import Standing, runs_needed
 from kspec_guidance.bench.methods import METHODS
 
-from .. import agreement, clips, toward_style
+from .. import agreement, clips, digits_target, toward_style
 from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS
@@ -31,7 +31,7 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "arena/fronts.md": ("equal", "volumes", "vendi", "tuned"),
     "arena/scores.md": ("scores",),
     "arena/reviewers.md": ("verdicts", "power"),
-    "arena/target.md": ("matching",),
+    "arena/target.md": ("matching", "digits_target"),
     "arena/sets.md": ("smallsets", "calls", "longruns"),
     "arena/costs.md": ("cost",),
     "arena/ablations.md": ("ablations", "easing", "agreement", "clips"),
@@ -349,6 +349,7 @@ def write(folder: Path, docs: Path) -> None:
         "easing": tables(folder / "easing.json"),
         "agreement": agreement.tables(read(folder / "agreement.json")),
         **toward_style.parts(read(folder.parent / "toward_style.json").get("rows", [])),
+        "digits_target": digits_target.tables(read(folder.parent / "digits_target.json").get("rows", [])),
         "clips": clips.tables(read(folder.parent / "clips.json")),
     }  # fmt: skip
     for page, names in PAGES.items():

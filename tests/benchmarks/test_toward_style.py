@@ -1,10 +1,12 @@
 """Tables of guidance toward a style: a part for each experiment, and the count of different pictures."""
 
+from statistics import mean, stdev
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from benchmarks.toward_style import different, parts
+from benchmarks.toward_style import different, parts, with_seed
 
 
 def row(name, style, other, **more):
@@ -20,6 +22,15 @@ def test_each_experiment_has_its_own_table_with_a_column_for_each_style():
     assert found["style"].splitlines()[-1].count("0.11") == 2
     assert "1.11, 0.50, 3.0" in found["style_diversity"]
     assert "| with a baseline | 2 | 96 | 100 | 0.33, 0.50, 3.0 |" in found["style_transformers"]
+
+
+def test_seeds_are_added_to_the_mean_of_a_row_and_its_standard_error():
+    made, values = {"name": "plain"}, [0.1, 0.4, 0.2, 0.9]
+    for k, value in enumerate(values, 1):
+        made = with_seed(made, {"other": value})
+        assert (made["seeds"], made["other"]) == (k, pytest.approx(mean(values[:k])))
+    assert made["other_se"] == pytest.approx(stdev(values) / 2)
+    assert with_seed({}, {"other": 1.0})["other_se"] == 0.0
 
 
 def test_pictures_that_differ_only_in_style_or_show_something_else_count_once_or_not():
