@@ -5,15 +5,17 @@ test holds the two to the same samples.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kspec_guidance.guidance.recall import sharpness
 from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1
 
 from .beds.analytic import Analytic, ExactDenoiser
+from .beds.base import CALL_SEEDS
 
 __all__ = ["Setting", "run"]
 
@@ -37,6 +39,11 @@ class Setting:
         exponential: that of the kernel :class:`~kspec_guidance.kernels.ExpCosineKernel` in place of cosines.
         early: OSCAR's size of moves, ``scale sigma^2 / alpha`` times the norm of the noise, in place of the fade; and its
             projection off the velocity.
+        calls: calls of the pipeline; a memory holds the samples of all calls before.
+        images: samples of each call; by default the bed's.
+        recall: how the memory repels: ``none``, ``all`` or ``nearest``, as in the package; ``all, same step`` compares with
+            the predictions of earlier calls at the same step instead, and ``nearest to x0`` asks which rows the clean
+            prediction is nearest to, instead of the noisy sample.
     """
 
     variety: float = 0.0
@@ -50,6 +57,9 @@ class Setting:
     log_det: bool = False
     exponential: bool = False
     early: bool = False
+    calls: int = 1
+    images: int | None = None
+    recall: str = "all"
 
 
 def norms(x: Tensor) -> Tensor:
@@ -61,37 +71,60 @@ def along(x: Tensor, direction: Tensor) -> Tensor:
     return (x * direction).sum(-1, keepdim=True) / direction.square().sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def ascent(x0: Tensor, order: float) -> tuple[Tensor, Tensor]:
-    """Ascent direction of the entropy of predictions ``[cases, n, d]``, and their median distance ``[cases, 1, 1]``."""
-    u = normalize(x0, dim=-1)
-    centred, off = u - u.mean(1, keepdim=True), ~torch.eye(u.shape[1], dtype=torch.bool)
-    d2 = torch.cdist(centred, centred, compute_mode="donot_use_mm_for_euclid_dist").square()
+def distances(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances of unit rows ``[cases, n, d]`` from others, and the median ``[cases, 1, 1]`` of those of pairs.
+
+    The first n of the others are the rows themselves.
+    """
+    centre, off = others.mean(1, keepdim=True), ~torch.eye(rows.shape[1], others.shape[1], dtype=torch.bool)
+    d2 = torch.cdist(rows - centre, others - centre, compute_mode="donot_use_mm_for_euclid_dist").square()
     d = d2.sqrt()[:, off]
+    if not d.shape[1]:
+        return d2, torch.ones(len(d2), 1, 1)
     d = torch.where(d > DUPLICATE * d.amax(1, keepdim=True), d, torch.nan)
-    spread = d.nanmedian(1).values.nan_to_num(1.0)[:, None, None]
+    return d2, d.nanmedian(1).values.nan_to_num(1.0)[:, None, None]
+
+
+def ascent(u: Tensor, order: float, memory: Tensor) -> Tensor:
+    """Ascent direction of the entropy of unit rows ``[cases, n, d]`` and those of a memory ``[cases, m, d]``."""
+    n, z = u.shape[1], torch.cat([u, memory], 1)
+    off = ~torch.eye(z.shape[1], dtype=torch.bool)
     if order == 2:
-        weights = torch.exp(-d2 / (0.5 * spread).square()) * off
+        d2, spread = distances(u, z)
+        weights = torch.exp(-d2 / (0.5 * spread).square()) * off[:n]
     else:
+        d2, spread = distances(z, z)
         k = torch.exp(-d2.double() / (2 * spread.double().square()))
         values, vectors = torch.linalg.eigh(k / k.shape[-1])
         values = values.clamp_min(1e-10)
         slope = order / (1 - order) * values.pow(order - 1) / values.pow(order).sum(1, keepdim=True)
-        weights = (-(vectors * slope[:, None]) @ vectors.mT * k * off).float()
-    g = weights.sum(2, keepdim=True) * u - weights @ u
-    return (g - (g * u).sum(-1, keepdim=True) * u) / norms(x0), spread
+        weights = (-(vectors * slope[:, None]) @ vectors.mT * k * off).float()[:, :n]
+    g = weights.sum(2, keepdim=True) * u - weights @ z
+    return g - (g * u).sum(-1, keepdim=True) * u
 
 
-def log_det_ascent(x0: Tensor, exponential: bool = False) -> Tensor:
-    """Ascent direction of ``log det(I + 4 K)`` of predictions ``[cases, n, d]``, K their cosines or those of ``exp``.
-
-    What is along a prediction is not removed.
-    """
-    u = normalize(x0, dim=-1).double()
-    k = u @ u.mT
+def log_det_ascent(u: Tensor, exponential: bool, memory: Tensor) -> Tensor:
+    """Ascent direction of ``log det(I + 4 K)`` of unit rows, K their cosines or those of ``exp``."""
+    n, z = u.shape[1], torch.cat([u, memory], 1).double()
+    k = z @ z.mT
     slope = k.exp() if exponential else torch.ones_like(k)
     k = k.expm1() / math.expm1(1) if exponential else k
-    inverse = torch.linalg.inv(torch.eye(u.shape[1], dtype=u.dtype) + 4 * k)
-    return ((inverse * slope) @ u).float() / norms(x0)
+    inverse = torch.linalg.inv(torch.eye(z.shape[1], dtype=z.dtype) + 4 * k)
+    g = ((inverse * slope)[:, :n] @ z).float()
+    return g - (g * u).sum(-1, keepdim=True) * u
+
+
+def away_from(u: Tensor, seen: Tensor, memory: Tensor, ratio: float) -> Tensor:
+    """The way of unit rows from the unit rows of a memory that ``seen`` is nearest to, at this noise-to-signal ratio."""
+    z = normalize(seen, dim=-1) @ memory.mT
+    z = z - z.mean(-1, keepdim=True)
+    z = z / z.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+    mean = (sharpness(ratio) * z).softmax(-1) @ memory
+    return (mean * u).sum(-1, keepdim=True) * u - mean
+
+
+def to_one(g: Tensor) -> Tensor:
+    return g / norms(g).amax(1, keepdim=True).clamp_min(1e-30)
 
 
 def noise_in(x: Tensor, alpha: float, sigma: float, log_shares: Tensor, model: ExactDenoiser) -> Tensor:
@@ -109,12 +142,29 @@ def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = Non
         bed: the mixture.
         cases: prompts and seeds.
         setting: the guide.
-        start: noises ``[cases, n, d]``; by default those that the bed itself would use.
+        start: noises ``[cases, n, d]`` of a single call; by default those that the bed itself would use.
         first: return the clean predictions of the first step instead.
     """
+    found, steps = [], []
+    for call in range(setting.calls):
+        x = start
+        if x is None:
+            later = [replace(c, seed=c.seed + CALL_SEEDS * call) for c in cases]
+            x = torch.stack([bed.start(c, setting.images or bed.images).flatten(1) for c in later])
+        x, predictions = one_call(bed, cases, setting, x, found, steps, first)
+        found.append(x)
+        steps.append(predictions)
+    return torch.cat(found, 1)
+
+
+def one_call(
+    bed: Analytic, cases: list, setting: Setting, x: Tensor, found: list, steps: list, first: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Finished samples of one call and its clean predictions, given those of the calls before."""
+    predictions: list[Tensor] = []
     conditions = bed.pipe.conditions.rows([c.prompt for c in cases])[:, 0]
     with_prompt, without = (bed.model.log_shares(c).detach()[:, None] for c in (conditions, torch.zeros_like(conditions)))
-    x = torch.stack([bed.start(case, bed.images).flatten(1) for case in cases]) if start is None else start
+    finished = normalize(torch.cat(found, 1), dim=-1) if found and setting.recall != "none" else x[:, :0]
     scheduler = bed.pipe.scheduler
     scheduler.set_timesteps(bed.steps)
     levels = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps] + [1.0]
@@ -130,13 +180,20 @@ def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = Non
         e = uncond + weight * (cond - uncond)
         x0 = (x - sigma * e) / alpha
         if first:
-            return x0
+            return x0, predictions
         strength = setting.scale or setting.variety
         if (setting.early or fade) and strength:
-            g, spread = (
-                (log_det_ascent(x0, setting.exponential), norms(x0)) if setting.log_det else ascent(x0, setting.order)
-            )
-            g = g - along(g, x0) * x0
+            u, memory = normalize(x0, dim=-1), finished
+            if setting.recall == "all, same step" and found:
+                memory = normalize(torch.cat([earlier[k] for earlier in steps], 1), dim=-1)
+            recalled = setting.recall.startswith("nearest") and memory.shape[1]
+            rows = memory[:, :0] if recalled else memory
+            g = log_det_ascent(u, setting.exponential, rows) if setting.log_det else ascent(u, setting.order, rows)
+            if recalled:
+                seen = x if setting.recall == "nearest" else x0
+                g = to_one(g) + to_one(away_from(u, seen, memory, sigma / alpha))
+            spread = distances(u, torch.cat([u, memory], 1))[1]
+            g = g / norms(x0)
             direction = x0 - e if setting.early else sigma * e
             g = g - along(g, direction) * direction
             if setting.guard:
@@ -144,7 +201,8 @@ def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = Non
                 g = g - along(g, toward).clamp_max(0) * toward
             size = setting.scale if setting.scale else setting.variety / VARIETY_AT_SCALE_1 * spread.square()
             size = size * (sigma**2 / alpha * norms(e) if setting.early else fade * norms(x0))
-            x0 = x0 + size * g / norms(g).amax(1, keepdim=True).clamp_min(1e-30)
+            x0 = x0 + size * to_one(g)
+        predictions.append(x0)
         a2, s2 = levels[k + 1] ** 0.5, (1 - levels[k + 1]) ** 0.5
         x = a2 * x0 + s2 * (x - alpha * x0) / sigma
-    return x
+    return x, predictions

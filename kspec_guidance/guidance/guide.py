@@ -71,7 +71,8 @@ class KernelGuidance(PipelineCallback):
 
     Args:
         objective: an :class:`~kspec_guidance.objectives.Objective`.
-        scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg: see :class:`Term`.
+        scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg, recall: see
+            :class:`Term`.
         seed: seed of the noise that separates exact duplicates; the global random state is not used.
 
     Raises:
@@ -101,13 +102,15 @@ class KernelGuidance(PipelineCallback):
         unit: str = "norm",
         target: VarietyTarget | None = None,
         ease_cfg: float | None = None,
+        recall: str = "all",
         **unknown: Any,
     ):
         if unknown:
             raise unknown_arguments(type(self), unknown, HINTS)
         term = Term(
-            objective, scale, space, start, stop, every, sigma_interval, tuple(transforms), memory, unit, target, ease_cfg
-        )
+            objective, scale, space, start, stop, every, sigma_interval, tuple(transforms), memory, unit, target, ease_cfg,
+            recall,
+        )  # fmt: skip
         self._set_up([term], seed)
 
     @classmethod
@@ -472,6 +475,8 @@ class KernelGuidance(PipelineCallback):
                 settings["target"] = encode(term.target, tensors)
             if term.ease_cfg is not None:
                 settings["ease_cfg"] = term.ease_cfg
+            if term.recall != "all":
+                settings["recall"] = term.recall
         config = {"format": SETTINGS_FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}
         return config | ({} if self.calibration is None else {"calibration": self.calibration}), tensors
 

@@ -74,7 +74,8 @@ class SPARKE(KernelGuidance):
             :class:`~kspec_guidance.guidance.VarietyTarget`.
         fidelity: the guard of a target; by default it limits the moves, False for none.
         feature_map, prompt_feature_map: random Fourier features of the two kernels, for a memory of constant size.
-        kwargs: ``sigma_interval``, ``seed`` and ``ease_cfg``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
+        kwargs: ``sigma_interval``, ``seed``, ``ease_cfg`` and ``recall``, see
+            :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.

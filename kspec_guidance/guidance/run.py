@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kspec_guidance.guidance.calibration import find_calibration, guidance_scale_of
+from kspec_guidance.guidance.recall import Recall
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.spaces.blocks import Block
@@ -50,6 +51,7 @@ class TermState:
     interval: tuple[float, float]
     pairs: Any = None
     prepared: bool = False
+    recall: Recall | None = None  # if memory rows repel by what noisy samples are nearest to
     memories: dict[int, Memory] | None = None  # the part of the memory for each guided step, likewise
     kept: list[Tensor] = field(default_factory=list)  # features of each guided step, if steps are not comparable
     varieties: Tensor | None = None  # [n, 1], relative to that of the term, if a target chooses them
@@ -85,6 +87,7 @@ def ascent_direction(
     pairs: Any = None,
     *,
     sizes: Tensor | None = None,
+    recalled: Callable[[Tensor, Tensor | None, Tensor | None], Gradient] | None = None,
     seed: int | None = None,
 ) -> tuple[Tensor, Gradient]:
     """Ascent direction ``[n, d]`` at feature rows ``[n, d]``, before any scaling, and the gradient of the objective.
@@ -96,6 +99,8 @@ def ascent_direction(
         memory: memory of earlier samples.
         pairs: see :meth:`Objective.pairs`.
         sizes: norms of the rows ``[n, 1]``, if they are known.
+        recalled: a gradient to take in place of the objective's, see
+            :meth:`~kspec_guidance.guidance.recall.Recall.gradient`.
         seed: seed of noise that separates coincident rows first; by default they are not separated.
     """
     with full_precision(rows.device):
@@ -106,7 +111,10 @@ def ascent_direction(
         if seed is not None:
             noise = transfer(jitter(len(u), u.shape[1], seed), u)
             noise = noise if objective.normalize else noise * size
-        found = objective.gradient(u, prompts, memory, pairs=pairs, jitter=noise)
+        if recalled is None:
+            found = objective.gradient(u, prompts, memory, pairs=pairs, jitter=noise)
+        else:
+            found = recalled(u, prompts, noise)
         g = found.rows
         if objective.normalize:  # through x / |x|
             g = without_unit(g, u).div_(size)
@@ -362,7 +370,7 @@ class Run:
             prompt = (prompt if context.layout.trivial else context.layout.pack(prompt)).flatten(1)
         sizes = norms(target)
         self._expect_finite("prediction", sizes, context.step)
-        ascents = [self._ascent(state, x, sizes, context) for state in active]
+        ascents = [self._ascent(state, x, sizes, context, prediction) for state in active]
         found = [ascend() for ascend, _ in ascents]
 
         def total() -> tuple[Tensor, Tensor]:
@@ -419,7 +427,12 @@ class Run:
         return strength if state.varieties is None else strength * state.varieties
 
     def _ascent(
-        self, state: TermState, x: Tensor, sizes: Tensor, context: StepContext | ComingStep
+        self,
+        state: TermState,
+        x: Tensor,
+        sizes: Tensor,
+        context: StepContext | ComingStep,
+        prediction: Prediction | None = None,
     ) -> tuple[Callable[..., tuple[Tensor, Gradient]], Pullback | None]:
         """:func:`ascent_direction` for one term at samples of these norms, and the pullback of its space."""
         term, memory, space = state.term, state.term.memory, state.term.space
@@ -436,7 +449,17 @@ class Run:
                 memory.bind((rows.shape[1],), space.name, context.call.encoder)
             with full_precision(rows.device):
                 state.pairs, state.prepared = term.objective.pairs(rows, context.prompts, memory), True
-        ascend = partial(ascent_direction, term.objective, rows, context.prompts, memory, state.pairs, sizes=known)
+            if term.recalls_nearest:
+                state.recall = Recall.of(term.objective, state.pairs)
+        recalled = None
+        if state.recall is not None:
+            assert isinstance(context, StepContext)
+            assert prediction is not None
+            sample = prediction.sample if context.layout.trivial else context.layout.pack(prediction.sample)
+            recalled = partial(state.recall.gradient, noisy=sample.flatten(1).to(rows), ratio=prediction.noise_to_signal)
+        ascend = partial(
+            ascent_direction, term.objective, rows, context.prompts, memory, state.pairs, sizes=known, recalled=recalled
+        )
         return ascend, pullback
 
     # -- reading values of the device --------------------------------------------------------------------------------

@@ -26,9 +26,12 @@ WHOLE_INTERVAL, SHORT_INTERVAL, SHORT_SHARE = 8, 4, 0.5 / 0.65
 # docs/arena/ablations.md measures each transform alone: off_score has the largest effect
 DEFAULT_TRANSFORMS = ("tangent", "off_score", "bound", "fade")
 
+RECALLS = ("all", "nearest")
+BY_SIZE = {"plain", "rescale_from", "rescale_damped"}  # transforms that read the size of a gradient
+
 LONGEST = 150  # characters of a setting in the repr
 USUAL = {"space": X0(), "start": 0.0, "stop": 1.0, "every": 1, "sigma_interval": None, "transforms": DEFAULT_TRANSFORMS,
-         "ease_cfg": None}  # fmt: skip
+         "ease_cfg": None, "recall": "all"}  # fmt: skip
 USUAL_KERNELS: dict[str, Any] = {"kernel": GaussianKernel(), "prompt_kernel": GaussianKernel(PROMPT_BANDWIDTH)}
 
 
@@ -55,6 +58,11 @@ class Term:
         ease_cfg: weight of classifier-free guidance at the start of the guided interval, at least 0, where the pipeline's
             own is larger; it returns to the pipeline's at the end of the interval, as moves fade. 1 is the prediction with
             the prompt alone. Has no effect on pipelines or calls without classifier-free guidance.
+        recall: how a memory repels: ``all``, as the objective weighs all rows, or ``nearest``: each sample moves away from
+            the memory rows to which its *noisy* sample is nearest, as much as from the batch. The latter finds more modes
+            over several calls of one prompt on mixtures, fewer on digits (docs/arena/sets.md). It has no effect on other
+            objectives than those of SPARKE and VendiGuidance, in other spaces than ``x0``, with memories that keep no rows,
+            and with transforms that read the size of a gradient.
 
     Raises:
         ValueError: for settings outside their ranges.
@@ -74,6 +82,7 @@ class Term:
         unit: str = "norm",
         target: VarietyTarget | None = None,
         ease_cfg: float | None = None,
+        recall: str = "all",
     ):
         if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
             raise ValueError(
@@ -102,6 +111,9 @@ class Term:
                 "ease_cfg must be a weight of classifier-free guidance of at least 0, such as 1 for the prediction with "
                 f"the prompt alone, or None, got {ease_cfg!r}"
             )
+        if recall not in RECALLS:
+            raise ValueError(f"recall must be 'all' or 'nearest', got {recall!r}")
+        self.recall = recall
         self.target, self.ease_cfg = target, None if ease_cfg is None else float(ease_cfg)
         self.objective, self.scale, self.unit, self.space = objective, scale, unit, make_space(space)
         self.start, self.stop, self.every = start, stop, every
@@ -126,6 +138,14 @@ class Term:
                 raise ValueError(f"keep_prompt is for moves of predictions, and space={self.space.name!r} moves none")
             self.transforms = tuple(name for name in transforms if name != "off_score")  # hidden states have no score
         self.memory: Memory = objective.make_memory() if memory is None else memory
+
+    @property
+    def recalls_nearest(self) -> bool:
+        """Whether memory rows may repel as ``recall="nearest"`` says."""
+        space, objective = self.space, self.objective
+        moves_predictions = space.direct and not (space.noisy or space.inside)
+        by_direction = objective.recalls and objective.normalize and not BY_SIZE.intersection(self.transforms)
+        return self.recall == "nearest" and moves_predictions and by_direction
 
     @property
     def variety(self) -> float | None:

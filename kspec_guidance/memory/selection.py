@@ -359,6 +359,30 @@ class Selection:
         return d2.amin(0).topk(max_rows, largest=False).indices.sort().values
 
     @torch.no_grad()
+    def likeliest(self, x: Tensor, sharpness: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``[n, d]`` of the rows that each row of ``x`` ``[n, d]`` is most like, and their mean weight ``[n]``.
+
+        Rows count in proportion to ``w exp(sharpness z)``, with their cosines ``z`` in standard deviations of all cosines
+        of that row of ``x``, since these spread less in more dimensions; as much stronger do the weights count.
+        """
+        scale, _, weights = self.vectors(x)
+        size = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        u = x / (size + (size == 0))
+        z = torch.cat([u @ rows.mT for rows in self.blocks(x)[1]], 1)
+        z = z if scale is None else z * scale
+        z = z - z.mean(1, keepdim=True)
+        logits = sharpness * z / z.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
+        if weights is not None:
+            logits = logits + (1 + sharpness) * weights.clamp_min(1e-12).log()
+        shares = logits.softmax(1)
+        weight = x.new_ones(len(x)) if weights is None else (shares * weights).sum(1)
+        parts, mean = shares if scale is None else shares * scale, torch.zeros_like(x)
+        sizes, blocks = self.blocks(x)
+        for part, rows in zip(parts.split(sizes, 1), blocks, strict=True):
+            mean.addmm_(part, rows)
+        return mean, weight
+
+    @torch.no_grad()
     def largest_cosine(self, x: Tensor) -> Tensor:
         """Largest cosine ``[n]`` of unit rows ``x`` ``[n, d]`` with the rows of a normalised selection; -1 if empty."""
         scale = self.vectors(x)[0]

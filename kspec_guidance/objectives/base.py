@@ -81,12 +81,15 @@ class Objective:
         conditional: whether prompts are used.
         measures_spread: whether gradients have a ``spread``.
         has_reference: whether samples are compared with fixed rows.
+        recalls: whether a memory is read only through the ``selection`` of :class:`Pairs`, so that a guide may repel from
+            its rows in another way, and of the objective use what it is without a memory.
     """
 
     normalize: bool = True
     conditional: bool = False
     measures_spread: bool = False
     has_reference: ClassVar[bool] = False
+    recalls: ClassVar[bool] = False
 
     def make_memory(self) -> Memory:
         """An empty memory that this objective can use."""
@@ -105,6 +108,10 @@ class Objective:
             memory: memory of earlier samples.
         """
         return None
+
+    def spread(self, x: Tensor, pairs: Any) -> Tensor:
+        """The ``spread`` of a gradient at these rows, of objectives that measure it."""
+        raise NotImplementedError
 
     def fit(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> "Objective":
         """This objective with an open bandwidth set from these rows, as :meth:`value` would set it; itself without one."""

@@ -35,6 +35,7 @@ class Novelty(RKE):
     prompt_feature_map: RandomFourierFeatures | None = None
     reference: Tensor | None = None
     reference_prompts: Tensor | None = None
+    recalls = False  # its selection are references, of which all repel
 
     def __post_init__(self):
         super().__post_init__()

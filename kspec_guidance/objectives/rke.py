@@ -51,6 +51,7 @@ class RKE(Objective):
     prompt_kernel: Kernel | None = field(default=None, init=False)
     prompt_feature_map: RandomFourierFeatures | None = field(default=None, init=False)
     measures_spread = True
+    recalls = True
 
     def __post_init__(self):
         self.kernel = differentiable(self.kernel)
@@ -127,6 +128,9 @@ class RKE(Objective):
             moved = x + jitter * coincident[:, None]
             g = torch.where(coincident[:, None], self._descent(kernel, moved, *_compared(moved), pairs)[0], g)
         return Gradient(g, pairs.effective_count, coincident, spread=spread)
+
+    def spread(self, x: Tensor, pairs: Pairs) -> Tensor:
+        return self._spread(_compared(x)[1], x, pairs)
 
     def _spread(self, d2: Tensor, x: Tensor, pairs: Pairs, products: Tensor | None = None) -> Tensor:
         """Median distance of the pairs, with their weights. Of a memory, about 128 evenly spaced rows are used."""

@@ -38,6 +38,7 @@ class NearRows(Objective):
     kernel: Kernel
     prompt_kernel: Kernel | None
     max_rows: int
+    recalls = True
 
     def __post_init__(self):
         self.kernel = differentiable(self.kernel)

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -493,6 +494,32 @@ def test_batched_mixture_is_the_package_on_each_case(setting: Setting) -> None:
             with guide.attach(bed.pipe):
                 wanted = bed.run(case, bed.images)
     torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("recall", ["nearest", "all"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(50),
+        Setting(50, images=1, calls=4),
+        Setting(scale=1.0, order=0.5),
+        Setting(scale=1.0, log_det=True, exponential=True),
+    ],
+)
+def test_batched_mixture_is_the_package_over_several_calls(setting: Setting, recall: str) -> None:
+    bed = Analytic(8, skewed=False)
+    case, setting = bed.cases("report", 1)[0], replace(setting, recall=recall, calls=max(2, setting.calls))
+    order = "logdet" if setting.log_det else setting.order
+    guide = VendiGuidance(1.0, order=order, recall=recall) if setting.scale else SPARKE(variety=50, recall=recall)
+    guide.calibration = 1.0
+    with torch.no_grad(), guide.attach(bed.pipe):
+        wanted = [
+            bed.run(replace(case, seed=case.seed + CALL_SEEDS * k), setting.images or bed.images)
+            for k in range(setting.calls)
+        ]
+    with torch.no_grad():
+        found = run(bed, [case], setting)[0]
+    torch.testing.assert_close(found, torch.cat(wanted).flatten(1), atol=1e-3, rtol=1e-3)
 
 
 def test_batched_mixture_has_the_push_of_oscar() -> None:
