@@ -12,7 +12,7 @@ from typing import Any
 from kspec_guidance.bench.fronts import Standing, runs_needed
 from kspec_guidance.bench.methods import METHODS
 
-from .. import agreement, clips, digits_target, toward_style
+from .. import agreement, clips, digits_target, several_calls, toward_style
 from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS
@@ -32,7 +32,7 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "arena/scores.md": ("scores",),
     "arena/reviewers.md": ("verdicts", "power"),
     "arena/target.md": ("matching", "digits_target"),
-    "arena/sets.md": ("smallsets", "calls", "longruns"),
+    "arena/sets.md": ("smallsets", "calls", "recall", "longruns"),
     "arena/costs.md": ("cost",),
     "arena/ablations.md": ("ablations", "easing", "agreement", "clips"),
 }
@@ -342,7 +342,7 @@ def write(folder: Path, docs: Path) -> None:
     parts = {
         "equal": equal(best_measured), "verdicts": verdicts(data, best_measured, calls),
         "power": power(data, best_measured), "beds": beds(data),
-        "calls": equal(calls, DEFAULT),
+        "calls": equal(calls, DEFAULT), "recall": several_calls.tables(read(folder / "several_calls.json")),
         "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data), "settings": settings(data),
         "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
