@@ -3,6 +3,7 @@
 python -m benchmarks.arena                                # all of it; hours, resumable
 python -m benchmarks.arena --small --out outputs/arena      # a small version, minutes
 python -m benchmarks.arena --beds emoji --methods plain "SPARKE, ours"
+python -m benchmarks.arena --beds mixture-8 --fresh --goal quality --trials 40 --tune-seeds 3 --seeds 10    # as measured
 python -m benchmarks.arena --beds mixture-32 --seeds 100 --tuned-from benchmarks/results/arena \
     --out benchmarks/results/arena/equal    # fronts of the settings that are tuned there, on more seeds
 python -m benchmarks.arena --beds mixture-32 --calls 4 --strengths 4 --tuned-from benchmarks/results/arena \
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--strengths", type=int, default=5)
     parser.add_argument("--calls", type=int, default=1, help="calls of the pipeline for each prompt and seed")
+    parser.add_argument("--fresh", action="store_true", help="report on prompts on which nothing was chosen (mixtures)")
     parser.add_argument("--goal", choices=["validity", "quality"], default="validity", help="tune for modes at equal what")
     parser.add_argument("--tuned-from", type=Path, help="folder of results whose tuned settings are taken, without tuning")
     parser.add_argument("--docs", type=Path, help="write the pages and figures into this folder at the end")
@@ -53,15 +55,17 @@ def main() -> None:
         bed = BEDS[name]()
         if args.small:
             bed.images, bed.prompts = 6, lambda half, every=bed.prompts: every(half)[:2]
-        bed.calls = args.calls
+        bed.calls, bed.fresh = args.calls, args.fresh
         record = Record(args.out, bed)
-        for option, usual, given in (("goal", "validity", args.goal), ("calls", 1, args.calls)):
+        for option, usual, given in (
+            ("goal", "validity", args.goal), ("calls", 1, args.calls), ("fresh", False, args.fresh)
+        ):  # fmt: skip
             known = record.data.get("settings", {}).get(option, usual)
             if record.data["methods"] and known != given:
-                parser.error(f"the results in {record.path} have --{option} {known}; give it, or another --out")
+                parser.error(f"the results in {record.path} have --{option} {known}; give it so, or another --out")
         record.data["settings"] = {
             "images": bed.images, "steps": bed.steps, "guidance_scale": bed.guidance_scale, "trials": args.trials,
-            "diversity": bed.diversity, "fidelity": bed.fidelity, "goal": args.goal, "calls": args.calls,
+            "diversity": bed.diversity, "fidelity": bed.fidelity, "goal": args.goal, "calls": args.calls, "fresh": args.fresh,
             "prompts": [c.prompt for c in bed.cases("report", args.seeds)], "seeds": args.seeds,
         }  # fmt: skip
         if args.tuned_from is not None:

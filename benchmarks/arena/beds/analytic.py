@@ -11,6 +11,7 @@ from ..pipeline import ConditionPipeline, Conditions
 from .base import Bed, Case, common_scores
 
 MODES, PROMPTS, WIDTH = 24, 16, 12
+FRESH = 40  # further prompts, on which nothing was chosen
 SHARP = 6.0  # how strongly a prompt chooses among the modes
 COUNTS = 0.01  # a mode belongs to a prompt that gives it at least this share
 
@@ -69,13 +70,16 @@ class Analytic(Bed):
                                   beta_start=0.00085, beta_end=0.012)  # fmt: skip
         self.model = ExactDenoiser(dim, skewed, 0.06 if dim == 2 else 0.1, scheduler)
         g = torch.Generator().manual_seed(5)
-        vectors = torch.randn(PROMPTS, WIDTH, generator=g)
+        vectors = torch.cat([torch.randn(n, WIDTH, generator=g) for n in (PROMPTS, FRESH)])
         vectors = torch.cat([vectors / vectors.norm(dim=1, keepdim=True), torch.zeros(1, WIDTH)])
-        names = [f"prompt {k}" for k in range(PROMPTS)]
+        names = [f"prompt {k}" for k in range(PROMPTS + FRESH)]
         self.pipe = ConditionPipeline(self.model, scheduler, Conditions(names, vectors))
 
     def prompts(self, half: str) -> list[str]:
-        return self.pipe.conditions.names[: PROMPTS // 2] if half == "tune" else self.pipe.conditions.names[PROMPTS // 2 :]
+        names = self.pipe.conditions.names
+        if half == "tune":
+            return names[: PROMPTS // 2]
+        return names[PROMPTS:] if self.fresh else names[PROMPTS // 2 : PROMPTS]
 
     def shares(self, prompt: str) -> Tensor:
         return self.model.log_shares(self.pipe.conditions.rows([prompt])[:, 0])[0].exp().detach()
@@ -104,20 +108,15 @@ class Analytic(Bed):
         return which, nearest < dim * (1 - 2 / (9 * dim) + 3.09 * math.sqrt(2 / (9 * dim))) ** 3
 
     def figures(self, rows: Tensor, case: Case) -> dict[str, float]:
-        shares, dim, std = self.shares(case.prompt), self.model.dim, self.model.std
+        shares = self.shares(case.prompt)
         which, inside = self.assign(rows)
         own, on_data = shares[which] >= COUNTS, float(inside.float().mean())
         inside = inside & own
-        d2 = (rows[:, None] - self.model.centres[None]).square().sum(-1) / std**2
-        log_p = (shares.clamp_min(1e-30).log() - d2 / 2).logsumexp(1) - dim * math.log(std * math.sqrt(2 * math.pi))
-        drawn = torch.bincount(which[inside], minlength=MODES) / len(rows)
         return {
             "modes": float(len(set(which[inside].tolist()))),
             "of": float((shares >= COUNTS).sum()),
             "valid": float(inside.float().mean()),
             "on_data": on_data,
             "agreement": float(own.float().mean()),
-            "log_likelihood": float(log_p.clamp_min(-1e4).mean()) / dim,
-            "total_variation": float((drawn - shares).abs().sum() / 2),
             **common_scores(rows),
         }

@@ -58,6 +58,7 @@ class Bed:
     images: int = 8
     steps: int = 20
     guidance_scale: float = 1.0
+    fresh: bool = False  # report on prompts on which nothing was chosen, where a bed has such
     calls: int = 1  # of the pipeline for a case, with one method that may remember the samples of the last ones
     has: ClassVar[frozenset[str]] = frozenset({"features", "guidance", "images", "prompts"})
     pipe: Any
