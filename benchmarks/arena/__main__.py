@@ -65,8 +65,8 @@ def main() -> None:
                 parser.error(f"the results in {record.path} have --{option} {known}; give it so, or another --out")
         record.data["settings"] = {
             "images": bed.images, "steps": bed.steps, "guidance_scale": bed.guidance_scale, "trials": args.trials,
-            "diversity": bed.diversity, "fidelity": bed.fidelity, "goal": args.goal, "calls": args.calls, "fresh": args.fresh,
-            "prompts": [c.prompt for c in bed.cases("report", args.seeds)], "seeds": args.seeds,
+            "diversity": bed.diversity, "fidelity": bed.fidelity, "goal": args.goal, "calls": args.calls,
+            "fresh": args.fresh, "seeds": args.seeds, "prompts": [c.prompt for c in bed.cases("report", args.seeds)],
         }  # fmt: skip
         if args.tuned_from is not None:
             take_tuned(record, Record(args.tuned_from, bed))

@@ -79,6 +79,21 @@ def test_samples_drawn_from_the_mixture_are_judged_valid_and_complete(bed: Analy
     assert far["valid"] < 0.01
 
 
+def test_fresh_prompts_are_those_on_which_nothing_was_chosen(bed: Analytic, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen_on = {*bed.prompts("tune"), *bed.prompts("report")}
+    before = bed.prompts("tune")
+    monkeypatch.setattr(bed, "fresh", True)
+    assert bed.prompts("tune") == before
+    assert len(bed.prompts("report")) == 40
+    assert not chosen_on & set(bed.prompts("report"))
+    vectors = bed.pipe.conditions.rows([*chosen_on, *bed.prompts("report")])[:, 0]
+    assert len(vectors.unique(dim=0)) == 56
+    # those before are what they were, so results of them still hold
+    g = torch.Generator().manual_seed(5)
+    of = torch.nn.functional.normalize(torch.randn(16, 12, generator=g), dim=1)
+    torch.testing.assert_close(bed.pipe.conditions.rows([f"prompt {k}" for k in range(16)])[:, 0], of)
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_method_restores_the_pipeline(name: str, bed: Analytic) -> None:
     if not bed.fits(METHODS[name]):
@@ -379,6 +394,8 @@ def test_the_small_arena_of_several_calls_fills_its_table(tmp_path: Path) -> Non
     assert "mixture, 8 dimensions" in (tmp_path / "docs" / "arena" / "sets.md").read_text()
     other = subprocess.run([*small, str(tmp_path / "calls"), "--calls", "3"], cwd=ROOT, capture_output=True, text=True)
     assert "--calls 2" in other.stderr
+    other = subprocess.run([*small, str(tmp_path), "--fresh"], cwd=ROOT, capture_output=True, text=True)
+    assert "--fresh False" in other.stderr
 
 
 @pytest.mark.slow

@@ -112,11 +112,13 @@ class Analytic(Bed):
         which, inside = self.assign(rows)
         own, on_data = shares[which] >= COUNTS, float(inside.float().mean())
         inside = inside & own
+        drawn = torch.bincount(which[inside], minlength=MODES) / len(rows)
         return {
             "modes": float(len(set(which[inside].tolist()))),
             "of": float((shares >= COUNTS).sum()),
             "valid": float(inside.float().mean()),
             "on_data": on_data,
             "agreement": float(own.float().mean()),
+            "total_variation": float((drawn - shares).abs().sum() / 2),
             **common_scores(rows),
         }
