@@ -20,9 +20,9 @@ class Summary(Standing):
     seconds: float = 0.0
 
 
-def points(data: dict[str, Any], method: str) -> list[dict[str, Any]]:
+def points(data: dict[str, Any], method: str, front: str = "front") -> list[dict[str, Any]]:
     """The points of a front, from weak to strong."""
-    found = sorted(data["methods"][method]["front"], key=lambda p: p["strength"], reverse=METHODS[method].falls)
+    found = sorted(data["methods"][method][front], key=lambda p: p["strength"], reverse=METHODS[method].falls)
     return found
 
 

@@ -18,7 +18,7 @@ from .beds.base import Bed, Case, blocks
 from .fronts import points
 from .harness import FIDELITY_LOSS, PENALTY, Goal, measure_all
 
-__all__ = ["FIGURES", "WORSE", "EqualQuality", "change", "equal_quality", "quality_goal"]
+__all__ = ["FIGURES", "WORSE", "EqualQuality", "change", "equal_quality", "quality_goal", "with_other_tuning"]
 
 # What still counts as no worse than plain sampling: a difference, or a factor for distances
 WORSE = {"on_data": FIDELITY_LOSS, "coverage": 0.02, "frechet_distance": 1.05}
@@ -75,9 +75,27 @@ def quality_goal(bed: Bed, cases: Sequence[Case]) -> Goal:
     return goal
 
 
+def with_other_tuning(data: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A bed's results, in which each method also has the front of its setting in another record of the same cases.
+
+    Raises:
+        ValueError: if the cases differ.
+    """
+    if any(data["settings"][k] != other["settings"][k] for k in ("prompts", "seeds", "images", "steps")):
+        raise ValueError(f"{data['bed']}: the two records are of other cases")
+    methods = {
+        name: found | {"other_front": other["methods"][name]["front"]}
+        if other["methods"].get(name, {}).get("front")
+        else found
+        for name, found in data["methods"].items()
+    }
+    return data | {"methods": methods}
+
+
 def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False) -> list[EqualQuality]:
     """All methods of a bed whose fronts have the figures of the whole judge, compared with one of them.
 
+    Of two fronts of a method, from two aims of tuning, the one with the larger gain counts.
     With fewer than ``FEWEST`` blocks there are no p-values.
     """
     settings, plain = data["settings"], data["methods"]["plain"]
@@ -91,14 +109,20 @@ def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False
     for method, has in data["methods"].items():
         if not has.get("front") or not all("distances" in p for p in has["front"]):
             continue
-        found = [change(by_block(p["cases"], p["distances"], prompts), base, w) for p in points(data, method)]
-        gain, kept, agreement = (np.stack([f[k] for f in found], 1) for k in ("modes", "kept", "agreement"))
-        gain = gain - 1
-        gains[method], volumes[method] = matched(gain, kept), hypervolume(gain, kept)
-        others[method] = {
-            "agreement": at_gain(gain[0], kept[0], np.concatenate([[0.0], agreement[0]]), gains[method][0]),
-            "gain_agreed": float(matched(gain, np.minimum(kept, agreement))[0]),
-        }
+        for front in ("front", "other_front"):
+            if front not in has:
+                continue
+            found = [change(by_block(p["cases"], p["distances"], prompts), base, w) for p in points(data, method, front)]
+            gain, kept, agreement = (np.stack([f[k] for f in found], 1) for k in ("modes", "kept", "agreement"))
+            gain = gain - 1
+            best = matched(gain, kept)
+            if method in gains and best[0] <= gains[method][0]:
+                continue
+            gains[method], volumes[method] = best, hypervolume(gain, kept)
+            others[method] = {
+                "agreement": at_gain(gain[0], kept[0], np.concatenate([[0.0], agreement[0]]), best[0]),
+                "gain_agreed": float(matched(gain, np.minimum(kept, agreement))[0]),
+            }
     found = standings(gains, volumes, reference)
     if w.shape[1] < FEWEST:
         for s in found.values():

@@ -24,7 +24,7 @@ from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import CALL_SEEDS, Case, blocks
 from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY, Record, front, measure_all, plain
 from benchmarks.arena.page import PAGES
-from benchmarks.arena.quality import change, equal_quality, quality_goal
+from benchmarks.arena.quality import change, equal_quality, quality_goal, with_other_tuning
 from benchmarks.easing import GUARDED
 from kspec_guidance import SPARKE, VendiGuidance
 from kspec_guidance.bench.methods import METHODS
@@ -474,13 +474,26 @@ def test_gain_at_equal_quality_of_a_front(tmp_path: Path) -> None:
     small = Analytic(8, skewed=False)
     record = Record(tmp_path, small)
     cases = small.cases("report", 1)
-    record.data["settings"] = {"prompts": [c.prompt for c in cases], "seeds": 1, "diversity": "modes", "fidelity": "valid"}
+    record.data["settings"] = {"prompts": [c.prompt for c in cases], "seeds": 1, "diversity": "modes", "fidelity": "valid",
+                               "images": 16, "steps": 30}  # fmt: skip
     plain(small, record, "report", 1)
     record.of("SPARKE, ours")["tuned"] = {"scale": 1e-6, "stop": 0.65}
     front(small, "SPARKE, ours", record, 3, 1)
     (found,) = equal_quality(json.loads(record.path.read_text()), "SPARKE, ours")
     assert found.gain == pytest.approx(0.0, abs=1e-6)
     assert found.agreement == pytest.approx(0.0, abs=1e-6)
+
+    # of two tunings the one that gains more counts, and only for the same cases
+    other = json.loads(record.path.read_text())
+    for point in other["methods"]["SPARKE, ours"]["front"]:
+        point["cases"]["modes"] = [1.5 * m for m in point["cases"]["modes"]]
+    own = json.loads(record.path.read_text())
+    for pair in ((own, other), (other, own)):
+        (best,) = equal_quality(with_other_tuning(*pair), "SPARKE, ours")
+        assert best.gain == pytest.approx(1.5 * (1 + found.gain) - 1, abs=0.01)
+    other["settings"]["prompts"] = ["another"]
+    with pytest.raises(ValueError, match="other cases"):
+        with_other_tuning(own, other)
 
 
 @pytest.mark.parametrize(
