@@ -76,26 +76,26 @@ def quality_goal(bed: Bed, cases: Sequence[Case]) -> Goal:
 
 
 def with_other_tuning(data: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """A bed's results, in which each method also has the front of its setting in another record of the same cases.
+    """A bed's results, in which each method also has its front of another record of the same cases, with another tuning.
 
     Raises:
         ValueError: if the cases differ.
     """
     if any(data["settings"][k] != other["settings"][k] for k in ("prompts", "seeds", "images", "steps")):
         raise ValueError(f"{data['bed']}: the two records are of other cases")
-    methods = {
-        name: found | {"other_front": other["methods"][name]["front"]}
-        if other["methods"].get(name, {}).get("front")
-        else found
-        for name, found in data["methods"].items()
-    }
+    methods = dict(data["methods"])
+    for name, found in other["methods"].items():
+        if found.get("front"):
+            mine = methods.get(name, {})
+            methods[name] = mine | {"other_front" if mine.get("front") else "front": found["front"]}
     return data | {"methods": methods}
 
 
 def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False) -> list[EqualQuality]:
     """All methods of a bed whose fronts have the figures of the whole judge, compared with one of them.
 
-    Of two fronts of a method, from two aims of tuning, the one with the larger gain counts.
+    Of two fronts of a method, from two aims of tuning, the one with the larger gain counts; for the gain that keeps
+    agreement, the one with the larger such gain.
     With fewer than ``FEWEST`` blocks there are no p-values.
     """
     settings, plain = data["settings"], data["methods"]["plain"]
@@ -115,14 +115,13 @@ def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False
             found = [change(by_block(p["cases"], p["distances"], prompts), base, w) for p in points(data, method, front)]
             gain, kept, agreement = (np.stack([f[k] for f in found], 1) for k in ("modes", "kept", "agreement"))
             gain = gain - 1
-            best = matched(gain, kept)
-            if method in gains and best[0] <= gains[method][0]:
-                continue
-            gains[method], volumes[method] = best, hypervolume(gain, kept)
-            others[method] = {
-                "agreement": at_gain(gain[0], kept[0], np.concatenate([[0.0], agreement[0]]), best[0]),
-                "gain_agreed": float(matched(gain, np.minimum(kept, agreement))[0]),
-            }
+            best, agreed = matched(gain, kept), float(matched(gain, np.minimum(kept, agreement))[0])
+            before = others.get(method, {}).get("gain_agreed", 0.0)
+            if method not in gains or best[0] > gains[method][0]:
+                gains[method], volumes[method] = best, hypervolume(gain, kept)
+                there = at_gain(gain[0], kept[0], np.concatenate([[0.0], agreement[0]]), best[0])
+                others[method] = {"agreement": there}
+            others[method]["gain_agreed"] = max(before, agreed)
     found = standings(gains, volumes, reference)
     if w.shape[1] < FEWEST:
         for s in found.values():
