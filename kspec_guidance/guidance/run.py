@@ -449,7 +449,7 @@ class Run:
                 memory.bind((rows.shape[1],), space.name, context.call.encoder)
             with full_precision(rows.device):
                 state.pairs, state.prepared = term.objective.pairs(rows, context.prompts, memory), True
-            if term.recalls_nearest:
+            if term.recall == "nearest":
                 state.recall = Recall.of(term.objective, state.pairs)
         recalled = None
         if state.recall is not None:

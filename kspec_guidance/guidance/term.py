@@ -11,7 +11,7 @@ from kspec_guidance.guidance.spaces import X0, FeatureSpace, make_space
 from kspec_guidance.guidance.targets import VarietyTarget
 from kspec_guidance.guidance.transforms import TRANSFORMS
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel
-from kspec_guidance.memory import Memory
+from kspec_guidance.memory import Memory, MemoryBank
 from kspec_guidance.objectives import Objective
 from kspec_guidance.utils.arguments import is_number
 
@@ -60,9 +60,9 @@ class Term:
             the prompt alone. Has no effect on pipelines or calls without classifier-free guidance.
         recall: how a memory repels: ``all``, as the objective weighs all rows, or ``nearest``: each sample moves away from
             the memory rows to which its *noisy* sample is nearest, as much as from the batch. The latter finds more modes
-            over several calls of one prompt on mixtures, fewer on digits (docs/arena/sets.md). It has no effect on other
-            objectives than those of SPARKE and VendiGuidance, in other spaces than ``x0``, with memories that keep no rows,
-            and with transforms that read the size of a gradient.
+            over several calls of one prompt on mixtures, fewer on digits (docs/arena/sets.md). It is for the objectives of
+            SPARKE and VendiGuidance, the space ``x0``, memories that keep rows, and transforms that do not read the size of
+            a gradient.
 
     Raises:
         ValueError: for settings outside their ranges.
@@ -138,14 +138,25 @@ class Term:
                 raise ValueError(f"keep_prompt is for moves of predictions, and space={self.space.name!r} moves none")
             self.transforms = tuple(name for name in transforms if name != "off_score")  # hidden states have no score
         self.memory: Memory = objective.make_memory() if memory is None else memory
+        if recall == "nearest":
+            self._check_recall()
 
-    @property
-    def recalls_nearest(self) -> bool:
-        """Whether memory rows may repel as ``recall="nearest"`` says."""
-        space, objective = self.space, self.objective
-        moves_predictions = space.direct and not (space.noisy or space.inside)
-        by_direction = objective.recalls and objective.normalize and not BY_SIZE.intersection(self.transforms)
-        return self.recall == "nearest" and moves_predictions and by_direction
+    def _check_recall(self) -> None:
+        """Raise an error where ``recall="nearest"`` cannot act."""
+        space, by_size = self.space, BY_SIZE.intersection(self.transforms)
+        if not self.objective.recalls or not self.objective.normalize:
+            why = f"the objective of SPARKE or VendiGuidance, got {type(self.objective).__name__}"
+        elif not space.direct or space.noisy or space.inside:
+            why = f"space='x0', got {space.name!r}"
+        elif by_size:
+            why = f"transforms that do not read the size of a gradient, got {', '.join(sorted(by_size))}"
+        elif not isinstance(self.memory, MemoryBank):
+            why = f"a memory that keeps rows, got {type(self.memory).__name__}"
+        else:
+            return
+        raise ValueError(
+            f"recall='nearest' compares noisy samples with rows of the memory; it needs {why}. Use recall='all'"
+        )
 
     @property
     def variety(self) -> float | None:

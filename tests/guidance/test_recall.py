@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kspec_guidance import SPARKE, KernelGuidance, VendiGuidance
+from kspec_guidance import SPARKE, KernelGuidance, MMDGuidance, VendiGuidance
 from kspec_guidance.guidance.recall import Recall, sharpness
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.memory import CentroidMemory, MemoryBank, PromptWeights
@@ -102,23 +102,27 @@ def test_a_sample_on_a_row_of_memory_is_separated_from_it():
 
 
 @pytest.mark.parametrize(
-    "guide",
+    ("make", "named"),
     [
-        SPARKE(),
-        SPARKE(space="pooled", recall="nearest"),
-        SPARKE(space="latents", recall="nearest"),
-        SPARKE.published(recall="nearest"),
-        SPARKE(transforms=("plain",), recall="nearest"),
-        KernelGuidance(Novelty(reference=torch.ones(3, 8)), 1.0, recall="nearest"),
+        (lambda: SPARKE(space="pooled", recall="nearest"), "space='x0', got 'pooled'"),
+        (lambda: SPARKE(space="latents", recall="nearest"), "space='x0', got 'latents'"),
+        (lambda: SPARKE(space="block", recall="nearest"), "space='x0', got 'block'"),
+        (lambda: SPARKE.published(recall="nearest"), "PublishedRKE"),
+        (lambda: SPARKE(transforms=("plain",), recall="nearest"), "got plain"),
+        (lambda: SPARKE(memory=CentroidMemory(4), recall="nearest"), "CentroidMemory"),
+        (lambda: KernelGuidance(Novelty(reference=torch.ones(3, 8)), 1.0, recall="nearest"), "Novelty"),
+        (lambda: MMDGuidance(torch.ones(3, 8), recall="nearest"), "MMD"),
     ],
 )
-def test_all_rows_repel(guide):
-    assert not guide.terms[0].recalls_nearest
+def test_where_nearest_rows_cannot_be_recalled_it_is_refused(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
 
 
-@pytest.mark.parametrize("guide", [SPARKE(recall="nearest"), VendiGuidance(order="logdet", recall="nearest")])
-def test_nearest_rows_repel(guide):
-    assert guide.terms[0].recalls_nearest
+@pytest.mark.parametrize("make", [SPARKE, VendiGuidance, lambda recall: VendiGuidance(order="logdet", recall=recall)])
+def test_nearest_rows_are_recalled_only_if_asked_for(make):
+    assert make(recall="nearest").terms[0].recall == "nearest"
+    assert SPARKE().terms[0].recall == "all"
 
 
 def test_unknown_recall_is_refused():
