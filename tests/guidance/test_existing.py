@@ -7,6 +7,7 @@ from kspec_guidance import SPARKE, MMDGuidance, NoveltyGuidance, encode_referenc
 from kspec_guidance.guidance.spaces import Block
 from kspec_guidance.loop.blocks import hook_block
 from tests import tiny
+from tests.tiny import requires_modular
 
 FLOW = {"prompt": "a red heart", "num_images_per_prompt": 3, "num_inference_steps": 4}
 
@@ -92,6 +93,7 @@ def test_several_guides_and_memories_that_do_not_grow_by_themselves(images):
     assert [len(memory) for memory in guide.memories] == [3, 3]
 
 
+@requires_modular
 def test_modular_pipelines_and_prompts_of_each_image(images):
     pipe, guide = tiny.build_modular("StableDiffusion3ModularPipeline"), SPARKE(1.0)
     prompts = ["a red heart", "two green cats", "a red heart"]

@@ -1,7 +1,6 @@
 import diffusers
 import pytest
 import torch
-from packaging.version import Version
 
 from kspec_guidance import SPARKE
 from kspec_guidance.guidance.start import greedy_choice
@@ -11,10 +10,7 @@ from kspec_guidance.memory import MemoryBank
 from kspec_guidance.objectives import RKE, ConditionalRKE, Vendi
 from tests import tiny
 from tests.emoji import generators, sample_latents
-
-requires_modular = pytest.mark.skipif(
-    Version(diffusers.__version__) < Version("0.42"), reason="requires the modular interface of diffusers 0.42"
-)
+from tests.tiny import requires_modular
 
 
 def unit(x):

@@ -2,14 +2,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from packaging.version import Version
 
 from kspec_guidance import SPARKE, MMDGuidance
 from kspec_guidance.integrations.modular import KernelGuidanceBlock, insert_guidance
 from tests import tiny
-
-HAS_MODULAR = Version(diffusers.__version__) >= Version("0.42")
-requires_modular = pytest.mark.skipif(not HAS_MODULAR, reason="requires the modular interface of diffusers 0.42")
+from tests.tiny import requires_modular
 
 
 def build_modular(name, blocks=None):

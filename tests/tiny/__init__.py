@@ -5,6 +5,10 @@ guidance on it. ``models``, ``autoencoders``, ``encoders`` and ``inputs`` are sh
 add what single classes need.
 """
 
+import diffusers
+import pytest
+from packaging.version import Version
+
 from tests.tiny.builders import (
     MODULAR,
     build,
@@ -16,6 +20,10 @@ from tests.tiny.builders import (
 )
 from tests.tiny.pipeline_checks import Verdict, check_pipeline
 
+requires_modular = pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.42"), reason="requires the modular interface of diffusers 0.42"
+)
+
 __all__ = [
     "MODULAR",
     "Verdict",
@@ -26,4 +34,5 @@ __all__ = [
     "check_pipeline",
     "modular_call_kwargs",
     "pipeline_names",
+    "requires_modular",
 ]
