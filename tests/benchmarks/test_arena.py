@@ -6,11 +6,9 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -18,15 +16,10 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from safetensors.torch import save_file
 
 from benchmarks.arena import cost, figures, networks
-from benchmarks.arena.batched import Setting, run
 from benchmarks.arena.beds import BEDS, Bed, transformer
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import CALL_SEEDS, Case, blocks
-from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY, Record, front, measure_all, plain
 from benchmarks.arena.page import PAGES
-from benchmarks.arena.quality import change, equal_quality, quality_goal, with_other_tuning
-from benchmarks.easing import GUARDED
-from kspec_guidance import SPARKE, VendiGuidance
 from kspec_guidance.bench.methods import METHODS
 from kspec_guidance.bench.methods.base import Moment, repulsion
 from kspec_guidance.bench.methods.diverseflow import dpp
@@ -34,7 +27,6 @@ from kspec_guidance.bench.methods.eddy import EDDY, pairs
 from kspec_guidance.bench.methods.oscar import OSCAR
 from kspec_guidance.bench.methods.selection import varied
 from kspec_guidance.bench.methods.spell import SPELL
-from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -432,143 +424,6 @@ def test_sample_in_another_prompts_mode_is_on_the_data_and_does_not_agree(bed: A
     assert [f["on_data"] for f in figures] == [1, 1, 0]
     assert [f["valid"] for f in figures] == [1, 0, 0]
     assert [f["agreement"] for f in figures[:2]] == [1, 0]
-
-
-def vector(modes: float, **changed: float) -> dict[str, np.ndarray]:
-    usual = {"modes": 4.0 * modes, "on_data": 0.9, "agreement": 0.8, "valid": 0.8, "coverage": 0.7, "recall": 0.5}
-    return {k: np.array([v, v]) for k, v in (usual | {"frechet_distance": 10.0, "mmd": 0.1} | changed).items()}
-
-
-@pytest.mark.parametrize(
-    ("changed", "equal"),
-    [
-        ({}, True),
-        ({"on_data": 0.89, "coverage": 0.69, "frechet_distance": 10.4}, True),
-        ({"on_data": 0.87}, False),
-        ({"coverage": 0.67}, False),
-        ({"frechet_distance": 10.6}, False),
-        ({"agreement": 0.5}, True),
-        ({"coverage": 0.9, "frechet_distance": 12.0}, False),
-    ],
-)
-def test_quality_is_equal_only_if_no_figure_is_worse(changed: dict[str, float], equal: bool) -> None:
-    found = change(vector(1.5, **changed), vector(1.0), np.array([[0.5, 0.5]]))
-    assert found["modes"][0] == pytest.approx(1.5)
-    assert (found["kept"][0] >= -FIDELITY_LOSS) == equal
-
-
-def test_goal_of_tuning_is_modes_less_lost_quality() -> None:
-    small = Analytic(2, skewed=True)
-    cases = small.cases("tune", 1)[:2]
-    goal = quality_goal(small, cases)
-    same, together = measure_all(small, METHODS["plain"], cases)
-    distances = together()["distances"]
-    assert goal(same, {"distances": distances}) == pytest.approx(1.0)
-    far = [d | {"frechet_distance": 2 * d["frechet_distance"]} for d in distances]
-    lost = FIDELITY_LOSS * math.log(2) / math.log(1.05) - FIDELITY_LOSS
-    assert goal(same, {"distances": far}) == pytest.approx(1 - PENALTY * lost)
-
-
-def test_gain_at_equal_quality_of_a_front(tmp_path: Path) -> None:
-    """A front is measured on a bed, its record has the vector, and plain sampling against itself gains nothing."""
-    small = Analytic(8, skewed=False)
-    record = Record(tmp_path, small)
-    cases = small.cases("report", 1)
-    record.data["settings"] = {"prompts": [c.prompt for c in cases], "seeds": 1, "diversity": "modes", "fidelity": "valid",
-                               "images": 16, "steps": 30}  # fmt: skip
-    plain(small, record, "report", 1)
-    record.of("SPARKE, ours")["tuned"] = {"scale": 1e-6, "stop": 0.65}
-    front(small, "SPARKE, ours", record, 3, 1)
-    (found,) = equal_quality(json.loads(record.path.read_text()), "SPARKE, ours")
-    assert found.gain == pytest.approx(0.0, abs=1e-6)
-    assert found.agreement == pytest.approx(0.0, abs=1e-6)
-
-    # of two tunings the one that gains more counts, and only for the same cases
-    other = json.loads(record.path.read_text())
-    for point in other["methods"]["SPARKE, ours"]["front"]:
-        point["cases"]["modes"] = [1.5 * m for m in point["cases"]["modes"]]
-    own = json.loads(record.path.read_text())
-    for pair in ((own, other), (other, own)):
-        (best,) = equal_quality(with_other_tuning(*pair), "SPARKE, ours")
-        assert best.gain == pytest.approx(1.5 * (1 + found.gain) - 1, abs=0.01)
-    other["settings"]["prompts"] = ["another"]
-    with pytest.raises(ValueError, match="other cases"):
-        with_other_tuning(own, other)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        Setting(),
-        Setting(50),
-        Setting(50, ease=1.0),
-        Setting(50, ease=1.0, guard=True),
-        Setting(scale=1.0, order=0.5),
-    ],
-)
-def test_batched_mixture_is_the_package_on_each_case(setting: Setting) -> None:
-    bed = Analytic(8, skewed=False)
-    case = bed.cases("report", 1)[0]
-    transforms = GUARDED if setting.guard else DEFAULT_TRANSFORMS
-    with torch.no_grad():
-        found = run(bed, [case], setting)[0]
-        if setting == Setting():
-            wanted = bed.run(case, bed.images)
-        else:
-            guide = (
-                VendiGuidance(setting.scale, order=setting.order)
-                if setting.scale
-                else SPARKE(variety=setting.variety, ease_cfg=setting.ease, transforms=transforms)
-            )
-            guide.calibration = 1.0
-            with guide.attach(bed.pipe):
-                wanted = bed.run(case, bed.images)
-    torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("recall", ["nearest", "all"])
-@pytest.mark.parametrize(
-    "setting",
-    [
-        Setting(50),
-        Setting(50, images=1, calls=4),
-        Setting(scale=1.0, order=0.5),
-        Setting(scale=1.0, log_det=True, exponential=True),
-    ],
-)
-def test_batched_mixture_is_the_package_over_several_calls(setting: Setting, recall: str) -> None:
-    bed = Analytic(8, skewed=False)
-    case, setting = bed.cases("report", 1)[0], replace(setting, recall=recall, calls=max(2, setting.calls))
-    order = "logdet" if setting.log_det else setting.order
-    guide = VendiGuidance(1.0, order=order, recall=recall) if setting.scale else SPARKE(variety=50, recall=recall)
-    guide.calibration = 1.0
-    with torch.no_grad(), guide.attach(bed.pipe):
-        wanted = [
-            bed.run(replace(case, seed=case.seed + CALL_SEEDS * k), setting.images or bed.images)
-            for k in range(setting.calls)
-        ]
-    with torch.no_grad():
-        found = run(bed, [case], setting)[0]
-    torch.testing.assert_close(found, torch.cat(wanted).flatten(1), atol=1e-3, rtol=1e-3)
-
-
-def test_batched_mixture_has_the_push_of_oscar() -> None:
-    bed = Analytic(8, skewed=False)
-    case = bed.cases("report", 1)[0]
-    with torch.no_grad():
-        found = run(bed, [case], Setting(scale=0.4, log_det=True, early=True))[0]
-        wanted = bed.sample(OSCAR(weight=0.4, noise_weight=0.0), case)
-    torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
-
-
-def test_batched_mixture_has_the_push_of_the_log_determinant() -> None:
-    bed = Analytic(8, skewed=False)
-    case = bed.cases("report", 1)[0]
-    with torch.no_grad():
-        found = run(bed, [case], Setting(scale=0.4, log_det=True, exponential=True))[0]
-        with VendiGuidance(0.4, order="logdet").attach(bed.pipe):
-            wanted = bed.run(case, bed.images)
-    torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
 
 
 def test_denoiser_calls_of_a_method_are_counted() -> None:

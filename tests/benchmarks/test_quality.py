@@ -1,0 +1,75 @@
+"""Gains at equal quality."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.arena.beds.analytic import Analytic
+from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY, Record, front, measure_all, plain
+from benchmarks.arena.quality import change, equal_quality, quality_goal, with_other_tuning
+from kspec_guidance.bench.methods import METHODS
+
+
+def vector(modes: float, **changed: float) -> dict[str, np.ndarray]:
+    usual = {"modes": 4.0 * modes, "on_data": 0.9, "agreement": 0.8, "valid": 0.8, "coverage": 0.7, "recall": 0.5}
+    return {k: np.array([v, v]) for k, v in (usual | {"frechet_distance": 10.0, "mmd": 0.1} | changed).items()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "equal"),
+    [
+        ({}, True),
+        ({"on_data": 0.89, "coverage": 0.69, "frechet_distance": 10.4}, True),
+        ({"on_data": 0.87}, False),
+        ({"coverage": 0.67}, False),
+        ({"frechet_distance": 10.6}, False),
+        ({"agreement": 0.5}, True),
+        ({"coverage": 0.9, "frechet_distance": 12.0}, False),
+    ],
+)
+def test_quality_is_equal_only_if_no_figure_is_worse(changed: dict[str, float], equal: bool) -> None:
+    found = change(vector(1.5, **changed), vector(1.0), np.array([[0.5, 0.5]]))
+    assert found["modes"][0] == pytest.approx(1.5)
+    assert (found["kept"][0] >= -FIDELITY_LOSS) == equal
+
+
+def test_goal_of_tuning_is_modes_less_lost_quality() -> None:
+    small = Analytic(2, skewed=True)
+    cases = small.cases("tune", 1)[:2]
+    goal = quality_goal(small, cases)
+    same, together = measure_all(small, METHODS["plain"], cases)
+    distances = together()["distances"]
+    assert goal(same, {"distances": distances}) == pytest.approx(1.0)
+    far = [d | {"frechet_distance": 2 * d["frechet_distance"]} for d in distances]
+    lost = FIDELITY_LOSS * math.log(2) / math.log(1.05) - FIDELITY_LOSS
+    assert goal(same, {"distances": far}) == pytest.approx(1 - PENALTY * lost)
+
+
+def test_gain_at_equal_quality_of_a_front(tmp_path: Path) -> None:
+    """A front is measured on a bed, its record has the vector, and plain sampling against itself gains nothing."""
+    small = Analytic(8, skewed=False)
+    record = Record(tmp_path, small)
+    cases = small.cases("report", 1)
+    record.data["settings"] = {"prompts": [c.prompt for c in cases], "seeds": 1, "diversity": "modes", "fidelity": "valid",
+                               "images": 16, "steps": 30}  # fmt: skip
+    plain(small, record, "report", 1)
+    record.of("SPARKE, ours")["tuned"] = {"scale": 1e-6, "stop": 0.65}
+    front(small, "SPARKE, ours", record, 3, 1)
+    (found,) = equal_quality(json.loads(record.path.read_text()), "SPARKE, ours")
+    assert found.gain == pytest.approx(0.0, abs=1e-6)
+    assert found.agreement == pytest.approx(0.0, abs=1e-6)
+
+    # of two tunings the one that gains more counts, and only for the same cases
+    other = json.loads(record.path.read_text())
+    for point in other["methods"]["SPARKE, ours"]["front"]:
+        point["cases"]["modes"] = [1.5 * m for m in point["cases"]["modes"]]
+    own = json.loads(record.path.read_text())
+    for pair in ((own, other), (other, own)):
+        (best,) = equal_quality(with_other_tuning(*pair), "SPARKE, ours")
+        assert best.gain == pytest.approx(1.5 * (1 + found.gain) - 1, abs=0.01)
+    other["settings"]["prompts"] = ["another"]
+    with pytest.raises(ValueError, match="other cases"):
+        with_other_tuning(own, other)
