@@ -13,13 +13,13 @@ from torch import Tensor
 from kspec_guidance.demo.pipeline import DEMO_PROMPTS, is_demo
 from kspec_guidance.guidance.calibration import calibration_file
 from kspec_guidance.guidance.presets import SPARKE, MMDGuidance
-from kspec_guidance.loop.components import call_parameters, denoiser_of
+from kspec_guidance.loop.components import autoencoder_of, call_parameters
 from kspec_guidance.loop.latents import encode_reference
-from kspec_guidance.loop.observer import network_fingerprint
 from kspec_guidance.synthesis.generator import check_call
+from kspec_guidance.synthesis.settings import as_json, describe_pipeline
 from kspec_guidance.utils.arguments import is_integer
 from kspec_guidance.utils.atomic_io import replacing
-from kspec_guidance.utils.hashing import hash_json, hash_tensors, same_network
+from kspec_guidance.utils.hashing import hash_json, hash_tensors, state_fingerprint
 from kspec_guidance.utils.messages import warn_user
 
 __all__ = ["BASELINE_PROMPTS", "make_baseline", "toward_reference"]
@@ -53,7 +53,8 @@ def make_baseline(
     """Samples of a pipeline without guidance over many prompts, for ``MMDGuidance(reference, baseline=...)``.
 
     Made once for a pipeline and its settings, and then read from the user's cache (``$KSPEC_GUIDANCE_HOME`` or
-    ``~/.cache/kspec_guidance``). A broken off run is continued. Samples are not decoded.
+    ``~/.cache/kspec_guidance``): for the same networks and adapters in the same precision, scheduler, prompts, ``call`` and
+    ``seed``. With a function in ``call`` nothing is kept. A broken off run is continued. Samples are not decoded.
 
     Args:
         pipe: any text-to-image pipeline.
@@ -72,7 +73,7 @@ def make_baseline(
         the CPU.
 
     Raises:
-        ValueError: for no prompts, or numbers below 1.
+        ValueError: for no prompts, numbers below 1, a ``seed`` that is no integer, or a call that takes no steps.
         SynthesisError: if the pipeline takes no prompts, or not all of ``call``.
 
     Warns:
@@ -85,15 +86,20 @@ def make_baseline(
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"the prompts of a baseline are texts, got {prompts[:5]}")
     if not prompts or not is_integer(n, 1) or not is_integer(batch_size, 1):
-        raise ValueError(f"a baseline needs prompts, samples and a batch size, got {len(prompts)}, {n} and {batch_size}")
+        raise ValueError(
+            f"a baseline needs prompts, and integers n and batch_size of at least 1, got {len(prompts)} prompts, {n!r} and "
+            f"{batch_size!r}"
+        )
+    if not is_integer(seed):
+        raise ValueError(f"the seed of a baseline is an integer, got {seed!r}")
     check_call(pipe, call)
     if len(set(prompts)) < FEW_PROMPTS:
         warn_user(
             f"a baseline of {len(set(prompts))} prompts knows little of what the model makes anyway: what these prompts "
             f"have in common is pushed away too; give {FEW_PROMPTS} or more"
         )
-    network = denoiser_of(pipe)
-    file = None if not cache or network is None else _File(pipe, network_fingerprint(network), prompts, call, seed)
+    key = _key(pipe, prompts, call, int(seed)) if cache else None
+    file = None if key is None else _File(key)
     rows = [] if file is None else list(file.read()[:n])
     guide, saved = SPARKE(variety=0), len(rows)  # plain sampling, bit for bit; the guide hands the samples over
     guide.remember = False
@@ -107,6 +113,8 @@ def make_baseline(
                     pipe(batch, generator=noise, output_type="latent", **call)
                 else:
                     pipe(batch[0], generator=noise[0], output_type="latent", **call)
+                if not guide.finished:
+                    raise ValueError(f"{type(pipe).__name__} took no denoising step with {call}; give num_inference_steps")
                 found = torch.cat([f.features for f in guide.finished]).float().cpu()
                 if len(found) != len(batch):
                     raise ValueError(
@@ -173,33 +181,43 @@ def toward_reference(
     return MMDGuidance(reference, scale, baseline=baseline, **kwargs)
 
 
+def _key(pipe: Any, prompts: list[str], call: dict[str, Any], seed: int) -> str | None:
+    """Name of a baseline in the cache, by all that decides its samples; None if that cannot be told."""
+    if any(callable(value) for value in call.values()):
+        return None
+    about = describe_pipeline(pipe)
+    del about["denoiser"]  # a fingerprint for all precisions, and blind to adapters
+    decoder = autoencoder_of(pipe)
+    networks = {
+        name: part
+        for name, part in getattr(pipe, "components", {}).items()
+        if isinstance(part, torch.nn.Module) and part is not decoder
+    }
+    try:
+        about |= {"networks": {name: state_fingerprint(part) for name, part in networks.items()}}
+    except (RuntimeError, NotImplementedError, TypeError):  # of weights that cannot be read
+        return None
+    return hash_json([about, prompts, as_json(call), seed], 16)
+
+
 class _File:
-    """The file of a baseline: safetensors, with the denoiser's fingerprint and a digest of the rows.
+    """The file of a baseline: safetensors, with a digest of the rows.
 
     Args:
-        pipe: the pipeline.
-        network: fingerprint of its denoiser.
-        prompts, call, seed: of the samples.
+        key: its name.
     """
 
-    def __init__(self, pipe: Any, network: str, prompts: list[str], call: dict[str, Any], seed: int):
-        architecture = network.partition("(")[0]
-        key = hash_json([type(pipe).__name__, architecture, prompts, call, seed], 16)
-        self.network, folder = network, calibration_file().parent / "baselines"
-        for k in range(1, 100):  # models of one architecture have one key
-            self.path = folder / f"{key}-{k}.safetensors"
-            if not self.path.is_file() or self._known() is not None:
-                break
+    def __init__(self, key: str):
+        self.path = calibration_file().parent / "baselines" / f"{key}.safetensors"
 
     def _known(self) -> Tensor | None:
-        """The rows of the file; None if it is damaged, or of another model."""
+        """The rows of the file; None if it is damaged."""
         try:
             with safe_open(self.path, "pt") as file:
                 about, rows = file.metadata() or {}, file.get_tensor("rows")
         except (SafetensorError, OSError):
             return None
-        own = about.get("sha256") == hash_tensors({"rows": rows}) and same_network(about.get("network", ""), self.network)
-        return rows if own else None
+        return rows if about.get("sha256") == hash_tensors({"rows": rows}) else None
 
     def read(self) -> Tensor:
         """Rows ``[k, ...]``; none if there is no file."""
@@ -208,7 +226,7 @@ class _File:
 
     def write(self, rows: Tensor) -> None:
         """Write all rows, atomically. Where that fails, a warning says so: the samples themselves are not lost."""
-        about = {"network": self.network, "sha256": hash_tensors({"rows": rows})}
+        about = {"sha256": hash_tensors({"rows": rows})}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as fresh:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from kspec_guidance import (
     MMDGuidance,
@@ -73,6 +74,60 @@ def test_a_damaged_cache_and_another_model_are_not_read(pipe, home):
     assert not torch.allclose(found, first, atol=0.1)
 
 
+def _with_noise(module, size=0.05):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(size * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def _with_lora(pipe, seed):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+
+
+CHANGES = {
+    "scheduler": lambda pipe: setattr(pipe, "scheduler", EulerDiscreteScheduler.from_config(pipe.scheduler.config)),
+    "text encoder": lambda pipe: _with_noise(pipe.text_encoder),
+    "weights in place": lambda pipe: _with_noise(pipe.unet, 1e-3),  # as a LoRA that is fused
+    "precision": lambda pipe: pipe.to(torch.bfloat16),
+    "LoRA": lambda pipe: _with_lora(pipe, 1),
+    "another LoRA": lambda pipe: _with_lora(pipe, 2),
+    "LoRA off": lambda pipe: (_with_lora(pipe, 1), pipe.unet.disable_adapters()),
+}
+
+
+def test_all_that_decides_samples_decides_whether_a_cache_is_read(home):
+    """Whatever differs, the baseline is that which is made without a cache."""
+    for change in (None, *CHANGES.values()):
+        changed = load_demo_pipeline()
+        changed.set_progress_bar_config(disable=True)
+        if change is not None:
+            make_baseline(changed, n=1, call=CALL)  # its fingerprint may be known by then
+            change(changed)
+        found = make_baseline(changed, n=1, call=CALL)
+        assert torch.equal(found, make_baseline(changed, n=1, call=CALL, cache=False))
+        made = []
+        make_baseline(changed, n=1, call=CALL, progress_callback=lambda k, n, made=made: made.append(k))
+        assert not made
+    assert len(list(home.iterdir())) == 1 + len(CHANGES)
+
+
+def test_values_of_a_call_decide_too(pipe, home):
+    wide, other, made = torch.zeros(1, 4000), torch.zeros(1, 4000), []
+    other[0, 2000] = 1.0  # not in the text of the tensor
+
+    def make(**more):
+        made.clear()
+        make_baseline(pipe, n=1, call=CALL | more, progress_callback=lambda k, n: made.append(k))
+        return len(made)
+
+    assert [make(negative_prompt_embeds=value) for value in (wide, other, wide, other)] == [1, 1, 0, 0]
+    for _ in range(2):  # functions of one name may do different things
+        assert make(callback_on_step_end=lambda pipe, i, t, kwargs: kwargs)
+    assert len(list(home.iterdir())) == 2
+
+
 def test_a_cache_that_cannot_be_written_loses_no_sample(pipe, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path / "file"))
@@ -109,10 +164,14 @@ def test_bad_input_is_refused(pipe, home):
         make_baseline(pipe, [])
     with pytest.raises(ValueError, match="are texts, got"):
         make_baseline(pipe, [1, 2])
-    with pytest.raises(ValueError, match=r"got \d+, 0 and 4"):
+    with pytest.raises(ValueError, match=r"got \d+ prompts, 0 and 4"):
         make_baseline(pipe, n=0)
-    with pytest.raises(ValueError, match=r"got \d+, 2.5 and 4"):
+    with pytest.raises(ValueError, match=r"got \d+ prompts, 2.5 and 4"):
         make_baseline(pipe, n=2.5)
+    with pytest.raises(ValueError, match=r"an integer, got 0\.5"):
+        make_baseline(pipe, n=2, seed=0.5)
+    with pytest.raises(ValueError, match=r"took no denoising step with .*; give num_inference_steps"):
+        make_baseline(pipe, n=2, call={"num_inference_steps": -1})
     with pytest.warns(UserWarning, match="baseline of 1 prompts"):  # one prompt, not its letters
         make_baseline(pipe, "heart", n=1, call=CALL)
     with pytest.warns(UserWarning, match="baseline of 2 prompts"):

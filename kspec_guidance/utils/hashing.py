@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kspec_guidance.utils.placement import stored_weights
 
-__all__ = ["fingerprint", "hash_json", "hash_tensors", "same_network", "weights_fingerprint"]
+__all__ = ["fingerprint", "hash_json", "hash_tensors", "same_network", "state_fingerprint", "weights_fingerprint"]
 
 FINGERPRINT = re.compile(r"([^-(),]+)(?:-([0-9a-f]{12}))?(?:\(((?:[+-]\d+)+)\))?(.*)")
 NUMBER = re.compile(r"[+-]\d+")
@@ -38,6 +38,36 @@ def weights_fingerprint(network: Any) -> str:
     if isinstance(network, nn.Module):
         return hash_tensors(stored_weights(network), type(network).__qualname__, 12)
     return hash_json([getattr(network, "__module__", ""), getattr(network, "__qualname__", type(network).__qualname__)], 12)
+
+
+def state_fingerprint(module: nn.Module, values: int = 1024) -> str:
+    """Digest of what decides the output of a module, quickly: some values of each weight, and settings of its parts.
+
+    Adapters that are merged change most values of a weight a little; others are weights of their own, and their strengths,
+    and whether they are active, are settings.
+
+    Args:
+        module: the module; a compiled one counts as what it was made from.
+        values: largest number of values of a weight that are read, evenly spaced.
+
+    Raises:
+        Exception: of a quantised weight that cannot be read so.
+    """
+    module = getattr(module, "_orig_mod", module)
+    read = {name: w.detach().flatten()[:: max(w.numel() // values, 1)] for name, w in stored_weights(module).items()}
+    settings = []
+    for name, part in module.named_modules():
+        public = {k: v for k, v in vars(part).items() if not k.startswith("_")}
+        adapters = {k: getattr(part, k, None) for k in ("active_adapters", "disable_adapters")}
+        settings.append([name, {k: v for k, v in {**public, **adapters}.items() if _is_plain(v)}])
+    return hash_tensors(read, type(module).__qualname__ + hash_json(settings))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value consists of numbers and texts."""
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, bool | int | float | str)
 
 
 def fingerprint(module: Any) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kspec_guidance import SPARKE, load_demo_pipeline
-from kspec_guidance.utils.hashing import fingerprint, same_network
+from kspec_guidance.utils.hashing import fingerprint, same_network, state_fingerprint
 from tests.emoji import sample_latents
 
 
@@ -45,6 +45,30 @@ def test_fingerprint_of_a_class_alone_is_any_network_of_this_class():
     assert not same_network("Linear", known)
     assert not same_network("Sequential", known + ", with padding")
     assert not same_network("my-encoder", "my")
+
+
+def test_state_is_that_of_all_weights_and_of_plain_settings_of_parts():
+    prints = {state_fingerprint(network())}
+    for change in (
+        lambda n: n[1].bias.data.add_(1e-3),  # a part that the projections do not read
+        lambda n: n[2].weight.data.mul_(1.0001),
+        lambda n: setattr(n[0], "scaling", {"style": 0.5}),
+        lambda n: setattr(n[1], "eps", 1e-4),
+        lambda n: n.half(),
+    ):
+        changed = network()
+        change(changed)
+        prints.add(state_fingerprint(changed))
+    assert len(prints) == 6
+
+
+def test_state_is_read_through_compilation_and_offloading(pipe):
+    plain = network()
+    assert state_fingerprint(torch.compile(plain)) == state_fingerprint(plain)
+    known = state_fingerprint(pipe.unet)
+    moved = load_demo_pipeline()
+    moved.enable_sequential_cpu_offload(device="cpu")
+    assert state_fingerprint(moved.unet) == known
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
