@@ -316,7 +316,7 @@ class Run:
             if not self._active(self._before_step + self._after_step, prediction, context):
                 self._read(context)
             return None
-        move = self._move(x0, active, prediction, context)
+        move = self._move(x0, active, prediction, context, prediction.share)
         return move if layout.trivial else layout.unpack(move)
 
     def realised(self, move: Any, context: StepContext) -> None:
@@ -359,8 +359,10 @@ class Run:
                 active.append(state)
         return active
 
-    def _move(self, x: Tensor, active: list[TermState], prediction: Prediction, context: StepContext) -> Tensor:
-        """The move of packed samples ``[n, ...]`` by all terms that are active at this step."""
+    def _move(
+        self, x: Tensor, active: list[TermState], prediction: Prediction, context: StepContext, share: float = 1.0
+    ) -> Tensor:
+        """A share of the move of packed samples ``[n, ...]`` by all terms that are active at this step."""
         target, score, prompt = x.flatten(1), None, None
         if self._need_score:
             score = prediction.noise_direction
@@ -385,6 +387,8 @@ class Run:
                 if context.mask is not None:
                     move = (move.view(x.shape) * context.mask).flatten(1)
                 size = norms(move)
+            if share != 1:
+                move, size = move * share, size * share
             self._expect_finite("move", size, context.step)
             return move, size
 

@@ -27,6 +27,7 @@ __all__ = [
     "parametrisation_of",
     "predict",
     "realised_move",
+    "share_of_move",
     "supported_schedulers",
     "time_of",
 ]
@@ -43,7 +44,8 @@ class UnsupportedSchedulerError(ValueError):
 class Prediction:
     """x0 and the coefficients to change it: ``x = alpha x0 + sigma noise``, and ``slope`` is ``d x0 / d m``.
 
-    ``noise`` is the model output where it predicts the noise; None elsewhere.
+    ``noise`` is the model output where it predicts the noise; None elsewhere. ``share`` is that of a move of x0 which has
+    the effect of the whole move in a scheduler with one stage a step, see :func:`share_of_move`.
     """
 
     x0: Any
@@ -52,6 +54,7 @@ class Prediction:
     sigma: Level
     slope: Level
     noise: Tensor | None = None
+    share: float = 1.0
 
     def moved(self, model_output: Any, move: Any) -> Any:
         """The model output whose x0 is ``x0 + move``; further channels (a learned variance) are unchanged."""
@@ -188,6 +191,18 @@ def _sigma(scheduler: Any, timestep: Tensor | float) -> float:
         sigmas = scheduler.sigmas_interpol  # KDPM2 evaluates its second stage between two noise levels
         index -= any(cls.__name__ == "KDPM2AncestralDiscreteScheduler" for cls in type(scheduler).__mro__)
     return _at(sigmas, index)
+
+
+def share_of_move(scheduler: Any, sigma: Level) -> float:
+    """The share of a move of x0 to apply at the second stage of a step of a scheduler.
+
+    The second stage of Heun and KDPM2 takes the derivative ``(x - x0) / sigma`` at a lower noise level, for the step from
+    the level of the first stage. A move there would count more by the ratio of the two levels: without bound in runs of few
+    steps, whose levels are far apart.
+    """
+    if hasattr(scheduler, "mid_point_sigma"):  # DPMSolverSDE takes x0 itself
+        return 1.0
+    return min(float(sigma) / _at(scheduler.sigmas, int(scheduler.step_index) - 1), 1.0)
 
 
 def _flow_sigma(scheduler: Any, timestep: Tensor | float, arguments: Arguments) -> Level:
@@ -471,7 +486,9 @@ def predict(
     if isinstance(sample, list | tuple):
         parts = [predict(scheduler, m, timestep, x, arguments, found) for m, x in zip(model_output, sample, strict=True)]
         first = parts[0]
-        return Prediction([p.x0 for p in parts], [p.sample for p in parts], first.alpha, first.sigma, first.slope)
+        return Prediction(
+            [p.x0 for p in parts], [p.sample for p in parts], first.alpha, first.sigma, first.slope, share=first.share
+        )
     alpha, sigma = found.levels(scheduler, timestep, arguments)
     if isinstance(sigma, Tensor) and sigma.ndim > sample.ndim:
         sigma = sigma.flatten(0, sigma.ndim - sample.ndim)
@@ -486,4 +503,5 @@ def predict(
     if m.shape != x.shape:
         m = m[:, : x.shape[1]]
     of_noise = isinstance(a, float) and isinstance(alpha, float) and b != 0 and abs(a * alpha - 1) < 1e-12
-    return Prediction(_combine(a, x, b, m), x, alpha, sigma, b, m if of_noise else None)
+    share = 1.0 if getattr(scheduler, "state_in_first_order", True) else share_of_move(scheduler, sigma)
+    return Prediction(_combine(a, x, b, m), x, alpha, sigma, b, m if of_noise else None, share)

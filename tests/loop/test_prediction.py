@@ -54,6 +54,27 @@ def test_x0_is_recovered_and_matches_scheduler(name, kind, g):
             torch.testing.assert_close(prediction.x0, own, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("steps", [2, 30])
+@pytest.mark.parametrize("name", ["Heun", "KDPM2", "KDPM2 ancestral", *schedulers.FLOW])
+def test_a_move_has_the_effect_of_one_euler_step_whatever_the_stages(name, steps, g):
+    """``x' = x + (sigma' - sigma) (x - x0) / sigma``, so a move of x0 moves the result by ``1 - sigma' / sigma`` of it."""
+    x, m, move = torch.randn(3, 2, 3, 4, 4, generator=g)
+    results = []
+    for share in (0, 1):
+        scheduler = schedulers.make(name) if name in schedulers.SETTINGS else getattr(diffusers, name)()
+        scheduler.set_timesteps(steps)
+        stages = 1 if name.endswith("EulerDiscreteScheduler") else 2
+        now, result, noise = 0.0, x, torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps[:stages]:
+            prediction = predict(scheduler, m, t, result)
+            now = now or prediction.sigma
+            given = {"generator": noise} if "generator" in scheduler.step.__code__.co_varnames else {}
+            result = scheduler.step(prediction.moved(m, share * prediction.share * move), t, result, **given)[0]
+        results.append(result)
+    after = float(scheduler.sigmas_down[0] if "ancestral" in name else scheduler.sigmas[stages])
+    torch.testing.assert_close(results[1] - results[0], (1 - after / now) * move, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("cls", schedulers.FLOW)
 def test_flow_matching_x0_is_recovered(cls, g):
     scheduler = getattr(diffusers, cls)()
