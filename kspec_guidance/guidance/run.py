@@ -68,7 +68,14 @@ class TermState:
         """The part of a memory of features ``[n, steps, width]`` that belongs to a guided step."""
         if self.memories is None:
             memory, count = self.term.memory, len(self.steps)
-            memory.bind((count, width), self.term.space.name, encoder)
+            steps = memory.shape[0] if len(memory) and memory.shape is not None and memory.shape[1:] == (width,) else count
+            if steps != count and str(memory.space).startswith(self.term.space.name):
+                raise ValueError(
+                    f"memory holds features of {steps} guided steps, and this call has {count}: space="
+                    f"{self.term.space.name!r} compares features of the same step; make calls of as many steps, or use a "
+                    "separate memory for each"
+                )
+            memory.bind((count, width), self.term.space.label, encoder)
             self.memories = dict(zip(sorted(self.steps), memory.parts(count), strict=True))
         return self.memories[step]
 
@@ -256,7 +263,7 @@ class Run:
         for term in self.guide.terms:
             shape = term.space.shape(packed)
             if shape is not None:
-                term.memory.bind(shape, term.space.name, call.encoder)
+                term.memory.bind(shape, term.space.label, call.encoder)
 
     def _varieties(self, term: Term, context: StepContext, packed: Tensor) -> Tensor:
         """The variety that the target of a term has chosen for each sample ``[n, 1]``, relative to that of the term."""
@@ -450,7 +457,7 @@ class Run:
             state.kept.append(rows)
         elif not state.prepared:
             if space.shape(x) is None:
-                memory.bind((rows.shape[1],), space.name, context.call.encoder)
+                memory.bind((rows.shape[1],), space.label, context.call.encoder)
             with full_precision(rows.device):
                 state.pairs, state.prepared = term.objective.pairs(rows, context.prompts, memory), True
             if term.recall == "nearest":

@@ -110,7 +110,7 @@ def choose_start(guide: "KernelGuidance", attachment: Any, repeated: RepeatedCal
     with torch.no_grad():
         parts = [p.x0 if term.space.direct else term.space.features(p.x0, p.context.call)[0] for p in predictions]
         if len(term.memory):
-            term.memory.bind(parts[0].shape[1:], term.space.name, call.encoder)
+            term.memory.bind(parts[0].shape[1:], term.space.label, call.encoder)
         chosen = greedy_choice(term.objective, torch.stack([p.flatten(1) for p in parts]), prompts, term.memory)
     with _starts(pipe, lambda start: _rows_of(starts, chosen), guide):
         result = repeated()

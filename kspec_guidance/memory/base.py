@@ -63,6 +63,16 @@ def _agree(encoder: str | None, other: str | None) -> bool:
     return encoder is None or other is None or same_network(encoder, other)
 
 
+def _same_space(space: str, other: str) -> bool:
+    """Whether two labels of spaces may be of one; older files have the names alone.
+
+    >>> _same_space("pooled", "pooled(project=16, seed=0)"), _same_space("block(blocks.1)", "block(blocks.2)")
+    (True, False)
+    """
+    (name, _, settings), (other_name, _, others) = space.partition("("), other.partition("(")
+    return name == other_name and (not settings or not others or same_network(settings, others))
+
+
 class Memory:
     """Base class: generated samples, in a form that objectives can sum over.
 
@@ -71,7 +81,7 @@ class Memory:
 
     Attributes:
         shape: shape of one entry; None until it is known.
-        space: name of the entries' feature space; set by the first guide that uses the memory.
+        space: label of the entries' feature space; set by the first guide that uses the memory.
         prompt_encoder: fingerprint of the encoder of the prompt features; set likewise.
         prompt_dim: width of the prompt features; None if there are none.
     """
@@ -162,10 +172,10 @@ class Memory:
         shape = tuple(shape)
         if len(self):
             advice = "use a separate memory for each, or clear() this one"
+            if self.space is not None and not _same_space(self.space, space):
+                raise ValueError(f"memory holds entries of space {self.space!r}, this guide works in {space!r}; {advice}")
             if self.shape not in (None, shape):
                 raise ValueError(f"memory holds features of shape {self.shape}, this pipeline makes {shape}; {advice}")
-            if self.space not in (None, space):
-                raise ValueError(f"memory holds entries of space {self.space!r}, this guide works in {space!r}; {advice}")
             if not _agree(self.prompt_encoder, prompt_encoder):
                 raise ValueError(
                     f"memory holds prompts encoded by {self.prompt_encoder}, this pipeline uses {prompt_encoder}; {advice}"
@@ -211,7 +221,7 @@ class Memory:
             return
         for name in ("shape", "space", "prompt_encoder", "prompt_dim"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            unknown = name == "space" and None in (mine, theirs)
+            unknown = name == "space" and (None in (mine, theirs) or _same_space(mine, theirs))
             if mine != theirs and not unknown and not (name == "prompt_encoder" and _agree(mine, theirs)):
                 raise ValueError(f"memories differ in {name}: {mine} here, {theirs} there; they cannot be merged")
 

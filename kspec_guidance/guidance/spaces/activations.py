@@ -109,6 +109,10 @@ class Activations(FeatureSpace):
     step_by_step: ClassVar[bool] = True
     needs_denoiser_call: ClassVar[bool] = True
 
+    @property
+    def label(self) -> str:
+        return f"{self.name}({self.module or 'middle'})"
+
     def features(self, x: Tensor, call: CallContext, denoiser_call: DenoiserCall | None = None) -> tuple[Tensor, Pullback]:
         if denoiser_call is None:
             raise ValueError(

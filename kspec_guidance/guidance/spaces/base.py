@@ -197,6 +197,11 @@ class FeatureSpace:
     inside: ClassVar[bool] = False
 
     @property
+    def label(self) -> str:
+        """The name, and in brackets what else decides the features: memories of two labels cannot be compared."""
+        return self.name
+
+    @property
     def before(self) -> bool:
         """Whether a noisy sample is compared and moved before the step, whose model output stays, rather than after it."""
         return False

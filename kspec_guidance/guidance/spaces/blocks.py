@@ -38,6 +38,10 @@ class Block(FeatureSpace):
     step_by_step: ClassVar[bool] = True
     needs_denoiser_call: ClassVar[bool] = True
 
+    @property
+    def label(self) -> str:
+        return f"{self.name}({self.module or 'middle'})"
+
     def _has(self, block: TransformerBlock) -> bool:
         return True
 

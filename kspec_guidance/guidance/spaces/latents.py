@@ -103,6 +103,10 @@ class Pooled(FeatureSpace):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
+    @property
+    def label(self) -> str:
+        return self.name if self.project is None else f"{self.name}(project={self.project}, seed={self.seed})"
+
     def _linear(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """A view of ``x``, and the matrices by which its last axes are multiplied."""
         if x.ndim not in (3, 4, 5) or self.project is not None:

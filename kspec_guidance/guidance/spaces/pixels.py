@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback, by_autograd, evaluate
 from kspec_guidance.guidance.spaces.resampling import bilinear_matrix, block_mean_matrix, resample
 from kspec_guidance.loop.components import autoencoder_of
 from kspec_guidance.loop.context import CallContext, DenoiserCall
 from kspec_guidance.loop.latents import decode, from_loop, overflow_message
+from kspec_guidance.loop.observer import network_fingerprint
 from kspec_guidance.utils.placement import compute_dtype, execution_device
 
 __all__ = ["Embedder", "Pixels"]
@@ -132,6 +133,11 @@ class Embedder(Pixels):
     def __post_init__(self) -> None:
         if not callable(self.embedder) and not hasattr(self.embedder, "network"):
             raise ValueError("space Embedder needs embedder=, a differentiable callable on [n, 3, h, w] in 0..1")
+
+    @property
+    def label(self) -> str:
+        network = self._network
+        return f"{self.name}({network_fingerprint(network)})" if isinstance(network, nn.Module) else self.name
 
     @property
     def _network(self) -> Any:
