@@ -32,7 +32,7 @@ from kspec_guidance.loop.prompts import repeat_rows
 from kspec_guidance.loop.starts import has_starts
 from kspec_guidance.memory import Memory, MemoryBank
 from kspec_guidance.objectives import Objective
-from kspec_guidance.utils.arguments import unknown_arguments
+from kspec_guidance.utils.arguments import is_integer, unknown_arguments
 
 __all__ = ["KernelGuidance"]
 
@@ -108,7 +108,7 @@ class KernelGuidance(PipelineCallback):
         if unknown:
             raise unknown_arguments(type(self), unknown, HINTS)
         term = Term(
-            objective, scale, space, start, stop, every, sigma_interval, tuple(transforms), memory, unit, target, ease_cfg,
+            objective, scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg,
             recall,
         )  # fmt: skip
         self._set_up([term], seed)
@@ -130,7 +130,9 @@ class KernelGuidance(PipelineCallback):
         super().__init__()
         if not terms:
             raise ValueError("a guide needs at least one term")
-        self.terms, self.seed = list(terms), seed
+        if not is_integer(seed):
+            raise ValueError(f"seed must be an integer, got {seed!r}")
+        self.terms, self.seed = list(terms), int(seed)
         self.remember = True  # whether finished samples are added to the memory
         self.calibration: float | None = None  # factor of variety; None: that of the user's calibration file, or 1
         self._run = Run(self)
@@ -274,7 +276,7 @@ class KernelGuidance(PipelineCallback):
                 to step, or a pipeline of another kind or without ``generator``; and as :meth:`attach`.
             UnsupportedSchedulerError: as :meth:`attach`.
         """
-        if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
+        if not is_integer(candidates, 1):
             raise ValueError(f"candidates must be an integer of at least 1, got {candidates!r}")
         if call.get("latents") is not None:
             raise ValueError("choose_start() draws the noises itself: leave latents= out")

@@ -23,7 +23,7 @@ from kspec_guidance.objectives import (
     Vendi,
     Witness,
 )
-from kspec_guidance.utils.arguments import choices
+from kspec_guidance.utils.arguments import choices, plain_number
 
 __all__ = ["DEFAULT_VARIETY", "SPARKE", "MMDGuidance", "NoveltyGuidance", "VendiGuidance", "scale_of"]
 
@@ -36,9 +36,10 @@ def scale_of(variety: float) -> float:
     Raises:
         ValueError: outside 0 to 100.
     """
-    if isinstance(variety, bool) or not (isinstance(variety, int | float) and 0 <= variety <= 100):
+    number = plain_number(variety)
+    if number is None or not 0 <= number <= 100:
         raise ValueError(f"variety must be a number from 0 (plain sampling) to 100, got {variety!r}")
-    return float(variety) / VARIETY_AT_SCALE_1
+    return float(number) / VARIETY_AT_SCALE_1
 
 
 def _check_baseline(baseline: Tensor | None, prompts: Tensor | None, prompt_feature_map: Any) -> None:
@@ -203,7 +204,7 @@ class SPARKE(KernelGuidance):
         Raises:
             ValueError: for an unknown name; the message lists the known ones.
         """
-        if name not in SPARKE.PRESETS:
+        if not isinstance(name, str) or name not in SPARKE.PRESETS:
             raise ValueError(f"unknown preset {name!r}; {choices(name, SPARKE.PRESETS)}")
         settings = SPARKE.PRESETS[name] | kwargs
         if name == "published":
@@ -253,7 +254,10 @@ class VendiGuidance(KernelGuidance):
                 raise ValueError(f"order must be a number in (0, inf] or 'logdet', got {order!r}")
             objective = LogDet(kernel or ExpCosineKernel(), prompt_kernel=prompt_kernel)
         else:
-            objective = Vendi(kernel or GaussianKernel(), order, prompt_kernel)
+            number = plain_number(order)
+            if number is None:
+                raise ValueError(f"order must be a number in (0, inf] or 'logdet', got {order!r}")
+            objective = Vendi(kernel or GaussianKernel(), number, prompt_kernel)
         super().__init__(objective, scale, space, start, stop, every, transforms=transforms, memory=memory, **kwargs)
 
 

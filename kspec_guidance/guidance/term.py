@@ -13,7 +13,7 @@ from kspec_guidance.guidance.transforms import TRANSFORMS
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel
 from kspec_guidance.memory import Memory, MemoryBank
 from kspec_guidance.objectives import Objective
-from kspec_guidance.utils.arguments import is_number
+from kspec_guidance.utils.arguments import is_integer, plain_number
 
 __all__ = ["DEFAULT_TRANSFORMS", "VARIETY_AT_SCALE_1", "Term"]
 
@@ -65,6 +65,7 @@ class Term:
             a gradient.
 
     Raises:
+        TypeError: for a memory that is none.
         ValueError: for settings outside their ranges.
     """
 
@@ -84,17 +85,21 @@ class Term:
         ease_cfg: float | None = None,
         recall: str = "all",
     ):
-        if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
+        size = plain_number(scale)
+        if size is None or not 0 <= size < math.inf:
             raise ValueError(
                 f"scale must be a finite number of at least 0, got {scale!r}; to move images toward a reference set use "
                 "MMDGuidance: with a negative scale moves would be unbounded"
             )
-        if not 0 <= start <= stop <= 1:
-            raise ValueError(f"need 0 <= start <= stop <= 1 as fractions of the run, got {start} and {stop}")
-        if not isinstance(every, int) or every < 1:
+        begin, end = plain_number(start), plain_number(stop)
+        if begin is None or end is None or not 0 <= begin <= end <= 1:
+            raise ValueError(f"need 0 <= start <= stop <= 1 as fractions of the run, got {start!r} and {stop!r}")
+        if not is_integer(every, 1):
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
-        if sigma_interval is not None and not 0 <= sigma_interval[0] <= sigma_interval[1]:
-            raise ValueError(f"sigma_interval must be (low, high) with 0 <= low <= high, got {sigma_interval}")
+        if sigma_interval is not None:
+            sigma_interval = _interval(sigma_interval)
+        if isinstance(transforms, str) or not isinstance(transforms, Sequence):
+            raise ValueError(f"transforms is a tuple of names, such as {DEFAULT_TRANSFORMS}, got {transforms!r}")
         unknown = [name for name in transforms if name not in TRANSFORMS]
         if unknown:
             raise ValueError(f"unknown transforms {unknown}; known are {', '.join(TRANSFORMS)}")
@@ -106,7 +111,8 @@ class Term:
             )
         if target is not None and unit != "spread":
             raise ValueError(f"a target chooses scales in the unit 'spread', got unit={unit!r}")
-        if ease_cfg is not None and not (is_number(ease_cfg) and math.isfinite(ease_cfg) and ease_cfg >= 0):
+        weight = plain_number(ease_cfg)
+        if ease_cfg is not None and (weight is None or not 0 <= weight < math.inf):
             raise ValueError(
                 "ease_cfg must be a weight of classifier-free guidance of at least 0, such as 1 for the prediction with "
                 f"the prompt alone, or None, got {ease_cfg!r}"
@@ -114,9 +120,11 @@ class Term:
         if recall not in RECALLS:
             raise ValueError(f"recall must be 'all' or 'nearest', got {recall!r}")
         self.recall = recall
-        self.target, self.ease_cfg = target, None if ease_cfg is None else float(ease_cfg)
-        self.objective, self.scale, self.unit, self.space = objective, scale, unit, make_space(space)
-        self.start, self.stop, self.every = start, stop, every
+        if memory is not None and not isinstance(memory, Memory):
+            raise TypeError(f"memory must be a memory such as MemoryBank(), or None for a new one, got {memory!r:.80}")
+        self.target, self.ease_cfg = target, None if weight is None else float(weight)
+        self.objective, self.scale, self.unit, self.space = objective, size, unit, make_space(space)
+        self.start, self.stop, self.every = begin, end, int(every)
         self.sigma_interval, self.transforms = sigma_interval, tuple(transforms)
         if self.space.step_by_step and sigma_interval is not None:
             raise ValueError(
@@ -201,6 +209,19 @@ class Term:
 
     def __repr__(self) -> str:
         return f"Term({self.settings}; {type(self.memory).__name__} with {len(self.memory)} entries)"
+
+
+def _interval(given: Any) -> tuple[float, float]:
+    """Bounds of noise-to-signal ratios.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    bounds = [plain_number(value) for value in given] if isinstance(given, tuple | list) else []
+    low, high = bounds if len(bounds) == 2 else (None, None)
+    if low is None or high is None or not 0 <= low <= high:
+        raise ValueError(f"sigma_interval must be (low, high) with 0 <= low <= high, got {given!r}")
+    return low, high
 
 
 def _text(value: Any) -> str:

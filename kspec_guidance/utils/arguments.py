@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
-__all__ = ["choices", "is_integer", "is_number", "nearest_name", "renamed_arguments", "unknown_arguments"]
+__all__ = ["choices", "is_integer", "is_number", "nearest_name", "plain_number", "renamed_arguments", "unknown_arguments"]
 
 
 def is_integer(value: Any, at_least: int | None = None) -> bool:
@@ -27,6 +27,17 @@ def is_number(value: Any) -> bool:
     (True, False, False)
     """
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def plain_number(value: Any) -> int | float | None:
+    """The number that a value is, also one of numpy or a tensor without dimensions; None if it is none, or NaN.
+
+    >>> plain_number(2), plain_number(True), plain_number("1"), plain_number(float("nan"))
+    (2, None, None, None)
+    """
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    return value if is_number(value) and value == value else None
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

@@ -1,5 +1,6 @@
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,3 +59,32 @@ def test_sparke_is_conditional_rke_and_vendi_guidance_takes_order():
 def test_unknown_argument_suggests_correction(make_guide, message):
     with pytest.raises(TypeError, match=re.escape(message)):
         make_guide()
+
+
+@pytest.mark.parametrize("make", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "tensor"])
+def test_numbers_of_numpy_and_torch_are_numbers(make, tmp_path):
+    settings = {"start": make(0.25), "stop": make(0.5), "sigma_interval": (make(0.0), make(8.0)), "ease_cfg": make(1.0)}
+    guide = SPARKE(variety=make(25.0), every=np.int64(2), seed=np.int64(3), **settings)
+    guide.save_config(tmp_path)
+    same = SPARKE(variety=25.0, every=2, seed=3, start=0.25, stop=0.5, sigma_interval=(0.0, 8.0), ease_cfg=1.0)
+    assert repr(SPARKE.from_config(tmp_path)) == repr(guide) == repr(same)
+    assert repr(VendiGuidance(make(0.5), order=make(0.5))) == repr(VendiGuidance(0.5, order=0.5))
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1, "0.5", True, [0.5], torch.tensor([0.5]), {}, 1j], ids=str)
+@pytest.mark.parametrize("name", ["scale", "variety", "start", "stop", "every", "sigma_interval", "ease_cfg", "transforms"])
+def test_wrong_values_are_named_with_what_was_expected(name, value):
+    with pytest.raises(ValueError, match=rf"{name}.*( got |; known are )"):
+        SPARKE(**{name: value})
+
+
+def test_other_wrong_values_are_named():
+    with pytest.raises(ValueError, match=r"seed must be an integer, got 0\.5"):
+        SPARKE(seed=0.5)
+    with pytest.raises(TypeError, match="memory must be a memory such as MemoryBank"):
+        SPARKE(memory="bank.safetensors")
+    for order in (None, [0.5], True):
+        with pytest.raises(ValueError, match=r"order must be a number in \(0, inf\] or 'logdet', got "):
+            VendiGuidance(order=order)
+    with pytest.raises(ValueError, match="unknown preset"):
+        SPARKE.preset(["vivid"])
