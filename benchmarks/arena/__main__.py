@@ -4,6 +4,8 @@ python -m benchmarks.arena                                # all of it; hours, re
 python -m benchmarks.arena --small --out outputs/arena      # a small version, minutes
 python -m benchmarks.arena --beds emoji --methods plain "SPARKE, ours"
 python -m benchmarks.arena --beds mixture-8 --fresh --goal quality --trials 40 --tune-seeds 3 --seeds 10    # as measured
+python -m benchmarks.arena --beds digits --swap --trials 12 --strengths 3 \
+    --out benchmarks/results/arena/equal/swapped    # tuned on the other half's prompts, and measured on this half's
 python -m benchmarks.arena --beds mixture-32 --seeds 100 --tuned-from benchmarks/results/arena \
     --out benchmarks/results/arena/equal    # fronts of the settings that are tuned there, on more seeds
 python -m benchmarks.arena --beds mixture-32 --calls 4 --strengths 4 --tuned-from benchmarks/results/arena \
@@ -42,12 +44,15 @@ def main() -> None:
     parser.add_argument("--strengths", type=int, default=5)
     parser.add_argument("--calls", type=int, default=1, help="calls of the pipeline for each prompt and seed")
     parser.add_argument("--fresh", action="store_true", help="report on prompts on which nothing was chosen (mixtures)")
+    parser.add_argument("--swap", action="store_true", help="tune on the prompts of the report, report on those of tuning")
     parser.add_argument("--goal", choices=["validity", "quality"], default="validity", help="tune for modes at equal what")
     parser.add_argument("--tuned-from", type=Path, help="folder of results whose tuned settings are taken, without tuning")
     parser.add_argument("--docs", type=Path, help="write the pages and figures into this folder at the end")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the cases of a bed; 1: this one")
     parser.add_argument("--small", action="store_true", help="few trials, prompts and images: checks that everything works")
     args = parser.parse_args()
+    if args.swap and (args.fresh or args.tuned_from is not None):
+        parser.error("--swap tunes on other prompts: it cannot be used with --fresh or --tuned-from")
     if args.small:
         args.trials, args.tune_seeds, args.seeds, args.strengths = 2, 1, 1, 3
     torch.set_grad_enabled(False)
@@ -55,10 +60,11 @@ def main() -> None:
         bed = BEDS[name]()
         if args.small:
             bed.images, bed.prompts = 6, lambda half, every=bed.prompts: every(half)[:2]
-        bed.calls, bed.fresh = args.calls, args.fresh
+        bed.calls, bed.fresh, bed.swapped = args.calls, args.fresh, args.swap
         record = Record(args.out, bed)
         for option, usual, given in (
-            ("goal", "validity", args.goal), ("calls", 1, args.calls), ("fresh", False, args.fresh)
+            ("goal", "validity", args.goal), ("calls", 1, args.calls), ("fresh", False, args.fresh),
+            ("swap", False, args.swap),
         ):  # fmt: skip
             known = record.data.get("settings", {}).get(option, usual)
             if record.data["methods"] and known != given:
@@ -66,13 +72,14 @@ def main() -> None:
         record.data["settings"] = {
             "images": bed.images, "steps": bed.steps, "guidance_scale": bed.guidance_scale, "trials": args.trials,
             "diversity": bed.diversity, "fidelity": bed.fidelity, "goal": args.goal, "calls": args.calls,
-            "fresh": args.fresh, "seeds": args.seeds, "prompts": [c.prompt for c in bed.cases("report", args.seeds)],
+            "fresh": args.fresh, "swap": args.swap, "seeds": args.seeds,
+            "prompts": [c.prompt for c in bed.cases("report", args.seeds)],
         }  # fmt: skip
         if args.tuned_from is not None:
             take_tuned(record, Record(args.tuned_from, bed))
         goal = functools.partial(quality_goal, bed) if args.goal == "quality" else None
         if args.jobs > 1:
-            bed.workers = Workers(name, bed.images, bed.calls, args.jobs)
+            bed.workers = Workers(name, bed.images, bed.calls, args.jobs, bed.swapped)
         base = plain(bed, record, "report", args.seeds)
         print(f"{bed.name}: plain {mean(base[bed.diversity]):.2f} {bed.diversity}, "
               f"{mean(base[bed.fidelity]):.3f} {bed.fidelity}, {mean(base['seconds']):.2f} s", flush=True)  # fmt: skip

@@ -19,7 +19,7 @@ from .beds import BEDS
 from .figures import DEFAULT, OURS, OWN, ablation_panels, fronts, overview
 from .fronts import pooled, summaries
 from .harness import FIDELITY_LOSS, mean, slug
-from .quality import WORSE, equal_quality, with_other_tuning
+from .quality import WORSE, equal_quality, with_other_half, with_other_tuning
 
 ROOT = Path(__file__).parents[2]
 PRESETS = dict(zip(OWN, ("`default`", "`vivid`", "`vivid`, lower CFG", "log det, lower CFG"), strict=True))
@@ -337,6 +337,8 @@ def write(folder: Path, docs: Path) -> None:
     """Fill the pages of the folder ``docs`` with the tables of a folder of results, and draw the figures there."""
     data = records(folder)
     more = {d["bed"]: d for d in records(folder / "equal")}  # of more cases, if there are any
+    for d in records(folder / "equal" / "swapped"):  # with the halves of the prompts swapped
+        more[d["bed"]] = with_other_half(more.get(d["bed"], next(e for e in data if e["bed"] == d["bed"])), d)
     for d in records(folder / "equal" / "aimed"):  # tuned for the gain at equal quality
         more[d["bed"]] = with_other_tuning(more[d["bed"]], d)
     best_measured = [more.get(d["bed"], d) for d in data]

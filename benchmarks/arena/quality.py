@@ -18,11 +18,21 @@ from .beds.base import Bed, Case, blocks
 from .fronts import points
 from .harness import FIDELITY_LOSS, PENALTY, Goal, measure_all
 
-__all__ = ["FIGURES", "WORSE", "EqualQuality", "change", "equal_quality", "quality_goal", "with_other_tuning"]
+__all__ = [
+    "FIGURES",
+    "WORSE",
+    "EqualQuality",
+    "change",
+    "equal_quality",
+    "quality_goal",
+    "with_other_half",
+    "with_other_tuning",
+]
 
 # What still counts as no worse than plain sampling: a difference, or a factor for distances
 WORSE = {"on_data": FIDELITY_LOSS, "coverage": 0.02, "frechet_distance": 1.05}
 FEWEST = 8  # blocks that make a test: resampling five of them gives intervals a third too narrow
+SHARED = 3  # strengths of two fronts of a method that are the same, at which only those are joined
 DISTANCES = ("frechet_distance",)  # lower is better; compared by their ratio
 FIGURES = ("modes", "on_data", "agreement", "valid", "coverage", "recall", "frechet_distance", "mmd")
 
@@ -89,6 +99,57 @@ def with_other_tuning(data: dict[str, Any], other: dict[str, Any]) -> dict[str, 
             mine = methods.get(name, {})
             methods[name] = mine | {"other_front" if mine.get("front") else "front": found["front"]}
     return data | {"methods": methods}
+
+
+def with_other_half(data: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A bed's results on both halves of its prompts, each with settings that were tuned on the other half.
+
+    Points of the two fronts are joined by their strength where at least ``SHARED`` are the same, as with whole numbers,
+    else in their order from weak to strong; the shorter one's last point stands for those that it lacks. Methods without
+    both fronts, or whose fronts lack the figures of the whole judge, are left out.
+
+    Raises:
+        ValueError: if the halves share prompts, or differ in seeds, images or steps.
+    """
+    mine, theirs = data["settings"], other["settings"]
+    if any(mine[k] != theirs[k] for k in ("seeds", "images", "steps")) or set(mine["prompts"]) & set(theirs["prompts"]):
+        raise ValueError(
+            f"{data['bed']}: the two records are not of two halves of the prompts with the same number of seeds"
+        )
+    seeds = mine["seeds"]
+
+    def cases(a: list[Any], b: list[Any]) -> list[Any]:
+        n, m = len(a) // seeds, len(b) // seeds
+        return [v for k in range(seeds) for v in (*a[k * n : (k + 1) * n], *b[k * m : (k + 1) * m])]
+
+    def distances(a: list[Any], b: list[Any]) -> list[Any]:
+        n, m = len(set(mine["prompts"])), len(set(theirs["prompts"]))
+        return [v for k in range(len(a) // n) for v in (*a[k * n : (k + 1) * n], *b[k * m : (k + 1) * m])]
+
+    def both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+        return {k: cases(a[k], b[k]) for k in a if k in b}
+
+    report = f"report {seeds}"
+    plain, base = data["methods"]["plain"], other["methods"]["plain"]
+    methods = {"plain": {report: both(plain[report], base[report]),
+                         "distances": distances(plain["distances"], base["distances"])}}  # fmt: skip
+    for name, has in data["methods"].items():
+        own, others = has.get("front", []), other["methods"].get(name, {}).get("front", [])
+        if not own or not others or not all("distances" in p for p in (*own, *others)):
+            continue
+        fronts = [points(data, name), points(other, name)]
+        shared = {p["strength"] for p in own} & {p["strength"] for p in others}
+        if len(shared) >= SHARED:
+            fronts = [[p for p in f if p["strength"] in shared] for f in fronts]
+        longest = max(map(len, fronts))
+        left, right = (f + f[-1:] * (longest - len(f)) for f in fronts)
+        methods[name] = has | {"front": [
+            {"strength": p["strength"], "cases": both(p["cases"], q["cases"]),
+             "distances": distances(p["distances"], q["distances"])}
+            for p, q in zip(left, right, strict=True)
+        ]}  # fmt: skip
+    prompts = cases(mine["prompts"], theirs["prompts"])
+    return data | {"methods": methods, "settings": mine | {"prompts": prompts}}
 
 
 def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False) -> list[EqualQuality]:

@@ -17,12 +17,12 @@ __all__ = ["Workers"]
 _bed: Bed
 
 
-def _begin(name: str, images: int, calls: int) -> None:
+def _begin(name: str, images: int, calls: int, swapped: bool) -> None:
     global _bed
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     _bed = BEDS[name]()
-    _bed.images, _bed.calls = images, calls
+    _bed.images, _bed.calls, _bed.swapped = images, calls, swapped
 
 
 def _measured(measure: Callable[..., Any], make: Callable[[], Method], case: Case) -> tuple[Any, dict[str, float]]:
@@ -38,12 +38,14 @@ class Workers:
         images: of a run.
         calls: for a case.
         number: of processes.
+        swapped: whether the halves of the prompts are swapped.
     """
 
-    def __init__(self, bed: str, images: int, calls: int, number: int):
+    def __init__(self, bed: str, images: int, calls: int, number: int, swapped: bool = False):
         # not forked: a fork of a process with threads may never end
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=_begin, initargs=(bed, images, calls))
+        given = (bed, images, calls, swapped)
+        self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=_begin, initargs=given)
 
     def measure(
         self, measure: Callable[..., Any], make: Callable[[], Method], cases: Sequence[Case]

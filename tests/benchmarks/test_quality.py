@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks.arena.beds.analytic import Analytic
+from benchmarks.arena.beds.base import Case
 from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY, Record, front, measure_all, plain
-from benchmarks.arena.quality import change, equal_quality, quality_goal, with_other_tuning
+from benchmarks.arena.quality import change, equal_quality, quality_goal, with_other_half, with_other_tuning
 from kspec_guidance.bench.methods import METHODS
 
 
@@ -73,3 +74,44 @@ def test_gain_at_equal_quality_of_a_front(tmp_path: Path) -> None:
     other["settings"]["prompts"] = ["another"]
     with pytest.raises(ValueError, match="other cases"):
         with_other_tuning(own, other)
+
+
+def test_two_halves_of_the_prompts_are_one_set_of_cases(tmp_path: Path) -> None:
+    """Each half keeps its cases, and the joined record is what one measurement of all prompts would have."""
+    small = Analytic(8, skewed=False)
+    small.images = 4
+    halves = []
+    for swapped in (False, True):
+        small.swapped = swapped
+        record = Record(tmp_path / str(swapped), small)
+        prompts = [c.prompt for c in small.cases("report", 10)]
+        record.data["settings"] = {"prompts": prompts, "seeds": 10, "diversity": "modes", "fidelity": "valid", "images": 4,
+                                   "steps": 30}  # fmt: skip
+        plain(small, record, "report", 10)
+        record.of("SPARKE, ours")["tuned"] = {"scale": 2.0 if swapped else 1.0, "stop": 0.65}
+        front(small, "SPARKE, ours", record, 3, 10)
+        halves.append(json.loads(record.path.read_text()))
+    assert not set(halves[0]["settings"]["prompts"]) & set(halves[1]["settings"]["prompts"])
+
+    both = with_other_half(*halves)
+    small.swapped = False
+    seeds = range(10_000, 10_010)
+    cases = [Case(p, s) for s in seeds for half in ("report", "tune") for p in small.prompts(half)]
+    assert both["settings"]["prompts"] == [c.prompt for c in cases]
+    found, together = measure_all(small, METHODS["plain"], cases)
+    joined = both["methods"]["plain"]
+    assert joined["report 10"]["modes"] == found["modes"]
+    for mine, theirs in zip(joined["distances"], together()["distances"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert len(both["methods"]["SPARKE, ours"]["front"]) == 3
+    (standing,) = equal_quality(both, "SPARKE, ours")
+    parts = [equal_quality(half, "SPARKE, ours")[0].gain for half in halves]
+    assert min(parts) - 0.1 < standing.gain < max(parts) + 0.1
+
+    # fronts of different lengths, and records that are not two halves
+    longer = json.loads(json.dumps(halves[1]))
+    points = longer["methods"]["SPARKE, ours"]["front"]
+    points.append(points[-1] | {"strength": 100.0})
+    assert len(with_other_half(halves[0], longer)["methods"]["SPARKE, ours"]["front"]) == 4
+    with pytest.raises(ValueError, match="two halves"):
+        with_other_half(halves[0], halves[0])

@@ -59,6 +59,7 @@ class Bed:
     steps: int = 20
     guidance_scale: float = 1.0
     fresh: bool = False  # report on prompts on which nothing was chosen, where a bed has such
+    swapped: bool = False  # tune on the prompts of the report, and report on those of tuning
     calls: int = 1  # of the pipeline for a case, with one method that may remember the samples of the last ones
     has: ClassVar[frozenset[str]] = frozenset({"features", "guidance", "images", "prompts"})
     pipe: Any
@@ -68,9 +69,14 @@ class Bed:
         """Prompts of ``"tune"`` or ``"report"``; the two are disjoint."""
         raise NotImplementedError
 
+    def prompts_for(self, half: str) -> list[str]:
+        """Prompts of one half, or of the other if the halves are swapped."""
+        other = {"tune": "report", "report": "tune"}
+        return self.prompts(other[half] if self.swapped else half)
+
     def cases(self, half: str, seeds: int) -> list[Case]:
         base = 0 if half == "tune" else 10_000
-        return [Case(p, base + s) for s in range(seeds) for p in self.prompts(half)]
+        return [Case(p, base + s) for s in range(seeds) for p in self.prompts_for(half)]
 
     def fits(self, method: type[Method]) -> bool:
         """Whether the bed has everything that a method needs."""
@@ -116,7 +122,7 @@ class Bed:
         """Median distance of plain samples of one prompt, of the tuning half."""
         if self._unit is None:
             found = []
-            for prompt in self.prompts("tune")[:4]:
+            for prompt in self.prompts_for("tune")[:4]:
                 rows = self.run(Case(prompt, 77), self.images).flatten(1)
                 d = torch.cdist(rows, rows)
                 found.append(float(d[~torch.eye(len(d), dtype=torch.bool)].median()))
