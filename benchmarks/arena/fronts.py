@@ -26,6 +26,12 @@ def points(data: dict[str, Any], method: str, front: str = "front") -> list[dict
     return found
 
 
+def measured(data: dict[str, Any], method: str) -> list[list[dict[str, Any]]]:
+    """The fronts of a method, each from weak to strong: one, or two of two tunings."""
+    found = data["methods"][method]
+    return [points(data, method, name) for name in ("front", "other_front") if found.get(name)]
+
+
 def pooled(data: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Scores of all cases together, of each method where its gain in modes at matched fidelity is reached.
 
@@ -52,19 +58,24 @@ def pooled(data: dict[str, Any]) -> dict[str, dict[str, float]]:
 def summaries(
     data: dict[str, Any], reference: str, diversity: str | None = None, same_seeds: bool = False
 ) -> list[Summary]:
-    """All methods of a bed, compared with one of them; by another figure of the judge than the bed's own if given."""
+    """All methods of a bed, compared with one of them; by another figure of the judge than the bed's own if given.
+
+    Of two fronts of a method the one with the larger gain counts.
+    """
     settings = data["settings"] | ({} if diversity is None else {"diversity": diversity})
     w = weights(settings["prompts"], same_seeds=same_seeds)
     base = data["methods"]["plain"][f"report {settings['seeds']}"]
     m0, v0 = (w @ np.array(base[settings[k]]) for k in ("diversity", "fidelity"))
     gains, volumes, seconds = {}, {}, {}
-    for method, found in data["methods"].items():
-        if "front" not in found:
-            continue
-        front = points(data, method)
-        modes, valid = (np.array([p["cases"][settings[k]] for p in front]) @ w.T for k in ("diversity", "fidelity"))
-        gain, kept = modes.T / m0[:, None] - 1, valid.T - v0[:, None]
-        gains[method], volumes[method] = matched(gain, kept), hypervolume(gain, kept)
-        seconds[method] = float(np.median([np.array(p["cases"]["seconds"]) for p in front]) / np.median(base["seconds"]))
+    for method in data["methods"]:
+        for front in measured(data, method):
+            modes, valid = (np.array([p["cases"][settings[k]] for p in front]) @ w.T for k in ("diversity", "fidelity"))
+            gain, kept = modes.T / m0[:, None] - 1, valid.T - v0[:, None]
+            best = matched(gain, kept)
+            if method in gains and best[0] <= gains[method][0]:
+                continue
+            gains[method], volumes[method] = best, hypervolume(gain, kept)
+            taken = np.median([np.array(p["cases"]["seconds"]) for p in front])
+            seconds[method] = float(taken / np.median(base["seconds"]))
     found = standings(gains, volumes, reference)
     return sorted((Summary(**vars(s), seconds=seconds[m]) for m, s in found.items()), key=lambda s: -s.gain)

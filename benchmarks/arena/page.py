@@ -54,6 +54,20 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for name in order() if (path := folder / f"{name}.json").exists()]
 
 
+def of_more_cases(folder: Path) -> dict[str, dict[str, Any]]:
+    """Results of the beds that were measured on more cases than those of the folder itself."""
+    found = {d["bed"]: d for d in records(folder / "equal")}
+    for d in records(folder / "equal" / "swapped"):  # with the halves of the prompts swapped
+        found[d["bed"]] = with_other_half(found[d["bed"]], d)
+    for d in records(folder / "equal" / "aimed"):  # tuned for the gain at equal quality
+        found[d["bed"]] = with_other_tuning(found[d["bed"]], d)
+    return found
+
+
+def with_fronts(data: dict[str, Any]) -> set[str]:
+    return {m for m, found in data["methods"].items() if found.get("front")}
+
+
 def beds(data: list[dict[str, Any]]) -> str:
     rows = []
     for d in data:
@@ -335,20 +349,18 @@ def judges() -> str:
 
 def write(folder: Path, docs: Path) -> None:
     """Fill the pages of the folder ``docs`` with the tables of a folder of results, and draw the figures there."""
-    data = records(folder)
-    more = {d["bed"]: d for d in records(folder / "equal")}  # of more cases, if there are any
-    for d in records(folder / "equal" / "swapped"):  # with the halves of the prompts swapped
-        more[d["bed"]] = with_other_half(more.get(d["bed"], next(e for e in data if e["bed"] == d["bed"])), d)
-    for d in records(folder / "equal" / "aimed"):  # tuned for the gain at equal quality
-        more[d["bed"]] = with_other_tuning(more[d["bed"]], d)
-    best_measured = [more.get(d["bed"], d) for d in data]
+    alone, more = records(folder), of_more_cases(folder)
+    best_measured = [more.get(d["bed"], d) for d in alone]
+    # both measures of equal worth are of the same runs, where those are of all methods
+    data = [b if with_fronts(d) <= with_fronts(b) else d for d, b in zip(alone, best_measured, strict=True)]
+    together = [d if "pooled" in d["methods"]["plain"] else a for d, a in zip(data, alone, strict=True)]
     calls = records(folder / "calls")
     parts = {
         "equal": equal(best_measured), "verdicts": verdicts(data, best_measured, calls),
         "power": power(data, best_measured), "beds": beds(data),
         "calls": equal(calls, DEFAULT), "recall": several_calls.tables(read(folder / "several_calls.json")),
         "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data), "settings": settings(data),
-        "scores": scores(data), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
+        "scores": scores(together), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
         "easing": tables(folder / "easing.json"),
         "agreement": agreement.tables(read(folder / "agreement.json")),

@@ -15,7 +15,7 @@ from kspec_guidance.bench.fronts import Standing, at_gain, hypervolume, matched,
 from kspec_guidance.bench.methods import METHODS
 
 from .beds.base import Bed, Case, blocks
-from .fronts import points
+from .fronts import measured, points
 from .harness import FIDELITY_LOSS, PENALTY, Goal, measure_all
 
 __all__ = [
@@ -170,10 +170,8 @@ def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False
     for method, has in data["methods"].items():
         if not has.get("front") or not all("distances" in p for p in has["front"]):
             continue
-        for front in ("front", "other_front"):
-            if front not in has:
-                continue
-            found = [change(by_block(p["cases"], p["distances"], prompts), base, w) for p in points(data, method, front)]
+        for front in measured(data, method):
+            found = [change(by_block(p["cases"], p["distances"], prompts), base, w) for p in front]
             gain, kept, agreement = (np.stack([f[k] for f in found], 1) for k in ("modes", "kept", "agreement"))
             gain = gain - 1
             best, agreed = matched(gain, kept), float(matched(gain, np.minimum(kept, agreement))[0])

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import Case
+from benchmarks.arena.fronts import summaries
 from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY, Record, front, measure_all, plain
 from benchmarks.arena.quality import change, equal_quality, quality_goal, with_other_half, with_other_tuning
 from kspec_guidance.bench.methods import METHODS
@@ -70,6 +71,8 @@ def test_gain_at_equal_quality_of_a_front(tmp_path: Path) -> None:
     own = json.loads(record.path.read_text())
     for pair in ((own, other), (other, own)):
         (best,) = equal_quality(with_other_tuning(*pair), "SPARKE, ours")
+        assert best.gain == pytest.approx(1.5 * (1 + found.gain) - 1, abs=0.01)
+        (best,) = summaries(with_other_tuning(*pair), "SPARKE, ours")
         assert best.gain == pytest.approx(1.5 * (1 + found.gain) - 1, abs=0.01)
     other["settings"]["prompts"] = ["another"]
     with pytest.raises(ValueError, match="other cases"):
