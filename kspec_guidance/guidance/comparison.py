@@ -97,17 +97,25 @@ class RepeatedCall:
         self._generator = _cloned(self.kwargs.get("generator"))
         self._schedulers = [(scheduler, _state(scheduler)) for scheduler in _schedulers(pipe)]
 
-    def __call__(self, variant: int = 0) -> Any:
-        """What the pipeline returns; variants above 0 have other generators, which are determined by the given ones."""
+    def __call__(self, variant: int = 0, advance: bool = False) -> Any:
+        """What the pipeline returns; variants above 0 have other generators, which are determined by the given ones.
+
+        With ``advance`` the given generators are left as an ordinary call leaves them.
+        """
         for scheduler, state in self._schedulers:
             _restore(scheduler, state)
         generator = _cloned(self._generator)
         if variant:
-            for g in {id(g): g for g in (generator if isinstance(generator, list) else [generator])}.values():
+            for g in {id(g): g for g in _listed(generator)}.values():
                 g.manual_seed(int(torch.randint(2**62, (variant,), generator=g, device=g.device)[-1]))
         kwargs = self.kwargs | ({} if generator is None else {"generator": generator})
         with _global_random_state_restored():
-            return self.pipe(*self.args, **kwargs)
+            result = self.pipe(*self.args, **kwargs)
+        if advance:
+            given = self.kwargs.get("generator")
+            for mine, used in zip(_listed(given), _listed(generator), strict=True):
+                mine.set_state(used.get_state())
+        return result
 
 
 class GuidanceComparison:
@@ -184,11 +192,18 @@ def _named(pipe: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[
     return (), {p.name: value for p, value in zip(parameters, args, strict=False)} | kwargs, accepted
 
 
+def _listed(generator: Any) -> list[Any]:
+    """Generators of an argument: none, one or a list."""
+    if generator is None:
+        return []
+    return list(generator) if isinstance(generator, list | tuple) else [generator]
+
+
 def _cloned(generator: Any) -> Any:
     """Copies of a generator, or of those in a list; one that is listed twice stays one."""
     if generator is None:
         return None
-    listed = list(generator) if isinstance(generator, list | tuple) else [generator]
+    listed = _listed(generator)
     wrong = [type(g).__name__ for g in listed if not isinstance(g, torch.Generator)]
     if wrong:
         raise TypeError(

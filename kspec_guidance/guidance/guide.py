@@ -261,8 +261,9 @@ class KernelGuidance(PipelineCallback):
         runs from these noises, guided. This is for samplers of one to four steps, where guidance between steps has little
         room, and for images made one by one with a memory; it costs ``candidates`` denoiser calls, and prompts are encoded
         as many times (give ``prompt_embeds`` to avoid that). Noises are those of the call's generators and others that they
-        determine, and an image alone keeps its own while the memory is empty. Objective, memory and space are those of the
-        guide's first term; of scale 0 it chooses and moves nothing.
+        determine, and an image alone keeps its own while the memory is empty; the generators are left as an ordinary call
+        leaves them. Objective, memory and space are those of the guide's first term; of scale 0 it chooses and moves
+        nothing.
 
         Args:
             pipe: a pipeline with a method ``prepare_latents``, or a modular one whose steps are blocks of a loop.

@@ -132,7 +132,8 @@ class SPARKE(KernelGuidance):
             raise ValueError("fidelity= is the guard of a target; give target= with it, such as target='6 of 8'")
         if scale is None:
             scale = scale_of(DEFAULT_VARIETY if variety is None else variety)
-            settings["unit"] = "spread"
+            if settings.setdefault("unit", "spread") != "spread":
+                raise ValueError(f"a variety is in the unit 'spread', got unit={settings['unit']!r}; give scale= with it")
         super().__init__(objective, scale, space, start, stop, every, **settings)
 
     @property

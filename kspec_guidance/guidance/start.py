@@ -92,7 +92,7 @@ def choose_start(guide: "KernelGuidance", attachment: Any, repeated: RepeatedCal
     """:meth:`KernelGuidance.choose_start` for a guide that is attached to the pipeline."""
     term, pipe = guide.terms[0], repeated.pipe
     if candidates == 1:
-        result = repeated()
+        result = repeated(advance=True)
         return StartChoice(result, torch.zeros(guide.report().images, dtype=torch.int64), 1, 0, guide.report())
     starts: list[Any] = []  # what the call begins from, for each candidate
     predictions: list[_FirstPrediction] = []
@@ -113,7 +113,7 @@ def choose_start(guide: "KernelGuidance", attachment: Any, repeated: RepeatedCal
             term.memory.bind(parts[0].shape[1:], term.space.label, call.encoder)
         chosen = greedy_choice(term.objective, torch.stack([p.flatten(1) for p in parts]), prompts, term.memory)
     with _starts(pipe, lambda start: _rows_of(starts, chosen), guide):
-        result = repeated()
+        result = repeated(advance=True)
     return StartChoice(result, chosen, candidates, candidates, guide.report())
 
 

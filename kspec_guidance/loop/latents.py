@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from kspec_guidance.loop.components import autoencoder_of, image_size
+from kspec_guidance.utils.arguments import is_integer
 from kspec_guidance.utils.images import read_folder, to_pixels
 from kspec_guidance.utils.placement import compute_dtype, diffusers_hooks, execution_device
 
@@ -197,10 +198,20 @@ def encode_reference(
         size: side, or height and width in pixels, to resize and crop to; None for the pipeline's default size.
 
     Raises:
-        ValueError: for a wrong shape or range, a folder without images or with an unreadable one, or a pipeline without an
-            image autoencoder, or one that returns NaN or infinite values.
+        TypeError: for one image that is not in a list, or no images.
+        ValueError: for a wrong shape, range, size or batch size, a folder without images or with an unreadable one, or a
+            pipeline without an image autoencoder, or one that returns NaN or infinite values.
     """
     batches: Iterable[Tensor]
+    if not is_integer(batch_size, 1):
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    if size is not None:
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        if len(sides) != 2 or not all(is_integer(side, 1) for side in sides):
+            raise ValueError(f"size must be a side, or (height, width), in pixels, got {size!r}")
+        size = int(sides[0]), int(sides[1])
+    if isinstance(images, Image.Image) or not isinstance(images, Iterable | os.PathLike):
+        raise TypeError(f"images are a folder, a list of PIL images or a tensor, got {type(images).__name__}")
     if isinstance(images, Tensor):
         if size is not None:
             raise ValueError("a tensor is not resized; leave size out, or give PIL images")

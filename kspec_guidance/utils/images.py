@@ -85,6 +85,8 @@ def read_folder(folder: str | os.PathLike) -> Iterator[Image.Image]:
     Raises:
         SourceError: if the folder does not exist or contains no images, or if an image cannot be read.
     """
+    if not str(folder).strip():
+        raise SourceError("the name of the folder is empty")
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder of images")

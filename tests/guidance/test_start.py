@@ -66,9 +66,7 @@ def test_the_call_runs_from_chosen_noises(name):
     plain = first(pipe(**{**settings, "generator": torch.Generator().manual_seed(0)}))
     settings["generator"] = torch.Generator().manual_seed(0)
     found = guide.choose_start(pipe, candidates=3, **settings)
-    again = SPARKE(0.0).choose_start(pipe, candidates=3, **settings)
     result = first(found.result)
-    assert torch.equal(first(again.result), result)  # the generator did not advance
     assert found.extra_calls == 3
     assert found.chosen.tolist()[0] == 0
     assert len(found.chosen) == len(guide.memory) == 3
@@ -89,18 +87,22 @@ def first(result):
     ("name", "call"),
     [
         ("WanModularPipeline", {"prompt": ["a red heart", "two green cats"]}),
-        ("FluxModularPipeline", {"generator": [torch.Generator().manual_seed(k) for k in range(4)]}),
+        ("FluxModularPipeline", {"generator": 4}),
     ],
 )
 def test_modular_pipelines_choose_as_classic_ones_with_the_same_weights(name, call):
     classic, pipe = tiny.build(tiny.MODULAR[name]), tiny.build_modular(name)
     parts = {spec.name for spec in pipe.blocks.expected_components}
     pipe.update_components(**{k: v for k, v in classic.components.items() if v is not None and k in parts})
-    settings = tiny.modular_call_kwargs(pipe, **call)
+    settings = tiny.modular_call_kwargs(pipe, **{k: v for k, v in call.items() if k != "generator"})
     of_classic = settings | {"output_type": "latent"} | ({"guidance_scale": 3.5} if "Flux" in name else {})
     guides = SPARKE(1.0, stop=1.0), SPARKE(1.0, stop=1.0)
-    found = guides[0].choose_start(pipe, candidates=3, **settings)
-    expected = guides[1].choose_start(classic, candidates=3, **of_classic)
+
+    def noises():
+        return generators(call["generator"]) if "generator" in call else torch.Generator().manual_seed(0)
+
+    found = guides[0].choose_start(pipe, candidates=3, **settings | {"generator": noises()})
+    expected = guides[1].choose_start(classic, candidates=3, **of_classic | {"generator": noises()})
     assert found.chosen.tolist() == expected.chosen.tolist()
     assert found.chosen.any()
     assert found.report.steps_guided == expected.report.steps_guided > 0
@@ -139,7 +141,7 @@ def test_pipelines_with_a_block_of_guidance_are_guided_once():
     blocks = insert_guidance(pipe.blocks, SPARKE(0.0))
     with_block = blocks.init_pipeline()
     with_block.update_components(**pipe.components)
-    found = other.choose_start(with_block, candidates=2, **settings)
+    found = other.choose_start(with_block, candidates=2, **tiny.modular_call_kwargs(pipe))
     assert torch.equal(first(found.result), first(expected.result))
     assert len(other.memory) == 4
 
@@ -158,6 +160,21 @@ def test_one_candidate_is_an_ordinary_call(pipe):
         expected = pipe("heart", generator=generators(2), **settings).images
     assert torch.equal(found.result.images, expected)
     assert (found.extra_calls, found.chosen.tolist()) == (0, [0, 0])
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+@pytest.mark.parametrize("listed", [False, True])
+def test_generators_advance_as_by_an_ordinary_call(candidates, listed, pipe):
+    """So a loop over one generator has other noises each time."""
+    settings = {"num_images_per_prompt": 2, "num_inference_steps": 1, "output_type": "latent"}
+    given, same = ([torch.Generator().manual_seed(3)] for _ in range(2))
+    given, same = (2 * given, 2 * same) if listed else (given[0], same[0])
+    found = [SPARKE(0.0).choose_start(pipe, "heart", candidates=candidates, generator=given, **settings) for _ in range(2)]
+    for _ in range(2):
+        pipe("heart", generator=same, **settings)
+    states = [(g[0] if listed else g).get_state() for g in (given, same)]
+    assert torch.equal(*states)
+    assert not torch.equal(found[0].result.images, found[1].result.images)
 
 
 def test_images_made_one_by_one_differ_more_with_a_memory(pipe):

@@ -55,6 +55,8 @@ def test_settings_without_a_unit_are_relative_to_the_norm():
 def test_unknown_units_and_objectives_without_spread_are_refused():
     with pytest.raises(ValueError, match="unit must be 'norm' or 'spread'"):
         Term(RKE(), 1.0, unit="pixels")
+    with pytest.raises(ValueError, match=r"in the unit 'spread', got unit='norm'; give scale="):
+        SPARKE(variety=50, unit="norm")
     with pytest.raises(ValueError, match="Vendi does not measure the spread"):
         Term(Vendi(GaussianKernel()), 1.0, unit="spread")
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -118,6 +119,30 @@ def test_invalid_reference_raises(pipe):
         encode_reference(pipe, torch.full((2, 3, 64, 64), 255.0))
     with pytest.raises(ValueError, match="has no image autoencoder"):
         encode_reference(tiny.build("IFPipeline"), torch.zeros(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "message"),
+    [
+        (None, {}, "a folder, a list of PIL images or a tensor, got NoneType"),
+        (Image.new("RGB", (64, 64)), {}, "a folder, a list of PIL images or a tensor, got Image"),
+        (3, {}, "a folder, a list of PIL images or a tensor, got int"),
+        ("", {}, "the name of the folder is empty"),
+        ([Image.new("RGB", (64, 64))], {"size": 0}, "a side, or .height, width., in pixels, got 0"),
+        ([Image.new("RGB", (64, 64))], {"size": (64, 64, 3)}, "in pixels, got .64, 64, 3."),
+        ([Image.new("RGB", (64, 64))], {"size": "64"}, "in pixels, got '64'"),
+        ([Image.new("RGB", (64, 64))], {"batch_size": -1}, "batch_size must be an integer of at least 1, got -1"),
+        (torch.zeros(1, 3, 64, 64), {"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+    ],
+)
+def test_wrong_kinds_of_images_and_sizes_are_refused(images, settings, message, pipe):
+    with pytest.raises((TypeError, ValueError), match=message):
+        encode_reference(pipe, images, **settings)
+
+
+def test_a_size_may_be_an_integer_of_numpy(pipe):
+    images = [Image.new("RGB", (80, 64), "red")]
+    assert torch.equal(encode_reference(pipe, images, size=np.int64(64)), encode_reference(pipe, images, size=64))
 
 
 def test_encoder_that_overflows_in_half_precision_runs_in_float32():
