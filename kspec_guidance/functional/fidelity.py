@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kspec_guidance.functional.inputs import check_matrix, check_pair_of_sets, on_host
 from kspec_guidance.kernels.distances import pair_distances
+from kspec_guidance.utils.arguments import is_integer
 
 __all__ = [
     "FidelityScores",
@@ -93,7 +94,7 @@ class FidelityScores(NeighbourScores):
 
 def _check_nearest(x: Tensor, reference: Tensor, nearest: int) -> tuple[Tensor, Tensor]:
     a, b = _check(x, reference)
-    if not isinstance(nearest, int) or not 1 <= nearest < min(len(a), len(b)):
+    if not is_integer(nearest, 1) or nearest >= min(len(a), len(b)):
         smaller = min(len(a), len(b))
         raise ValueError(f"nearest must be an integer of at least 1 and below {smaller}, the smaller set, got {nearest!r}")
     return a, b

@@ -14,6 +14,7 @@ from kspec_guidance.kernels.distances import (
     median_rows,
     squared_distances,
 )
+from kspec_guidance.utils.arguments import plain_number
 
 __all__ = ["GaussianKernel", "LaplacianKernel", "RationalQuadraticKernel", "weighted_median"]
 
@@ -58,8 +59,12 @@ class _Stationary(Kernel):
 
     def __post_init__(self):
         b = self.bandwidth
-        if b is not None and not isinstance(b, Tensor) and not (isinstance(b, int | float) and 0 < b < math.inf):
+        if b is None or isinstance(b, Tensor):
+            return
+        number = plain_number(b)
+        if number is None or not 0 < number < math.inf:
             raise ValueError(f"bandwidth must be a positive finite number, got {b!r}")
+        object.__setattr__(self, "bandwidth", number)  # one of numpy could not be saved
 
     @property
     def open(self) -> bool:

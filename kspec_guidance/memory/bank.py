@@ -16,6 +16,7 @@ from kspec_guidance.memory.base import Memory, exclusive
 from kspec_guidance.memory.io import read_tensors, write_tensors
 from kspec_guidance.memory.selection import PromptWeights, Selection, prune
 from kspec_guidance.memory.store import DTYPES, RowStore
+from kspec_guidance.utils.arguments import is_integer
 from kspec_guidance.utils.devices import free_bytes, resolve_device, send, transfer
 from kspec_guidance.utils.transfer import on_host
 
@@ -77,8 +78,10 @@ class MemoryBank(Memory):
         super().__init__(space, prompt_encoder)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise ValueError(f"limit must be an integer of at least 1, or None for no limit; got {limit!r}")
+        if limit is not None:
+            if not is_integer(limit, 1):
+                raise ValueError(f"limit must be an integer of at least 1, or None for no limit; got {limit!r}")
+            limit = int(limit)
         if forget not in FORGETTING:
             raise ValueError(f"forget must be one of {', '.join(FORGETTING)}, got {forget!r}")
         if forget == "restart" and (limit is None or limit < 2):

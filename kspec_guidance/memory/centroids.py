@@ -12,6 +12,7 @@ from kspec_guidance.memory.base import Memory, check_finite, exclusive
 from kspec_guidance.memory.io import MemoryFileError, read_tensors, write_tensors
 from kspec_guidance.memory.selection import PromptWeights, Selection, prune
 from kspec_guidance.memory.store import RowStore
+from kspec_guidance.utils.arguments import is_integer
 from kspec_guidance.utils.devices import send
 from kspec_guidance.utils.transfer import on_host
 
@@ -50,11 +51,11 @@ class CentroidMemory(Memory):
         prompt_encoder: str | None = None,
     ):
         super().__init__(space, prompt_encoder)
-        if not isinstance(capacity, int) or capacity < 2:
+        if not is_integer(capacity, 2):
             raise ValueError(f"capacity must be an integer of at least 2, got {capacity!r}")
         if not (spread > 0 and prompt_spread > 0):
             raise ValueError(f"spread and prompt_spread must be positive, got {spread!r} and {prompt_spread!r}")
-        self.capacity, self.spread, self.prompt_spread, self.normalize = capacity, spread, prompt_spread, normalize
+        self.capacity, self.spread, self.prompt_spread, self.normalize = int(capacity), spread, prompt_spread, normalize
         self.clear()
 
     @exclusive

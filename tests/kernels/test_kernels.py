@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,6 +123,8 @@ def test_vjp_without_closed_form_raises():
     [
         (lambda: GaussianKernel(0.0), ValueError, "bandwidth must be a positive"),
         (lambda: GaussianKernel(float("nan")), ValueError, "bandwidth must be a positive"),
+        (lambda: GaussianKernel("1"), ValueError, "bandwidth must be a positive finite number, got '1'"),
+        (lambda: GaussianKernel(True), ValueError, "bandwidth must be a positive finite number, got True"),
         (lambda: PolynomialKernel(0), ValueError, "degree must be"),
         (lambda: PolynomialKernel(2, coef=-1.0), ValueError, "coef must be at least 0"),
         (lambda: CosineKernel()(torch.ones(3)), ValueError, r"shape \[n, d\], got \[3\]"),
@@ -132,6 +135,13 @@ def test_vjp_without_closed_form_raises():
 def test_invalid_input_raises(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.array(0.5)])
+def test_a_bandwidth_may_be_a_number_of_numpy(number):
+    kernel = GaussianKernel(number)
+    assert type(kernel.bandwidth) is float
+    assert kernel == GaussianKernel(0.5)
 
 
 def cauchy(x, y):

@@ -275,7 +275,7 @@ def test_unrelated_prompts_do_not_repel():
 
 
 @pytest.mark.parametrize("settings", [
-    {"dtype": torch.float64}, {"limit": 0}, {"limit": 2.5}, {"forget": "all"}, {"half_life": 0},
+    {"dtype": torch.float64}, {"limit": 0}, {"limit": 2.5}, {"limit": True}, {"forget": "all"}, {"half_life": 0},
     {"device": "cuda", "folder": "x"},
 ])  # fmt: skip
 def test_invalid_settings_raise(settings):

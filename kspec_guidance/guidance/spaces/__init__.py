@@ -45,7 +45,7 @@ def make_space(space: str | FeatureSpace) -> FeatureSpace:
     """
     if isinstance(space, FeatureSpace):
         return space
-    if space not in SPACES:
+    if not isinstance(space, str) or space not in SPACES:
         raise ValueError(f"unknown space {space!r}; choose one of {', '.join(SPACES)}, or a FeatureSpace")
     if space == "embedder":
         raise ValueError(

@@ -12,6 +12,7 @@ from kspec_guidance.features import RandomProjection
 from kspec_guidance.guidance.spaces.base import FeatureSpace, Pullback
 from kspec_guidance.guidance.spaces.resampling import block_mean_matrix, resample
 from kspec_guidance.loop.context import CallContext, DenoiserCall
+from kspec_guidance.utils.arguments import is_integer
 
 __all__ = ["Latents", "Pooled", "X0"]
 
@@ -100,8 +101,10 @@ class Pooled(FeatureSpace):
 
     def __post_init__(self) -> None:
         for name, value in (("grid", self.grid), ("project", self.project)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not is_integer(value, 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if value is not None:
+                object.__setattr__(self, name, int(value))  # one of numpy could not be saved
 
     @property
     def label(self) -> str:

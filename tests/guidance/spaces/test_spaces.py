@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -137,12 +138,17 @@ def test_spaces_have_separate_memories(pipe):
 def test_invalid_space_raises(pipe):
     with pytest.raises(ValueError, match="unknown space 'pixel'"):
         make_space("pixel")
+    with pytest.raises(ValueError, match=r"unknown space \['x0'\]; choose one of"):
+        make_space(["x0"])
     with pytest.raises(ValueError, match="needs a network"):
         make_space("embedder")
     with pytest.raises(ValueError, match="differentiable callable"):
         Embedder()
     with pytest.raises(ValueError, match=r"grid must be .*, got 0"):
         Pooled(0)
+    with pytest.raises(ValueError, match=r"project must be .*, got True"):
+        Pooled(project=True)
+    assert type(Pooled(np.int64(2)).grid) is int
     with pytest.raises(ValueError, match="has no vae"):
         Pixels().features(torch.zeros(1, 3, 4, 4), CallContext())
     with pytest.raises(ValueError, match="needs the arguments of the denoiser"):
