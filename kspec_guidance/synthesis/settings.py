@@ -19,7 +19,7 @@ from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.prompts import Prompt
 from kspec_guidance.synthesis.schedule import Target
 from kspec_guidance.utils.arguments import is_integer
-from kspec_guidance.utils.hashing import fingerprint, hash_json, hash_tensors
+from kspec_guidance.utils.hashing import fingerprint, has_adapters, hash_json, hash_tensors, state_fingerprint
 
 __all__ = [
     "FEATURE_KEYS",
@@ -175,7 +175,11 @@ def describe_prompts(prompts: Sequence[Prompt], quotas: Mapping[str, int]) -> di
 
 
 def describe_pipeline(pipe: Any) -> dict[str, Any]:
-    """Its class, a fingerprint of the denoiser, the dtype, and the scheduler with a digest of its configuration."""
+    """Its class, a fingerprint of the denoiser, the dtype, and the scheduler with a digest of its configuration.
+
+    With digests of the components that have adapters, such as LoRAs: the fingerprint does not tell those of one shape
+    apart.
+    """
     denoiser = denoiser_of(pipe)
     try:
         scheduler = find_scheduler(pipe)
@@ -183,11 +187,15 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:
         scheduler_settings = {"class": type(scheduler).__name__, "digest": hash_json(config, DIGITS)}
     except (AttributeError, ValueError):
         scheduler_settings = {"class": "none", "digest": ""}
+    adapted = {name: part for name, part in getattr(pipe, "components", {}).items() if has_adapters(part)}
+    # absent without adapters, as in runs of earlier versions
+    adapters = {"adapters": {name: state_fingerprint(part) for name, part in adapted.items()}} if adapted else {}
     return {
         "class": type(pipe).__name__,
         "denoiser": "none" if denoiser is None else fingerprint(denoiser),
         "dtype": str(getattr(pipe, "dtype", None)),
         "scheduler": scheduler_settings,
+        **adapters,
     }
 
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from kspec_guidance.utils.placement import stored_weights
 
-__all__ = ["fingerprint", "hash_json", "hash_tensors", "same_network", "state_fingerprint", "weights_fingerprint"]
+__all__ = [
+    "fingerprint",
+    "has_adapters",
+    "hash_json",
+    "hash_tensors",
+    "same_network",
+    "state_fingerprint",
+    "weights_fingerprint",
+]
 
 FINGERPRINT = re.compile(r"([^-(),]+)(?:-([0-9a-f]{12}))?(?:\(((?:[+-]\d+)+)\))?(.*)")
 NUMBER = re.compile(r"[+-]\d+")
@@ -38,6 +46,14 @@ def weights_fingerprint(network: Any) -> str:
     if isinstance(network, nn.Module):
         return hash_tensors(stored_weights(network), type(network).__qualname__, 12)
     return hash_json([getattr(network, "__module__", ""), getattr(network, "__qualname__", type(network).__qualname__)], 12)
+
+
+def has_adapters(module: Any) -> bool:
+    """Whether parts of a module have adapters of peft, such as LoRAs, active or not."""
+    if not isinstance(module, nn.Module):
+        return False
+    layers = [(part, kind) for part in module.modules() for kind in getattr(part, "adapter_layer_names", ())]
+    return any(len(getattr(part, kind, ())) for part, kind in layers)
 
 
 def state_fingerprint(module: nn.Module, values: int = 1024) -> str:

@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kspec_guidance import SPARKE
+from kspec_guidance import SPARKE, load_demo_pipeline
 from kspec_guidance.evaluation.embedders import ImageEmbedder
 from kspec_guidance.synthesis import SettingsChangedError
 from kspec_guidance.synthesis.settings import as_json, differences
 from tests.synthesis.small_runs import CALL, make, rows_of
+from tests.synthesis.small_workers import without_model
 
 
 def test_changed_settings_are_listed_and_refused_and_force_continues(tmp_path, pipe):
@@ -34,6 +35,26 @@ def test_changed_settings_are_listed_and_refused_and_force_continues(tmp_path, p
     assert all(p.read_bytes() == data for p, data in before.items())
     assert {(r["variety"], r["scale"]) for r in rows} == {(50.0, None), (None, 0.3)}
     assert make(tmp_path, pipe, prompts, guide=SPARKE(0.3)).made == 0
+
+
+def test_another_lora_of_the_same_shapes_is_another_setting(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    without_model(monkeypatch)
+
+    def adapted(seed, strength=1.0):
+        pipe = load_demo_pipeline()
+        torch.manual_seed(seed)
+        pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style")
+        pipe.unet.set_adapters("style", strength)
+        return pipe
+
+    make(tmp_path, adapted(1), ["heart"], images_per_prompt=1)
+    for other in (adapted(2), adapted(1, 0.5)):
+        with pytest.raises(SettingsChangedError, match=r"pipeline\.adapters\.unet: \S+ before, now \S+"):
+            make(tmp_path, other, ["heart"], images_per_prompt=2)
+    with pytest.raises(SettingsChangedError, match=r"pipeline\.adapters: .* before, now none"):
+        make(tmp_path, load_demo_pipeline(), ["heart"], images_per_prompt=2)
+    assert make(tmp_path, adapted(1), ["heart"], images_per_prompt=1).made == 0
 
 
 def test_after_a_change_of_space_or_embedder_old_images_count_and_their_tensors_are_left_out(tmp_path, pipe):

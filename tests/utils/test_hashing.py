@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kspec_guidance import SPARKE, load_demo_pipeline
-from kspec_guidance.utils.hashing import fingerprint, same_network, state_fingerprint
+from kspec_guidance.utils.hashing import fingerprint, has_adapters, same_network, state_fingerprint
 from tests.emoji import sample_latents
 
 
@@ -69,6 +69,19 @@ def test_state_is_read_through_compilation_and_offloading(pipe):
     moved = load_demo_pipeline()
     moved.enable_sequential_cpu_offload(device="cpu")
     assert state_fingerprint(moved.unet) == known
+
+
+def test_adapters_are_seen_until_they_are_deleted():
+    peft = pytest.importorskip("peft")
+    unet = load_demo_pipeline().unet
+    assert not has_adapters(unet)
+    assert not has_adapters(None)
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), adapter_name="style")
+    assert has_adapters(unet)
+    unet.disable_adapters()
+    assert has_adapters(unet)
+    unet.delete_adapters("style")
+    assert not has_adapters(unet)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
