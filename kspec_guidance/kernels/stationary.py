@@ -59,7 +59,7 @@ class _Stationary(Kernel):
 
     def __post_init__(self):
         b = self.bandwidth
-        if b is None or isinstance(b, Tensor):
+        if b is None or isinstance(b, Tensor) or (type(b) is float and 0 < b < math.inf):  # in each guided step
             return
         number = plain_number(b)
         if number is None or not 0 < number < math.inf:

@@ -79,9 +79,11 @@ def test_gain_at_equal_quality_of_a_front(tmp_path: Path) -> None:
         with_other_tuning(own, other)
 
 
-def test_two_halves_of_the_prompts_are_one_set_of_cases(tmp_path: Path) -> None:
+def test_two_halves_of_the_prompts_are_one_set_of_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each half keeps its cases, and the joined record is what one measurement of all prompts would have."""
     small = Analytic(8, skewed=False)
+    prompts_of = small.prompts
+    monkeypatch.setattr(small, "prompts", lambda half: prompts_of(half)[:2])
     small.images = 4
     halves = []
     for swapped in (False, True):
