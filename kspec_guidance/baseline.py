@@ -193,11 +193,10 @@ def _key(pipe: Any, prompts: list[str], call: dict[str, Any], seed: int) -> str 
         for name, part in getattr(pipe, "components", {}).items()
         if isinstance(part, torch.nn.Module) and part is not decoder
     }
-    try:
-        about |= {"networks": {name: state_fingerprint(part) for name, part in networks.items()}}
-    except (RuntimeError, NotImplementedError, TypeError):  # of weights that cannot be read
+    states = {name: state_fingerprint(part) for name, part in networks.items()}
+    if None in states.values():
         return None
-    return hash_json([about, prompts, as_json(call), seed], 16)
+    return hash_json([about | {"networks": states}, prompts, as_json(call), seed], 16)
 
 
 class _File:

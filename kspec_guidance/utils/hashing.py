@@ -56,8 +56,10 @@ def has_adapters(module: Any) -> bool:
     return any(len(getattr(part, kind, ())) for part, kind in layers)
 
 
-def state_fingerprint(module: nn.Module, values: int = 1024) -> str:
+def state_fingerprint(module: nn.Module, values: int = 1024) -> str | None:
     """Digest of what decides the output of a module, quickly: some values of each weight, and settings of its parts.
+
+    None if a weight cannot be read so, as some quantised ones, and those that offloading keeps elsewhere.
 
     Adapters that are merged change most values of a weight a little; others are weights of their own, and their strengths,
     and whether they are active, are settings.
@@ -65,18 +67,18 @@ def state_fingerprint(module: nn.Module, values: int = 1024) -> str:
     Args:
         module: the module; a compiled one counts as what it was made from.
         values: largest number of values of a weight that are read, evenly spaced.
-
-    Raises:
-        Exception: of a quantised weight that cannot be read so.
     """
     module = getattr(module, "_orig_mod", module)
-    read = {name: w.detach().flatten()[:: max(w.numel() // values, 1)] for name, w in stored_weights(module).items()}
     settings = []
     for name, part in module.named_modules():
         public = {k: v for k, v in vars(part).items() if not k.startswith("_")}
         adapters = {k: getattr(part, k, None) for k in ("active_adapters", "disable_adapters")}
         settings.append([name, {k: v for k, v in {**public, **adapters}.items() if _is_plain(v)}])
-    return hash_tensors(read, type(module).__qualname__ + hash_json(settings))
+    try:
+        read = {name: w.detach().flatten()[:: max(w.numel() // values, 1)] for name, w in stored_weights(module).items()}
+        return hash_tensors(read, type(module).__qualname__ + hash_json(settings))
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None
 
 
 def _is_plain(value: Any) -> bool:

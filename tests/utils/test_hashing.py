@@ -71,6 +71,10 @@ def test_state_is_read_through_compilation_and_offloading(pipe):
     assert state_fingerprint(moved.unet) == known
 
 
+def test_state_of_weights_that_cannot_be_read_is_unknown():
+    assert state_fingerprint(network().to("meta")) is None
+
+
 def test_adapters_are_seen_until_they_are_deleted():
     peft = pytest.importorskip("peft")
     unet = load_demo_pipeline().unet
