@@ -35,7 +35,7 @@ def measured(data: dict[str, Any], method: str) -> list[list[dict[str, Any]]]:
 def pooled(data: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Scores of all cases together, of each method where its gain in modes at matched fidelity is reached.
 
-    Between two points of the front they are interpolated as the gain is.
+    Between two points of the front they are interpolated as the gain is; of two fronts the one with the larger gain counts.
     """
     settings, plain = data["settings"], data["methods"]["plain"]
     if "pooled" not in plain:
@@ -43,15 +43,16 @@ def pooled(data: dict[str, Any]) -> dict[str, dict[str, float]]:
     base = plain[f"report {settings['seeds']}"]
     m0, v0 = (np.mean(base[settings[k]]) for k in ("diversity", "fidelity"))
     found = {"plain": plain["pooled"]}
-    for method, has in data["methods"].items():
-        if "front" not in has:
-            continue
-        front = points(data, method)
-        modes, valid = (np.array([np.mean(p["cases"][settings[k]]) for p in front]) for k in ("diversity", "fidelity"))
-        kept, gain = valid - v0, modes / m0 - 1
-        scores = [plain["pooled"], *(p["pooled"] for p in front)]
-        best = matched(gain[None], kept[None])[0]
-        found[method] = {n: at_gain(gain, kept, np.array([s[n] for s in scores]), best) for n in scores[0]}
+    for method in data["methods"]:
+        largest = -np.inf
+        for front in measured(data, method):
+            modes, valid = (np.array([np.mean(p["cases"][settings[k]]) for p in front]) for k in ("diversity", "fidelity"))
+            kept, gain = valid - v0, modes / m0 - 1
+            scores = [plain["pooled"], *(p["pooled"] for p in front)]
+            best = matched(gain[None], kept[None])[0]
+            if best > largest:
+                largest = best
+                found[method] = {n: at_gain(gain, kept, np.array([s[n] for s in scores]), best) for n in scores[0]}
     return found
 
 

@@ -118,7 +118,9 @@ def scores(data: list[dict[str, Any]]) -> str:
         if not found:
             continue
         order = sorted(found, key=lambda m: (m != "plain", -found[m]["conditional_rke"]))
-        rows = [[m, *(f"{found[m][k]:.{n}f}" for k, (_, n) in columns.items())] for m in order]
+        rows = [
+            [m, *(f"{v:.{n}f}" if (v := found[m][k]) < 1e6 else f"{v:.0e}" for k, (_, n) in columns.items())] for m in order
+        ]
         parts.append(f"## {d['bed']}\n\n" + table(["method", *(head for head, _ in columns.values())], rows))
     return "\n\n".join(parts) or "(not measured)"
 
@@ -254,8 +256,9 @@ def tuned(data: list[dict[str, Any]]) -> str:
     for m in names:
         row = [m]
         for d in data:
-            found = d["methods"].get(m, {}).get("tuned")
-            row.append("-" if not found else ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
+            has = d["methods"].get(m, {})
+            both = [found for name in ("tuned", "other_tuned") if (found := has.get(name))]
+            row.append("; ".join(", ".join(f"{k} {v:.3g}" for k, v in found.items()) for found in both) or "-")
         rows.append(row)
     return table(["method", *(d["bed"] for d in data)], rows)
 

@@ -97,7 +97,8 @@ def with_other_tuning(data: dict[str, Any], other: dict[str, Any]) -> dict[str, 
     for name, found in other["methods"].items():
         if found.get("front"):
             mine = methods.get(name, {})
-            methods[name] = mine | {"other_front" if mine.get("front") else "front": found["front"]}
+            names = ("other_front", "other_tuned") if mine.get("front") else ("front", "tuned")
+            methods[name] = mine | dict(zip(names, (found["front"], found.get("tuned", {})), strict=True))
     return data | {"methods": methods}
 
 
@@ -116,23 +117,19 @@ def with_other_half(data: dict[str, Any], other: dict[str, Any]) -> dict[str, An
         raise ValueError(
             f"{data['bed']}: the two records are not of two halves of the prompts with the same number of seeds"
         )
-    seeds = mine["seeds"]
+    n, m = len(set(mine["prompts"])), len(set(theirs["prompts"]))
 
-    def cases(a: list[Any], b: list[Any]) -> list[Any]:
-        n, m = len(a) // seeds, len(b) // seeds
-        return [v for k in range(seeds) for v in (*a[k * n : (k + 1) * n], *b[k * m : (k + 1) * m])]
-
-    def distances(a: list[Any], b: list[Any]) -> list[Any]:
-        n, m = len(set(mine["prompts"])), len(set(theirs["prompts"]))
+    def woven(a: list[Any], b: list[Any]) -> list[Any]:
+        """Values of all prompts of a seed together, or of a block of seeds."""
         return [v for k in range(len(a) // n) for v in (*a[k * n : (k + 1) * n], *b[k * m : (k + 1) * m])]
 
     def both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-        return {k: cases(a[k], b[k]) for k in a if k in b}
+        return {k: woven(a[k], b[k]) for k in a if k in b}
 
-    report = f"report {seeds}"
+    report = f"report {mine['seeds']}"
     plain, base = data["methods"]["plain"], other["methods"]["plain"]
     methods = {"plain": {report: both(plain[report], base[report]),
-                         "distances": distances(plain["distances"], base["distances"])}}  # fmt: skip
+                         "distances": woven(plain["distances"], base["distances"])}}  # fmt: skip
     for name, has in data["methods"].items():
         own, others = has.get("front", []), other["methods"].get(name, {}).get("front", [])
         if not own or not others or not all("distances" in p for p in (*own, *others)):
@@ -145,10 +142,10 @@ def with_other_half(data: dict[str, Any], other: dict[str, Any]) -> dict[str, An
         left, right = (f + f[-1:] * (longest - len(f)) for f in fronts)
         methods[name] = has | {"front": [
             {"strength": p["strength"], "cases": both(p["cases"], q["cases"]),
-             "distances": distances(p["distances"], q["distances"])}
+             "distances": woven(p["distances"], q["distances"])}
             for p, q in zip(left, right, strict=True)
         ]}  # fmt: skip
-    prompts = cases(mine["prompts"], theirs["prompts"])
+    prompts = woven(mine["prompts"], theirs["prompts"])
     return data | {"methods": methods, "settings": mine | {"prompts": prompts}}
 
 
