@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--strengths", type=int, default=5)
     parser.add_argument("--calls", type=int, default=1, help="calls of the pipeline for each prompt and seed")
-    parser.add_argument("--fresh", action="store_true", help="report on prompts on which nothing was chosen (mixtures)")
+    parser.add_argument(
+        "--fresh", action="store_true", help="report on prompts on which nothing was chosen, if a bed has them"
+    )
     parser.add_argument("--swap", action="store_true", help="tune on the prompts of the report, report on those of tuning")
     parser.add_argument("--goal", choices=["validity", "quality"], default="validity", help="tune for modes at equal what")
     parser.add_argument("--tuned-from", type=Path, help="folder of results whose tuned settings are taken, without tuning")

@@ -15,6 +15,15 @@ from .base import Bed, Case, common_scores
 # prompts that may describe several training images; chosen before any method was run, split at random
 TUNE = ["runner", "cat face", "heart", "health worker", "clock face", "police officer", "bird", "teacher", "surfer", "book"]
 REPORT = ["person", "firefighter", "swimmer", "farmer", "cook", "student", "flower", "building", "smiling face", "vehicle"]
+# all other families of at least 20 training images, and as many subjects of as many images, drawn at random
+FRESH = [
+    "aircraft", "arrow", "bug", "clothing", "drink", "flag", "fruit", "keycap", "mammal", "musical instrument", "plant",
+    "religious symbol", "sea animal", "sick face", "sport", "sweet", "tool", "vegetable", "worried face", "zodiac",
+    "supervillain", "man", "rowboat", "man with turban", "bearded person", "haircut", "person bouncing ball", "pedestrian",
+    "man in tuxedo", "information desk person", "office worker", "kneeling person", "person frowning", "factory worker",
+    "standing person", "elf", "happy person raising one hand", "person lifting weights", "deaf person",
+    "person in lotus position",
+]  # fmt: skip
 
 
 class Emoji(Bed):
@@ -42,7 +51,9 @@ class Emoji(Bed):
         self.judge_ = load_demo_judge()
 
     def prompts(self, half: str) -> list[str]:
-        return TUNE if half == "tune" else REPORT
+        if half == "tune":
+            return TUNE
+        return FRESH if self.fresh else REPORT
 
     def shape(self) -> tuple[int, ...]:
         config = denoiser_of(self.pipe).config

@@ -4,7 +4,12 @@ from kspec_guidance.bench.methods.base import Log, Method, Moment, Real, Whole
 from kspec_guidance.bench.methods.blockguidance import BlockSelfGuidance
 from kspec_guidance.bench.methods.cfg import Interval, LowerGuidance
 from kspec_guidance.bench.methods.cno import CNO
-from kspec_guidance.bench.methods.combined import OSCARLowerGuidance, OursLogDetLowerGuidance, OursLowerGuidance
+from kspec_guidance.bench.methods.combined import (
+    IN_INTERVALS,
+    OSCARLowerGuidance,
+    OursLogDetLowerGuidance,
+    OursLowerGuidance,
+)
 from kspec_guidance.bench.methods.conditions import CADS, SeedVariance
 from kspec_guidance.bench.methods.contextual import ContextualRepulsion
 from kspec_guidance.bench.methods.dave import DAVE
@@ -30,15 +35,13 @@ from kspec_guidance.bench.methods.selfguidance import SelfGuidance
 from kspec_guidance.bench.methods.spell import SPELL
 from kspec_guidance.bench.methods.tsr import ScoreRescaling
 
-METHODS: dict[str, type[Method]] = {  # those whose parameters are tuned, by their names in tables
-    m.name: m
-    for m in (
-        Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
-        ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference,
-        PinkNoise, CNO, DAVE, ContextualRepulsion, BlockSelfGuidance,
-        Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance, OursLogDetLowerGuidance,
-    )
-}  # fmt: skip
+_TUNED: tuple[type[Method], ...] = (
+    Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
+    ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference,
+    PinkNoise, CNO, DAVE, ContextualRepulsion, BlockSelfGuidance,
+    Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance, OursLogDetLowerGuidance, *IN_INTERVALS,
+)  # fmt: skip
+METHODS: dict[str, type[Method]] = {m.name: m for m in _TUNED}  # those whose parameters are tuned, by names in tables
 DIALS: tuple[type[Method], ...] = (Dial, Vivid, FewStep, Entropy, TowardReference)
 CODES: dict[str, type[Method]] = {  # those that run on pipelines as they are, by their names in commands
     m.code: m

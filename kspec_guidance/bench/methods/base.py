@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
+from kspec_guidance.loop.classifier_free import UnknownGuidanceError, classifier_free
 from kspec_guidance.loop.components import denoiser_of
 from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext
 from kspec_guidance.loop.layouts import Layout
@@ -57,7 +57,7 @@ class Moment:
     """One step about to be taken; all tensors have the shape of the samples ``[n, ...]``, and at least single precision.
 
     ``x = alpha x0 + sigma noise``; ``fraction`` is the position in the run, 0 at its start. ``call`` is the denoiser's call
-    at this step.
+    at this step, and ``weight`` that of classifier-free guidance if it is not the pipeline's.
     """
 
     x0: Tensor
@@ -70,6 +70,7 @@ class Moment:
     pipe: Any
     scheduler: Any
     timestep: Any
+    weight: float | None = None
 
     @property
     def fraction(self) -> float:
@@ -95,7 +96,7 @@ class Moment:
         assert self.call is not None
         arguments = self.call.arguments
         name = next(k for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim > 1)
-        scale = getattr(self.pipe, "guidance_scale", 1.0)
+        scale = getattr(self.pipe, "guidance_scale", 1.0) if self.weight is None else self.weight
         doubled, x = len(arguments[name]) == 2 * len(x), x.to(arguments[name].dtype)
         inputs = torch.cat([x, x]) if doubled else x
         if hasattr(self.scheduler, "scale_model_input"):
@@ -195,8 +196,8 @@ class Method:
         """The prompts' hidden states ``[n, l, c]``, as the denoiser is to get them; a pooled one has l = 1."""
         return states
 
-    def weight_of(self, found: ClassifierFree, fraction: float) -> float | None:
-        """The weight of classifier-free guidance at this step; None to keep it."""
+    def weight_of(self, fraction: float) -> float | None:
+        """The weight of classifier-free guidance at this position in the run; None to keep it."""
         return None
 
     def resample(self, m: Moment) -> Tensor | None:
@@ -278,16 +279,17 @@ class Method:
     def _guide(self, pipe: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Moment]:
         """Model output and sample to step from, given the arguments of ``scheduler.step``; and the state of the step."""
         scheduler, t, call = pipe.scheduler, arguments["timestep"], self._watch.take()
+        weight = self.weight_of(self._fraction(pipe))
 
         def prediction_at(output: Tensor, x: Tensor) -> tuple[Prediction, Moment]:
             found = predict(scheduler, output, t, x, arguments)
             alpha, sigma, total = float(found.alpha), float(found.sigma), len(scheduler.timesteps)
             x0, x = (y.float() if y.dtype.itemsize < 4 else y for y in (found.x0, x))
-            return found, Moment(x0, x, alpha, sigma, self._step, total, call, pipe, scheduler, t)
+            return found, Moment(x0, x, alpha, sigma, self._step, total, call, pipe, scheduler, t, weight)
 
         output, x = arguments["model_output"], arguments["sample"]
         if type(self).weight_of is not Method.weight_of:
-            output = self._weighted(pipe, call, output, predict(scheduler, output, t, x, arguments))
+            output = self._weighted(pipe, call, output, predict(scheduler, output, t, x, arguments), weight)
         prediction, moment = prediction_at(output, x)
         resampled = self.resample(moment)
         if resampled is not None:
@@ -296,8 +298,10 @@ class Method:
         move = self.move(moment)
         return output if move is None else prediction.moved(output, move.to(output.dtype)), x, moment
 
-    def _weighted(self, pipe: Any, call: DenoiserCall | None, output: Tensor, prediction: Prediction) -> Tensor:
-        """The model output with the weight of classifier-free guidance that the method wants.
+    def _weighted(
+        self, pipe: Any, call: DenoiserCall | None, output: Tensor, prediction: Prediction, weight: float | None
+    ) -> Tensor:
+        """The model output with another weight of classifier-free guidance; None keeps the pipeline's.
 
         Raises:
             UnknownGuidanceError: if the pipeline uses none, or another combination.
@@ -310,5 +314,4 @@ class Method:
                 f"{self.name} changes the weight of classifier-free guidance, and {type(pipe).__name__} "
                 + ("uses none here" if found is None else "combines its predictions in another way")
             )
-        weight = self.weight_of(found, self._fraction(pipe))
         return output if weight is None else found.at_weight(output, torch.tensor(weight, device=output.device))

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from kspec_guidance.bench.methods.base import Method, Real
-from kspec_guidance.loop.classifier_free import ClassifierFree
 
 
 @dataclass
@@ -19,7 +18,7 @@ class LowerGuidance(Method):
     falls = True
     weight: float = 2.0
 
-    def weight_of(self, found: ClassifierFree, fraction: float) -> float | None:
+    def weight_of(self, fraction: float) -> float | None:
         return self.weight
 
 
@@ -36,5 +35,5 @@ class Interval(Method):
     start: float = 0.3
     stop: float = 1.0
 
-    def weight_of(self, found: ClassifierFree, fraction: float) -> float | None:
+    def weight_of(self, fraction: float) -> float | None:
         return None if self.start <= fraction < self.stop else 1.0

@@ -56,6 +56,16 @@ class OursVivid(Ours):
 
 
 @dataclass
+class OursLogDet(OursVivid):
+    """The same with the conditional log determinant."""
+
+    name = "SPARKE, ours, log det"
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return VendiGuidance(self.scale, stop=self.stop, order="logdet")
+
+
+@dataclass
 class Dial(Guided):
     """SPARKE as users have it: the dial from 0 to 100, in the unit of a model's own variety (docs/variety.md)."""
 
