@@ -285,7 +285,7 @@ def train_judge(data: Path, steps: int = 4000, batch: int = 64) -> None:
 
 def save_truth(data: Path) -> None:
     """Save features of real digits, 200 of each class, and of the art that the emoji bed's prompts may describe."""
-    from .beds.emoji import REPORT, TUNE, Emoji
+    from .beds.emoji import FRESH, REPORT, TUNE, Emoji
 
     images, labels = digits(data)
     judge = weights("digit_judge")
@@ -296,7 +296,7 @@ def save_truth(data: Path) -> None:
         rows = torch.stack([model.features(images[labels == k][:200]) for k in range(10)])
     save("digit_truth", {"rows": rows}, {"each": 200})
     bed, (images, _) = Emoji(), emoji(data)
-    meant = torch.stack([bed.judge_.described(p) for p in TUNE + REPORT]).any(0).nonzero().squeeze(1)
+    meant = torch.stack([bed.judge_.described(p) for p in TUNE + REPORT + FRESH]).any(0).nonzero().squeeze(1)
     with torch.no_grad():
         rows = torch.cat([bed.judge_.network.features(images[part]) for part in meant.split(200)])
     save("emoji_truth", {"rows": rows, "modes": meant}, {"images": len(meant)})
