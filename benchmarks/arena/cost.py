@@ -32,7 +32,8 @@ from .beds.base import Case
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"SDXL, 4 x 128 x 128": (4, 4, 128, 128), "Flux, 4096 x 64": (4, 4096, 64)}
-BACKWARD = {"DiverseFlow": 3.0}  # a call and its backward pass; half a denoiser with its backward is about one call
+# A call and its backward pass; half a denoiser with its backward is about one call. One of four calls is without.
+BACKWARD = {"DiverseFlow": 3.0, "noise optimisation": 2.5}
 
 
 def calls(name: str) -> float:

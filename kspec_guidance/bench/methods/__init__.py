@@ -15,6 +15,7 @@ from kspec_guidance.bench.methods.contextual import ContextualRepulsion
 from kspec_guidance.bench.methods.dave import DAVE
 from kspec_guidance.bench.methods.diverseflow import DiverseFlow, DiverseFlowFast
 from kspec_guidance.bench.methods.eddy import EDDY, EDDYProjection
+from kspec_guidance.bench.methods.gass import GASS
 from kspec_guidance.bench.methods.guides import (
     ContextualVendi,
     Dial,
@@ -26,6 +27,7 @@ from kspec_guidance.bench.methods.guides import (
     TowardReference,
     Vivid,
 )
+from kspec_guidance.bench.methods.noiseopt import NoiseOptimisation
 from kspec_guidance.bench.methods.oscar import OSCAR
 from kspec_guidance.bench.methods.particle import Particle, PooledParticle
 from kspec_guidance.bench.methods.pink import PinkNoise
@@ -38,7 +40,7 @@ from kspec_guidance.bench.methods.tsr import ScoreRescaling
 _TUNED: tuple[type[Method], ...] = (
     Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
     ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference,
-    PinkNoise, CNO, DAVE, ContextualRepulsion, BlockSelfGuidance,
+    PinkNoise, CNO, NoiseOptimisation, GASS, DAVE, ContextualRepulsion, BlockSelfGuidance,
     Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance, OursLogDetLowerGuidance, *IN_INTERVALS,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _TUNED}  # those whose parameters are tuned, by names in tables

@@ -57,7 +57,8 @@ class Moment:
     """One step about to be taken; all tensors have the shape of the samples ``[n, ...]``, and at least single precision.
 
     ``x = alpha x0 + sigma noise``; ``fraction`` is the position in the run, 0 at its start. ``call`` is the denoiser's call
-    at this step, and ``weight`` that of classifier-free guidance if it is not the pipeline's.
+    at this step, ``weight`` that of classifier-free guidance if it is not the pipeline's, and ``given`` the model output that the
+    step is given.
     """
 
     x0: Tensor
@@ -71,6 +72,7 @@ class Moment:
     scheduler: Any
     timestep: Any
     weight: float | None = None
+    given: Tensor | None = None
 
     @property
     def fraction(self) -> float:
@@ -86,6 +88,13 @@ class Moment:
     def score(self) -> Tensor:
         """``grad log p(x) = -noise / sigma``."""
         return -self.noise / max(self.sigma, 1e-8)
+
+    def guidance(self) -> ClassifierFree | None:
+        """Classifier-free guidance of the step; None where the model makes one prediction for each sample."""
+        if self.given is None:
+            return None
+        found = predict(self.scheduler, self.given, self.timestep, self.x)
+        return guidance_of(self.pipe, self.call, self.given, found)
 
     def denoise(self, x: Tensor) -> Tensor:
         """The clean prediction at other samples of this noise level, classifier-free guidance included."""
@@ -106,6 +115,13 @@ class Moment:
             uncond, cond = out.chunk(2)
             out = uncond + scale * (cond - uncond)
         return out
+
+
+def guidance_of(pipe: Any, call: DenoiserCall | None, output: Tensor, prediction: Prediction) -> ClassifierFree | None:
+    """Classifier-free guidance of a step with this model output; None without."""
+    x, total = prediction.sample, len(pipe.scheduler.timesteps)
+    context = StepContext(CallContext(pipe), pipe.scheduler, None, Layout.of(x), x.shape, total, denoiser_call=call)
+    return classifier_free(output, prediction, context)
 
 
 def norms(x: Tensor) -> Tensor:
@@ -285,7 +301,7 @@ class Method:
             found = predict(scheduler, output, t, x, arguments)
             alpha, sigma, total = float(found.alpha), float(found.sigma), len(scheduler.timesteps)
             x0, x = (y.float() if y.dtype.itemsize < 4 else y for y in (found.x0, x))
-            return found, Moment(x0, x, alpha, sigma, self._step, total, call, pipe, scheduler, t, weight)
+            return found, Moment(x0, x, alpha, sigma, self._step, total, call, pipe, scheduler, t, weight, output)
 
         output, x = arguments["model_output"], arguments["sample"]
         if type(self).weight_of is not Method.weight_of:
@@ -306,9 +322,7 @@ class Method:
         Raises:
             UnknownGuidanceError: if the pipeline uses none, or another combination.
         """
-        x, total = prediction.sample, len(pipe.scheduler.timesteps)
-        context = StepContext(CallContext(pipe), pipe.scheduler, None, Layout.of(x), x.shape, total, denoiser_call=call)
-        found = classifier_free(output, prediction, context)
+        found = guidance_of(pipe, call, output, prediction)
         if found is None or not bool(found.fits):
             raise UnknownGuidanceError(
                 f"{self.name} changes the weight of classifier-free guidance, and {type(pipe).__name__} "

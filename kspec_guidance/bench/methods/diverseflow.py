@@ -8,13 +8,18 @@ from torch import Tensor
 from kspec_guidance.bench.methods.base import Log, Method, Moment, norms
 
 
-def dpp(x: Tensor, h: float) -> Tensor:
-    """``log det L - log det(L + I)`` of ``L_ij = exp(-h |x_i - x_j|^2 / (2 median))``."""
+def squared_distances(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Those between samples ``[n, ...]``, ``[n, n]``, in double precision; and their median."""
     rows = x.flatten(1).double()
     d2 = (rows[:, None] - rows[None]).square().sum(-1)
-    off = ~torch.eye(len(rows), dtype=torch.bool)
-    l = torch.exp(-h * d2 / (2 * d2.detach()[off].median().clamp_min(1e-12)))
-    eye = torch.eye(len(rows), dtype=l.dtype, device=l.device)
+    return d2, d2.detach()[~torch.eye(len(rows), dtype=torch.bool)].median().clamp_min(1e-12)
+
+
+def dpp(x: Tensor, h: float, median: Tensor | None = None) -> Tensor:
+    """``log det L - log det(L + I)`` of ``L_ij = exp(-h |x_i - x_j|^2 / (2 median))``; the median of ``x`` unless given."""
+    d2, own = squared_distances(x)
+    l = torch.exp(-h * d2 / (2 * (own if median is None else median)))
+    eye = torch.eye(len(l), dtype=l.dtype, device=l.device)
     return torch.logdet(l + 1e-6 * eye) - torch.logdet(l + eye)
 
 
