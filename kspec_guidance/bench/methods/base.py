@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kspec_guidance.loop.classifier_free import UnknownGuidanceError, classifier_free
+from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
 from kspec_guidance.loop.components import denoiser_of
 from kspec_guidance.loop.context import CallContext, DenoiserCall, StepContext
 from kspec_guidance.loop.layouts import Layout
@@ -57,8 +57,8 @@ class Moment:
     """One step about to be taken; all tensors have the shape of the samples ``[n, ...]``, and at least single precision.
 
     ``x = alpha x0 + sigma noise``; ``fraction`` is the position in the run, 0 at its start. ``call`` is the denoiser's call
-    at this step, ``weight`` that of classifier-free guidance if it is not the pipeline's, and ``given`` the model output that the
-    step is given.
+    at this step, ``weight`` that of classifier-free guidance if it is not the pipeline's, and ``given`` the model output
+    that the step is given.
     """
 
     x0: Tensor
