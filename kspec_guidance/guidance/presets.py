@@ -281,6 +281,8 @@ class MMDGuidance(KernelGuidance):
             similar prompts.
         baseline: samples ``[b, ...]`` of the model without guidance, see :func:`make_baseline`.
         baseline_prompts: prompt features ``[b, p]`` of the baseline; needed with ``reference_prompts``.
+        count_memory: with a baseline, whether images of earlier calls count as rows of it. They then repel, so images of a
+            prompt stay more different over many calls, at less of the style.
         prompt_kernel: kernel of unit-norm prompt features; by default Gaussian with bandwidth 0.35.
         feature_map, prompt_feature_map: random Fourier features of the two kernels (Gaussian or Laplacian), for a memory of
             constant size.
@@ -307,6 +309,7 @@ class MMDGuidance(KernelGuidance):
         prompt_kernel: Kernel | None = None,
         baseline: Tensor | None = None,
         baseline_prompts: Tensor | None = None,
+        count_memory: bool = False,
         feature_map: RandomFourierFeatures | None = None,
         prompt_feature_map: RandomFourierFeatures | None = None,
         transforms: Sequence[str] | None = None,
@@ -321,9 +324,12 @@ class MMDGuidance(KernelGuidance):
         }
         objective: Objective
         if baseline is None:
+            if count_memory:
+                raise ValueError("count_memory is for a baseline; without one the memory counts anyway")
             objective = MMD(reference, prompt_feature_map=prompt_feature_map, **about)
         else:
-            objective = Witness(reference, baseline, baseline_prompts=baseline_prompts, **about)
+            about |= {"baseline_prompts": baseline_prompts, "count_memory": count_memory}
+            objective = Witness(reference, baseline, **about)
         scale = (0.7 if baseline is None else 1.0) if scale is None else scale
         if transforms is None:  # a baseline does not know the batch, so its moves must end by themselves
             transforms = ("off_score", "rescale") if baseline is None else ("off_score", "rescale", "fade")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel, Kernel, l2_normalize
 from kspec_guidance.kernels.base import as_kernel
 from kspec_guidance.kernels.distances import as_float
-from kspec_guidance.memory import Memory
+from kspec_guidance.memory import Memory, MemoryBank, PromptWeights, RandomFeatureMemory, Selection
 from kspec_guidance.objectives.base import Gradient, Objective, differentiable, natural_rows
 
 __all__ = ["Balance", "Witness"]
@@ -32,8 +32,17 @@ def _set_of(x: Tensor, name: str, normalize: bool) -> Tensor:
     return natural_rows(x, normalize)
 
 
+class _Rows(NamedTuple):
+    """Fixed rows ``[m, d]`` and their weights ``[n, m]``; memory rows, each counted ``each`` ``[n, 1]`` less, or None."""
+
+    rows: Tensor
+    weights: Tensor
+    memory: Selection | None = None
+    each: Tensor | None = None
+
+
 class _WeightedRows(Objective):
-    """Ascends ``sum_r w_r k(x, r)`` over fixed rows r, with weights that may depend on the sample; memory is not used."""
+    """Ascends ``sum_r w_r k(x, r)`` over fixed rows r, with weights that may depend on the sample."""
 
     has_reference: ClassVar[bool] = True
     feature_map: RandomFourierFeatures | None = None
@@ -44,25 +53,32 @@ class _WeightedRows(Objective):
         """Weights of the rows for each sample ``[n or 1, m]``."""
         raise NotImplementedError
 
-    def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Any:
-        """Rows and their weights ``[n, m]`` on the device of the samples; coefficients ``[n, D]`` of random features."""
+    def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self._rows.shape[1]:
             raise ValueError(
                 f"the reference set has rows of length {self._rows.shape[1]}, samples have {x.shape[-1]}; encode the "
                 "references with this pipeline's autoencoder at the generated resolution"
             )
+
+    def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Any:
+        """Rows and their weights on the device of the samples; coefficients ``[n, D]`` of random features."""
+        self._check_width(x)
         weights = self._weights(len(x), self._prompts(prompt_features))
         if self.feature_map is not None:
             return (weights.double() @ self.feature_map(self._rows).double()).to(x).expand(len(x), -1)
-        return self._rows.to(x), weights.to(x).expand(len(x), -1)
+        return _Rows(self._rows.to(x), weights.to(x).expand(len(x), -1))
 
     def value(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         x = as_float(x)
         pairs = self.pairs(x, prompt_features, memory)
         if self.feature_map is not None:
             return (self.feature_map(x) * pairs).sum()
-        rows, weights = pairs
-        return (self.fitted(x, rows) * weights).sum()
+        found = (self.fitted(x, pairs.rows) * pairs.weights).sum()
+        if pairs.memory is None:
+            return found
+        weights = pairs.memory.vectors(x)[2]
+        of_memory = pairs.memory.kernel(self.fitted, x) * (1.0 if weights is None else weights)
+        return found - (pairs.each * of_memory).sum()
 
     def gradient(
         self,
@@ -77,7 +93,10 @@ class _WeightedRows(Objective):
         pairs = self.pairs(x, prompt_features, memory) if pairs is None else pairs
         if self.feature_map is not None:
             return Gradient(self.feature_map.vjp(x, pairs))
-        return Gradient(self.fitted.vjp(x, *pairs))
+        g = self.fitted.vjp(x, pairs.rows, pairs.weights)
+        if pairs.memory is not None:
+            g = g - pairs.each * pairs.memory.kernel_gradient(self.fitted, x)[0]
+        return Gradient(g)
 
 
 @dataclass(repr=False)
@@ -87,7 +106,8 @@ class Witness(_WeightedRows):
     r are references, and b is a baseline: what the model makes anyway, over many prompts. Subjects, which both sides
     have, cancel; what the references have in common, such as a style, remains. A batch of one prompt therefore moves
     toward the style at once, where the gradient of :class:`MMD` compares the batch itself with the references, and so
-    first spreads the batch over their subjects. Memory is not used.
+    first spreads the batch over their subjects. With ``count_memory`` each sample in memory is one more row of the
+    baseline, so what earlier calls made repels, and the pull toward the style ends where it is reached.
 
     Args:
         reference: samples ``[m, ...]`` of the same space as the generated ones.
@@ -99,6 +119,7 @@ class Witness(_WeightedRows):
         prompt_kernel: by default Gaussian with bandwidth 0.35, on unit-norm prompt features.
         feature_map: random features of the kernel (Gaussian or Laplacian): both sets are then one vector.
         normalize: whether samples are scaled to norm 1 first.
+        count_memory: whether samples in memory are rows of the baseline too; the memory is not used otherwise.
 
     Raises:
         TypeError: for a kernel without a closed-form gradient, or a set that is no tensor.
@@ -114,6 +135,7 @@ class Witness(_WeightedRows):
     prompt_kernel: Kernel = field(default_factory=lambda: GaussianKernel(PROMPT_BANDWIDTH))
     feature_map: RandomFourierFeatures | None = None
     normalize: bool = False
+    count_memory: bool = False
 
     def __post_init__(self) -> None:
         self.kernel, self.prompt_kernel = differentiable(self.kernel), as_kernel(self.prompt_kernel)
@@ -138,15 +160,41 @@ class Witness(_WeightedRows):
         self._rows, self._count = torch.cat(sets), len(sets[0])
         self._prompt_rows = l2_normalize(torch.cat([p.cpu().float() for p in prompts])) if prompts else None
 
+    def make_memory(self) -> Memory:
+        if self.count_memory and self.feature_map is not None:
+            return RandomFeatureMemory(self.feature_map, None, self.normalize)
+        return MemoryBank()
+
+    def pairs(self, x: Tensor, prompt_features: Tensor | None = None, memory: Memory | None = None) -> Any:
+        """Rows and their weights on the device of the samples; coefficients ``[n, D]`` of random features."""
+        if not self.count_memory or memory is None or not len(memory):
+            return super().pairs(x, prompt_features, memory)
+        self._check_width(x)
+        t = self._prompts(prompt_features)
+        own, other = self._near(t)
+        if self.feature_map is not None:
+            phi, number = self.feature_map(self._rows).double(), other.shape[1] + len(memory)
+            made = phi[self._count :].sum(0) + memory.coefficients(None, phi)
+            return (phi[: self._count].mean(0) - made / number).to(x).expand(len(x), -1)
+        of_prompt = PromptWeights(self.prompt_kernel, 1) if self.conditional else None
+        counted = self._select(t, memory, of_prompt)
+        assert counted is not None
+        total = other.sum(1, keepdim=True) + counted.effective_count(len(x))[:, None].to(other)
+        weights = torch.cat([(own / own.sum(1, keepdim=True)).expand(len(x), -1), -other / total], 1)
+        return _Rows(self._rows.to(x), weights.to(x), counted, (1 / total).to(x))
+
     def _weights(self, n: int, prompt_features: Tensor | None) -> Tensor:
-        m, b = self._count, len(self._rows) - self._count
+        own, other = self._near(prompt_features)
+        return torch.cat([own / own.sum(1, keepdim=True), -other / other.sum(1, keepdim=True)], 1)
+
+    def _near(self, prompt_features: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights of references ``[n or 1, m]`` and baseline ``[n or 1, b]``, from their prompts and the samples'."""
         if self._prompt_rows is None:
-            return torch.cat([torch.full((1, m), 1 / m), torch.full((1, b), -1 / b)], 1)
+            return torch.ones(1, self._count), torch.ones(1, len(self._rows) - self._count)
         if prompt_features is None:
             raise ValueError("a prompt-aware witness needs prompt features, but this call has none; omit reference_prompts")
         near = self.prompt_kernel(prompt_features, self._prompt_rows.to(prompt_features)).clamp_min(LEAST_WEIGHT)
-        own, other = near[:, :m], near[:, m:]
-        return torch.cat([own / own.sum(1, keepdim=True), -other / other.sum(1, keepdim=True)], 1)
+        return near[:, : self._count], near[:, self._count :]
 
 
 @dataclass(repr=False)

@@ -8,7 +8,7 @@ from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import CosineKernel, GaussianKernel, LaplacianKernel, PolynomialKernel
 from kspec_guidance.memory import MemoryBank
 from kspec_guidance.objectives import Balance, Witness
-from tests.objectives.common import FEATURE_MAP, PROMPT_KERNEL, D, P, relative_error
+from tests.objectives.common import FEATURE_MAP, PROMPT_KERNEL, D, P, fill, relative_error
 from tests.samples import rows
 
 REFERENCE, BASELINE = rows(9, D, 3), rows(11, D, 4)
@@ -97,6 +97,8 @@ def test_bad_input_is_refused():
         Witness(REFERENCE, BASELINE, **PROMPTS).gradient(rows(5, D, 0))
     with pytest.raises(ValueError, match="rows of length 6, samples have 4"):
         Witness(REFERENCE, BASELINE).gradient(rows(5, 4, 0))
+    with pytest.raises(ValueError, match="count_memory is for a baseline"):
+        MMDGuidance(REFERENCE, count_memory=True)
     with pytest.raises(ValueError, match="give baseline= too"):
         MMDGuidance(REFERENCE, baseline_prompts=PROMPTS["baseline_prompts"])
 
@@ -139,3 +141,32 @@ def test_settings_survive_saving(tmp_path):
     x = rows(5, D, 0).float()
     assert torch.equal(again.objective.gradient(x).rows, guide.terms[0].objective.gradient(x).rows)
     assert again.scale == guide.terms[0].scale == 1.0
+
+
+@pytest.mark.parametrize("settings", [{}, PROMPTS, {"feature_map": FEATURE_MAP}], ids=["plain", "prompt-aware", "features"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradient_with_a_memory_matches_autograd(settings, normalize):
+    objective = Witness(REFERENCE, BASELINE, GaussianKernel(2.5), normalize=normalize, count_memory=True, **settings)
+    assert relative_error(objective, fill(objective.make_memory())) < 1e-8
+
+
+@pytest.mark.parametrize("settings", [{}, {"feature_map": FEATURE_MAP}], ids=["exact", "features"])
+def test_counted_samples_in_memory_are_rows_of_the_baseline(settings):
+    k, x = GaussianKernel(2.5), rows(5, D, 0)
+    objective = Witness(REFERENCE, BASELINE, k, count_memory=True, **settings)
+    longer = Witness(REFERENCE, torch.cat([BASELINE, rows(7, D, 5)]), k, **settings)
+    torch.testing.assert_close(objective.gradient(x, memory=fill(objective.make_memory())).rows, longer.gradient(x).rows)
+    torch.testing.assert_close(objective.value(x, memory=fill(objective.make_memory())), longer.value(x))
+    ignored = Witness(REFERENCE, BASELINE, k, **settings)
+    assert torch.equal(objective.gradient(x, memory=objective.make_memory()).rows, ignored.gradient(x).rows)
+
+
+def test_counted_samples_of_other_prompts_repel_less():
+    t = torch.eye(2, dtype=torch.float64)
+    about = {"reference_prompts": t[:1].repeat(9, 1), "baseline_prompts": t[:1].repeat(11, 1), "count_memory": True}
+    objective, x = Witness(REFERENCE, BASELINE, GaussianKernel(2.5), **about), rows(5, D, 0)
+    memory = objective.make_memory()
+    memory.add(rows(7, D, 5), t[1:].repeat(7, 1))  # of another prompt
+    alone = Witness(REFERENCE, BASELINE, GaussianKernel(2.5)).gradient(x).rows
+    found = objective.gradient(x, t[:1].repeat(5, 1), memory).rows
+    torch.testing.assert_close(found, alone, rtol=0, atol=0.01 * float(alone.abs().max()))
