@@ -4,17 +4,21 @@
     python benchmarks/toward_style.py --diversity --seeds 1
     python benchmarks/toward_style.py --transformers --seeds 3    # then python -m benchmarks.arena.page
     python benchmarks/toward_style.py --pictures docs               # of the transformers, to look at
+    python benchmarks/toward_style.py --tones --seeds 1
+    python benchmarks/toward_style.py --mixed --styles noto --seeds 1   # 7 prompts in each batch
+    python benchmarks/toward_style.py --memory --styles noto --seeds 1  # 4 calls of a prompt
 
 The embedded model, 8 steps, 8 images of each of 7 prompts that are not among those of the baseline. *Other style* is the
 emoji classifier's mean probability of the other art style; *valid* its probability of the likeliest emoji that the prompt
 may describe; *different* the number of different emoji and skin tones, whatever their style, among the images of a prompt
-that show what it describes. Rows that are in the file of results are not measured again; more seeds are added to them.
+that show what it describes; *wanted tone* the mean probability of a skin tone. Rows that are in the file of results are not
+measured again; more seeds are added to them.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
@@ -46,22 +50,57 @@ from kspec_guidance.plotting import side_by_side
 PROMPTS = ("firefighter", "health worker", "astronaut", "detective", "artist", "mechanic", "dancer")
 CALL = {"num_inference_steps": 8, "guidance_scale": 5.0}
 REFERENCES, BASELINES = (16, 32, 96), (50, 100, 200)
+TONES = ("dark skin tone", "light skin tone")
 SCALES = (1.0, 2.0)  # with a baseline; other numbers of baseline samples at the second
+CALLS = 4  # of a prompt, with a memory
 VIVID = 0.75  # scale of the guide of diversity beside the second
 RESULTS = Path(__file__).parent / "results" / "toward_style.json"
 
 
 def measure(bed: Emoji, guide: Any, seed: int, style: str, words: str = "") -> dict[str, float]:
     """Figures of one seed: means over 7 prompts, one prompt a batch."""
-    index = bed.judge_.classes["style"].index(style)
-    found: dict[str, list[float]] = {"other": [], "valid": [], "different": []}
+    clear(guide)
+    cases = [Case(prompt + words, 100 * seed + k) for k, prompt in enumerate(PROMPTS)]
+    return figures(bed, style, (samples(bed, guide, case, 8) for case in cases))
+
+
+def mixed(bed: Emoji, guide: Any, seed: int, style: str, words: str = "") -> dict[str, float]:
+    """The same with all 7 prompts in each of 8 batches."""
+    clear(guide)
+    batches = []
+    for k in range(8):
+        noises = [torch.Generator().manual_seed(1000 * seed + 10 * k + i) for i in range(len(PROMPTS))]
+        prompts = [prompt + words for prompt in PROMPTS]
+        with nullcontext() if guide is None else guide.attach(bed.pipe):
+            batches.append(bed.pipe(prompts, generator=noises, output_type="latent", **CALL).images)
+    return figures(bed, style, torch.stack(batches, 1))
+
+
+def several(bed: Emoji, guide: Any, seed: int, style: str, words: str = "") -> dict[str, float]:
+    """Figures of 32 images of each of three prompts, one batch after the other, with a memory for each prompt."""
+
+    def of_prompt(k: int, prompt: str) -> torch.Tensor:
+        clear(guide)
+        cases = [Case(prompt + words, 100 * seed + 10 * k + i) for i in range(CALLS)]
+        return torch.cat([samples(bed, guide, case, 8) for case in cases])
+
+    return figures(bed, style, (of_prompt(k, prompt) for k, prompt in enumerate(PROMPTS[:3])))
+
+
+def clear(guide: Any) -> None:
     if hasattr(guide, "memory"):
         guide.memory.clear()
-    for k, prompt in enumerate(PROMPTS):
-        case = Case(prompt, 100 * seed + k)
-        rows = bed.rows(samples(bed, guide, Case(prompt + words, case.seed), 8))
-        found["other"].append(1 - float(bed.judge_.network.heads["style"](rows).softmax(1)[:, index].mean()))
-        found["valid"].append(bed.figures(rows, case)["valid"])
+
+
+def figures(bed: Emoji, style: str, of_prompts: Iterable[torch.Tensor]) -> dict[str, float]:
+    """Means over the prompts of the figures of each one's samples. A style may also be a skin tone."""
+    head = "tone" if style in TONES else "style"
+    index = bed.judge_.classes[head].index(style)
+    found: dict[str, list[float]] = {"other": [], "valid": [], "different": []}
+    for prompt, made in zip(PROMPTS, of_prompts, strict=False):
+        rows = bed.rows(made)
+        found["other"].append(1 - float(bed.judge_.network.heads[head](rows).softmax(1)[:, index].mean()))
+        found["valid"].append(bed.figures(rows, Case(prompt, 0))["valid"])
         found["different"].append(different(bed.judge_, rows, prompt))
     return {name: mean(values) for name, values in found.items()}
 
@@ -100,6 +139,9 @@ def main() -> None:
     parser.add_argument("--styles", nargs="+", default=["noto", "twemoji"])
     parser.add_argument("--bandwidths", action="store_true", help="of the kernel, in median distances; nothing else")
     parser.add_argument("--diversity", action="store_true", help="rows with a guide of diversity beside; nothing else")
+    parser.add_argument("--tones", action="store_true", help="toward skin tones; nothing else")
+    parser.add_argument("--mixed", action="store_true", help="all prompts in each batch; nothing else")
+    parser.add_argument("--memory", action="store_true", help="several calls of a prompt; nothing else")
     parser.add_argument("--transformers", action="store_true", help="the arena's transformers; nothing else")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="grids of the transformers; nothing else")
     parser.add_argument("--json", type=Path, default=RESULTS)
@@ -107,6 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     bed: Emoji
     part: str | None = None  # of the page, if not the first
+    figures_of = measure
     rows: list[dict[str, Any]] = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
 
     def add(name: str, guide: Any, style: str, words: str = "", **about: Any) -> None:
@@ -115,7 +158,7 @@ def main() -> None:
         if place == len(rows):
             rows.append({k: v for k, v in about.items() if v is not None})
         for seed in range(rows[place].get("seeds", 0), options.seeds):
-            rows[place] = with_seed(rows[place], measure(bed, guide, seed, style, words))
+            rows[place] = with_seed(rows[place], figures_of(bed, guide, seed, style, words))
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[place].items()}, flush=True)
             options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
@@ -130,7 +173,8 @@ def main() -> None:
         return
     bed = Emoji(pipe=load_demo_pipeline())
     everything = make_baseline(bed.pipe, n=max(BASELINES), batch_size=8, call=CALL)
-    for style in styles:
+    about: dict[str, Any]
+    for style in TONES if options.tones else styles:
         latents = references(bed, style)
         most, baseline = len(latents), everything[:100]
         if options.bandwidths:
@@ -139,10 +183,30 @@ def main() -> None:
                 guide = MMDGuidance(latents, kernel=GaussianKernel(factor * median), baseline=baseline)
                 add("bandwidth", guide, style, factor=factor)
             continue
+        if options.tones:
+            part = "tones"
+            for scale in SCALES:
+                guide = MMDGuidance(latents, scale, baseline=baseline)
+                add("baseline", guide, style, references=most, baseline=100, scale=scale)
+            add("plain", None, style)
+            add("asked in words", None, style, f", {style}")
+            add("MMD, batch and memory", MMDGuidance(latents), style, references=most)
+            continue
+        if options.mixed or options.memory:
+            part, figures_of = ("mixed", mixed) if options.mixed else ("memory", several)
+            for scale in SCALES:
+                about = {"references": most, "baseline": 100, "scale": scale}
+                add("baseline", MMDGuidance(latents, scale, baseline=baseline), style, **about)
+                if options.memory:
+                    add("counted", MMDGuidance(latents, scale, baseline=baseline, count_memory=True), style, **about)
+            if options.mixed:
+                add("MMD, batch and memory", MMDGuidance(latents), style, references=most)
+            add("plain", None, style)
+            continue
         if options.diversity:
             part = "diversity"
             for m in (REFERENCES[0], most):
-                about: dict[str, Any] = {"references": m, "baseline": 100, "scale": SCALES[-1]}
+                about = {"references": m, "baseline": 100, "scale": SCALES[-1]}
                 guide = MMDGuidance(latents[:m], SCALES[-1], baseline=baseline)
                 add("baseline, diversity", guide + SPARKE.preset("vivid", scale=VIVID), style, **about)
                 add("baseline", guide, style, **about)
@@ -172,7 +236,8 @@ def main() -> None:
 
 def references(bed: Emoji, style: str) -> torch.Tensor:
     """Latents of a style's references, in a fixed random order."""
-    latents = encode_reference(bed.pipe, load_demo_reference(style.split()[0]))
+    name = style.replace(" ", "-") if style in TONES else style.split()[0]
+    latents = encode_reference(bed.pipe, load_demo_reference(name))
     return latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))]
 
 
@@ -223,6 +288,7 @@ LABELS = {  # in the order of the table
     "asked in words": "the style named in the prompt",
     "MMD, batch and memory": "`MMDGuidance(reference)`",
     "baseline": "with a baseline",
+    "counted": "the same, `count_memory=True`",
     "baseline, diversity": "with a baseline, and order 0.5 beside it",
     "attraction": "attraction to the nearest reference",
     "mean shift": "shift to the mean of the references",
@@ -239,6 +305,9 @@ def parts(rows: list[dict[str, Any]]) -> dict[str, str]:
     beds = [bed.name for bed in (EmojiTransformer, DistilledEmojiTransformer)]
     return {
         "style": tables(found.get(None, [])),
+        "style_tones": tables(found.get("tones", []), different=True),
+        "style_mixed": tables(found.get("mixed", []), different=True),
+        "style_memory": tables(found.get("memory", []), different=True),
         "style_diversity": tables(found.get("diversity", []), different=True),
         "style_transformers": "\n\n".join(f"*{bed}*:\n\n{tables(found.get(bed, []), different=True)}" for bed in beds),
     }
@@ -251,7 +320,8 @@ def tables(rows: list[dict[str, Any]], different: bool = False) -> str:
     for row in rows:
         key = (row["name"], *(row.get(k) for k in ("scale", "weight", "references", "baseline")))
         error = f" ± {row['other_se']:.2f}" if row["other_se"] else ""
-        cell = f"{row['other']:.2f}{error}, {row['valid']:.2f}"
+        share = 1 - row["other"] if row["style"] in TONES else row["other"]
+        cell = f"{share:.2f}{error}, {row['valid']:.2f}"
         found.setdefault(key, {})[row["style"]] = cell + (f", {row['different']:.1f}" if different else "")
     order = list(LABELS)
     lines = []
@@ -259,8 +329,13 @@ def tables(rows: list[dict[str, Any]], different: bool = False) -> str:
         name, scale, weight, references, baseline = key
         numbers = ("-" if v is None else f"{v:g}" for v in (scale or weight, references, baseline))
         lines.append([LABELS[name], *numbers, *(cells.get(style, "-") for style in styles)])
-    figures = "other style, valid" + (", different" if different else "")
-    heads = [f"toward {style.split()[0].capitalize()}: {figures}" for style in styles]
+    figures = ", valid" + (", different" if different else "")
+    heads = [
+        f"toward a {style}: wanted tone{figures}"
+        if style in TONES
+        else f"toward {style.split()[0].capitalize()}: other style{figures}"
+        for style in styles
+    ]
     return table(["", "scale", "references", "baseline", *heads], lines)
 
 
