@@ -84,7 +84,7 @@ class SPARKE(KernelGuidance):
             target.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {  # compared in docs/which-method.md
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {  # compared in docs/arena/settings.md
         "default": {},
         "safe": {"scale": 0.5},
         "vivid": {"order": 0.5, "scale": 1.5},
@@ -195,7 +195,7 @@ class SPARKE(KernelGuidance):
     def preset(name: str, **kwargs: Any) -> KernelGuidance:
         """Create a guide from a preset: ``default``, ``safe``, ``vivid``, ``few-step`` or ``published``.
 
-        docs/which-method.md compares them with each other and with other methods. ``vivid`` and ``few-step`` have order
+        docs/arena/settings.md compares them with each other and with other methods. ``vivid`` and ``few-step`` have order
         0.5, so they are :class:`VendiGuidance`.
 
         Args:

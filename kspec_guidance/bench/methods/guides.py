@@ -131,7 +131,7 @@ class Entropy(Guided):
 class TowardReference(Guided):
     """Moves toward what reference images have and the model's own images have not: MMD guidance with a baseline.
 
-    Without a baseline, a batch of one prompt does not take on the style of the references (docs/which-method.md).
+    Without a baseline, a batch of one prompt does not take on the style of the references (docs/toward-style.md).
 
     Args:
         scale: size of the move.
