@@ -15,7 +15,7 @@ from kspec_guidance.guidance.calibration import calibration_file
 from kspec_guidance.guidance.presets import SPARKE, MMDGuidance
 from kspec_guidance.loop.components import autoencoder_of, call_parameters
 from kspec_guidance.loop.latents import encode_reference
-from kspec_guidance.synthesis.generator import check_call
+from kspec_guidance.synthesis.generator import Generator, check_call
 from kspec_guidance.synthesis.settings import as_json, describe_pipeline
 from kspec_guidance.utils.arguments import is_integer
 from kspec_guidance.utils.atomic_io import replacing
@@ -80,9 +80,7 @@ def make_baseline(
         UserWarning: if there are fewer than 8 prompts: what they have in common would count as the model's own.
     """
     call = dict(call or {})
-    if prompts is None:
-        prompts = DEMO_PROMPTS if is_demo(pipe) else BASELINE_PROMPTS
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = _prompts(pipe, prompts)
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"the prompts of a baseline are texts, got {prompts[:5]}")
     if not prompts or not is_integer(n, 1) or not is_integer(batch_size, 1):
@@ -140,6 +138,7 @@ def toward_reference(
     scale: float | None = None,
     *,
     call: dict[str, Any] | None = None,
+    captions: Sequence[str] | None = None,
     prompts: Sequence[str] | None = None,
     n: int = 100,
     batch_size: int = 4,
@@ -161,6 +160,8 @@ def toward_reference(
         images: 20 to 50 images, see :func:`encode_reference`.
         scale: see :class:`MMDGuidance`.
         call: arguments of the pipeline's call, as in later runs.
+        captions: a text for each image, in their order; of a folder, the order of the file names. A prompt is then compared
+            with images of similar captions, and with samples of similar prompts of the baseline, most of all.
         prompts: of the baseline, see :func:`make_baseline`.
         n: number of samples of the baseline.
         batch_size: samples of a prompt that are made at once.
@@ -169,16 +170,48 @@ def toward_reference(
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.
-        ValueError: as :func:`encode_reference`, :func:`make_baseline` and :class:`MMDGuidance`.
+        ValueError: for another number of captions than images, or captions for a pipeline whose prompts cannot be observed;
+            as :func:`encode_reference`, :func:`make_baseline` and :class:`MMDGuidance`.
     """
     call = dict(call or {})
     height = call.get("height")
     size = (height, call.get("width", height)) if height and not isinstance(images, Tensor) else None
     reference = encode_reference(pipe, images, size=size)
+    if captions is not None:
+        captions = list(captions)
+        if len(captions) != len(reference) or not all(isinstance(text, str) for text in captions):
+            raise ValueError(f"captions are a text for each of the {len(reference)} images, got {len(captions)}")
     if "prompt" not in call_parameters(type(pipe)):
         return MMDGuidance(reference, scale, **kwargs)
     baseline = make_baseline(pipe, prompts, n, batch_size=batch_size, call=call, progress_callback=progress_callback)
+    if captions is not None:
+        of_baseline = _prompts(pipe, prompts)
+        texts = [*captions, *(of_baseline[k % len(of_baseline)] for k in range(n))]
+        features = _features(pipe, texts, call, batch_size)
+        kwargs = {"reference_prompts": features[: len(captions)], "baseline_prompts": features[len(captions) :], **kwargs}
     return MMDGuidance(reference, scale, baseline=baseline, **kwargs)
+
+
+def _prompts(pipe: Any, prompts: Sequence[str] | None) -> list[str]:
+    """The prompts of a pipeline's baseline; sample k has the prompt k, over and over."""
+    if prompts is None:
+        prompts = DEMO_PROMPTS if is_demo(pipe) else BASELINE_PROMPTS
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
+def _features(pipe: Any, texts: Sequence[str], call: dict[str, Any], batch_size: int) -> Tensor:
+    """Features of texts ``[n, p]`` as guides get those of prompts, by runs of a single step.
+
+    Raises:
+        ValueError: if guides get none.
+    """
+    different = list(dict.fromkeys(texts))
+    found = Generator(pipe, SPARKE(variety=0), call).prompt_features(different, batch_size)
+    if found is None:
+        raise ValueError(
+            f"guides of {type(pipe).__name__} get no features of prompts, so captions are of no use; leave them out"
+        )
+    return found[[different.index(text) for text in texts]]
 
 
 def _key(pipe: Any, prompts: list[str], call: dict[str, Any], seed: int) -> str | None:

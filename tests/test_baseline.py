@@ -198,6 +198,21 @@ def test_one_line_is_references_baseline_and_guide(pipe, home, tmp_path):
     assert torch.equal(own.baseline, other.baseline)
 
 
+def test_captions_make_the_guide_prompt_aware(pipe, home):
+    images = pipe("heart", num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), **CALL).images
+    about = {"call": CALL, "n": 10, "batch_size": 5, "prompts": list(DEMO_PROMPTS[:8])}
+    guide = toward_reference(pipe, images, captions=["heart", DEMO_PROMPTS[1]], **about)
+    objective = guide.terms[0].objective
+    assert objective.conditional
+    assert torch.equal(objective.reference_prompts[1], objective.baseline_prompts[1])
+    assert torch.equal(objective.baseline_prompts[:2], objective.baseline_prompts[8:])  # prompts over and over
+    with guide.attach(pipe):
+        pipe("heart", output_type="latent", **CALL)
+    torch.testing.assert_close(guide.finished[0].prompts[0].cpu(), objective.reference_prompts[0])
+    with pytest.raises(ValueError, match="a text for each of the 2 images, got 1"):
+        toward_reference(pipe, images, captions=["heart"], **about)
+
+
 def test_one_line_takes_the_size_of_the_call(home, tmp_path):
     pipe = tiny.build("StableDiffusionPipeline")
     image = pipe("a", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
