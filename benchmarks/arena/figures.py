@@ -11,9 +11,12 @@ from .fronts import points, summaries
 from .harness import FIDELITY_LOSS, mean
 
 OURS, DEFAULT = "SPARKE, ours, order 0.5", "SPARKE, ours"
-OWN = {  # colours
-    DEFAULT: "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59", "SPARKE, ours, log det, lower CFG": "#5b3fa8",
+LOG_DET = "SPARKE, ours, log det"
+COLOURS = {
+    DEFAULT: "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59", f"{LOG_DET}, lower CFG": "#5b3fa8",
+    f"{OURS}, interval CFG": "#12706b", f"{LOG_DET}, interval CFG": "#8a5fd0", f"{DEFAULT}, interval CFG": "#5fb3ad",
 }  # fmt: skip
+OWN = tuple(COLOURS)
 
 
 def fronts(data: list[dict[str, Any]], path: Path) -> None:
@@ -36,8 +39,8 @@ def fronts(data: list[dict[str, Any]], path: Path) -> None:
             front = [{"m": mean(p["cases"]["modes"]), "v": mean(p["cases"]["valid"])} for p in points(d, method)]
             x, y = [v0, *(p["v"] for p in front)], [m0, *(p["m"] for p in front)]
             ours, named = method.startswith("SPARKE, ours"), method in best
-            colour = OWN.get(method) or (next(palette, "#888888") if named else "#c9ced6")
-            axes.plot(x, y, "o--" if ours and "lower" in method else "o-", ms=3.5 if ours else 2.5, color=colour,
+            colour = COLOURS.get(method) or (next(palette, "#888888") if named else "#c9ced6")
+            axes.plot(x, y, "o--" if ours and "CFG" in method else "o-", ms=3.5 if ours else 2.5, color=colour,
                       lw=2.2 if ours else 1.2 if named else 0.7, zorder=3 if ours else 2 if named else 1,
                       label=method if ours or named else None)  # fmt: skip
         axes.plot([v0], [m0], "k*", ms=11, zorder=4, label="plain sampling")

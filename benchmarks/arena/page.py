@@ -16,14 +16,14 @@ from .. import agreement, clips, digits_target, several_calls, toward_style
 from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS
-from .figures import DEFAULT, OURS, OWN, ablation_panels, fronts, overview
+from .figures import DEFAULT, LOG_DET, OURS, OWN, ablation_panels, fronts, overview
 from .fronts import pooled, summaries
 from .harness import FIDELITY_LOSS, mean, slug
 from .quality import WORSE, equal_quality, with_other_half, with_other_tuning
 
 ROOT = Path(__file__).parents[2]
-PRESETS = dict(zip(OWN, ("`default`", "`vivid`", "`vivid`, lower CFG", "log det, lower CFG"), strict=True))
-FOR_USERS = {m: name for m, name in PRESETS.items() if "log det" not in m}
+PRESETS = {m: m.replace(LOG_DET, "log det").replace(OURS, "`vivid`").replace(DEFAULT, "`default`") for m in OWN}
+FOR_USERS = {m: name for m, name in PRESETS.items() if m in OWN[:3]}
 PAGES = {  # the tables that each page of the documentation holds, between markers
     "toward-style.md": ("style", "style_diversity", "style_transformers"),
     "arena/settings.md": ("settings",),
@@ -63,6 +63,12 @@ def of_more_cases(folder: Path) -> dict[str, dict[str, Any]]:
     for d in records(folder / "equal" / "aimed"):  # tuned for the gain at equal quality
         found[d["bed"]] = with_other_tuning(found[d["bed"]], d)
     return found
+
+
+def with_further_prompts(data: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The beds' results, each followed by those on further prompts, where these are of some of the methods only."""
+    further = {d["bed"]: d | {"bed": f"{d['bed']}, further prompts"} for d in records(folder / "equal" / "further")}
+    return [each for d in data for each in (d, further.get(d["bed"])) if each is not None]
 
 
 def with_fronts(data: dict[str, Any]) -> set[str]:
@@ -197,12 +203,13 @@ def verdicts(data: list[dict[str, Any]], equal: list[dict[str, Any]], calls: lis
         ("modes of several calls at equal quality", equal_quality, calls),
     ):
         rows, notes = [], []
+        own_measured = [m for m in OWN if any(m in with_fronts(d) for d in source)]
         for d in source:
             measured = {s.method for s in found_by(d, OURS)}
             if not measured:
                 continue
             row = [d["bed"], f"{len(d['settings']['prompts'])}", f"{len(measured - set(OWN))}"]
-            for own in OWN:
+            for own in own_measured:
                 others = [s for s in found_by(d, own) if s.method not in OWN] if own in measured else []
                 found = [verdict(s) for s in others]
                 text = " / ".join(str(found.count(v)) for v in ("ahead", "tie", "behind")) if others else "-"
@@ -214,7 +221,7 @@ def verdicts(data: list[dict[str, Any]], equal: list[dict[str, Any]], calls: lis
                                  f"{nearest.p:.3f}.")  # fmt: skip
                 row.append(text)
             rows.append(row)
-        parts += [table([f"bed, {title}", "runs", "other methods", *PRESETS.values()], rows), *notes]
+        parts += [table([f"bed, {title}", "runs", "other methods", *(PRESETS[m] for m in own_measured)], rows), *notes]
     return "\n\n".join(parts)
 
 
@@ -358,10 +365,10 @@ def write(folder: Path, docs: Path) -> None:
     # both measures of equal worth are of the same runs, where those are of all methods
     data = [b if with_fronts(d) <= with_fronts(b) else d for d, b in zip(alone, best_measured, strict=True)]
     together = [d if "pooled" in d["methods"]["plain"] else a for d, a in zip(data, alone, strict=True)]
-    calls = records(folder / "calls")
+    all_measured, calls = with_further_prompts(best_measured, folder), records(folder / "calls")
     parts = {
-        "equal": equal(best_measured), "verdicts": verdicts(data, best_measured, calls),
-        "power": power(data, best_measured), "beds": beds(data),
+        "equal": equal(all_measured), "verdicts": verdicts(data, all_measured, calls),
+        "power": power(data, all_measured), "beds": beds(data),
         "calls": equal(calls, DEFAULT), "recall": several_calls.tables(read(folder / "several_calls.json")),
         "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data), "settings": settings(data),
         "scores": scores(together), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),

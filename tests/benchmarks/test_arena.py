@@ -71,6 +71,16 @@ def test_samples_drawn_from_the_mixture_are_judged_valid_and_complete(bed: Analy
     assert far["valid"] < 0.01
 
 
+def test_fresh_prompts_of_emoji_have_truths_and_are_not_those_of_the_halves() -> None:
+    emoji = BEDS["emoji"]()
+    chosen_on = {*emoji.prompts("tune"), *emoji.prompts("report")}
+    emoji.fresh = True
+    assert len(set(emoji.prompts("report"))) == 40
+    assert not chosen_on & set(emoji.prompts("report"))
+    for prompt in [*chosen_on, *emoji.prompts("report")]:
+        assert len(emoji.truth(prompt)) == int(emoji.judge_.described(prompt).sum()) >= 20
+
+
 def test_fresh_prompts_are_those_on_which_nothing_was_chosen(bed: Analytic, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen_on = {*bed.prompts("tune"), *bed.prompts("report")}
     before = bed.prompts("tune")
@@ -126,6 +136,40 @@ def test_lower_guidance_is_the_pipeline_at_that_scale(bed: Analytic) -> None:
     got = bed.sample(METHODS["lower CFG"](weight=1.7), case)
     expected = bed.pipe(case.prompt, bed.images, bed.steps, 1.7, bed.noise(case, bed.images))
     assert torch.allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [("OSCAR", {"weight": 0.0, "noise_weight": 0.0}), ("DiverseFlow", {"weight": 0.0}), ("SPARKE, ours", {"scale": 0.0}),
+     ("SPARKE, ours, log det", {"scale": 0.0})],
+)  # fmt: skip
+def test_a_method_without_strength_in_an_interval_is_interval_guidance(name: str, off: dict, bed: Analytic) -> None:
+    case = Case("prompt 5", 2)
+    expected = bed.sample(METHODS["interval CFG"](start=0.3, stop=0.7), case)
+    got = bed.sample(METHODS[f"{name}, interval CFG"](**off, cfg_start=0.3, cfg_stop=0.7), case)
+    assert torch.allclose(got, expected, atol=2e-5)
+    assert not torch.allclose(expected, bed.run(case, bed.images), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["OSCAR", "DiverseFlow", "SPARKE, ours, order 0.5"])
+def test_a_method_with_guidance_in_the_whole_run_is_the_method(name: str, bed: Analytic) -> None:
+    case = Case("prompt 5", 2)
+    got = bed.sample(METHODS[f"{name}, interval CFG"](cfg_start=0.0, cfg_stop=1.0), case)
+    assert torch.allclose(got, bed.sample(METHODS[name](), case), atol=2e-5)
+
+
+def test_further_predictions_of_a_step_have_its_weight(bed: Analytic) -> None:
+    differences = []
+
+    class Again(METHODS["lower CFG"]):  # type: ignore[misc]
+        again = True
+
+        def move(self, m: Any) -> None:
+            differences.append(float((m.denoise(m.x) - m.x0).abs().max()))
+
+    bed.sample(Again(weight=1.7), Case("prompt 5", 2))
+    assert len(differences) == bed.steps
+    assert max(differences) < 1e-4
 
 
 def test_score_rescaling_samples_a_wider_gaussian() -> None:

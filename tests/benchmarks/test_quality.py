@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.arena import page
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import Case
 from benchmarks.arena.fronts import summaries
@@ -120,3 +121,14 @@ def test_two_halves_of_the_prompts_are_one_set_of_cases(tmp_path: Path, monkeypa
     assert len(with_other_half(halves[0], longer)["methods"]["SPARKE, ours"]["front"]) == 4
     with pytest.raises(ValueError, match="two halves"):
         with_other_half(halves[0], halves[0])
+
+
+def test_results_on_further_prompts_stand_beside_those_of_the_bed(tmp_path: Path) -> None:
+    data = [{"bed": "emoji", "methods": {"plain": 1}}, {"bed": "emoji, transformer", "methods": {}}]
+    folder = tmp_path / "equal" / "further"
+    folder.mkdir(parents=True)
+    (folder / "emoji.json").write_text(json.dumps({"bed": "emoji", "methods": {"plain": 2}}))
+    got = page.with_further_prompts(data, tmp_path)
+    assert [(d["bed"], d["methods"].get("plain")) for d in got] == [
+        ("emoji", 1), ("emoji, further prompts", 2), ("emoji, transformer", None),
+    ]  # fmt: skip
