@@ -98,24 +98,31 @@ def own_seconds(name: str, shape: tuple[int, ...]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena" / "cost.json")
+    parser.add_argument("--methods", nargs="*", metavar="NAME", help="measure these; figures of others are kept")
     args = parser.parse_args()
     known = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())["steps"]
     torch.set_grad_enabled(False)
     fits = BEDS["digits"]().fits
-    extra = {name: calls(name) for name, method in METHODS.items() if name != "plain" and fits(method)}
+    wanted = [name for name, method in METHODS.items() if name != "plain" and fits(method)]
+    kept: dict[str, Any] = json.loads(args.out.read_text()) if args.methods and args.out.exists() else {}
+    extra = {name: calls(name) for name in wanted if not args.methods or name in args.methods}
     found: dict[str, Any] = {}
     for label, shape in SIZES.items():
         denoiser = next(r["denoiser_seconds"] for r in known if r["latents"].startswith(label.split(",")[0]))
         step = 8 * denoiser  # four images, each with its negative
-        methods = {}
+        methods = kept.get(label, {}).get("methods", {})
         for name in extra:
             own, calls_added = own_seconds(name, shape), extra[name] * BACKWARD.get(name, 1.0)
             if own is not None:
                 methods[name] = {"own_seconds": own, "calls": calls_added, "added": own / step + calls_added}
                 print(f"{label:22}{name:33}own {own * 1e3:8.1f} ms, calls {calls_added:+.2f}: "
                       f"{own / step + calls_added:+.2%}", flush=True)  # fmt: skip
-        found[label] = {"denoiser_seconds_per_image": denoiser, "step_seconds": step, "methods": methods}
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        found[label] = {
+            "denoiser_seconds_per_image": denoiser,
+            "step_seconds": step,
+            "methods": {name: methods[name] for name in wanted if name in methods},
+        }
+        args.out.write_text(json.dumps(kept | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
