@@ -1,6 +1,7 @@
 """What brings digits without a prompt nearer to ten classes in equal shares: scale, steps, kernel, memory, a baseline.
 
     python benchmarks/digits_target.py    # then python -m benchmarks.arena.page
+    python benchmarks/digits_target.py --trials 12 --only "random references" plain "Gaussian kernel, fading moves"
 
 Total variation of class shares to the target, as in benchmarks/arena/matching.py: of the 64 images of a run, which even
 draws from the target miss by chance, and of the images of all runs together, where chance is less. Rows that are in the
@@ -58,6 +59,7 @@ def settings(plain: Tensor) -> list[tuple[str, int, Make | None, tuple[float, ..
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--only", nargs="+", help="settings by their names; all by default")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -70,14 +72,15 @@ def main() -> None:
         each = [distance(x) for x in found]
         error = stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0
         rows.append({
-            "name": name, "scale": scale, "distance": mean(each), "distance_se": error,
+            "name": name, "scale": scale, "runs": options.trials, "distance": mean(each), "distance_se": error,
             "together": distance(torch.cat(found)), "valid": mean(valid),
         })  # fmt: skip
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-        options.json.write_text(json.dumps({"trials": options.trials, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
     def known(name: str, scale: float) -> bool:
-        return any((row["name"], row["scale"]) == (name, scale) for row in rows)
+        wanted = options.only is None or name in options.only
+        return not wanted or any((row["name"], row["scale"], row["runs"]) == (name, scale, options.trials) for row in rows)
 
     if not known("random references", 0.0):  # with replacement, as an even model would draw
         pool, g = target.reference(REFERENCES, 0), torch.Generator().manual_seed(777)
@@ -96,11 +99,11 @@ def main() -> None:
 def tables(rows: list[dict[str, Any]]) -> str:
     """A line for each setting."""
     lines = [
-        [row["name"], f"{row['scale']:g}" if row["scale"] else "-", f"{row['distance']:.2f} ± {row['distance_se']:.2f}",
-         f"{row['together']:.2f}", f"{row['valid']:.2f}"]
+        [row["name"], f"{row['scale']:g}" if row["scale"] else "-", f"{row['runs']}",
+         f"{row['distance']:.2f} ± {row['distance_se']:.2f}", f"{row['together']:.2f}", f"{row['valid']:.2f}"]
         for row in rows
     ]  # fmt: skip
-    return table(["", "scale", "a run's 64 images", "all runs together", "valid"], lines)
+    return table(["", "scale", "runs", "a run's 64 images", "all runs together", "valid"], lines)
 
 
 if __name__ == "__main__":
