@@ -7,6 +7,7 @@
     python benchmarks/toward_style.py --tones --seeds 1
     python benchmarks/toward_style.py --mixed --styles noto --seeds 1   # 7 prompts in each batch
     python benchmarks/toward_style.py --memory --styles noto --seeds 1  # 4 calls of a prompt
+    python benchmarks/toward_style.py --page docs/toward-style.md       # the tables of these three
 
 The embedded model, 8 steps, 8 images of each of 7 prompts that are not among those of the baseline. *Other style* is the
 emoji classifier's mean probability of the other art style; *valid* its probability of the likeliest emoji that the prompt
@@ -32,7 +33,7 @@ from benchmarks.arena.beds.base import Case
 from benchmarks.arena.beds.emoji import Emoji
 from benchmarks.arena.beds.transformer import DistilledEmojiTransformer, EmojiTransformer
 from benchmarks.arena.matching import Attraction, MeanShift
-from benchmarks.pages import table
+from benchmarks.pages import fill, table
 from kspec_guidance import (
     SPARKE,
     MMDGuidance,
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="several calls of a prompt; nothing else")
     parser.add_argument("--transformers", action="store_true", help="the arena's transformers; nothing else")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="grids of the transformers; nothing else")
+    parser.add_argument("--page", type=Path, help="write the tables of tones, mixed batches and memory into this page")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -162,6 +164,12 @@ def main() -> None:
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[place].items()}, flush=True)
             options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
+    if options.page:
+        named = parts(rows)
+        text = options.page.read_text()
+        own = [name for name in ("style_tones", "style_mixed", "style_memory") if f"<!-- {name} -->" in text]
+        fill(options.page, {name: named[name] for name in own})
+        return
     styles = [f"{name} style" for name in options.styles]
     if options.transformers or options.pictures:
         for bed in (EmojiTransformer(), DistilledEmojiTransformer()):
@@ -194,7 +202,7 @@ def main() -> None:
             continue
         if options.mixed or options.memory:
             part, figures_of = ("mixed", mixed) if options.mixed else ("memory", several)
-            for scale in SCALES:
+            for scale in SCALES[:1] if options.memory else SCALES:
                 about = {"references": most, "baseline": 100, "scale": scale}
                 add("baseline", MMDGuidance(latents, scale, baseline=baseline), style, **about)
                 if options.memory:
@@ -328,7 +336,8 @@ def tables(rows: list[dict[str, Any]], different: bool = False) -> str:
     for key, cells in sorted(found.items(), key=lambda item: (order.index(item[0][0]), *(v or 0 for v in item[0][1:]))):
         name, scale, weight, references, baseline = key
         numbers = ("-" if v is None else f"{v:g}" for v in (scale or weight, references, baseline))
-        lines.append([LABELS[name], *numbers, *(cells.get(style, "-") for style in styles)])
+        label = LABELS[name].replace("the style", "the tone") if set(styles) <= set(TONES) else LABELS[name]
+        lines.append([label, *numbers, *(cells.get(style, "-") for style in styles)])
     figures = ", valid" + (", different" if different else "")
     heads = [
         f"toward a {style}: wanted tone{figures}"
