@@ -4,9 +4,10 @@
     python benchmarks/start_noises.py --page docs/arena/ablations.md       # the tables of what has been measured
 
 Coupled noises are standard normal each, so each image is distributed as without: antithetic (z and -z), orthogonal (random
-orthogonal directions), stratified (a Latin hypercube). Chosen ones are, for each image in turn, the one of m whose
-prediction repels those chosen before it least: order 2, half the median distance of all predictions. "In one call" is a
-model that is distilled without loss: its prediction of a noise is what the 30 steps make of it.
+orthogonal directions), stratified (a Latin hypercube), determinantal (directions of a determinantal point process over 16
+times as many, whose kernel no rotation changes). Chosen ones are, for each image in turn, the one of m whose prediction
+repels those chosen before it least: order 2, half the median distance of all predictions. "In one call" is a model that is
+distilled without loss: its prediction of a noise is what the 30 steps make of it.
 Results are kept for each setting and block of five seeds, from which an interrupted run continues.
 """
 
@@ -32,6 +33,7 @@ from kspec_guidance.utils.atomic_io import replacing
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = {"in one call": 1, "4 steps": 4, "30 steps": 30}
+POOL = 16  # directions for each that a determinantal point process chooses
 GUIDE = 50.0  # variety of the guide below
 STOP = {30: 0.65, 4: 0.5}  # the end of its interval, which is shorter in few steps (guidance/term.py)
 
@@ -65,7 +67,37 @@ def stratified(z: Tensor, case: Case) -> Tensor:
     return torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7)).float()
 
 
-COUPLINGS = {"antithetic": antithetic, "orthogonal": orthogonal, "stratified": stratified}
+def determinantal(z: Tensor, case: Case) -> Tensor:
+    """Noises of the same norms, whose directions are a sample of a determinantal point process of n among ``POOL`` n.
+
+    The process of n items has the kernel ``exp(-|u - v|^2)`` of random directions (Kulesza, Taskar 2012, section 5.2).
+    """
+    n, g = len(z), normal(z, case)
+    u = torch.nn.functional.normalize(torch.cat([z, torch.randn((POOL - 1) * n, z.shape[1], generator=g)]), dim=1).double()
+    values, vectors = torch.linalg.eigh(torch.exp(-torch.cdist(u, u).square()))
+    values, m = values.clamp_min(0), len(u)
+    sums = torch.zeros(n + 1, m + 1, dtype=torch.float64)  # elementary symmetric polynomials of the first values
+    sums[0] = 1
+    for k in range(1, n + 1):
+        sums[k, 1:] = (values * sums[k - 1, :-1]).cumsum(0)
+    left, kept = n, []
+    for i in range(m, 0, -1):
+        if left and float(torch.rand((), generator=g)) * sums[left, i] < values[i - 1] * sums[left - 1, i - 1]:
+            kept.append(i - 1)
+            left -= 1
+    basis, picked = vectors[:, kept], []
+    while basis.shape[1]:
+        row = int(torch.multinomial(basis.square().sum(1).clamp_min(0), 1, generator=g))
+        picked.append(row)
+        column = int(basis[row].abs().argmax())
+        basis = basis - basis[:, column : column + 1] * (basis[row] / basis[row, column])
+        basis = basis[:, [k for k in range(basis.shape[1]) if k != column]]
+        if basis.shape[1]:
+            basis = torch.linalg.qr(basis).Q
+    return u[picked].to(z) * z.norm(dim=1, keepdim=True)
+
+
+COUPLINGS = {"antithetic": antithetic, "orthogonal": orthogonal, "stratified": stratified, "determinantal": determinantal}
 # label: coupling, number of candidates, variety of the guide
 SETTINGS: dict[str, tuple[str | None, int, float]] = {
     PLAIN: (None, 1, 0.0),
@@ -132,6 +164,7 @@ def main() -> None:
     parser.add_argument("--beds", nargs="*", default=["mixture-8", "mixture-32", "mixture-64"])
     parser.add_argument("--lengths", nargs="*", default=list(LENGTHS), choices=list(LENGTHS))
     parser.add_argument("--seeds", type=int, default=0)
+    parser.add_argument("--only", nargs="*", help="settings to measure; all by default")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "arena" / "start_noises.json")
     parser.add_argument("--page", type=Path, help="write the tables into this page")
     args = parser.parse_args()
@@ -149,6 +182,8 @@ def main() -> None:
             size = BLOCK_SEEDS * len(prompts)
             for begin in range(0, len(cases), size):
                 for label in SETTINGS:
+                    if args.only and label not in args.only:
+                        continue
                     if length == "in one call" and label.startswith("variety"):
                         continue  # a guide acts between steps
                     by = found["settings"].setdefault(label, {})

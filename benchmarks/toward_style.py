@@ -45,7 +45,9 @@ from kspec_guidance import (
 )
 from kspec_guidance.demo.judge import DemoJudge
 from kspec_guidance.demo.pipeline import DEMO_PROMPTS
+from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
+from kspec_guidance.objectives.witness import BANDWIDTH
 from kspec_guidance.plotting import side_by_side
 
 PROMPTS = ("firefighter", "health worker", "astronaut", "detective", "artist", "mechanic", "dancer")
@@ -54,6 +56,7 @@ REFERENCES, BASELINES = (16, 32, 96), (50, 100, 200)
 TONES = ("dark skin tone", "light skin tone")
 SCALES = (1.0, 2.0)  # with a baseline; other numbers of baseline samples at the second
 CALLS = 4  # of a prompt, with a memory
+FEATURES = 4096  # random ones, in place of rows
 VIVID = 0.75  # scale of the guide of diversity beside the second
 RESULTS = Path(__file__).parent / "results" / "toward_style.json"
 
@@ -227,6 +230,7 @@ def main() -> None:
                 guide = MMDGuidance(latents[:m], scale, baseline=baseline)
                 add("baseline", guide, style, references=m, baseline=100, scale=scale)
         add("asked in words", None, style, f", {style}")
+        add("features", random_features(latents, baseline), style, references=most, baseline=100, scale=SCALES[0])
         for weight in (0.7, 1.5):
             add("attraction", Attraction(reference=latents, weight=weight), style, references=most, weight=weight)
         for weight in (0.5, 1.0):
@@ -247,6 +251,14 @@ def references(bed: Emoji, style: str) -> torch.Tensor:
     name = style.replace(" ", "-") if style in TONES else style.split()[0]
     latents = encode_reference(bed.pipe, load_demo_reference(name))
     return latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))]
+
+
+def random_features(reference: torch.Tensor, baseline: torch.Tensor) -> MMDGuidance:
+    """The default with a baseline, and random Fourier features in place of the rows of both sets."""
+    rows = reference.flatten(1)
+    kernel = GaussianKernel(BANDWIDTH * float(GaussianKernel().fit(rows).bandwidth or 0))
+    features = RandomFourierFeatures(kernel, rows.shape[1], FEATURES)
+    return MMDGuidance(reference, SCALES[0], baseline=baseline, feature_map=features)
 
 
 def baseline_of(bed: EmojiTransformer) -> torch.Tensor:
@@ -296,6 +308,7 @@ LABELS = {  # in the order of the table
     "asked in words": "the style named in the prompt",
     "MMD, batch and memory": "`MMDGuidance(reference)`",
     "baseline": "with a baseline",
+    "features": f"with a baseline, {FEATURES:,} random features",
     "counted": "the same, `count_memory=True`",
     "baseline, diversity": "with a baseline, and order 0.5 beside it",
     "attraction": "attraction to the nearest reference",

@@ -30,7 +30,8 @@ def test_chosen_noises_are_those_of_the_package(bed):
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_coupled_noises_are_standard_normal(name):
     g = torch.Generator().manual_seed(0)
-    found = torch.stack([COUPLINGS[name](torch.randn(8, 4, generator=g), Case("", k)) for k in range(2000)])
+    number = 600 if name == "determinantal" else 2000  # the former takes 10 ms
+    found = torch.stack([COUPLINGS[name](torch.randn(8, 4, generator=g), Case("", k)) for k in range(number)])
     assert float(found.mean((0, 1)).abs().max()) < 0.05
     assert torch.allclose(torch.cov(found.flatten(0, 1).mT), torch.eye(4), atol=0.06)
     assert float(found[:, 0].std()) == pytest.approx(1, abs=0.04)
