@@ -87,7 +87,7 @@ class Loop:
             keywords = {"generator": torch.Generator().manual_seed(1)} if random else {}
             for k, t in enumerate(scheduler.timesteps):
                 output = self._to(noise(100 + k, *self.shape).to(self.dtype))
-                toward = self._to(noise(200 + k, *self.shape).to(self.dtype)) / CFG
+                toward = output.roll(1, -1) / CFG
                 call.outputs[:] = [output - CFG * toward, output - (CFG - 1) * toward]  # without the prompt, and with it
                 if device is not None:
                     device.reads.clear()
