@@ -283,8 +283,8 @@ class MMDGuidance(KernelGuidance):
             similar prompts.
         baseline: samples ``[b, ...]`` of the model without guidance, see :func:`make_baseline`.
         baseline_prompts: prompt features ``[b, p]`` of the baseline; needed with ``reference_prompts``.
-        count_memory: with a baseline, whether images of earlier calls count as rows of it. They then repel, so images of a
-            prompt stay more different over many calls, at less of the style.
+        count_memory: with a baseline, whether images of earlier calls count as rows of it. They then repel, and with them
+            the style that they have taken on (docs/toward-style.md).
         prompt_kernel: kernel of unit-norm prompt features; by default Gaussian with bandwidth 0.35.
         feature_map, prompt_feature_map: random Fourier features of the two kernels (Gaussian or Laplacian), for a memory of
             constant size.
