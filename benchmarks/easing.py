@@ -54,6 +54,9 @@ SETTINGS = {
     "variety 100": Setting(100),
     "variety 100, ease to 1.5": Setting(100, ease=1.5),
     "variety 100, ease to 1, guard": Setting(100, ease=1.0, guard=True),
+    "`vivid`": Setting(scale=1.5, order=0.5),
+    "`explore`: `vivid`, half of the CFG": Setting(scale=1.5, order=0.5, share=0.5),
+    "`vivid`, a quarter of the CFG": Setting(scale=1.5, order=0.5, share=0.25),
 }
 ON_EMOJI = [PLAIN, "variety 50", "variety 50, ease to 1", "variety 50, less CFG to the end", "less CFG to the end, no push",
             "variety 50, ease to 1, guard", "ease to 1, no push"]  # fmt: skip

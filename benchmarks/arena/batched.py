@@ -33,6 +33,7 @@ class Setting:
         stop: end of the guided interval.
         ease: weight of classifier-free guidance where the push is strongest; it returns to the bed's as the push fades.
         weight: weight of classifier-free guidance for the whole run.
+        share: the same as a share of what the bed's own weight adds to the prediction with the prompt.
         guard: whether the part of a move against the prompt is left out.
         until: share of the run after which the weight is the bed's own again.
         log_det: ascend ``log det(I + 4 G)`` of cosines instead, the objective of OSCAR.
@@ -60,6 +61,7 @@ class Setting:
     calls: int = 1
     images: int | None = None
     recall: str = "all"
+    share: float | None = None
 
 
 def norms(x: Tensor) -> Tensor:
@@ -170,6 +172,7 @@ def one_call(
     levels = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps] + [1.0]
     own = bed.guidance_scale
     lower = own if setting.weight is None else setting.weight
+    lower = lower if setting.share is None else 1 + setting.share * (lower - 1)
     for k in range(bed.steps):
         alpha, sigma = levels[k] ** 0.5, (1 - levels[k]) ** 0.5
         fraction = k / bed.steps

@@ -71,7 +71,7 @@ class KernelGuidance(PipelineCallback):
 
     Args:
         objective: an :class:`~kspec_guidance.objectives.Objective`.
-        scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg, recall: see
+        scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg, recall, cfg_share: see
             :class:`Term`.
         seed: seed of the noise that separates exact duplicates; the global random state is not used.
 
@@ -103,13 +103,14 @@ class KernelGuidance(PipelineCallback):
         target: VarietyTarget | None = None,
         ease_cfg: float | None = None,
         recall: str = "all",
+        cfg_share: float | None = None,
         **unknown: Any,
     ):
         if unknown:
             raise unknown_arguments(type(self), unknown, HINTS)
         term = Term(
             objective, scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg,
-            recall,
+            recall, cfg_share,
         )  # fmt: skip
         self._set_up([term], seed)
 
@@ -478,6 +479,8 @@ class KernelGuidance(PipelineCallback):
                 settings["target"] = encode(term.target, tensors)
             if term.ease_cfg is not None:
                 settings["ease_cfg"] = term.ease_cfg
+            if term.cfg_share is not None:
+                settings["cfg_share"] = term.cfg_share
             if term.recall != "all":
                 settings["recall"] = term.recall
         config = {"format": SETTINGS_FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}

@@ -75,7 +75,7 @@ class SPARKE(KernelGuidance):
             :class:`~kspec_guidance.guidance.VarietyTarget`.
         fidelity: the guard of a target; by default it limits the moves, False for none.
         feature_map, prompt_feature_map: random Fourier features of the two kernels, for a memory of constant size.
-        kwargs: ``sigma_interval``, ``seed``, ``ease_cfg`` and ``recall``, see
+        kwargs: ``sigma_interval``, ``seed``, ``ease_cfg``, ``cfg_share`` and ``recall``, see
             :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
@@ -88,6 +88,7 @@ class SPARKE(KernelGuidance):
         "default": {},
         "safe": {"scale": 0.5},
         "vivid": {"order": 0.5, "scale": 1.5},
+        "explore": {"order": 0.5, "scale": 1.5, "cfg_share": 0.5},
         "few-step": {"order": 0.5, "scale": 0.6, "stop": 0.6},
         "published": {},
     }
@@ -193,10 +194,11 @@ class SPARKE(KernelGuidance):
 
     @staticmethod
     def preset(name: str, **kwargs: Any) -> KernelGuidance:
-        """Create a guide from a preset: ``default``, ``safe``, ``vivid``, ``few-step`` or ``published``.
+        """Create a guide from a preset: ``default``, ``safe``, ``vivid``, ``explore``, ``few-step`` or ``published``.
 
-        docs/arena/settings.md compares them with each other and with other methods. ``vivid`` and ``few-step`` have order
-        0.5, so they are :class:`VendiGuidance`.
+        docs/arena/settings.md compares them with each other and with other methods. ``vivid``, ``explore`` and ``few-step``
+        have order 0.5, so they are :class:`VendiGuidance`. ``explore`` is ``vivid`` with half of the pipeline's
+        classifier-free guidance: more modes, at less agreement with the prompt.
 
         Args:
             name: name of the preset.
@@ -281,13 +283,14 @@ class MMDGuidance(KernelGuidance):
             similar prompts.
         baseline: samples ``[b, ...]`` of the model without guidance, see :func:`make_baseline`.
         baseline_prompts: prompt features ``[b, p]`` of the baseline; needed with ``reference_prompts``.
-        count_memory: with a baseline, whether images of earlier calls count as rows of it. They then repel, so images of a
-            prompt stay more different over many calls, at less of the style.
+        count_memory: with a baseline, whether images of earlier calls count as rows of it. They then repel, and with them
+            the style that they have taken on (docs/toward-style.md).
         prompt_kernel: kernel of unit-norm prompt features; by default Gaussian with bandwidth 0.35.
         feature_map, prompt_feature_map: random Fourier features of the two kernels (Gaussian or Laplacian), for a memory of
             constant size.
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.
-        kwargs: ``sigma_interval``, ``seed`` and ``ease_cfg``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
+        kwargs: ``sigma_interval``, ``seed``, ``ease_cfg`` and ``cfg_share``, see
+            :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.
@@ -381,7 +384,8 @@ class NoveltyGuidance(KernelGuidance):
         baseline_prompts: prompt features ``[b, p]`` of the baseline; needed with ``reference_prompts``.
         scale, kernel, prompt_kernel, feature_map, prompt_feature_map: see :class:`SPARKE`.
         space, start, stop, every, transforms, memory: see :class:`~kspec_guidance.guidance.Term`.
-        kwargs: ``sigma_interval``, ``seed`` and ``ease_cfg``, see :class:`~kspec_guidance.guidance.KernelGuidance`.
+        kwargs: ``sigma_interval``, ``seed``, ``ease_cfg`` and ``cfg_share``, see
+            :class:`~kspec_guidance.guidance.KernelGuidance`.
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kspec_guidance.functional.inputs import gram
 from kspec_guidance.guidance.targets import SAME_PROMPT, PromptTarget, VarietyTarget
-from kspec_guidance.guidance.term import Term
+from kspec_guidance.guidance.term import Term, least_cfg_share
 from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel
 from kspec_guidance.loop.context import StepContext
 from kspec_guidance.objectives import natural_rows
@@ -76,8 +76,9 @@ class GuidanceReport:
         self.finished_plain: Tensor | None = None  # those of the same call without guidance, see KernelGuidance.compare
         self.strengths: list[tuple[str, float]] = []  # name and value of each term's strength: a scale or a variety
         self.targets: list[tuple[VarietyTarget, PromptTarget]] = []  # of each prompt, if there is a target
-        self.eased: list[tuple[int, Tensor, Tensor]] = []  # step, weight of classifier-free guidance, and the eased one
+        self.eased: list[tuple[int, Tensor, Tensor]] = []  # step, weight of CFG, and the one in its place
         self.eases = False  # whether a term has ease_cfg=
+        self.cfg_share: float | None = None  # what cfg_share= leaves of classifier-free guidance, if less than all
         self.moves_predictions = True  # whether all terms move the clean prediction
         self.moves_inside = False  # whether a term moves hidden states
         self.remembered = 0  # number of memory entries at the start of the run
@@ -88,6 +89,7 @@ class GuidanceReport:
         report = cls(context.total, type(context.scheduler).__name__, context.layout.kind)
         report.context, report.strengths = context, [term.strength for term in terms]
         report.eases = any(term.ease_cfg is not None for term in terms)
+        report.cfg_share = least_cfg_share(terms)
         report.moves_predictions = not any(term.space.noisy or term.space.inside for term in terms)
         report.moves_inside = any(term.space.inside for term in terms)
         report.remembered = max((len(term.memory) for term in terms), default=0)
@@ -118,7 +120,7 @@ class GuidanceReport:
 
     @property
     def eased_cfg(self) -> tuple[float, float] | None:
-        """Weight of classifier-free guidance, and the least that ``ease_cfg=`` made of it; None if it made none."""
+        """Weight of classifier-free guidance, and the least that ``cfg_share=`` and ``ease_cfg=`` made of it, or None."""
         pairs = [(float(own), float(eased)) for _, own, eased in self.eased]
         return min(pairs, key=lambda pair: pair[1] - pair[0], default=None)
 
@@ -262,13 +264,18 @@ class GuidanceReport:
         )
 
     def _eased_line(self) -> str:
-        """What ``ease_cfg=`` did."""
-        found = self.eased_cfg
-        if not self.eases or not self.moves:
+        """What ``cfg_share=`` and ``ease_cfg=`` did."""
+        found, share = self.eased_cfg, self.cfg_share
+        names = [name for name, given in (("cfg_share=", share is not None), ("ease_cfg=", self.eases)) if given]
+        if not names or not self.moves:
             return ""
         if found is None:
-            return "This call has no classifier-free guidance, so ease_cfg= changed nothing."
-        return f"Classifier-free guidance of {found[0]:.3g} was eased to {found[1]:.3g} and returned as the moves faded."
+            return f"This call has no classifier-free guidance, so {' and '.join(names)} changed nothing."
+        own, least = found
+        if not self.eases:
+            return f"Classifier-free guidance of {own:.3g} was lowered to {least:.3g} for the whole call."
+        lowered = "" if share is None else f"to {1 + share * (own - 1):.3g} "
+        return f"Classifier-free guidance of {own:.3g} was eased to {least:.3g} and returned {lowered}as the moves faded."
 
     def _target_lines(self) -> list[str]:
         """What the target has done for each prompt."""

@@ -283,33 +283,35 @@ class Run:
         return 1.0 if found is None else found.factor
 
     def output(self, model_output: Any, prediction: Prediction, context: StepContext) -> Any | None:
-        """The model output with less classifier-free guidance, if a term eases it at this step; else None."""
+        """The model output with less classifier-free guidance, if a term lowers or eases it at this step; else None."""
         self._cfg = None
         if not self._needs_cfg:
             return None
-        fraction = context.step / context.total
+        fraction, share = context.step / context.total, self.report.cfg_share
         within = [
             state
             for state in self._states
             if state.steps and state.interval[0] <= fraction < state.interval[1] - 1e-9 and _needs_cfg(state.term)
         ]
         within = [state for state in within if _at_level(state.term, prediction)]
-        if not within:
+        if not within and share is None:
             return None
+        cannot = _cannot_change("cfg_share=" if share is not None else _cfg_setting(within[0].term), context)
         try:
             cfg = self._cfg = classifier_free(model_output, prediction, context)
         except UnknownGuidanceError as error:
-            raise ValueError(f"{_cannot_ease(within[0].term, context)}: {error}") from None
+            raise ValueError(f"{cannot}: {error}") from None
         if cfg is None:
             return None
-        self._unchecked.append((_cannot_ease(within[0].term, context), context.step, cfg.fits))
+        self._unchecked.append((cannot, context.step, cfg.fits))
+        usual = cfg.weight if share is None else 1 + share * (cfg.weight - 1)
         easing = [(state.term.ease_cfg, fading(fraction, state.interval)) for state in within]
-        weights = [cfg.weight - (cfg.weight - low).clamp_min(0) * f for low, f in easing if low is not None]
-        if not weights:
+        weights = [usual - (usual - low).clamp_min(0) * f for low, f in easing if low is not None]
+        if not weights and share is None:
             return None
-        eased = reduce(torch.minimum, weights)
-        self.report.eased.append((context.step, cfg.weight, eased))
-        return cfg.at_weight(model_output, eased)
+        weight = reduce(torch.minimum, weights, usual)
+        self.report.eased.append((context.step, cfg.weight, weight))
+        return cfg.at_weight(model_output, weight)
 
     def step(self, prediction: Prediction, context: StepContext) -> Any | None:
         """The move of x0: the sum over terms of transform(gradient), in the layout of the loop."""
@@ -556,7 +558,7 @@ class Run:
 
 
 def _needs_cfg(term: Term) -> bool:
-    return term.ease_cfg is not None or "keep_prompt" in term.transforms
+    return term.ease_cfg is not None or term.cfg_share not in (None, 1.0) or "keep_prompt" in term.transforms
 
 
 def _at_level(term: Term, prediction: Prediction) -> bool:
@@ -565,9 +567,13 @@ def _at_level(term: Term, prediction: Prediction) -> bool:
     return interval is None or interval[0] <= float(prediction.noise_to_signal) <= interval[1]
 
 
-def _cannot_ease(term: Term, context: StepContext) -> str:
+def _cfg_setting(term: Term) -> str:
+    """The setting that needs classifier-free guidance in the guided interval."""
+    return "the transform keep_prompt" if term.ease_cfg is None else "ease_cfg="
+
+
+def _cannot_change(name: str, context: StepContext) -> str:
     """The beginning of an error about classifier-free guidance, and the advice."""
-    name = "the transform keep_prompt" if term.ease_cfg is None else "ease_cfg="
     pipe = context.call.pipe
     where = "a bare scheduler" if pipe is None else f"this call of {type(pipe).__name__}"
     return f"{name} cannot be used with {where}; leave it out"

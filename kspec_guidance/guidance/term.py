@@ -15,7 +15,7 @@ from kspec_guidance.memory import Memory, MemoryBank
 from kspec_guidance.objectives import Objective
 from kspec_guidance.utils.arguments import is_integer, plain_number
 
-__all__ = ["DEFAULT_TRANSFORMS", "VARIETY_AT_SCALE_1", "Term"]
+__all__ = ["DEFAULT_TRANSFORMS", "VARIETY_AT_SCALE_1", "Term", "least_cfg_share"]
 
 VARIETY_AT_SCALE_1 = 40.0  # in the unit "spread"
 
@@ -31,7 +31,7 @@ BY_SIZE = {"plain", "rescale_from", "rescale_damped"}  # transforms that read th
 
 LONGEST = 150  # characters of a setting in the repr
 USUAL = {"space": X0(), "start": 0.0, "stop": 1.0, "every": 1, "sigma_interval": None, "transforms": DEFAULT_TRANSFORMS,
-         "ease_cfg": None, "recall": "all"}  # fmt: skip
+         "ease_cfg": None, "cfg_share": None, "recall": "all"}  # fmt: skip
 USUAL_KERNELS: dict[str, Any] = {"kernel": GaussianKernel(), "prompt_kernel": GaussianKernel(PROMPT_BANDWIDTH)}
 
 
@@ -58,6 +58,10 @@ class Term:
         ease_cfg: weight of classifier-free guidance at the start of the guided interval, at least 0, where the pipeline's
             own is larger; it returns to the pipeline's at the end of the interval, as moves fade. 1 is the prediction with
             the prompt alone. Has no effect on pipelines or calls without classifier-free guidance.
+        cfg_share: share in 0..1 of the pipeline's classifier-free guidance that is left for the whole call: its weight is
+            ``1 + cfg_share (w - 1)``, w the pipeline's own. 1 changes nothing, 0 is the prediction with the prompt alone.
+            ``ease_cfg`` then starts from this weight and returns to it; of several terms the least share counts; a term of
+            scale 0 has none. No effect without classifier-free guidance, as ``ease_cfg``.
         recall: how a memory repels: ``all``, as the objective weighs all rows, or ``nearest``: each sample moves away from
             the memory rows to which its *noisy* sample is nearest, as much as from the batch. The latter finds more modes
             over several calls of one prompt on mixtures, fewer on digits (docs/arena/sets.md). It is for the objectives of
@@ -84,6 +88,7 @@ class Term:
         target: VarietyTarget | None = None,
         ease_cfg: float | None = None,
         recall: str = "all",
+        cfg_share: float | None = None,
     ):
         size = plain_number(scale)
         if size is None or not 0 <= size < math.inf:
@@ -117,12 +122,19 @@ class Term:
                 "ease_cfg must be a weight of classifier-free guidance of at least 0, such as 1 for the prediction with "
                 f"the prompt alone, or None, got {ease_cfg!r}"
             )
+        share = plain_number(cfg_share)
+        if cfg_share is not None and (share is None or not 0 <= share <= 1):
+            raise ValueError(
+                "cfg_share must be the share of classifier-free guidance that is left, from 0, for the prediction with the "
+                f"prompt alone, to 1, or None, got {cfg_share!r}"
+            )
         if recall not in RECALLS:
             raise ValueError(f"recall must be 'all' or 'nearest', got {recall!r}")
         self.recall = recall
         if memory is not None and not isinstance(memory, Memory):
             raise TypeError(f"memory must be a memory such as MemoryBank(), or None for a new one, got {memory!r:.80}")
         self.target, self.ease_cfg = target, None if weight is None else float(weight)
+        self.cfg_share = None if share is None else float(share)
         self.objective, self.scale, self.unit, self.space = objective, size, unit, make_space(space)
         self.start, self.stop, self.every = begin, end, int(every)
         self.sigma_interval, self.transforms = sigma_interval, tuple(transforms)
@@ -209,6 +221,12 @@ class Term:
 
     def __repr__(self) -> str:
         return f"Term({self.settings}; {type(self.memory).__name__} with {len(self.memory)} entries)"
+
+
+def least_cfg_share(terms: Sequence[Term]) -> float | None:
+    """The least ``cfg_share`` of terms that guide; None if it leaves all of the classifier-free guidance."""
+    found = min((term.cfg_share for term in terms if term.scale and term.cfg_share is not None), default=1.0)
+    return found if found < 1 else None
 
 
 def _interval(given: Any) -> tuple[float, float]:

@@ -22,6 +22,8 @@ from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS
         Setting(50, ease=1.0),
         Setting(50, ease=1.0, guard=True),
         Setting(scale=1.0, order=0.5),
+        Setting(50, ease=1.0, share=0.5),
+        Setting(scale=1.5, order=0.5, share=0.5),
     ],
 )
 def test_batched_mixture_is_the_package_on_each_case(setting: Setting) -> None:
@@ -34,9 +36,9 @@ def test_batched_mixture_is_the_package_on_each_case(setting: Setting) -> None:
             wanted = bed.run(case, bed.images)
         else:
             guide = (
-                VendiGuidance(setting.scale, order=setting.order)
+                VendiGuidance(setting.scale, order=setting.order, cfg_share=setting.share)
                 if setting.scale
-                else SPARKE(variety=setting.variety, ease_cfg=setting.ease, transforms=transforms)
+                else SPARKE(variety=setting.variety, ease_cfg=setting.ease, cfg_share=setting.share, transforms=transforms)
             )
             guide.calibration = 1.0
             with guide.attach(bed.pipe):

@@ -5,17 +5,18 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kspec_guidance import KernelGuidance
 from kspec_guidance.guidance.run import Run
-from kspec_guidance.loop.context import CallContext
+from kspec_guidance.loop.context import CallContext, DenoiserCall
 from kspec_guidance.loop.scheduler_hook import SchedulerHook
 
 from .simulated import SimulatedDevice
 
 SHAPE = (3, 4, 6, 6)
 STEPS = 5
+CFG = 4.0  # weight of classifier-free guidance in the given model outputs
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -53,7 +54,10 @@ class Loop:
         device, scheduler, place = self.device, self.scheduler, None if self.device is None else self.device.device
         run = self.guide._run = Run(self.guide)
         given = self._to(self.prompts)
-        hook = SchedulerHook(scheduler, run, lambda: CallContext(prompts=given, encoder="e"), self)
+        call = DenoiserCall(nn.Identity(), {})
+        hook = SchedulerHook(
+            scheduler, run, lambda: CallContext(prompts=given, encoder="e"), self, denoiser_call=lambda: call
+        )
         original, finish = scheduler.step, run.finish
 
         def uncounted(*args: Any, **kwargs: Any) -> Any:
@@ -83,6 +87,8 @@ class Loop:
             keywords = {"generator": torch.Generator().manual_seed(1)} if random else {}
             for k, t in enumerate(scheduler.timesteps):
                 output = self._to(noise(100 + k, *self.shape).to(self.dtype))
+                toward = output.roll(1, -1) / CFG
+                call.outputs[:] = [output - CFG * toward, output - (CFG - 1) * toward]  # without the prompt, and with it
                 if device is not None:
                     device.reads.clear()
                 x = scheduler.step(output, t, x, return_dict=False, **keywords)[0]

@@ -98,6 +98,7 @@ def test_a_guided_step_waits_for_the_device_once(name):
     assert sum(loop.reads[0].values()) <= 5, loop.reads[0]
     assert sum(loop.finishing.values()) <= 3, loop.finishing
     assert f"Guided {STEPS} of {STEPS} steps" in text
+    assert ("guidance of 4 was lowered to 2.5" in text) == (name == "preset explore")
 
 
 @pytest.mark.parametrize("name", ["preset default", "preset vivid"])

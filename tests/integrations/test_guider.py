@@ -121,6 +121,18 @@ def test_guider_makes_the_images_of_attach(name):
     assert "step" not in vars(pipe.scheduler)
 
 
+def test_less_classifier_free_guidance_is_that_of_an_inner_guider_with_a_lower_scale(pipe):
+    for weight, share in ((3.0, 0.5), (2.0, None)):
+        guide = SPARKE(0.5, cfg_share=share)
+        pipe.update_components(guider=KernelGuider(ClassifierFreeGuidance(guidance_scale=weight), guide))
+        found = generate(pipe)
+        if share is not None:
+            expected = found
+            assert guide.report().eased_cfg == pytest.approx((3.0, 2.0), rel=1e-2)
+            assert [step for step, *_ in guide.report().eased] == list(range(guide.report().total_steps))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
 def test_every_guider_is_parametrised():
     known = {n for n in dir(guiders) if n.endswith("Guidance") and n != "BaseGuidance"}
     assert known == {*INNER, "FrequencyDecoupledGuidance"}  # that one needs kornia

@@ -20,6 +20,7 @@ from kspec_guidance.bench.methods.guides import (
     ContextualVendi,
     Dial,
     Entropy,
+    Explore,
     FewStep,
     Ours,
     OursVivid,
@@ -44,7 +45,7 @@ _TUNED: tuple[type[Method], ...] = (
     Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance, OursLogDetLowerGuidance, *IN_INTERVALS,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _TUNED}  # those whose parameters are tuned, by names in tables
-DIALS: tuple[type[Method], ...] = (Dial, Vivid, FewStep, Entropy, TowardReference)
+DIALS: tuple[type[Method], ...] = (Dial, Vivid, Explore, FewStep, Entropy, TowardReference)
 CODES: dict[str, type[Method]] = {  # those that run on pipelines as they are, by their names in commands
     m.code: m
     for m in (*METHODS.values(), *DIALS)

@@ -103,6 +103,17 @@ class Vivid(Preset):
 
 
 @dataclass
+class Explore(Preset):
+    """The preset ``explore``: ``vivid`` with half of the pipeline's classifier-free guidance."""
+
+    name = "explore"
+    code = "explore"
+    needs = frozenset({"guidance"})
+    strengths = Vivid.strengths
+    scale: float = SPARKE.PRESETS["explore"]["scale"]
+
+
+@dataclass
 class FewStep(Preset):
     """The preset ``few-step``, for samplers of 1 to 4 steps."""
 
