@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 PRESETS = dict(zip(OWN, ("`default`", "`vivid`", "`vivid`, lower CFG", "log det, lower CFG"), strict=True))
 FOR_USERS = {m: name for m, name in PRESETS.items() if "log det" not in m}
 PAGES = {  # the tables that each page of the documentation holds, between markers
-    "toward-style.md": ("style", "style_diversity", "style_transformers", "style_mixed", "style_tones"),
+    "toward-style.md": ("style", "style_diversity", "style_transformers", "style_mixed", "style_memory", "style_tones"),
     "arena/settings.md": ("settings",),
     "arena.md": ("gains",),
     "arena/setup.md": ("beds", "judges"),
