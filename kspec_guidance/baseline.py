@@ -170,25 +170,32 @@ def toward_reference(
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.
-        ValueError: for another number of captions than images, or captions for a pipeline whose prompts cannot be observed;
-            as :func:`encode_reference`, :func:`make_baseline` and :class:`MMDGuidance`.
+        ValueError: for another number of captions than images, or captions for a pipeline without prompts or whose prompts
+            cannot be observed; as :func:`encode_reference`, :func:`make_baseline` and :class:`MMDGuidance`.
     """
     call = dict(call or {})
     height = call.get("height")
     size = (height, call.get("width", height)) if height and not isinstance(images, Tensor) else None
     reference = encode_reference(pipe, images, size=size)
+    prompted = "prompt" in call_parameters(type(pipe))
+    of_images = None
     if captions is not None:
-        captions = list(captions)
+        captions = [captions] if isinstance(captions, str) else list(captions)
         if len(captions) != len(reference) or not all(isinstance(text, str) for text in captions):
             raise ValueError(f"captions are a text for each of the {len(reference)} images, got {len(captions)}")
-    if "prompt" not in call_parameters(type(pipe)):
+        of_images = _features(pipe, captions, call, batch_size) if prompted else None
+        if of_images is None:  # known before a baseline is made, which takes long
+            raise ValueError(
+                f"guides of {type(pipe).__name__} get no features of prompts, so captions are of no use; leave them out"
+            )
+    if not prompted:
         return MMDGuidance(reference, scale, **kwargs)
     baseline = make_baseline(pipe, prompts, n, batch_size=batch_size, call=call, progress_callback=progress_callback)
-    if captions is not None:
-        of_baseline = _prompts(pipe, prompts)
-        texts = [*captions, *(of_baseline[k % len(of_baseline)] for k in range(n))]
-        features = _features(pipe, texts, call, batch_size)
-        kwargs = {"reference_prompts": features[: len(captions)], "baseline_prompts": features[len(captions) :], **kwargs}
+    if of_images is not None:
+        different = _prompts(pipe, prompts)
+        texts = [different[k % len(different)] for k in range(n)]
+        of_baseline = _features(pipe, texts, call, batch_size)
+        kwargs = {"reference_prompts": of_images, "baseline_prompts": of_baseline, **kwargs}
     return MMDGuidance(reference, scale, baseline=baseline, **kwargs)
 
 
@@ -199,19 +206,11 @@ def _prompts(pipe: Any, prompts: Sequence[str] | None) -> list[str]:
     return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
-def _features(pipe: Any, texts: Sequence[str], call: dict[str, Any], batch_size: int) -> Tensor:
-    """Features of texts ``[n, p]`` as guides get those of prompts, by runs of a single step.
-
-    Raises:
-        ValueError: if guides get none.
-    """
+def _features(pipe: Any, texts: Sequence[str], call: dict[str, Any], batch_size: int) -> Tensor | None:
+    """Features of texts ``[n, p]`` as guides get those of prompts, by runs of a single step; None if they get none."""
     different = list(dict.fromkeys(texts))
     found = Generator(pipe, SPARKE(variety=0), call).prompt_features(different, batch_size)
-    if found is None:
-        raise ValueError(
-            f"guides of {type(pipe).__name__} get no features of prompts, so captions are of no use; leave them out"
-        )
-    return found[[different.index(text) for text in texts]]
+    return None if found is None else found[[different.index(text) for text in texts]]
 
 
 def _key(pipe: Any, prompts: list[str], call: dict[str, Any], seed: int) -> str | None:

@@ -228,6 +228,8 @@ def test_a_pipeline_without_prompts_is_matched_as_a_whole(home):
     guide = toward_reference(tiny.build("DiTPipeline"), images, 0.5, n=1)
     assert isinstance(guide.terms[0].objective, MMD)
     assert guide.terms[0].scale == 0.5
+    with pytest.raises(ValueError, match="guides of DiTPipeline get no features of prompts, so captions are of no use"):
+        toward_reference(tiny.build("DiTPipeline"), images, captions=["a", "b", "c"], n=1)
     assert not home.exists()
 
 
