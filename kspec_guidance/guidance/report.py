@@ -272,7 +272,7 @@ class GuidanceReport:
         if found is None:
             return f"This call has no classifier-free guidance, so {' and '.join(names)} changed nothing."
         own, least = found
-        if not self.eases:
+        if not self.eases or (share is not None and least > 0.999 * (1 + share * (own - 1))):  # lower than ease_cfg=
             return f"Classifier-free guidance of {own:.3g} was lowered to {least:.3g} for the whole call."
         lowered = "" if share is None else f"to {1 + share * (own - 1):.3g} "
         return f"Classifier-free guidance of {own:.3g} was eased to {least:.3g} and returned {lowered}as the moves faded."

@@ -117,6 +117,9 @@ def test_report_says_what_it_did(pipe):
     guide = SPARKE(0.5, cfg_share=0.5, ease_cfg=2.0)
     latents(pipe, guide)
     assert "of 5 was eased to 2 and returned to 3 as the moves faded" in str(guide.report())
+    guide = SPARKE(0.5, cfg_share=0.5, ease_cfg=4.0)  # the share alone leaves less
+    latents(pipe, guide)
+    assert "of 5 was lowered to 3 for the whole call" in str(guide.report())
 
 
 def test_combined_guides_take_the_least_share(pipe):
