@@ -21,7 +21,10 @@ from kspec_guidance.loop.components import denoiser_of
 
 
 class GuidedAtWeight(Guided):
-    """A guide of the package with the weight of :meth:`weight_of`, by a hook on the denoiser."""
+    """A guide of the package with the weight of :meth:`weight_of`, by a hook on the denoiser.
+
+    For pipelines as those of the arena: one call a step makes both predictions, that without the prompt first.
+    """
 
     def attach(self, pipe: Any) -> AbstractContextManager[Any]:
         return self._with_weight(pipe)

@@ -9,7 +9,7 @@ from kspec_guidance.bench.methods.base import Log, Method, Moment, norms
 
 
 def squared_distances(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Those between samples ``[n, ...]``, ``[n, n]``, in double precision; and their median."""
+    """``|x_i - x_j|^2`` of samples ``[n, ...]`` as ``[n, n]``, in double precision; and the median off the diagonal."""
     rows = x.flatten(1).double()
     d2 = (rows[:, None] - rows[None]).square().sum(-1)
     return d2, d2.detach()[~torch.eye(len(rows), dtype=torch.bool)].median().clamp_min(1e-12)
