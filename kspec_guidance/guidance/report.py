@@ -267,7 +267,7 @@ class GuidanceReport:
         """What ``cfg_share=`` and ``ease_cfg=`` did."""
         found, share = self.eased_cfg, self.cfg_share
         names = [name for name, given in (("cfg_share=", share is not None), ("ease_cfg=", self.eases)) if given]
-        if not names or not self.moves:
+        if not names or not (self.moves or found):  # a share acts also where no step is guided
             return ""
         if found is None:
             return f"This call has no classifier-free guidance, so {' and '.join(names)} changed nothing."

@@ -120,6 +120,10 @@ def test_report_says_what_it_did(pipe):
     guide = SPARKE(0.5, cfg_share=0.5, ease_cfg=4.0)  # the share alone leaves less
     latents(pipe, guide)
     assert "of 5 was lowered to 3 for the whole call" in str(guide.report())
+    guide = SPARKE(0.5, cfg_share=0.5, start=0.9, stop=0.95)  # no step is guided
+    latents(pipe, guide)
+    assert "Nothing was guided" in str(guide.report())
+    assert "of 5 was lowered to 3 for the whole call" in str(guide.report())
 
 
 def test_combined_guides_take_the_least_share(pipe):
