@@ -46,7 +46,9 @@ def fronts(data: list[dict[str, Any]], path: Path) -> None:
         axes.plot([v0], [m0], "k*", ms=11, zorder=4, label="plain sampling")
         axes.axvline(v0 - FIDELITY_LOSS, color="#999999", lw=0.8, ls=":")
         tops = [mean(p["cases"]["modes"]) for m in d["methods"].values() for p in m.get("front", [])]
-        axes.set(xlim=(v0 - 1.6 * DEPTH, v0 + 0.06), ylim=(m0 * 0.8, max([*tops, m0 * 1.2]) * 1.04))
+        top = max([*tops, m0 * 1.2]) * 1.04
+        axes.set(xlim=(v0 - 1.6 * DEPTH, v0 + 0.06), ylim=(m0 - 0.6 * (top - m0), top))  # the legend is below the fronts
+        axes.locator_params(axis="x", nbins=6)
         axes.set_title(d["bed"], fontsize=10)
         axes.set(xlabel="fidelity", ylabel="modes found")
         axes.legend(fontsize=7, frameon=False, loc="lower left")

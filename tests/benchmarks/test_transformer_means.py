@@ -37,3 +37,11 @@ def test_without_results_there_is_no_table(tmp_path: Path):
     assert tables(tmp_path / "none.json") == "(not measured)"
     (tmp_path / "empty.json").write_text(json.dumps({}))
     assert tables(tmp_path / "empty.json") == ""
+
+
+def test_the_page_has_the_table_of_the_results_with_their_calls():
+    root = Path(__file__).parents[2]
+    found = tables(root / "benchmarks" / "results" / "arena" / "transformer_means.json")
+    assert found in (root / "docs" / "arena" / "ablations.md").read_text("utf-8")
+    lines = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in found.splitlines() if line.startswith("|")}
+    assert (lines["plain"], lines["CNO"], lines["preset, chosen of 4"]) == ("x1.00", "x1.75", "x2.00")
