@@ -102,6 +102,7 @@ class InInterval:
         combined.needs = method.needs | {"guidance"}
 
     def weight_of(self, fraction: float) -> float | None:
+        """The pipeline's own weight (None) within the interval, and 1 outside of it."""
         return None if self.cfg_start <= fraction < self.cfg_stop else 1.0
 
 
