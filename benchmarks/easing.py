@@ -10,6 +10,7 @@ Results are kept for each setting and block of five seeds, from which an interru
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,37 @@ def tables(path: Path) -> str:
     return "\n\n".join(table(name, found) for name, found in json.loads(path.read_text("utf-8")).items())
 
 
+def measure_settings(
+    out: Path, name: str, bed: Bed, half: str, seeds: int, labels: Iterable[str],
+    measured: Callable[[str, list[Case]], dict[str, Any]], steps: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of settings on a bed, for each block of five seeds; those that the file has are not measured again.
+
+    Args:
+        out: the file of results, written after each setting.
+        name: of the bed in the file.
+        bed: the bed; ``steps`` stands for its own in the file, if given.
+        half: of its prompts.
+        seeds: of each prompt.
+        labels: of the settings.
+        measured: the figures of a setting on a block of cases.
+    """
+    done: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.exists() else {}
+    prompts, cases = bed.prompts(half), bed.cases(half, seeds)
+    steps = bed.steps if steps is None else steps
+    about = {"bed": bed.name, "steps": steps, "guidance_scale": bed.guidance_scale, "prompts": prompts}
+    found: dict[str, Any] = done.setdefault(name, {**about, "settings": {}})
+    size = BLOCK_SEEDS * len(prompts)
+    for begin in range(0, len(cases), size):
+        for label in labels:
+            by, seed = found["settings"].setdefault(label, {}), str(cases[begin].seed)
+            if seed not in by:
+                by[seed] = measured(label, cases[begin : begin + size])
+                with replacing(out) as fresh:
+                    fresh.write_text(json.dumps(done, separators=(",", ":")) + "\n", encoding="utf-8")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beds", nargs="*", default=[], help="beds of the arena, or emoji-24 for 24 steps")
@@ -151,21 +183,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.beds:
         bed = make_bed(name)
-        prompts, cases = bed.prompts(args.half), bed.cases(args.half, args.seeds)
-        about = {"bed": bed.name, "steps": bed.steps, "guidance_scale": bed.guidance_scale, "prompts": prompts}
-        found = done.setdefault(name, {**about, "settings": {}})
-        size = BLOCK_SEEDS * len(prompts)
-        for start in range(0, len(cases), size):
-            for label in SETTINGS if isinstance(bed, Analytic) else ON_EMOJI:
-                by = found["settings"].setdefault(label, {})
-                seed = str(cases[start].seed)
-                if seed not in by:
-                    by[seed] = measure(bed, name, SETTINGS[label], cases[start : start + size])
-                    with replacing(args.out) as fresh:
-                        fresh.write_text(json.dumps(done, separators=(",", ":")) + "\n", encoding="utf-8")
+        found = measure_settings(
+            args.out, name, bed, args.half, args.seeds, SETTINGS if isinstance(bed, Analytic) else ON_EMOJI,
+            lambda label, cases, bed=bed, name=name: measure(bed, name, SETTINGS[label], cases),
+        )  # fmt: skip
         print(table(name, found), flush=True)
     if args.page is not None:
         pages.fill(args.page, {"easing": tables(args.out)})

@@ -26,10 +26,9 @@ from benchmarks import pages
 from benchmarks.arena.batched import Setting, run
 from benchmarks.arena.beds import BEDS
 from benchmarks.arena.beds.analytic import Analytic
-from benchmarks.arena.beds.base import BLOCK_SEEDS, Case
-from benchmarks.easing import PLAIN, judged, table
+from benchmarks.arena.beds.base import Case
+from benchmarks.easing import PLAIN, judged, measure_settings, table
 from kspec_guidance.objectives import SAMPLE_BANDWIDTH
-from kspec_guidance.utils.atomic_io import replacing
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = {"in one call": 1, "4 steps": 4, "30 steps": 30}
@@ -170,28 +169,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.beds if args.seeds else []:
         for length in args.lengths:
             bed = BEDS[name]()
             assert isinstance(bed, Analytic)
             bed.steps = 30 if length == "in one call" else LENGTHS[length]
-            prompts, cases = bed.prompts("report"), bed.cases("report", args.seeds)
-            about = {"bed": bed.name, "steps": LENGTHS[length], "guidance_scale": bed.guidance_scale, "prompts": prompts}
-            found = done.setdefault(f"{name}, {length}", {**about, "settings": {}})
-            size = BLOCK_SEEDS * len(prompts)
-            for begin in range(0, len(cases), size):
-                for label in SETTINGS:
-                    if args.only and label not in args.only:
-                        continue
-                    if length == "in one call" and label.startswith("variety"):
-                        continue  # a guide acts between steps
-                    by = found["settings"].setdefault(label, {})
-                    seed = str(cases[begin].seed)
-                    if seed not in by:
-                        by[seed] = measure(bed, label, length, cases[begin : begin + size])
-                        with replacing(args.out) as fresh:
-                            fresh.write_text(json.dumps(done, separators=(",", ":")) + "\n", encoding="utf-8")
+            guided = length != "in one call"  # a guide acts between steps
+            labels = [s for s in SETTINGS if (not args.only or s in args.only) and (guided or not s.startswith("variety"))]
+            found = measure_settings(
+                args.out, f"{name}, {length}", bed, "report", args.seeds, labels,
+                lambda label, cases, bed=bed, length=length: measure(bed, label, length, cases), LENGTHS[length],
+            )  # fmt: skip
             print(table(name, found), flush=True)
     if args.page is not None:
         pages.fill(args.page, {"start noises": tables(args.out)})

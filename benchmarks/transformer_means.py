@@ -24,13 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import pages
 from benchmarks.arena.beds import BEDS
-from benchmarks.arena.beds.base import BLOCK_SEEDS, Case
+from benchmarks.arena.beds.base import Case
 from benchmarks.arena.beds.transformer import EmojiTransformer
-from benchmarks.easing import PLAIN, judged, table
+from benchmarks.easing import PLAIN, judged, measure_settings, table
 from kspec_guidance import SPARKE
 from kspec_guidance.bench.methods.cno import CNO
 from kspec_guidance.bench.methods.pink import PinkNoise
-from kspec_guidance.utils.atomic_io import replacing
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("emoji-transformer", "emoji-transformer-distilled")
@@ -124,25 +123,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    labels = [label for label in SETTINGS if not args.only or label in (PLAIN, *args.only)]
     for name in args.beds if args.seeds else []:
         bed = BEDS[name]()
         assert isinstance(bed, EmojiTransformer)
-        prompts, cases = bed.prompts("report"), bed.cases("report", args.seeds)
-        about = {"bed": bed.name, "steps": bed.steps, "guidance_scale": bed.guidance_scale, "prompts": prompts}
-        found = done.setdefault(name, {**about, "settings": {}})
-        size = BLOCK_SEEDS * len(prompts)
-        for begin in range(0, len(cases), size):
-            for label in SETTINGS:
-                if args.only and label not in (PLAIN, *args.only):
-                    continue
-                by, seed = found["settings"].setdefault(label, {}), str(cases[begin].seed)
-                if seed not in by:
-                    these = cases[begin : begin + size]
-                    by[seed] = judged(bed, [samples(bed, case, label) for case in these], these)
-                    with replacing(args.out) as fresh:
-                        fresh.write_text(json.dumps(done, separators=(",", ":")) + "\n", encoding="utf-8")
-                    print(f"{name}: {label}", flush=True)
+        measure_settings(
+            args.out, name, bed, "report", args.seeds, labels,
+            lambda label, cases, bed=bed: judged(bed, [samples(bed, case, label) for case in cases], cases),
+        )  # fmt: skip
     if args.seeds:
         print(tables(args.out))
     if args.page is not None:

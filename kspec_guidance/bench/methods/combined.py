@@ -23,6 +23,8 @@ from kspec_guidance.loop.components import denoiser_of
 class GuidedAtWeight(Guided):
     """A guide of the package with the weight of :meth:`weight_of`, by a hook on the denoiser.
 
+    ``cfg_share=`` of a guide is one weight for the whole run, at most the pipeline's; here it may change, and be larger.
+
     For pipelines as those of the arena: one call a step makes both predictions, that without the prompt first.
     """
 
