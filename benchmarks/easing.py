@@ -59,6 +59,15 @@ SETTINGS = {
     "`explore`: `vivid`, half of the CFG": Setting(scale=1.5, order=0.5, share=0.5),
     "`vivid`, a quarter of the CFG": Setting(scale=1.5, order=0.5, share=0.25),
 }
+# in two dimensions a projection leaves at most one direction
+FEW = Setting(scale=3.0, order=0.5, stop=0.9, weight=1.2)
+IN_TWO = {
+    "scale 3 to 90%, CFG 1.2": FEW,
+    "the same, not off the score": replace(FEW, off_score=False),
+    "the same, of predictions as they are": replace(FEW, off_score=False, unit=False),
+    "`explore`, not off the score": Setting(scale=1.5, order=0.5, share=0.5, off_score=False),
+    "`explore`, of predictions as they are": Setting(scale=1.5, order=0.5, share=0.5, off_score=False, unit=False),
+}
 ON_EMOJI = [PLAIN, "variety 50", "variety 50, ease to 1", "variety 50, less CFG to the end", "less CFG to the end, no push",
             "variety 50, ease to 1, guard", "ease to 1, no push"]  # fmt: skip
 NAMES = {"modes": "modes", "on_data": "on the data", "agreement": "agreement", "coverage": "coverage", "recall": "recall",
@@ -68,6 +77,13 @@ NAMES = {"modes": "modes", "on_data": "on the data", "agreement": "agreement", "
 def make_bed(name: str) -> Bed:
     """A bed of the arena, or the emoji model with another number of steps."""
     return BEDS[name]() if name in BEDS else Emoji(int(name.removeprefix("emoji-")))
+
+
+def labels(name: str, bed: Bed) -> list[str]:
+    """The settings that are measured on a bed."""
+    if not isinstance(bed, Analytic):
+        return ON_EMOJI
+    return [*SETTINGS, *(IN_TWO if name == "mixture-2" else ())]
 
 
 def guided(bed: Bed, cases: list[Case], setting: Setting) -> list[Tensor]:
@@ -186,8 +202,8 @@ def main() -> None:
     for name in args.beds:
         bed = make_bed(name)
         found = measure_settings(
-            args.out, name, bed, args.half, args.seeds, SETTINGS if isinstance(bed, Analytic) else ON_EMOJI,
-            lambda label, cases, bed=bed, name=name: measure(bed, name, SETTINGS[label], cases),
+            args.out, name, bed, args.half, args.seeds, labels(name, bed),
+            lambda label, cases, bed=bed, name=name: measure(bed, name, (SETTINGS | IN_TWO)[label], cases),
         )  # fmt: skip
         print(table(name, found), flush=True)
     if args.page is not None:

@@ -35,6 +35,8 @@ class Setting:
         weight: weight of classifier-free guidance for the whole run.
         share: the same as a share of what the bed's own weight adds to the prediction with the prompt.
         guard: whether the part of a move against the prompt is left out.
+        off_score: whether that along the score is, as in the package.
+        unit: whether predictions are compared at norm 1, as in the package, so that no move changes their norm.
         until: share of the run after which the weight is the bed's own again.
         log_det: ascend ``log det(I + 4 G)`` of cosines instead, the objective of OSCAR.
         exponential: that of the kernel :class:`~kspec_guidance.kernels.ExpCosineKernel` in place of cosines.
@@ -54,6 +56,8 @@ class Setting:
     ease: float | None = None
     weight: float | None = None
     guard: bool = False
+    off_score: bool = True
+    unit: bool = True
     until: float = 1.0
     log_det: bool = False
     exponential: bool = False
@@ -87,8 +91,8 @@ def distances(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return d2, d.nanmedian(1).values.nan_to_num(1.0)[:, None, None]
 
 
-def ascent(u: Tensor, order: float, memory: Tensor) -> Tensor:
-    """Ascent direction of the entropy of unit rows ``[cases, n, d]`` and those of a memory ``[cases, m, d]``."""
+def ascent(u: Tensor, order: float, memory: Tensor, unit: bool = True) -> Tensor:
+    """Ascent direction of the entropy of rows ``[cases, n, d]``, if of norm 1 on the sphere, and of those of a memory."""
     n, z = u.shape[1], torch.cat([u, memory], 1)
     off = ~torch.eye(z.shape[1], dtype=torch.bool)
     if order == 2:
@@ -102,7 +106,7 @@ def ascent(u: Tensor, order: float, memory: Tensor) -> Tensor:
         slope = order / (1 - order) * values.pow(order - 1) / values.pow(order).sum(1, keepdim=True)
         weights = (-(vectors * slope[:, None]) @ vectors.mT * k * off).float()[:, :n]
     g = weights.sum(2, keepdim=True) * u - weights @ z
-    return g - (g * u).sum(-1, keepdim=True) * u
+    return g - (g * u).sum(-1, keepdim=True) * u if unit else g
 
 
 def log_det_ascent(u: Tensor, exponential: bool, memory: Tensor) -> Tensor:
@@ -191,14 +195,18 @@ def one_call(
                 memory = normalize(torch.cat([earlier[k] for earlier in steps], 1), dim=-1)
             recalled = setting.recall.startswith("nearest") and memory.shape[1]
             rows = memory[:, :0] if recalled else memory
-            g = log_det_ascent(u, setting.exponential, rows) if setting.log_det else ascent(u, setting.order, rows)
+            if not setting.unit:
+                g = ascent(x0, setting.order, rows, unit=False) * norms(x0)
+            else:
+                g = log_det_ascent(u, setting.exponential, rows) if setting.log_det else ascent(u, setting.order, rows)
             if recalled:
                 seen = x if setting.recall == "nearest" else x0
                 g = to_one(g) + to_one(away_from(u, seen, memory, sigma / alpha))
             spread = distances(u, torch.cat([u, memory], 1))[1]
             g = g / norms(x0)
             direction = x0 - e if setting.early else sigma * e
-            g = g - along(g, direction) * direction
+            if setting.off_score:
+                g = g - along(g, direction) * direction
             if setting.guard:
                 toward = uncond - cond  # of the noise, so that of the prediction with the prompt less that without
                 g = g - along(g, toward).clamp_max(0) * toward

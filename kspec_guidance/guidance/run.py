@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Finished", "Run", "ascent_direction"]
 
+FEW_NUMBERS = 3  # in so many dimensions, moves off two directions have at most one left
+
 
 class Finished(NamedTuple):
     """Finished samples: their memory, features ``[n, ...]`` and prompt features ``[n, p]``."""
@@ -241,6 +243,12 @@ class Run:
             advice = None if prompts is None or not term.scale else term.objective.advice(prompts, term.memory)
             if advice is not None:
                 call.warn(advice)
+        if packed[0].numel() <= FEW_NUMBERS and any(_fixes_two_directions(term) for term in self.guide.terms):
+            call.warn(
+                f"samples of {packed[0].numel()} numbers: moves leave out their parts along the prediction and along the "
+                "score, so hardly any direction is left. For toy data of so few dimensions give an objective with "
+                "normalize=False and transforms=('bound', 'fade'); docs/arena/ablations.md has an example"
+            )
         self.report = GuidanceReport.of(context, self.guide.terms)
         self.finished, self._unchecked, self._rounded = [], [], []
         self.calibration = self._calibration(context)
@@ -559,6 +567,13 @@ class Run:
 
 def _needs_cfg(term: Term) -> bool:
     return term.ease_cfg is not None or term.cfg_share not in (None, 1.0) or "keep_prompt" in term.transforms
+
+
+def _fixes_two_directions(term: Term) -> bool:
+    """Whether moves of a term change neither a prediction's norm nor, to first order, its likelihood."""
+    return (
+        bool(term.scale) and "off_score" in term.transforms and ("tangent" in term.transforms or term.objective.normalize)
+    )
 
 
 def _at_level(term: Term, prediction: Prediction) -> bool:

@@ -9,9 +9,11 @@ from benchmarks.arena.batched import Setting, run
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import CALL_SEEDS
 from benchmarks.easing import GUARDED
-from kspec_guidance import SPARKE, VendiGuidance
+from kspec_guidance import SPARKE, KernelGuidance, VendiGuidance
 from kspec_guidance.bench.methods.oscar import OSCAR
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS
+from kspec_guidance.kernels import GaussianKernel
+from kspec_guidance.objectives import Vendi
 
 
 @pytest.mark.parametrize(
@@ -88,4 +90,17 @@ def test_batched_mixture_has_the_push_of_the_log_determinant() -> None:
         found = run(bed, [case], Setting(scale=0.4, log_det=True, exponential=True))[0]
         with VendiGuidance(0.4, order="logdet").attach(bed.pipe):
             wanted = bed.run(case, bed.images)
+    torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_batched_mixture_without_projections_is_the_package(unit: bool) -> None:
+    bed = Analytic(8, skewed=False)
+    case, setting = bed.cases("report", 1)[0], Setting(scale=1.0, order=0.5, off_score=False, unit=unit)
+    transforms = ("tangent", "bound", "fade") if unit else ("bound", "fade")
+    guide = KernelGuidance(Vendi(GaussianKernel(), 0.5, normalize=unit), 1.0, stop=setting.stop, transforms=transforms)
+    with torch.no_grad(), guide.attach(bed.pipe):
+        wanted = bed.run(case, bed.images)
+    with torch.no_grad():
+        found = run(bed, [case], setting)[0]
     torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
