@@ -7,7 +7,9 @@
     python benchmarks/toward_style.py --tones --seeds 1
     python benchmarks/toward_style.py --mixed --styles noto --seeds 1   # 7 prompts in each batch
     python benchmarks/toward_style.py --memory --styles noto --seeds 1  # 4 calls of a prompt
-    python benchmarks/toward_style.py --page docs/toward-style.md       # the tables of these three
+    python benchmarks/toward_style.py --captions --seeds 2                # of the references, on the distilled transformer
+    python benchmarks/toward_style.py --captions --mixed --scales 1 --seeds 2
+    python benchmarks/toward_style.py --page docs/toward-style.md       # the tables of these four
 
 The embedded model, 8 steps, 8 images of each of 7 prompts that are not among those of the baseline. *Other style* is the
 emoji classifier's mean probability of the other art style; *valid* its probability of the likeliest emoji that the prompt
@@ -42,9 +44,10 @@ from kspec_guidance import (
     load_demo_pipeline,
     load_demo_reference,
     make_baseline,
+    toward_reference,
 )
 from kspec_guidance.demo.judge import DemoJudge
-from kspec_guidance.demo.pipeline import DEMO_PROMPTS
+from kspec_guidance.demo.pipeline import ASSETS, DEMO_PROMPTS
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.kernels import GaussianKernel
 from kspec_guidance.objectives.witness import BANDWIDTH
@@ -57,6 +60,7 @@ TONES = ("dark skin tone", "light skin tone")
 SCALES = (1.0, 2.0)  # with a baseline; other numbers of baseline samples at the second
 CALLS = 4  # of a prompt, with a memory
 FEATURES = 4096  # random ones, in place of rows
+ONE_PROMPT, ALL_PROMPTS = "one prompt a batch", "all prompts in each batch"
 VIVID = 0.75  # scale of the guide of diversity beside the second
 RESULTS = Path(__file__).parent / "results" / "toward_style.json"
 
@@ -76,7 +80,7 @@ def mixed(bed: Emoji, guide: Any, seed: int, style: str, words: str = "") -> dic
         noises = [torch.Generator().manual_seed(1000 * seed + 10 * k + i) for i in range(len(PROMPTS))]
         prompts = [prompt + words for prompt in PROMPTS]
         with nullcontext() if guide is None else guide.attach(bed.pipe):
-            batches.append(bed.pipe(prompts, generator=noises, output_type="latent", **CALL).images)
+            batches.append(bed.pipe(prompts, generator=noises, output_type="latent", **call_of(bed)).images)
     return figures(bed, style, torch.stack(batches, 1))
 
 
@@ -146,9 +150,11 @@ def main() -> None:
     parser.add_argument("--tones", action="store_true", help="toward skin tones; nothing else")
     parser.add_argument("--mixed", action="store_true", help="all prompts in each batch; nothing else")
     parser.add_argument("--memory", action="store_true", help="several calls of a prompt; nothing else")
+    parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES), help="with --captions")
+    parser.add_argument("--captions", action="store_true", help="captions of the references; nothing else")
     parser.add_argument("--transformers", action="store_true", help="the arena's transformers; nothing else")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="grids of the transformers; nothing else")
-    parser.add_argument("--page", type=Path, help="write the tables of tones, mixed batches and memory into this page")
+    parser.add_argument("--page", type=Path, help="write the tables of tones, mixed batches, memory and captions here")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -170,7 +176,8 @@ def main() -> None:
     if options.page:
         named = parts(rows)
         text = options.page.read_text()
-        own = [name for name in ("style_tones", "style_mixed", "style_memory") if f"<!-- {name} -->" in text]
+        tables_of = ("style_tones", "style_mixed", "style_memory", "style_captions")
+        own = [name for name in tables_of if f"<!-- {name} -->" in text]
         fill(options.page, {name: named[name] for name in own})
         return
     styles = [f"{name} style" for name in options.styles]
@@ -181,6 +188,11 @@ def main() -> None:
                 continue
             part = bed.name
             of_transformer(bed, styles, add)
+        return
+    if options.captions:
+        bed = DistilledEmojiTransformer()
+        part, figures_of = (f"captions, {ALL_PROMPTS}", mixed) if options.mixed else (f"captions, {ONE_PROMPT}", measure)
+        with_captions(bed, styles, options.scales, add)
         return
     bed = Emoji(pipe=load_demo_pipeline())
     everything = make_baseline(bed.pipe, n=max(BASELINES), batch_size=8, call=CALL)
@@ -261,13 +273,35 @@ def random_features(reference: torch.Tensor, baseline: torch.Tensor) -> MMDGuida
     return MMDGuidance(reference, SCALES[0], baseline=baseline, feature_map=features)
 
 
-def baseline_of(bed: EmojiTransformer) -> torch.Tensor:
-    """A transformer's own samples."""
-    call = {
+def call_of(bed: Emoji) -> dict[str, Any]:
+    """Arguments of a bed's pipeline."""
+    if not isinstance(bed, EmojiTransformer):
+        return CALL
+    return {
         "num_inference_steps": bed.steps, "sigmas": [1 - k / bed.steps for k in range(bed.steps)],
         "guidance_scale": bed.guidance_scale, "max_sequence_length": 0,
     }  # fmt: skip
-    return make_baseline(bed.pipe, DEMO_PROMPTS, 100, batch_size=8, call=call)
+
+
+def baseline_of(bed: EmojiTransformer) -> torch.Tensor:
+    """A transformer's own samples."""
+    return make_baseline(bed.pipe, DEMO_PROMPTS, 100, batch_size=8, call=call_of(bed))
+
+
+def with_captions(bed: Emoji, styles: list[str], scales: list[float], add: Callable[..., None]) -> None:
+    """Guides toward a style with captions of the references: none, of their subjects, and also of their style."""
+    for style in styles:
+        name = style.split()[0]
+        images, listed = load_demo_reference(name), json.loads((ASSETS / "references" / "references.json").read_text())
+        named = listed[name]["captions"]
+        subjects = [caption.removesuffix(f", {style}") for caption in named]
+        for scale in scales:
+            for what, captions in (("baseline", None), ("captions", subjects), ("captions, style", named)):
+                guide = toward_reference(
+                    bed.pipe, images, scale, captions=captions, prompts=DEMO_PROMPTS, n=100, batch_size=8, call=call_of(bed)
+                )
+                add(what, guide, style, scale=scale, references=len(images), baseline=100)
+        add("plain", None, style)
 
 
 def pictures(bed: EmojiTransformer, styles: list[str], folder: Path) -> None:
@@ -310,6 +344,8 @@ LABELS = {  # in the order of the table
     "baseline": "with a baseline",
     "features": f"with a baseline, {FEATURES:,} random features",
     "counted": "the same, `count_memory=True`",
+    "captions": "the same, captions of the subjects",
+    "captions, style": "the same, captions that also name the style",
     "baseline, diversity": "with a baseline, and order 0.5 beside it",
     "attraction": "attraction to the nearest reference",
     "mean shift": "shift to the mean of the references",
@@ -329,6 +365,10 @@ def parts(rows: list[dict[str, Any]]) -> dict[str, str]:
         "style_tones": tables(found.get("tones", []), different=True),
         "style_mixed": tables(found.get("mixed", []), different=True),
         "style_memory": tables(found.get("memory", []), different=True),
+        "style_captions": "\n\n".join(
+            f"*{name}*:\n\n{tables(found.get(f'captions, {name}', []), different=True)}"
+            for name in (ONE_PROMPT, ALL_PROMPTS)
+        ),
         "style_diversity": tables(found.get("diversity", []), different=True),
         "style_transformers": "\n\n".join(f"*{bed}*:\n\n{tables(found.get(bed, []), different=True)}" for bed in beds),
     }

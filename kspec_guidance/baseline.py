@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kspec_guidance.demo.pipeline import DEMO_PROMPTS, is_demo
+from kspec_guidance.evaluation.image_sets import folder_captions
 from kspec_guidance.guidance.calibration import calibration_file
 from kspec_guidance.guidance.presets import SPARKE, MMDGuidance
 from kspec_guidance.loop.components import autoencoder_of, call_parameters
@@ -138,7 +139,7 @@ def toward_reference(
     scale: float | None = None,
     *,
     call: dict[str, Any] | None = None,
-    captions: Sequence[str] | None = None,
+    captions: Sequence[str] | bool | None = None,
     prompts: Sequence[str] | None = None,
     n: int = 100,
     batch_size: int = 4,
@@ -160,8 +161,9 @@ def toward_reference(
         images: 20 to 50 images, see :func:`encode_reference`.
         scale: see :class:`MMDGuidance`.
         call: arguments of the pipeline's call, as in later runs.
-        captions: a text for each image, in their order; of a folder, the order of the file names. A prompt is then compared
-            with images of similar captions, and with samples of similar prompts of the baseline, most of all.
+        captions: a text for each image, in their order; True for those of a folder, from ``metadata.jsonl`` or texts beside
+            the images (:func:`~kspec_guidance.evaluation.image_sets.folder_captions`). A prompt is then compared with
+            images of similar captions, and with samples of similar prompts of the baseline, most of all.
         prompts: of the baseline, see :func:`make_baseline`.
         n: number of samples of the baseline.
         batch_size: samples of a prompt that are made at once.
@@ -170,10 +172,17 @@ def toward_reference(
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.
-        ValueError: for another number of captions than images, or captions for a pipeline without prompts or whose prompts
-            cannot be observed; as :func:`encode_reference`, :func:`make_baseline` and :class:`MMDGuidance`.
+        ValueError: for another number of captions than images, images without a caption, or captions for a pipeline without
+            prompts or whose prompts cannot be observed; as :func:`encode_reference`, :func:`make_baseline` and
+            :class:`MMDGuidance`.
     """
     call = dict(call or {})
+    if captions is True:
+        if not isinstance(images, str | os.PathLike):
+            raise ValueError("captions=True reads those of a folder of images; give a text for each image, or a folder")
+        captions = folder_captions(os.fspath(images))
+    elif captions is False:
+        captions = None
     height = call.get("height")
     size = (height, call.get("width", height)) if height and not isinstance(images, Tensor) else None
     reference = encode_reference(pipe, images, size=size)

@@ -213,6 +213,25 @@ def test_captions_make_the_guide_prompt_aware(pipe, home):
         toward_reference(pipe, images, captions=["heart"], **about)
 
 
+def test_captions_beside_the_images_of_a_folder_are_those_in_a_list(pipe, home, tmp_path):
+    images = pipe("heart", num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), **CALL).images
+    folder, texts = tmp_path / "references", ["heart", DEMO_PROMPTS[1]]
+    folder.mkdir()
+    for k, (image, text) in enumerate(zip(images, texts, strict=True)):
+        image.save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(text)
+    about = {"call": CALL, "n": 8, "batch_size": 8, "prompts": list(DEMO_PROMPTS[:8])}
+    found = toward_reference(pipe, folder, captions=True, **about).terms[0].objective
+    expected = toward_reference(pipe, folder, captions=texts, **about).terms[0].objective
+    assert torch.equal(found.reference_prompts, expected.reference_prompts)
+    assert not toward_reference(pipe, folder, captions=False, **about).terms[0].objective.conditional
+    with pytest.raises(ValueError, match="captions=True reads those of a folder"):
+        toward_reference(pipe, images, captions=True, **about)
+    (folder / "1.txt").unlink()
+    with pytest.raises(ValueError, match=r"without a caption: 1\.png"):
+        toward_reference(pipe, folder, captions=True, **about)
+
+
 def test_one_line_takes_the_size_of_the_call(home, tmp_path):
     pipe = tiny.build("StableDiffusionPipeline")
     image = pipe("a", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]

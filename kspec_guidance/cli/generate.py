@@ -51,14 +51,19 @@ WITH_REPRODUCE = (
 )  # fmt: skip
 
 
-def _toward(output: Output, pipe: Any, folder: Path, scale: float | None, call: dict[str, Any], batch_size: int) -> Any:
+def _toward(
+    output: Output, pipe: Any, folder: Path, scale: float | None, captions: list[str] | None, call: dict[str, Any],
+    batch_size: int,
+) -> Any:  # fmt: skip
     """A guide toward the images of a folder, with the pipeline's baseline."""
     from kspec_guidance import toward_reference
 
     output.note("making the baseline: images of many prompts without guidance, once for this model and settings ...")
     settings = {k: v for k, v in call.items() if v is not None}
     with output.counter("baseline") as show:
-        return toward_reference(pipe, folder, scale, call=settings, batch_size=batch_size, progress_callback=show)
+        return toward_reference(
+            pipe, folder, scale, call=settings, captions=captions, batch_size=batch_size, progress_callback=show
+        )
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -197,6 +202,14 @@ def generate(
             callback=finite,
         ),
     ] = None,
+    like_captions: Annotated[
+        bool,
+        typer.Option(
+            "--like-captions",
+            help="Compare prompts with images of --like of similar captions: metadata.jsonl, or texts beside the images.",
+            rich_help_panel=GUIDANCE,
+        ),
+    ] = False,
     attribute: Annotated[
         list[str] | None,
         typer.Option(
@@ -370,6 +383,8 @@ def generate(
     check_strength(variety, scale, raised)
     if like_scale is not None and like is None:
         raise ValueError("--like-scale is the strength of --like; give its folder")
+    if like_captions and like is None:
+        raise ValueError("--like-captions are those of the images of --like; give its folder")
     if processes is not None and not dry_run:
         raise ValueError(
             "--processes is for --dry-run; to start a run of several processes: torchrun --nproc-per-node "
@@ -397,7 +412,7 @@ def generate(
     with command_output(as_json, quiet) as output:
         output.note(f"loading model {model} ...")
         from kspec_guidance import SPARKE, MemoryBank, MMDGuidance, encode_reference
-        from kspec_guidance.evaluation.image_sets import read_names
+        from kspec_guidance.evaluation.image_sets import folder_captions, read_names
         from kspec_guidance.synthesis import estimate, read_arms, read_prompts, synthesize
         from kspec_guidance.synthesis.deduplication import check_cosine
         from kspec_guidance.synthesis.quotas import read_attribute
@@ -420,6 +435,7 @@ def generate(
         }  # fmt: skip
         check_plain(**plain)  # before the model is loaded, and a baseline made
         check_cosine(semantic_duplicates)
+        captions = folder_captions(like) if like is not None and like_captions else None
         pipe = load_pipeline(model, dtype, device)
         height = call.get("height")
         size = (height, call.get("width", height)) if height else None
@@ -430,7 +446,7 @@ def generate(
                 reference = encode_reference(pipe, like, size=size)
                 guide = guide + MMDGuidance(reference, like_scale, baseline=reference)
             else:
-                guide = guide + _toward(output, pipe, like, like_scale, call, batch_size)
+                guide = guide + _toward(output, pipe, like, like_scale, captions, call, batch_size)
         if dry_run:
             plan = estimate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,

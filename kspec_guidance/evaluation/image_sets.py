@@ -16,9 +16,9 @@ from kspec_guidance.evaluation.embedders.base import ImageEmbedder
 from kspec_guidance.evaluation.embedders.cache import FeatureCache
 from kspec_guidance.evaluation.judges import PromptJudge
 from kspec_guidance.evaluation.readers import READ_ERRORS, SetReader
-from kspec_guidance.utils.images import SourceError, decode_image, to_pixels
+from kspec_guidance.utils.images import SourceError, decode_image, folder_images, to_pixels
 
-__all__ = ["ImageSet", "by_prompt", "load_images", "read_captions", "read_names", "thumbnail"]
+__all__ = ["ImageSet", "by_prompt", "folder_captions", "load_images", "read_captions", "read_names", "thumbnail"]
 
 THUMBNAIL_SIZE = 96
 BATCH_SIZE = 64
@@ -251,6 +251,38 @@ def load_images(
         found.judge, found.agreement = judge, torch.full((len(found),), torch.nan)
         found.agreement[known] = judge.agreement(rows[known], texts).float()
     return found
+
+
+def folder_captions(folder: str | Path) -> list[str]:
+    """The captions of a folder's images, in the order in which :func:`~kspec_guidance.utils.images.read_folder` has them.
+
+    They come from lists in the folder or texts beside the images, as :func:`load_images` says.
+
+    Args:
+        folder: path of the images.
+
+    Raises:
+        SourceError: for a path that is no folder, a folder without images, a list that cannot be read, or an image without
+            a caption; the message names the first ones.
+    """
+    names = folder_images(folder)
+    found, reader = ImageSet(Path(folder)), SetReader(Path(folder))
+    own: list[str | None] = []
+    for name, _, caption in reader.items():
+        found.names.append(name)
+        own.append(caption)
+    _assign_captions(found, own, found.names, reader)
+    texts = dict(zip(found.names, found.prompts or [], strict=False))
+    missing = [name for name in names if texts.get(name) is None]
+    if missing:
+        number = "none" if len(missing) == len(names) else f"{len(names) - len(missing)}"
+        unused = [f"{name} ({reason})" for name, reason in found.unmatched.items()]
+        raise SourceError(
+            f"each image needs a caption, and {number} of the {len(names)} in {folder} has one: put metadata.jsonl or .csv "
+            "with file_name and prompt (or caption, text) into the folder, or a text beside each image (0.txt for 0.png); "
+            f"without a caption: {_first(missing)}" + (f"; captions of no image: {_first(unused)}" if unused else "")
+        )
+    return [str(texts[name]) for name in names]
 
 
 def read_names(path: str | Path) -> set[str]:

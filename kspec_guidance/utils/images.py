@@ -24,6 +24,7 @@ __all__ = [
     "Images",
     "SourceError",
     "decode_image",
+    "folder_images",
     "image_types",
     "not_an_image",
     "read_folder",
@@ -39,6 +40,7 @@ PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")  # decoders that are used
 EXCLUDED_FORMATS = ("EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG")
 UNREAD_TYPES = (".heic", ".heif", ".jxl")  # images that mimetypes may not know
 TEXT_TYPES = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet")  # captions beside images
+NO_IMAGES = "{} contains no images (PNG, JPEG, WebP and others that Pillow decodes)"
 OPAQUE_MODES = ("1", "L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 274, 258, 262, 339  # tags of EXIF and TIFF
 
@@ -85,11 +87,7 @@ def read_folder(folder: str | os.PathLike) -> Iterator[Image.Image]:
     Raises:
         SourceError: if the folder does not exist or contains no images, or if an image cannot be read.
     """
-    if not str(folder).strip():
-        raise SourceError("the name of the folder is empty")
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise SourceError(f"{folder} is not a folder of images")
+    folder = _as_folder(folder)
     count, unread, types = 0, [], image_types()
     files, left_out = list_files(folder)
     for path in files:
@@ -105,11 +103,32 @@ def read_folder(folder: str | os.PathLike) -> Iterator[Image.Image]:
         count += 1
         yield image
     if not count:
-        raise SourceError(f"{folder} contains no images (PNG, JPEG, WebP and others that Pillow decodes)")
+        raise SourceError(NO_IMAGES.format(folder))
     unread += [f"{name} ({reason})" for name, reason in left_out.items() if reason != HIDDEN]
     if unread:
         more_names = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
         warn_user(f"not read from {folder}: {', '.join(unread[:5])}{more_names}")
+
+
+def folder_images(folder: str | os.PathLike) -> list[str]:
+    """Names, relative to the folder, of the images that :func:`read_folder` reads, in its order.
+
+    Raises:
+        SourceError: if the folder does not exist or contains no images.
+    """
+    folder, types = _as_folder(folder), image_types()
+    found = [path for path in list_files(folder)[0] if path.suffix.lower() in types]
+    if not found:
+        raise SourceError(NO_IMAGES.format(folder))
+    return [printable(path.relative_to(folder).as_posix()) for path in found]
+
+
+def _as_folder(folder: str | os.PathLike) -> Path:
+    if not str(folder).strip():
+        raise SourceError("the name of the folder is empty")
+    if not Path(folder).is_dir():
+        raise SourceError(f"{folder} is not a folder of images")
+    return Path(folder)
 
 
 def decode_image(

@@ -150,3 +150,17 @@ def test_like_takes_a_folder_and_makes_the_baseline_once(tmp_path, monkeypatch):
     assert stronger.exit_code == 0, stronger.output
     images = {next((tmp_path / name).rglob("*.png")).read_bytes() for name in ("set", "plain", "stronger")}
     assert len(images) == 3
+    for k, subject in enumerate(("heart", "cat face", "rocket", "bird")):
+        (folder / f"{k}.txt").write_text(subject)
+    by_caption = call("generate", "heart", "--like", folder, "--like-captions", "--out", tmp_path / "captions", *FAST)
+    assert by_caption.exit_code == 0, by_caption.output
+    assert next((tmp_path / "captions").rglob("*.png")).read_bytes() not in images
+
+
+def test_captions_of_references_are_checked_before_a_model_is_loaded(tmp_path):
+    alone = call("generate", "heart", "--like-captions", "--out", tmp_path / "set", *FAST)
+    assert (alone.exit_code, "give its folder" in alone.output) == (2, True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
+    about = ("--like", tmp_path, "--like-captions", "--out", tmp_path / "set", *FAST)
+    result = call("generate", "heart", "--model", "no-such-model", *about)
+    assert (result.exit_code, "none of the 1" in result.output) == (2, True), result.output

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from kspec_guidance import encode_reference
 from kspec_guidance.cli import app
 from kspec_guidance.evaluation.embedders import ImageEmbedder, embed_files
-from kspec_guidance.evaluation.image_sets import load_images
+from kspec_guidance.evaluation.image_sets import folder_captions, load_images
 from kspec_guidance.evaluation.page import write_page
 from kspec_guidance.evaluation.sets import evaluate_set
 from kspec_guidance.utils import images as images_module
+from kspec_guidance.utils.images import SourceError, read_folder
 from tests import tiny
 from tests.evaluation.files import RED, encoded, lines, prompts, reds, tar_bytes, write
 
@@ -161,3 +162,38 @@ def test_images_of_full_size_are_held_one_at_a_time(reader, tmp_path, monkeypatc
         READERS[reader](tmp_path)
     assert len(alive) >= 40
     assert max(alive) <= 3  # the image, the one before, and a copy
+
+
+def test_captions_of_a_folder_are_in_the_order_in_which_its_images_are_read(tmp_path):
+    (tmp_path / "sub").mkdir()
+    shades = {"b.png": 10, "a.png": 20, "sub/c.png": 30, "a.jpg": 40}
+    for name, shade in shades.items():
+        Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / name)
+    listed = [("b.png", "10"), ("a.png", "20"), ("sub/c.png", "30"), ("a.jpg", "40")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(f'{{"file_name": "{n}", "text": "{t}"}}' for n, t in listed))
+    captions = folder_captions(tmp_path)
+    shown = [image.getpixel((0, 0))[0] for image in read_folder(tmp_path)]
+    assert [abs(int(c) - s) <= 1 for c, s in zip(captions, shown, strict=True)] == [True] * 4
+
+
+def test_texts_beside_the_images_of_a_folder_are_captions(tmp_path):
+    for k, text in enumerate(("a red square", "a green one")):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text(text + "\n")
+    assert folder_captions(tmp_path) == ["a red square", "a green one"]
+    (tmp_path / "1.txt").unlink()
+    with pytest.raises(SourceError, match=r"1 of the 2 in .* has one: put metadata.jsonl .* without a caption: 1.png$"):
+        folder_captions(tmp_path)
+    (tmp_path / "other.txt").write_text("a blue one")
+    with pytest.raises(SourceError, match=r"without a caption: 1.png; captions of no image: other.txt \(no such image\)"):
+        folder_captions(tmp_path)
+    (tmp_path / "0.txt").unlink()
+    with pytest.raises(SourceError, match="none of the 2"):
+        folder_captions(tmp_path)
+
+
+def test_captions_of_a_folder_need_a_folder_of_images(tmp_path):
+    with pytest.raises(SourceError, match="contains no images"):
+        folder_captions(tmp_path)
+    with pytest.raises(SourceError, match="is not a folder of images"):
+        folder_captions(tmp_path / "none")
