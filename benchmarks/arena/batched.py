@@ -5,6 +5,7 @@ test holds the two to the same samples.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +43,8 @@ class Setting:
         exponential: that of the kernel :class:`~kspec_guidance.kernels.ExpCosineKernel` in place of cosines.
         early: OSCAR's size of moves, ``scale sigma^2 / alpha`` times the norm of the noise, in place of the fade; and its
             projection off the velocity.
+        c: the factor of the kernel in the log determinant.
+        dpp: DiverseFlow instead, its gradient through the denoiser, with this ``h``; its weight is ``scale``.
         calls: calls of the pipeline; a memory holds the samples of all calls before.
         images: samples of each call; by default the bed's.
         recall: how the memory repels: ``none``, ``all`` or ``nearest``, as in the package; ``all, same step`` compares with
@@ -66,6 +69,8 @@ class Setting:
     images: int | None = None
     recall: str = "all"
     share: float | None = None
+    c: float = 4.0
+    dpp: float = 0.0
 
 
 def norms(x: Tensor) -> Tensor:
@@ -109,13 +114,13 @@ def ascent(u: Tensor, order: float, memory: Tensor, unit: bool = True) -> Tensor
     return g - (g * u).sum(-1, keepdim=True) * u if unit else g
 
 
-def log_det_ascent(u: Tensor, exponential: bool, memory: Tensor) -> Tensor:
-    """Ascent direction of ``log det(I + 4 K)`` of unit rows, K their cosines or those of ``exp``."""
+def log_det_ascent(u: Tensor, exponential: bool, memory: Tensor, c: float = 4.0) -> Tensor:
+    """Ascent direction of ``log det(I + c K)`` of unit rows, K their cosines or those of ``exp``."""
     n, z = u.shape[1], torch.cat([u, memory], 1).double()
     k = z @ z.mT
     slope = k.exp() if exponential else torch.ones_like(k)
     k = k.expm1() / math.expm1(1) if exponential else k
-    inverse = torch.linalg.inv(torch.eye(z.shape[1], dtype=z.dtype) + 4 * k)
+    inverse = torch.linalg.inv(torch.eye(z.shape[1], dtype=z.dtype) + c * k)
     g = ((inverse * slope)[:, :n] @ z).float()
     return g - (g * u).sum(-1, keepdim=True) * u
 
@@ -127,6 +132,23 @@ def away_from(u: Tensor, seen: Tensor, memory: Tensor, ratio: float) -> Tensor:
     z = z / z.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
     mean = (sharpness(ratio) * z).softmax(-1) @ memory
     return (mean * u).sum(-1, keepdim=True) * u - mean
+
+
+def dpp_ascent(predict: Callable[[Tensor], Tensor], x: Tensor, h: float) -> Tensor:
+    """Ascent direction in noisy samples ``[cases, n, d]`` of the likelihood of a determinantal point process.
+
+    It is ``log det L - log det(L + I)`` of the predictions, ``L_ij = exp(-h |x_i - x_j|^2 / (2 median))``.
+    """
+    off = ~torch.eye(x.shape[1], dtype=torch.bool)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        x0 = predict(x).double()
+        d2 = (x0[:, :, None] - x0[:, None]).square().sum(-1)
+        median = d2.detach()[:, off].median(1).values.clamp_min(1e-12)[:, None, None]
+        l, eye = torch.exp(-h * d2 / (2 * median)), torch.eye(x.shape[1], dtype=x0.dtype)
+        value = torch.logdet(l + 1e-6 * eye) - torch.logdet(l + eye)
+        (g,) = torch.autograd.grad(value.sum(), x)
+    return torch.nan_to_num(g)
 
 
 def to_one(g: Tensor) -> Tensor:
@@ -141,7 +163,7 @@ def noise_in(x: Tensor, alpha: float, sigma: float, log_shares: Tensor, model: E
     return sigma / variance * (x - (log_shares - away2 / (2 * variance)).softmax(-1) @ centres)
 
 
-def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = None, first: bool = False) -> Tensor:
+def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = None, first: int = 0) -> Tensor:
     """Finished samples ``[cases, n, d]`` of all cases.
 
     Args:
@@ -149,7 +171,7 @@ def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = Non
         cases: prompts and seeds.
         setting: the guide.
         start: noises ``[cases, n, d]`` of a single call; by default those that the bed itself would use.
-        first: return the clean predictions of the first step instead.
+        first: return the clean predictions of this step instead, counted from 1.
     """
     found, steps = [], []
     for call in range(setting.calls):
@@ -164,7 +186,7 @@ def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = Non
 
 
 def one_call(
-    bed: Analytic, cases: list, setting: Setting, x: Tensor, found: list, steps: list, first: bool
+    bed: Analytic, cases: list, setting: Setting, x: Tensor, found: list, steps: list, first: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Finished samples of one call and its clean predictions, given those of the calls before."""
     predictions: list[Tensor] = []
@@ -181,14 +203,21 @@ def one_call(
         alpha, sigma = levels[k] ** 0.5, (1 - levels[k]) ** 0.5
         fraction = k / bed.steps
         fade = math.cos(fraction / setting.stop * math.pi / 2) ** 2 if fraction < setting.stop - 1e-9 else 0.0
-        cond, uncond = (noise_in(x, alpha, sigma, log_shares, bed.model) for log_shares in (with_prompt, without))
         usual = own if fraction >= setting.until else lower
         weight = usual if setting.ease is None else usual - max(usual - setting.ease, 0.0) * fade
-        e = uncond + weight * (cond - uncond)
+
+        def noises(x: Tensor, alpha: float = alpha, sigma: float = sigma, weight: float = weight) -> tuple[Tensor, ...]:
+            cond, uncond = (noise_in(x, alpha, sigma, log_shares, bed.model) for log_shares in (with_prompt, without))
+            return cond, uncond, uncond + weight * (cond - uncond)
+
+        cond, uncond, e = noises(x)
         x0 = (x - sigma * e) / alpha
-        if first:
+        if k + 1 == first:
             return x0, predictions
-        strength = setting.scale or setting.variety
+        strength = 0.0 if setting.dpp else setting.scale or setting.variety
+        if setting.dpp:
+            g = dpp_ascent(lambda y, a=alpha, s=sigma, at=noises: (y - s * at(y)[2]) / a, x, setting.dpp)
+            x0 = x0 + setting.scale * sigma**2 / alpha * norms(e) * to_one(g)
         if (setting.early or fade) and strength:
             u, memory = normalize(x0, dim=-1), finished
             if setting.recall == "all, same step" and found:
@@ -197,8 +226,10 @@ def one_call(
             rows = memory[:, :0] if recalled else memory
             if not setting.unit:
                 g = ascent(x0, setting.order, rows, unit=False) * norms(x0)
+            elif setting.log_det:
+                g = log_det_ascent(u, setting.exponential, rows, setting.c)
             else:
-                g = log_det_ascent(u, setting.exponential, rows) if setting.log_det else ascent(u, setting.order, rows)
+                g = ascent(u, setting.order, rows)
             if recalled:
                 seen = x if setting.recall == "nearest" else x0
                 g = to_one(g) + to_one(away_from(u, seen, memory, sigma / alpha))

@@ -10,6 +10,7 @@ from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import CALL_SEEDS
 from benchmarks.easing import GUARDED
 from kspec_guidance import SPARKE, KernelGuidance, VendiGuidance
+from kspec_guidance.bench.methods.diverseflow import DiverseFlow
 from kspec_guidance.bench.methods.oscar import OSCAR
 from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS
 from kspec_guidance.kernels import GaussianKernel
@@ -104,3 +105,20 @@ def test_batched_mixture_without_projections_is_the_package(unit: bool) -> None:
     with torch.no_grad():
         found = run(bed, [case], setting)[0]
     torch.testing.assert_close(found, wanted.flatten(1), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "method"),
+    [
+        (Setting(scale=0.5, log_det=True, early=True, c=20.0), OSCAR(weight=0.5, noise_weight=0.0, c=20.0)),
+        (Setting(scale=0.5, dpp=0.9), DiverseFlow(weight=0.5, h=0.9)),
+    ],
+)
+def test_batched_rivals_are_the_methods_on_each_case(setting, method):
+    bed = Analytic(8, skewed=False)
+    case = bed.cases("report", 1)[0]
+    with torch.no_grad():
+        found = run(bed, [case], setting)[0]
+        with method.attach(bed.pipe):
+            wanted = bed.run(case, bed.images).flatten(1)
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
