@@ -25,7 +25,15 @@ ROOT = Path(__file__).parents[2]
 PRESETS = {m: m.replace(LOG_DET, "log det").replace(OURS, "`vivid`").replace(DEFAULT, "`default`") for m in OWN}
 FOR_USERS = {m: name for m, name in PRESETS.items() if m in OWN[:3]}
 PAGES = {  # the tables that each page of the documentation holds, between markers
-    "toward-style.md": ("style", "style_diversity", "style_transformers", "style_mixed", "style_memory", "style_tones"),
+    "toward-style.md": (
+        "style",
+        "style_diversity",
+        "style_transformers",
+        "style_mixed",
+        "style_memory",
+        "style_tones",
+        "style_captions",
+    ),
     "arena/settings.md": ("settings",),
     "arena.md": ("gains",),
     "arena/setup.md": ("beds", "judges"),
