@@ -39,7 +39,7 @@ from kspec_guidance.statistics import jackknife
 from kspec_guidance.synthesis.arm_models import ArmModels
 from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.generator import Generator, check_call
-from kspec_guidance.synthesis.records import Record, unpack_tensors
+from kspec_guidance.synthesis.records import LISTED, LOST, Record, unpack_tensors
 from kspec_guidance.synthesis.schedule import BANDWIDTH, MIN_TARGET_IMAGES, Job, Sample, next_batch
 from kspec_guidance.utils.arguments import choices
 
@@ -315,7 +315,7 @@ class ArmChoice:
             return
         arm, cost = self.number[record.arm["arm"]], record.arm["cost"]
         rows = [(row, x) for row, x in zip(record.rows, unit_features(record), strict=True)]
-        rows += [(row, None) for row in record.rejected if row["reason"] != "lost"]
+        rows += [(row, None) for row in record.rejected if row["reason"] not in (LOST, LISTED)]
         for row, x in rows:
             context = self.contexts.get(row["prompt"])
             if "context" in self.selector.needs and context is None:  # a prompt that the run had before

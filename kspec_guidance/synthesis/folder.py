@@ -75,7 +75,7 @@ def unpack_earlier(store: Store, force: bool = False) -> None:
         for rank in store.ranks(epoch):
             for path in store.paths(epoch, rank):
                 try:
-                    unpack_images(store, storage, store.read(path, epoch, rank, set(), tensors=False))
+                    unpack_images(store, storage, store.read(path, epoch, rank, {}, tensors=False))
                 except CheckpointError:
                     if not force:
                         raise

@@ -14,6 +14,8 @@ from kspec_guidance.synthesis.errors import CheckpointError
 
 __all__ = [
     "IMAGE",
+    "LISTED",
+    "LOST",
     "Record",
     "RecordTensors",
     "json_row",
@@ -28,6 +30,7 @@ IMAGE = re.compile(r"\d{6,}-\d{4,}\.png")
 FILE_NAME = re.compile(r"\d{4,}/" + IMAGE.pattern)
 IMAGES = re.compile(r"images/\d{6,}-\d{6,}-\d{6,}\.safetensors")
 TARGET = "target."
+LOST, LISTED = "lost", "on the list of names to drop"  # why images are left out that were finished
 
 
 @dataclass
@@ -65,11 +68,11 @@ class Record:
         about |= {name: value for name in ("arm", "time", "lease") if (value := getattr(self, name)) is not None}
         return about
 
-    def without(self, lost: set[str]) -> "Record":
-        """A copy in which the images with these file names count as rejected."""
+    def without(self, lost: Mapping[str, str]) -> "Record":
+        """A copy in which the images with these file names count as rejected, for the reason of each."""
         keep = [k for k, row in enumerate(self.rows) if row["file_name"] not in lost]
         rejected = [
-            {"prompt": row["prompt"], "attempt": row["attempt"], "reason": "lost"}
+            {"prompt": row["prompt"], "attempt": row["attempt"], "reason": lost[row["file_name"]]}
             for row in self.rows
             if row["file_name"] in lost
         ]

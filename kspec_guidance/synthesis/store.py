@@ -22,7 +22,7 @@ import filelock
 from kspec_guidance.memory.io import MemoryFileError, read_about, read_tensors, write_tensors
 from kspec_guidance.synthesis.columns import TYPES, column_types
 from kspec_guidance.synthesis.errors import CheckpointError, FolderError, SettingsChangedError, disk_errors
-from kspec_guidance.synthesis.records import IMAGE, Record, json_row, record_of
+from kspec_guidance.synthesis.records import IMAGE, LISTED, LOST, Record, json_row, record_of
 from kspec_guidance.synthesis.settings import differences
 from kspec_guidance.utils.atomic_io import replace_all, replacing
 from kspec_guidance.utils.messages import warn_user
@@ -154,15 +154,15 @@ class Store:
         changed = differences(old, settings)
         if rows and changed and not force:
             raise SettingsChangedError(self.out, changed, len(rows))
-        gone = sorted({*missing, *self._to_drop(rows, drop)})
+        gone = dict.fromkeys(sorted(missing), LOST) | dict.fromkeys(sorted(self._to_drop(rows, drop)), LISTED)
         if not epochs or changed or damaged or gone:
             self._new_epoch(self.epoch + 1 if epochs else 0, settings, gone)
-        return sorted((row for row in rows if row["file_name"] not in set(gone)), key=lambda row: row["file_name"])
+        return sorted((row for row in rows if row["file_name"] not in gone), key=lambda row: row["file_name"])
 
     def _to_drop(self, rows: list[dict[str, Any]], drop: Collection[str]) -> set[str]:
         """The finished images among those to drop; names that were dropped before are not there any more."""
         finished = {row["file_name"] for row in rows}
-        unknown = sorted(set(drop) - finished - self.lost_images())
+        unknown = sorted(set(drop) - finished - self.lost_images().keys())
         if unknown:
             raise FolderError(
                 f"{len(unknown)} of {len(drop)} names to drop are no images of {self.out}, for instance {unknown[0]!r}; "
@@ -206,12 +206,12 @@ class Store:
                 "load_dataset could not read the set; give the columns as before, or choose another folder"
             )
 
-    def _new_epoch(self, number: int, settings: dict[str, Any], missing: list[str]) -> None:
+    def _new_epoch(self, number: int, settings: dict[str, Any], gone: dict[str, str]) -> None:
         self.epoch = number
         with disk_errors(self.out):
             self.folder(number).mkdir(parents=True, exist_ok=True)
-        if missing:
-            self._write_json(self.folder(number) / "gone.json", missing)
+        if gone:
+            self._write_json(self.folder(number) / "gone.json", gone)
         self._write_json(self.folder(number) / "settings.json", settings)
 
     def _read_rows(self, force: bool) -> tuple[list[dict[str, Any]], bool]:
@@ -292,7 +292,7 @@ class Store:
         for path in self.paths(self.epoch, rank)[first:last]:
             yield self.read(path, self.epoch, rank, lost)
 
-    def read(self, path: Path, epoch: int, rank: int, lost: set[str], tensors: bool = True) -> Record:
+    def read(self, path: Path, epoch: int, rank: int, lost: Mapping[str, str], tensors: bool = True) -> Record:
         """Read one record; images in ``lost`` count as rejected.
 
         Raises:
@@ -305,9 +305,16 @@ class Store:
         record = record_of(about, data, epoch, rank, path)
         return record.without(lost) if any(row["file_name"] in lost for row in record.rows) else record
 
-    def lost_images(self) -> set[str]:
-        """File names of images that were lost after they were finished; ``force`` makes others instead."""
-        return {name for path in self.state.glob("epoch-*/gone.json") for name in json.loads(path.read_text())}
+    def lost_images(self) -> dict[str, str]:
+        """Images that were left out after they were finished, by file name: lost, or on a list of names to drop.
+
+        Earlier versions wrote names without reasons.
+        """
+        found: dict[str, str] = {}
+        for path in self.state.glob("epoch-*/gone.json"):
+            gone = json.loads(path.read_text())
+            found |= gone if isinstance(gone, dict) else dict.fromkeys(gone, LOST)
+        return found
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows in the order of prompts and attempts."""

@@ -19,6 +19,7 @@ def test_repeated_images_of_any_prompt_are_listed_and_others_are_made_in_their_p
     assert len(left) == 12
     assert not left & set(names[:2])
     assert not (tmp_path / names[0]).exists()
+    assert "on the list of names to drop 2" in (tmp_path / "README.md").read_text()
     assert make(tmp_path, pipe, ["heart", "red heart"], 6, 6, call=CALL, drop=names[:2]).made == 0  # the same command
 
 

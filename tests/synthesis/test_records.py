@@ -17,7 +17,7 @@ def test_packed_tensors_are_restored(g):
 
 def test_lost_images_count_as_rejected():
     rows = [{"file_name": f"{k}.png", "prompt": "heart", "attempt": k} for k in range(2)]
-    record = Record(0, 0, 7, rows, [], {"x": torch.eye(2)}).without({"0.png"})
+    record = Record(0, 0, 7, rows, [], {"x": torch.eye(2)}).without({"0.png": "lost"})
     assert (record.batch_index, record.rows) == (7, rows[1:])
     assert record.rejected == [{"prompt": "heart", "attempt": 0, "reason": "lost"}]
     assert torch.equal(record.tensors["x"], torch.eye(2)[1:])
