@@ -1,9 +1,12 @@
 """A pipeline's baseline: samples that it makes without guidance, over many prompts, kept in the user's cache."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -55,7 +58,8 @@ def make_baseline(
 
     Made once for a pipeline and its settings, and then read from the user's cache (``$KSPEC_GUIDANCE_HOME`` or
     ``~/.cache/kspec_guidance``): for the same networks and adapters in the same precision, scheduler, prompts, ``call`` and
-    ``seed``. With a function in ``call`` nothing is kept. A broken off run is continued. Samples are not decoded.
+    ``seed``. With a function in ``call`` nothing is kept. A broken off run is continued. Of several processes with the same
+    cache one makes the samples, and the others wait for them. Samples are not decoded.
 
     Args:
         pipe: any text-to-image pipeline.
@@ -99,7 +103,28 @@ def make_baseline(
         )
     key = _key(pipe, prompts, call, int(seed)) if cache else None
     file = None if key is None else _File(key)
-    rows = [] if file is None else list(file.read()[:n])
+    about = (pipe, prompts, n, batch_size, int(seed), call, file, progress_callback)
+    if file is None:
+        return _completed([], *about)
+    rows = list(file.read()[:n])
+    if len(rows) == n:
+        return torch.stack(rows)
+    with file.alone(lambda number: None if progress_callback is None else progress_callback(min(number, n), n)):
+        return _completed(list(file.read()[:n]), *about)
+
+
+def _completed(
+    rows: list[Tensor],
+    pipe: Any,
+    prompts: list[str],
+    n: int,
+    batch_size: int,
+    seed: int,
+    call: dict[str, Any],
+    file: "_File | None",
+    progress_callback: Callable[[int, int], None] | None,
+) -> Tensor:
+    """A baseline's first samples and those that are missing; the file is written now and then, and at the end."""
     guide, saved = SPARKE(variety=0), len(rows)  # plain sampling, bit for bit; the guide hands the samples over
     guide.remember = False
     try:
@@ -263,6 +288,30 @@ class _File:
         """Rows ``[k, ...]``; none if there is no file."""
         rows = self._known() if self.path.is_file() else None
         return torch.empty(0) if rows is None else rows
+
+    @contextmanager
+    def alone(self, progress: Callable[[int], None]) -> Iterator[None]:
+        """Wait until no other process makes this baseline; the lock of one that died counts no longer.
+
+        Where a folder cannot be written or locked, there is no waiting.
+
+        Args:
+            progress: called each second of waiting with the number of rows that there are.
+        """
+        lock = filelock.FileLock(self.path.parent.parent / "locks" / f"{self.path.stem}.lock", timeout=1)
+        try:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            while not lock.is_locked:
+                try:
+                    lock.acquire()
+                except filelock.Timeout:
+                    progress(len(self.read()))
+        except (OSError, NotImplementedError):
+            pass
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write(self, rows: Tensor) -> None:
         """Write all rows, atomically. Where that fails, a warning says so: the samples themselves are not lost."""

@@ -1,5 +1,7 @@
 """Baselines of a pipeline: what they are, their cache, and that they move a style at one prompt a batch."""
 
+import threading
+import time
 import warnings
 
 import pytest
@@ -230,6 +232,28 @@ def test_captions_beside_the_images_of_a_folder_are_those_in_a_list(pipe, home, 
     (folder / "1.txt").unlink()
     with pytest.raises(ValueError, match=r"without a caption: 1\.png"):
         toward_reference(pipe, folder, captions=True, **about)
+
+
+def test_two_processes_make_a_baseline_once(pipe, home):
+    made, waited = [], []
+
+    def other():  # begins when the first has made one of three samples
+        found.append(make_baseline(load_demo_pipeline(), n=3, call=CALL, progress_callback=lambda k, n: waited.append(k)))
+
+    def progress(k, n):
+        made.append(k)
+        if k == 1:
+            thread.start()
+            while not waited:  # for the first, and so for its lock
+                time.sleep(0.05)
+
+    found, thread = [], threading.Thread(target=other)
+    first = make_baseline(pipe, n=3, batch_size=1, call=CALL, progress_callback=progress)
+    thread.join()
+    assert made == [1, 2, 3]
+    assert waited[0] == 0  # it reads what the first has written, and makes none of its own
+    assert torch.equal(found[0], first)
+    assert len(list(home.iterdir())) == 1
 
 
 def test_one_line_takes_the_size_of_the_call(home, tmp_path):
