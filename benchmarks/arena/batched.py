@@ -46,6 +46,9 @@ class Setting:
         c: the factor of the kernel in the log determinant.
         dpp: DiverseFlow instead, its gradient through the denoiser, with this ``h``; its weight is ``scale``.
         calls: calls of the pipeline; a memory holds the samples of all calls before.
+        sizes: strength of each step in place of the fade, relative to ``scale``.
+        by_spread: largest part of classifier-free guidance in a prediction, relative to the median distance of the
+            predictions of a prompt without it.
         images: samples of each call; by default the bed's.
         recall: how the memory repels: ``none``, ``all`` or ``nearest``, as in the package; ``all, same step`` compares with
             the predictions of earlier calls at the same step instead, and ``nearest to x0`` asks which rows the clean
@@ -71,6 +74,8 @@ class Setting:
     share: float | None = None
     c: float = 4.0
     dpp: float = 0.0
+    sizes: tuple[float, ...] | None = None
+    by_spread: float | None = None
 
 
 def norms(x: Tensor) -> Tensor:
@@ -155,6 +160,20 @@ def to_one(g: Tensor) -> Tensor:
     return g / norms(g).amax(1, keepdim=True).clamp_min(1e-30)
 
 
+def weight_by_spread(bound: float, own: float, with_prompt: Tensor, added: Tensor) -> Tensor:
+    """The weight of classifier-free guidance ``[cases, 1, 1]`` at which it adds at most ``bound`` of the spread.
+
+    Args:
+        bound: norm of what it adds, relative to the median distance of predictions of a prompt.
+        own: the pipeline's weight, which is not exceeded.
+        with_prompt: clean predictions with the prompt ``[cases, n, d]``.
+        added: those less predictions without the prompt.
+    """
+    n = with_prompt.shape[1]
+    apart = torch.cdist(with_prompt, with_prompt)[:, ~torch.eye(n, dtype=torch.bool)].median(1).values[:, None, None]
+    return 1 + (bound * apart / norms(added).mean(1, keepdim=True).clamp_min(1e-30)).clamp_max(own - 1)
+
+
 def noise_in(x: Tensor, alpha: float, sigma: float, log_shares: Tensor, model: ExactDenoiser) -> Tensor:
     """The noise in ``x = alpha x0 + sigma noise``, as :class:`ExactDenoiser` predicts it."""
     variance = (alpha * model.std) ** 2 + sigma**2
@@ -203,6 +222,7 @@ def one_call(
         alpha, sigma = levels[k] ** 0.5, (1 - levels[k]) ** 0.5
         fraction = k / bed.steps
         fade = math.cos(fraction / setting.stop * math.pi / 2) ** 2 if fraction < setting.stop - 1e-9 else 0.0
+        fade = fade if setting.sizes is None else setting.sizes[k]
         usual = own if fraction >= setting.until else lower
         weight = usual if setting.ease is None else usual - max(usual - setting.ease, 0.0) * fade
 
@@ -211,6 +231,9 @@ def one_call(
             return cond, uncond, uncond + weight * (cond - uncond)
 
         cond, uncond, e = noises(x)
+        if setting.by_spread is not None:
+            bounded = weight_by_spread(setting.by_spread, own, (x - sigma * cond) / alpha, sigma / alpha * (cond - uncond))
+            e = uncond + bounded * (cond - uncond)
         x0 = (x - sigma * e) / alpha
         if k + 1 == first:
             return x0, predictions
