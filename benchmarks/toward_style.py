@@ -136,7 +136,8 @@ def different(judge: DemoJudge, rows: torch.Tensor, prompt: str) -> int:
     """Number of different emoji and skin tones, whatever their style, among images that show what the prompt describes."""
     p, described = judge.probabilities(rows), judge.described(prompt)
     kinds = [(m["code"], m["tone"]) for m in judge.emoji]
-    first = torch.tensor([kinds.index(kind) for kind in kinds])  # both styles of an emoji have one place
+    places: dict[tuple[str, str], int] = {}
+    first = torch.tensor([places.setdefault(kind, k) for k, kind in enumerate(kinds)])  # one place for both styles
     by_kind = torch.zeros_like(p).index_add_(1, first, torch.where(described, p, 0))
     return len(set(by_kind.argmax(1)[described[p.argmax(1)]].tolist()))
 

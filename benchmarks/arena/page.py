@@ -12,7 +12,7 @@ from typing import Any
 from kspec_guidance.bench.fronts import Standing, runs_needed
 from kspec_guidance.bench.methods import METHODS
 
-from .. import agreement, clips, digits_target, several_calls, toward_style
+from .. import agreement, clips, digits_target, several_calls, style_early, toward_style
 from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS
@@ -28,6 +28,7 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "toward-style.md": (
         "style",
         "style_diversity",
+        "style_early",
         "style_transformers",
         "style_mixed",
         "style_captions",
@@ -384,6 +385,7 @@ def write(folder: Path, docs: Path) -> None:
         "easing": tables(folder / "easing.json"),
         "agreement": agreement.tables(read(folder / "agreement.json")),
         **toward_style.parts(read(folder.parent / "toward_style.json").get("rows", [])),
+        "style_early": style_early.early_table(read(folder.parent / "style_early.json").get("rows", [])),
         "digits_target": digits_target.tables(read(folder.parent / "digits_target.json").get("rows", [])),
         "clips": clips.tables(read(folder.parent / "clips.json")),
     }  # fmt: skip
