@@ -41,6 +41,16 @@ def random_features(reference: Tensor, scale: float) -> MMDGuidance:
     return MMDGuidance(reference, scale, feature_map=RandomFourierFeatures(kernel, rows.shape[1], 4096))
 
 
+def narrow(share: float) -> Make:
+    """Fading moves by a Gaussian kernel at this share of the median distance."""
+
+    def make(reference: Tensor, scale: float) -> MMDGuidance:
+        median = float(GaussianKernel().fit(reference.flatten(1)).bandwidth or 0)
+        return MMDGuidance(reference, scale, GaussianKernel(share * median), transforms=FADING)
+
+    return make
+
+
 def settings(plain: Tensor) -> list[tuple[str, int, Make | None, tuple[float, ...]]]:
     """Name, steps, guide and scales. ``plain`` are samples of the model, for a baseline."""
     return [
@@ -49,6 +59,7 @@ def settings(plain: Tensor) -> list[tuple[str, int, Make | None, tuple[float, ..
         ("Gaussian kernel", 8, lambda r, s: MMDGuidance(r, s), (0.3, 0.7, 1.5)),
         ("cubic kernel, fading moves", 8, lambda r, s: MMDGuidance(r, s, PolynomialKernel(), transforms=FADING), (1.5, 3)),
         ("Gaussian kernel, fading moves", 8, lambda r, s: MMDGuidance(r, s, transforms=FADING), (1.0, 1.5, 2.0, 3.0)),
+        ("the same at 0.45 of the median distance", 8, narrow(0.45), (2.5,)),
         ("cubic kernel, to 90% of the run", 8, lambda r, s: MMDGuidance(r, s, PolynomialKernel(), stop=0.9), (0.3,)),
         ("random features", 8, random_features, (0.7,)),
         ("a baseline in place of batch and memory", 8, lambda r, s: MMDGuidance(r, s, baseline=plain), (0.3, 1.0)),
