@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def make_baseline(
     Made once for a pipeline and its settings, and then read from the user's cache (``$KSPEC_GUIDANCE_HOME`` or
     ``~/.cache/kspec_guidance``): for the same networks and adapters in the same precision, scheduler, prompts, ``call`` and
     ``seed``. With a function in ``call`` nothing is kept. A broken off run is continued. Of several processes with the same
-    cache one makes the samples, and the others wait for them. Samples are not decoded.
+    cache one makes the samples, and the others wait for them; not in a process group, which may share one model. Samples
+    are not decoded.
 
     Args:
         pipe: any text-to-image pipeline.
@@ -103,59 +104,48 @@ def make_baseline(
         )
     key = _key(pipe, prompts, call, int(seed)) if cache else None
     file = None if key is None else _File(key)
-    about = (pipe, prompts, n, batch_size, int(seed), call, file, progress_callback)
-    if file is None:
-        return _completed([], *about)
-    rows = list(file.read()[:n])
+    rows = [] if file is None else list(file.read()[:n])
     if len(rows) == n:
         return torch.stack(rows)
-    with file.alone(lambda number: None if progress_callback is None else progress_callback(min(number, n), n)):
-        return _completed(list(file.read()[:n]), *about)
-
-
-def _completed(
-    rows: list[Tensor],
-    pipe: Any,
-    prompts: list[str],
-    n: int,
-    batch_size: int,
-    seed: int,
-    call: dict[str, Any],
-    file: "_File | None",
-    progress_callback: Callable[[int, int], None] | None,
-) -> Tensor:
-    """A baseline's first samples and those that are missing; the file is written now and then, and at the end."""
-    guide, saved = SPARKE(variety=0), len(rows)  # plain sampling, bit for bit; the guide hands the samples over
-    guide.remember = False
-    try:
-        with guide.attach(pipe):
-            while len(rows) < n:
-                batch = [prompts[k % len(prompts)] for k in range(len(rows), min(n, len(rows) + batch_size))]
-                noise = [torch.Generator().manual_seed(seed + k) for k in range(len(rows), len(rows) + len(batch))]
-                guide.finished.clear()
-                if len(batch) > 1:
-                    pipe(batch, generator=noise, output_type="latent", **call)
-                else:
-                    pipe(batch[0], generator=noise[0], output_type="latent", **call)
-                if not guide.finished:
-                    raise ValueError(f"{type(pipe).__name__} took no denoising step with {call}; give num_inference_steps")
-                found = torch.cat([f.features for f in guide.finished]).float().cpu()
-                if len(found) != len(batch):
-                    raise ValueError(
-                        f"{type(pipe).__name__} made {len(found)} samples of {len(batch)} prompts; give batch_size=1"
-                    )
-                if not torch.isfinite(found).all():
-                    raise ValueError(f"{type(pipe).__name__} made NaN or infinite samples of {batch}")
-                rows += list(found)
-                if progress_callback is not None:
-                    progress_callback(len(rows), n)
-                if file is not None and len(rows) - saved >= max(n // SAVES, 1):
-                    file.write(torch.stack(rows))
-                    saved = len(rows)
-    finally:  # also after Ctrl-C, so that the next call continues
-        if file is not None and len(rows) > saved:
-            file.write(torch.stack(rows))
+    # a process group may share one model, and then all must call it
+    alone = nullcontext() if file is None or _in_process_group() else file.alone(n, progress_callback)
+    with alone:
+        rows = rows if file is None else list(file.read()[:n])
+        guide, saved = SPARKE(variety=0), len(rows)  # plain sampling, bit for bit; the guide hands the samples over
+        guide.remember = False
+        try:
+            with guide.attach(pipe):
+                while len(rows) < n:
+                    numbers = range(len(rows), min(n, len(rows) + batch_size))
+                    batch = [prompts[k % len(prompts)] for k in numbers]
+                    rows += list(_made(pipe, guide, batch, [int(seed) + k for k in numbers], call))
+                    if progress_callback is not None:
+                        progress_callback(len(rows), n)
+                    if file is not None and len(rows) - saved >= max(n // SAVES, 1):
+                        file.write(torch.stack(rows))
+                        saved = len(rows)
+        finally:  # also after Ctrl-C, so that the next call continues
+            if file is not None and len(rows) > saved:
+                file.write(torch.stack(rows))
     return torch.stack(rows)
+
+
+def _made(pipe: Any, guide: SPARKE, prompts: list[str], seeds: list[int], call: dict[str, Any]) -> Tensor:
+    """Finished samples ``[n, ...]`` of one call, which the guide hands over."""
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    guide.finished.clear()
+    if len(prompts) > 1:
+        pipe(prompts, generator=noise, output_type="latent", **call)
+    else:
+        pipe(prompts[0], generator=noise[0], output_type="latent", **call)
+    if not guide.finished:
+        raise ValueError(f"{type(pipe).__name__} took no denoising step with {call}; give num_inference_steps")
+    found = torch.cat([f.features for f in guide.finished]).float().cpu()
+    if len(found) != len(prompts):
+        raise ValueError(f"{type(pipe).__name__} made {len(found)} samples of {len(prompts)} prompts; give batch_size=1")
+    if not torch.isfinite(found).all():
+        raise ValueError(f"{type(pipe).__name__} made NaN or infinite samples of {prompts}")
+    return found
 
 
 def toward_reference(
@@ -265,6 +255,11 @@ def _key(pipe: Any, prompts: list[str], call: dict[str, Any], seed: int) -> str 
     return hash_json([about | {"networks": states}, prompts, as_json(call), seed], 16)
 
 
+def _in_process_group() -> bool:
+    """Whether this process has joined others by ``torch.distributed``."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class _File:
     """The file of a baseline: safetensors, with a digest of the rows.
 
@@ -290,13 +285,14 @@ class _File:
         return torch.empty(0) if rows is None else rows
 
     @contextmanager
-    def alone(self, progress: Callable[[int], None]) -> Iterator[None]:
+    def alone(self, n: int, progress: Callable[[int, int], None] | None) -> Iterator[None]:
         """Wait until no other process makes this baseline; the lock of one that died counts no longer.
 
         Where a folder cannot be written or locked, there is no waiting.
 
         Args:
-            progress: called each second of waiting with the number of rows that there are.
+            n: number of rows that are wanted.
+            progress: called each second of waiting with the number of rows that there are, and ``n``.
         """
         lock = filelock.FileLock(self.path.parent.parent / "locks" / f"{self.path.stem}.lock", timeout=1)
         try:
@@ -305,8 +301,9 @@ class _File:
                 try:
                     lock.acquire()
                 except filelock.Timeout:
-                    progress(len(self.read()))
-        except (OSError, NotImplementedError):
+                    if progress is not None:
+                        progress(min(len(self.read()), n), n)
+        except (OSError, NotImplementedError):  # the latter where a platform has no locks
             pass
         try:
             yield

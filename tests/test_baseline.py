@@ -256,6 +256,13 @@ def test_two_processes_make_a_baseline_once(pipe, home):
     assert len(list(home.iterdir())) == 1
 
 
+def test_processes_of_a_group_do_not_wait_for_each_other(pipe, home, monkeypatch):
+    """They may share one model, which none can call alone."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr("filelock.FileLock", lambda *args, **kwargs: pytest.fail("waits"))
+    assert len(make_baseline(pipe, n=2, call=CALL)) == 2
+
+
 def test_one_line_takes_the_size_of_the_call(home, tmp_path):
     pipe = tiny.build("StableDiffusionPipeline")
     image = pipe("a", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
