@@ -59,7 +59,7 @@ def settings(plain: Tensor) -> list[tuple[str, int, Make | None, tuple[float, ..
         ("Gaussian kernel", 8, lambda r, s: MMDGuidance(r, s), (0.3, 0.7, 1.5)),
         ("cubic kernel, fading moves", 8, lambda r, s: MMDGuidance(r, s, PolynomialKernel(), transforms=FADING), (1.5, 3)),
         ("Gaussian kernel, fading moves", 8, lambda r, s: MMDGuidance(r, s, transforms=FADING), (1.0, 1.5, 2.0, 3.0)),
-        ("the same at 0.45 of the median distance", 8, narrow(0.45), (2.5,)),
+        ("Gaussian kernel at 0.45 of the median distance, fading moves", 8, narrow(0.45), (2.5,)),
         ("cubic kernel, to 90% of the run", 8, lambda r, s: MMDGuidance(r, s, PolynomialKernel(), stop=0.9), (0.3,)),
         ("random features", 8, random_features, (0.7,)),
         ("a baseline in place of batch and memory", 8, lambda r, s: MMDGuidance(r, s, baseline=plain), (0.3, 1.0)),

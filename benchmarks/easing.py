@@ -123,20 +123,22 @@ def judged(bed: Bed, samples: list[Tensor], cases: list[Case]) -> dict[str, Any]
     return about | {k: [float(f"{v:.5g}") for v in found[k]] for k in FIGURES}
 
 
+def joined(found: dict[str, Any]) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray, int]:
+    """A bed's figures by setting, over the blocks that all settings have; weights of the bootstrap; the number of seeds."""
+    settings = {label: list(by.values()) for label, by in found["settings"].items() if by}
+    number = min(map(len, settings.values()))
+    figures = {k: {f: np.concatenate([block[f] for block in v[:number]]) for f in FIGURES} for k, v in settings.items()}
+    seeds = sum(block["seeds"] for block in next(iter(settings.values()))[:number])
+    return figures, weights(found["prompts"] * number), seeds
+
+
 def table(name: str, found: dict[str, Any]) -> str:
     """Changes against plain sampling with 95% intervals over prompts and seeds, of the blocks that all settings have."""
-    number = min(len(by) for by in found["settings"].values())
-    prompts = found["prompts"] * number
-    w = weights(prompts)
-
-    def blocks(label: str) -> dict[str, np.ndarray]:
-        kept = list(found["settings"][label].values())[:number]
-        return {k: np.concatenate([block[k] for block in kept]) for k in FIGURES}
-
-    base, rows = blocks(PLAIN), []
+    figures, w, seeds = joined(found)
+    base, rows = figures[PLAIN], []
     rows.append([PLAIN, *(f"{base[k].mean():.3g}" for k in NAMES), ""])
-    for label in list(found["settings"])[1:]:
-        c, cells = change(blocks(label), base, w), []
+    for label in list(figures)[1:]:
+        c, cells = change(figures[label], base, w), []
         for k in NAMES:
             low, high = np.quantile(c[k], [0.025, 0.975])
             if k in ("modes", "frechet_distance"):
@@ -146,7 +148,6 @@ def table(name: str, found: dict[str, Any]) -> str:
         equal = c["kept"][0] >= -FIDELITY_LOSS
         agrees = c["agreement"][0] >= -FIDELITY_LOSS
         rows.append([label, *cells, ("yes" if agrees else "but agreement") if equal else "no"])
-    seeds = sum(block["seeds"] for block in list(found["settings"][PLAIN].values())[:number])
     title = f"{found['bed']}, CFG {found['guidance_scale']:g}, {found['steps']} steps, {seeds} seeds"
     return pages.table([title, *NAMES.values(), "equal quality"], rows)
 

@@ -31,10 +31,10 @@ from benchmarks.arena.batched import Setting, run
 from benchmarks.arena.beds import BEDS
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import Bed, Case
-from benchmarks.arena.harness import FIDELITY_LOSS
-from benchmarks.arena.quality import FIGURES, change
-from benchmarks.easing import judged, measure_settings
-from kspec_guidance.bench.fronts import matched, weights
+from benchmarks.arena.harness import FIDELITY_LOSS, Record
+from benchmarks.arena.quality import change
+from benchmarks.easing import joined, judged, measure_settings
+from kspec_guidance.bench.fronts import matched
 from kspec_guidance.bench.methods import METHODS
 from kspec_guidance.bench.methods.base import Method
 from kspec_guidance.bench.methods.selection import GroupInference, varied
@@ -65,15 +65,9 @@ def cost(bed: Bed, guide: str, keep: str) -> float:
     return 1.0 if keep == ONCE else float(CANDIDATES)
 
 
-def tuned(bed: Bed, guide: str, folder: Path = RESULTS) -> dict[str, float]:
-    """A method's parameters as the arena tuned them on a bed."""
-    name = bed.name.replace(", ", "--").replace(" ", "-")
-    return json.loads((folder / f"{name}.json").read_text("utf-8"))["methods"][guide]["tuned"]
-
-
 def method(bed: Bed, guide: str, factor: float) -> Method:
-    """A method with a multiple of its tuned strength."""
-    found = tuned(bed, guide)
+    """A method as the arena tuned it on a bed, with a multiple of its strength."""
+    found = Record(RESULTS, bed).of(guide)["tuned"]
     strength = METHODS[guide].strength
     return METHODS[guide](**{**found, strength: factor * found[strength]})
 
@@ -133,7 +127,7 @@ def chosen_starts(bed: Bed, cases: list[Case]) -> list[Tensor]:
     starts = [bed.start(case, CANDIDATES * bed.images) for case in cases]
     if isinstance(bed, Analytic):
         starts = [z.flatten(1) for z in starts]
-        found = list(run(bed, cases, Setting(), torch.stack(starts), first=look(bed)))
+        found = list(run(bed, cases, Setting(), torch.stack(starts), until=look(bed)))
     else:
         found = [GroupInference().predictions(bed, c, z, look(bed)) for c, z in zip(cases, starts, strict=True)]
     return [z[varied(x0.flatten(1), bed.images)] for z, x0 in zip(starts, found, strict=True)]
@@ -181,19 +175,12 @@ def table(name: str, found: dict[str, Any]) -> str:
     Figures are those at the strength that gains most at equal quality, else at the weakest.
     """
     bed = BEDS[name]()
-    measured = {k: v for k, v in found["settings"].items() if v}
-    number = min(len(by) for by in measured.values())
-    w = weights(found["prompts"] * number)
-
-    def figures(label: str) -> dict[str, np.ndarray]:
-        kept = list(measured[label].values())[:number]
-        return {k: np.concatenate([block[k] for block in kept]) for k in FIGURES}
-
-    base = figures(BASE)
+    measured, w, seeds = joined(found)
+    base = measured[BASE]
     fronts: dict[tuple[str, str], list[tuple[float, dict[str, np.ndarray]]]] = {}
     for label, (guide, factor, keep) in labels(GUIDES, FACTORS).items():
         if label in measured:
-            fronts.setdefault((keep, guide), []).append((factor, change(figures(label), base, w)))
+            fronts.setdefault((keep, guide), []).append((factor, change(measured[label], base, w)))
     rows = [[PLAIN, ONCE, "1", "", *(f"{base[k].mean():.3g}" for k in SHOWN), "", ""]]
     for (keep, guide), front in sorted(fronts.items(), key=lambda item: cost(bed, item[0][1], item[0][0])):
         if (keep, guide) == (ONCE, PLAIN):
@@ -206,7 +193,6 @@ def table(name: str, found: dict[str, Any]) -> str:
         assert best is not None
         behind = "" if ours is None or guide == GUIDES[0] else interval(best - ours)
         rows.append([guide, keep, f"{cost(bed, guide, keep):.3g}", strength, *cells, interval(best), behind])
-    seeds = sum(block["seeds"] for block in list(measured[BASE].values())[:number])
     title = f"{found['bed']}, {found['steps']} steps, {seeds} seeds"
     return pages.table(
         [title, "kept", "compute", "strength", *SHOWN.values(), "gain at equal quality", "less that of ours"], rows

@@ -33,9 +33,9 @@ from benchmarks.arena.beds import BEDS
 from benchmarks.arena.beds.analytic import Analytic
 from benchmarks.arena.beds.base import Bed, Case
 from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY
-from benchmarks.arena.quality import FIGURES, change
-from benchmarks.easing import PLAIN, judged, measure_settings
-from kspec_guidance.bench.fronts import matched, weights
+from benchmarks.arena.quality import change
+from benchmarks.easing import PLAIN, joined, judged, measure_settings
+from kspec_guidance.bench.fronts import matched
 from kspec_guidance.bench.methods.base import Method, Moment, guidance_of, norms, without
 from kspec_guidance.guidance.run import ascent_direction
 from kspec_guidance.guidance.transforms import fading
@@ -217,15 +217,8 @@ def share_settings(name: str) -> dict[str, Setting]:
 
 def changes(found: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """Bootstrap draws of the changes of all settings against plain sampling."""
-    number = min(len(by) for by in found["settings"].values())
-    w = weights(found["prompts"] * number)
-
-    def blocks(label: str) -> dict[str, np.ndarray]:
-        kept = list(found["settings"][label].values())[:number]
-        return {k: np.concatenate([block[k] for block in kept]) for k in FIGURES}
-
-    base = blocks(PLAIN)
-    return {label: change(blocks(label), base, w) for label in found["settings"] if label != PLAIN}
+    figures, w, _ = joined(found)
+    return {label: change(own, figures[PLAIN], w) for label, own in figures.items() if label != PLAIN}
 
 
 def goal(c: dict[str, np.ndarray]) -> float:

@@ -110,7 +110,7 @@ SETTINGS: dict[str, tuple[str | None, int, float]] = {
 
 def predictions(bed: Analytic, cases: list[Case], start: Tensor, length: str) -> Tensor:
     """What the model predicts from start noises ``[cases, n, d]``."""
-    return run(bed, cases, Setting(), start, first=int(length != "in one call"))
+    return run(bed, cases, Setting(), start, until=int(length != "in one call"))
 
 
 def chosen(bed: Analytic, cases: list[Case], start: Tensor, candidates: int, length: str) -> Tensor:

@@ -2,6 +2,7 @@
 
     python benchmarks/style_early.py    # measures what is missing
     python benchmarks/style_early.py --seeds 0 --page docs/toward-style.md    # only the table
+    python benchmarks/style_early.py --seeds 0 --pictures docs                # a grid, to look at
 
 Prompts, figures and seeds as in benchmarks/toward_style.py. The setting was chosen on the same prompts with four images of
 another seed (50). Settings are measured in the order of the list, each seed of all that share a number of seeds in turn.
@@ -22,6 +23,7 @@ from benchmarks.arena.beds.emoji import Emoji
 from benchmarks.pages import fill, table
 from benchmarks.toward_style import CALL, PROMPTS, clear, figures, references, samples, with_seed
 from kspec_guidance import MMDGuidance, load_demo_pipeline, make_baseline
+from kspec_guidance.plotting import side_by_side
 
 RESULTS = Path(__file__).parent / "results" / "style_early.json"
 STYLES = ("noto style", "twemoji style")
@@ -51,10 +53,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="at most, of each setting")
     parser.add_argument("--page", type=Path, help="write the table into this page")
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write a grid into this folder")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
     if options.seeds:
         measure(rows, options.seeds, options.json)
+    if options.pictures:
+        picture(options.pictures / "toward-emoji-early.png")
     if options.page:
         fill(options.page, {"style_early": early_table(rows)})
 
@@ -83,6 +88,23 @@ def measure(rows: list[dict[str, Any]], seeds: int, path: Path) -> None:
             row |= with_seed(row, figures(bed, style, made))
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+@torch.no_grad()
+def picture(path: Path) -> None:
+    """Four images of four prompts from the same noises: plain, and toward both styles at scale 1 and by early moves."""
+    bed = Emoji(pipe=load_demo_pipeline())
+    baseline = make_baseline(bed.pipe, n=200, batch_size=8, call=CALL)
+    guides: dict[str, MMDGuidance | None] = {"plain": None}
+    for style in STYLES:
+        latents, name = references(bed, style), style.split()[0].capitalize()
+        guides[f"{name}, scale 1"] = MMDGuidance(latents, baseline=baseline)
+        guides[f"{name}, early moves"] = MMDGuidance(latents, baseline=baseline, **EARLY, **HALF)
+    panels = {}
+    for label, guide in guides.items():
+        made = [bed.decode(samples(bed, guide, Case(prompt, k), 4)) for k, prompt in enumerate(PROMPTS[:4])]
+        panels[label] = [bed.pipe.image_processor.postprocess(x) for x in made]
+    side_by_side(panels, PROMPTS[:4], "embedded model, toward two styles").quantize(128).save(path, optimize=True)
 
 
 def early_table(rows: list[dict[str, Any]]) -> str:

@@ -182,7 +182,7 @@ def noise_in(x: Tensor, alpha: float, sigma: float, log_shares: Tensor, model: E
     return sigma / variance * (x - (log_shares - away2 / (2 * variance)).softmax(-1) @ centres)
 
 
-def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = None, first: int = 0) -> Tensor:
+def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = None, until: int = 0) -> Tensor:
     """Finished samples ``[cases, n, d]`` of all cases.
 
     Args:
@@ -190,7 +190,7 @@ def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = Non
         cases: prompts and seeds.
         setting: the guide.
         start: noises ``[cases, n, d]`` of a single call; by default those that the bed itself would use.
-        first: return the clean predictions of this step instead, counted from 1.
+        until: return the clean predictions of this step instead, counted from 1.
     """
     found, steps = [], []
     for call in range(setting.calls):
@@ -198,14 +198,14 @@ def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = Non
         if x is None:
             later = [replace(c, seed=c.seed + CALL_SEEDS * call) for c in cases]
             x = torch.stack([bed.start(c, setting.images or bed.images).flatten(1) for c in later])
-        x, predictions = one_call(bed, cases, setting, x, found, steps, first)
+        x, predictions = one_call(bed, cases, setting, x, found, steps, until)
         found.append(x)
         steps.append(predictions)
     return torch.cat(found, 1)
 
 
 def one_call(
-    bed: Analytic, cases: list, setting: Setting, x: Tensor, found: list, steps: list, first: int
+    bed: Analytic, cases: list, setting: Setting, x: Tensor, found: list, steps: list, until: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Finished samples of one call and its clean predictions, given those of the calls before."""
     predictions: list[Tensor] = []
@@ -235,7 +235,7 @@ def one_call(
             bounded = weight_by_spread(setting.by_spread, own, (x - sigma * cond) / alpha, sigma / alpha * (cond - uncond))
             e = uncond + bounded * (cond - uncond)
         x0 = (x - sigma * e) / alpha
-        if k + 1 == first:
+        if k + 1 == until:
             return x0, predictions
         strength = 0.0 if setting.dpp else setting.scale or setting.variety
         if setting.dpp:

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks import equal_compute as ec
 from benchmarks.arena.beds.analytic import Analytic
+from benchmarks.arena.quality import FIGURES
 
 
 def closest(x):
@@ -53,7 +54,7 @@ def test_the_table_has_the_gain_of_the_strength_that_keeps_quality():
 
     def block(modes, validity):
         noise = rng.normal(0, 1e-3, 2)
-        values = {k: [1.0, 1.0] for k in ec.FIGURES}
+        values = {k: [1.0, 1.0] for k in FIGURES}
         return values | {"modes": list(modes + noise), "on_data": [validity] * 2, "seeds": 5}
 
     settings = {ec.BASE: block(4, 0.9), "OSCAR x0.5, one each": block(6, 0.9), "OSCAR x1, one each": block(8, 0.1)}
