@@ -1,5 +1,7 @@
 """Group inference at equal compute: what is kept of more candidates, what it costs, and the table."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -64,3 +66,8 @@ def test_the_table_has_the_gain_of_the_strength_that_keeps_quality():
     cells = [cell.strip() for cell in rows[-1].split("|")]
     assert cells[1:6] == ["OSCAR", "one each", "1", "x0.5", "x1.50"]
     assert cells[-3].startswith("+5")
+
+
+def test_the_page_has_the_tables_of_the_results():
+    page = Path(__file__).parents[2] / "docs" / "arena" / "ablations.md"
+    assert ec.tables(ec.RESULTS / "equal_compute.json") in page.read_text("utf-8")
