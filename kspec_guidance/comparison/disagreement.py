@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kspec_guidance.comparison.joint import check_counts, joint_rows, simplest_turn, strongest
+from kspec_guidance.comparison.joint import check_counts, joint_rows, largest_first, simplest_turn, strongest
 from kspec_guidance.functional.inputs import KernelLike, as_kernel, check_matrix, on_host
 from kspec_guidance.functional.novelty import check_eta
 from kspec_guidance.kernels import Kernel
@@ -150,7 +150,7 @@ def _same_prompts(own: Tensor, shares: Tensor, others: Tensor, kernel: Kernel, a
     shares = shares / shares.sum()
     nearness = kernel.normalised(others, own) @ shares
     enough = NEAR_PROMPT * float((kernel.normalised(own, own) @ shares).max())
-    order = nearness.argsort(descending=True, stable=True)[:at_most]
+    order = largest_first(nearness)[:at_most]
     return order[nearness[order] >= enough].tolist()
 
 

@@ -45,6 +45,7 @@ Kernels = KernelLike | Mapping[str, KernelLike | None] | None
 
 METHODS = ("fourier", "projection")
 ROUNDING = 1e-12  # entries and variances below it are rounding errors
+TIES = 1e-9  # relative difference below which values are taken as equal
 SHARED = 0.5  # part of a strength that one modality must explain, to be named
 TURNS = 100  # of a rotation, at most
 STRONG = 0.5  # absolute entry, relative to the largest one, from which a sample is listed
@@ -314,9 +315,15 @@ def modalities_of(x: Tensor, first: JointKernel, second: JointKernel) -> tuple[d
     return found, [names[i] if v >= e else "joint" for v, i, e in zip(best.values, best.indices, enough, strict=True)]
 
 
+def largest_first(values: Tensor) -> Tensor:
+    """Indices of values, the largest first; those that differ by rounding alone keep their order."""
+    unit = TIES * values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
+    return (values / unit).round().argsort(descending=True, stable=True)
+
+
 def strongest(values: Tensor, largest: Tensor | None = None, at_most: int | None = None) -> list[int]:
     """Indices of the values that are at least half of ``largest``, by default of their own maximum, the largest first."""
-    order = values.argsort(descending=True, stable=True)[:at_most]
+    order = largest_first(values)[:at_most]
     return order[values[order] >= STRONG * (values.max() if largest is None else largest)].tolist()
 
 
