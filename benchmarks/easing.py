@@ -59,7 +59,8 @@ SETTINGS = {
     "`explore`: `vivid`, half of the CFG": Setting(scale=1.5, order=0.5, share=0.5),
     "`vivid`, a quarter of the CFG": Setting(scale=1.5, order=0.5, share=0.25),
 }
-# in two dimensions a projection leaves at most one direction
+# in two dimensions a projection leaves at most one direction; the package takes the settings of predictions as they are
+# where no transforms are given
 FEW = Setting(scale=3.0, order=0.5, stop=0.9, weight=1.2)
 IN_TWO = {
     "scale 3 to 90%, CFG 1.2": FEW,
@@ -67,6 +68,8 @@ IN_TWO = {
     "the same, of predictions as they are": replace(FEW, off_score=False, unit=False),
     "`explore`, not off the score": Setting(scale=1.5, order=0.5, share=0.5, off_score=False),
     "`explore`, of predictions as they are": Setting(scale=1.5, order=0.5, share=0.5, off_score=False, unit=False),
+    "`vivid`, not off the score": Setting(scale=1.5, order=0.5, off_score=False),
+    "`vivid`, of predictions as they are": Setting(scale=1.5, order=0.5, off_score=False, unit=False),
 }
 ON_EMOJI = [PLAIN, "variety 50", "variety 50, ease to 1", "variety 50, less CFG to the end", "less CFG to the end, no push",
             "variety 50, ease to 1, guard", "ease to 1, no push"]  # fmt: skip

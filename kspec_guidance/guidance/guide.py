@@ -95,7 +95,7 @@ class KernelGuidance(PipelineCallback):
         stop: float = 1.0,
         every: int = 1,
         sigma_interval: tuple[float, float] | None = None,
-        transforms: Sequence[str] = DEFAULT_TRANSFORMS,
+        transforms: Sequence[str] | None = None,
         memory: Memory | None = None,
         seed: int = 0,
         *,
@@ -185,7 +185,7 @@ class KernelGuidance(PipelineCallback):
                         "use a separate memory per resolution, or clear() it"
                     )
             rows, total = as_float(x).flatten(1), torch.zeros_like(as_float(x).flatten(1))
-            for term in self.terms:
+            for term in (term.for_numbers(rows.shape[1]) for term in self.terms):
                 g, found = ascent_direction(term.objective, rows, prompts, term.memory)
                 if found.coincident is not None and bool(found.coincident.any()):
                     g = ascent_direction(term.objective, rows, prompts, term.memory, seed=self.seed * 1_000_003)[0]
@@ -483,6 +483,8 @@ class KernelGuidance(PipelineCallback):
                 settings["cfg_share"] = term.cfg_share
             if term.recall != "all":
                 settings["recall"] = term.recall
+            if term.own_transforms and term.transforms == DEFAULT_TRANSFORMS:
+                settings["own_transforms"] = True
         config = {"format": SETTINGS_FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}
         return config | ({} if self.calibration is None else {"calibration": self.calibration}), tensors
 

@@ -9,7 +9,7 @@ from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.guidance.guide import KernelGuidance
 from kspec_guidance.guidance.spaces import FeatureSpace, Latents
 from kspec_guidance.guidance.targets import FIRST, Fidelity, VarietyTarget
-from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS, VARIETY_AT_SCALE_1
+from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1
 from kspec_guidance.kernels import PROMPT_BANDWIDTH, ExpCosineKernel, GaussianKernel, Kernel
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import (
@@ -107,7 +107,7 @@ class SPARKE(KernelGuidance):
         variety: float | None = None,
         target: str | VarietyTarget | None = None,
         fidelity: Fidelity | bool | None = None,
-        transforms: Sequence[str] = DEFAULT_TRANSFORMS,
+        transforms: Sequence[str] | None = None,
         feature_map: RandomFourierFeatures | None = None,
         prompt_feature_map: RandomFourierFeatures | None = None,
         **kwargs: Any,
@@ -247,7 +247,7 @@ class VendiGuidance(KernelGuidance):
         memory: Memory | None = None,
         *,
         order: float | str = 0.5,
-        transforms: Sequence[str] = DEFAULT_TRANSFORMS,
+        transforms: Sequence[str] | None = None,
         **kwargs: Any,
     ):
         prompt_kernel = prompt_kernel or GaussianKernel(PROMPT_BANDWIDTH)
@@ -410,7 +410,7 @@ class NoveltyGuidance(KernelGuidance):
         baseline_prompts: Tensor | None = None,
         feature_map: RandomFourierFeatures | None = None,
         prompt_feature_map: RandomFourierFeatures | None = None,
-        transforms: Sequence[str] = DEFAULT_TRANSFORMS,
+        transforms: Sequence[str] | None = None,
         **kwargs: Any,
     ):
         _check_baseline(baseline, baseline_prompts, prompt_feature_map)

@@ -15,7 +15,7 @@ from kspec_guidance.guidance.recall import Recall
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.spaces.blocks import Block
-from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1, Term
+from kspec_guidance.guidance.term import FEW_NUMBERS, VARIETY_AT_SCALE_1, Term
 from kspec_guidance.guidance.transforms import TransformState, fading, norms, transformed, without_unit
 from kspec_guidance.loop.blocks import Tokens, TransformerBlock
 from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from kspec_guidance.guidance.guide import KernelGuidance
 
 __all__ = ["Finished", "Run", "ascent_direction"]
-
-FEW_NUMBERS = 3  # in so many dimensions, moves off two directions have at most one left
 
 
 class Finished(NamedTuple):
@@ -58,6 +56,7 @@ class TermState:
     kept: list[Tensor] = field(default_factory=list)  # features of each guided step, if steps are not comparable
     varieties: Tensor | None = None  # [n, 1], relative to that of the term, if a target chooses them
     compared: Tensor | None = None  # samples of the latest step before their move, if the memory stores those
+    as_they_are: bool = False  # whether predictions of few numbers are compared as they are, not at norm 1
 
     @cached_property
     def transforms(self) -> tuple[str, ...]:
@@ -221,10 +220,23 @@ class Run:
                 self.report.moves.append((context.step, relative, prediction.noise_to_signal))
                 self._expect_finite("move", relative, context.step)
 
-    def _states_of(self, step: StepContext | ComingStep, inside: bool) -> list[TermState]:
-        """States of the terms that move hidden states, or of the others, for a pass that begins."""
-        terms = [term for term in self.guide.terms if term.space.inside is inside]
-        return [TermState(term, term.guided_steps(step.total), term.interval(step.total)) for term in terms]
+    def _states_of(self, step: StepContext | ComingStep, inside: bool, numbers: int | None = None) -> list[TermState]:
+        """States of the terms that move hidden states, or of the others, for a pass that begins.
+
+        Args:
+            step: the first step of the pass.
+            inside: which of them.
+            numbers: of each sample, if they are moved.
+        """
+        states = []
+        for given in self.guide.terms:
+            if given.space.inside is not inside:
+                continue
+            term = given if numbers is None else given.for_numbers(numbers)
+            state = TermState(term, term.guided_steps(step.total), term.interval(step.total))
+            state.as_they_are = term.objective is not given.objective
+            states.append(state)
+        return states
 
     def _seed(self, step: int) -> int:
         return self.guide.seed * 1_000_003 + step
@@ -243,11 +255,12 @@ class Run:
             advice = None if prompts is None or not term.scale else term.objective.advice(prompts, term.memory)
             if advice is not None:
                 call.warn(advice)
-        if packed[0].numel() <= FEW_NUMBERS and any(_fixes_two_directions(term) for term in self.guide.terms):
+        numbers = packed[0].numel()
+        if numbers <= FEW_NUMBERS and any(_fixes_two_directions(term.for_numbers(numbers)) for term in self.guide.terms):
             call.warn(
-                f"samples of {packed[0].numel()} numbers: moves leave out their parts along the prediction and along the "
-                "score, so hardly any direction is left. For toy data of so few dimensions give an objective with "
-                "normalize=False and transforms=('bound', 'fade'); docs/arena/ablations.md has an example"
+                f"samples of {numbers} numbers: by the given transforms moves leave out their parts along the prediction "
+                "and along the score, so hardly any direction is left. For toy data of so few dimensions leave transforms= "
+                "out, or give ('bound', 'fade')"
             )
         self.report = GuidanceReport.of(context, self.guide.terms)
         self.finished, self._unchecked, self._rounded = [], [], []
@@ -258,12 +271,12 @@ class Run:
                 f"steps of space={self._ahead[0].term.space.name!r} cannot be told; choose space='x0'"
             )
         self._inside, self._ahead = self._ahead or self._states_of(context, inside=True), []
-        moving = self._states_of(context, inside=False)
+        moving = self._states_of(context, inside=False, numbers=numbers)
         self._states = [*moving, *self._inside]
         for state in self._states:
             if state.term.target is not None and state.term.scale:
                 state.varieties = self._varieties(state.term, context, packed)
-        self._need_score = any("off_score" in term.transforms for term in self.guide.terms)
+        self._need_score = any("off_score" in state.term.transforms for state in moving)
         noisy = [state for state in moving if state.term.space.noisy]
         self._of_predictions = [state for state in moving if not state.term.space.noisy]
         self._before_step = [state for state in noisy if state.term.space.before]
@@ -433,18 +446,20 @@ class Run:
         prompt: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A gradient ``[n, d]`` at rows ``target`` of norms ``sizes`` after the transforms of a term, and its norms."""
-        strength, count = self._strength(state, gradient), gradient.effective_count
+        strength, count = self._strength(state, gradient, sizes), gradient.effective_count
         fraction = step.step / step.total
         values = TransformState(target, score, fraction, state.interval, strength, count, sizes, prompt)
         return transformed(move, state.transforms, values)
 
-    def _strength(self, state: TermState, gradient: Gradient) -> float | Tensor:
-        """The scale of a term, relative to the norm of the moved samples."""
+    def _strength(self, state: TermState, gradient: Gradient, sizes: Tensor) -> float | Tensor:
+        """The scale of a term, relative to the norms ``[n, 1]`` of the moved samples."""
         term = state.term
         if term.unit == "norm":
             return float(term.scale)
         assert gradient.spread is not None
         strength = float(term.scale) * self.calibration * gradient.spread.square()
+        if state.as_they_are:  # the distance is then relative to their norms
+            strength = strength / sizes.square().mean().clamp_min(torch.finfo(sizes.dtype).tiny)
         return strength if state.varieties is None else strength * state.varieties
 
     def _ascent(

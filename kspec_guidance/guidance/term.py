@@ -1,5 +1,6 @@
 """Term: an objective with its scale, guided interval, feature space, transforms and memory."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -10,12 +11,12 @@ from torch import Tensor
 from kspec_guidance.guidance.spaces import X0, FeatureSpace, make_space
 from kspec_guidance.guidance.targets import VarietyTarget
 from kspec_guidance.guidance.transforms import TRANSFORMS
-from kspec_guidance.kernels import PROMPT_BANDWIDTH, GaussianKernel
+from kspec_guidance.kernels import PROMPT_BANDWIDTH, ExpCosineKernel, GaussianKernel
 from kspec_guidance.memory import Memory, MemoryBank
 from kspec_guidance.objectives import Objective
 from kspec_guidance.utils.arguments import is_integer, plain_number
 
-__all__ = ["DEFAULT_TRANSFORMS", "VARIETY_AT_SCALE_1", "Term", "least_cfg_share"]
+__all__ = ["DEFAULT_TRANSFORMS", "FEW_NUMBERS", "VARIETY_AT_SCALE_1", "Term", "least_cfg_share"]
 
 VARIETY_AT_SCALE_1 = 40.0  # in the unit "spread"
 
@@ -25,6 +26,11 @@ WHOLE_INTERVAL, SHORT_INTERVAL, SHORT_SHARE = 8, 4, 0.5 / 0.65
 
 # docs/arena/ablations.md measures each transform alone: off_score has the largest effect
 DEFAULT_TRANSFORMS = ("tangent", "off_score", "bound", "fade")
+
+# In so many dimensions moves off two directions have at most one left; with less classifier-free guidance, moves in any
+# direction gain more there (docs/arena/ablations.md, "Toy data of two dimensions")
+FEW_NUMBERS = 3
+FIXING = ("tangent", "off_score")  # the transforms that fix a direction
 
 RECALLS = ("all", "nearest")
 BY_SIZE = {"plain", "rescale_from", "rescale_damped"}  # transforms that read the size of a gradient
@@ -52,7 +58,8 @@ class Term:
         start, stop: the guided interval as fractions of the run, ``0 <= start <= stop <= 1``.
         every: number of steps from one guided step to the next.
         sigma_interval: bounds ``(low, high)`` of the noise-to-signal ratio, as a further condition.
-        transforms: names of :mod:`kspec_guidance.guidance.transforms`, in order.
+        transforms: names of :mod:`kspec_guidance.guidance.transforms`, in order; by default ``DEFAULT_TRANSFORMS``, and for
+            samples of three numbers or fewer what :meth:`for_numbers` leaves of them.
         memory: memory of earlier samples; by default a new one.
         target: chooses the scale of each prompt, from call to call; with unit ``spread``.
         ease_cfg: weight of classifier-free guidance at the start of the guided interval, at least 0, where the pipeline's
@@ -82,7 +89,7 @@ class Term:
         stop: float = 1.0,
         every: int = 1,
         sigma_interval: tuple[float, float] | None = None,
-        transforms: Sequence[str] = DEFAULT_TRANSFORMS,
+        transforms: Sequence[str] | None = None,
         memory: Memory | None = None,
         unit: str = "norm",
         target: VarietyTarget | None = None,
@@ -103,6 +110,8 @@ class Term:
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         if sigma_interval is not None:
             sigma_interval = _interval(sigma_interval)
+        self.own_transforms = transforms is not None  # whether they were given
+        transforms = DEFAULT_TRANSFORMS if transforms is None else transforms
         if isinstance(transforms, str) or not isinstance(transforms, Sequence):
             raise ValueError(f"transforms is a tuple of names, such as {DEFAULT_TRANSFORMS}, got {transforms!r}")
         unknown = [name for name in transforms if name not in TRANSFORMS]
@@ -187,6 +196,32 @@ class Term:
     def strength(self) -> tuple[str, float]:
         """Name and value of the setting that gives the strength: ``variety`` or ``scale``."""
         return ("scale", float(self.scale)) if self.variety is None else ("variety", self.variety)
+
+    def for_numbers(self, count: int) -> "Term":
+        """This term for samples of so many numbers: of three or fewer, such as points of the plane, a changed copy.
+
+        The default transforms and rows of norm 1 keep a prediction's norm and, to first order, its likelihood, which leaves
+        at most one direction of three. So the copy has none of the transforms that fix a direction, and the objectives of
+        SPARKE and VendiGuidance compare predictions as they are, with a Gaussian kernel at their median distance where the
+        kernel was of cosines (:class:`~kspec_guidance.kernels.ExpCosineKernel`). They still compare them at norm 1 where
+        something given depends on it: another kernel, random features, another memory than a
+        :class:`~kspec_guidance.memory.MemoryBank`, or ``recall="nearest"``.
+
+        Terms with transforms of their own, and those that compare in another space than ``x0``, stay as they are.
+        """
+        if count > FEW_NUMBERS or self.own_transforms or not self.space.direct or self.space.noisy or self.space.inside:
+            return self
+        few = copy.copy(self)
+        few.transforms = tuple(name for name in self.transforms if name not in FIXING)
+        kernel = getattr(self.objective, "kernel", None)
+        free = isinstance(kernel, ExpCosineKernel) or (isinstance(kernel, GaussianKernel) and kernel.open)
+        free = free and getattr(self.objective, "feature_map", None) is None and isinstance(self.memory, MemoryBank)
+        if free and self.objective.recalls and self.recall == "all":
+            objective: Any = copy.copy(self.objective)
+            objective.normalize = False
+            objective.kernel = GaussianKernel() if isinstance(kernel, ExpCosineKernel) else kernel
+            few.objective = objective
+        return few
 
     def guided_steps(self, total: int) -> frozenset[int]:
         """Indices of the guided steps in a run of ``total`` steps, regardless of their noise level."""
