@@ -21,7 +21,7 @@ measured again; more seeds are added to them.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
@@ -100,12 +100,14 @@ def clear(guide: Any) -> None:
         guide.memory.clear()
 
 
-def figures(bed: Emoji, style: str, of_prompts: Iterable[torch.Tensor]) -> dict[str, float]:
+def figures(
+    bed: Emoji, style: str, of_prompts: Iterable[torch.Tensor], prompts: Sequence[str] = PROMPTS
+) -> dict[str, float]:
     """Means over the prompts of the figures of each one's samples. A style may also be a skin tone."""
     head = "tone" if style in TONES else "style"
     index = bed.judge_.classes[head].index(style)
     found: dict[str, list[float]] = {"other": [], "valid": [], "different": []}
-    for prompt, made in zip(PROMPTS, of_prompts, strict=False):
+    for prompt, made in zip(prompts, of_prompts, strict=False):
         rows = bed.rows(made)
         found["other"].append(1 - float(bed.judge_.network.heads[head](rows).softmax(1)[:, index].mean()))
         found["valid"].append(bed.figures(rows, Case(prompt, 0))["valid"])
@@ -212,6 +214,8 @@ def main() -> None:
             for scale in SCALES:
                 guide = MMDGuidance(latents, scale, baseline=baseline)
                 add("baseline", guide, style, references=most, baseline=100, scale=scale)
+            guide = MMDGuidance(latents, 3.0, baseline=baseline, stop=0.2)
+            add("early", guide, style, references=most, baseline=100, scale=3.0)
             add("plain", None, style)
             add("asked in words", None, style, f", {style}")
             add("MMD, batch and memory", MMDGuidance(latents), style, references=most)
@@ -284,8 +288,8 @@ def call_of(bed: Emoji) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def baseline_of(bed: EmojiTransformer) -> torch.Tensor:
-    """A transformer's own samples."""
+def baseline_of(bed: Emoji) -> torch.Tensor:
+    """A model's own samples."""
     return make_baseline(bed.pipe, DEMO_PROMPTS, 100, batch_size=8, call=call_of(bed))
 
 
@@ -334,6 +338,10 @@ def of_transformer(bed: EmojiTransformer, styles: list[str], add: Callable[..., 
             for m in (REFERENCES[0], len(latents)):
                 guide = MMDGuidance(latents[:m], scale, baseline=baseline)
                 add("baseline", guide, style, scale=scale, references=m, baseline=100)
+        early = 2.0 if bed.steps < 8 else 3.0  # the first of four steps has all of the move
+        for m in (REFERENCES[0], len(latents)):
+            guide = MMDGuidance(latents[:m], early, baseline=baseline, stop=0.2)
+            add("early", guide, style, scale=early, references=m, baseline=100)
         add("plain", None, style)
         add("asked in words", None, style, f", {style}")
 
@@ -343,6 +351,7 @@ LABELS = {  # in the order of the table
     "asked in words": "the style named in the prompt",
     "MMD, batch and memory": "`MMDGuidance(reference)`",
     "baseline": "with a baseline",
+    "early": "with a baseline, `stop=0.2`",
     "features": f"with a baseline, {FEATURES:,} random features",
     "counted": "the same, `count_memory=True`",
     "captions": "the same, captions of the subjects",

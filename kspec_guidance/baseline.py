@@ -41,6 +41,8 @@ BASELINE_PROMPTS = (  # people, animals, things, places and scenes, without word
 )  # fmt: skip
 FEW_PROMPTS = 8  # below which a baseline is doubtful
 SAVES = 10  # of a run, at most
+# few large moves toward references; a single one, as in four steps, may be smaller (docs/toward-style.md)
+EARLY_STOP, EARLY_SCALE, EARLY_SCALE_OF_FEW, FEW_STEPS = 0.2, 3.0, 2.0, 8
 
 
 def make_baseline(
@@ -155,6 +157,7 @@ def toward_reference(
     *,
     call: dict[str, Any] | None = None,
     captions: Sequence[str] | bool | None = None,
+    early: bool = False,
     prompts: Sequence[str] | None = None,
     n: int = 100,
     batch_size: int = 4,
@@ -174,11 +177,13 @@ def toward_reference(
     Args:
         pipe: any text-to-image pipeline.
         images: 20 to 50 images, see :func:`encode_reference`.
-        scale: see :class:`MMDGuidance`.
+        scale: see :class:`MMDGuidance`; with ``early`` by default 3, in calls of fewer than 8 steps 2.
         call: arguments of the pipeline's call, as in later runs.
         captions: a text for each image, in their order; True for those of a folder, from ``metadata.jsonl`` or texts beside
             the images (:func:`~kspec_guidance.evaluation.image_sets.folder_captions`). A prompt is then compared with
             images of similar captions, and with samples of similar prompts of the baseline, most of all.
+        early: few large moves in the first fifth of the run (``stop=0.2``) in place of many small ones. They take on more
+            of a style and keep more images valid, and may leave fewer different images (docs/toward-style.md).
         prompts: of the baseline, see :func:`make_baseline`.
         n: number of samples of the baseline.
         batch_size: samples of a prompt that are made at once.
@@ -188,10 +193,23 @@ def toward_reference(
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.
         ValueError: for another number of captions than images, images without a caption, or captions for a pipeline without
-            prompts or whose prompts cannot be observed; as :func:`encode_reference`, :func:`make_baseline` and
-            :class:`MMDGuidance`.
+            prompts or whose prompts cannot be observed; for ``early`` with ``stop``, or for a pipeline without prompts; as
+            :func:`encode_reference`, :func:`make_baseline` and :class:`MMDGuidance`.
     """
     call = dict(call or {})
+    parameters = call_parameters(type(pipe))
+    prompted = "prompt" in parameters
+    if early:
+        if not prompted:
+            raise ValueError(
+                f"early=True is for a guide with a baseline; {type(pipe).__name__} takes no prompts, so leave it out"
+            )
+        if "stop" in kwargs:
+            raise ValueError(f"early=True guides with stop={EARLY_STOP}, got stop={kwargs['stop']} too; give one of them")
+        kwargs["stop"] = EARLY_STOP
+        if scale is None:
+            steps = call.get("num_inference_steps") or getattr(parameters.get("num_inference_steps"), "default", None)
+            scale = EARLY_SCALE if not isinstance(steps, int) or steps >= FEW_STEPS else EARLY_SCALE_OF_FEW
     if captions is True:
         if not isinstance(images, str | os.PathLike):
             raise ValueError("captions=True reads those of a folder of images; give a text for each image, or a folder")
@@ -201,7 +219,6 @@ def toward_reference(
     height = call.get("height")
     size = (height, call.get("width", height)) if height and not isinstance(images, Tensor) else None
     reference = encode_reference(pipe, images, size=size)
-    prompted = "prompt" in call_parameters(type(pipe))
     of_images = None
     if captions is not None:
         captions = [captions] if isinstance(captions, str) else list(captions)

@@ -200,6 +200,29 @@ def test_one_line_is_references_baseline_and_guide(pipe, home, tmp_path):
     assert torch.equal(own.baseline, other.baseline)
 
 
+@pytest.mark.parametrize(
+    ("call", "given", "scale"),
+    [({"num_inference_steps": 8}, None, 3.0), ({"num_inference_steps": 4}, None, 2.0), ({}, None, 3.0),
+     ({"num_inference_steps": 4}, 1.5, 1.5)],
+    ids=["8 steps", "4 steps", "steps of the pipeline", "a given scale"],
+)  # fmt: skip
+def test_early_moves_are_large_and_end_after_a_fifth_of_the_run(pipe, monkeypatch, call, given, scale):
+    config, images = pipe.unet.config, torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    baseline = torch.zeros(3, config.in_channels, config.sample_size, config.sample_size)
+    monkeypatch.setattr("kspec_guidance.baseline.make_baseline", lambda *_, **__: baseline)
+    guide = toward_reference(pipe, images, given, call=call, early=True)
+    assert (guide.terms[0].scale, guide.terms[0].stop) == (scale, 0.2)
+    usual = toward_reference(pipe, images, call=call)
+    assert (usual.terms[0].scale, usual.terms[0].stop) == (1.0, 0.6)
+
+
+def test_early_moves_refuse_what_contradicts_them(pipe):
+    with pytest.raises(ValueError, match=r"stop=0\.2, got stop=0\.5 too"):
+        toward_reference(pipe, torch.rand(2, 3, 64, 64), early=True, stop=0.5)
+    with pytest.raises(ValueError, match="DiTPipeline takes no prompts"):
+        toward_reference(tiny.build("DiTPipeline"), torch.rand(3, 3, 16, 16), early=True)
+
+
 def test_captions_make_the_guide_prompt_aware(pipe, home):
     images = pipe("heart", num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), **CALL).images
     about = {"call": CALL, "n": 10, "batch_size": 5, "prompts": list(DEMO_PROMPTS[:8])}

@@ -52,8 +52,8 @@ WITH_REPRODUCE = (
 
 
 def _toward(
-    output: Output, pipe: Any, folder: Path, scale: float | None, captions: list[str] | None, call: dict[str, Any],
-    batch_size: int,
+    output: Output, pipe: Any, folder: Path, scale: float | None, early: bool, captions: list[str] | None,
+    call: dict[str, Any], batch_size: int,
 ) -> Any:  # fmt: skip
     """A guide toward the images of a folder, with the pipeline's baseline."""
     from kspec_guidance import toward_reference
@@ -62,8 +62,9 @@ def _toward(
     settings = {k: v for k, v in call.items() if v is not None}
     with output.counter("baseline") as show:
         return toward_reference(
-            pipe, folder, scale, call=settings, captions=captions, batch_size=batch_size, progress_callback=show
-        )
+            pipe, folder, scale, call=settings, captions=captions, early=early, batch_size=batch_size,
+            progress_callback=show,
+        )  # fmt: skip
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -202,6 +203,14 @@ def generate(
             callback=finite,
         ),
     ] = None,
+    like_early: Annotated[
+        bool,
+        typer.Option(
+            "--like-early",
+            help="Few large moves of --like at the start: more of a style, at --like-scale 3, below 8 steps 2.",
+            rich_help_panel=GUIDANCE,
+        ),
+    ] = False,
     like_captions: Annotated[
         bool,
         typer.Option(
@@ -383,6 +392,8 @@ def generate(
     check_strength(variety, scale, raised)
     if like_scale is not None and like is None:
         raise ValueError("--like-scale is the strength of --like; give its folder")
+    if like_early and like is None:
+        raise ValueError("--like-early is how the images of --like are approached; give its folder")
     if like_captions and like is None:
         raise ValueError("--like-captions are those of the images of --like; give its folder")
     if processes is not None and not dry_run:
@@ -446,7 +457,7 @@ def generate(
                 reference = encode_reference(pipe, like, size=size)
                 guide = guide + MMDGuidance(reference, like_scale, baseline=reference)
             else:
-                guide = guide + _toward(output, pipe, like, like_scale, captions, call, batch_size)
+                guide = guide + _toward(output, pipe, like, like_scale, like_early, captions, call, batch_size)
         if dry_run:
             plan = estimate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,

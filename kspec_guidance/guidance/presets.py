@@ -277,7 +277,7 @@ class MMDGuidance(KernelGuidance):
     Args:
         reference: samples ``[m, ...]`` in the pipeline's latent space, see :func:`encode_reference`.
         scale: size of the move per step, relative to the norm of the prediction; by default 1 with a baseline, else 0.7.
-            With a baseline, 6 with ``stop=0.2`` and ``cfg_share=0.5`` can do more for a style (docs/toward-style.md).
+            With a baseline, 3 with ``stop=0.2`` can do more for a style (docs/toward-style.md).
         kernel: by default Gaussian at the median distance of the references, with a baseline at twice that;
             :meth:`published` has ``PolynomialKernel()``.
         reference_prompts: prompt features ``[m, p]`` of the references; each prompt then moves toward references of

@@ -148,13 +148,21 @@ def test_like_takes_a_folder_and_makes_the_baseline_once(tmp_path, monkeypatch):
     assert baseline.stat().st_mtime_ns == changed
     stronger = call("generate", "heart", "--like", folder, "--like-scale", 2, "--out", tmp_path / "stronger", *FAST)
     assert stronger.exit_code == 0, stronger.output
-    images = {next((tmp_path / name).rglob("*.png")).read_bytes() for name in ("set", "plain", "stronger")}
-    assert len(images) == 3
+    early = call("generate", "heart", "--like", folder, "--like-early", "--out", tmp_path / "early", *FAST)
+    assert early.exit_code == 0, early.output
+    names = ("set", "plain", "stronger", "early")
+    images = {next((tmp_path / name).rglob("*.png")).read_bytes() for name in names}
+    assert len(images) == 4
     for k, subject in enumerate(("heart", "cat face", "rocket", "bird")):
         (folder / f"{k}.txt").write_text(subject)
     by_caption = call("generate", "heart", "--like", folder, "--like-captions", "--out", tmp_path / "captions", *FAST)
     assert by_caption.exit_code == 0, by_caption.output
     assert next((tmp_path / "captions").rglob("*.png")).read_bytes() not in images
+
+
+def test_early_moves_ask_for_references():
+    result = call("generate", "heart", "--like-early", *FAST)
+    assert (result.exit_code, "give its folder" in result.output) == (2, True), result.output
 
 
 def test_captions_of_references_are_checked_before_a_model_is_loaded(tmp_path):
