@@ -2,10 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# one thread each: several threads for one small tensor cost more than they gain; one process more than cores, at most 8, since
-# tests wait for other processes, servers and a browser for a fifth of their time
-WORKERS = $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# a process per core, one thread each: several threads for one small tensor cost more than they gain
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo quick test pytest gpu lint space docs oldest support overhead step memory synthesis arena arena-small effect clean
 .DEFAULT_GOAL := test
