@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kspec_guidance.demo.pipeline import DEMO_PROMPTS, is_demo
 from kspec_guidance.evaluation.image_sets import folder_captions
-from kspec_guidance.guidance.calibration import calibration_file
+from kspec_guidance.guidance.calibration import calibration_file, call_settings
 from kspec_guidance.guidance.presets import SPARKE, MMDGuidance
 from kspec_guidance.loop.components import autoencoder_of, call_parameters
 from kspec_guidance.loop.latents import encode_reference
@@ -183,7 +183,7 @@ def toward_reference(
             the images (:func:`~kspec_guidance.evaluation.image_sets.folder_captions`). A prompt is then compared with
             images of similar captions, and with samples of similar prompts of the baseline, most of all.
         early: few large moves in the first fifth of the run (``stop=0.2``) in place of many small ones. They take on more
-            of a style and keep more images valid, and may leave fewer different images (docs/toward-style.md).
+            of a style at as many valid images, and may leave fewer different ones (docs/toward-style.md).
         prompts: of the baseline, see :func:`make_baseline`.
         n: number of samples of the baseline.
         batch_size: samples of a prompt that are made at once.
@@ -197,8 +197,7 @@ def toward_reference(
             :func:`encode_reference`, :func:`make_baseline` and :class:`MMDGuidance`.
     """
     call = dict(call or {})
-    parameters = call_parameters(type(pipe))
-    prompted = "prompt" in parameters
+    prompted = "prompt" in call_parameters(type(pipe))
     if early:
         if not prompted:
             raise ValueError(
@@ -208,8 +207,8 @@ def toward_reference(
             raise ValueError(f"early=True guides with stop={EARLY_STOP}, got stop={kwargs['stop']} too; give one of them")
         kwargs["stop"] = EARLY_STOP
         if scale is None:
-            steps = call.get("num_inference_steps") or getattr(parameters.get("num_inference_steps"), "default", None)
-            scale = EARLY_SCALE if not isinstance(steps, int) or steps >= FEW_STEPS else EARLY_SCALE_OF_FEW
+            steps, _ = call_settings(pipe, call)
+            scale = EARLY_SCALE if steps is None or steps >= FEW_STEPS else EARLY_SCALE_OF_FEW
     if captions is True:
         if not isinstance(images, str | os.PathLike):
             raise ValueError("captions=True reads those of a folder of images; give a text for each image, or a folder")

@@ -203,8 +203,8 @@ def test_one_line_is_references_baseline_and_guide(pipe, home, tmp_path):
 @pytest.mark.parametrize(
     ("call", "given", "scale"),
     [({"num_inference_steps": 8}, None, 3.0), ({"num_inference_steps": 4}, None, 2.0), ({}, None, 3.0),
-     ({"num_inference_steps": 4}, 1.5, 1.5)],
-    ids=["8 steps", "4 steps", "steps of the pipeline", "a given scale"],
+     ({"timesteps": [999, 700, 400, 100]}, None, 2.0), ({"num_inference_steps": 4}, 1.5, 1.5)],
+    ids=["8 steps", "4 steps", "steps of the pipeline", "4 timesteps", "a given scale"],
 )  # fmt: skip
 def test_early_moves_are_large_and_end_after_a_fifth_of_the_run(pipe, monkeypatch, call, given, scale):
     config, images = pipe.unet.config, torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -79,7 +79,10 @@ def guidance_scale_of(pipe: Any) -> float | None:
 
 
 def call_settings(pipe: Any, call: dict[str, Any]) -> tuple[int | None, float | None]:
-    """Number of steps and guidance scale of a call with these arguments; None where they are unknown."""
+    """Number of steps and guidance scale of a call with these arguments; None where they are unknown.
+
+    Given ``timesteps`` or ``sigmas`` decide the number of steps, whatever ``num_inference_steps`` is.
+    """
     parameters = call_parameters(type(pipe))
 
     def value(name: str) -> Any:
@@ -87,6 +90,9 @@ def call_settings(pipe: Any, call: dict[str, Any]) -> tuple[int | None, float | 
         return found if isinstance(found, int | float) else None
 
     steps, scale = value("num_inference_steps"), value("guidance_scale")
+    for name in ("timesteps", "sigmas"):
+        if call.get(name) is not None:
+            steps = len(call[name])
     return None if steps is None else int(steps), None if scale is None else float(scale)
 
 

@@ -255,13 +255,6 @@ class Run:
             advice = None if prompts is None or not term.scale else term.objective.advice(prompts, term.memory)
             if advice is not None:
                 call.warn(advice)
-        numbers = packed[0].numel()
-        if numbers <= FEW_NUMBERS and any(_fixes_two_directions(term.for_numbers(numbers)) for term in self.guide.terms):
-            call.warn(
-                f"samples of {numbers} numbers: by the given transforms moves leave out their parts along the prediction "
-                "and along the score, so hardly any direction is left. For toy data of so few dimensions leave transforms= "
-                "out, or give ('bound', 'fade')"
-            )
         self.report = GuidanceReport.of(context, self.guide.terms)
         self.finished, self._unchecked, self._rounded = [], [], []
         self.calibration = self._calibration(context)
@@ -271,7 +264,14 @@ class Run:
                 f"steps of space={self._ahead[0].term.space.name!r} cannot be told; choose space='x0'"
             )
         self._inside, self._ahead = self._ahead or self._states_of(context, inside=True), []
+        numbers = packed[0].numel()
         moving = self._states_of(context, inside=False, numbers=numbers)
+        if numbers <= FEW_NUMBERS and any(_fixes_two_directions(state.term) for state in moving):
+            call.warn(
+                f"samples of {numbers} numbers: by the given transforms moves leave out their parts along the prediction "
+                "and along the score, so hardly any direction is left. For toy data of so few dimensions leave transforms= "
+                "out, or give ('bound', 'fade')"
+            )
         self._states = [*moving, *self._inside]
         for state in self._states:
             if state.term.target is not None and state.term.scale:

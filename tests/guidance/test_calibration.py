@@ -80,6 +80,8 @@ def test_factor_of_a_guide_is_used_instead_of_the_file(pipe, calibration):
 def test_call_settings_are_those_of_the_call_or_of_its_signature(pipe):
     assert call_settings(pipe, {"num_inference_steps": 7}) == (7, 7.5)
     assert call_settings(pipe, {"guidance_scale": 2}) == (50, 2.0)
+    assert call_settings(pipe, {"num_inference_steps": 7, "timesteps": [9, 5, 1]}) == (3, 7.5)
+    assert call_settings(pipe, {"sigmas": torch.ones(4)}) == (4, 7.5)
     assert call_settings(pipe, {"num_inference_steps": None, "guidance_scale": "x"}) == (None, None)
 
 
