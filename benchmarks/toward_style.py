@@ -58,6 +58,7 @@ CALL = {"num_inference_steps": 8, "guidance_scale": 5.0}
 REFERENCES, BASELINES = (16, 32, 96), (50, 100, 200)
 TONES = ("dark skin tone", "light skin tone")
 SCALES = (1.0, 2.0)  # with a baseline; other numbers of baseline samples at the second
+EARLY_SCALES = ((3.0, 6.0), (2.0, 3.0, 6.0))  # of moves at the start, in 8 steps and in 4
 CALLS = 4  # of a prompt, with a memory
 FEATURES = 4096  # random ones, in place of rows
 ONE_PROMPT, ALL_PROMPTS = "one prompt a batch", "all prompts in each batch"
@@ -338,10 +339,10 @@ def of_transformer(bed: EmojiTransformer, styles: list[str], add: Callable[..., 
             for m in (REFERENCES[0], len(latents)):
                 guide = MMDGuidance(latents[:m], scale, baseline=baseline)
                 add("baseline", guide, style, scale=scale, references=m, baseline=100)
-        early = 2.0 if bed.steps < 8 else 3.0  # the first of four steps has all of the move
-        for m in (REFERENCES[0], len(latents)):
-            guide = MMDGuidance(latents[:m], early, baseline=baseline, stop=0.2)
-            add("early", guide, style, scale=early, references=m, baseline=100)
+        for early in EARLY_SCALES[1 if bed.steps < 8 else 0]:
+            for m in (REFERENCES[0], len(latents)):
+                guide = MMDGuidance(latents[:m], early, baseline=baseline, stop=0.2)
+                add("early", guide, style, scale=early, references=m, baseline=100)
         add("plain", None, style)
         add("asked in words", None, style, f", {style}")
 
