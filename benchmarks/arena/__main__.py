@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--tune-seeds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--strengths", type=int, default=5)
+    parser.add_argument("--images", type=int, help="of a call, where they are not to be as many as a bed usually has")
     parser.add_argument("--calls", type=int, default=1, help="calls of the pipeline for each prompt and seed")
     parser.add_argument(
         "--fresh", action="store_true", help="report on prompts on which nothing was chosen, if a bed has them"
@@ -62,11 +63,13 @@ def main() -> None:
         bed = BEDS[name]()
         if args.small:
             bed.images, bed.prompts = 6, lambda half, every=bed.prompts: every(half)[:2]
+        usual_images = bed.images
+        bed.images = args.images or bed.images
         bed.calls, bed.fresh, bed.swapped = args.calls, args.fresh, args.swap
         record = Record(args.out, bed)
         for option, usual, given in (
             ("goal", "validity", args.goal), ("calls", 1, args.calls), ("fresh", False, args.fresh),
-            ("swap", False, args.swap),
+            ("swap", False, args.swap), ("images", usual_images, bed.images),
         ):  # fmt: skip
             known = record.data.get("settings", {}).get(option, usual)
             if record.data["methods"] and known != given:

@@ -40,9 +40,9 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "arena/setup.md": ("beds", "judges"),
     "arena/fronts.md": ("equal", "volumes", "vendi", "tuned"),
     "arena/scores.md": ("scores",),
-    "arena/reviewers.md": ("verdicts", "power"),
+    "arena/reviewers.md": ("verdicts", "power", "again"),
     "arena/target.md": ("matching", "digits_target"),
-    "arena/sets.md": ("smallsets", "calls", "recall", "longruns"),
+    "arena/sets.md": ("smallsets", "calls", "pairs", "recall", "longruns"),
     "arena/costs.md": ("cost",),
     "arena/ablations.md": ("ablations", "easing", "agreement", "clips"),
 }
@@ -353,6 +353,19 @@ def smallsets(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def again(data: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """Gains at equal quality of methods that were tuned once more, beside those of the tunings before."""
+    before, parts = {d["bed"]: d for d in data}, []
+    for d in others:
+        known = {s.method: s for s in equal_quality(before[d["bed"]], OURS)}
+        rows = [
+            [s.method, *(percent(x.gain, x.gain_low, x.gain_high) for x in (known[s.method], s))]
+            for s in equal_quality(d, OURS)
+        ]
+        parts.append(table([d["bed"], "tuned before", "tuned once more"], rows))
+    return "\n\n".join(parts) or "(not measured)"
+
+
 def judges() -> str:
     measured = json.loads((Path(__file__).parent / "weights" / "measured.json").read_text())
     e, d = measured["emoji_judge"], measured["digit_judge"]
@@ -378,7 +391,9 @@ def write(folder: Path, docs: Path) -> None:
     parts = {
         "equal": equal(all_measured), "verdicts": verdicts(data, all_measured, calls),
         "power": power(data, all_measured), "beds": beds(data),
-        "calls": equal(calls, DEFAULT), "recall": several_calls.tables(read(folder / "several_calls.json")),
+        "calls": equal(calls, DEFAULT), "pairs": equal(records(folder / "pairs"), DEFAULT),
+        "again": again(all_measured, records(folder / "equal" / "again")),
+        "recall": several_calls.tables(read(folder / "several_calls.json")),
         "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data), "settings": settings(data),
         "scores": scores(together), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),

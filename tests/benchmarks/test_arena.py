@@ -425,8 +425,12 @@ def test_the_small_arena_runs_and_does_not_measure_twice(tmp_path: Path) -> None
 def test_the_small_arena_of_several_calls_fills_its_table(tmp_path: Path) -> None:
     small = [sys.executable, "-m", "benchmarks.arena", "--small", "--beds", "mixture-8", "--methods", "plain", "OSCAR",
              "SPARKE, ours", "--docs", str(tmp_path / "docs"), "--out"]  # fmt: skip
-    for command in ([*small, str(tmp_path / "calls"), "--calls", "2"], [*small, str(tmp_path)]):
+    for command in ([*small, str(tmp_path / "calls"), "--calls", "2", "--images", "3"], [*small, str(tmp_path)]):
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = [
+        json.loads((path / "mixture--8-dimensions--balanced.json").read_text()) for path in (tmp_path / "calls", tmp_path)
+    ]
+    assert [(data["settings"]["calls"], data["settings"]["images"]) for data in found] == [(2, 3), (1, 6)]
     assert "mixture, 8 dimensions" in (tmp_path / "docs" / "arena" / "sets.md").read_text()
     other = subprocess.run([*small, str(tmp_path / "calls"), "--calls", "3"], cwd=ROOT, capture_output=True, text=True)
     assert "--calls 2" in other.stderr
