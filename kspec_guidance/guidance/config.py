@@ -62,8 +62,12 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, tuple | list):
         return [encode(v, tensors) for v in value]
     if isinstance(value, Tensor):
+        given = value.detach().cpu().contiguous()
+        for name, known in tensors.items():  # one of several terms, for instance; a file holds it once
+            if known.data_ptr() == given.data_ptr() and known.shape == given.shape and known.dtype == given.dtype:
+                return {"tensor": name}
         name = f"tensor{len(tensors)}"
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = given
         return {"tensor": name}
     if isinstance(value, Kernel) and type(value).__name__ in KERNELS:
         return {"kernel": type(value).__name__} | _fields(value, tensors)
@@ -179,8 +183,8 @@ def save_tensors(folder: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
     if not tensors:
         path.unlink(missing_ok=True)
         return
-    with replacing(path) as fresh:
-        save_file(tensors, fresh)
+    with replacing(path) as fresh:  # parts of one tensor, which a file cannot hold as such, are copied
+        save_file({k: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for k, t in tensors.items()}, fresh)
 
 
 def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:

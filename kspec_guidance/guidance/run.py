@@ -265,6 +265,9 @@ class Run:
             )
         self._inside, self._ahead = self._ahead or self._states_of(context, inside=True), []
         numbers = packed[0].numel()
+        for term in self.guide.terms:
+            if term.scale:
+                _check_layout(term, tuple(packed.shape[1:]))
         moving = self._states_of(context, inside=False, numbers=numbers)
         if numbers <= FEW_NUMBERS and any(_fixes_two_directions(state.term) for state in moving):
             call.warn(
@@ -542,7 +545,7 @@ class Run:
     def finish(self, context: StepContext) -> None:
         """List the finished samples, and add them once to each memory."""
         final = context.layout.pack(context.final)
-        size = torch.linalg.vector_norm(final.flatten(1), dim=1, dtype=torch.float32)
+        size = torch.linalg.vector_norm(final.flatten(1), dim=1, dtype=torch.promote_types(final.dtype, torch.float32))
         self._expect_finite("result", size, context.step - 1)
         self._read(context)
         *overflows, rounded = read(*context.overflows, torch.stack(self._rounded) if self._rounded else torch.zeros(1, 2))
@@ -578,6 +581,24 @@ class Run:
             with full_precision(final.device):
                 for memory, features, prompts in self.finished:
                     memory.add(features, prompts)
+
+
+def _check_layout(term: Term, shape: tuple[int, ...]) -> None:
+    """Refuse references with as many numbers as the samples of a call in another order, which rows would not show.
+
+    Raises:
+        ValueError: naming both shapes. Rows ``[m, d]`` tell no order, so they are taken as they are.
+    """
+    if not term.space.direct:
+        return
+    for name in ("reference", "baseline"):
+        found = getattr(term.objective, name, None)
+        own = tuple(found.shape[1:]) if isinstance(found, Tensor) and found.ndim > 2 else shape
+        if [n for n in own if n > 1] != [n for n in shape if n > 1] and math.prod(own) == math.prod(shape):
+            raise ValueError(
+                f"references or a baseline have samples of shape {list(own)}, and those of this call have {list(shape)}: "
+                "as many numbers in another order; make them with this pipeline, at the height and width of the call"
+            )
 
 
 def _needs_cfg(term: Term) -> bool:

@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kspec_guidance import SPARKE, KernelGuidance, MMDGuidance, NoveltyGuidance
 from kspec_guidance.features import RandomFourierFeatures
@@ -64,3 +65,13 @@ def test_invalid_config_raises(tmp_path):
         with pytest.raises(TypeError, match="cannot be saved as settings; build it in code"):
             SPARKE(space=space).save_config(tmp_path)
     shutil.rmtree(tmp_path)
+
+
+def test_tensors_that_several_terms_share_are_saved_once_and_parts_of_them_alone(tmp_path):
+    rows = torch.randn(12, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    guide = MMDGuidance(rows[:4], baseline=rows) + NoveltyGuidance(rows[:4], baseline=rows)
+    guide.save_config(tmp_path)
+    first, second = (term.objective for term in KernelGuidance.from_config(tmp_path).terms)
+    for found, wanted in ((first.reference, rows[:4]), (first.baseline, rows), (second.reference, rows)):
+        assert torch.equal(found, wanted)
+    assert len(load_file(tmp_path / "kspec_guidance.safetensors")) == 2

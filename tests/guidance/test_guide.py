@@ -330,3 +330,29 @@ def test_mismatched_memory_raises_without_side_effects():
         sample(SPARKE(1.0, memory=bank), scheduler)
     assert len(bank) == 2
     assert "step" not in vars(scheduler)
+
+
+@pytest.mark.parametrize("name", ["reference", "baseline"])
+def test_references_in_another_order_are_refused_at_the_first_step(name):
+    portrait, flat = torch.randn(5, 2, 4, 4), torch.randn(5, 32)
+    make = {
+        "reference": lambda rows: MMDGuidance(rows, start=0.5),
+        "baseline": lambda rows: NoveltyGuidance(torch.ones(3, 1, 1, 32), baseline=rows, start=0.5),
+    }[name]
+    scheduler = ddim()
+    with pytest.raises(ValueError, match=r"of shape \[2, 4, 4\], and those of this call have \[1, 1, 32\]"):
+        sample(make(portrait), scheduler)
+    assert "step" not in vars(scheduler)
+    assert torch.equal(sample(make(flat)), sample(make(flat.view(5, 32, 1))))
+
+
+def test_samples_in_double_precision_are_guided():
+    scheduler, guide = ddim(), SPARKE(1.0)
+    scheduler.set_timesteps(4)
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with guide.attach(scheduler):
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.1 * x, t, x).prev_sample
+    assert x.dtype == torch.float64
+    assert len(guide.memory) == 3
+    assert max(float(size.max()) for _, size, _ in guide.report().moves) > 1e-3
