@@ -589,10 +589,11 @@ def _check_layout(term: Term, shape: tuple[int, ...]) -> None:
     Raises:
         ValueError: naming both shapes. Rows ``[m, d]`` tell no order, so they are taken as they are.
     """
-    if not term.space.direct:
+    if not term.space.direct or len(shape) < 2:
         return
-    for name in ("reference", "baseline"):
-        found = getattr(term.objective, name, None)
+    objective = term.objective
+    sets = [getattr(objective, name, None) for name in ("reference", "baseline")] + [*getattr(objective, "references", ())]
+    for found in sets:
         own = tuple(found.shape[1:]) if isinstance(found, Tensor) and found.ndim > 2 else shape
         if [n for n in own if n > 1] != [n for n in shape if n > 1] and math.prod(own) == math.prod(shape):
             raise ValueError(
