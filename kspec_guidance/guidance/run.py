@@ -252,6 +252,7 @@ class Run:
             )
         prompts = call.different_prompts
         for term in self.guide.terms:
+            term.check_order(tuple(packed.shape[1:]))
             advice = None if prompts is None or not term.scale else term.objective.advice(prompts, term.memory)
             if advice is not None:
                 call.warn(advice)
@@ -265,9 +266,6 @@ class Run:
             )
         self._inside, self._ahead = self._ahead or self._states_of(context, inside=True), []
         numbers = packed[0].numel()
-        for term in self.guide.terms:
-            if term.scale:
-                _check_layout(term, tuple(packed.shape[1:]))
         moving = self._states_of(context, inside=False, numbers=numbers)
         if numbers <= FEW_NUMBERS and any(_fixes_two_directions(state.term) for state in moving):
             call.warn(
@@ -581,25 +579,6 @@ class Run:
             with full_precision(final.device):
                 for memory, features, prompts in self.finished:
                     memory.add(features, prompts)
-
-
-def _check_layout(term: Term, shape: tuple[int, ...]) -> None:
-    """Refuse references with as many numbers as the samples of a call in another order, which rows would not show.
-
-    Raises:
-        ValueError: naming both shapes. Rows ``[m, d]`` tell no order, so they are taken as they are.
-    """
-    if not term.space.direct or len(shape) < 2:
-        return
-    objective = term.objective
-    sets = [getattr(objective, name, None) for name in ("reference", "baseline")] + [*getattr(objective, "references", ())]
-    for found in sets:
-        own = tuple(found.shape[1:]) if isinstance(found, Tensor) and found.ndim > 2 else shape
-        if [n for n in own if n > 1] != [n for n in shape if n > 1] and math.prod(own) == math.prod(shape):
-            raise ValueError(
-                f"references or a baseline have samples of shape {list(own)}, and those of this call have {list(shape)}: "
-                "as many numbers in another order; make them with this pipeline, at the height and width of the call"
-            )
 
 
 def _needs_cfg(term: Term) -> bool:

@@ -223,6 +223,24 @@ class Term:
             few.objective = objective
         return few
 
+    def check_order(self, shape: tuple[int, ...]) -> None:
+        """Refuse references with as many numbers as samples of this shape in another order, which rows would not show.
+
+        Raises:
+            ValueError: naming both shapes. References of rows ``[m, d]`` tell no order, and are taken as they are.
+        """
+        if not self.scale or not self.space.direct or len(shape) < 2:
+            return
+        given = [getattr(self.objective, name, None) for name in ("reference", "baseline")]
+        for found in [*given, *getattr(self.objective, "references", ())]:
+            own = tuple(found.shape[1:]) if isinstance(found, Tensor) and found.ndim > 2 else shape
+            if [n for n in own if n > 1] != [n for n in shape if n > 1] and math.prod(own) == math.prod(shape):
+                raise ValueError(
+                    f"references or a baseline have samples of shape {list(own)}, and those of this call have "
+                    f"{list(shape)}: as many numbers in another order; make them with this pipeline, at the height and "
+                    "width of the call"
+                )
+
     def guided_steps(self, total: int) -> frozenset[int]:
         """Indices of the guided steps in a run of ``total`` steps, regardless of their noise level."""
         if self.scale == 0:
