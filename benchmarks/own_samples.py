@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,22 +26,17 @@ from benchmarks import pages
 from benchmarks.arena.beds import BEDS
 from benchmarks.arena.beds.base import Bed, Case
 from benchmarks.arena.beds.emoji import REPORT, TUNE
-from benchmarks.arena.quality import change
-from benchmarks.easing import PLAIN, joined, judged, measure_settings
-from kspec_guidance.bench.fronts import against, at_gain, matched
-from kspec_guidance.bench.methods.base import Method, Moment, norms, without
+from benchmarks.easing import PLAIN, judged, measure_settings
+from benchmarks.strength_units import DISTILLED, InUnit, compared, heading, label
+from kspec_guidance.bench.methods.base import Moment
 from kspec_guidance.demo.pipeline import DEMO_PROMPTS
-from kspec_guidance.guidance.run import ascent_direction
-from kspec_guidance.guidance.transforms import fading
-from kspec_guidance.objectives import RKE
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "arena" / "own_samples.json"
-BED = "emoji-transformer-distilled"
-STOP, STRENGTHS = 0.65, (0.6, 1.0, 1.6)
+STRENGTHS = (0.6, 1.0, 1.6)
 SETS = {"tune": ("tune", False, 40_000), "further": ("report", True, 50_000)}  # seeds that no other result has
 OWN_SEED, EACH, NEAREST = 90_000, 8, 10
-PARTS = {  # of each set; text: directions are weighed, and samples of others are avoided
+PARTS = {  # whether directions are weighed, and samples of others avoided
     "as it is": (False, False), "along what varies": (True, False), "not toward others": (False, True),
     "both": (True, True),
 }  # fmt: skip
@@ -74,27 +68,26 @@ class Baseline:
 
 
 @dataclass
-class Shaped(Method):
+class Shaped(InUnit):
     """The push of the guide's default, shaped by a baseline; with a strength of 0 plain sampling."""
 
-    scale: float = 1.0
     weigh: bool = False
     avoid: bool = False
     baseline: Baseline | None = None
 
+    def push(self, m: Moment) -> Tensor:
+        g = super().push(m)
+        if not self.weigh:
+            return g
+        assert self.baseline is not None
+        return self.baseline.weighed(g.flatten(1)).view(g.shape)
+
     def move(self, m: Moment) -> Tensor | None:
-        if not self.scale or m.fraction >= STOP - 1e-9:
-            return None
-        g, _ = ascent_direction(RKE(), m.x0.flatten(1), None, None, seed=m.step)
-        g = without(g.view(m.x0.shape), m.noise)
-        if self.weigh:
-            assert self.baseline is not None
-            g = self.baseline.weighed(g.flatten(1)).view(g.shape)
-        move = self.scale * fading(m.fraction, (0.0, STOP)) * norms(m.x0) * g / norms(g).amax()
-        if self.avoid:
-            assert self.baseline is not None
-            move = self.baseline.not_toward(move.flatten(1), m.x0.flatten(1).mean(0)).view(move.shape)
-        return move
+        move = super().move(m)
+        if move is None or not self.avoid:
+            return move
+        assert self.baseline is not None
+        return self.baseline.not_toward(move.flatten(1), m.x0.flatten(1).mean(0)).view(move.shape)
 
 
 def own_samples(bed: Bed) -> dict[str, Tensor]:
@@ -103,13 +96,9 @@ def own_samples(bed: Bed) -> dict[str, Tensor]:
     return {p: bed.run(Case(p, OWN_SEED), EACH).flatten(1) for p in prompts}
 
 
-def label(part: str, strength: float) -> str:
-    return f"{part} @ {strength:g}"
-
-
 def measure(which: str, seeds: int, out: Path) -> None:
     """Figures of the parts at all strengths on one set of prompts."""
-    bed: Any = BEDS[BED]()
+    bed: Any = BEDS[DISTILLED]()
     half, bed.fresh, first = SETS[which]
     bed.cases = lambda half, n: [Case(p, first + s) for s in range(n) for p in bed.prompts(half)]
     own = own_samples(bed)
@@ -124,32 +113,12 @@ def measure(which: str, seeds: int, out: Path) -> None:
     measure_settings(out, which, bed, half, seeds, settings, measured)
 
 
-def table(which: str, found: dict[str, Any]) -> str:
-    """Gains at equal quality of the parts of one set, and those less the push as it is."""
-    figures, w, seeds = joined(found)
-    gains, agreement = {}, {}
-    for part in OF_SET[which]:
-        points = [change(figures[label(part, s)], figures[PLAIN], w) for s in STRENGTHS]
-        gain, kept = (np.stack([p[k] for p in points], 1) for k in ("modes", "kept"))
-        gains[part] = matched(gain - 1, kept)
-        agree = np.concatenate([[0.0], [p["agreement"][0] for p in points]])
-        agreement[part] = at_gain(gain[0] - 1, kept[0], agree, gains[part][0])
-    less, rows = against(gains, "as it is"), []
-    for part, g in gains.items():
-        low, high = np.quantile(g, [0.025, 0.975])
-        cells = [f"{g[0]:+.0%} [{low:+.0%}, {high:+.0%}]", ""]
-        if part in less:
-            d, below, above, _ = less[part]
-            cells[1] = f"{-d:+.0%} [{-above:+.0%}, {-below:+.0%}]"
-        rows.append([part, *cells, f"{agreement[part]:+.3f}"])
-    title = f"{found['bed']}, {which}: {len(found['prompts'])} prompts, {seeds} seeds"
-    return pages.table([title, "gain at equal quality", "less the push as it is", "agreement there"], rows)
-
-
 def tables(path: Path = OUT) -> str:
     """The tables of what has been measured."""
     done = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return "\n\n".join(table(k, v) for k, v in done.items()) or "(not measured)"
+    texts = {part: part for part in PARTS}
+    found = [compared(heading(k, v), v, "as it is", "less the push as it is", texts) for k, v in done.items()]
+    return "\n\n".join(found) or "(not measured)"
 
 
 def main() -> None:

@@ -158,6 +158,11 @@ class InUnit(Method):
     def begin(self) -> None:
         self.last: tuple[Tensor, Tensor | None] | None = None
 
+    def push(self, m: Moment) -> Tensor:
+        """The direction in which samples are pushed, of any size."""
+        g, _ = ascent_direction(RKE(), m.x0.flatten(1), None, None, seed=m.step)
+        return without(g.view(m.x0.shape), m.noise)
+
     def move(self, m: Moment) -> Tensor | None:
         unit, fade = UNITS[self.unit], fading(m.fraction, (0.0, STOP))
         if m.fraction >= STOP - 1e-9:
@@ -171,8 +176,7 @@ class InUnit(Method):
         if not self.scale:
             self.last = m.x0, None
             return None
-        g, _ = ascent_direction(RKE(), m.x0.flatten(1), None, None, seed=m.step)
-        g = without(g.view(m.x0.shape), m.noise)
+        g = self.push(m)
         move = self.scale * fade * size * g / (norms(g) if unit.each else norms(g).amax())
         self.last = m.x0, move
         return move
@@ -239,26 +243,41 @@ def fronts(found: dict[str, Any]) -> tuple[dict[str, list[dict[str, np.ndarray]]
     return {u: [change(figures[k], figures[PLAIN], w) for _, k in sorted(points)] for u, points in by.items()}, seeds
 
 
-def table(name: str, found: dict[str, Any]) -> str:
-    """Gains at equal quality of the units of one bed and set, and those less the norm's."""
-    by, seeds = fronts(found)
+def compared(title: str, found: dict[str, Any], reference: str, less: str, texts: dict[str, str]) -> str:
+    """Gains at equal quality of a bed's settings, and those less the gain of one of them.
+
+    Args:
+        title: of the table.
+        found: the bed's results.
+        reference: the name of that one.
+        less: head of the column of differences.
+        texts: of the names.
+    """
     gains, agreement = {}, {}
-    for unit, points in by.items():
+    for name, points in fronts(found)[0].items():
         gain, kept = (np.stack([p[k] for p in points], 1) for k in ("modes", "kept"))
-        gains[unit] = matched(gain - 1, kept)
+        gains[name] = matched(gain - 1, kept)
         agree = np.concatenate([[0.0], [p["agreement"][0] for p in points]])
-        agreement[unit] = at_gain(gain[0] - 1, kept[0], agree, gains[unit][0])
-    less, rows = against(gains, NORM), []
-    for unit, g in gains.items():
+        agreement[name] = at_gain(gain[0] - 1, kept[0], agree, gains[name][0])
+    differences, rows = against(gains, reference), []
+    for name, g in gains.items():
         low, high = np.quantile(g, [0.025, 0.975])
         cells = [f"{g[0]:+.0%} [{low:+.0%}, {high:+.0%}]", ""]
-        if unit in less:
-            d, below, above, _ = less[unit]
+        if name in differences:
+            d, below, above, _ = differences[name]
             cells[1] = f"{-d:+.0%} [{-above:+.0%}, {-below:+.0%}]"
-        rows.append([UNITS[unit].text, *cells, f"{agreement[unit]:+.3f}"])
-    prompts = len(found["prompts"])
-    title = f"{found['bed']}, {name.rsplit(' ', 1)[1]}: {prompts} prompts, {seeds} seeds"
-    return pages.table([title, "gain at equal quality", "less the norm's", "agreement there"], rows)
+        rows.append([texts[name], *cells, f"{agreement[name]:+.3f}"])
+    return pages.table([title, "gain at equal quality", less, "agreement there"], rows)
+
+
+def heading(name: str, found: dict[str, Any]) -> str:
+    """Title of a table: bed, set of prompts, and their numbers."""
+    return f"{found['bed']}, {name.rsplit(' ', 1)[-1]}: {len(found['prompts'])} prompts, {fronts(found)[1]} seeds"
+
+
+def table(name: str, found: dict[str, Any]) -> str:
+    """Gains at equal quality of the units of one bed and set, and those less the norm's."""
+    return compared(heading(name, found), found, NORM, "less the norm's", {k: u.text for k, u in UNITS.items()})
 
 
 Figures = list[dict[str, np.ndarray]]  # of each setting, by block

@@ -7,12 +7,13 @@ import torch
 
 from benchmarks.arena.beds import BEDS
 from benchmarks.arena.beds.base import Case
-from benchmarks.own_samples import BED, NEAREST, STOP, Baseline, Shaped, tables
+from benchmarks.own_samples import NEAREST, Baseline, Shaped, tables
+from benchmarks.strength_units import DISTILLED, STOP
 from kspec_guidance import SPARKE
 
 
 def test_without_its_parts_the_push_is_that_of_the_package(g):
-    bed, case = BEDS[BED](), Case("bird", 3)
+    bed, case = BEDS[DISTILLED](), Case("bird", 3)
     rows = torch.randn(20, 576, generator=g)
     with torch.no_grad():
         mine = bed.sample(Shaped(scale=0.6), case)
