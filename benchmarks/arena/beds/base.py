@@ -119,11 +119,11 @@ class Bed:
     _unit: float | None = None
 
     def radius_unit(self) -> float:
-        """Median distance of plain samples of one prompt, of the tuning half."""
+        """Median distance of plain samples of one prompt, of the tuning half; as many as in a usual call."""
         if self._unit is None:
-            found = []
+            found, n = [], max(self.images, type(self).images)
             for prompt in self.prompts_for("tune")[:4]:
-                rows = self.run(Case(prompt, 77), self.images).flatten(1)
+                rows = self.run(Case(prompt, 77), n).flatten(1)
                 d = torch.cdist(rows, rows)
                 found.append(float(d[~torch.eye(len(d), dtype=torch.bool)].median()))
             self._unit = sum(found) / len(found)
