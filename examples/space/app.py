@@ -19,6 +19,7 @@ from studio import (
     MAX_STEPS,
     METHODS,
     REFERENCES,
+    WITH_REFERENCE,
     InputError,
     Progress,
     Studio,
@@ -48,8 +49,9 @@ CAUTION = "Variety counts differences, not quality: look at the images."
 ABOUT = """*Different images of a prompt* is the effective number of different images (RKE): 1 if all are alike, the number
 of images if all differ. **SPARKE** moves images of similar prompts apart; **order 0.5** gives rare images more weight;
 **novelty** moves images away from a reference set; **MMD** moves them toward the style of one, away from 100 images of the
-model itself, which are made once for a model. Images *in memory* count as part of the batch, so later batches differ
-from earlier ones.
+model itself, which are made once for a model; **large early moves**, in the first fifth of the steps, take on more of that
+style and leave the images of a prompt more alike. Images *in memory* count as part of the batch, so later batches
+differ from earlier ones.
 """
 STYLE = """
 .board section {margin-bottom: 14px;}
@@ -105,7 +107,7 @@ def build(model: str | None = None, size: int | None = None) -> gr.Blocks:
                     f"This small model never saw {', '.join(map(repr, unknown[:5]))}: expect shapeless images, whose "
                     "variety means nothing. It knows emoji names."
                 )
-            needed = method in ("Novelty", "MMD", "SPARKE + MMD")
+            needed = method in WITH_REFERENCE
             uploads = read_uploads(files) if files and needed else Uploads()
             notes += uploads.notes()
             reference = studio.reference(reference_set, uploads) if needed else None

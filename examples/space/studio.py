@@ -32,6 +32,7 @@ from kspec_guidance import (
     make_baseline,
 )
 from kspec_guidance import functional as F
+from kspec_guidance.baseline import EARLY_SCALE, EARLY_SCALE_OF_FEW, EARLY_STOP, FEW_STEPS
 from kspec_guidance.demo import unknown_words
 from kspec_guidance.evaluation.embedders import image_embedder
 from kspec_guidance.evaluation.judges import demo_judge
@@ -45,7 +46,8 @@ from kspec_guidance.loop.context import CallContext
 from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Gradient, Objective
 
-METHODS = ("SPARKE", "SPARKE, order 0.5", "Novelty", "MMD", "SPARKE + MMD")
+METHODS = ("SPARKE", "SPARKE, order 0.5", "Novelty", "MMD", "MMD, large early moves", "SPARKE + MMD")
+WITH_REFERENCE = METHODS[2:]
 REFERENCES = ("twemoji", "noto", "dark-skin-tone", "light-skin-tone")
 MAX_PROMPTS, MAX_IMAGES_PER_PROMPT, MAX_STEPS = 6, 8, 30
 MAX_PROMPT_LENGTH = 300  # characters
@@ -263,7 +265,7 @@ class Studio:
         return list(dict.fromkeys(word for prompt in prompts for word in unknown_words(self.pipe, prompt)))
 
     def make_guide(
-        self, method: str, variety: float, visitor: Visitor, reference: Tensor | None,
+        self, method: str, variety: float, visitor: Visitor, reference: Tensor | None, steps: int,
         progress_callback: Callable[[int, int], None],
     ) -> KernelGuidance:  # fmt: skip
         """Make the guide of a method, with the visitor's memory. That of MMD first needs the model for its baseline.
@@ -274,6 +276,8 @@ class Studio:
         Raises:
             InputError: for a missing reference set, or an unknown method.
         """
+        if method not in METHODS:
+            raise InputError(f"There is no method {method!r}; there are {', '.join(METHODS)}.")
         memory, scale = visitor.memory, variety / DEFAULT_VARIETY
         if method == "SPARKE, order 0.5":
             return VendiGuidance(scale, order=0.5, memory=memory)
@@ -283,12 +287,11 @@ class Studio:
             raise InputError(f"{method} needs a reference set.")
         if method == "Novelty":
             return NoveltyGuidance(reference, scale)
-        toward = MMDGuidance(reference, scale, memory=memory, baseline=self._baseline(progress_callback))
-        if method == "MMD":
-            return toward
-        if method == "SPARKE + MMD":
-            return SPARKE(variety=variety / 2, memory=memory) + toward
-        raise InputError(f"There is no method {method!r}; there are {', '.join(METHODS)}.")
+        early: dict[str, Any] = {}
+        if method == "MMD, large early moves":  # as toward_reference(early=True)
+            scale, early = scale * (EARLY_SCALE if steps >= FEW_STEPS else EARLY_SCALE_OF_FEW), {"stop": EARLY_STOP}
+        toward = MMDGuidance(reference, scale, memory=memory, baseline=self._baseline(progress_callback), **early)
+        return SPARKE(variety=variety / 2, memory=memory) + toward if method == "SPARKE + MMD" else toward
 
     def _baseline(self, progress_callback: Callable[[int, int], None]) -> Tensor:
         """Images of the model without guidance ``[b, ...]``, which are made once; a run that was stopped goes on."""
@@ -339,7 +342,7 @@ class Studio:
         def work() -> None:
             try:
                 with self.lock:
-                    guide = self.make_guide(method, variety, visitor, reference, of_baseline)
+                    guide = self.make_guide(method, variety, visitor, reference, steps, of_baseline)
                     guide.remember = remember
                     threads = [threading.Thread(target=batch, args=(name, guide), daemon=True) for name in self.pipes]
                     for thread in threads:

@@ -458,3 +458,26 @@ def test_it_fits_a_phone_in_light_and_dark_mode(server, tab, theme, tmp_path):
     assert page.get_by_text("Error", exact=True).count() == 0
     wait_for_images(page, 48)  # still there
     page.screenshot(path=tmp_path / "phone.png", full_page=True)
+
+
+@pytest.mark.parametrize("steps", [4, 12])
+def test_large_early_moves_are_those_of_toward_reference(steps, monkeypatch, tmp_path):
+    import torch
+    from studio import InputError, Studio, Visitor
+
+    from kspec_guidance import load_demo_pipeline, toward_reference
+
+    monkeypatch.setenv("KSPEC_GUIDANCE_HOME", str(tmp_path))
+    studio = Studio()
+    rows = torch.randn(5, 9, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Studio, "_baseline", lambda self, callback: rows)
+    make = lambda method: studio.make_guide(method, 50, Visitor(), rows, steps, lambda done, total: None)  # noqa: E731
+    call = {"num_inference_steps": steps, "guidance_scale": 5.0}
+    images = torch.zeros(4, 3, 64, 64)
+    prompts = ["heart", "cat face", "book", "bird", "runner", "teacher", "surfer", "clock face"]
+    (expected,) = toward_reference(load_demo_pipeline(), images, early=True, call=call, prompts=prompts, n=8).terms
+    (term,) = make("MMD, large early moves").terms
+    assert (term.scale, term.interval(steps)) == (expected.scale, expected.interval(steps))
+    assert make("MMD").terms[0].interval(steps) != term.interval(steps)
+    with pytest.raises(InputError, match="There is no method 'MND'"):
+        make("MND")
