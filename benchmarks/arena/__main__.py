@@ -24,7 +24,9 @@ import torch
 
 from kspec_guidance.bench.methods import METHODS
 
+from .batched import Batch
 from .beds import BEDS
+from .beds.analytic import Analytic
 from .harness import Record, front, mean, plain, take_tuned, tune
 from .quality import quality_goal
 from .workers import Workers
@@ -52,10 +54,13 @@ def main() -> None:
     parser.add_argument("--tuned-from", type=Path, help="folder of results whose tuned settings are taken, without tuning")
     parser.add_argument("--docs", type=Path, help="write the pages and figures into this folder at the end")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the cases of a bed; 1: this one")
+    parser.add_argument(
+        "--batched", action="store_true", help="mixtures: images that are made one by one, of all cases in one batch"
+    )
     parser.add_argument("--small", action="store_true", help="few trials, prompts and images: checks that everything works")
     args = parser.parse_args()
-    if args.swap and (args.fresh or args.tuned_from is not None):
-        parser.error("--swap tunes on other prompts: it cannot be used with --fresh or --tuned-from")
+    if args.swap and args.fresh:
+        parser.error("--swap reports on the prompts of tuning: it cannot be used with --fresh")
     if args.small:
         args.trials, args.tune_seeds, args.seeds, args.strengths = 2, 1, 1, 3
     torch.set_grad_enabled(False)
@@ -85,6 +90,8 @@ def main() -> None:
         goal = functools.partial(quality_goal, bed) if args.goal == "quality" else None
         if args.jobs > 1:
             bed.workers = Workers(name, bed.images, bed.calls, args.jobs, bed.swapped)
+        if args.batched and isinstance(bed, Analytic):
+            bed.workers = Batch(bed)
         base = plain(bed, record, "report", args.seeds)
         print(f"{bed.name}: plain {mean(base[bed.diversity]):.2f} {bed.diversity}, "
               f"{mean(base[bed.fidelity]):.3f} {bed.fidelity}, {mean(base['seconds']):.2f} s", flush=True)  # fmt: skip
@@ -92,7 +99,7 @@ def main() -> None:
         if args.tuned_from is not None:
             methods = [m for m in methods if not METHODS[m].tuned or "tuned" in record.of(m)]
         measured = functools.partial(measure_method, args, bed, record, goal)
-        if bed.workers is None:
+        if args.jobs == 1:
             for method in methods:
                 measured(method)
             continue

@@ -5,20 +5,25 @@ test holds the two to the same samples.
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kspec_guidance.bench.methods import METHODS, Method
+from kspec_guidance.bench.methods.combined import InInterval
+from kspec_guidance.bench.methods.onebyone import OneByOne
 from kspec_guidance.guidance.recall import sharpness
-from kspec_guidance.guidance.term import VARIETY_AT_SCALE_1
+from kspec_guidance.guidance.term import FEW_NUMBERS, VARIETY_AT_SCALE_1
 
 from .beds.analytic import Analytic, ExactDenoiser
-from .beds.base import CALL_SEEDS
+from .beds.base import CALL_SEEDS, Case
 
-__all__ = ["Setting", "run"]
+__all__ = ["Batch", "Setting", "run"]
 
 DUPLICATE = 1e-3  # share of the largest distance below which two rows count as one point, as in the package
 
@@ -38,6 +43,7 @@ class Setting:
         guard: whether the part of a move against the prompt is left out.
         off_score: whether that along the score is, as in the package.
         unit: whether predictions are compared at norm 1, as in the package, so that no move changes their norm.
+        interval: shares of the run between which the weight is the bed's own; it is 1 outside.
         until: share of the run after which the weight is the bed's own again.
         log_det: ascend ``log det(I + 4 G)`` of cosines instead, the objective of OSCAR.
         exponential: that of the kernel :class:`~kspec_guidance.kernels.ExpCosineKernel` in place of cosines.
@@ -50,6 +56,7 @@ class Setting:
         by_spread: largest part of classifier-free guidance in a prediction, relative to the median distance of the
             predictions of a prompt without it.
         images: samples of each call; by default the bed's.
+        spell: radius of SPELL, from the samples of earlier calls alone; its overcompensation is ``scale``.
         recall: how the memory repels: ``none``, ``all`` or ``nearest``, as in the package; ``all, same step`` compares with
             the predictions of earlier calls at the same step instead, and ``nearest to x0`` asks which rows the clean
             prediction is nearest to, instead of the noisy sample.
@@ -76,6 +83,8 @@ class Setting:
     dpp: float = 0.0
     sizes: tuple[float, ...] | None = None
     by_spread: float | None = None
+    spell: float = 0.0
+    interval: tuple[float, float] | None = None
 
 
 def norms(x: Tensor) -> Tensor:
@@ -156,6 +165,12 @@ def dpp_ascent(predict: Callable[[Tensor], Tensor], x: Tensor, h: float) -> Tens
     return torch.nan_to_num(g)
 
 
+def out_of_balls(rows: Tensor, others: Tensor, radius: float) -> Tensor:
+    """SPELL's move of rows ``[cases, n, d]`` out of the balls around others ``[cases, m, d]``."""
+    push = torch.relu(radius / torch.cdist(rows, others).clamp_min(1e-6 * radius) - 1)
+    return push.sum(-1, keepdim=True) * rows - push @ others
+
+
 def to_one(g: Tensor) -> Tensor:
     return g / norms(g).amax(1, keepdim=True).clamp_min(1e-30)
 
@@ -189,13 +204,14 @@ def run(bed: Analytic, cases: list, setting: Setting, start: Tensor | None = Non
         bed: the mixture.
         cases: prompts and seeds.
         setting: the guide.
-        start: noises ``[cases, n, d]`` of a single call; by default those that the bed itself would use.
+        start: noises ``[cases, n, d]``, dealt to the calls in order; by default those that the bed itself would use.
         until: return the clean predictions of this step instead, counted from 1.
     """
     found, steps = [], []
     for call in range(setting.calls):
-        x = start
-        if x is None:
+        if start is not None:
+            x = start.tensor_split(setting.calls, 1)[call]
+        else:
             later = [replace(c, seed=c.seed + CALL_SEEDS * call) for c in cases]
             x = torch.stack([bed.start(c, setting.images or bed.images).flatten(1) for c in later])
         x, predictions = one_call(bed, cases, setting, x, found, steps, until)
@@ -224,6 +240,8 @@ def one_call(
         fade = math.cos(fraction / setting.stop * math.pi / 2) ** 2 if fraction < setting.stop - 1e-9 else 0.0
         fade = fade if setting.sizes is None else setting.sizes[k]
         usual = own if fraction >= setting.until else lower
+        if setting.interval is not None:
+            usual = own if setting.interval[0] <= fraction < setting.interval[1] else 1.0
         weight = usual if setting.ease is None else usual - max(usual - setting.ease, 0.0) * fade
 
         def noises(x: Tensor, alpha: float = alpha, sigma: float = sigma, weight: float = weight) -> tuple[Tensor, ...]:
@@ -237,10 +255,12 @@ def one_call(
         x0 = (x - sigma * e) / alpha
         if k + 1 == until:
             return x0, predictions
-        strength = 0.0 if setting.dpp else setting.scale or setting.variety
+        strength = 0.0 if setting.dpp or setting.spell else setting.scale or setting.variety
         if setting.dpp:
             g = dpp_ascent(lambda y, a=alpha, s=sigma, at=noises: (y - s * at(y)[2]) / a, x, setting.dpp)
             x0 = x0 + setting.scale * sigma**2 / alpha * norms(e) * to_one(g)
+        if setting.spell and found:
+            x0 = x0 + setting.scale * out_of_balls(x0, torch.cat(found, 1), setting.spell)
         if (setting.early or fade) and strength:
             u, memory = normalize(x0, dim=-1), finished
             if setting.recall == "all, same step" and found:
@@ -271,3 +291,46 @@ def one_call(
         a2, s2 = levels[k + 1] ** 0.5, (1 - levels[k + 1]) ** 0.5
         x = a2 * x0 + s2 * (x - alpha * x0) / sigma
     return x, predictions
+
+
+class Batch:
+    """Measures cases of a mixture in one batch where the method makes images one by one, and others one after another.
+
+    In place of :class:`~benchmarks.arena.workers.Workers`.
+    """
+
+    def __init__(self, bed: Analytic):
+        self.bed = bed
+
+    def setting(self, method: Method) -> Setting | None:
+        """The method as a setting, where it makes images one by one."""
+        values, single = vars(method), {"calls": self.bed.images, "images": 1}
+        if isinstance(method, METHODS["SPELL, one by one"]):
+            radius, weight = values["r"] * self.bed.radius_unit(), values.get("cfg")
+            return Setting(scale=values["overcompensation"], spell=radius, weight=weight, **single)
+        if not isinstance(method, OneByOne):
+            return None
+        few = self.bed.model.dim <= FEW_NUMBERS
+        own = {k: values[k] for k in ("scale", "stop")} | {"weight": values.get("weight")}
+        if isinstance(method, InInterval):
+            own["interval"] = (method.cfg_start, method.cfg_stop)
+        return Setting(**own, off_score=not few, recall="nearest", **single)
+
+    def measure(
+        self, measure: Callable[..., Any], make: Callable[[], Method], cases: Sequence[Case]
+    ) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """``measure(bed, make, case)`` of each case, in order."""
+        setting = self.setting(make())
+        if setting is None:
+            yield from (measure(self.bed, make, case) for case in cases)
+            return
+        began = time.perf_counter()
+        start = torch.stack([self.bed.start(case, self.bed.images).flatten(1) for case in cases])
+        found = run(self.bed, list(cases), setting, start)
+        seconds = (time.perf_counter() - began) / len(cases)
+        for samples, case in zip(found, cases, strict=True):
+            rows = self.bed.rows(torch.nan_to_num(samples, 0.0, 1e3, -1e3))
+            yield rows, {**self.bed.figures(rows, case), "seconds": seconds}
+
+    def close(self) -> None:
+        """Nothing is held."""

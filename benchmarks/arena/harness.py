@@ -163,10 +163,19 @@ def tune(
 
 
 def take_tuned(record: Record, source: Record) -> None:
-    """Take the tuned settings of another record of the bed."""
-    for name, found in source.data["methods"].items():
-        if "tuned" in found:
-            record.of(name).setdefault("tuned", found["tuned"])
+    """Take the tuned settings of another record of the bed, also for methods that are tuned as one of it is.
+
+    Raises:
+        ValueError: if they were tuned on the other half of the prompts.
+    """
+    halves = [bool(r.data.get("settings", {}).get("swap", False)) for r in (record, source)]
+    if halves[0] != halves[1]:
+        raise ValueError(f"{source.path} was tuned {'with' if halves[1] else 'without'} --swap, so on other prompts")
+    for name, cls in METHODS.items():
+        found = source.data["methods"].get(name, {}).get("tuned")
+        found = found or source.data["methods"].get(cls.tuned_as, {}).get("tuned")
+        if found is not None:
+            record.of(name).setdefault("tuned", found)
 
 
 def front(bed: Bed, name: str, record: Record, number: int, seeds: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from kspec_guidance.bench.fronts import Standing, runs_needed
 from kspec_guidance.bench.methods import METHODS
+from kspec_guidance.bench.methods.onebyone import OneByOne
 
 from .. import agreement, clips, digits_target, several_calls, style_early, toward_style
 from ..easing import tables
@@ -23,6 +24,8 @@ from .quality import WORSE, equal_quality, with_other_half, with_other_tuning
 
 ROOT = Path(__file__).parents[2]
 PRESETS = {m: m.replace(LOG_DET, "log det").replace(OURS, "`vivid`").replace(DEFAULT, "`default`") for m in OWN}
+ONE_BY_ONE = "SPARKE, ours, one by one"
+OWN_SINGLE = {m: m.removeprefix("SPARKE, ours, ") for m in METHODS if m.startswith(ONE_BY_ONE)}
 FOR_USERS = {m: name for m, name in PRESETS.items() if m in OWN[:3]}
 PAGES = {  # the tables that each page of the documentation holds, between markers
     "toward-style.md": (
@@ -42,7 +45,7 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "arena/scores.md": ("scores",),
     "arena/reviewers.md": ("verdicts", "power", "again"),
     "arena/target.md": ("matching", "digits_target"),
-    "arena/sets.md": ("smallsets", "calls", "pairs", "recall", "longruns"),
+    "arena/sets.md": ("smallsets", "singles", "calls", "pairs", "recall", "longruns"),
     "arena/costs.md": ("cost",),
     "arena/ablations.md": ("ablations", "easing", "agreement", "clips"),
 }
@@ -262,6 +265,43 @@ def power(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def of_one_call(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The beds' results without methods that make images one by one in place of one call."""
+    return [d | {"methods": {m: v for m, v in d["methods"].items() if not issubclass(METHODS[m], OneByOne)}} for d in data]
+
+
+def singles(data: list[dict[str, Any]]) -> str:
+    """Methods that make one image a call, of the beds on which ours was measured so, beside the best of one call."""
+    rows = []
+    for d in data:
+        if ONE_BY_ONE not in with_fronts(d):
+            continue
+        alone = d | {"methods": {m: v for m, v in d["methods"].items() if METHODS[m].single}}
+        found = {s.method: s for s in equal_quality(alone, ONE_BY_ONE)}
+        others = [s for m, s in found.items() if m not in OWN_SINGLE]
+        cells = []
+        for own in OWN_SINGLE:
+            if own not in found:
+                cells.append("-")
+                continue
+            told = [verdict(s) for s in equal_quality(alone, own) if s.method not in OWN_SINGLE]
+            text = " / ".join(str(told.count(v)) for v in ("ahead", "tie", "behind"))
+            mine = found[own]
+            cells.append(f"{percent(mine.gain, mine.gain_low, mine.gain_high)}; "
+                         + (f"**{text}**" if set(told) == {"ahead"} else text))  # fmt: skip
+        best = next(m for m in found if m in OWN_SINGLE)  # they are sorted
+        (batch,) = of_one_call([d])
+        together = equal_quality(batch | {"methods": batch["methods"] | {best: d["methods"][best]}}, best)
+        first = next(s for s in together if s.method not in (*OWN, best))
+        rows.append([
+            d["bed"], f"{len(d['settings']['prompts'])}", *cells, f"{others[0].method} {others[0].gain:+.0%}",
+            f"{first.method} {first.gain:+.0%}", f"{lead(first)}: {verdict(first)}",
+        ])  # fmt: skip
+    head = ["bed", "runs", *(f"{name}: gain; ahead / tie / behind" for name in OWN_SINGLE.values())]
+    head += ["best of the others", "best of the others in one call of all images", "best of ours one by one less it"]
+    return table(head, rows)
+
+
 def rounded(runs: float) -> str:
     """A number of runs, to two digits."""
     return "over 100,000" if runs > 1e5 else f"{float(f'{runs:.2g}'):,.0f}"
@@ -387,15 +427,17 @@ def write(folder: Path, docs: Path) -> None:
     # both measures of equal worth are of the same runs, where those are of all methods
     data = [b if with_fronts(d) <= with_fronts(b) else d for d, b in zip(alone, best_measured, strict=True)]
     together = [d if "pooled" in d["methods"]["plain"] else a for d, a in zip(data, alone, strict=True)]
-    all_measured, calls = with_further_prompts(best_measured, folder), records(folder / "calls")
+    every, calls = with_further_prompts(best_measured, folder), records(folder / "calls")
+    settings_of, together, data, all_measured = data, *(of_one_call(x) for x in (together, data, every))
     parts = {
         "equal": equal(all_measured), "verdicts": verdicts(data, all_measured, calls),
         "power": power(data, all_measured), "beds": beds(data),
         "calls": equal(calls, DEFAULT), "pairs": equal(records(folder / "pairs"), DEFAULT),
+        "singles": singles(every),
         "again": again(all_measured, records(folder / "equal" / "again")),
         "recall": several_calls.tables(read(folder / "several_calls.json")),
         "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data), "settings": settings(data),
-        "scores": scores(together), "tuned": tuned(data), "cost": cost(folder), "matching": matching(folder),
+        "scores": scores(together), "tuned": tuned(settings_of), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
         "easing": tables(folder / "easing.json"),
         "agreement": agreement.tables(read(folder / "agreement.json")),

@@ -29,6 +29,13 @@ from kspec_guidance.bench.methods.guides import (
     Vivid,
 )
 from kspec_guidance.bench.methods.noiseopt import NoiseOptimisation
+from kspec_guidance.bench.methods.onebyone import (
+    OursOneByOne,
+    OursOneByOneInInterval,
+    OursOneByOneLowerGuidance,
+    SPELLOneByOne,
+    SPELLOneByOneLowerGuidance,
+)
 from kspec_guidance.bench.methods.oscar import OSCAR
 from kspec_guidance.bench.methods.particle import Particle, PooledParticle
 from kspec_guidance.bench.methods.pink import PinkNoise
@@ -43,6 +50,7 @@ _TUNED: tuple[type[Method], ...] = (
     ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference,
     PinkNoise, CNO, NoiseOptimisation, GASS, DAVE, ContextualRepulsion, BlockSelfGuidance,
     Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance, OursLogDetLowerGuidance, *IN_INTERVALS,
+    OursOneByOne, OursOneByOneLowerGuidance, OursOneByOneInInterval, SPELLOneByOne, SPELLOneByOneLowerGuidance,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _TUNED}  # those whose parameters are tuned, by names in tables
 DIALS: tuple[type[Method], ...] = (Dial, Vivid, Explore, FewStep, Entropy, TowardReference)

@@ -163,7 +163,9 @@ class Method:
     their ranges; ``strength`` is the one that is swept for the front, at ``strengths`` if these are given. ``needs`` is
     what a bed or a pipeline must have: ``features`` of the denoiser, classifier-free ``guidance``, ``prompts`` among the
     denoiser's arguments, ``images`` with two axes of pixels, transformer ``blocks``. ``again``: whether it calls the
-    denoiser again within a step, which must then make all predictions in one call.
+    denoiser again within a step, which must then make all predictions in one call. ``single``: whether calls of one image
+    give what one call of several gives, as where images are made alone or one after another. ``tuned_as`` names a method
+    whose tuned settings serve for this one as well.
     """
 
     name: ClassVar[str] = ""
@@ -174,7 +176,9 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     strengths: ClassVar[tuple[float, ...]] = ()
     again: ClassVar[bool] = False
+    single: ClassVar[bool] = False
     falls: ClassVar[bool] = False  # whether a smaller strength is the stronger one
+    tuned_as: ClassVar[str] = ""
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
     @classmethod

@@ -10,6 +10,7 @@ class LowerGuidance(Method):
     """The scale ``w'`` in place of the pipeline's ``w`` (Ho, Salimans 2022, arXiv 2207.12598)."""
 
     name = "lower CFG"
+    single = True
     code = "lower-cfg"
     paper = "arXiv 2207.12598"
     tuned = {"weight": Real(1.0, 4.0)}
@@ -27,6 +28,7 @@ class Interval(Method):
     """Guidance for ``start <= fraction < stop`` only (Kynkaanniemi and others 2024, arXiv 2404.07724)."""
 
     name = "interval CFG"
+    single = True
     code = "interval-cfg"
     paper = "arXiv 2404.07724"
     tuned = {"start": Real(0.0, 0.8), "stop": Real(0.6, 1.0)}

@@ -17,6 +17,7 @@ class CADS(Method):
     """
 
     name = "CADS"
+    single = True
     code = "cads"
     paper = "arXiv 2310.17347"
     tuned = {"s": Real(0.0, 1.0), "tau1": Real(0.2, 0.9), "psi": Real(0.0, 1.0)}
@@ -43,6 +44,7 @@ class SeedVariance(Method):
     """One noise on the prompt embedding for the first part of the steps, as the nodes that users run do."""
 
     name = "seed variance"
+    single = True
     code = "seed-variance"
     paper = "seed-variance nodes"
     tuned = {"noise": Real(0.0, 2.0), "until": Real(0.1, 1.0)}

@@ -18,6 +18,7 @@ class DAVE(BlockMethod):
     """
 
     name = "DAVE"
+    single = True
     code = "dave"
     paper = "arXiv 2606.06813"
     tuned = {"attenuation": Real(0.0, 1.0), "stop": Real(0.05, 0.6)}

@@ -175,6 +175,7 @@ class Published(Guided):
     """
 
     name = "SPARKE, authors' code"
+    single = True
     code = "sparke-published"
     paper = "arXiv 2506.10173"
     tuned = {"scale": Log(0.003, 1.0), "every": Whole(1, 10)}

@@ -19,6 +19,7 @@ class PinkNoise(Start):
     """
 
     name = "pink noise"
+    single = True
     code = "pink-noise"
     paper = "arXiv 2601.00090"
     tuned = {"exponent": Real(0.0, 1.0)}

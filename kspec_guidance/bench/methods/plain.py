@@ -7,4 +7,5 @@ class Plain(Method):
     """Different seeds, nothing else."""
 
     name = "plain"
+    single = True
     code = "plain"

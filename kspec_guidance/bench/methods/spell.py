@@ -30,7 +30,7 @@ class SPELL(Method):
     earlier: list[Tensor] | None = field(default=None, repr=False)  # finished samples; None: they are not kept
 
     def remember(self) -> None:
-        self.earlier = []
+        self.earlier = self.earlier or []
 
     def sample(self, bed: Any, case: Any) -> Tensor:
         self.radius_unit = bed.radius_unit()

@@ -17,6 +17,7 @@ class ScoreRescaling(Method):
     """
 
     name = "score rescaling"
+    single = True
     code = "score-rescaling"
     paper = "arXiv 2510.01184"
     tuned = {"k": Real(0.3, 1.0), "width": Log(0.05, 5.0)}
