@@ -287,8 +287,8 @@ def singles(data: list[dict[str, Any]]) -> str:
             told = [verdict(s) for s in equal_quality(alone, own) if s.method not in OWN_SINGLE]
             text = " / ".join(str(told.count(v)) for v in ("ahead", "tie", "behind"))
             mine = found[own]
-            cells.append(f"{percent(mine.gain, mine.gain_low, mine.gain_high)}; "
-                         + (f"**{text}**" if set(told) == {"ahead"} else text))  # fmt: skip
+            text = f"**{text}**" if set(told) == {"ahead"} else text
+            cells.append(f"{percent(mine.gain, mine.gain_low, mine.gain_high)}; {mine.agreement:+.2f}; {text}")
         best = next(m for m in found if m in OWN_SINGLE)  # they are sorted
         (batch,) = of_one_call([d])
         together = equal_quality(batch | {"methods": batch["methods"] | {best: d["methods"][best]}}, best)
@@ -297,7 +297,7 @@ def singles(data: list[dict[str, Any]]) -> str:
             d["bed"], f"{len(d['settings']['prompts'])}", *cells, f"{others[0].method} {others[0].gain:+.0%}",
             f"{first.method} {first.gain:+.0%}", f"{lead(first)}: {verdict(first)}",
         ])  # fmt: skip
-    head = ["bed", "runs", *(f"{name}: gain; ahead / tie / behind" for name in OWN_SINGLE.values())]
+    head = ["bed", "runs", *(f"{name}: gain; agreement there; ahead / tie / behind" for name in OWN_SINGLE.values())]
     head += ["best of the others", "best of the others in one call of all images", "best of ours one by one less it"]
     return table(head, rows)
 
