@@ -88,10 +88,10 @@ def main() -> None:
         if args.tuned_from is not None:
             take_tuned(record, Record(args.tuned_from, bed))
         goal = functools.partial(quality_goal, bed) if args.goal == "quality" else None
-        if args.jobs > 1:
-            bed.workers = Workers(name, bed.images, bed.calls, args.jobs, bed.swapped)
         if args.batched and isinstance(bed, Analytic):
             bed.workers = Batch(bed)
+        elif args.jobs > 1:
+            bed.workers = Workers(name, bed.images, bed.calls, args.jobs, bed.swapped)
         base = plain(bed, record, "report", args.seeds)
         print(f"{bed.name}: plain {mean(base[bed.diversity]):.2f} {bed.diversity}, "
               f"{mean(base[bed.fidelity]):.3f} {bed.fidelity}, {mean(base['seconds']):.2f} s", flush=True)  # fmt: skip
@@ -99,7 +99,7 @@ def main() -> None:
         if args.tuned_from is not None:
             methods = [m for m in methods if not METHODS[m].tuned or "tuned" in record.of(m)]
         measured = functools.partial(measure_method, args, bed, record, goal)
-        if args.jobs == 1:
+        if not isinstance(bed.workers, Workers):
             for method in methods:
                 measured(method)
             continue

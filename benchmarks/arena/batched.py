@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kspec_guidance.bench.methods import METHODS, Method
+from kspec_guidance.bench.methods import Method
 from kspec_guidance.bench.methods.combined import InInterval
-from kspec_guidance.bench.methods.onebyone import OneByOne
+from kspec_guidance.bench.methods.onebyone import OursOneByOne, SPELLOneByOne
 from kspec_guidance.guidance.recall import sharpness
 from kspec_guidance.guidance.term import FEW_NUMBERS, VARIETY_AT_SCALE_1
 
@@ -304,17 +304,17 @@ class Batch:
 
     def setting(self, method: Method) -> Setting | None:
         """The method as a setting, where it makes images one by one."""
-        values, single = vars(method), {"calls": self.bed.images, "images": 1}
-        if isinstance(method, METHODS["SPELL, one by one"]):
-            radius, weight = values["r"] * self.bed.radius_unit(), values.get("cfg")
-            return Setting(scale=values["overcompensation"], spell=radius, weight=weight, **single)
-        if not isinstance(method, OneByOne):
+        single: dict[str, Any] = {"calls": self.bed.images, "images": 1}
+        if isinstance(method, SPELLOneByOne):
+            radius, weight = method.r * self.bed.radius_unit(), getattr(method, "cfg", None)
+            return Setting(scale=method.overcompensation, spell=radius, weight=weight, **single)
+        if not isinstance(method, OursOneByOne):
             return None
-        few = self.bed.model.dim <= FEW_NUMBERS
-        own = {k: values[k] for k in ("scale", "stop")} | {"weight": values.get("weight")}
-        if isinstance(method, InInterval):
-            own["interval"] = (method.cfg_start, method.cfg_stop)
-        return Setting(**own, off_score=not few, recall="nearest", **single)
+        return Setting(
+            scale=method.scale, stop=method.stop, weight=getattr(method, "weight", None), recall="nearest",
+            interval=(method.cfg_start, method.cfg_stop) if isinstance(method, InInterval) else None,
+            off_score=self.bed.model.dim > FEW_NUMBERS, **single,
+        )  # fmt: skip
 
     def measure(
         self, measure: Callable[..., Any], make: Callable[[], Method], cases: Sequence[Case]
@@ -331,6 +331,3 @@ class Batch:
         for samples, case in zip(found, cases, strict=True):
             rows = self.bed.rows(torch.nan_to_num(samples, 0.0, 1e3, -1e3))
             yield rows, {**self.bed.figures(rows, case), "seconds": seconds}
-
-    def close(self) -> None:
-        """Nothing is held."""

@@ -428,7 +428,7 @@ def write(folder: Path, docs: Path) -> None:
     data = [b if with_fronts(d) <= with_fronts(b) else d for d, b in zip(alone, best_measured, strict=True)]
     together = [d if "pooled" in d["methods"]["plain"] else a for d, a in zip(data, alone, strict=True)]
     every, calls = with_further_prompts(best_measured, folder), records(folder / "calls")
-    settings_of, together, data, all_measured = data, *(of_one_call(x) for x in (together, data, every))
+    all_tuned, (together, data, all_measured) = data, (of_one_call(x) for x in (together, data, every))
     parts = {
         "equal": equal(all_measured), "verdicts": verdicts(data, all_measured, calls),
         "power": power(data, all_measured), "beds": beds(data),
@@ -437,7 +437,7 @@ def write(folder: Path, docs: Path) -> None:
         "again": again(all_measured, records(folder / "equal" / "again")),
         "recall": several_calls.tables(read(folder / "several_calls.json")),
         "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data), "settings": settings(data),
-        "scores": scores(together), "tuned": tuned(settings_of), "cost": cost(folder), "matching": matching(folder),
+        "scores": scores(together), "tuned": tuned(all_tuned), "cost": cost(folder), "matching": matching(folder),
         "smallsets": smallsets(folder), "longruns": longruns(folder), "ablations": ablations(folder), "judges": judges(),
         "easing": tables(folder / "easing.json"),
         "agreement": agreement.tables(read(folder / "agreement.json")),

@@ -42,14 +42,11 @@ class OursOneByOne(OneByOne, Ours):
 
 
 @dataclass
-class OursOneByOneLowerGuidance(OneByOne, OursLowerGuidance):
+class OursOneByOneLowerGuidance(OursOneByOne, OursLowerGuidance):
     """The same at a lower CFG scale."""
 
     name = "SPARKE, ours, one by one, lower CFG"
     tuned_as = "SPARKE, ours, order 0.5, lower CFG"
-
-    def guide(self, pipe: Any) -> KernelGuidance:
-        return SPARKE(self.scale, stop=self.stop, recall="nearest")
 
 
 @dataclass
