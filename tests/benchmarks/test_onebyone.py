@@ -104,3 +104,17 @@ def test_the_unit_of_distance_is_that_of_a_usual_call(bed: Analytic) -> None:
     few = bed.radius_unit()
     bed._unit, bed.images = None, Analytic.images
     assert few == bed.radius_unit() > 0
+
+
+@pytest.mark.parametrize("name", ["interval CFG", "seed variance", "OSCAR"])
+def test_each_run_of_one_attachment_is_a_run_of_its_own(name: str, bed: Analytic) -> None:
+    """As where the images of a prompt do not fit one call: a schedule begins anew, and so does what is kept in a run."""
+    case, start = bed.cases("report", 1)[0], bed.start(bed.cases("report", 1)[0], 4)
+    method = METHODS[name]()
+    with torch.no_grad():
+        with method.attach(bed.pipe):
+            method.generator.manual_seed(1)
+            first = bed.run(case, 4, start)
+            method.generator.manual_seed(1)
+            torch.testing.assert_close(bed.run(case, 4, start), first)
+        assert not torch.allclose(first, bed.run(case, 4, start), atol=1e-2)

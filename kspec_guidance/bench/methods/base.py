@@ -207,7 +207,7 @@ class Method:
     # -- to override -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Reset the state of the last run; called when the method is attached."""
+        """Reset the state of the last run; called when the method is attached, and after each run."""
 
     def remember(self) -> None:
         """Keep the samples of each run in mind in the next ones, where the method has a memory; most have none."""
@@ -289,6 +289,9 @@ class Method:
             result = original(*bound.args, **bound.kwargs)
             latents = self.after(moment, result[0]).to(result[0].dtype)
             self._step += 1
+            if self._step >= len(pipe.scheduler.timesteps):  # the next run, of further images of a case
+                self._step = 0
+                self.begin()
             if isinstance(result, tuple):
                 return (latents, *result[1:])
             result.prev_sample = latents
