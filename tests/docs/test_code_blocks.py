@@ -91,7 +91,8 @@ def test_page_code_runs(page, tmp_path, monkeypatch):
 
 
 def run_command(words):
-    """Run ``kspec-guidance`` in this process, also after a pipe, and launchers with processes that are forks."""
+    """Run ``kspec-guidance`` and, small, the arena in this process, and launchers with processes that are forks."""
+    from benchmarks.arena.__main__ import main as arena
     from kspec_guidance.cli import app
 
     piped = None
@@ -102,6 +103,15 @@ def run_command(words):
     if words[0] == "kspec-guidance":
         result = CliRunner().invoke(app, words[1:], input=piped)
         assert result.exit_code == 0, result.output
+        return
+    if words[:3] == ["python", "-m", "benchmarks.arena"]:
+        assert "--out" in words  # that of a clone would be written to
+        words += ["--small", "--out", "arena"]
+        if "--tuned-from" in words:
+            words += ["--tuned-from", str(ROOT / words[words.index("--tuned-from") + 1])]
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr("sys.argv", words[2:])
+            arena()
         return
     assert words[0] in ("torchrun", "accelerate")
     launch(words)

@@ -4,6 +4,7 @@ Writes ``result-*.json`` into OUT, with the rows received and the entries of the
 """
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def main(out, kind="exact", numbers=None):
         kind = "exact"
     result = make(out, quiet_pipeline(), prompts, 6, 3, guide=guide, memory=kind, memory_by=by, exchange=2, **more)
     values = {k: getattr(result, k) for k in ("made", "total_made", "images", "exchanges")} | {"received": received}
-    (out / f"result-{'first' if result.first else id(values)}.json").write_text(json.dumps(values))
+    (out / f"result-{'first' if result.first else os.getpid()}.json").write_text(json.dumps(values))
 
 
 if __name__ == "__main__":

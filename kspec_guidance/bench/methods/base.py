@@ -207,7 +207,7 @@ class Method:
     # -- to override -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Reset the state of the last run; called when the method is attached, and after each run."""
+        """Reset the state of the last run; called when the method is attached, and before each further run."""
 
     def remember(self) -> None:
         """Keep the samples of each run in mind in the next ones, where the method has a memory; most have none."""
@@ -249,8 +249,7 @@ class Method:
 
     @contextmanager
     def _attached(self, pipe: Any) -> Iterator["Method"]:
-        self.begin()
-        self._step: int = 0
+        self._begin_run()
         with ExitStack() as hooks:
             patch = MethodPatch(pipe.scheduler, "step", functools.partial(self._wrap_step, pipe), self)
             hooks.callback(patch.remove)
@@ -262,10 +261,21 @@ class Method:
             hooks.callback(self._watch.remove)
             yield self
 
+    def _begin_run(self) -> None:
+        self.begin()
+        self._step: int = 0
+        self._ended: bool = False
+
+    def _begin_next_run(self) -> None:
+        """Begin anew where the last run has ended: the images of a case may need several calls."""
+        if self._ended:
+            self._begin_run()
+
     def _fraction(self, pipe: Any) -> float:
         return self._step / max(1, len(pipe.scheduler.timesteps))
 
     def _before_denoiser(self, pipe: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._begin_next_run()
         names, placed, given = list(inspect.signature(module.forward).parameters), list(args), dict(kwargs)
         for name in CONDITIONS:
             if name not in given and name not in names[: len(placed)]:
@@ -283,15 +293,14 @@ class Method:
         signature = inspect.signature(original)
 
         def step(*args: Any, **kwargs: Any) -> Any:
+            self._begin_next_run()
             bound = signature.bind(*args, **kwargs)
             output, sample, moment = self._guide(pipe, bound.arguments)
             bound.arguments["model_output"], bound.arguments["sample"] = output, sample
             result = original(*bound.args, **bound.kwargs)
             latents = self.after(moment, result[0]).to(result[0].dtype)
             self._step += 1
-            if self._step >= len(pipe.scheduler.timesteps):  # the next run, of further images of a case
-                self._step = 0
-                self.begin()
+            self._ended = self._step >= len(pipe.scheduler.timesteps)
             if isinstance(result, tuple):
                 return (latents, *result[1:])
             result.prev_sample = latents
