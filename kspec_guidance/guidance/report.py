@@ -58,6 +58,9 @@ class GuidanceReport:
     with at least two images, and images of different prompts are not compared. (Conditional RKE with a prompt kernel that
     is 1 for equal prompts and 0 for others is the harmonic mean of the same numbers, for equally many images per prompt.)
 
+    A call of a single image has none to compare with; :attr:`with_earlier` counts it among the newest of its prompt in the
+    guide's memory, where that holds samples as they are.
+
     Samples are compared as the denoising loop holds them, in most pipelines as latents: the figures tell how different the
     images are, and not how good.
 
@@ -73,6 +76,7 @@ class GuidanceReport:
         self.context: StepContext | None = None
         self.moves: list[tuple[int, Tensor, float | Tensor]] = []  # step, relative moves [n], noise-to-signal
         self.finished: Tensor | None = None
+        self.earlier: Tensor | None = None  # [k, d], remembered samples of the prompt of a single finished one
         self.finished_plain: Tensor | None = None  # those of the same call without guidance, see KernelGuidance.compare
         self.strengths: list[tuple[str, float]] = []  # name and value of each term's strength: a scale or a variety
         self.targets: list[tuple[VarietyTarget, PromptTarget]] = []  # of each prompt, if there is a target
@@ -160,20 +164,31 @@ class GuidanceReport:
             return []
         found = []
         for index in self._groups():
-            m = len(index)
-            if m < 2:
-                continue
-            # on the CPU in float64, which some accelerators lack; a prompt at a time, so few rows are copied at once
-            rows = natural_rows(x[index.to(x.device)].cpu(), normalize=True)
-            squares = gram(rows, GaussianKernel(IMAGE_BANDWIDTH)).square()
-            rest = squares.sum() - 2 * squares.sum(1) + squares.diagonal()
-            found.append(PromptScore(m**2 / float(squares.sum()), (m - 1) ** 2 / rest))
+            if len(index) > 1:
+                found.append(_score(x[index.to(x.device)].cpu()))  # a prompt at a time, so few rows are copied at once
         return found
 
     @property
     def guided(self) -> float | None:
         """Effective number of different images of a prompt; None if no prompt has two images, or the run has not ended."""
         return _mean(self._scores(self.finished))
+
+    @property
+    def earlier_images(self) -> int:
+        """Number of earlier images of its prompt that a single finished image was compared with."""
+        return 0 if self.earlier is None else len(self.earlier)
+
+    @property
+    def with_earlier(self) -> float | None:
+        """Effective number of different images among a single finished one and the earlier ones of its prompt, or None."""
+        if self.earlier is None or self.finished is None:
+            return None
+        return _score(torch.cat([self.earlier.cpu(), self.finished.flatten(1).cpu().to(self.earlier.dtype)])).value
+
+    @property
+    def earlier_alone(self) -> float | None:
+        """The same number among the earlier images alone; the larger one where the new image repeats one of them."""
+        return None if self.earlier is None else _score(self.earlier.cpu()).value
 
     @property
     def plain(self) -> float | None:
@@ -199,6 +214,9 @@ class GuidanceReport:
             "prompts_known": self.prompts_known,
             "guided": _mean(guided),
             "guided_interval": _interval(guided),
+            "earlier_images": self.earlier_images,
+            "with_earlier": self.with_earlier,
+            "earlier_alone": self.earlier_alone,
             "plain": _mean(plain),
             "plain_interval": _interval(plain),
             "targets": [{"target": str(target), **asdict(found)} for target, found in self.targets],
@@ -236,6 +254,12 @@ class GuidanceReport:
     def _images_line(self, guided: list[PromptScore], plain: list[PromptScore]) -> str:
         n = self.images
         if not guided:
+            if self.earlier is not None:
+                k = self.earlier_images
+                before = "with 1 earlier image" if k == 1 else f"with {k} earlier images"
+                alone = "" if k == 1 else f", and those alone like {self.earlier_alone:.1f}"
+                of = "" if self.context is None or self.context.prompts is None else " of its prompt"
+                return f"1 image: {before}{of} it looks like {self.with_earlier:.1f} different ones{alone}."
             what = "1 image" if n == 1 else f"{n} images, each of a prompt of its own"
             return f"{what}: differences are counted among images of one prompt, from two images on."
         sizes = [len(score.left_out) for score in guided]
@@ -345,6 +369,13 @@ class GuidanceReport:
         if name == "variety" and wanted > 100:
             return ", to 100, or set a scale, which has no limit"
         return f", to about {float(f'{wanted:.1g}'):g}"
+
+
+def _score(samples: Tensor) -> PromptScore:
+    """The score of one prompt's samples ``[m, ...]``, on the CPU: in float64, which some accelerators lack."""
+    squares = gram(natural_rows(samples, normalize=True), GaussianKernel(IMAGE_BANDWIDTH)).square()
+    rest = squares.sum() - 2 * squares.sum(1) + squares.diagonal()
+    return PromptScore(len(squares) ** 2 / float(squares.sum()), (len(squares) - 1) ** 2 / rest)
 
 
 def _mean(scores: list[PromptScore]) -> float | None:

@@ -157,11 +157,23 @@ class MemoryBank(Memory):
             return None
         return self._distinct[self._ids[: self._count].long()]
 
-    def newest(self, max_rows: int) -> tuple[Tensor, Tensor | None]:
-        """The newest entries ``[k, d]``, oldest first, and their prompts."""
+    @exclusive
+    def newest(self, max_rows: int, prompt: Tensor | None = None, tolerance: float = 0.0) -> tuple[Tensor, Tensor | None]:
+        """The newest entries ``[k, d]``, oldest first, and their prompts.
+
+        Args:
+            max_rows: largest number of them.
+            prompt: features ``[p]`` of norm 1 of the prompt whose entries are meant; None for all.
+            tolerance: distance of prompt features up to which prompts are the same.
+        """
         if self._store is None:
             return self.x, None
-        by_age = self._order[: self._count].argsort()[-max_rows:]
+        by_age = self._order[: self._count].argsort()
+        if prompt is not None and self.prompt_dim is not None:
+            distinct = self._distinct[: self._prompts]
+            same = torch.cdist(distinct, on_host(prompt)[None].to(distinct))[:, 0] <= tolerance
+            by_age = by_age[same[self._ids[by_age].long()]]
+        by_age = by_age[-max_rows:]
         indices, order = by_age.sort()
         prompts = None if self.prompt_dim is None else self._distinct[self._ids[by_age].long()]
         return self._store.gather(indices).float()[order.argsort()], prompts

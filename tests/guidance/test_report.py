@@ -11,6 +11,7 @@ from kspec_guidance import functional as F
 from kspec_guidance.guidance import GuidanceReport
 from kspec_guidance.guidance.spaces import Embedder
 from kspec_guidance.kernels import IMAGE_BANDWIDTH, CosineKernel, GaussianKernel
+from kspec_guidance.memory import CentroidMemory
 from kspec_guidance.statistics import jackknife
 from tests import schedulers
 from tests.emoji import sample_latents
@@ -125,6 +126,45 @@ def test_number_of_different_hearts_rises_with_the_scale(pipe):
         assert found[-1] == pytest.approx(float(F.rke_score(unit(z), KERNEL)), abs=1e-6)
     assert found == sorted(found)
     assert found[2] > found[0] + 1.5
+
+
+def test_a_single_image_is_counted_among_the_earlier_ones_of_its_prompt(pipe):
+    guide, hearts = SPARKE(1.0), []
+    for seed in range(4):
+        for prompt in ("heart", "house"):
+            z = sample_latents(pipe, prompt, n=1, guide=guide, generator=[torch.Generator().manual_seed(seed)])
+            if prompt == "heart":
+                hearts.append(z[0])
+                report = guide.report()
+    assert report.earlier_images == 3
+    assert report.guided is None
+    assert report.with_earlier == pytest.approx(float(F.rke_score(unit(torch.stack(hearts)), KERNEL)), abs=1e-5)
+    assert report.earlier_alone == pytest.approx(float(F.rke_score(unit(torch.stack(hearts[:3])), KERNEL)), abs=1e-5)
+    assert f"with 3 earlier images of its prompt it looks like {report.with_earlier:.1f} different ones" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["earlier_images"] == 3
+    sample_latents(pipe, n=2, guide=guide)
+    assert guide.report().earlier_images == 0  # images of one call are compared with each other
+    assert guide.report().to_dict()["with_earlier"] is None
+
+
+@pytest.mark.parametrize("settings", [{"space": "pooled"}, {"memory": CentroidMemory()}])
+def test_a_memory_without_samples_as_they_are_has_none_to_count(settings):
+    guide = SPARKE(1.0, **settings)
+    for _ in range(2):
+        run_mixture(guide, n=1)
+    assert guide.report().earlier_images == 0
+    assert "from two images on" in str(guide.report())
+
+
+def test_without_prompts_all_earlier_images_count_and_of_very_many_the_newest(monkeypatch):
+    guide = SPARKE(1.0)
+    for _ in range(4):
+        run_mixture(guide, n=1)
+    assert guide.report().earlier_images == 3
+    assert "with 3 earlier images it looks like" in str(guide.report())
+    monkeypatch.setattr("kspec_guidance.guidance.run.EARLIER_IMAGES", 2)
+    run_mixture(guide, n=1)
+    assert torch.equal(guide.report().earlier, guide.memory.newest(3)[0][:2])
 
 
 def test_published_steps_are_reported():

@@ -113,6 +113,9 @@ def test_window_keeps_newest_rows(tmp_path):
         bank.add(torch.arange(k, k + 9.0)[:, None].repeat(1, 2), torch.eye(9))
     assert sorted(bank.x[:, 0].tolist()) == list(range(70, 90))
     assert bank.newest(3)[0][:, 0].tolist() == [87, 88, 89]
+    nearly = torch.eye(9)[2] + 1e-3
+    assert bank.newest(3, torch.eye(9)[2])[0][:, 0].tolist() == [74, 83]  # of one prompt
+    assert [len(bank.newest(1, nearly, tolerance)[0]) for tolerance in (0.0, 0.005)] == [0, 1]
     assert (len(bank), bank.total_added) == (20, 90)
     bank.save(tmp_path / "m")
     loaded = MemoryBank.load(tmp_path / "m")
