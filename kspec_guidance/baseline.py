@@ -26,7 +26,7 @@ from kspec_guidance.utils.atomic_io import replacing
 from kspec_guidance.utils.hashing import hash_json, hash_tensors, state_fingerprint
 from kspec_guidance.utils.messages import warn_user
 
-__all__ = ["BASELINE_PROMPTS", "make_baseline", "toward_reference"]
+__all__ = ["BASELINE_PROMPTS", "baseline_left", "make_baseline", "toward_reference"]
 
 BASELINE_PROMPTS = (  # people, animals, things, places and scenes, without words of style
     "a woman reading a book", "a man riding a bicycle", "a child with a balloon", "an old fisherman",
@@ -130,6 +130,14 @@ def make_baseline(
             if file is not None and len(rows) > saved:
                 file.write(torch.stack(rows))
     return torch.stack(rows)
+
+
+def baseline_left(
+    pipe: Any, prompts: Sequence[str] | None = None, n: int = 100, *, seed: int = 0, call: dict[str, Any] | None = None
+) -> int:
+    """Number of samples that :func:`make_baseline` with these arguments would make; the others are in the cache."""
+    key = _key(pipe, _prompts(pipe, prompts), dict(call or {}), int(seed))
+    return n if key is None else n - min(n, len(_File(key).read()))
 
 
 def _made(pipe: Any, guide: SPARKE, prompts: list[str], seeds: list[int], call: dict[str, Any]) -> Tensor:

@@ -285,11 +285,18 @@ def _baseline(
     output: Output, pipe: Any, chosen: Sequence[Any], call: dict[str, Any], size: int, reference: Any, dry_run: bool
 ) -> Any:
     """Samples of the pipeline without guidance, if a method compares the references with them."""
-    from kspec_guidance import make_baseline
+    from kspec_guidance.baseline import baseline_left, make_baseline
     from kspec_guidance.bench.methods.guides import TowardReference
 
     counts = [choice.method().baseline_samples for choice in chosen if issubclass(choice.method, TowardReference)]
-    if reference is None or not counts or dry_run:  # references stand for the baseline
+    if reference is None or not counts:
+        return reference
+    if dry_run:  # references stand for the baseline
+        left = baseline_left(pipe, n=max(counts), call=call)
+        if left:
+            output.note(
+                f"before that, {left} images without guidance are made as a baseline, once for this model and settings"
+            )
         return reference
     output.note("making the baseline: images of many prompts without guidance, once for this model and settings ...")
     with output.counter("baseline") as show:

@@ -59,12 +59,16 @@ def _toward(
     from kspec_guidance import toward_reference
 
     output.note("making the baseline: images of many prompts without guidance, once for this model and settings ...")
-    settings = {k: v for k, v in call.items() if v is not None}
+    settings = _given_values(call)
     with output.counter("baseline") as show:
         return toward_reference(
             pipe, folder, scale, call=settings, captions=captions, early=early, batch_size=batch_size,
             progress_callback=show,
         )  # fmt: skip
+
+
+def _given_values(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if value is not None}
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -423,7 +427,9 @@ def generate(
     with command_output(as_json, quiet) as output:
         output.note(f"loading model {model} ...")
         from kspec_guidance import SPARKE, MemoryBank, MMDGuidance, encode_reference
+        from kspec_guidance.baseline import EARLY_STOP, baseline_left
         from kspec_guidance.evaluation.image_sets import folder_captions, read_names
+        from kspec_guidance.loop.components import call_parameters
         from kspec_guidance.synthesis import estimate, read_arms, read_prompts, synthesize
         from kspec_guidance.synthesis.deduplication import check_cosine
         from kspec_guidance.synthesis.quotas import read_attribute
@@ -455,7 +461,8 @@ def generate(
         if like is not None:
             if dry_run:  # references stand for the baseline
                 reference = encode_reference(pipe, like, size=size)
-                guide = guide + MMDGuidance(reference, like_scale, baseline=reference)
+                window = {"stop": EARLY_STOP} if like_early else {}
+                guide = guide + MMDGuidance(reference, like_scale, baseline=reference, **window)
             else:
                 guide = guide + _toward(output, pipe, like, like_scale, like_early, captions, call, batch_size)
         if dry_run:
@@ -463,6 +470,8 @@ def generate(
                 source, out, pipe, guide, images_per_prompt, batch_size, call=call, quotas=quotas, memory=memory,
                 memory_by=memory_by, processes=processes, candidates=candidates, start_candidates=start_candidates,
             )  # fmt: skip
+            if like is not None and "prompt" in call_parameters(type(pipe)):
+                plan = plan.with_baseline(baseline_left(pipe, call=_given_values(call)), batch_size)
             if several is not None:
                 output.note("the estimate is for the settings of the run, without those of its arms")
             if output.first:

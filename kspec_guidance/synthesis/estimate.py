@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class Estimate:
         memory_bytes: of each process, at most.
         disk_bytes: for images and records that are left to make.
         free_bytes: on the disk.
+        baseline_images: that are made first, without guidance, where the guide has a baseline that is not in the cache.
+        baseline_seconds: that they take.
     """
 
     prompts: int
@@ -85,6 +87,13 @@ class Estimate:
     memory_bytes: int
     disk_bytes: int
     free_bytes: int
+    baseline_images: int = 0
+    baseline_seconds: float = 0.0
+
+    def with_baseline(self, images: int, batch_size: int) -> "Estimate":
+        """The same with a baseline of so many images, in batches that take as long as those of the run."""
+        seconds = -(-images // batch_size) * self.batch_seconds
+        return replace(self, baseline_images=images, baseline_seconds=seconds)
 
     def __str__(self) -> str:
         excess = (
@@ -99,11 +108,18 @@ class Estimate:
             *(self._share_lines() if several else []),
             f"about {readable_time(self.seconds)} at {self.batch_seconds:.2f} s a batch, as {timed} took now"
             + (", if each process has a device as fast as this one" if several else ""),
+            *([self._baseline_line()] if self.baseline_images else []),
             f"memory of each process: up to {readable_size(self.memory_bytes)} ({self.memory})",
             f"disk: about {readable_size(self.disk_bytes)}{excess}",
             "nothing was written",
         ]
         return "\n".join(lines)
+
+    def _baseline_line(self) -> str:
+        return (
+            f"before that a baseline of {_count(self.baseline_images, 'image')}, once for this model and settings: about "
+            f"{readable_time(self.baseline_seconds)}"
+        )
 
     def _share_lines(self) -> list[str]:
         about = "" if self.assigned else " (even loads; a run keeps similar prompts together)"

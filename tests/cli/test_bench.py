@@ -61,7 +61,9 @@ def test_mmd_has_a_baseline_that_is_made_once_and_not_by_a_dry_run(tmp_path, mon
     for k in range(3):
         Image.new("RGB", (64, 64), (60 * k, 90, 120)).save(folder / f"{k}.png")
     command = ("bench", "--methods", "plain,mmd", "--like", folder, *FAST, "--out", tmp_path / "run")
-    assert call(*command, "--dry-run").exit_code == 0
+    planned = call(*command, "--dry-run")
+    assert planned.exit_code == 0
+    assert "100 images without guidance are made as a baseline" in planned.stderr
     assert not (tmp_path / "home").exists()
     assert call(*command).exit_code == 0
     [baseline] = (tmp_path / "home" / "baselines").iterdir()

@@ -137,11 +137,17 @@ def test_like_takes_a_folder_and_makes_the_baseline_once(tmp_path, monkeypatch):
     assert "give its folder" in alone.output
     plan = call("generate", "heart", "--like", folder, "--out", tmp_path / "set", *FAST, "--dry-run")
     assert plan.exit_code == 0, plan.output
+    assert "before that a baseline of 100 images" in plan.stdout
     assert not (tmp_path / "home").exists()
     first = call("generate", "heart", "--like", folder, "--out", tmp_path / "set", *FAST)
     assert first.exit_code == 0, first.output
     [baseline] = (tmp_path / "home" / "baselines").iterdir()
     changed = baseline.stat().st_mtime_ns
+    words = ("generate", "heart", "--like", folder, "--like-early", "--out", tmp_path / "planned", *FAST)
+    assert json.loads(call(*words, "--dry-run", "--json").stdout)["baseline_images"] == 0  # it is in the cache now
+    other = json.loads(call(*words, "--dry-run", "--json", "--guidance-scale", 2).stdout)
+    assert other["baseline_images"] == 100
+    assert other["baseline_seconds"] == pytest.approx(-(-100 // other["images"]) * other["batch_seconds"])
     call("generate", "heart", "--out", tmp_path / "plain", *FAST, "--variety", 0)
     again = call("generate", "heart", "--like", folder, "--out", tmp_path / "set", *FAST)
     assert "all images made" in again.output
