@@ -266,7 +266,8 @@ def _key(pipe: Any, prompts: list[str], call: dict[str, Any], seed: int) -> str 
     if any(callable(value) for value in call.values()):
         return None
     about = describe_pipeline(pipe)
-    del about["denoiser"]  # a fingerprint for all precisions, and blind to adapters
+    for name in ("denoiser", "weights"):  # for all precisions, and blind to adapters; states say more
+        about.pop(name, None)
     decoder = autoencoder_of(pipe)
     networks = {
         name: part

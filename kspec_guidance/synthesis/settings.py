@@ -19,7 +19,14 @@ from kspec_guidance.synthesis.errors import SynthesisError
 from kspec_guidance.synthesis.prompts import Prompt
 from kspec_guidance.synthesis.schedule import Target
 from kspec_guidance.utils.arguments import is_integer
-from kspec_guidance.utils.hashing import fingerprint, has_adapters, hash_json, hash_tensors, state_fingerprint
+from kspec_guidance.utils.hashing import (
+    fingerprint,
+    has_adapters,
+    hash_json,
+    hash_tensors,
+    sampled_fingerprint,
+    state_fingerprint,
+)
 
 __all__ = [
     "FEATURE_KEYS",
@@ -40,6 +47,7 @@ MEMORY_KINDS = ("auto", "exact", "centroids", "guide")
 SAMPLE_KEYS = ("pipeline", "space", "size")  # of describe_samples, that agree if two runs' samples can be compared
 FEATURE_KEYS = ("embedder", *SAMPLE_KEYS)  # and likewise the features that scores are computed from
 DIGITS = 12  # of a digest
+WEIGHT_VALUES = 64  # of each weight, that are read
 TITLES = {  # of settings whose names do not say it
     "processes": "number of processes",
     "exchange": "exchange (none in one process)",
@@ -47,6 +55,7 @@ TITLES = {  # of settings whose names do not say it
     "prompts.first": "first prompt",
     "prompts.digest": "digest of all prompts with their groups and numbers of images",
     "pipeline.denoiser": "digest of the pipeline's weights",
+    "pipeline.weights": "digest of the pipeline's weights, with what was merged into them (fuse_lora)",
     "pipeline.scheduler.digest": "digest of the scheduler's configuration",
     "memory[0]": "memory",
     "memory[1]": "memory_by",
@@ -54,6 +63,8 @@ TITLES = {  # of settings whose names do not say it
     "format[1]": "shard_size",
     "marks": "marks (--sign, --no-sign, --no-marks)",
 }
+
+UNKNOWN_IN_SOME = ("pipeline.weights",)  # absent in runs of earlier versions, and where weights cannot be read
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for k, (before, now) in enumerate(zip(old, new, strict=True)):
             lines += differences(before, now, f"{name}[{k}]")
-    elif old != new:
+    elif old != new and not (None in (old, new) and name in UNKNOWN_IN_SOME):
         lines.append(f"{TITLES.get(name, name)}: {_shortened(old)} before, now {_shortened(new)}")
     return lines
 
@@ -177,8 +188,8 @@ def describe_prompts(prompts: Sequence[Prompt], quotas: Mapping[str, int]) -> di
 def describe_pipeline(pipe: Any) -> dict[str, Any]:
     """Its class, a fingerprint of the denoiser, the dtype, and the scheduler with a digest of its configuration.
 
-    With digests of the components that have adapters, such as LoRAs: the fingerprint does not tell those of one shape
-    apart.
+    With a digest of some values of each weight of the denoiser, in its precision, which also tells a merged LoRA; and with
+    digests of the components that have adapters, such as LoRAs: the fingerprint does not tell those of one shape apart.
     """
     denoiser = denoiser_of(pipe)
     try:
@@ -190,9 +201,11 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:
     adapted = {name: part for name, part in getattr(pipe, "components", {}).items() if has_adapters(part)}
     # absent without adapters, as in runs of earlier versions
     adapters = {"adapters": {name: state_fingerprint(part) for name, part in adapted.items()}} if adapted else {}
+    weights = None if denoiser is None or has_adapters(denoiser) else sampled_fingerprint(denoiser, WEIGHT_VALUES)
     return {
         "class": type(pipe).__name__,
         "denoiser": "none" if denoiser is None else fingerprint(denoiser),
+        **({} if weights is None else {"weights": weights[:DIGITS]}),
         "dtype": str(getattr(pipe, "dtype", None)),
         "scheduler": scheduler_settings,
         **adapters,

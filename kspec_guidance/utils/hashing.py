@@ -17,6 +17,7 @@ __all__ = [
     "hash_json",
     "hash_tensors",
     "same_network",
+    "sampled_fingerprint",
     "state_fingerprint",
     "weights_fingerprint",
 ]
@@ -74,9 +75,15 @@ def state_fingerprint(module: nn.Module, values: int = 1024) -> str | None:
         public = {k: v for k, v in vars(part).items() if not k.startswith("_")}
         adapters = {k: getattr(part, k, None) for k in ("active_adapters", "disable_adapters")}
         settings.append([name, {k: v for k, v in {**public, **adapters}.items() if _is_plain(v)}])
+    return sampled_fingerprint(module, values, hash_json(settings))
+
+
+def sampled_fingerprint(module: nn.Module, values: int = 1024, about: str = "") -> str | None:
+    """Digest of some values of each weight, and a text; None if a weight cannot be read so."""
+    module = getattr(module, "_orig_mod", module)
     try:
         read = {name: w.detach().flatten()[:: max(w.numel() // values, 1)] for name, w in stored_weights(module).items()}
-        return hash_tensors(read, type(module).__qualname__ + hash_json(settings))
+        return hash_tensors(read, type(module).__qualname__ + about)
     except (RuntimeError, NotImplementedError, TypeError):
         return None
 
@@ -94,8 +101,9 @@ def fingerprint(module: Any) -> str:
     The digest is of the names and shapes of all parameters. The projections are inner products, in hundredths, of 256
     values of the first, middle and last matrix, scaled to norm 1, with two cosines. They differ between networks of one
     architecture that were trained apart. Networks without values (on the meta device, as under sequential offloading)
-    have no projections.
+    have no projections. A compiled network counts as what it was made from.
     """
+    module = getattr(module, "_orig_mod", module)
     digest, matrices = hashlib.sha256(type(module).__name__.encode()), []
     if isinstance(module, nn.Module):
         for name, p in module.named_parameters():

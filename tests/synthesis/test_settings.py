@@ -57,6 +57,28 @@ def test_another_lora_of_the_same_shapes_is_another_setting(tmp_path, monkeypatc
     assert make(tmp_path, adapted(1), ["heart"], images_per_prompt=1).made == 0
 
 
+def test_weights_with_a_merged_lora_are_another_setting(tmp_path, monkeypatch):
+    """A small change, to which the fingerprint is blind; runs of earlier versions have no digest."""
+    without_model(monkeypatch)
+    make(tmp_path, load_demo_pipeline(), ["heart"], images_per_prompt=1)
+    merged = load_demo_pipeline()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, w in merged.unet.named_parameters():
+            if "to_q" in name:
+                w += 1e-3 * torch.randn(len(w), 2) @ torch.randn(2, w.shape[1])
+    with pytest.raises(SettingsChangedError, match=r"merged into them \(fuse_lora\): \S+ before, now \S+"):
+        make(tmp_path, merged, ["heart"], images_per_prompt=1)
+    compiled = load_demo_pipeline()
+    compiled.unet = torch.compile(compiled.unet, backend="eager")
+    assert make(tmp_path, compiled, ["heart"], images_per_prompt=1).made == 0
+    [path] = tmp_path.glob(".kspec/*/settings.json")
+    settings = json.loads(path.read_text())
+    assert len(settings["pipeline"].pop("weights")) == 12
+    path.write_text(json.dumps(settings))
+    assert make(tmp_path, load_demo_pipeline(), ["heart"], images_per_prompt=1).made == 0
+
+
 def test_after_a_change_of_space_or_embedder_old_images_count_and_their_tensors_are_left_out(tmp_path, pipe):
     make(tmp_path, pipe, ["heart", "man"], images_per_prompt=3)
     result = make(tmp_path, pipe, ["heart", "man"], guide=SPARKE(space="pooled"), force=True)

@@ -32,6 +32,12 @@ def test_network_with_infinite_values_has_a_fingerprint():
     assert same_network(fingerprint(broken), fingerprint(copy.deepcopy(broken)))
 
 
+def test_a_compiled_network_is_the_same():
+    compiled = torch.compile(network(), backend="eager")
+    assert fingerprint(compiled) == fingerprint(network())
+    assert state_fingerprint(compiled) == state_fingerprint(network())
+
+
 def test_network_without_values_may_be_any_of_its_architecture():
     meta = fingerprint(copy.deepcopy(network()).to("meta"))
     assert "(" not in meta
