@@ -13,6 +13,7 @@ from kspec_guidance.guidance.targets import SAME_PROMPT, PromptTarget, VarietyTa
 from kspec_guidance.guidance.term import Term, least_cfg_share
 from kspec_guidance.kernels import IMAGE_BANDWIDTH, GaussianKernel
 from kspec_guidance.loop.context import StepContext
+from kspec_guidance.memory import MemoryBank
 from kspec_guidance.objectives import natural_rows
 from kspec_guidance.statistics import jackknife_interval
 
@@ -22,6 +23,7 @@ INTERVAL_IMAGES = 4  # smallest number of a prompt's images that have an interva
 # Mean sizes of a move relative to the prediction, from python benchmarks/moves.py: up to 0.03 hardly anything changes, from
 # 0.4 on some digits are no longer valid, between 0.8 and 1.8 most digits and emoji break.
 WORDS = ((0.03, "too weak to see"), (0.1, "weak"), (0.4, "moderate"), (0.8, "strong"), (math.inf, "off the scale"))
+EARLIER_IMAGES, EARLIER_NUMBERS = 64, 1 << 24  # remembered samples that a single one is compared with, and their numbers
 LISTED_TARGETS = 8  # prompts whose target is told in words
 SATURATED = 0.95  # share of the images that look different, from which on the number can hardly rise
 
@@ -98,6 +100,23 @@ class GuidanceReport:
         report.moves_inside = any(term.space.inside for term in terms)
         report.remembered = max((len(term.memory) for term in terms), default=0)
         return report
+
+    def finish(self, samples: Tensor, terms: Sequence[Term]) -> None:
+        """Keep the finished samples ``[n, ...]``, and of a single one the newest of its prompt in the terms' memories."""
+        self.finished, self.earlier = samples, None
+        if len(samples) != 1:
+            return
+        prompt = None if self.context is None or self.context.prompts is None else self.context.prompts[0]
+        most = max(1, min(EARLIER_IMAGES, EARLIER_NUMBERS // samples.numel()))
+        for term in terms:
+            memory, space = term.memory, term.space
+            as_they_are = space.direct and not space.inside and not space.as_compared
+            if not (isinstance(memory, MemoryBank) and as_they_are and memory.shape == tuple(samples.shape[1:])):
+                continue
+            if len(memory) and (prompt is None) == (memory.prompt_dim is None):
+                rows, _ = memory.newest(most, prompt, SAME_PROMPT)
+                self.earlier = rows if len(rows) else None
+                return
 
     # -- moves -------------------------------------------------------------------------------------------------------
 

@@ -15,14 +15,13 @@ from kspec_guidance.guidance.recall import Recall
 from kspec_guidance.guidance.report import GuidanceReport
 from kspec_guidance.guidance.spaces.base import Pullback
 from kspec_guidance.guidance.spaces.blocks import Block
-from kspec_guidance.guidance.targets import SAME_PROMPT
 from kspec_guidance.guidance.term import FEW_NUMBERS, VARIETY_AT_SCALE_1, Term
 from kspec_guidance.guidance.transforms import TransformState, fading, norms, transformed, without_unit
 from kspec_guidance.loop.blocks import Tokens, TransformerBlock
 from kspec_guidance.loop.classifier_free import ClassifierFree, UnknownGuidanceError, classifier_free
 from kspec_guidance.loop.context import ComingStep, StepContext
 from kspec_guidance.loop.prediction import Prediction, apply_move
-from kspec_guidance.memory import Memory, MemoryBank
+from kspec_guidance.memory import Memory
 from kspec_guidance.objectives import Gradient, Objective
 from kspec_guidance.utils.devices import transfer
 from kspec_guidance.utils.precision import full_precision
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from kspec_guidance.guidance.guide import KernelGuidance
 
 __all__ = ["Finished", "Run", "ascent_direction"]
-
-EARLIER_IMAGES, EARLIER_NUMBERS = 64, 1 << 24  # remembered samples that a single one is compared with, and their numbers
 
 
 class Finished(NamedTuple):
@@ -562,7 +559,7 @@ class Run:
                 f"{'nothing moved' if size == 0 else f'samples moved by {size / intended:.0%} of what was intended'}: "
                 "moves are below the rounding of half precision, or the noise level is 0; use a stronger guide, or float32"
             )
-        self.report.finished, self.report.earlier = final, self._earlier(final, context)
+        self.report.finish(final, [state.term for state in self._states])
         for state in self._states:
             target = state.term.target
             if target is not None and state.varieties is not None:
@@ -582,21 +579,6 @@ class Run:
             with full_precision(final.device):
                 for memory, features, prompts in self.finished:
                     memory.add(features, prompts)
-
-    def _earlier(self, final: Tensor, context: StepContext) -> Tensor | None:
-        """The newest remembered samples ``[k, d]`` of the prompt of a single finished one; None if there are none."""
-        prompt = None if context.prompts is None else context.prompts[0]
-        for state in self._states if len(final) == 1 else ():
-            memory, space = state.term.memory, state.term.space
-            if memory.prompt_dim is not None and prompt is None:
-                continue
-            same = space.direct and not space.inside and not space.as_compared and memory.shape == tuple(final.shape[1:])
-            if same and isinstance(memory, MemoryBank):
-                most = max(1, min(EARLIER_IMAGES, EARLIER_NUMBERS // final.numel()))
-                rows, _ = memory.newest(most, prompt, SAME_PROMPT)
-                if len(rows):
-                    return rows
-        return None
 
 
 def _needs_cfg(term: Term) -> bool:

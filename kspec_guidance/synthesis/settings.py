@@ -204,12 +204,17 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:
     weights = None if denoiser is None or has_adapters(denoiser) else sampled_fingerprint(denoiser, WEIGHT_VALUES)
     return {
         "class": type(pipe).__name__,
-        "denoiser": "none" if denoiser is None else fingerprint(denoiser),
+        "denoiser": _denoiser(pipe),
         **({} if weights is None else {"weights": weights[:DIGITS]}),
         "dtype": str(getattr(pipe, "dtype", None)),
         "scheduler": scheduler_settings,
         **adapters,
     }
+
+
+def _denoiser(pipe: Any) -> str:
+    denoiser = denoiser_of(pipe)
+    return "none" if denoiser is None else fingerprint(denoiser)
 
 
 def describe_samples(
@@ -221,7 +226,7 @@ def describe_samples(
     except TypeError:  # a user's own space
         space = guide.terms[0].space.name
     return {
-        "pipeline": [type(pipe).__name__, describe_pipeline(pipe)["denoiser"]],
+        "pipeline": [type(pipe).__name__, _denoiser(pipe)],
         "space": as_json(space),
         "size": [call.get("height"), call.get("width")],
         "embedder": None if embedder is None else [embedder.name, embedder.fingerprint],

@@ -162,7 +162,7 @@ def test_without_prompts_all_earlier_images_count_and_of_very_many_the_newest(mo
         run_mixture(guide, n=1)
     assert guide.report().earlier_images == 3
     assert "with 3 earlier images it looks like" in str(guide.report())
-    monkeypatch.setattr("kspec_guidance.guidance.run.EARLIER_IMAGES", 2)
+    monkeypatch.setattr("kspec_guidance.guidance.report.EARLIER_IMAGES", 2)
     run_mixture(guide, n=1)
     assert torch.equal(guide.report().earlier, guide.memory.newest(3)[0][:2])
 
