@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images-per-prompt", "--images", type=int, default=4, help="generated in one batch")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--cfg", type=float, help="guidance_scale")
-    parser.add_argument("--preset", help="default, safe, vivid, explore, few-step or published")
+    parser.add_argument("--preset", help="default, safe, vivid, explore, faithful, few-step or published")
     parser.add_argument("--variety", type=float, help="strength from 0 to 100; 50 by default")
     parser.add_argument("--scale", type=float, help="a fixed strength; overrides the preset's")
     parser.add_argument("--reference", type=Path, help="folder of 20 to 50 images, whose style or domain to match")

@@ -25,6 +25,7 @@ __all__ = [
     "runs_needed",
     "standings",
     "weights",
+    "weights_of_seeds",
 ]
 
 LOSS = 0.02  # quality that a method may lose against plain sampling and still count as equal
@@ -82,6 +83,23 @@ def weights(prompts: Sequence[str], draws: int = DRAWS, seed: int = 0, same_seed
     if same_seeds:
         s = np.full_like(s, 1 / s.shape[1])
     return (s[:, :, None] * p[:, None, :]).reshape(draws, -1)
+
+
+def weights_of_seeds(prompts: Sequence[str], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Bootstrap weights ``[draws, cases]`` of the seeds of each prompt, whose prompts are all that there are.
+
+    Of the ``n`` cases of a prompt ``n - 1`` are drawn, so that the variance of their mean is unbiased (Rao, Wu 1988).
+
+    Args:
+        prompts: of the cases, seed by seed, all prompts of a seed together; at least two seeds.
+        draws: number of draws; row 0 is the sample itself.
+        seed: of the draws.
+    """
+    number = len(set(prompts))
+    seeds = len(prompts) // number
+    w = np.random.default_rng(seed).multinomial(seeds - 1, np.full(seeds, 1 / seeds), (draws, number)) / (seeds - 1)
+    w[0] = 1 / seeds
+    return (w.transpose(0, 2, 1) / number).reshape(draws, -1)
 
 
 def hypervolume(gain: np.ndarray, kept: np.ndarray, depth: float = DEPTH) -> np.ndarray:

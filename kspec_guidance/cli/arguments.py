@@ -48,7 +48,7 @@ __all__ = [
 
 # Names to choose from, here because the library's own modules import torch, which --help must not wait for.
 DTYPES = ("float32", "float16", "bfloat16")
-PRESETS = ("default", "safe", "vivid", "explore", "few-step", "published")
+PRESETS = ("default", "safe", "vivid", "explore", "faithful", "few-step", "published")
 FORMATS = ("imagefolder", "webdataset", "parquet")
 ENGINES = ("processes", "ray")
 SELECT = ("mixture-greedy", "mixture-ucb", "greedy", "uniform", "pak-ucb", "rff-ucb", "dak-ucb", "promptwise")

@@ -18,7 +18,7 @@ from kspec_guidance import objectives
 from kspec_guidance.features import RandomFourierFeatures
 from kspec_guidance.guidance.spaces import SPACES, FeatureSpace
 from kspec_guidance.guidance.targets import VarietyTarget
-from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS, Term
+from kspec_guidance.guidance.term import Term, usual_transforms
 from kspec_guidance.kernels import Kernel
 from kspec_guidance.kernels.settings import KERNELS
 from kspec_guidance.objectives import Objective
@@ -136,7 +136,7 @@ def decode_terms(listed: list[dict[str, Any]], tensors: dict[str, Tensor]) -> li
     terms = []
     for term in listed:
         settings = {k: decode(v, tensors) for k, v in term.items() if k not in ("space", "own_transforms")}
-        if settings.get("transforms") == DEFAULT_TRANSFORMS and not term.get("own_transforms"):
+        if settings.get("transforms") == usual_transforms(settings.get("apart")) and not term.get("own_transforms"):
             settings["transforms"] = None
         terms.append(Term(space=decode({"space": term["space"]}, tensors), **settings))
     return terms

@@ -20,7 +20,7 @@ from kspec_guidance.guidance.run import Finished, Run, ascent_direction
 from kspec_guidance.guidance.spaces import FeatureSpace
 from kspec_guidance.guidance.start import StartChoice, choose_start
 from kspec_guidance.guidance.targets import VarietyTarget
-from kspec_guidance.guidance.term import DEFAULT_TRANSFORMS, Term
+from kspec_guidance.guidance.term import Term, usual_transforms
 from kspec_guidance.kernels import l2_normalize
 from kspec_guidance.kernels.distances import as_float
 from kspec_guidance.loop.attachment import Attachment, StepwiseAttachment
@@ -71,8 +71,8 @@ class KernelGuidance(PipelineCallback):
 
     Args:
         objective: an :class:`~kspec_guidance.objectives.Objective`.
-        scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg, recall, cfg_share: see
-            :class:`Term`.
+        scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg, recall, cfg_share,
+            apart: see :class:`Term`.
         seed: seed of the noise that separates exact duplicates; the global random state is not used.
 
     Raises:
@@ -104,13 +104,14 @@ class KernelGuidance(PipelineCallback):
         ease_cfg: float | None = None,
         recall: str = "all",
         cfg_share: float | None = None,
+        apart: float | None = None,
         **unknown: Any,
     ):
         if unknown:
             raise unknown_arguments(type(self), unknown, HINTS)
         term = Term(
             objective, scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg,
-            recall, cfg_share,
+            recall, cfg_share, apart,
         )  # fmt: skip
         self._set_up([term], seed)
 
@@ -481,9 +482,11 @@ class KernelGuidance(PipelineCallback):
                 settings["ease_cfg"] = term.ease_cfg
             if term.cfg_share is not None:
                 settings["cfg_share"] = term.cfg_share
+            if term.apart is not None:
+                settings["apart"] = term.apart
             if term.recall != "all":
                 settings["recall"] = term.recall
-            if term.own_transforms and term.transforms == DEFAULT_TRANSFORMS:
+            if term.own_transforms and term.transforms == usual_transforms(term.apart):
                 settings["own_transforms"] = True
         config = {"format": SETTINGS_FORMAT, "guide": type(self).__name__, "seed": self.seed, "terms": terms}
         return config | ({} if self.calibration is None else {"calibration": self.calibration}), tensors

@@ -28,6 +28,7 @@ from kspec_guidance.utils.arguments import choices, plain_number
 __all__ = ["DEFAULT_VARIETY", "SPARKE", "MMDGuidance", "NoveltyGuidance", "VendiGuidance", "scale_of"]
 
 DEFAULT_VARIETY = 50.0
+APART_SCALE = 0.8  # share of the missing distance that a step of apart= makes up
 
 
 def scale_of(variety: float) -> float:
@@ -75,8 +76,8 @@ class SPARKE(KernelGuidance):
             :class:`~kspec_guidance.guidance.VarietyTarget`.
         fidelity: the guard of a target; by default it limits the moves, False for none.
         feature_map, prompt_feature_map: random Fourier features of the two kernels, for a memory of constant size.
-        kwargs: ``sigma_interval``, ``seed``, ``ease_cfg``, ``cfg_share`` and ``recall``, see
-            :class:`~kspec_guidance.guidance.KernelGuidance`.
+        kwargs: ``sigma_interval``, ``seed``, ``ease_cfg``, ``cfg_share``, ``recall`` and ``apart``, see
+            :class:`~kspec_guidance.guidance.KernelGuidance`. With ``apart`` the scale is 0.8 by default.
 
     Raises:
         TypeError: for an unknown argument; the message suggests a known one.
@@ -89,6 +90,7 @@ class SPARKE(KernelGuidance):
         "safe": {"scale": 0.5},
         "vivid": {"order": 0.5, "scale": 1.5},
         "explore": {"order": 0.5, "scale": 1.5, "cfg_share": 0.5},
+        "faithful": {"order": 0.5, "scale": APART_SCALE, "apart": 0.9, "stop": 0.35},
         "few-step": {"order": 0.5, "scale": 0.6, "stop": 0.6},
         "published": {},
     }
@@ -131,6 +133,8 @@ class SPARKE(KernelGuidance):
             settings["target"], variety = target, FIRST
         elif fidelity is not None:
             raise ValueError("fidelity= is the guard of a target; give target= with it, such as target='6 of 8'")
+        if not given and kwargs.get("apart") is not None:
+            scale = APART_SCALE
         if scale is None:
             scale = scale_of(DEFAULT_VARIETY if variety is None else variety)
             if settings.setdefault("unit", "spread") != "spread":
@@ -194,11 +198,12 @@ class SPARKE(KernelGuidance):
 
     @staticmethod
     def preset(name: str, **kwargs: Any) -> KernelGuidance:
-        """Create a guide from a preset: ``default``, ``safe``, ``vivid``, ``explore``, ``few-step`` or ``published``.
+        """Create a guide from a preset: default, safe, vivid, explore, faithful, few-step or published.
 
-        docs/arena/settings.md compares them with each other and with other methods. ``vivid``, ``explore`` and ``few-step``
-        have order 0.5, so they are :class:`VendiGuidance`. ``explore`` is ``vivid`` with half of the pipeline's
-        classifier-free guidance: more modes, at less agreement with the prompt.
+        docs/arena/settings.md compares them with each other and with other methods. ``vivid``, ``explore``, ``faithful``
+        and ``few-step`` have order 0.5, so they are :class:`VendiGuidance`. ``explore`` is ``vivid`` with half of the
+        pipeline's classifier-free guidance: more modes, at less agreement with the prompt. ``faithful`` moves images only
+        until they differ (``apart=``), which keeps agreement.
 
         Args:
             name: name of the preset.

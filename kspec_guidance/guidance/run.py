@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kspec_guidance.guidance.apart import missing_distance
 from kspec_guidance.guidance.calibration import find_calibration, guidance_scale_of
 from kspec_guidance.guidance.recall import Recall
 from kspec_guidance.guidance.report import GuidanceReport
@@ -450,7 +451,11 @@ class Run:
         strength, count = self._strength(state, gradient, sizes), gradient.effective_count
         fraction = step.step / step.total
         values = TransformState(target, score, fraction, state.interval, strength, count, sizes, prompt)
-        return transformed(move, state.transforms, values)
+        moved = transformed(move, state.transforms, values)
+        if state.term.apart is None:
+            return moved
+        missing = missing_distance(target, sizes, state.pairs, state.term.apart, state.term.objective.normalize)
+        return moved[0] * missing, moved[1] * missing
 
     def _strength(self, state: TermState, gradient: Gradient, sizes: Tensor) -> float | Tensor:
         """The scale of a term, relative to the norms ``[n, 1]`` of the moved samples."""

@@ -26,6 +26,7 @@ WHOLE_INTERVAL, SHORT_INTERVAL, SHORT_SHARE = 8, 4, 0.5 / 0.65
 
 # docs/arena/ablations.md measures each transform alone: off_score has the largest effect
 DEFAULT_TRANSFORMS = ("tangent", "off_score", "bound", "fade")
+APART_TRANSFORMS = ("tangent", "off_score", "rescale")  # with apart=, which gives each move its size and its end
 
 # In so many dimensions moves off two directions have at most one left; with less classifier-free guidance, moves in any
 # direction gain more there (docs/arena/ablations.md, "Toy data of two dimensions")
@@ -37,7 +38,7 @@ BY_SIZE = {"plain", "rescale_from", "rescale_damped"}  # transforms that read th
 
 LONGEST = 150  # characters of a setting in the repr
 USUAL = {"space": X0(), "start": 0.0, "stop": 1.0, "every": 1, "sigma_interval": None, "transforms": DEFAULT_TRANSFORMS,
-         "ease_cfg": None, "cfg_share": None, "recall": "all"}  # fmt: skip
+         "ease_cfg": None, "cfg_share": None, "recall": "all", "apart": None}  # fmt: skip
 USUAL_KERNELS: dict[str, Any] = {"kernel": GaussianKernel(), "prompt_kernel": GaussianKernel(PROMPT_BANDWIDTH)}
 
 
@@ -74,6 +75,11 @@ class Term:
             over several calls of one prompt on mixtures, fewer on digits (docs/arena/sets.md). It is for the objectives of
             SPARKE and VendiGuidance, the space ``x0``, memories that keep rows, and transforms that do not read the size of
             a gradient.
+        apart: distance above 0, relative to the norm of a prediction, from which samples of one prompt no longer repel.
+            A move is then ``scale`` times the distance that is missing to the nearest sample of the batch or the memory,
+            times the norm; samples that differ enough stay as they are, which keeps more of their agreement with the
+            prompt (docs/arena/ablations.md). By default each guided step moves whatever the distances. It is for the
+            same objectives, space and memories as ``recall="nearest"``, and for the unit ``norm``.
 
     Raises:
         TypeError: for a memory that is none.
@@ -96,6 +102,7 @@ class Term:
         ease_cfg: float | None = None,
         recall: str = "all",
         cfg_share: float | None = None,
+        apart: float | None = None,
     ):
         size = plain_number(scale)
         if size is None or not 0 <= size < math.inf:
@@ -111,7 +118,7 @@ class Term:
         if sigma_interval is not None:
             sigma_interval = _interval(sigma_interval)
         self.own_transforms = transforms is not None  # whether they were given
-        transforms = DEFAULT_TRANSFORMS if transforms is None else transforms
+        transforms = usual_transforms(apart) if transforms is None else transforms
         if isinstance(transforms, str) or not isinstance(transforms, Sequence):
             raise ValueError(f"transforms is a tuple of names, such as {DEFAULT_TRANSFORMS}, got {transforms!r}")
         unknown = [name for name in transforms if name not in TRANSFORMS]
@@ -137,6 +144,17 @@ class Term:
                 "cfg_share must be the share of classifier-free guidance that is left, from 0, for the prediction with the "
                 f"prompt alone, to 1, or None, got {cfg_share!r}"
             )
+        distance = plain_number(apart)
+        if apart is not None and (distance is None or not 0 < distance < math.inf):
+            raise ValueError(
+                "apart must be a distance above 0, relative to the norm of a prediction, such as 0.8, or None, got "
+                f"{apart!r}"
+            )
+        if apart is not None and unit == "spread":
+            raise ValueError(
+                f"apart={apart!r} sets how far samples move apart, as a variety or the unit 'spread' does; with it give "
+                "scale= in the unit 'norm'"
+            )
         if recall not in RECALLS:
             raise ValueError(f"recall must be 'all' or 'nearest', got {recall!r}")
         self.recall = recall
@@ -144,6 +162,7 @@ class Term:
             raise TypeError(f"memory must be a memory such as MemoryBank(), or None for a new one, got {memory!r:.80}")
         self.target, self.ease_cfg = target, None if weight is None else float(weight)
         self.cfg_share = None if share is None else float(share)
+        self.apart = None if distance is None else float(distance)
         self.objective, self.scale, self.unit, self.space = objective, size, unit, make_space(space)
         self.start, self.stop, self.every = begin, end, int(every)
         self.sigma_interval, self.transforms = sigma_interval, tuple(transforms)
@@ -168,24 +187,28 @@ class Term:
             self.transforms = tuple(name for name in transforms if name != "off_score")  # hidden states have no score
         self.memory: Memory = objective.make_memory() if memory is None else memory
         if recall == "nearest":
-            self._check_recall()
+            self._check_rows("recall='nearest' compares noisy samples with rows of the memory", "Use recall='all'")
+            by_size = ", ".join(sorted(BY_SIZE.intersection(self.transforms)))
+            if by_size:
+                raise ValueError(
+                    "recall='nearest' needs transforms that do not read the size of a gradient, got "
+                    f"{by_size}. Use recall='all'"
+                )
+        if apart is not None:
+            self._check_rows(f"apart={apart!r} compares predictions with rows of the memory", "Leave it out")
 
-    def _check_recall(self) -> None:
-        """Raise an error where ``recall="nearest"`` cannot act."""
-        space, by_size = self.space, BY_SIZE.intersection(self.transforms)
+    def _check_rows(self, what: str, advice: str) -> None:
+        """Raise an error where samples are not compared with rows of a memory one by one."""
+        space = self.space
         if not self.objective.recalls or not self.objective.normalize:
             why = f"the objective of SPARKE or VendiGuidance, got {type(self.objective).__name__}"
         elif not space.direct or space.noisy or space.inside:
             why = f"space='x0', got {space.name!r}"
-        elif by_size:
-            why = f"transforms that do not read the size of a gradient, got {', '.join(sorted(by_size))}"
         elif not isinstance(self.memory, MemoryBank):
             why = f"a memory that keeps rows, got {type(self.memory).__name__}"
         else:
             return
-        raise ValueError(
-            f"recall='nearest' compares noisy samples with rows of the memory; it needs {why}. Use recall='all'"
-        )
+        raise ValueError(f"{what}; it needs {why}. {advice}")
 
     @property
     def variety(self) -> float | None:
@@ -262,7 +285,8 @@ class Term:
     @property
     def settings(self) -> str:
         """The objective, the scale, and the settings that differ from the usual ones, on one line."""
-        found = [(name, getattr(self, name), usual) for name, usual in USUAL.items()]
+        usual_here = USUAL | {"transforms": usual_transforms(self.apart)}
+        found = [(name, getattr(self, name), usual) for name, usual in usual_here.items()]
         if dataclasses.is_dataclass(self.objective):
             fields = [f for f in dataclasses.fields(self.objective) if f.init]
             found += [(f.name, getattr(self.objective, f.name), USUAL_KERNELS.get(f.name, f.default)) for f in fields]
@@ -274,6 +298,11 @@ class Term:
 
     def __repr__(self) -> str:
         return f"Term({self.settings}; {type(self.memory).__name__} with {len(self.memory)} entries)"
+
+
+def usual_transforms(apart: float | None) -> tuple[str, ...]:
+    """The transforms of a term without ones of its own, given its ``apart=``."""
+    return DEFAULT_TRANSFORMS if apart is None else APART_TRANSFORMS
 
 
 def least_cfg_share(terms: Sequence[Term]) -> float | None:

@@ -392,6 +392,20 @@ class Selection:
         parts = [(x @ rows.mT * s).amax(1) for rows, s in zip(blocks, scale.split(sizes), strict=True)]
         return torch.stack(parts).amax(0)
 
+    @torch.no_grad()
+    def closeness(self, x: Tensor, reach: float | Tensor) -> Tensor:
+        """Largest ``w (1 - d / reach)`` ``[n]`` over rows of weight ``w`` at distance ``d``; 0 if none is within reach."""
+        scale, squares, weights = self.vectors(x)
+        own, start, found = x.square().sum(1, keepdim=True), 0, x.new_zeros(len(x))
+        sizes, blocks = self.blocks(x)
+        for size, rows in zip(sizes, blocks, strict=True):
+            part = slice(start, start + size)
+            products = x @ rows.mT if scale is None else x @ rows.mT * scale[part]
+            near = 1 - (own + squares[part] - 2 * products).clamp_min(0).sqrt() / reach
+            near = near if weights is None else near * weights[:, part]
+            found, start = torch.maximum(found, near.amax(1)), start + size
+        return found
+
     def kernel(self, kernel: Kernel, x: Tensor) -> Tensor:
         """``k(x_i, m_j)`` ``[n, m]``, differentiable in ``x``."""
         rows = self.rows(x)

@@ -28,7 +28,7 @@ def test_preset_guides_and_round_trips_config(name, pipe, tmp_path):
 def test_preset_accepts_scale_and_unknown_name_raises():
     assert SPARKE.preset("vivid", scale=0.25).terms[0].scale == 0.25
     assert isinstance(SPARKE.preset("vivid").terms[0].objective, Vendi)
-    with pytest.raises(ValueError, match="choose one of default, safe, vivid, explore, few-step, published"):
+    with pytest.raises(ValueError, match="choose one of default, safe, vivid, explore, faithful, few-step, published"):
         SPARKE.preset("loud")
 
 

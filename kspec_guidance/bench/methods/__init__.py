@@ -7,6 +7,7 @@ from kspec_guidance.bench.methods.cno import CNO
 from kspec_guidance.bench.methods.combined import (
     IN_INTERVALS,
     OSCARLowerGuidance,
+    OursApartLowerGuidance,
     OursLogDetLowerGuidance,
     OursLowerGuidance,
 )
@@ -21,8 +22,10 @@ from kspec_guidance.bench.methods.guides import (
     Dial,
     Entropy,
     Explore,
+    Faithful,
     FewStep,
     Ours,
+    OursApart,
     OursVivid,
     Published,
     TowardReference,
@@ -49,11 +52,12 @@ _TUNED: tuple[type[Method], ...] = (
     Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
     ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference,
     PinkNoise, CNO, NoiseOptimisation, GASS, DAVE, ContextualRepulsion, BlockSelfGuidance,
-    Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance, OursLogDetLowerGuidance, *IN_INTERVALS,
+    Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance, OursLogDetLowerGuidance,
+    OursApart, OursApartLowerGuidance, *IN_INTERVALS,
     OursOneByOne, OursOneByOneLowerGuidance, OursOneByOneInInterval, SPELLOneByOne, SPELLOneByOneLowerGuidance,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _TUNED}  # those whose parameters are tuned, by names in tables
-DIALS: tuple[type[Method], ...] = (Dial, Vivid, Explore, FewStep, Entropy, TowardReference)
+DIALS: tuple[type[Method], ...] = (Dial, Vivid, Explore, Faithful, FewStep, Entropy, TowardReference)
 CODES: dict[str, type[Method]] = {  # those that run on pipelines as they are, by their names in commands
     m.code: m
     for m in (*METHODS.values(), *DIALS)

@@ -66,6 +66,25 @@ class OursLogDet(OursVivid):
 
 
 @dataclass
+class OursApart(Guided):
+    """Conditional entropy of order 0.5, with moves that end where images are ``apart``: the preset ``faithful``.
+
+    ``apart`` is relative to the norm of a prediction; ``scale`` is the share of what is missing that a step makes up.
+    """
+
+    name = "SPARKE, ours, until apart"
+    paper = "arXiv 2506.10173"
+    tuned = {"apart": Log(0.1, 3.0), "stop": Real(0.3, 1.0)}
+    strength = "apart"
+    apart: float = SPARKE.PRESETS["faithful"]["apart"]
+    scale: float = SPARKE.PRESETS["faithful"]["scale"]
+    stop: float = SPARKE.PRESETS["faithful"]["stop"]
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return VendiGuidance(self.scale, stop=self.stop, order=0.5, apart=self.apart)
+
+
+@dataclass
 class Dial(Guided):
     """SPARKE as users have it: the dial from 0 to 100, in the unit of a model's own variety (docs/variety.md)."""
 
@@ -111,6 +130,21 @@ class Explore(Preset):
     needs = frozenset({"guidance"})
     strengths = Vivid.strengths
     scale: float = SPARKE.PRESETS["explore"]["scale"]
+
+
+@dataclass
+class Faithful(Guided):
+    """The preset ``faithful``: images are moved only until they differ."""
+
+    name = "faithful"
+    code = "faithful"
+    paper = "arXiv 2506.10173"
+    strength = "apart"
+    strengths = (0.5, 0.7, 0.9, 1.2)
+    apart: float = SPARKE.PRESETS["faithful"]["apart"]
+
+    def guide(self, pipe: Any) -> KernelGuidance:
+        return SPARKE.preset("faithful", apart=self.apart)
 
 
 @dataclass
