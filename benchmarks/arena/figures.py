@@ -11,10 +11,11 @@ from .fronts import points, summaries
 from .harness import FIDELITY_LOSS, mean
 
 OURS, DEFAULT = "SPARKE, ours, order 0.5", "SPARKE, ours"
-LOG_DET = "SPARKE, ours, log det"
+LOG_DET, APART = "SPARKE, ours, log det", "SPARKE, ours, until apart"
 COLOURS = {
     DEFAULT: "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59", f"{LOG_DET}, lower CFG": "#5b3fa8",
     f"{OURS}, interval CFG": "#12706b", f"{LOG_DET}, interval CFG": "#8a5fd0", f"{DEFAULT}, interval CFG": "#5fb3ad",
+    APART: "#2f8f4e", f"{APART}, lower CFG": "#17502b",
 }  # fmt: skip
 OWN = tuple(COLOURS)
 

@@ -17,13 +17,14 @@ from .. import agreement, clips, digits_target, several_calls, style_early, towa
 from ..easing import tables
 from ..pages import fill, table
 from .beds import BEDS
-from .figures import DEFAULT, LOG_DET, OURS, OWN, ablation_panels, fronts, overview
+from .figures import APART, DEFAULT, LOG_DET, OURS, OWN, ablation_panels, fronts, overview
 from .fronts import pooled, summaries
 from .harness import FIDELITY_LOSS, mean, slug
 from .quality import WORSE, equal_quality, with_other_half, with_other_tuning
 
 ROOT = Path(__file__).parents[2]
-PRESETS = {m: m.replace(LOG_DET, "log det").replace(OURS, "`vivid`").replace(DEFAULT, "`default`") for m in OWN}
+SHORT = {LOG_DET: "log det", APART: "`faithful`", OURS: "`vivid`", DEFAULT: "`default`"}
+PRESETS = {m: functools.reduce(lambda text, name: text.replace(name, SHORT[name]), SHORT, m) for m in OWN}
 ONE_BY_ONE = "SPARKE, ours, one by one"
 OWN_SINGLE = {m: m.removeprefix("SPARKE, ours, ") for m in METHODS if m.startswith(ONE_BY_ONE)}
 FOR_USERS = {m: name for m, name in PRESETS.items() if m in OWN[:3]}
@@ -43,7 +44,7 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "arena/setup.md": ("beds", "judges"),
     "arena/fronts.md": ("equal", "volumes", "vendi", "tuned"),
     "arena/scores.md": ("scores",),
-    "arena/reviewers.md": ("verdicts", "power", "again"),
+    "arena/reviewers.md": ("verdicts", "power", "again", "seeds"),
     "arena/target.md": ("matching", "digits_target"),
     "arena/sets.md": ("smallsets", "singles", "calls", "pairs", "recall", "longruns"),
     "arena/costs.md": ("cost",),
@@ -206,12 +207,13 @@ def settings(data: list[dict[str, Any]]) -> str:
 def verdicts(data: list[dict[str, Any]], equal: list[dict[str, Any]], calls: list[dict[str, Any]]) -> str:
     """How many methods each of our settings is ahead of, ties with and is behind.
 
-    At matched validity, at equal quality, and at equal quality of several calls.
+    At matched validity, at equal quality, so that agreement is kept too, and at equal quality of several calls.
     """
     parts = []
     for title, found_by, source in (
         ("modes at matched validity", summaries, data),
         ("modes at equal quality", equal_quality, equal),
+        ("modes at equal quality and agreement", functools.partial(equal_quality, agreed=True), equal),
         ("modes of several calls at equal quality", equal_quality, calls),
     ):
         rows, notes = [], []
@@ -406,6 +408,21 @@ def again(data: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) or "(not measured)"
 
 
+def of_seeds(folder: Path) -> str:
+    """Gains at equal quality on all prompts that there are, with intervals over seeds alone."""
+    other, parts = {d["bed"]: d for d in records(folder / "swapped")}, []
+    for d in records(folder):
+        both = with_other_half(d, other[d["bed"]])
+        rows = [
+            [s.method, percent(s.gain, s.gain_low, s.gain_high), f"{s.agreement:+.3f}", lead(s),
+             "" if s.p is None else f"{s.p:.3f}"]
+            for s in equal_quality(both, OURS, all_prompts=True)
+        ]  # fmt: skip
+        runs = len(both["settings"]["prompts"])
+        parts.append(table([f"{d['bed']}, {runs} runs", "gain", "agreement there", "`vivid` less it", "p"], rows))
+    return "\n\n".join(parts) or "(not measured)"
+
+
 def judges() -> str:
     measured = json.loads((Path(__file__).parent / "weights" / "measured.json").read_text())
     e, d = measured["emoji_judge"], measured["digit_judge"]
@@ -434,6 +451,7 @@ def write(folder: Path, docs: Path) -> None:
         "power": power(data, all_measured), "beds": beds(data),
         "calls": equal(calls, DEFAULT), "pairs": equal(records(folder / "pairs"), DEFAULT),
         "singles": singles(every),
+        "seeds": of_seeds(folder / "equal" / "seeds"),
         "again": again(all_measured, records(folder / "equal" / "again")),
         "recall": several_calls.tables(read(folder / "several_calls.json")),
         "gains": gains(data), "volumes": volumes(data), "vendi": vendi(data), "settings": settings(data),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kspec_guidance.bench.fronts import Standing, at_gain, hypervolume, matched, standings, weights
+from kspec_guidance.bench.fronts import Standing, at_gain, hypervolume, matched, standings, weights, weights_of_seeds
 from kspec_guidance.bench.methods import METHODS
 
 from .beds.base import Bed, Case, blocks
@@ -149,12 +149,20 @@ def with_other_half(data: dict[str, Any], other: dict[str, Any]) -> dict[str, An
     return data | {"methods": methods, "settings": mine | {"prompts": prompts}}
 
 
-def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False) -> list[EqualQuality]:
+def equal_quality(
+    data: dict[str, Any], reference: str, same_seeds: bool = False, agreed: bool = False, all_prompts: bool = False
+) -> list[EqualQuality]:
     """All methods of a bed whose fronts have the figures of the whole judge, compared with one of them.
 
     Of two fronts of a method, from two aims of tuning, the one with the larger gain counts; for the gain that keeps
-    agreement, the one with the larger such gain.
-    With fewer than ``FEWEST`` blocks there are no p-values.
+    agreement, the one with the larger such gain. With fewer than ``FEWEST`` blocks there are no p-values.
+
+    Args:
+        data: the results of a bed.
+        reference: the method that the others are compared with.
+        same_seeds: whether prompts alone are drawn, see :func:`~kspec_guidance.bench.fronts.weights`.
+        all_prompts: whether seeds alone are drawn, for prompts that are all that there are.
+        agreed: whether gains, volumes and the comparison are of what keeps agreement with the prompt too.
     """
     settings, plain = data["settings"], data["methods"]["plain"]
     own = plain.get(f"report {settings['seeds']}", {})
@@ -162,7 +170,8 @@ def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False
         return []
     prompts = settings["prompts"]
     base = by_block(own, plain["distances"], prompts)
-    w = weights([prompts[block[0]] for block in blocks(prompts)], same_seeds=same_seeds)
+    of_blocks = [prompts[block[0]] for block in blocks(prompts)]
+    w = weights_of_seeds(of_blocks) if all_prompts else weights(of_blocks, same_seeds=same_seeds)
     gains, volumes, others = {}, {}, {}
     for method, has in data["methods"].items():
         if not has.get("front") or not all("distances" in p for p in has["front"]):
@@ -170,14 +179,15 @@ def equal_quality(data: dict[str, Any], reference: str, same_seeds: bool = False
         for front in measured(data, method):
             found = [change(by_block(p["cases"], p["distances"], prompts), base, w) for p in front]
             gain, kept, agreement = (np.stack([f[k] for f in found], 1) for k in ("modes", "kept", "agreement"))
-            gain = gain - 1
-            best, agreed = matched(gain, kept), float(matched(gain, np.minimum(kept, agreement))[0])
+            gain, keeping = gain - 1, np.minimum(kept, agreement)
+            kept = keeping if agreed else kept
+            best, with_agreement = matched(gain, kept), float(matched(gain, keeping)[0])
             before = others.get(method, {}).get("gain_agreed", 0.0)
             if method not in gains or best[0] > gains[method][0]:
                 gains[method], volumes[method] = best, hypervolume(gain, kept)
                 there = at_gain(gain[0], kept[0], np.concatenate([[0.0], agreement[0]]), best[0])
                 others[method] = {"agreement": there}
-            others[method]["gain_agreed"] = max(before, agreed)
+            others[method]["gain_agreed"] = max(before, with_agreement)
     found = standings(gains, volumes, reference)
     if w.shape[1] < FEWEST:
         for s in found.values():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kspec_guidance.bench.fronts import against, at_gain, holm, hypervolume, matched, standings, weights
+from kspec_guidance.bench.fronts import against, at_gain, holm, hypervolume, matched, standings, weights, weights_of_seeds
 
 
 def test_volume_gain_and_correction_of_known_fronts():
@@ -25,6 +25,16 @@ def test_bootstrap_weights_cover_prompts_and_seeds():
     assert np.allclose(w.sum(1), 1)
     assert np.allclose(w[0], 1 / 12)
     assert np.allclose(w.mean(0), 1 / 12, atol=0.01)
+
+
+def test_weights_of_seeds_have_the_variance_of_seeds_alone():
+    prompts, seeds, number = ["a", "b", "c"] * 4, 4, 3
+    x = np.arange(12.0).reshape(seeds, number) ** 1.5  # seed by seed, and prompts that differ
+    means = weights_of_seeds(prompts, 40000) @ x.ravel()
+    assert means[0] == pytest.approx(x.mean())
+    assert means.mean() == pytest.approx(x.mean(), rel=0.01)
+    assert means.var() == pytest.approx((x.var(0, ddof=1) / seeds).sum() / number**2, rel=0.03)
+    assert weights_of_seeds(prompts, 9) @ np.tile([1.0, 5.0, 9.0], seeds) == pytest.approx(np.full(9, 5.0))
 
 
 def test_another_figure_is_read_where_the_gain_is_reached():

@@ -65,6 +65,15 @@ def test_gain_at_equal_quality_of_a_front(tmp_path: Path) -> None:
     assert found.gain == pytest.approx(0.0, abs=1e-6)
     assert found.agreement == pytest.approx(0.0, abs=1e-6)
 
+    # a gain that costs agreement does not count where agreement is kept too
+    costly = json.loads(record.path.read_text())
+    for point in costly["methods"]["SPARKE, ours"]["front"]:
+        point["cases"]["modes"] = [2 * m for m in point["cases"]["modes"]]
+        point["cases"]["agreement"] = [a - 0.5 for a in point["cases"]["agreement"]]
+    (free,), (agreed,) = (equal_quality(costly, "SPARKE, ours", agreed=a) for a in (False, True))
+    assert free.gain == pytest.approx(1.0, abs=0.01)
+    assert agreed.gain == free.gain_agreed == agreed.gain_agreed < 0.1
+
     # of two tunings the one that gains more counts, and only for the same cases
     other = json.loads(record.path.read_text())
     for point in other["methods"]["SPARKE, ours"]["front"]:
@@ -113,6 +122,10 @@ def test_two_halves_of_the_prompts_are_one_set_of_cases(tmp_path: Path, monkeypa
     (standing,) = equal_quality(both, "SPARKE, ours")
     parts = [equal_quality(half, "SPARKE, ours")[0].gain for half in halves]
     assert min(parts) - 0.1 < standing.gain < max(parts) + 0.1
+
+    (fixed,) = equal_quality(both, "SPARKE, ours", all_prompts=True)
+    assert fixed.gain == standing.gain
+    assert fixed.gain_high > fixed.gain_low
 
     # fronts of different lengths, and records that are not two halves
     longer = json.loads(json.dumps(halves[1]))
