@@ -23,9 +23,8 @@ def missing_distance(x: Tensor, sizes: Tensor, pairs: Pairs, apart: float, norma
         normalize: whether rows are compared at norm 1, else as they are: relative to the norms' root mean square.
     """
     with full_precision(x.device):
-        rows, reach = x, apart * sizes.square().mean().sqrt()
-        if normalize:
-            rows, reach = x / (sizes + (sizes == 0)), reach.new_tensor(apart)
+        rows: Tensor = x / (sizes + (sizes == 0)) if normalize else x
+        reach: float | Tensor = apart if normalize else apart * sizes.square().mean().sqrt()
         centred = rows - rows.mean(0)
         square = centred.square().sum(1)
         d = (square[:, None] + square - 2 * centred @ centred.mT).clamp_min(0).sqrt()
