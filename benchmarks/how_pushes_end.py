@@ -109,7 +109,7 @@ def main() -> None:
             measure(name, which, args.seeds, args.out)
     print(tables(args.out))
     if args.page is not None:
-        pages.fill(args.page, {"endings": tables(args.out)})
+        pages.fill(args.page, {"how pushes end": tables(args.out)})
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ PAGES = {  # the tables that each page of the documentation holds, between marke
     "arena/setup.md": ("beds", "judges"),
     "arena/fronts.md": ("equal", "volumes", "vendi", "tuned"),
     "arena/scores.md": ("scores",),
-    "arena/reviewers.md": ("verdicts", "power", "again", "seeds"),
+    "arena/reviewers.md": ("verdicts", "power", "seeds", "again"),
     "arena/target.md": ("matching", "digits_target"),
     "arena/sets.md": ("smallsets", "singles", "calls", "pairs", "recall", "longruns"),
     "arena/costs.md": ("cost",),
