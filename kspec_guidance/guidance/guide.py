@@ -71,8 +71,8 @@ class KernelGuidance(PipelineCallback):
 
     Args:
         objective: an :class:`~kspec_guidance.objectives.Objective`.
-        scale, space, start, stop, every, sigma_interval, transforms, memory, unit, target, ease_cfg, recall, cfg_share,
-            apart: see :class:`Term`.
+        scale, space, start, stop, every, sigma_interval, transforms, memory: see :class:`Term`.
+        unit, target, ease_cfg, recall, cfg_share, apart: likewise.
         seed: seed of the noise that separates exact duplicates; the global random state is not used.
 
     Raises:
