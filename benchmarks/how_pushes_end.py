@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,16 +24,16 @@ from benchmarks import pages
 from benchmarks.arena.beds import BEDS
 from benchmarks.arena.beds.base import Case
 from benchmarks.easing import PLAIN, judged, measure_settings
-from benchmarks.strength_units import fronts, heading, label
+from benchmarks.strength_units import compared, heading, label
 from kspec_guidance import SPARKE, KernelGuidance, VendiGuidance
-from kspec_guidance.bench.fronts import matched
 from kspec_guidance.bench.methods.guides import Guided
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "arena" / "how_pushes_end.json"
 NAMES = ("emoji-transformer-distilled", "emoji-transformer", "emoji")
 SETS = {"tune": ("tune", False, 60_000), "further": ("report", True, 70_000)}  # seeds that no other result has
-STRENGTHS = {"until apart": (0.6, 0.9, 1.3), "constant": (0.2, 0.4, 0.7), "fading": (0.5, 1.0, 1.5)}
+APART = "until apart"
+STRENGTHS = {APART: (0.6, 0.9, 1.3), "constant": (0.2, 0.4, 0.7), "fading": (0.5, 1.0, 1.5)}
 
 
 @dataclass
@@ -42,15 +41,15 @@ class Ending(Guided):
     """The push of order 0.5 with one of the sizes; with a strength of 0 plain sampling."""
 
     size: str = "fading"
-    strength_of: float = 0.0
+    amount: float = 0.0
 
     def guide(self, pipe: Any) -> KernelGuidance:
-        if self.size == "until apart" and self.strength_of:
-            return SPARKE.preset("faithful", apart=self.strength_of)
+        if self.size == APART and self.amount:
+            return SPARKE.preset("faithful", apart=self.amount)
         if self.size == "constant":
             stop = SPARKE.PRESETS["faithful"]["stop"]
-            return VendiGuidance(self.strength_of, stop=stop, order=0.5, transforms=("tangent", "off_score", "rescale"))
-        return VendiGuidance(self.strength_of, order=0.5)
+            return VendiGuidance(self.amount, stop=stop, order=0.5, transforms=("tangent", "off_score", "rescale"))
+        return VendiGuidance(self.amount, order=0.5)
 
 
 def measure(name: str, which: str, seeds: int, out: Path) -> None:
@@ -59,7 +58,7 @@ def measure(name: str, which: str, seeds: int, out: Path) -> None:
     half, bed.fresh, first = SETS[which]
     bed.cases = lambda half, n: [Case(p, first + s) for s in range(n) for p in bed.prompts(half)]
     settings = {PLAIN: Ending()} | {
-        label(k, s): Ending(size=k, strength_of=s) for k, values in STRENGTHS.items() for s in values
+        label(k, s): Ending(size=k, amount=s) for k, values in STRENGTHS.items() for s in values
     }
 
     def measured(name: str, cases: list[Case]) -> dict[str, Any]:
@@ -68,30 +67,15 @@ def measure(name: str, which: str, seeds: int, out: Path) -> None:
     measure_settings(out, f"{name} {which}", bed, half, seeds, settings, measured)
 
 
-def table(name: str, found: dict[str, Any]) -> str:
-    """Gains at equal quality of the sizes, where agreement may fall and where it is kept too."""
-    rows, gains = [], {}
-    for size, points in fronts(found)[0].items():
-        gain, kept, agreement = (np.stack([p[k] for p in points], 1) for k in ("modes", "kept", "agreement"))
-        gains[size] = matched(gain - 1, kept), matched(gain - 1, np.minimum(kept, agreement))
-    for size, both in gains.items():
-        cells = []
-        for g, reference in zip(both, gains["until apart"], strict=True):
-            cells += [interval(g), "" if size == "until apart" else interval(reference - g)]
-        rows.append([size, *cells])
-    less = "until apart less it"
-    return pages.table([heading(name, found), "gain at equal quality", less, "gain that keeps agreement too", less], rows)
-
-
-def interval(values: np.ndarray) -> str:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return f"{values[0]:+.0%} [{low:+.0%}, {high:+.0%}]"
-
-
 def tables(path: Path = OUT) -> str:
-    """The tables of what has been measured."""
-    done = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return "\n\n".join(table(k, v) for k, v in done.items()) or "(not measured)"
+    """The tables of what has been measured: gains at equal quality, and those that keep agreement too."""
+    done, texts = json.loads(path.read_text("utf-8")) if path.exists() else {}, {size: size for size in STRENGTHS}
+    found = [
+        compared(heading(k, v), v, APART, f"less {APART}", texts, agreed)
+        for k, v in done.items()
+        for agreed in (False, True)
+    ]
+    return "\n\n".join(found) or "(not measured)"
 
 
 def main() -> None:

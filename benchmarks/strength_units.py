@@ -243,7 +243,9 @@ def fronts(found: dict[str, Any]) -> tuple[dict[str, list[dict[str, np.ndarray]]
     return {u: [change(figures[k], figures[PLAIN], w) for _, k in sorted(points)] for u, points in by.items()}, seeds
 
 
-def compared(title: str, found: dict[str, Any], reference: str, less: str, texts: dict[str, str]) -> str:
+def compared(
+    title: str, found: dict[str, Any], reference: str, less: str, texts: dict[str, str], agreed: bool = False
+) -> str:
     """Gains at equal quality of a bed's settings, and those less the gain of one of them.
 
     Args:
@@ -252,12 +254,14 @@ def compared(title: str, found: dict[str, Any], reference: str, less: str, texts
         reference: the name of that one.
         less: head of the column of differences.
         texts: of the names.
+        agreed: whether gains keep agreement with the prompt too.
     """
     gains, agreement = {}, {}
     for name, points in fronts(found)[0].items():
-        gain, kept = (np.stack([p[k] for p in points], 1) for k in ("modes", "kept"))
+        gain, kept, agrees = (np.stack([p[k] for p in points], 1) for k in ("modes", "kept", "agreement"))
+        kept = np.minimum(kept, agrees) if agreed else kept
         gains[name] = matched(gain - 1, kept)
-        agree = np.concatenate([[0.0], [p["agreement"][0] for p in points]])
+        agree = np.concatenate([[0.0], agrees[0]])
         agreement[name] = at_gain(gain[0] - 1, kept[0], agree, gains[name][0])
     differences, rows = against(gains, reference), []
     for name, g in gains.items():
@@ -267,7 +271,8 @@ def compared(title: str, found: dict[str, Any], reference: str, less: str, texts
             d, below, above, _ = differences[name]
             cells[1] = f"{-d:+.0%} [{-above:+.0%}, {-below:+.0%}]"
         rows.append([texts[name], *cells, f"{agreement[name]:+.3f}"])
-    return pages.table([title, "gain at equal quality", less, "agreement there"], rows)
+    gained = "gain at equal quality and agreement" if agreed else "gain at equal quality"
+    return pages.table([title, gained, less, "agreement there"], rows)
 
 
 def heading(name: str, found: dict[str, Any]) -> str:

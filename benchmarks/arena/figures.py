@@ -15,7 +15,7 @@ LOG_DET, APART = "SPARKE, ours, log det", "SPARKE, ours, until apart"
 COLOURS = {
     DEFAULT: "#6fa3dc", OURS: "#1f5fa8", f"{OURS}, lower CFG": "#0b2e59", f"{LOG_DET}, lower CFG": "#5b3fa8",
     f"{OURS}, interval CFG": "#12706b", f"{LOG_DET}, interval CFG": "#8a5fd0", f"{DEFAULT}, interval CFG": "#5fb3ad",
-    APART: "#2f8f4e", f"{APART}, lower CFG": "#17502b",
+    APART: "#2f8f4e",
 }  # fmt: skip
 OWN = tuple(COLOURS)
 

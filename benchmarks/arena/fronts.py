@@ -4,6 +4,7 @@ All figures are relative to plain sampling of the same cases. ``modes`` and ``va
 fidelity.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from kspec_guidance.bench.fronts import Standing, at_gain, hypervolume, matched, standings, weights
 from kspec_guidance.bench.methods import METHODS
+
+Weigh = Callable[[Sequence[str]], np.ndarray]  # bootstrap weights of cases with these prompts
 
 
 @dataclass
@@ -56,15 +59,13 @@ def pooled(data: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def summaries(
-    data: dict[str, Any], reference: str, diversity: str | None = None, same_seeds: bool = False
-) -> list[Summary]:
+def summaries(data: dict[str, Any], reference: str, diversity: str | None = None, weigh: Weigh = weights) -> list[Summary]:
     """All methods of a bed, compared with one of them; by another figure of the judge than the bed's own if given.
 
     Of two fronts of a method the one with the larger gain counts.
     """
     settings = data["settings"] | ({} if diversity is None else {"diversity": diversity})
-    w = weights(settings["prompts"], same_seeds=same_seeds)
+    w = weigh(settings["prompts"])
     base = data["methods"]["plain"][f"report {settings['seeds']}"]
     m0, v0 = (w @ np.array(base[settings[k]]) for k in ("diversity", "fidelity"))
     gains, volumes, seconds = {}, {}, {}

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kspec_guidance.bench.fronts import Standing, runs_needed
+from kspec_guidance.bench.fronts import Standing, runs_needed, weights, weights_of_seeds
 from kspec_guidance.bench.methods import METHODS
 from kspec_guidance.bench.methods.onebyone import OneByOne
 
@@ -25,6 +25,7 @@ from .quality import WORSE, equal_quality, with_other_half, with_other_tuning
 ROOT = Path(__file__).parents[2]
 SHORT = {LOG_DET: "log det", APART: "`faithful`", OURS: "`vivid`", DEFAULT: "`default`"}
 PRESETS = {m: functools.reduce(lambda text, name: text.replace(name, SHORT[name]), SHORT, m) for m in OWN}
+PROMPTS_ALONE = functools.partial(weights, same_seeds=True)
 ONE_BY_ONE = "SPARKE, ours, one by one"
 OWN_SINGLE = {m: m.removeprefix("SPARKE, ours, ") for m in METHODS if m.startswith(ONE_BY_ONE)}
 FOR_USERS = {m: name for m, name in PRESETS.items() if m in OWN[:3]}
@@ -253,7 +254,7 @@ def power(data: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
             runs = len(d["settings"]["prompts"])
             best, low, high = others[0], others[0].ahead_low or 0.0, others[0].ahead_high or 0.0
             mine, told = next(s for s in measured if s.method == own), verdict(best)
-            fixed = next(s for s in found_by(d, own, same_seeds=True) if s.method == best.method)
+            fixed = next(s for s in found_by(d, own, weigh=PROMPTS_ALONE) if s.method == best.method)
             left = 100 * ((fixed.ahead_high or 0.0) - (fixed.ahead_low or 0.0))
             told = "too few prompts" if told == "not compared" else told
             needed = runs_needed(best.ahead or 0.0, low, high, runs, len(others))
@@ -409,17 +410,27 @@ def again(data: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
 
 
 def of_seeds(folder: Path) -> str:
-    """Gains at equal quality on all prompts that there are, with intervals over seeds alone."""
+    """Gains at equal quality on all prompts that there are: intervals over seeds alone, and as if prompts were drawn."""
     other, parts = {d["bed"]: d for d in records(folder / "swapped")}, []
     for d in records(folder):
         both = with_other_half(d, other[d["bed"]])
+        drawn = {s.method: s for s in equal_quality(both, OURS)}
         rows = [
             [s.method, percent(s.gain, s.gain_low, s.gain_high), f"{s.agreement:+.3f}", lead(s),
-             "" if s.p is None else f"{s.p:.3f}"]
-            for s in equal_quality(both, OURS, all_prompts=True)
+             "" if s.p is None else f"{s.p:.3f}",
+             f"[{drawn[s.method].gain_low:+.0%}, {drawn[s.method].gain_high:+.0%}]"]
+            for s in equal_quality(both, OURS, weigh=weights_of_seeds)
         ]  # fmt: skip
         runs = len(both["settings"]["prompts"])
-        parts.append(table([f"{d['bed']}, {runs} runs", "gain", "agreement there", "`vivid` less it", "p"], rows))
+        head = [
+            f"{d['bed']}, {runs} runs",
+            "gain",
+            "agreement there",
+            "`vivid` less it",
+            "p",
+            "gain if prompts are drawn too",
+        ]
+        parts.append(table(head, rows))
     return "\n\n".join(parts) or "(not measured)"
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from kspec_guidance.bench.fronts import Standing, at_gain, hypervolume, matched, standings, weights, weights_of_seeds
+from kspec_guidance.bench.fronts import Standing, at_gain, hypervolume, matched, standings, weights
 from kspec_guidance.bench.methods import METHODS
 
 from .beds.base import Bed, Case, blocks
-from .fronts import measured, points
+from .fronts import Weigh, measured, points
 from .harness import FIDELITY_LOSS, PENALTY, Goal, measure_all
 
 __all__ = [
@@ -149,9 +149,7 @@ def with_other_half(data: dict[str, Any], other: dict[str, Any]) -> dict[str, An
     return data | {"methods": methods, "settings": mine | {"prompts": prompts}}
 
 
-def equal_quality(
-    data: dict[str, Any], reference: str, same_seeds: bool = False, agreed: bool = False, all_prompts: bool = False
-) -> list[EqualQuality]:
+def equal_quality(data: dict[str, Any], reference: str, weigh: Weigh = weights, agreed: bool = False) -> list[EqualQuality]:
     """All methods of a bed whose fronts have the figures of the whole judge, compared with one of them.
 
     Of two fronts of a method, from two aims of tuning, the one with the larger gain counts; for the gain that keeps
@@ -160,8 +158,7 @@ def equal_quality(
     Args:
         data: the results of a bed.
         reference: the method that the others are compared with.
-        same_seeds: whether prompts alone are drawn, see :func:`~kspec_guidance.bench.fronts.weights`.
-        all_prompts: whether seeds alone are drawn, for prompts that are all that there are.
+        weigh: bootstrap weights of cases with these prompts.
         agreed: whether gains, volumes and the comparison are of what keeps agreement with the prompt too.
     """
     settings, plain = data["settings"], data["methods"]["plain"]
@@ -170,8 +167,7 @@ def equal_quality(
         return []
     prompts = settings["prompts"]
     base = by_block(own, plain["distances"], prompts)
-    of_blocks = [prompts[block[0]] for block in blocks(prompts)]
-    w = weights_of_seeds(of_blocks) if all_prompts else weights(of_blocks, same_seeds=same_seeds)
+    w = weigh([prompts[block[0]] for block in blocks(prompts)])
     gains, volumes, others = {}, {}, {}
     for method, has in data["methods"].items():
         if not has.get("front") or not all("distances" in p for p in has["front"]):

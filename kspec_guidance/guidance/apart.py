@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kspec_guidance.kernels.distances import squared_distances
 from kspec_guidance.objectives import Pairs
 from kspec_guidance.utils.precision import full_precision
 
@@ -25,10 +26,7 @@ def missing_distance(x: Tensor, sizes: Tensor, pairs: Pairs, apart: float, norma
     with full_precision(x.device):
         rows: Tensor = x / (sizes + (sizes == 0)) if normalize else x
         reach: float | Tensor = apart if normalize else apart * sizes.square().mean().sqrt()
-        centred = rows - rows.mean(0)
-        square = centred.square().sum(1)
-        d = (square[:, None] + square - 2 * centred @ centred.mT).clamp_min(0).sqrt()
-        near = ((1 - d / reach) * pairs.inside).amax(1).clamp_min(0)
-        if pairs.selection is not None and len(pairs.selection):
+        near = ((1 - squared_distances(rows).sqrt() / reach) * pairs.inside).amax(1).clamp_min(0)
+        if pairs.selection is not None:
             near = torch.maximum(near, pairs.selection.closeness(rows, reach))
         return apart * near[:, None]

@@ -349,11 +349,7 @@ class Selection:
         """
         if len(self) <= max_rows:
             return torch.arange(len(self), device=x.device)
-        scale, squares, weights = self.vectors(x)
-        p = torch.cat([x @ rows.mT for rows in self.blocks(x)[1]], 1)
-        if scale is not None:
-            p = p * scale
-        d2 = x.square().sum(-1, keepdim=True) + squares - 2 * p
+        d2, weights = self._squared_distances(x), self.vectors(x)[2]
         if weights is not None:
             d2 = d2 - weights.clamp_min(1e-12).log() * d2.mean()
         return d2.amin(0).topk(max_rows, largest=False).indices.sort().values
@@ -395,16 +391,16 @@ class Selection:
     @torch.no_grad()
     def closeness(self, x: Tensor, reach: float | Tensor) -> Tensor:
         """Largest ``w (1 - d / reach)`` ``[n]`` over rows of weight ``w`` at distance ``d``; 0 if none is within reach."""
-        scale, squares, weights = self.vectors(x)
-        own, start, found = x.square().sum(1, keepdim=True), 0, x.new_zeros(len(x))
-        sizes, blocks = self.blocks(x)
-        for size, rows in zip(sizes, blocks, strict=True):
-            part = slice(start, start + size)
-            products = x @ rows.mT if scale is None else x @ rows.mT * scale[part]
-            near = 1 - (own + squares[part] - 2 * products).clamp_min(0).sqrt() / reach
-            near = near if weights is None else near * weights[:, part]
-            found, start = torch.maximum(found, near.amax(1)), start + size
-        return found
+        if not len(self):
+            return x.new_zeros(len(x))
+        near, weights = 1 - self._squared_distances(x).clamp_min(0).sqrt() / reach, self.vectors(x)[2]
+        return (near if weights is None else near * weights).amax(1).clamp_min(0)
+
+    def _squared_distances(self, x: Tensor) -> Tensor:
+        """Squared distances ``[n, m]`` to all rows as they are compared, with rounding errors, also below 0."""
+        scale, squares, _ = self.vectors(x)
+        p = torch.cat([x @ rows.mT for rows in self.blocks(x)[1]], 1)
+        return x.square().sum(-1, keepdim=True) + squares - 2 * (p if scale is None else p * scale)
 
     def kernel(self, kernel: Kernel, x: Tensor) -> Tensor:
         """``k(x_i, m_j)`` ``[n, m]``, differentiable in ``x``."""

@@ -13,6 +13,7 @@ from benchmarks.arena.beds.base import Case
 from benchmarks.arena.fronts import summaries
 from benchmarks.arena.harness import FIDELITY_LOSS, PENALTY, Record, front, measure_all, plain
 from benchmarks.arena.quality import change, equal_quality, quality_goal, with_other_half, with_other_tuning
+from kspec_guidance.bench.fronts import weights_of_seeds
 from kspec_guidance.bench.methods import METHODS
 
 
@@ -123,7 +124,7 @@ def test_two_halves_of_the_prompts_are_one_set_of_cases(tmp_path: Path, monkeypa
     parts = [equal_quality(half, "SPARKE, ours")[0].gain for half in halves]
     assert min(parts) - 0.1 < standing.gain < max(parts) + 0.1
 
-    (fixed,) = equal_quality(both, "SPARKE, ours", all_prompts=True)
+    (fixed,) = equal_quality(both, "SPARKE, ours", weigh=weights_of_seeds)
     assert fixed.gain == standing.gain
     assert fixed.gain_high > fixed.gain_low
 

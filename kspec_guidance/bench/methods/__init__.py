@@ -7,7 +7,6 @@ from kspec_guidance.bench.methods.cno import CNO
 from kspec_guidance.bench.methods.combined import (
     IN_INTERVALS,
     OSCARLowerGuidance,
-    OursApartLowerGuidance,
     OursLogDetLowerGuidance,
     OursLowerGuidance,
 )
@@ -52,8 +51,8 @@ _TUNED: tuple[type[Method], ...] = (
     Plain, LowerGuidance, Interval, ScoreRescaling, CADS, SeedVariance, Particle, PooledParticle, Published,
     ContextualVendi, DiverseFlow, DiverseFlowFast, SPELL, OSCAR, EDDY, EDDYProjection, SelfGuidance, GroupInference,
     PinkNoise, CNO, NoiseOptimisation, GASS, DAVE, ContextualRepulsion, BlockSelfGuidance,
-    Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance, OursLogDetLowerGuidance,
-    OursApart, OursApartLowerGuidance, *IN_INTERVALS,
+    Ours, OursVivid, OSCARLowerGuidance, OursLowerGuidance, OursLogDetLowerGuidance, OursApart,
+    *IN_INTERVALS,
     OursOneByOne, OursOneByOneLowerGuidance, OursOneByOneInInterval, SPELLOneByOne, SPELLOneByOneLowerGuidance,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _TUNED}  # those whose parameters are tuned, by names in tables

@@ -12,7 +12,7 @@ from kspec_guidance.bench.methods.blockguidance import BlockSelfGuidance
 from kspec_guidance.bench.methods.contextual import ContextualRepulsion
 from kspec_guidance.bench.methods.diverseflow import DiverseFlow, DiverseFlowFast
 from kspec_guidance.bench.methods.eddy import EDDY, EDDYProjection
-from kspec_guidance.bench.methods.guides import ContextualVendi, Guided, Ours, OursApart, OursLogDet, OursVivid, Published
+from kspec_guidance.bench.methods.guides import ContextualVendi, Guided, Ours, OursLogDet, OursVivid, Published
 from kspec_guidance.bench.methods.oscar import OSCAR
 from kspec_guidance.bench.methods.particle import Particle, PooledParticle
 from kspec_guidance.bench.methods.selfguidance import SelfGuidance
@@ -62,19 +62,6 @@ class OursLowerGuidance(GuidedAtWeight, OursVivid):
 
     name = "SPARKE, ours, order 0.5, lower CFG"
     tuned = {"scale": Log(0.05, 10.0), "stop": Real(0.3, 1.0), "weight": Real(1.0, 4.0)}
-    needs = frozenset({"guidance"})
-    weight: float = 2.0
-
-    def weight_of(self, fraction: float) -> float | None:
-        return self.weight
-
-
-@dataclass
-class OursApartLowerGuidance(GuidedAtWeight, OursApart):
-    """Conditional entropy of order 0.5 until images are apart, at a lower CFG scale."""
-
-    name = "SPARKE, ours, until apart, lower CFG"
-    tuned = {**OursApart.tuned, "weight": Real(1.0, 4.0)}
     needs = frozenset({"guidance"})
     weight: float = 2.0
 

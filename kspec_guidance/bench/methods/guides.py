@@ -133,18 +133,12 @@ class Explore(Preset):
 
 
 @dataclass
-class Faithful(Guided):
+class Faithful(OursApart):
     """The preset ``faithful``: images are moved only until they differ."""
 
     name = "faithful"
     code = "faithful"
-    paper = "arXiv 2506.10173"
-    strength = "apart"
     strengths = (0.5, 0.7, 0.9, 1.2)
-    apart: float = SPARKE.PRESETS["faithful"]["apart"]
-
-    def guide(self, pipe: Any) -> KernelGuidance:
-        return SPARKE.preset("faithful", apart=self.apart)
 
 
 @dataclass
