@@ -80,7 +80,7 @@ class GuidanceReport:
         self.finished: Tensor | None = None
         self.earlier: Tensor | None = None  # [k, d], remembered samples of the prompt of a single finished one
         self.finished_plain: Tensor | None = None  # those of the same call without guidance, see KernelGuidance.compare
-        self.strengths: list[tuple[str, float]] = []  # name and value of each term's strength: a scale or a variety
+        self.strengths: list[tuple[str, float]] = []  # name and value of each term's strength, see Term
         self.targets: list[tuple[VarietyTarget, PromptTarget]] = []  # of each prompt, if there is a target
         self.eased: list[tuple[int, Tensor, Tensor]] = []  # step, weight of CFG, and the one in its place
         self.eases = False  # whether a term has ease_cfg=
@@ -372,6 +372,8 @@ class GuidanceReport:
                 "one image and an empty memory, so there is nothing to be different from. Generate several images in one "
                 "call, or call again with the same guide, whose memory grows."
             )
+        if any(name == "apart" for name, _ in self.strengths):
+            return "the images of each prompt differ as much already as apart= asks for. For a larger effect raise it."
         if self.prompts == self.images > 1 or (self.images == 1 and self.remembered):
             return (
                 "no two images have related prompts, in this call or in the memory. Generate several images per prompt, or "
@@ -385,6 +387,8 @@ class GuidanceReport:
             return ""
         name, value = self.strengths[0]
         wanted = value * min(0.2 / self.mean_relative_move, 4)
+        if name == "apart":  # moves are not in proportion to it
+            return ""
         if name == "variety" and wanted > 100:
             return ", to 100, or set a scale, which has no limit"
         return f", to about {float(f'{wanted:.1g}'):g}"

@@ -217,7 +217,9 @@ class Term:
 
     @property
     def strength(self) -> tuple[str, float]:
-        """Name and value of the setting that gives the strength: ``variety`` or ``scale``."""
+        """Name and value of the setting that gives the strength: ``variety``, ``apart`` or ``scale``."""
+        if self.apart is not None and self.scale:
+            return "apart", self.apart
         return ("scale", float(self.scale)) if self.variety is None else ("variety", self.variety)
 
     def for_numbers(self, count: int) -> "Term":
@@ -292,8 +294,8 @@ class Term:
             found += [(f.name, getattr(self.objective, f.name), USUAL_KERNELS.get(f.name, f.default)) for f in fields]
         texts = [(name, _text(value), _text(usual)) for name, value, usual in found if value is not None]
         changed = [f"{name}={text}" for name, text, usual in texts if text != usual]
-        name, value = self.strength
-        strength = f"{name}={value:g}" if self.target is None else f"target='{self.target}'"
+        strength = f"scale={self.scale:g}" if self.variety is None else f"variety={self.variety:g}"
+        strength = strength if self.target is None else f"target='{self.target}'"
         return ", ".join([type(self.objective).__name__, strength, *changed])
 
     def __repr__(self) -> str:

@@ -150,3 +150,16 @@ def test_preset_settings_are_saved_and_shown(tmp_path):
     own = VendiGuidance(apart=0.8, transforms=("tangent", "off_score", "rescale"))
     own.save_config(tmp_path)
     assert KernelGuidance.from_config(tmp_path).terms[0].own_transforms is True
+
+
+def test_the_report_names_what_to_change():
+    x = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    guide = SPARKE(apart=1.6)
+    one_step(guide, x)
+    assert "apart, now 1.6" in str(guide.report())
+    guide = SPARKE(apart=1e-3)
+    one_step(guide, x)
+    assert "Nothing moved: the images of each prompt differ as much already as apart= asks for" in str(guide.report())
+    guide = SPARKE(scale=0, apart=1.6)
+    one_step(guide, x)
+    assert "scale is 0" in str(guide.report())
